@@ -118,13 +118,13 @@ def publish(source: str, layout: str, swap: bool) -> None:
     """Give a layout its image, as `build` does after the image has passed."""
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.steps import layouts
+    from weightsmith.steps import delivery
     from weightsmith.steps.delivery import ImageOutputs, deliver
 
     from tests.fakes.memory import memory_tools
 
     if not swap:
-        layouts.exchange = lambda *_: False  # type: ignore[assignment]
+        delivery.exchange = lambda *_: False  # type: ignore[assignment]
     image = read_layout(Path(source))
     _spare_no_more()
     deliver(

@@ -7,13 +7,15 @@ import time
 from contextlib import chdir
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import weightsmith as library
-from weightsmith.building.record_facts import Facts, write_record
+from weightsmith.building.record import Record
 from weightsmith.building.wiring import keep_clean
 from weightsmith.core.errors import UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.core.values import (
     AdapterSnapshot,
     Checkpoint,
@@ -28,7 +30,10 @@ from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import check_metric, score_answers
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import public_recipe
-from weightsmith.recipe.file import check_recipe
+from weightsmith.recipe.file import RecipeFile, check_recipe
+from weightsmith.steps.stage_result import unrecorded
+from weightsmith.steps.step import Results, Step
+from weightsmith.steps.tools import NO_LIMIT
 
 from tests.fakes.command_line import weightsmith
 
@@ -320,13 +325,18 @@ def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
         base=snapshot,
         adapters=(AdapterSnapshot(snapshot=snapshot, run_id=recipe.adapters[0].run_id),),
     )
-    nothing = dict.fromkeys(("validation", "artifact", "quality", "config", "published"))
-    facts = Facts(
-        recipe=recipe, target="llamacpp-q8_0", sources=sources, checkpoint=Checkpoint(tree=tree),
-        **nothing, forms={}, results=(), checks=(), started="", stages={}, verdict="passed",
-        unproven=(), refused="", warnings=(), inputs={},
-    )  # fmt: skip
-    write_record(facts, tmp_path)
+    have = Results()
+    steps = {name: Step() for name in ("sources", "checkpoint", "validation", "expected")}
+    have.put(steps["sources"], unrecorded(sources))
+    have.put(steps["checkpoint"], unrecorded(Checkpoint(tree=tree)))
+    Record(
+        request=SimpleNamespace(file=RecipeFile(recipe=recipe, folder=tmp_path)),
+        steps=SimpleNamespace(**steps),
+        run=SimpleNamespace(have=have, records=lambda _: {}),
+        tools=SimpleNamespace(
+            progress=Silent(), memory=NO_LIMIT, runner=SimpleNamespace(networked=False)
+        ),
+    )._write(None, tmp_path, "")
     document = json.loads((tmp_path / "build.json").read_text())
     assert document["recipe"]["evaluate"]["command"] == ["judge.py", "…"]
     assert KEY not in str(document)

@@ -7,6 +7,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def start(prefetch: Prefetch, tools: Tools, *steps: Work) -> None:
 
 
 def test_it_runs_before_its_turn_and_is_seen_in_its_turn(tools: Any, runner: Blocked) -> None:
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, tools)
         assert runner.begun.wait(PATIENCE)
         assert tools.progress.lines == []
@@ -121,7 +122,7 @@ def test_it_is_followed_from_its_turn_on(tools: Any, runner: Blocked) -> None:
             super().stage(name, detail)
 
     seen = Reader()
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, replace(tools, progress=seen))
         assert runner.begun.wait(PATIENCE)
         prefetch.take(Q4)
@@ -135,7 +136,7 @@ def test_it_is_followed_from_its_turn_on(tools: Any, runner: Blocked) -> None:
 
 
 def test_its_job_gets_its_share_of_the_memory(tools: Any, runner: Blocked) -> None:
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, tools)
         assert runner.begun.wait(PATIENCE)
 
@@ -147,12 +148,12 @@ def test_its_error_waits_for_its_turn(tools: Any) -> None:
         raise CheckFailed("it is damaged", hint="make it again")
 
     damaged = Work(does=fails)
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, tools, damaged)
         with pytest.raises(CheckFailed, match="it is damaged"):
             prefetch.take(damaged)
 
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, tools, damaged)  # whose turn never comes
 
 
@@ -169,7 +170,7 @@ def test_an_error_before_its_turn_ends_its_job(
             seen.append(end)
             raise
 
-    with pytest.raises(type(error)), Prefetch() as prefetch:  # noqa: PT012
+    with pytest.raises(type(error)), closing(Prefetch()) as prefetch:  # noqa: PT012
         start(prefetch, tools, Work(does=resumable))
         assert runner.begun.wait(PATIENCE)
         raise error
@@ -190,7 +191,7 @@ def test_nothing_of_it_outlives_the_block(tools: Any, runner: Blocked) -> None:
             time.sleep(0.2)
             ended.set()
 
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, tools, Work(does=slow_to_end))
         assert runner.begun.wait(PATIENCE)
 
@@ -210,7 +211,7 @@ def test_work_that_waits_for_another_builds_lock_ends_with_the_block(tools: Any)
             raise
         return "it came free"
 
-    with Prefetch() as prefetch:
+    with closing(Prefetch()) as prefetch:
         start(prefetch, tools, Work(does=waits))
         assert waiting.wait(PATIENCE)
 

@@ -14,7 +14,7 @@ from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance import bills, evidence, signing
 from weightsmith.provenance.statements import Statement
-from weightsmith.steps.results import layers_in
+from weightsmith.steps.destinations import layers_in
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.records import BUILD

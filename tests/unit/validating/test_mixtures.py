@@ -31,7 +31,7 @@ def judge(base: Path, out: Path, loras: list[Path], method: str, density: float)
     given = mixture(method, "delta", density, None)
     assert given is not None
     weights = (1.0, 0.7, 0.5)[: len(loras)]
-    return held(base, out, *loras, scope="rest", mixture=CombinationRule(**given), weights=weights)
+    return held(base, out, *loras, scope="rest", mixture=given, weights=weights)
 
 
 def make(
@@ -68,7 +68,7 @@ def test_one_adapter_given_twice_is_not_missing(tmp_path: Path, method: str) -> 
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"])
     out = merged(tmp_path / "out", base, lora, lora, method=method, density=0.4, **seeded(method))
-    judged = CombinationRule(**(mixture(method, "delta", 0.4, None) or {}))
+    judged = mixture(method, "delta", 0.4, None) or CombinationRule()
 
     result = held(base, out, lora, lora, scope="rest", mixture=judged)
 
@@ -186,6 +186,6 @@ def test_what_cannot_be_told_apart_is_no_absence() -> None:
 
 def test_dare_needs_its_density() -> None:
     assert mixture("dare_linear", "delta", None, None) is None
-    assert mixture("ties", "delta", None, None) == {"gain": 1.0, "mean": True}
+    assert mixture("ties", "delta", None, None) == CombinationRule(mean=True)
     assert mixture("ties", "factors", 0.5, None) is None
     assert mixture("ties_svd", "delta", 0.5, 8) is None

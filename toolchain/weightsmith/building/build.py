@@ -12,14 +12,14 @@ from weightsmith.building.checks import (
     check_places,
     check_tags,
 )
-from weightsmith.building.foreseeing import foresee
-from weightsmith.building.graph import BuildRun
-from weightsmith.building.pipeline import AnyStep, steps_of
+from weightsmith.building.graph import BuildRun, foresee
+from weightsmith.building.pipeline import steps_of
 from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
 from weightsmith.evaluating.build_record import StageRecord
 from weightsmith.evaluating.results import check_contamination, unproven_of
+from weightsmith.steps.step import AnyStep
 from weightsmith.steps.tools import Tools
 
 _MOST_LOSSES = 20
@@ -113,5 +113,6 @@ def _perform(step: AnyStep, record: Record, *, judge: bool = True) -> None:
             step.judge(record.run.have)
     except CheckFailed as error:
         raise record.refusal(step, error) from None
-    if step.publishes and record.forms_follow and not record.names_published():
+    forms_follow = record.target and record.target.forms
+    if step.publishes and forms_follow and not record.names_published():
         record.keep()

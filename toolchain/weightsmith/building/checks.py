@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
-from weightsmith.building.foreseeing import disk_needed
+from weightsmith.building.graph import disk_needed
 from weightsmith.building.pipeline import BuildSteps
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import all_targets
@@ -36,7 +36,7 @@ from weightsmith.steps.bases import (
     check_own,
     data_base,
 )
-from weightsmith.steps.layouts import check_layout
+from weightsmith.steps.delivery import check_layout
 from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
 from weightsmith.steps.tools import Tools

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypedDict
 
 from weightsmith.building.checks import check_assembly, check_places
-from weightsmith.building.foreseeing import foresee, temporary_bytes
-from weightsmith.building.graph import peak_memory
-from weightsmith.building.pipeline import AnyStep, BuildSteps, TargetSteps, steps_of
+from weightsmith.building.graph import foresee, peak_memory, temporary_bytes
+from weightsmith.building.pipeline import BuildSteps, TargetSteps, steps_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import LayerTimeJob
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Json, JsonValue, Sources
+from weightsmith.core.values import JsonValue, Sources
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.results import check_contamination
 from weightsmith.forward.memory import LayerTime
@@ -25,7 +26,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages.merge import find
 from weightsmith.stages.resolve import NotHere
 from weightsmith.steps.delivery import ImageOutputs
-from weightsmith.steps.step import Foresight, PlanRow, State
+from weightsmith.steps.step import AnyStep, Foresight, PlanRow, State
 from weightsmith.steps.tools import Tools
 
 _NOWHERE = ImageOutputs()
@@ -134,28 +135,25 @@ def forecast(
         "serving": serving,
         "plan": serving,  # the same, under the name that `render` uses
         "platforms": {name: seen[one.image] for name, one in named.items()},
-        "advice": advice_for(request, sources, tools),
+        "advice": _advice(request, sources, tools),
         "read_bytes": sum(row.read_bytes for row in todo),
         "write_bytes": written,
         "peak_memory_bytes": peak_memory(steps, seen),
         "peak_disk_bytes": written + temporary_bytes(todo),
     }
     if measure:
-        layer = measured_layer_time(sources, tools)
-        found |= {"stages": _timed(steps, seen, layer), "layer_time": layer.to_json()}
+        layer = _measured_layer_time(sources, tools)
+        timed = [
+            {**row.to_json(), "seconds": None if row.cached else _seconds(step, seen, layer)}
+            for step in steps
+            for row in seen.rows(step)
+        ]
+        found |= {"stages": timed, "layer_time": layer.to_json()}
     return found
 
 
-def _timed(steps: BuildSteps, seen: Foresight, layer: LayerTime) -> list[Mapping[str, JsonValue]]:
-    """Return the rows with `seconds`, null where a stage does not run the model."""
-    return [
-        {**row.to_json(), "seconds": None if row.cached else _seconds(step, seen, layer)}
-        for step in steps
-        for row in seen.rows(step)
-    ]
-
-
 def _seconds(step: AnyStep, seen: Foresight, layer: LayerTime) -> float | None:
+    """Return how long a step takes; None if it does not run the model."""
     try:
         found = step.seconds(layer, seen)
     except InputRefused:  # the dimensions are not known
@@ -167,39 +165,37 @@ def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, JsonVal
     """Return what the results of the last build depended on, by step and target."""
     found: dict[tuple[str, str], Mapping[str, JsonValue]] = {}
     for target in steps.targets:
-        try:
+        with suppress(OSError, ValueError):
             inputs = read_build(target.of.folder).inputs
-        except (OSError, ValueError):
-            continue
-        for step in (*steps.shared, *target.steps):
-            if step.name in inputs:
-                found[step.name, step.target] = inputs[step.name]
+            for step in (*steps.shared, *target.steps):
+                if step.name in inputs:
+                    found[step.name, step.target] = inputs[step.name]
     return found
 
 
-def advice_for(request: BuildRequest, sources: Sources, tools: Tools) -> Mapping[str, JsonValue]:
+def _advice(request: BuildRequest, sources: Sources, tools: Tools) -> Mapping[str, JsonValue]:
     """Return whether to merge, from the recipe, the merge's measurement and earlier builds."""
     recipe = request.file.recipe
+    since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
+    for path in (request.dist / recipe.name).glob("*/*/build.json"):
+        with suppress(OSError, ValueError):
+            record = read_build(path.parent)
+            if record.created >= since:
+                seen.add(tuple(adapter.digest for adapter in record.adapters))
     found = find(sources, recipe.merge, tools.store, files=False)
     return advise(
         adapters=len(sources.adapters),
         packed=any(target.format.packed for target in request.targets),
-        changes=_changes(request.dist / recipe.name),
+        changes=len(seen),
         conflicts=found.details.get("conflicts") or () if found and sources.adapters else (),
     )
 
 
-def _changes(folder: Path) -> int:
-    """Return how many different sets of adapters were built in this folder within a week."""
-    since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
-    for path in folder.glob("*/*/build.json"):
-        try:
-            record = read_build(path.parent)
-        except (OSError, ValueError):
-            continue
-        if record.created >= since:
-            seen.add(tuple(adapter.digest for adapter in record.adapters))
-    return len(seen)
+class Conflict(TypedDict):
+    """What the merge measured of two adapters."""
+
+    adapters: Sequence[str]
+    cosine: float
 
 
 _OFTEN = 3
@@ -209,22 +205,22 @@ _OPPOSED = -0.05
 
 
 def advise(
-    *, adapters: int, packed: bool, changes: int, conflicts: Sequence[Mapping[str, Json]]
+    *, adapters: int, packed: bool, changes: int, conflicts: Sequence[Conflict]
 ) -> Mapping[str, JsonValue]:
     """Return `merge` (true, false, or null without adapters) and `why`, sentences for people.
 
     `adapters` of the recipe; `packed`: a target is quantized; `changes`: different adapters built
-    under the recipe's name within a week; `conflicts`: the merge's own measurement, a mapping with
-    `adapters` and `cosine` for each two, empty before it is done.
+    under the recipe's name within a week; `conflicts`: the merge's own measurement, empty before it
+    is done.
     """
     if not adapters:
         return {"merge": None, "why": ["there is no adapter: the base is served as it is"]}
     merged: list[str] = []
     apart = [
-        f"{' and '.join(map(str, pair['adapters']))} work against each other (cosine"
-        f" {float(pair['cosine']):.2f}): merging weakens both"
+        f"{' and '.join(pair['adapters'])} work against each other (cosine"
+        f" {pair['cosine']:.2f}): merging weakens both"
         for pair in conflicts
-        if float(pair["cosine"]) < _OPPOSED
+        if pair["cosine"] < _OPPOSED
     ]
     if changes >= _OFTEN:
         apart.append(
@@ -251,7 +247,7 @@ _COUNTS = (8, 256)
 _BUILDER = "merge"
 
 
-def measured_layer_time(sources: Sources, tools: Tools) -> LayerTime:
+def _measured_layer_time(sources: Sources, tools: Tools) -> LayerTime:
     """Run the job that measures a layer of the base's shapes on this machine."""
     base = sources.base.tree
     tools.runner.prepare(_BUILDER, tools.progress)

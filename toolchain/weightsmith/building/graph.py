@@ -1,19 +1,22 @@
-"""Runs a build's steps: each once, those that may at the same time or in one process.
+"""Foresees and runs a build's steps: each once, some at the same time or in one process.
 
 What runs when is decided here: `BuildRun.perform` and `shares`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
-from weightsmith.building.pipeline import AnyStep, BuildSteps
+from weightsmith.building.pipeline import BuildSteps
 from weightsmith.building.prefetch import Prefetch, Shares
 from weightsmith.building.runners import WithinMemory
+from weightsmith.core.values import JsonValue, Sources
 from weightsmith.evaluating.build_record import StageRecord
-from weightsmith.steps.step import Foresight, Results, Step, TargetBuild
+from weightsmith.models.facts import read_facts
+from weightsmith.serving.architectures import check_served
+from weightsmith.steps.step import AnyStep, Foresight, PlanRow, Results, Step, TargetBuild
 from weightsmith.steps.tools import Tools
 
 T = TypeVar("T")
@@ -37,42 +40,32 @@ class BuildRun:
         """Begin nothing yet."""
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         """End what was begun ahead of its turn."""
-        self._prefetch.__exit__(*error)
+        self._prefetch.close()
 
     def plan_by(self, seen: Foresight) -> None:
         """Decide what runs beside what, from now on, by what was foreseen."""
         self._seen, self._shares = seen, shares(self._steps, seen)
 
-    def perform(self, step: Step[T, Any]) -> T:
+    def perform(self, step: Step[T, object]) -> T:
         """Run a step; raises what it raises."""
         if step.allows_prefetch and self._shares and not self._prefetch.started:
             self._prefetch.start(_prefetchable(self._steps), self.have, self._tools, self._shares)
         if self._prefetch.has(step):
-            outcome = self._prefetch.take(step)
-        else:
-            self._join(step)
-            outcome = step.run(self.have, self._tools_now())
-        self.have.put(step, outcome)
-        return self.have[step]
-
-    def _tools_now(self) -> Tools:
-        """Return the tools; while another job runs, with a share of the memory."""
-        if not self._shares or not self._prefetch.waits:
-            return self._tools
-        return replace(self._tools, runner=WithinMemory(self._tools.runner, self._shares.now))
-
-    def _join(self, step: AnyStep) -> None:
-        """Let a later step's job run in this step's process, if one job may use both's memory."""
+            self.have.put(step, self._prefetch.take(step))
+            return self.have[step]
+        # A later step's job runs in this step's process, if one job may use both's memory.
         later = next((one for one in self._steps.shared if one.joins is step), None)
-        if later is None or self._seen is None:
-            return
-        limit = self._tools.memory.limit
-        if limit and _peak(self._seen, (step, later)) + _LEFT > limit:
-            return
-        if joined := later.join(self.have, self._tools):
-            self.have.joined |= {step: joined, later: joined}
+        if later and self._seen:
+            limit, both = self._tools.memory.limit, _peak(self._seen, (step, later)) + _LEFT
+            if (not limit or both <= limit) and (joined := later.join(self.have, self._tools)):
+                self.have.joined |= {step: joined, later: joined}
+        tools = self._tools
+        if self._shares and self._prefetch.waits:  # another job runs
+            tools = replace(tools, runner=WithinMemory(tools.runner, self._shares.now))
+        self.have.put(step, step.run(self.have, tools))
+        return self.have[step]
 
     def records(self, of: TargetBuild | None) -> Mapping[str, StageRecord]:
         """Return how long each stage of a target took, and whether it was cached, in order."""
@@ -85,6 +78,45 @@ class BuildRun:
                     seconds=round(before.seconds + outcome.seconds, 3),
                 )
         return found
+
+
+def foresee(
+    steps: BuildSteps,
+    tools: Tools,
+    sources: Sources | None = None,
+    earlier: Mapping[tuple[str, str], Mapping[str, JsonValue]] | None = None,
+    *,
+    only: Iterable[AnyStep] | None = None,
+) -> Foresight:
+    """Return what running the steps, or `only` some, gives and takes; refuse what it would refuse.
+
+    `sources` are those that were resolved; without, those that are on this machine. Raises NotHere
+    if some are missing.
+    """
+    seen = Foresight(tools, earlier or {})
+    if sources:
+        seen.know(steps.sources, sources)
+    else:
+        sources = seen.see(steps.sources)
+    check_served(read_facts(sources.base.tree.root))
+    for step in steps if only is None else only:
+        if step is not steps.sources:
+            seen.see(step)
+    return seen
+
+
+def disk_needed(steps: Iterable[AnyStep], seen: Foresight) -> int:
+    """Return the bytes that these steps, as far as they are to do, need on the store's disk."""
+    todo = [row for step in steps for row in seen.rows(step) if not row.cached]
+    return sum(row.write_bytes for row in todo) + temporary_bytes(todo)
+
+
+def temporary_bytes(todo: Sequence[PlanRow]) -> int:
+    """Return how many bytes the largest temporary files take.
+
+    Of the stages that run beside another, only one writes more than a few answers.
+    """
+    return max((row.disk_bytes - row.write_bytes for row in todo), default=0)
 
 
 def shares(steps: BuildSteps, seen: Foresight) -> Shares | None:

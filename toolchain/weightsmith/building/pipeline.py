@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from weightsmith.building.request import BuildRequest
-from weightsmith.core.values import LORA, Artifact, Checkpoint, Published, Sources
+from weightsmith.core.values import LORA, Artifact, Checkpoint, Form, Published, Sources
 from weightsmith.evaluating.results import RecipeTask, Result, probes, tasks_of
 from weightsmith.provenance.materials import ImageMaterials
 from weightsmith.quantizers import formats, of_format
@@ -28,10 +27,9 @@ from weightsmith.stages.resolve import ResolveStep
 from weightsmith.stages.unmerged import BaseStep, UnmergedStep
 from weightsmith.stages.upload import CheckHubStep, UploadStep
 from weightsmith.stages.validate import ValidateStep
-from weightsmith.steps.step import ForeseenWeights, Step, TargetBuild, Trial
+from weightsmith.steps.step import AnyStep, ForeseenWeights, Step, TargetBuild, Trial
 from weightsmith.validating.result import Validation
 
-AnyStep = Step[Any, Any]
 Weights = Step[Artifact, ForeseenWeights]
 ASSEMBLY = frozenset({RenderStep.name, BakeStep.name, PublishStep.name})
 """Stages that no job runs: they take no time, and are done for each place anew."""
@@ -48,12 +46,12 @@ class TargetSteps:
     served: Weights
     """The same weights, with what lies beside them in the image."""
     config: Step[ServingConfig, ServingPlan]
-    image: Step[tuple[ImageMaterials, ...], Any]
+    image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
     trials: tuple[Step[Trial, None], ...]
     """The last that has run has all scores."""
     published: Step[Published, None]
-    forms: tuple[tuple[str, Step[Any, None]], ...]
-    """What else is published of the same weights, by kind; each gives a Form."""
+    forms: tuple[tuple[str, Step[Form, None]], ...]
+    """What else is published of the same weights, by kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,16 +149,17 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         steps.append(CheckHubStep(of=of, destination=hub, weights=served))
     permit = PermitStep(of=of, image=labelled, forms=tuple(forms.items()))
     published = PublishStep(of=of, sources=sources, weights=served, image=labelled, checked=permit)
-    others: dict[str, Step[Any, None]] = {
+    others = {
         kind: PublishFormStep(of=of, kind=kind, outputs=to, form=forms[kind], image=published)
         for kind, to in places.items()
     }
+    every: dict[str, Step[Form, None]] = {**others}
     steps += [*forms.values(), permit, published, *others.values()]
     if volume := others.get("volume"):
         steps.append(VolumeManifestsStep(of=of, config=config, image=image, volume=volume))
     if hub:
-        others["hub"] = UploadStep(of=of, destination=hub, weights=served, image=published)
-        steps.append(others["hub"])
+        every["hub"] = UploadStep(of=of, destination=hub, weights=served, image=published)
+        steps.append(every["hub"])
     return TargetSteps(
         of=of,
         steps=tuple(steps),
@@ -171,7 +170,7 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         image=image,
         trials=(started, answered),
         published=published,
-        forms=tuple(others.items()),
+        forms=tuple(every.items()),
     )
 
 

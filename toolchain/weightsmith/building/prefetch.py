@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 from weightsmith.building.runners import WithinMemory, Wrapped
 from weightsmith.core.jobs import Job
@@ -22,7 +22,7 @@ from weightsmith.core.ports import Progress, Runner
 from weightsmith.core.values import JsonValue
 from weightsmith.core.waiting import stopped_by
 from weightsmith.steps.stage_result import StageResult
-from weightsmith.steps.step import Results, Step
+from weightsmith.steps.step import AnyStep, Results
 from weightsmith.steps.tools import Tools
 
 
@@ -35,27 +35,23 @@ class Shares:
 
 
 class Prefetch:
-    """Steps that are begun ahead of their turn, and end with the block.
+    """Steps that are begun ahead of their turn.
 
     Nobody sees them before their turn: what they say is held back, an error is raised only then. If
-    the block ends first, for an error or an interrupt, their job is killed and they end as on
-    Ctrl-C, so that what can be resumed is kept; the block waits for that.
+    they are closed first, for an error or an interrupt, their job is killed and they end as on
+    Ctrl-C, so that what can be resumed is kept; closing waits for that.
     """
 
     def __init__(self) -> None:
-        self._steps: Sequence[Step[Any, Any]] = ()
-        self._outcomes: dict[Step[Any, Any], StageResult[Any]] = {}
+        self._steps: Sequence[AnyStep] = ()
+        self._outcomes: dict[AnyStep, StageResult[Any]] = {}
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._progress: BufferedProgress | None = None
         self._stop = -1
         """An open file that can be read once the steps must end."""
 
-    def __enter__(self) -> Self:
-        """Begin nothing yet."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """End the steps, if they still run, and wait until they have let go of everything."""
         if self._thread is None:
             return
@@ -64,9 +60,7 @@ class Prefetch:
         os.close(self._stop)
         self._thread = None
 
-    def start(
-        self, steps: Sequence[Step[Any, Any]], have: Results, tools: Tools, shares: Shares
-    ) -> None:
+    def start(self, steps: Sequence[AnyStep], have: Results, tools: Tools, shares: Shares) -> None:
         """Begin these steps, one after another, with their share of the memory."""
         self._steps, self._stop = steps, os.eventfd(0)
         self._progress = BufferedProgress(tools.progress)
@@ -87,7 +81,7 @@ class Prefetch:
         except BaseException as error:  # noqa: BLE001 - raised in its turn
             self._error = error
 
-    def has(self, step: Step[Any, Any]) -> bool:
+    def has(self, step: AnyStep) -> bool:
         """Return whether a step was begun here."""
         return step in self._steps
 
@@ -101,7 +95,7 @@ class Prefetch:
         """Whether steps were begun whose turn has not come yet."""
         return self._progress is not None
 
-    def take(self, step: Step[Any, Any]) -> StageResult[Any]:
+    def take(self, step: AnyStep) -> StageResult[object]:
         """Return what a step gave, or raise its error; from now on, what they say is shown."""
         if self._progress:
             self._progress.follow()
@@ -175,7 +169,6 @@ class BufferedProgress:
         self._say(partial(self._inner.warn, text))
 
     def _say(self, say: Callable[[], None], *, moves: bool = False) -> None:
-        """Say it in its turn; of several moves of one bar, the last."""
         with self._lock:
             if self._said is None:
                 say()

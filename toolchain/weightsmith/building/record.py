@@ -7,27 +7,54 @@ six waits for the disk for each cell of a fleet.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 
+from weightsmith import __version__
 from weightsmith.building.graph import BuildRun
 from weightsmith.building.pipeline import BuildSteps, TargetSteps
-from weightsmith.building.record_facts import Facts, write_record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CheckFailed, WeightsmithError
-from weightsmith.core.values import Form, Published, Scores, Writable
-from weightsmith.evaluating.build_record import StageRecord, read_build
+from weightsmith.core.values import Artifact, Form, Published, Scores, without_passwords
+from weightsmith.evaluating.build_record import (
+    FILE,
+    NO_TASK,
+    AdapterRecord,
+    AnsweredTask,
+    ArtifactRecord,
+    BuildRecord,
+    CheckRecord,
+    ImageRecord,
+    LayerRecord,
+    MergeRecord,
+    ScoreRecord,
+    SourceRecord,
+    StageRecord,
+    TaskRecord,
+    VerdictRecord,
+    read_build,
+    recorded,
+)
+from weightsmith.evaluating.gate import wilson
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image, host_image
+from weightsmith.provenance.attest import side_by_side
+from weightsmith.provenance.bills import license_of
+from weightsmith.provenance.labels import without_secrets
 from weightsmith.provenance.materials import index_of_materials
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.steps.delivery import discard_candidate, network_in_jobs
+from weightsmith.steps.destinations import write_files
 from weightsmith.steps.stage_result import unrecorded
-from weightsmith.steps.step import Step, Trial
+from weightsmith.steps.step import AnyStep, Trial
 from weightsmith.steps.tools import Tools
 
 
@@ -103,11 +130,6 @@ class Record:
         found = {kind: self.run.have.get(step) for kind, step in named}
         return {kind: form for kind, form in found.items() if form}
 
-    @property
-    def forms_follow(self) -> bool:
-        """Whether anything is published beside the image."""
-        return bool(self.target and self.target.forms)
-
     def keep(self) -> BuiltTarget:
         """Write build.json, the report and the rendered files of a target that passed."""
         published = self.published
@@ -135,7 +157,7 @@ class Record:
         place = (published.reference, published.digest)
         return image is not None and (image.reference, image.digest) == place
 
-    def refusal(self, step: Step[object, object], error: CheckFailed) -> CheckFailed:
+    def refusal(self, step: AnyStep, error: CheckFailed) -> CheckFailed:
         """Write the report of a check that failed; return its error with the report's path.
 
         What is written lies apart, because the record of an earlier image that passed belongs to
@@ -165,41 +187,169 @@ class Record:
                 discard_candidate(image, self.target.of.candidate_layout, self.tools)
 
     def _write(self, published: Published | None, folder: Path, refused: str) -> Path:
+        """Write build.json, the rendered files and the report; return the report's path.
+
+        A record of a build that ran nothing stays as it is. Each file is replaced atomically.
+        Raises EnvironmentFailure if that fails.
+        """
+        config = self.run.have.get(self.target.config) if self.target else None
+        record = self._record(published, config, refused)
+        files = config.files if config else {}
+        if earlier := recorded(folder, record):
+            record = earlier
+        else:
+            files = {**files, FILE: json.dumps(record.to_json(), indent=2) + "\n"}
+        write_files(files, folder)
+        return write_report(record, folder, anew=False).html
+
+    def _record(
+        self, published: Published | None, config: ServingConfig | None, refused: str
+    ) -> BuildRecord:
         have, target, trial, image = self.run.have, self.target, self.trial, self.image
-        checkpoint = have[self.steps.checkpoint]
-        artifact = None
+        recipe, sources = self.request.file.recipe, have[self.steps.sources]
+        checkpoint, artifact = have[self.steps.checkpoint], None
         if target:
             artifact = have.get(target.served) or have.get(target.weights)
-        results = trial.results
-        facts = Facts(
-            recipe=self.request.file.recipe,
-            sources=have[self.steps.sources],
-            checkpoint=checkpoint,
-            validation=have.get(self.steps.validation),
+        answered = tuple(map(_answered, trial.results))
+        first = answered[0] if answered else None
+        base, merged, served = sources.base, checkpoint.details, None
+        if published:
+            pictures = bool(artifact and takes_pictures(artifact))
+            served = replace(_image(published), started=trial.started, takes_pictures=pictures)
+        return BuildRecord(
+            name=recipe.name,
+            version=recipe.version,
             target=target.of.target.name if target else "",
-            artifact=artifact,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            base=SourceRecord(
+                source=base.source,
+                pin=base.pin,
+                digest=base.digest,
+                files=base.tree.files,
+                license=recipe.base.license or license_of(base.tree.texts),
+            ),
+            adapters=tuple(
+                AdapterRecord(
+                    source=adapter.snapshot.source,
+                    pin=adapter.snapshot.pin,
+                    digest=adapter.snapshot.digest,
+                    files=adapter.snapshot.tree.files,
+                    license=license_of(adapter.snapshot.tree.texts),
+                    version=adapter.version,
+                    run_id=without_passwords(adapter.run_id),
+                    weight=adapter.weight,
+                )
+                for adapter in sources.adapters
+            ),
+            merge=MergeRecord(
+                **asdict(recipe.merge),
+                digest=checkpoint.digest,
+                tensors=merged.get("tensors", {}),
+                findings=tuple(merged.get("findings", ())),
+                repairs=merged.get("repairs", {}),
+                shards=tuple(merged.get("shards", ())),
+            ),
+            validation=have.get(self.steps.validation),
+            artifact=_artifact(artifact) if artifact else None,
             quality=have.get(target.quality) if target else None,
-            config=have.get(target.config) if target else None,
-            published=published,
-            forms={} if refused else self.forms,
-            results=results,
-            checks=checks_of(image.digest, self.tools) if image else (),
-            started=trial.started,
-            takes_pictures=bool(artifact and takes_pictures(artifact)),
+            plan=config.plan.to_json() if config else None,
+            image=served,
+            forms={} if refused else {kind: _image(form) for kind, form in self.forms.items()},
+            task=first.task if first else NO_TASK,
+            scores=first.scores if first else {},
+            verdicts=first.verdicts if first else (),
+            items=first.items if first else (),
+            sameness=first.sameness if first else {},
+            more_tasks=answered[1:],
+            checks=tuple(
+                map(CheckRecord.from_json, checks_of(image.digest, self.tools) if image else ())
+            ),
             stages=self.run.records(target.of if target else None),
+            inputs={
+                step.name: found.inputs
+                for step, _ in have.outcomes(target.of if target else None)
+                if (found := step.inputs(have, self.tools))
+            },
+            verdict="failed" if refused else verdict_of(trial.results),
+            unproven=() if refused else unproven_of(trial.results),
             refused=refused,
-            verdict="failed" if refused else verdict_of(results),
-            unproven=() if refused else unproven_of(results),
             warnings=tuple(self.tools.progress.warnings),
-            inputs=dict(self._inputs()),
             network_in_jobs=network_in_jobs(checkpoint, artifact, self.tools),
             memory_bytes=self.tools.memory.limit,
+            recipe=without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
+            reproduce=tuple(self._reproduce(published)),
+            next=tuple(self._next(published, config)),
         )
-        return write_report(write_record(facts, folder), folder, anew=False).html
 
-    def _inputs(self) -> Iterator[tuple[str, Mapping[str, Writable]]]:
-        """Yield what each cached stage depended on, by its name."""
-        of = self.target.of if self.target else None
-        for step, _ in self.run.have.outcomes(of):
-            if found := step.inputs(self.run.have, self.tools):
-                yield step.name, found.inputs
+    def _reproduce(self, published: Published | None) -> Iterator[str]:
+        """Yield the command that reproduces the digest, with the pins of its sources."""
+        sources = self.run.have[self.steps.sources]
+        yield f"# weightsmith {__version__}"
+        yield f"# base {sources.base.source}: {sources.base.pin}"
+        for one in sources.adapters:
+            yield f"# adapter {one.snapshot.source}: {one.snapshot.pin}"
+        target = f" --target {self.target.of.target.name}" if self.target else ""
+        yield f"invoke build --recipe recipe.yaml{target}"
+        if published:
+            yield f"# image {published.digest}"
+
+    def _next(self, published: Published | None, config: ServingConfig | None) -> Iterator[str]:
+        reference = published.reference if published else ""
+        if not reference:
+            better = "raise the quality (a larger format, a better adapter) or max_drop"
+            yield f"{better}, and build again"
+        elif reference.startswith("oci:"):
+            name = self.request.file.recipe.name
+            yield f"skopeo copy {quote(reference)} docker-daemon:{name}:latest"
+        else:
+            port, flags = (config.port, config.plan.docker_flags) if config else (0, ())
+            words = ("docker run --rm", f"-p 127.0.0.1:{port}:{port}", *flags, reference)
+            yield " ".join(words)
+            yield f"curl http://127.0.0.1:{port}/v1/models"
+
+
+def _artifact(artifact: Artifact) -> ArtifactRecord:
+    details = {k: v for k, v in artifact.details.items() if k != "cached"}
+    return ArtifactRecord(
+        format=artifact.format.name,
+        size=artifact.tree.size,
+        bits_per_weight=details.get("bits_per_weight", artifact.format.bits_per_weight),
+        file=max(artifact.tree.files, key=lambda file: file.size).path,
+        digest=artifact.digest,
+        files=artifact.tree.files,
+        details=details,
+    )
+
+
+def _image(published: Form) -> ImageRecord:
+    return ImageRecord(
+        reference=published.reference,
+        digest=published.digest,
+        layers=tuple(LayerRecord(**asdict(layer)) for layer in published.layers),
+        uploaded_bytes=published.uploaded_bytes,
+        mounted=published.mounted,
+        platforms=published.platforms if isinstance(published, Published) else {},
+    )
+
+
+def _answered(result: Result) -> AnsweredTask:
+    task = result.task.task
+    return AnsweredTask(
+        name=task.name,
+        task=TaskRecord(
+            name=task.name,
+            metric=task.metric,
+            max_drop=result.task.settings.max_drop,
+            sample_of=result.task.of,
+        ),
+        scores={
+            name: ScoreRecord(
+                score=s.score, n=s.n, metric=s.metric, interval=(round(low, 6), round(high, 6))
+            )
+            for name, s in result.scores.items()
+            for low, high in [wilson(round(s.score * s.n), s.n)]
+        },
+        verdicts=tuple(VerdictRecord.from_json(dict(one.facts)) for one in result.verdicts),
+        items=tuple(side_by_side(result.scores)),
+        sameness=result.sameness,
+    )

@@ -123,6 +123,13 @@ class Result:
     not_started: str = ""
     """What the image is for that the building machine is not or has not."""
 
+    def scored(self, subject: str, score: Score) -> Result:
+        """Return it with another subject's score, compared with the adapter's, or the base's."""
+        against = "adapter" if "adapter" in self.scores else "base"
+        verdict = judged(self.task, subject, score, against, self.scores[against], self.task.limit)
+        scores = {**self.scores, subject: score}
+        return replace(self, scores=scores, verdicts=(*self.verdicts, verdict))
+
     def require(self) -> None:
         """Raise CheckFailed with the first verdict that failed."""
         for verdict in self.verdicts:

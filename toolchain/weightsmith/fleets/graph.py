@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightsmith.building.explain import BuildPlan, plan_of
-from weightsmith.building.pipeline import AnyStep
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.values import JsonValue, Sources, key_of, plain
@@ -27,7 +26,7 @@ from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
-from weightsmith.steps.step import PlanRow
+from weightsmith.steps.step import AnyStep, PlanRow
 from weightsmith.steps.tools import Tools
 
 _OWN = 512 << 20

@@ -12,14 +12,14 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Store
 from weightsmith.core.resources import engine_source
-from weightsmith.core.values import Artifact, Checkpoint, Digest, Sources, Tree
+from weightsmith.core.values import Artifact, Checkpoint, Sources, Tree
 from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_names import gguf_models, projector_of
 from weightsmith.models.reshard import Resharded, reshard
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image, host_image
-from weightsmith.oci.layers import Layer, Member, TarLayer
+from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.limits import check_layers
 from weightsmith.oci.modelpack import ModelDescription, model_pack, ollama_model, tar_model_pack
 from weightsmith.oci.references import Reference
@@ -69,18 +69,18 @@ from weightsmith.steps.bases import (
     public_base,
 )
 from weightsmith.steps.delivery import network_in_jobs
-from weightsmith.steps.results import layers_in
+from weightsmith.steps.destinations import layers_in
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
     Foresight,
-    PlanRow,
     Results,
     State,
     Step,
     TargetStep,
     Trial,
+    UnforeseenStep,
 )
 from weightsmith.steps.tools import Tools
 
@@ -118,20 +118,21 @@ def bake(
     """
     timer = Timer("bake", name, tools)
     inputs = prepare()
-    split = _split(inputs, tools.store)
-    below = [(base, base.platform) for base in inputs.bases] or _scratch(inputs)
+    tree, largest = inputs.artifact.tree, inputs.largest_layer
+    if largest is None:  # `auto` splits where it can and refuses nothing
+        split = reshard(tree, fastest_layer(tree.weight_bytes), tools.store.memo, strict=False)
+    else:
+        split = reshard(tree, largest, tools.store.memo) if largest else Resharded(tree, {})
+    below: list[tuple[Image | None, str]] = [(base, base.platform) for base in inputs.bases]
+    if not below:  # what holds no image is for all platforms at once
+        wanted = () if inputs.kind in _FILES else inputs.platforms
+        below = [(None, platform) for platform in sorted(set(wanted)) or [DEFAULT_PLATFORM]]
     made = tuple(_made(inputs, split, base, each, (), tools.store) for base, each in below)
     layers = host_image(index_of_materials(made)).layers
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(sizes, Reference.parse(name).registry)
     return timer.done(made, cached=[layer.digest for layer in layers] == list(earlier))
-
-
-def _scratch(inputs: ImageInputs) -> list[tuple[None, str]]:
-    """Return no base for each platform; what holds no image is for all of them at once."""
-    wanted = () if inputs.kind in _FILES else inputs.platforms
-    return [(None, platform) for platform in sorted(set(wanted)) or [DEFAULT_PLATFORM]]
 
 
 def layer_limit(text: str) -> int | None:
@@ -144,28 +145,6 @@ def layer_limit(text: str) -> int | None:
     return parse_size(text) if text not in ("none", "") else 0
 
 
-def _split(inputs: ImageInputs, store: Store) -> Resharded:
-    """Return the files as the image has them; `auto` splits where it can and refuses nothing."""
-    tree, largest = inputs.artifact.tree, inputs.largest_layer
-    if largest is None:
-        return reshard(tree, fastest_layer(tree.weight_bytes), store.memo, strict=False)
-    return reshard(tree, largest, store.memo) if largest else Resharded(tree, {})
-
-
-def with_scores(
-    made: Sequence[ImageMaterials], results: tuple[Result, ...], started: str, store: Store
-) -> tuple[ImageMaterials, ...]:
-    """Return the images with scores and verdict as labels; the layers do not change.
-
-    `started` is the platform of the image that was started, "" if none was. The labels of other
-    platforms' images name it, and say that these are not proven.
-    """
-    return tuple(
-        _made(one.inputs, one.split, one.base, one.image.platform, results, store, started=started)
-        for one in made
-    )
-
-
 def _made(
     inputs: ImageInputs,
     split: Resharded,
@@ -173,34 +152,35 @@ def _made(
     platform: str,
     results: tuple[Result, ...],
     store: Store,
-    *,
     started: str = "",
 ) -> ImageMaterials:
-    """Return one platform's image with its materials."""
+    """Return one platform's image with its materials; the labels of others name the `started`."""
     if inputs.kind in _FILES:
         image = _files(inputs, split, results, store)
         return ImageMaterials(inputs=inputs, split=split, base=None, image=image, results=results)
-    config, model_dir, below = inputs.config, inputs.engine.model_dir, base.layers if base else ()
+    config, model_dir = inputs.config, inputs.engine.model_dir
     stand_in = started if base and base.platform != started else ""
-    if inputs.order == "weights-first" and base:
-        _require_clear(base, inputs.base_name, model_dir, store)
-    weights = weight_layers(
-        split.tree,
-        model_dir,
-        memo=store.memo,
-        most=max_weight_layers(len(below)),
-        largest=LARGEST_ANYWHERE if inputs.largest_layer is None else inputs.largest_layer,
-        contents=split.contents,
-    )
+    first = base if inputs.order == "weights-first" else None
+    if first and (found := first_collision(first, [model_dir.strip("/")], store.memo)):
+        raise InputRefused(
+            f"the base {inputs.base_name or 'image'} has /{found}, which would hide weights "
+            "below it",
+            hint="use the order engine-first, or another base",
+        )
+    weights = _weights(inputs, split, len(base.layers) if base else 0, store)
     labels = {
         ARTIFACT: split.tree.digest,
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
         **inputs.labels,
         **result_labels(results, stand_in),
     }
+    inside = config.image_files if config else {}
+    settings = tuple(
+        Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
+    )
     image = assemble_in_roles(
         weights,
-        _settings(config),
+        (TarLayer(members=settings),) if settings else (),
         _added(config, labels),
         base,
         inputs.base_name,
@@ -213,6 +193,19 @@ def _made(
     )
 
 
+def _weights(
+    inputs: ImageInputs, split: Resharded, layers_below: int, store: Store
+) -> tuple[TarLayer, ...]:
+    return weight_layers(
+        split.tree,
+        inputs.engine.model_dir,
+        memo=store.memo,
+        most=max_weight_layers(layers_below),
+        largest=LARGEST_ANYWHERE if inputs.largest_layer is None else inputs.largest_layer,
+        contents=split.contents,
+    )
+
+
 def _files(
     inputs: ImageInputs, split: Resharded, results: tuple[Result, ...], store: Store
 ) -> Image:
@@ -220,25 +213,12 @@ def _files(
     labels = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
     if inputs.kind == "ollama":
         return _for_ollama(inputs, split, labels)
-    description = _described(inputs, split)
-    if inputs.kind == "modelpack":
-        return model_pack(split.tree, description, labels, split.contents)
-    layers = weight_layers(
-        split.tree,
-        inputs.engine.model_dir,
-        memo=store.memo,
-        most=max_weight_layers(inputs.layers_below),
-        largest=LARGEST_ANYWHERE if inputs.largest_layer is None else inputs.largest_layer,
-        contents=split.contents,
-    )
-    return tar_model_pack(layers, description, labels)
-
-
-def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
-    """Return what a ModelPack says of a model."""
     format_, facts = inputs.artifact.format, _facts(inputs)
     license_ = license_name(inputs, split.tree)
-    return ModelDescription(
+    sees_images = bool(facts and facts.sees_images)
+    if gguf_models(file.path for file in split.tree.files):  # these only with a projector
+        sees_images = projector_in(split.tree) is not None
+    description = ModelDescription(
         name=inputs.name,
         version=inputs.version,
         family=facts.model_type if facts else "",
@@ -247,15 +227,11 @@ def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
         parameters=_count(facts),
         precision=facts.stated_dtype if facts else "",
         quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
-        sees_images=_sees_images(facts, split.tree),
+        sees_images=sees_images,
     )
-
-
-def _sees_images(facts: ModelFacts | None, tree: Tree) -> bool:
-    """Return whether a model's files take pictures: GGUF files only with a projector."""
-    if gguf_models(file.path for file in tree.files):
-        return projector_in(tree) is not None
-    return bool(facts and facts.sees_images)
+    if inputs.kind == "modelpack":
+        return model_pack(split.tree, description, labels, split.contents)
+    return tar_model_pack(_weights(inputs, split, inputs.layers_below, store), description, labels)
 
 
 def _facts(inputs: ImageInputs) -> ModelFacts | None:
@@ -297,28 +273,9 @@ def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]
 
 
 def _licenses(tree: Tree) -> tuple[str, ...]:
-    """Return the texts of a model's licence files."""
     names = [file.path for file in tree.files if _LICENSE.fullmatch(file.path)]
     small = [name for name in sorted(names) if tree.path(name).stat().st_size <= _LARGEST_LICENSE]
     return tuple(tree.path(name).read_text("utf-8", "replace") for name in small)
-
-
-def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:
-    """Return the layer of the engine's configuration files, if there are any."""
-    inside = config.image_files if config else {}
-    files = tuple(
-        Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
-    )
-    return (TarLayer(members=files),) if files else ()
-
-
-def _require_clear(base: Image, name: str, model_dir: str, store: Store) -> None:
-    """Raise InputRefused if the base has files in the folder of the weights."""
-    if found := first_collision(base, [model_dir.strip("/")], store.memo):
-        raise InputRefused(
-            f"the base {name or 'image'} has /{found}, which would hide weights below it",
-            hint="use the order engine-first, or another base",
-        )
 
 
 def _added(config: ServingConfig | None, labels: Mapping[str, str]) -> ImageConfig:
@@ -332,37 +289,6 @@ def _added(config: ServingConfig | None, labels: Mapping[str, str]) -> ImageConf
         ports=(config.port,),
         healthcheck=Healthcheck(command=config.healthcheck) if config.healthcheck else None,
         labels=labels,
-    )
-
-
-def form_inputs(
-    image: ImageInputs, kind: str, tested: Digest | None, results: Sequence[Result], tools: Tools
-) -> ImageInputs:
-    """Return the inputs of another kind of the same weights.
-
-    It is not started itself, so its labels name the image that was, with that one's scores:
-    `tested` is its digest, None if none could be started.
-    """
-    base_name = data_base(kind, "")
-    labels = {key: text for key, text in image.labels.items() if key != PLAN}
-    platforms = image.recipe.image.platforms if image.recipe else ()
-    return replace(
-        image,
-        kind=kind,
-        config=None,
-        layers_below=max((len(base.layers) for base in image.bases), default=0),
-        context=image.config.plan.max_model_len if image.config else 0,
-        bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
-        platforms=platforms,
-        base_name=public_base(base_name),
-        labels={
-            **labels,
-            PREFIX + "kind": kind,
-            **result_labels(results),
-            **({TESTED: tested} if tested else {}),
-            VERDICT: verdict_of(results),
-        },
-        parameters={**image.parameters, "kind": kind},
     )
 
 
@@ -392,34 +318,27 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         """
         target, settings = self.of.target, self.file.recipe.image
         base = base_reference(target.engine, seen[self.config].device, settings.base)
-        here = host_platform()
+        name, here = base.removeprefix(OWN), host_platform()
         said = {one: STARTED if one == here else MADE for one in platforms_of(self.file, base)}
-        if not base.startswith(OWN):
-            return Foreseen(value=said)
-        rows = (self._engine(base.removeprefix(OWN), one, seen) for one in said if one != here)
+        rows = []
+        for platform in said if base.startswith(OWN) else ():
+            if platform != here:
+                cached = seen.tools.store.find(base_inputs(name, platform).key) is not None
+                takes = engine_source(name).get("takes", "about ten minutes on four cores")
+                why = "" if cached else f"{name} for {platform} is made once: {takes}"
+                rows.append(self.row(State(cached=cached, why=why), name=ENGINE))
         return Foreseen(value=said, rows=tuple(rows))
-
-    def _engine(self, name: str, platform: str, seen: Foresight) -> PlanRow:
-        """Return the row of an engine that is made for another platform."""
-        cached = seen.tools.store.find(base_inputs(name, platform).key) is not None
-        takes = engine_source(name).get("takes", "about ten minutes on four cores")
-        why = "" if cached else f"{name} for {platform} is made once: {takes}"
-        return self.row(State(cached=cached, why=why), name=ENGINE)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return the image for each platform; raises what `bake` does."""
         name, earlier = reference(self.file.recipe, self.target), layers_in(self.of.folder)
-        prepare = partial(self._inputs, have, tools)
+        prepare = partial(self._made_of, have, tools)
         return bake(prepare, name, tools, push=self.of.outputs.push, earlier=earlier)
 
-    def _inputs(self, have: Results, tools: Tools) -> ImageInputs:
-        """Return what the images are made of; raises what `bases_of` raises."""
+    def _made_of(self, have: Results, tools: Tools) -> ImageInputs:
         recipe, target, config = self.file.recipe, self.of.target, have[self.config]
-        sources, checkpoint, artifact = (
-            have[self.sources],
-            have[self.checkpoint],
-            have[self.weights],
-        )
+        sources, checkpoint = have[self.sources], have[self.checkpoint]
+        artifact = have[self.weights]
         device, again = config.plan.device, self.of.update_lock
         base_name, bases = bases_of(self.file, target, device, tools, update_lock=again)
         packed = artifact.format.packed
@@ -444,27 +363,32 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LabelStep(TargetStep[Images, None]):
-    """Adds scores and verdict to the image as labels; its layers do not change."""
+class LabelStep(UnforeseenStep[Images]):
+    """Adds scores and verdict to the image as labels; its layers do not change.
+
+    The labels of platforms whose image was not started name the one that was, and say that these
+    are not proven.
+    """
 
     name = "labels"
 
     image: Step[Images, Mapping[str, str]]
     trial: Step[Trial, None]
 
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing."""
-        return Foreseen(value=None)
-
     def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return the image as it is published."""
-        trial = have[self.trial]
-        return unrecorded(with_scores(have[self.image], trial.results, trial.started, tools.store))
+        results, started = have[self.trial].results, have[self.trial].started
+        return unrecorded(
+            tuple(
+                _made(i.inputs, i.split, i.base, i.image.platform, results, tools.store, started)
+                for i in have[self.image]
+            )
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FormStep(TargetStep[Images, None]):
-    """Assembles another kind of the same weights, such as a volume."""
+class FormStep(UnforeseenStep[Images]):
+    """Assembles another kind of the same weights, such as a volume, of the image's layers."""
 
     name = "form"
     before_publishing = True
@@ -475,14 +399,37 @@ class FormStep(TargetStep[Images, None]):
     """As it is published."""
     trial: Step[Trial, None]
 
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: it shares the image's layers."""
-        return Foreseen(value=None)
-
     def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return it; raises what `bake` does."""
-        made, trial = have[self.image], have[self.trial]
-        tested = index_of_materials(made).digest if trial.started else None
-        prepare = partial(form_inputs, made[0].inputs, self.kind, tested, trial.results, tools)
         name = f"{reference(self.file.recipe, self.target)}-{self.kind}"
+        prepare = partial(self._made_of, have, tools)
         return unrecorded(bake(prepare, name, tools, push=self.push).value)
+
+    def _made_of(self, have: Results, tools: Tools) -> ImageInputs:
+        """Return the image's inputs for this kind, which is not started itself.
+
+        So its labels name the image that was, with that one's scores.
+        """
+        made, trial = have[self.image], have[self.trial]
+        image, base_name = made[0].inputs, data_base(self.kind, "")
+        labels = {key: text for key, text in image.labels.items() if key != PLAN}
+        tested = {TESTED: index_of_materials(made).digest} if trial.started else {}
+        platforms = self.file.recipe.image.platforms
+        return replace(
+            image,
+            kind=self.kind,
+            config=None,
+            layers_below=max((len(base.layers) for base in image.bases), default=0),
+            context=image.config.plan.max_model_len if image.config else 0,
+            bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
+            platforms=platforms,
+            base_name=public_base(base_name),
+            labels={
+                **labels,
+                PREFIX + "kind": self.kind,
+                **result_labels(trial.results),
+                **tested,
+                VERDICT: verdict_of(trial.results),
+            },
+            parameters={**image.parameters, "kind": self.kind},
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from weightsmith.core.values import (
     Artifact,
     Checkpoint,
     Digest,
-    Json,
     JsonValue,
     Sources,
     StageInputs,
@@ -44,8 +43,8 @@ from weightsmith.quantizers.checkpoints import with_cache_scheme
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
-from weightsmith.steps.calibration_memory import calibration_memory
-from weightsmith.steps.destinations import Destination, InStore
+from weightsmith.steps.destinations import InStore
+from weightsmith.steps.sizes import calibration_memory
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
@@ -86,40 +85,6 @@ def inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
     )
 
 
-def with_cache_scales(
-    checkpoint: Checkpoint,
-    artifact: Artifact,
-    texts: Texts,
-    to: Destination,
-    tools: Tools,
-    *,
-    demanded: bool,
-) -> StageResult[Artifact]:
-    """Return the artifact with scales that are measured on the checkpoint it was made from.
-
-    For texts or layers that cannot be measured, raises InputRefused if scales are `demanded`; else
-    warns and returns the artifact as it is.
-    """
-    timer = Timer("cache-scales", artifact.format.name, tools)
-    try:
-        measured = to.document(
-            lambda: inputs(checkpoint.digest, texts),
-            _SCALES,
-            lambda folder: _measured(folder, checkpoint, texts, tools),
-        )
-    except InputRefused as error:
-        if demanded:
-            raise
-        tools.progress.warn(f"the fp8 cache has scale 1.0: {error.message}")
-        return timer.done(artifact, cached=False)
-    scales: Mapping[str, list[float]] = measured.value
-    stage = _written(artifact.digest, scales)
-    made = to.files(lambda: stage, partial(_write, artifact.tree, scales))
-    tree = _ScaledTree(made.tree, artifact.tree)
-    found = Artifact(format=artifact.format, tree=tree, details=artifact.details)
-    return timer.done(found, cached=measured.cached and made.cached)
-
-
 def stored(measured: Mapping[str, JsonValue], weights: Tree, tools: Tools) -> Tree | None:
     """Return weights with scales from the store; None if it lacks them.
 
@@ -134,7 +99,6 @@ def stored(measured: Mapping[str, JsonValue], weights: Tree, tools: Tools) -> Tr
 
 
 def _written(artifact: Digest, scales: Mapping[str, JsonValue]) -> StageInputs:
-    """Return what an artifact with scales depends on."""
     return StageInputs(
         stage="cache-scales-written",
         recipe_number=_WRITING,
@@ -183,7 +147,7 @@ class _ScaledTree(Tree):
         return self._of(name).mode(name)
 
 
-def _measured(folder: Path, checkpoint: Checkpoint, texts: Texts, tools: Tools) -> Json:
+def _measured(checkpoint: Checkpoint, texts: Texts, tools: Tools, folder: Path) -> JsonValue:
     tools.runner.prepare(BUILDER, tools.progress)
     size = checkpoint.tree.weight_bytes
     job = CacheScalesJob(
@@ -195,7 +159,8 @@ def _measured(folder: Path, checkpoint: Checkpoint, texts: Texts, tools: Tools) 
         memory_bytes=(4 << 30) + 2 * size,
         seconds=job_seconds(size, tokens=sum(len(str(row)) for row in texts.calibration)),
     )
-    return tools.runner.run(job, tools.progress)["scales"]
+    scales: JsonValue = tools.runner.run(job, tools.progress)["scales"]
+    return scales
 
 
 def _is_weight(name: str) -> bool:
@@ -233,33 +198,6 @@ def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mappi
 
 def _write_json(path: Path, value: JsonValue) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def has_scales(file: RecipeFile, target: Target, model: ModelFacts) -> bool:
-    """Return whether a target's checkpoint gets scales; raises as `missing_scales` does."""
-    return _is_asked(file, target) and not missing_scales(file, target, model)
-
-
-def missing_scales(file: RecipeFile, target: Target, model: ModelFacts) -> str:
-    """Return why an fp8 cache has scale 1.0; "" if it is calibrated, or not asked to be.
-
-    Raises InputRefused with that reason if the recipe demands calibrated scales.
-    """
-    demanded = file.recipe.serve.kv_cache_scales == "calibrated"
-    why = _obstacle(file, target, model) if demanded or _is_asked(file, target) else ""
-    if why and demanded:
-        raise InputRefused(
-            f"{target.name}: kv_cache_scales: calibrated is not possible: {why}",
-            hint="set serve.kv_cache_scales to auto, which warns and uses 1.0, or choose"
-            " vllm, vllm-fp8 or vllm-w8a8 with kv_cache_dtype fp8 and calibration text",
-        )
-    return f"{target.name}: its fp8 cache has scale 1.0: {why}" if why else ""
-
-
-def _is_asked(file: RecipeFile, target: Target) -> bool:
-    serve = file.recipe.serve
-    wanted = serve.kv_cache_dtype in _E4M3 and serve.kv_cache_scales != "none"
-    return wanted and target.engine.name == "vllm"
 
 
 def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
@@ -303,12 +241,13 @@ class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
     def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
         """Return the weights, and a row if they get scales; warns why a cache gets none.
 
-        Raises InputRefused as `missing_scales` does.
+        Raises InputRefused with that reason if the recipe demands calibrated scales.
         """
-        checkpoint, weights, target = seen[self.checkpoint], seen[self.weights], self.of.target
-        if why := missing_scales(self.file, target, checkpoint.model):
-            seen.tools.progress.warn(why)
-        if not has_scales(self.file, target, checkpoint.model):
+        checkpoint, weights = seen[self.checkpoint], seen[self.weights]
+        why = self._missing(checkpoint.model)
+        if why:
+            seen.tools.progress.warn(f"{self.target}: its fp8 cache has scale 1.0: {why}")
+        if why != "":
             return Foreseen(value=weights)
         base, texts, size = seen[self.sources].base.tree, texts_of(self.file), checkpoint.size
         state = State(cached=False, why=checkpoint.missing)
@@ -326,13 +265,50 @@ class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
         return Foreseen(value=weights, rows=(row,))
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
-        """Return the weights with scales, or as they are."""
+        """Return the weights with scales that are measured on their checkpoint, or as they are.
+
+        For texts or layers that cannot be measured, raises InputRefused if the recipe demands
+        calibrated scales; else warns.
+        """
         checkpoint, artifact = have[self.checkpoint], have[self.weights]
-        if not has_scales(self.file, self.of.target, read_facts(checkpoint.tree.texts)):
+        if self._missing(read_facts(checkpoint.tree.texts)) != "":
             return unrecorded(artifact)
-        demanded = self.file.recipe.serve.kv_cache_scales == "calibrated"
         texts, to = texts_of(self.file), InStore(tools.store)
-        return with_cache_scales(checkpoint, artifact, texts, to, tools, demanded=demanded)
+        timer = Timer(self.name, artifact.format.name, tools)
+        try:
+            measured = to.document(
+                partial(inputs, checkpoint.digest, texts),
+                _SCALES,
+                partial(_measured, checkpoint, texts, tools),
+            )
+        except InputRefused as error:
+            if self.file.recipe.serve.kv_cache_scales == "calibrated":
+                raise
+            tools.progress.warn(f"the fp8 cache has scale 1.0: {error.message}")
+            return timer.done(artifact, cached=False)
+        scales: Mapping[str, list[float]] = measured.value
+        stage = _written(artifact.digest, scales)
+        made = to.files(lambda: stage, partial(_write, artifact.tree, scales))
+        found = replace(artifact, tree=_ScaledTree(made.tree, artifact.tree))
+        return timer.done(found, cached=measured.cached and made.cached)
+
+    def _missing(self, model: ModelFacts) -> str | None:
+        """Return why an fp8 cache is not calibrated; "" if it is, None if it is not asked to be.
+
+        Raises InputRefused with that reason if the recipe demands calibrated scales.
+        """
+        target, serve = self.of.target, self.file.recipe.serve
+        demanded = serve.kv_cache_scales == "calibrated"
+        wanted = serve.kv_cache_dtype in _E4M3 and serve.kv_cache_scales != "none"
+        asked = wanted and target.engine.name == "vllm"
+        why = _obstacle(self.file, target, model) if demanded or asked else ""
+        if why and demanded:
+            raise InputRefused(
+                f"{target.name}: kv_cache_scales: calibrated is not possible: {why}",
+                hint="set serve.kv_cache_scales to auto, which warns and uses 1.0, or choose"
+                " vllm, vllm-fp8 or vllm-w8a8 with kv_cache_dtype fp8 and calibration text",
+            )
+        return why if asked else None
 
     def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:
         """Return what the scales depended on."""

@@ -7,14 +7,13 @@ pushed can be pulled by digest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import StartSpec
-from weightsmith.core.values import LORA, Artifact, Digest, JsonValue, Sources, StageInputs
+from weightsmith.core.values import LORA, Artifact, Digest, JsonValue, StageInputs
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.session import ServerSession
@@ -41,15 +40,7 @@ from weightsmith.steps.destinations import InStore
 from weightsmith.steps.launch import idle_cpus, start, what_is_missing, why_not_started
 from weightsmith.steps.served_adapters import unmerged_adapters
 from weightsmith.steps.stage_result import StageResult, Timer
-from weightsmith.steps.step import (
-    Foreseen,
-    Foresight,
-    Results,
-    Step,
-    TargetBuild,
-    TargetStep,
-    Trial,
-)
+from weightsmith.steps.step import Results, Step, Trial, UnforeseenStep
 from weightsmith.steps.tools import Tools
 
 RECIPE_NUMBER = 3
@@ -81,7 +72,7 @@ class ImageEvaluation:
     engine: Engine
     chat: bool
     """Whether the served model has a chat template."""
-    parts: bool = True
+    parts: bool
     """Whether that template takes contents in parts, as a message with a picture has."""
     questions: tuple[TaskInProgress, ...]
 
@@ -136,47 +127,6 @@ class ImageEvaluation:
         )
 
 
-def evaluate(
-    image: Image, evaluation: ImageEvaluation, candidate: AbstractContextManager[str], tools: Tools
-) -> StageResult[Trial]:
-    """Start the image, check it and score its answers, unless all results are cached.
-
-    `candidate` makes the image startable and yields its name; it is entered only if needed. If the
-    image cannot be started on this machine, warns and returns the results unchanged.
-
-    Raises CheckFailed, with the server's last lines, if the image does not start, does not answer,
-    or does not meet its plan.
-    """
-    questions, store = evaluation.questions, InStore(tools.store)
-    count = sum(len(question.result.task.task.items) for question in questions)
-    timer = Timer("evaluate", f"{count} questions to the started image", tools)
-    if not evaluation.chat:
-        tools.progress.warn(
-            "the model has no chat template: the image is asked plain prompts at /v1/completions,"
-            " as its users should do"
-        )
-    if missing := what_is_missing(image, tools):
-        pictures = "; no picture was tried either" if evaluation.promise.sees else ""
-        tools.progress.warn(why_not_started(image, tools) + pictures)
-        unasked = tuple(replace(question.result, not_started=missing) for question in questions)
-        return timer.done(Trial(results=unasked), cached=False)
-    needed = [
-        partial(smoke_inputs, image.digest),
-        *(partial(evaluation.inputs, q) for q in questions),
-    ]
-    cached = all(store.find(inputs) for inputs in needed)
-    if not cached:
-        with candidate as name:
-            _run(name, image, evaluation, tools)
-    for check in checks_of(image.digest, tools):
-        if check["name"] == PICTURE and str(check["seen"]).startswith(REFUSED):
-            tools.progress.warn(f"the model reads pictures, the image does not: {check['seen']}")
-    answers = (_answers(evaluation, question, None, tools) for question in questions)
-    scored = (_scored(q.result, a, tools) for q, a in zip(questions, answers, strict=True))
-    trial = Trial(results=tuple(scored), started=image.platform)
-    return timer.done(trial, cached=cached)
-
-
 def takes_pictures(artifact: Artifact) -> bool:
     """Return whether the started engine takes pictures: not of a GGUF file without a projector."""
     if projector_in(artifact.tree):
@@ -185,18 +135,17 @@ def takes_pictures(artifact: Artifact) -> bool:
     return (folder / "config.json").is_file() and read_facts(folder).sees_images
 
 
-def smoke_inputs(image: Digest) -> StageInputs:
-    """Return what a successful start depends on: only the image."""
+def _smoke_inputs(image: Digest) -> StageInputs:
     return StageInputs(stage="smoke", recipe_number=RECIPE_NUMBER, inputs={"image": image})
 
 
 def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, JsonValue]]:
     """Return the results of the checks that an image passed; () if it was not started."""
-    entry = tools.store.find(smoke_inputs(image).key)
+    entry = tools.store.find(_smoke_inputs(image).key)
     return tuple(entry.meta.get("checks", ())) if entry else ()
 
 
-def _run(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> None:
+def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> None:
     """Start the image, check it, and ask every question without a cached answer."""
     smoke, promise = Smoke(), evaluation.promise
     if evaluation.engine.lets_requests_end(evaluation.config.plan) or has_own_engine(image.labels):
@@ -210,7 +159,7 @@ def _run(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
             _answers(evaluation, question, session, tools)
         check_life(smoke, session.endpoint, promise)
     InStore(tools.store).files(
-        partial(smoke_inputs, image.digest), lambda _: {"checks": smoke.checks}
+        partial(_smoke_inputs, image.digest), lambda _: {"checks": smoke.checks}
     )
 
 
@@ -222,7 +171,9 @@ def _answers(
 ) -> Answers:
     """Return the cached answers to a task, or ask the image and cache them.
 
-    An earlier image with the same weights and engine gives the same answers.
+    An earlier image with the same weights and engine gives the same answers. Raises CheckFailed if
+    answers run on: at least half as many must end as the reference's do, because other weights may
+    give longer answers.
     """
 
     def ask(_: Path) -> Answers:
@@ -234,79 +185,22 @@ def _answers(
             question.result.task.task,
             tools.progress,
         )
-        _check_ends(answers, question.result.ends, session)
+        ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
+        if 2 * ends < (expected := question.result.ends):
+            raise CheckFailed(
+                f"only {ends} of {len(answers)} answers end before the length limit; the reference"
+                f" has {expected}{session.log()}",
+                hint="the end token may be lost: compare eos_token_id in generation_config.json"
+                " and the chat template with the adapter's",
+            )
         return answers
 
     inputs = partial(evaluation.inputs, question)
     return tuple(InStore(tools.store).document(inputs, _ANSWERS, ask).value)
 
 
-def _check_ends(answers: Answers, expected: int, session: ServerSession) -> None:
-    """Raise CheckFailed if answers run on, for example because the end token was lost.
-
-    At least half as many answers must end as the reference's do, because other weights may give
-    longer answers.
-    """
-    ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
-    if 2 * ends < expected:
-        raise CheckFailed(
-            f"only {ends} of {len(answers)} answers end before the length limit; the reference"
-            f" has {expected}{session.log()}",
-            hint="the end token may be lost: compare eos_token_id in generation_config.json and"
-            " the chat template with the adapter's",
-        )
-
-
-def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
-    """Return a task with the image's score, compared with the adapter's, or the base's.
-
-    The comparison with the merged model shows what quantizing and serving changed. It is only
-    reported.
-    """
-    task, scores = result.task, dict(result.scores)
-    scores["image"] = image = score_task(task.task, answers, tools.command)
-    against = "adapter" if "adapter" in scores else "base"
-    verdict = judged(task, "image", image, against, scores[against], task.limit)
-    verdicts = [*result.verdicts, verdict]
-    if "merged" in scores:
-        loss = judged(task, "image", image, "merged", scores["merged"], task.limit)
-        verdicts.append(replace(loss, binding=False))
-    return replace(result, scores=scores, verdicts=tuple(verdicts))
-
-
-def evaluation_of(
-    of: TargetBuild, inputs: ImageInputs, results: Sequence[Result]
-) -> ImageEvaluation:
-    """Return the questions for this machine's image, and what its answers depend on."""
-    if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
-        raise AssertionError("an image built from a recipe has a serving configuration")
-    target = of.target
-    served = inputs.sources.base if target.format == LORA else inputs.checkpoint
-    template = own_template(served.tree.texts)
-    return ImageEvaluation(
-        artifact=inputs.artifact,
-        config=inputs.config,
-        base=host_image(index_of(inputs.bases)).digest,
-        engine=target.engine,
-        chat=template is not None,
-        parts=template is None or takes_parts(template),
-        questions=tuple(_question(of, inputs.sources, one) for one in results),
-    )
-
-
-def _question(of: TargetBuild, sources: Sources | None, result: Result) -> TaskInProgress:
-    """Return a task with the adapter that answers it, if the image serves several."""
-    target, number = of.target, result.task.adapter
-    if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
-        return TaskInProgress(result=result)
-    if fields_of := target.engine.adapter_fields:
-        return TaskInProgress(result=result, fields=fields_of(number))
-    served = unmerged_adapters(of.file, target, sources)
-    return TaskInProgress(result=result, model=served[number].name)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluateStep(TargetStep[Trial, None]):
+class EvaluateStep(UnforeseenStep[Trial]):
     """Starts the image for this machine and asks it the recipe's questions."""
 
     name = "evaluate"
@@ -315,14 +209,81 @@ class EvaluateStep(TargetStep[Trial, None]):
     image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
     expected: Step[tuple[Result, ...], None]
 
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: how long a server takes is not known."""
-        return Foreseen(value=None)
-
     def run(self, have: Results, tools: Tools) -> StageResult[Trial]:
-        """Return the tasks with the image's scores; raises CheckFailed as `evaluate` does."""
+        """Start the image, check it and score its answers, unless all results are cached.
+
+        If the image cannot be started on this machine, warns and returns the results unchanged.
+        Raises CheckFailed, with the server's last lines, if the image does not start, does not
+        answer, or does not meet its plan.
+        """
         made = have[self.image]
         image = host_image(index_of_materials(made))
-        evaluation = evaluation_of(self.of, made[0].inputs, have[self.expected])
-        started = candidate(image, self.of.candidate_layout, tools)
-        return evaluate(image, evaluation, started, tools)
+        evaluation = self._evaluation(made[0].inputs, have[self.expected])
+        questions, store = evaluation.questions, InStore(tools.store)
+        count = sum(len(question.result.task.task.items) for question in questions)
+        timer = Timer(self.name, f"{count} questions to the started image", tools)
+        if not evaluation.chat:
+            tools.progress.warn(
+                "the model has no chat template: the image is asked plain prompts at"
+                " /v1/completions, as its users should do"
+            )
+        if missing := what_is_missing(image, tools):
+            pictures = "; no picture was tried either" if evaluation.promise.sees else ""
+            tools.progress.warn(why_not_started(image, tools) + pictures)
+            unasked = tuple(replace(question.result, not_started=missing) for question in questions)
+            return timer.done(Trial(results=unasked), cached=False)
+        needed = [partial(evaluation.inputs, question) for question in questions]
+        cached = all(map(store.find, (partial(_smoke_inputs, image.digest), *needed)))
+        if not cached:
+            with candidate(image, self.of.candidate_layout, tools) as name:
+                _ask(name, image, evaluation, tools)
+        for check in checks_of(image.digest, tools):
+            if check["name"] == PICTURE and str(check["seen"]).startswith(REFUSED):
+                what = f"the model reads pictures, the image does not: {check['seen']}"
+                tools.progress.warn(what)
+        scored = tuple(
+            _scored(question.result, _answers(evaluation, question, None, tools), tools)
+            for question in questions
+        )
+        return timer.done(Trial(results=scored, started=image.platform), cached=cached)
+
+    def _evaluation(self, inputs: ImageInputs, results: Sequence[Result]) -> ImageEvaluation:
+        if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
+            raise AssertionError("an image built from a recipe has a serving configuration")
+        target, sources, questions = self.of.target, inputs.sources, []
+        for result in results:
+            asked, number = TaskInProgress(result=result), result.task.adapter
+            # An image that serves several adapters unmerged is told which one is to answer.
+            if target.format == LORA and number is not None and len(sources.adapters) > 1:
+                if fields_of := target.engine.adapter_fields:
+                    asked = replace(asked, fields=fields_of(number))
+                else:
+                    served = unmerged_adapters(self.file, target, sources)
+                    asked = replace(asked, model=served[number].name)
+            questions.append(asked)
+        served_model = sources.base if target.format == LORA else inputs.checkpoint
+        template = own_template(served_model.tree.texts)
+        return ImageEvaluation(
+            artifact=inputs.artifact,
+            config=inputs.config,
+            base=host_image(index_of(inputs.bases)).digest,
+            engine=target.engine,
+            chat=template is not None,
+            parts=template is None or takes_parts(template),
+            questions=tuple(questions),
+        )
+
+
+def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
+    """Return a task with the image's score.
+
+    The comparison with the merged model shows what quantizing and serving changed. It is only
+    reported.
+    """
+    score = score_task(result.task.task, answers, tools.command)
+    found = result.scored("image", score)
+    if "merged" not in result.scores:
+        return found
+    task, merged = result.task, result.scores["merged"]
+    loss = judged(task, "image", score, "merged", merged, task.limit)
+    return replace(found, verdicts=(*found.verdicts, replace(loss, binding=False)))

@@ -21,10 +21,8 @@ from weightsmith.core.values import (
     Digest,
     FileEntry,
     JsonValue,
-    Snapshot,
     Sources,
     StageInputs,
-    Tree,
     VirtualWeights,
     Writable,
 )
@@ -45,7 +43,7 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import parameters
 from weightsmith.steps.destinations import Destination, InFolder, InStore
-from weightsmith.steps.expected_weights import ForeseenTree
+from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     MERGE_FIRST,
@@ -53,7 +51,6 @@ from weightsmith.steps.step import (
     ForeseenWeights,
     Foresight,
     Results,
-    State,
     Step,
 )
 from weightsmith.steps.tools import Tools
@@ -105,24 +102,10 @@ def _header_only(made: StoreEntry, sources: Sources, options: Merge) -> Checkpoi
         FileEntry(path=f["path"], size=f["size"], digest=Digest(f"sha256:{f['sha256']}"))
         for f in details.pop("files")
     )
-    return Checkpoint(
-        tree=HeaderOnlyTree(files, made.tree),
-        details=details,
-        computed=VirtualWeights(
-            tree=made.tree,
-            sources=sources,
-            merge=asdict(options),
-            largest=largest,
-        ),
+    computed = VirtualWeights(
+        tree=made.tree, sources=sources, merge=asdict(options), largest=largest
     )
-
-
-def memory_limit(cost: Mapping[str, int]) -> int:
-    """Return the merge container's memory limit: twice the planned memory, as a margin.
-
-    Methods that vote or prune keep a tensor's whole deltas in memory, one per adapter.
-    """
-    return max(_MEMORY_BYTES, 2 * cost["peak_memory_bytes"])
+    return Checkpoint(tree=HeaderOnlyTree(files, made.tree), details=details, computed=computed)
 
 
 def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[str, int]:
@@ -137,7 +120,6 @@ def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[st
 def _planned_of(
     sources: Sources, options: Merge
 ) -> tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]:
-    """Return what decides a plan: base, adapters with their weights, digests, how to merge."""
     adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
     digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
     return sources.base.tree.root, adapters, digests, options
@@ -176,8 +158,7 @@ def merge(
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
     if not sources.adapters and not isinstance(to, InFolder):
-        base = Checkpoint(tree=sources.base.tree)
-        return timer.done(base, cached=True)
+        return timer.done(Checkpoint(tree=sources.base.tree), cached=True)
     there = to.find(lambda: inputs(sources, options))
     headers_only = not files and not there and _cost(*_planned_of(sources, options))[1]
     made = to.files(
@@ -185,9 +166,8 @@ def merge(
         lambda folder: _run(folder, sources, options, tools, headers_only=headers_only),
         resume=True,
     )
-    checkpoint = Checkpoint(tree=made.tree, details=made.meta)
-    if headers_only:
-        checkpoint = _header_only(made, sources, options)
+    plain = Checkpoint(tree=made.tree, details=made.meta)
+    checkpoint = _header_only(made, sources, options) if headers_only else plain
     return timer.done(checkpoint, cached=made.cached)
 
 
@@ -230,7 +210,9 @@ def _run(
         keep_adapter=keep_adapter,
         headers_only=headers_only,
         output=folder,
-        memory_bytes=memory_limit(cost),
+        # Twice the planned memory, as a margin: methods that vote or prune keep a tensor's whole
+        # deltas in memory, one per adapter.
+        memory_bytes=max(_MEMORY_BYTES, 2 * cost["peak_memory_bytes"]),
         seconds=job_seconds(cost["read_bytes"]),
         use_gpu=True,
     )
@@ -242,7 +224,7 @@ def _run(
     return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}
 
 
-def merge_cost(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[str, int]:
+def _cost_foreseen(sources: Sources, options: Merge, *, files: bool) -> Mapping[str, int]:
     """Return what `check` returns and refuse what it refuses.
 
     Without the base's weights it is an estimate, and adapters are refused only for another width.
@@ -260,37 +242,28 @@ def merge_cost(sources: Sources, options: Merge, *, files: bool = True) -> Mappi
     summed = summed and not any(one.raw.get("use_dora") for one in configured)
     virtual = summed and not (files or model.packing or simulates(choice))
     plain = 2 * parameters(model).all if model.packing else tree.weight_bytes
+    hidden, held = model.shape.hidden, 0
     for adapter in sources.adapters:
-        _check_width(adapter.snapshot, model.shape.hidden)
-    held = sum(map(_largest_factors, adapters)) * 12  # in float32, and their norms
+        modules: dict[str, int] = {}
+        weights = adapter.snapshot.tree.path("adapter_model.safetensors")
+        for tensor in read_header(weights).tensors:
+            if _TAKES_HIDDEN.search(tensor.name) and tensor.shape[-1] != hidden:
+                raise InputRefused(
+                    f"{adapter.snapshot.source}: {tensor.name} takes {tensor.shape[-1]} inputs, and"
+                    f" the base's hidden size is {hidden}",
+                    hint="give the base that the adapter was trained with, as in its"
+                    " adapter_config.json",
+                )
+            module = tensor.name.partition(".lora_")[0]
+            modules[module] = modules.get(module, 0) + prod(tensor.shape)
+        held += 12 * max(modules.values(), default=0)  # in float32, and their norms
     if not summed:
-        held = 8 * len(adapters) * model.shape.hidden * model.shape.intermediate
+        held = 8 * len(adapters) * hidden * model.shape.intermediate
     return {
         "read_bytes": tree.size + sum(adapter.size for adapter in adapters),
         "write_bytes": 0 if virtual else tree.size - tree.weight_bytes + plain,
         "peak_memory_bytes": START_BYTES + BLOCK_BYTES + held,
     }
-
-
-def _check_width(adapter: Snapshot, hidden: int) -> None:
-    """Raise InputRefused for an adapter whose queries or gates take another number of inputs."""
-    for tensor in read_header(adapter.tree.path("adapter_model.safetensors")).tensors:
-        if _TAKES_HIDDEN.search(tensor.name) and tensor.shape[-1] != hidden:
-            raise InputRefused(
-                f"{adapter.source}: {tensor.name} takes {tensor.shape[-1]} inputs, and the base's"
-                f" hidden size is {hidden}",
-                hint="give the base that the adapter was trained with, as in its"
-                " adapter_config.json",
-            )
-
-
-def _largest_factors(adapter: Tree) -> int:
-    """Return the most numbers of an adapter that change one matrix."""
-    modules: dict[str, int] = {}
-    for tensor in read_header(adapter.path("adapter_model.safetensors")).tensors:
-        module = tensor.name.partition(".lora_")[0]
-        modules[module] = modules.get(module, 0) + prod(tensor.shape)
-    return max(modules.values(), default=0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -318,7 +291,7 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
         weights = ForeseenWeights.of(sources.base.tree)
         if not self.merges:
             return Foreseen(value=weights)
-        cost, whole = (merge_cost(sources, options, files=f) for f in (self.files, True))
+        cost, whole = (_cost_foreseen(sources, options, files=f) for f in (self.files, True))
         if options.quantized_base == "dequantize" and weights.model.packing:
             # Twice the size of fp8 files, four times that of 4-bit ones, and no longer packed.
             written = whole["write_bytes"]
@@ -326,8 +299,16 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
             weights = ForeseenWeights(model=plain, size=written, weight_bytes=written)
         weights = replace(weights, tree=None, missing=MERGE_FIRST)
         found = find(sources, options, tools.store, files=self.files)
+        state = seen.state(self, inputs(sources, options))
+        saved = whole["write_bytes"] - cost["write_bytes"]
+        if not state.cached and saved > 0:
+            # A checkpoint whose weights nobody needs as files will do.
+            why = f"every target is made from base and adapters: {human(saved)} less disk"
+            headers_only = seen.state(self, inputs(sources, options, headers_only=True))
+            unmade = replace(state, why=f"{state.why}; {why}")
+            state = headers_only if headers_only.cached else unmade
         row = self.row(
-            self._state(sources, cost, whole, seen),
+            state,
             read=cost["read_bytes"],
             write=cost["write_bytes"],
             memory=cost["peak_memory_bytes"],
@@ -337,27 +318,10 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
             weights = replace(weights, size=tree.size, weight_bytes=tree.weight_bytes, tree=tree)
         return Foreseen(value=weights, rows=(row,))
 
-    def _state(
-        self, sources: Sources, cost: Mapping[str, int], whole: Mapping[str, int], seen: Foresight
-    ) -> State:
-        """Return whether it is merged; a checkpoint whose weights nobody needs as files will do."""
-        options = self.file.recipe.merge
-        state = seen.state(self, inputs(sources, options))
-        saved = whole["write_bytes"] - cost["write_bytes"]
-        if state.cached or saved <= 0:
-            return state
-        headers_only = seen.state(self, inputs(sources, options, headers_only=True))
-        if headers_only.cached:
-            return headers_only
-        why = f"every target is made from base and adapters: {human(saved)} less disk"
-        return replace(state, why=f"{state.why}; {why}")
-
     def run(self, have: Results, tools: Tools) -> StageResult[Checkpoint]:
         """Return the merged checkpoint; raises InputRefused as `merge` does."""
-        sources = have[self.sources]
-        if not self.merges:
-            sources = replace(sources, adapters=())
-        to = InStore(tools.store)
+        sources, to = have[self.sources], InStore(tools.store)
+        sources = sources if self.merges else replace(sources, adapters=())
         return merge(sources, self.file.recipe.merge, to, tools, files=self.files)
 
     def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.core.values import LORA, Artifact, Published, Sources
-from weightsmith.oci.image import Image, host_image
+from weightsmith.oci.image import host_image
 from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
 from weightsmith.oci.modelpack import modelfile
 from weightsmith.oci.references import Reference
@@ -28,7 +28,7 @@ from weightsmith.steps.delivery import (
     discard_candidate,
     is_held,
 )
-from weightsmith.steps.results import write_files
+from weightsmith.steps.destinations import write_files
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     NOT_YET,
@@ -39,6 +39,7 @@ from weightsmith.steps.step import (
     State,
     Step,
     TargetStep,
+    UnforeseenStep,
 )
 from weightsmith.steps.tools import Tools
 
@@ -82,7 +83,7 @@ def has_gguf(target: Target) -> bool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PermitStep(TargetStep[None, None]):
+class PermitStep(UnforeseenStep[None]):
     """Checks, before anything is published, that no tag of a build already names something else."""
 
     name = "permit"
@@ -90,10 +91,6 @@ class PermitStep(TargetStep[None, None]):
 
     image: Step[Images, None]
     forms: tuple[tuple[str, Step[Images, None]], ...]
-
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: only the registry knows."""
-        return Foreseen(value=None)
 
     def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Raise UsageError if a tag does; does nothing for an image that goes alone."""
@@ -132,10 +129,8 @@ class PublishStep(TargetStep[Published, None]):
         runners = ("modelpack", "ollama") if has_gguf(target) else ("modelpack",)
         plain = [kind for kind in runners if kind in recipe.outputs.kinds]
         if plain:
-            why += (
-                f"; {' and '.join(plain)}: the weights are uploaded a second time, {human(size)},"
-                " as plain files"
-            )
+            again = f"the weights are uploaded a second time, {human(size)}, as plain files"
+            why += f"; {' and '.join(plain)}: {again}"
             why += "" if "ollama" in plain else "; modelpack-tar would upload nothing more"
         if hub := recipe.outputs.hub:
             why += f"; with --push, {human(size)} go to {hub} too, unless it has them"
@@ -147,13 +142,12 @@ class PublishStep(TargetStep[Published, None]):
     def run(self, have: Results, tools: Tools) -> StageResult[Published]:
         """Return where it is; raises what `publish` does."""
         of, name = self.of, reference(self.file.recipe, self.target)
-        made = have[self.image]
-        return publish(made, name, of.outputs, tools, started_in=of.candidate_layout)
+        return publish(have[self.image], name, of.outputs, tools, started_in=of.candidate_layout)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PublishFormStep(TargetStep[Published, None]):
-    """Publishes another kind of the same weights, after the image."""
+class PublishFormStep(UnforeseenStep[Published]):
+    """Publishes another kind of the same weights, after the image, whose row has what it takes."""
 
     name = "publish-form"
     publishes = True
@@ -163,30 +157,22 @@ class PublishFormStep(TargetStep[Published, None]):
     form: Step[Images, None]
     image: Step[Published, None]
 
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: the image's row has what it takes."""
-        return Foreseen(value=None)
-
     def run(self, have: Results, tools: Tools) -> StageResult[Published]:
         """Return where it is; for Ollama, write a Modelfile too."""
         made, name = have[self.form], f"{reference(self.file.recipe, self.target)}-{self.kind}"
         layout = self.outputs.layout
         found = publish(made, name, self.outputs, tools, started_in=layout).value
         if self.kind == "ollama":
-            folder, image = self.of.folder, host_image(index_of_materials(made))
-            places = _blobs(image, layout, folder) if layout else [name]
+            folder, places = self.of.folder, [name]
+            if layout:  # where its GGUF files are, seen from the folder
+                blobs = [
+                    layout / "blobs" / "sha256" / layer.digest.hex
+                    for layer in host_image(index_of_materials(made)).layers
+                    if layer.media_type in (OLLAMA_MODEL, OLLAMA_PROJECTOR)
+                ]
+                places = [
+                    f"./{blob.relative_to(folder)}" if blob.is_relative_to(folder) else str(blob)
+                    for blob in blobs
+                ]
             write_files({"Modelfile": modelfile(places, made[0].inputs.context)}, folder)
         return unrecorded(found)
-
-
-def _blobs(image: Image, layout: Path, folder: Path) -> list[str]:
-    """Return where a layout has the GGUF files of an image for Ollama, seen from a folder."""
-    blobs = [
-        layout / "blobs" / "sha256" / layer.digest.hex
-        for layer in image.layers
-        if layer.media_type in (OLLAMA_MODEL, OLLAMA_PROJECTOR)
-    ]
-    return [
-        f"./{blob.relative_to(folder)}" if blob.is_relative_to(folder) else str(blob)
-        for blob in blobs
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
@@ -15,6 +16,7 @@ from weightsmith.core.values import (
     Checkpoint,
     Digest,
     Format,
+    JsonValue,
     StageInputs,
     Writable,
 )
@@ -92,9 +94,9 @@ def quality(
     if reason := _needless(artifact.format, checkpoint, options):
         return timer.done(QualityResult(skipped=reason), cached=True)
     document = to.document(
-        lambda: inputs(checkpoint.digest, artifact.digest, texts, options.tokens),
+        partial(inputs, checkpoint.digest, artifact.digest, texts, options.tokens),
         _RESULT,
-        lambda folder: _run(folder, checkpoint, artifact, texts, options.tokens, tools).to_json(),
+        partial(_run, checkpoint, artifact, texts, options.tokens, tools),
     )
     found = QualityResult.from_json(document.value)
     if found.skipped:
@@ -105,11 +107,7 @@ def quality(
         general=bool(texts.general),
         perplexity=found.loss.perplexity_reference if found.loss else 1.0,
     )
-    return timer.done(found.judged(limits, _texts_used(texts)), cached=document.cached)
-
-
-def _texts_used(texts: Texts) -> TextsUsed:
-    return TextsUsed(
+    used = TextsUsed(
         source=texts.source,
         texts=len(texts.calibration),
         held_out=len(texts.held_out),
@@ -117,6 +115,7 @@ def _texts_used(texts: Texts) -> TextsUsed:
         digest=texts.calibration_digest,
         held_out_digest=texts.held_out_digest,
     )
+    return timer.done(found.judged(limits, used), cached=document.cached)
 
 
 def quality_fault(
@@ -130,13 +129,13 @@ def quality_fault(
 
 def larger_than(format_: Format) -> tuple[str, ...]:
     """Return the usual formats of the same kind with more bits per weight, smallest first."""
-    known = [each for name, each in formats().items() if name in _USUAL]
-    larger = [
-        each
+    known = (each for name, each in formats().items() if name in _USUAL)
+    larger = sorted(
+        (each.bits_per_weight, each.name)
         for each in known
         if each.kind == format_.kind and each.bits_per_weight > format_.bits_per_weight
-    ]
-    return tuple(each.name for each in sorted(larger, key=lambda each: each.bits_per_weight)[:2])
+    )
+    return tuple(name for _, name in larger[:2])
 
 
 def _needless(format_: Format, checkpoint: Checkpoint, options: Quality) -> str:
@@ -154,16 +153,17 @@ def _needless(format_: Format, checkpoint: Checkpoint, options: Quality) -> str:
 
 
 def _run(
-    folder: Path,
     checkpoint: Checkpoint,
     artifact: Artifact,
     texts: Texts,
     tokens: int,
     tools: Tools,
-) -> QualityResult:
+    folder: Path,
+) -> JsonValue:
     quantizer = of_format(artifact.format.name)
     if quantizer.view is None:
-        return QualityResult(skipped=f"{quantizer.name} has no view for the quality gate")
+        reason = f"{quantizer.name} has no view for the quality gate"
+        return QualityResult(skipped=reason).to_json()
     tools.runner.prepare(BUILDER, tools.progress)
     size = checkpoint.tree.weight_bytes
     job = QualityJob(
@@ -180,7 +180,7 @@ def _run(
         seconds=job_seconds(size, tokens=tokens),
         use_gpu=True,
     )
-    return QualityResult.from_json(tools.runner.run(job, tools.progress))
+    return QualityResult.from_json(tools.runner.run(job, tools.progress)).to_json()
 
 
 def quality_memory(model: ModelFacts, tokens: int) -> int:
@@ -222,17 +222,14 @@ class QualityStep(TargetStep[QualityResult | None, None]):
         if not format_.packed or format_.name not in formats() or wanted.gate is False:
             return Foreseen(value=None)
         checkpoint, made = seen[self.checkpoint], seen[self.weights]
-        state = State(cached=False, why=NOT_YET)
-        size = estimated_bytes(checkpoint.size, format_, checkpoint.model)
+        state, size = State(cached=False, why=NOT_YET), made.tree.size if made.tree else 0
         if checkpoint.tree and made.tree:
             digests = checkpoint.tree.digest, made.tree.digest
             state = seen.state(self, inputs(*digests, texts_of(self.file), wanted.tokens))
-        if made.tree:
-            size = made.tree.size
+        size = size or estimated_bytes(checkpoint.size, format_, checkpoint.model)
         memory = quality_memory(checkpoint.model, wanted.tokens)
-        return Foreseen(
-            value=None, rows=(self.row(state, read=checkpoint.size + size, memory=memory),)
-        )
+        row = self.row(state, read=checkpoint.size + size, memory=memory)
+        return Foreseen(value=None, rows=(row,))
 
     def run(self, have: Results, tools: Tools) -> StageResult[QualityResult | None]:
         """Return the loss with its limits."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input, Virtual
@@ -21,7 +22,6 @@ from weightsmith.core.values import (
     Checkpoint,
     Digest,
     Format,
-    Json,
     JsonValue,
     Snapshot,
     Sources,
@@ -37,9 +37,8 @@ from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.steps.calibration_memory import calibration_memory
 from weightsmith.steps.destinations import Destination, InStore, moved
-from weightsmith.steps.sizes import disk_peak, estimated_bytes, kept_bytes
+from weightsmith.steps.sizes import calibration_memory, disk_peak, estimated_bytes, kept_bytes
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     WEIGHTS,
@@ -150,75 +149,72 @@ def quantize(
     if format_ == SAFETENSORS:
         artifact = Artifact(format=format_, tree=checkpoint.tree)
         return timer.done(artifact, cached=True)
-    made = _made_together(checkpoint, options, to, tools, siblings)
-    files = to.files(
-        lambda: inputs(checkpoint.digest, options),
-        lambda folder: _run(folder, checkpoint, options, to, tools, ()),
-        resume=True,
-    )
+    wanted, together = partial(inputs, checkpoint.digest, options), None
+    group = [options, *_others(checkpoint, options, siblings, to)]
+    if len(group) > 1 and not to.find(wanted):
+        # The pass holds its first format's lock in the store while it stores the others. All builds
+        # take the locks in the order of `_rank`, so that no two of them wait for each other.
+        first, *others = sorted(group, key=_rank)
+        together = to.files(
+            partial(inputs, checkpoint.digest, first),
+            partial(_run, checkpoint, first, others, to, tools),
+            resume=True,
+        )
+    files = to.files(wanted, partial(_run, checkpoint, options, (), to, tools), resume=True)
     for text in files.meta.get("warnings", ()):
         tools.progress.warn(text)
     artifact = Artifact(format=format_, tree=files.tree, details=files.meta)
-    return timer.done(artifact, cached=files.cached and not made)
+    return timer.done(artifact, cached=files.cached and (together is None or together.cached))
 
 
 def _run(
-    folder: Path,
     checkpoint: Checkpoint,
     options: QuantizeOptions,
+    siblings: Sequence[QuantizeOptions],
     to: Destination,
     tools: Tools,
-    siblings: Sequence[QuantizeOptions],
-) -> Mapping[str, Json]:
-    quantizer = of_format(options.format.name)
+    folder: Path,
+) -> Mapping[str, JsonValue]:
+    quantizer, size = of_format(options.format.name), checkpoint.tree.size
     others = _others(checkpoint, options, siblings, to)
     keeps = options.format.suffix != ".gguf" or "projector" in options.options
     model = read_facts(checkpoint.tree.texts) if keeps else None
-    kept = kept_bytes(checkpoint.tree.size, options.format, model)
-    peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format, options.options)
+    kept = kept_bytes(size, options.format, model)
+    peak = quantizer.peak_disk(size, kept, options.format, options.options)
     # What one format needs while it is made, the others share.
-    peak += sum(quantizer.peak_disk(checkpoint.tree.size, kept, one.format, {}) for one in others)
+    peak += sum(quantizer.peak_disk(size, kept, one.format, {}) for one in others)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
-    texts = options.texts
-    if not (texts and quantizer.statistics):
-        result = _quantized(folder, checkpoint, options, others, tools)
-        return _store_siblings(folder, checkpoint, others, to, result)
-    known = statistics_inputs(checkpoint.digest, texts, quantizer)
-    if quantizer.walked(options.options):
-        known = walked_inputs(checkpoint.digest, texts)
-    if earlier := to.find(lambda: known):
-        given = Input.file(earlier, quantizer.statistics)
-        options = replace(options, texts=None, statistics=given)
-    result = _quantized(folder, checkpoint, options, others, tools)
-    measured = folder / quantizer.statistics
-    if measured.is_file():
-        to.keep(lambda: known, measured)
-    measured.unlink(missing_ok=True)
-    return _store_siblings(folder, checkpoint, others, to, result)
-
-
-def _made_together(
-    checkpoint: Checkpoint,
-    options: QuantizeOptions,
-    to: Destination,
-    tools: Tools,
-    siblings: Sequence[QuantizeOptions],
-) -> bool:
-    """Make a format and the missing ones beside it in one pass, if that is possible.
-
-    The pass holds its first format's lock in the store while it stores the others. All builds take
-    the locks in the order of `_rank`, so that no two of them wait for each other.
-    """
-    group = [options, *_others(checkpoint, options, siblings, to)]
-    if len(group) == 1 or to.find(partial(inputs, checkpoint.digest, options)):
-        return False
-    first, *others = sorted(group, key=_rank)
-    files = to.files(
-        partial(inputs, checkpoint.digest, first),
-        lambda folder: _run(folder, checkpoint, first, to, tools, others),
-        resume=True,
+    texts, calibration = options.texts, None
+    if texts and quantizer.statistics:
+        calibration = statistics_inputs(checkpoint.digest, texts, quantizer)
+        if quantizer.walked(options.options):
+            calibration = walked_inputs(checkpoint.digest, texts)
+        if earlier := to.find(lambda: calibration):
+            given = Input.file(earlier, quantizer.statistics)
+            options = replace(options, texts=None, statistics=given)
+    tools.runner.prepare(quantizer.builder, tools.progress)
+    job = job_of(Input.checkpoint(checkpoint), size, options, folder)
+    made_too = tuple(SiblingFormat(format=o.format.name, options=o.options) for o in others)
+    job = replace(
+        job,
+        virtual=Virtual.of(checkpoint),
+        siblings=made_too,
+        seconds=job.seconds * (1 + len(others)),
     )
-    return not files.cached
+    facts: dict[str, Any] = dict(tools.runner.run(job, tools.progress))
+    if calibration:
+        measured = folder / quantizer.statistics
+        if measured.is_file():
+            to.keep(lambda: calibration, measured)
+        measured.unlink(missing_ok=True)
+    results = facts.pop("siblings", {})
+    about = {key: facts[key] for key in _OF_THE_JOB if key in facts}
+    for one, sibling in zip(others, made_too, strict=True):
+        made = folder / sibling.folder
+        found = {**results[one.format.name], **about}
+        to.files(partial(inputs, checkpoint.digest, one), moved(made, found))
+        discard(made)
+    return facts
 
 
 def _rank(options: QuantizeOptions) -> tuple[bool, str]:
@@ -246,46 +242,6 @@ def _others(
         and one_pass(*sorted((options, one), key=_rank))
         and not to.find(partial(inputs, checkpoint.digest, one))
     ]
-
-
-def _store_siblings(
-    folder: Path,
-    checkpoint: Checkpoint,
-    others: Sequence[QuantizeOptions],
-    to: Destination,
-    result: Mapping[str, Json],
-) -> Mapping[str, JsonValue]:
-    """Store what was made beside the first format; return the first one's facts."""
-    facts = {key: value for key, value in result.items() if key != "siblings"}
-    about = {key: facts[key] for key in _OF_THE_JOB if key in facts}
-    for one in others:
-        made = folder / _sibling(one).folder
-        found = {**result["siblings"][one.format.name], **about}
-        to.files(partial(inputs, checkpoint.digest, one), moved(made, found))
-        discard(made)
-    return facts
-
-
-def _quantized(
-    folder: Path,
-    checkpoint: Checkpoint,
-    options: QuantizeOptions,
-    others: Sequence[QuantizeOptions],
-    tools: Tools,
-) -> Mapping[str, JsonValue]:
-    tools.runner.prepare(of_format(options.format.name).builder, tools.progress)
-    job = job_of(Input.checkpoint(checkpoint), checkpoint.tree.size, options, folder)
-    job = replace(
-        job,
-        virtual=Virtual.of(checkpoint),
-        siblings=tuple(map(_sibling, others)),
-        seconds=job.seconds * (1 + len(others)),
-    )
-    return tools.runner.run(job, tools.progress)
-
-
-def _sibling(options: QuantizeOptions) -> SiblingFormat:
-    return SiblingFormat(format=options.format.name, options=options.options)
 
 
 def memory_limit(size: int, options: QuantizeOptions) -> int:
@@ -358,13 +314,24 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     return max(writing, walking + _GGUF)
 
 
-def quantize_options(
+def _recipe_options(
     file: RecipeFile, format_: Format, base: Snapshot, tools: Tools
 ) -> QuantizeOptions:
     """Return the options of a format; raises UsageError, or InputRefused for its files."""
     if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
         return QuantizeOptions(name=file.recipe.name, format=format_)
-    about: dict[str, JsonValue] = {"base_models": [_origin(base)]}
+    scheme, _, place = base.source.partition("://")
+    if scheme == "hf":
+        owner, _, name = place.partition("@")[0].rpartition("/")
+        url = f"https://huggingface.co/{owner}/{name}"
+        origin = {"name": name, "organization": owner, "repo_url": url}
+    elif scheme == "pypi":
+        name, _, version = place.partition("==")
+        url = f"https://pypi.org/project/{name}/"
+        origin = {"name": name, "version": version, "repo_url": url}
+    else:  # a folder, without its path
+        origin = {"name": public_name(base.source)}
+    about: dict[str, JsonValue] = {"base_models": [origin]}
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license
     settings = file.recipe.quantize.model_dump()
@@ -420,19 +387,6 @@ def check_model(options: QuantizeOptions, model: ModelFacts) -> None:
         quantizer.check_statistics(options.statistics.path, model)
 
 
-def _origin(base: Snapshot) -> dict[str, str]:
-    """Return the base model's name for GGUF metadata; for a folder, its name without the path."""
-    scheme, _, place = base.source.partition("://")
-    if scheme == "hf":
-        owner, _, name = place.partition("@")[0].rpartition("/")
-        url = f"https://huggingface.co/{owner}/{name}"
-        return {"name": name, "organization": owner, "repo_url": url}
-    if scheme == "pypi":
-        name, _, version = place.partition("==")
-        return {"name": name, "version": version, "repo_url": f"https://pypi.org/project/{name}/"}
-    return {"name": public_name(base.source)}
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
     """Makes a checkpoint's weights in a format; gives the checkpoint where that packs nothing."""
@@ -454,10 +408,6 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         calibration = recipe.calibration and recipe.calibration.model_dump(mode="json")
         return [self.format.name, recipe.quantize.model_dump(mode="json"), calibration]
 
-    def wanted(self, format_: Format, sources: Sources, tools: Tools) -> QuantizeOptions:
-        """Return the options of a format; raises as `quantize_options` does."""
-        return quantize_options(self.file, format_, sources.base, tools)
-
     def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
         """Return the weights as they will be; refuses what the quantizer would, by its config."""
         checkpoint, tools, format_ = seen[self.checkpoint], seen.tools, self.format
@@ -469,7 +419,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         if format_.name not in formats():
             state = State(cached=False, why=f"no installed quantizer makes {format_.name}")
             return Foreseen(value=value, rows=(self.row(state, read=size),))
-        options = self.wanted(format_, seen[self.sources], tools)
+        options = _recipe_options(self.file, format_, seen[self.sources].base, tools)
         state = State(cached=False, why=checkpoint.missing)
         if checkpoint.tree:
             stage = inputs(checkpoint.tree.digest, options)
@@ -491,15 +441,15 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
     def permit(self, seen: Foresight) -> None:
         """Raise InputRefused if the quantizer does not support the model."""
         if self.format.packed and self.format.name in formats():
-            options = self.wanted(self.format, seen[self.sources], seen.tools)
+            options = _recipe_options(self.file, self.format, seen[self.sources].base, seen.tools)
             check_model(options, seen[self.checkpoint].model)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights; raises as `quantize` does."""
-        sources = have[self.sources]
-        options = self.wanted(self.format, sources, tools)
+        base = have[self.sources].base
+        options = _recipe_options(self.file, self.format, base, tools)
         others = [
-            self.wanted(one, sources, tools)
+            _recipe_options(self.file, one, base, tools)
             for one in dict.fromkeys(self.in_one_pass)
             if one != self.format
         ]
@@ -511,7 +461,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         """Return what the weights depended on."""
         if not self.format.packed:
             return None
-        options = self.wanted(self.format, have[self.sources], tools)
+        options = _recipe_options(self.file, self.format, have[self.sources].base, tools)
         return inputs(have[self.checkpoint].digest, options)
 
     def builders(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.jobs import ReferenceJob
-from weightsmith.core.values import Checkpoint, Json, JsonValue, Sources, StageInputs, Writable
+from weightsmith.core.values import Checkpoint, JsonValue, Sources, StageInputs, Writable
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
 from weightsmith.evaluating.task import Answers, Task, score_task
@@ -34,14 +34,13 @@ from weightsmith.evaluating.walks import (
     with_merged,
 )
 from weightsmith.forward.memory import UNKNOWN, LayerTime, joint_walk
-from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.steps.answer_checkpoint import checkpointed_answers
+from weightsmith.steps.answer_checkpoint import Answered, Rows, checkpointed_answers
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Foreseen, ForeseenWeights, Foresight, Results, Step
-from weightsmith.steps.tools import JobMemory, Tools
+from weightsmith.steps.tools import Tools
 
 _ANSWERS = "answers.json"
 
@@ -54,46 +53,44 @@ def answers(
     return _answers_of(unit, _rows([unit], to, tools))
 
 
-def _answers_of(unit: Unit, rows: Mapping[str, Json]) -> Mapping[str, Answers]:
+def _answers_of(unit: Unit, rows: Answered) -> Mapping[str, Answers]:
     return {one.name: one.task.answers_of(rows[one.key]) for one in unit}
 
 
-def _rows(units: Sequence[Unit], to: Documents, tools: Tools) -> Mapping[str, Json]:
+def _rows(units: Sequence[Unit], to: Documents, tools: Tools) -> Answered:
     """Return what each model of each unit answers, by key.
 
     One job computes all answers that are not stored; it reads each weight once for as many models
     as fit into memory. It runs in the folder of the first of them, where it finds what an
     interrupted job left.
     """
-    made: dict[str, Json] = {}
+    made: Answered = {}
     while missing := _missing(units, to, made):
-        made |= _make_missing(missing, units, made, to, tools)
+        made = {**made, **_make(missing, units, made, to, tools)}
     return {one.key: made.get(one.key) or _stored(one, to) for unit in units for one in unit}
 
 
-def _make_missing(
-    missing: Sequence[Unit],
-    units: Sequence[Unit],
-    made: Mapping[str, Json],
-    to: Documents,
-    tools: Tools,
-) -> Mapping[str, Json]:
+def _make(
+    missing: Sequence[Unit], units: Sequence[Unit], made: Answered, to: Documents, tools: Tools
+) -> Answered:
     """Return the answers of the missing models; only the first one's, if another process made them.
 
     Of a job that fails or is interrupted, those that it has finished are stored.
     """
-    found: dict[str, Json] = {}
+    found: dict[str, Rows] = {}
     first = missing[0][0]
     rest = [one for unit in missing for one in unit if one != first]
     folders: list[Path] = []
 
-    def run(folder: Path) -> Json:
+    def run(folder: Path) -> JsonValue:
         folders.append(folder)
         early = checkpointed_answers(folder)
         found.update({one.key: early[one.key] for one in (first, *rest) if one.key in early})
         if left := tuple(once(missing, found)):
             job = _job(left, units, {**made, **found}, to, tools)
-            found.update(_run(replace(job, output=folder), tools))
+            tools.runner.prepare(BUILDER, tools.progress)
+            reply: Mapping[str, Any] = tools.runner.run(replace(job, output=folder), tools.progress)
+            found.update(reply["answers"])
         return found[first.key]
 
     try:
@@ -107,49 +104,18 @@ def _make_missing(
     return found or {first.key: document.value}
 
 
-def _keep(asked: Iterable[AskedSubject], rows: Mapping[str, Json], to: Documents) -> None:
+def _keep(asked: Iterable[AskedSubject], rows: Answered, to: Documents) -> None:
     for one in asked:
         if one.key in rows:
-            to.document(_key(one), _ANSWERS, partial(_answered, rows[one.key]))
+            to.document(_key(one), _ANSWERS, partial(_given, rows[one.key]))
 
 
-def _answered(rows: JsonValue, _: Path) -> JsonValue:
+def _given(rows: JsonValue, _: Path) -> JsonValue:
     return rows
 
 
-def next_job(
-    tasks: Sequence[RecipeTask],
-    sources: Sources,
-    checkpoint: Checkpoint,
-    to: Documents,
-    tools: Tools,
-) -> ReferenceJob | None:
-    """Return the job that `reference` would run first; None if all answers are known."""
-    units = _units(tasks, sources, checkpoint)
-    missing = _missing(units, to, {})
-    return _job(missing, units, {}, to, tools) if missing else None
-
-
-def keep_answers(
-    tasks: Sequence[RecipeTask],
-    sources: Sources,
-    checkpoint: Checkpoint,
-    to: Documents,
-    made: Mapping[str, Json],
-) -> None:
-    """Store the answers of `next_job`, by whoever ran it."""
-    units = _units(tasks, sources, checkpoint)
-    _keep((one for unit in _missing(units, to, {}) for one in unit), made, to)
-
-
-def _units(
-    tasks: Sequence[RecipeTask], sources: Sources, checkpoint: Checkpoint
-) -> tuple[Unit, ...]:
-    return tuple(asked_of(with_merged(one, sources, checkpoint), one.task) for one in tasks)
-
-
-def _missing(units: Sequence[Unit], to: Documents, made: Mapping[str, Json]) -> tuple[Unit, ...]:
-    """Return the models whose answers are neither made nor stored, each once."""
+def _missing(units: Sequence[Unit], to: Documents, made: Iterable[str] = ()) -> tuple[Unit, ...]:
+    """Return the models whose answers are neither `made`, by key, nor stored, each once."""
     left = (tuple(one for one in unit if not to.find(_key(one))) for unit in once(units, made))
     return tuple(unit for unit in left if unit)
 
@@ -158,88 +124,23 @@ def _key(one: AskedSubject) -> partial[StageInputs]:
     return partial(inputs, one.subject, one.task)
 
 
-def _stored(one: AskedSubject, to: Documents) -> Json:
+def _stored(one: AskedSubject, to: Documents) -> Rows:
     def gone(_: Path) -> JsonValue:
         raise AssertionError("answers vanished from the store")
 
-    return to.document(_key(one), _ANSWERS, gone).value
-
-
-def _run(job: ReferenceJob, tools: Tools) -> Mapping[str, Json]:
-    tools.runner.prepare(BUILDER, tools.progress)
-    found = tools.runner.run(job, tools.progress)
-    answers: Mapping[str, Json] = found["answers"]
-    return answers
+    found: Rows = to.document(_key(one), _ANSWERS, gone).value
+    return found
 
 
 def _job(
-    missing: Sequence[Unit],
-    units: Sequence[Unit],
-    made: Mapping[str, Json],
-    to: Documents,
-    tools: Tools,
+    missing: Sequence[Unit], units: Sequence[Unit], made: Answered, to: Documents, tools: Tools
 ) -> ReferenceJob:
     """Return the job for these models; whoever runs it sets its output."""
     keys = {one.key for unit in missing for one in unit}
     drafts = {one.draft for unit in missing for one in unit} - keys
-    known = {
-        one.key: made.get(one.key) or _stored(one, to)
-        for unit in units
-        for one in unit
-        if one.key in drafts
-    }
+    wanted = (one for unit in units for one in unit if one.key in drafts)
+    known = {one.key: made.get(one.key) or _stored(one, to) for one in wanted}
     return job_of(missing, known, tools.memory.budget)
-
-
-def reference(
-    tasks: Sequence[RecipeTask],
-    sources: Sources,
-    checkpoint: Checkpoint,
-    to: InStore,
-    tools: Tools,
-    joined: JoinedJob | None = None,
-) -> StageResult[tuple[Result, ...]]:
-    """Return each task with the scores of base, adapter and merged model; check the merge.
-
-    What a `joined` job has answered is in the store by now, and took its time elsewhere.
-    Compares each adapter's own task with that adapter alone. So a merge of several adapters that
-    improves one task at another's cost fails here, before quantization.
-    """
-    questions = sum(len(task.task.items) for task in tasks)
-    detail = f"{questions} questions to base, adapter and merged model"
-    timer = Timer("reference", detail, tools)
-    units = _units(tasks, sources, checkpoint)
-    cached = not _missing(units, to, {}) and not (joined and joined.ran)
-    rows = _rows(units, to, tools)
-    results = tuple(
-        _result(task, _answers_of(unit, rows), tools)
-        for task, unit in zip(tasks, units, strict=True)
-    )
-    return timer.done(results, cached=cached, elsewhere=joined.seconds if joined else 0.0)
-
-
-def _result(task: RecipeTask, found: Mapping[str, Answers], tools: Tools) -> Result:
-    scores = {name: score_task(task.task, rows, tools.command) for name, rows in found.items()}
-    verdicts: tuple[Verdict, ...] = ()
-    if "merged" in scores:
-        limit = replace(task.limit, min_score=0.0)
-        verdicts = (judged(task, "merged", scores["merged"], "adapter", scores["adapter"], limit),)
-    return Result(task=task, scores=scores, verdicts=verdicts)
-
-
-def reference_memory(
-    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: JobMemory
-) -> int:
-    """Return the peak of the reference answers in bytes, whichever of them are missing."""
-    try:
-        return planned_bytes(_asked_before_merging(sources, tasks), model.shape, memory.budget)
-    except InputRefused:
-        return UNKNOWN
-
-
-def _asked_before_merging(sources: Sources, tasks: Sequence[RecipeTask]) -> tuple[Unit, ...]:
-    """Return what base and adapters are asked; the merged model follows them."""
-    return tuple(once(asked_of(subjects(sources, t.adapter), t.task) for t in tasks))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -254,7 +155,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
     file: RecipeFile
     sources: Step[Sources, Sources]
     checkpoint: Step[Checkpoint, ForeseenWeights]
-    validation: Step[Any, None]
+    validation: Step[object, None]
     """In whose process it may be asked."""
     tasks: tuple[RecipeTask, ...]
     merges: bool
@@ -278,26 +179,64 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         sources, model = seen[self.sources], seen[self.checkpoint].model
         states = [seen.state(self, _main_inputs(sources, task)) for task in self.tasks]
         state = next((one for one in states if not one.cached), states[-1])
-        memory = reference_memory(model, sources, self.tasks, seen.tools.memory)
-        return Foreseen(
-            value=None, rows=(self.row(state, read=sources.base.tree.size, memory=memory),)
-        )
+        try:  # whichever answers are missing
+            asked, budget = self._asked_before_merging(sources), seen.tools.memory.budget
+            memory = planned_bytes(asked, model.shape, budget)
+        except InputRefused:
+            memory = UNKNOWN
+        row = self.row(state, read=sources.base.tree.size, memory=memory)
+        return Foreseen(value=None, rows=(row,))
+
+    def _asked_before_merging(self, sources: Sources) -> tuple[Unit, ...]:
+        """Return what base and adapters are asked; the merged model follows them."""
+        return tuple(once(asked_of(subjects(sources, t.adapter), t.task) for t in self.tasks))
 
     @property
-    def joins(self) -> Step[Any, None]:
+    def joins(self) -> Step[object, None]:
         """The validation, which needs the same libraries and model."""
         return self.validation
 
     def join(self, have: Results, tools: Tools) -> JoinedJob | None:
         """Return the job for the validation's process; None if nothing is left to ask."""
-        given = self.tasks, have[self.sources], have[self.checkpoint], InStore(tools.store)
-        first = partial(next_job, *given, tools)
-        return JoinedJob(first, partial(keep_answers, *given)) if first() else None
+        units, to = self._units(have), InStore(tools.store)
+
+        def next_job() -> ReferenceJob | None:
+            missing = _missing(units, to)
+            return _job(missing, units, {}, to, tools) if missing else None
+
+        def keep(made: Answered) -> None:
+            _keep((one for unit in _missing(units, to) for one in unit), made, to)
+
+        return JoinedJob(next_job, keep) if next_job() else None
+
+    def _units(self, have: Results) -> tuple[Unit, ...]:
+        given = have[self.sources], have[self.checkpoint]
+        return tuple(asked_of(with_merged(one, *given), one.task) for one in self.tasks)
 
     def run(self, have: Results, tools: Tools) -> StageResult[tuple[Result, ...]]:
-        """Return the tasks with the scores of base, adapters and merged model."""
-        given = self.tasks, have[self.sources], have[self.checkpoint], InStore(tools.store)
-        return reference(*given, tools, have.joined.get(self))
+        """Return the tasks with the scores of base, adapters and merged model.
+
+        What a joined job has answered is in the store by now, and took its time elsewhere.
+        Compares each adapter's own task with that adapter alone. So a merge of several adapters
+        that improves one task at another's cost fails here, before quantization.
+        """
+        units, to, joined = self._units(have), InStore(tools.store), have.joined.get(self)
+        count = sum(len(task.task.items) for task in self.tasks)
+        detail = f"{count} questions to base, adapter and merged model"
+        timer = Timer(self.name, detail, tools)
+        cached = not _missing(units, to) and not (joined and joined.ran)
+        rows, results = _rows(units, to, tools), []
+        for task, unit in zip(self.tasks, units, strict=True):
+            answered = _answers_of(unit, rows).items()
+            scores = {name: score_task(task.task, one, tools.command) for name, one in answered}
+            verdicts: tuple[Verdict, ...] = ()
+            if "merged" in scores:
+                merged, adapter = scores["merged"], scores["adapter"]
+                limit = replace(task.limit, min_score=0.0)
+                verdicts = (judged(task, "merged", merged, "adapter", adapter, limit),)
+            results.append(Result(task=task, scores=scores, verdicts=verdicts))
+        elsewhere = joined.seconds if joined else 0.0
+        return timer.done(tuple(results), cached=cached, elsewhere=elsewhere)
 
     def judge(self, have: Results) -> None:
         """Raise CheckFailed if merging lost too much, or questions cannot prove anything."""
@@ -311,7 +250,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         """Return how long base and adapters answer, and the merged model reads their answers."""
         sources, shape = seen[self.sources], seen[self.checkpoint].model.shape
         budget = seen.tools.memory.budget
-        groups = walks(_asked_before_merging(sources, self.tasks), shape, budget)
+        groups = walks(self._asked_before_merging(sources), shape, budget)
         answered = sum(
             answer_seconds(
                 layer,

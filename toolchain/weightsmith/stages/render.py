@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jinja2 import (
     Environment,
@@ -58,10 +57,9 @@ from weightsmith.serving.plan import (
 from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
-from weightsmith.steps.expected_weights import ForeseenTree
-from weightsmith.steps.results import is_written, write_files
+from weightsmith.steps.destinations import is_written, write_files
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
-from weightsmith.steps.sizes import expected_projector
+from weightsmith.steps.sizes import ForeseenTree, expected_projector
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
@@ -70,6 +68,7 @@ from weightsmith.steps.step import (
     Results,
     Step,
     TargetStep,
+    UnforeseenStep,
 )
 from weightsmith.steps.tools import Tools
 
@@ -113,18 +112,13 @@ def render(
     plan = engine.plan(model, weight_bytes, options)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
-    served = _served(
-        engine,
-        engine.fixed_name or options.served_model_name or name,
-        model_file,
-        weight_bytes,
-        projector,
-    )
+    shown = engine.fixed_name or options.served_model_name or name
+    served = _served(engine, shown, model_file, weight_bytes, projector)
     paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
     served = replace(served, adapters=paths)
-    config = replace(_config(target, plan, served), made_from=made_from)
-    if not is_cpu(plan.device):  # upstream's GPU images have their own check
-        config = replace(config, healthcheck=())
+    # Upstream's GPU images have their own check.
+    checked = engine.healthcheck if is_cpu(plan.device) else ()
+    config = replace(_config(target, plan, served), made_from=made_from, healthcheck=checked)
     image = image or f"{repository_name(name)}:{version}"
     facts = {
         "name": name,
@@ -140,13 +134,15 @@ def render(
         **_engine_facts(engine, plan, served),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
-    plan_json = json.dumps(plan.to_json(), indent=2, sort_keys=True) + "\n"
-    inside_json = json.dumps(plan.portable(), indent=2, sort_keys=True) + "\n"
+    whole, portable = (
+        json.dumps(one, indent=2, sort_keys=True) + "\n"
+        for one in (plan.to_json(), plan.portable())
+    )
     inside = {path: files[file] for path, file in engine.image_files.items()}
     return replace(
         config,
-        files={**files, "plan.json": plan_json},
-        image_files={**inside, "/etc/weightsmith/plan.json": inside_json},
+        files={**files, "plan.json": whole},
+        image_files={**inside, "/etc/weightsmith/plan.json": portable},
     )
 
 
@@ -171,8 +167,8 @@ def render_volume(
         name=config.served_name,
         startup_seconds=startup_seconds(plan.weight_bytes),
     )
-    settings = engine.file_settings(plan, served)
     inside = sorted(path for path in config.image_files if path in config.command)
+    arguments = {k: v for k, v in engine.file_settings(plan, served).items() if k != "model"}
     facts = {
         "name": name,
         "version": version,
@@ -192,9 +188,7 @@ def render_volume(
             {"path": path, "key": path.rpartition("/")[2], "text": config.image_files[path]}
             for path in inside
         ],
-        "server_arguments": _as_arguments(
-            {key: value for key, value in settings.items() if key != "model"}
-        ),
+        "server_arguments": _as_arguments(arguments),
         **_engine_facts(engine, plan, served),
         "start_command": [*config.entrypoint, *config.command],
     }
@@ -220,12 +214,8 @@ def render_unplanned(
     plan = ServingPlan(device=CPU if engine.base.cpu else "gpu")
     served = _served(engine, name, model_file, weight_bytes, projector)
     config, settings = _config(target, plan, served), engine.file_settings(plan, served)
-    facts: dict[str, Writable] = {
-        "name": name,
-        "version": "0",
-        "plan": plan,
-        "file_settings": settings,
-    }
+    facts: dict[str, Writable] = {"name": name, "version": "0", "plan": plan}
+    facts["file_settings"] = settings
     environment = _environment((templates() / engine.name, templates() / "deploy"))
     inside = {
         path: _one(environment, f"{file}.j2", facts)
@@ -236,7 +226,6 @@ def render_unplanned(
 
 
 def _config(target: Target, plan: ServingPlan, served: ServedModel) -> ServingConfig:
-    """Return the configuration of a planned server, without files."""
     engine = target.engine
     return ServingConfig(
         target=target.name,
@@ -337,11 +326,11 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        comment=_comment,
+        comment=lambda value: _CONTROL.sub(" ", value),
         dnslabel=_dns_label,
         envvalue=_env_value,
         json=lambda value: json.dumps(value, ensure_ascii=False),
-        labelvalue=_label_value,
+        labelvalue=lambda value: re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_."),
         literal=_literal,
         shell=shlex.quote,
         size=human,
@@ -403,11 +392,6 @@ def _env_value(value: str, key: str) -> str:
     return value
 
 
-def _comment(value: str) -> str:
-    """Return the text on one line."""
-    return _CONTROL.sub(" ", value)
-
-
 def _dns_label(value: str, longest: int = 60) -> str:
     """Return the nearest valid name of a Kubernetes Service (RFC 1035, 63 characters).
 
@@ -429,11 +413,6 @@ def _literal(value: JsonValue) -> JsonValue:
     return str(value).replace("$", "$$")
 
 
-def _label_value(value: str) -> str:
-    """Return the nearest valid value of a Kubernetes label."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_.")
-
-
 def repository_name(name: str) -> str:
     """Return the nearest valid image name for a model's name."""
     return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"
@@ -444,26 +423,14 @@ def serve_options(serve: Serve) -> ServeOptions:
     given = serve.model_dump(exclude_defaults=True, exclude={"kv_cache_scales"})
     for key, option in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
         if key in given:
-            given[option] = _memory(key, given.pop(key))
+            text = given.pop(key)
+            given[option] = size = parse_size(text)
+            if size < _LEAST_MEMORY:
+                raise UsageError(
+                    f"serve.{key} {text} is {size} bytes",
+                    hint="write it with its unit, such as 24GiB",
+                )
     return ServeOptions(**given)
-
-
-def _memory(key: str, text: str) -> int:
-    """Return a memory's bytes; raises UsageError for a number that lacks its unit."""
-    size = parse_size(text)
-    if size < _LEAST_MEMORY:
-        raise UsageError(
-            f"serve.{key} {text} is {size} bytes", hint="write it with its unit, such as 24GiB"
-        )
-    return size
-
-
-def stock_image(target: Target, device: str, override: str) -> str:
-    """Return a reference of the engine without weights; empty if there is none in a registry."""
-    chosen = base_reference(target.engine, device, override)
-    if chosen.startswith(OWN):
-        return target.engine.base.stock_cpu
-    return "" if is_layout(chosen) else chosen
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -513,16 +480,13 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
 
     def run(self, have: Results, tools: Tools) -> StageResult[ServingConfig]:
         """Plan and render for the finished weights."""
-        timer, sources, artifact = (
-            Timer(self.name, self.target, tools),
-            have[self.sources],
-            have[self.served],
-        )
-        unmerged = self.of.target.format == LORA
+        timer = Timer(self.name, self.target, tools)
+        sources, artifact = have[self.sources], have[self.served]
+        model = sources.base if self.of.target.format == LORA else have[self.checkpoint]
         # A GGUF model is served as a file, a checkpoint as a folder.
         files = gguf_models(one.path for one in artifact.tree.files if "/" not in one.path)
         config = self._config(
-            read_facts((sources.base if unmerged else have[self.checkpoint]).tree.texts),
+            read_facts(model.tree.texts),
             base_weight_bytes(artifact),
             sources,
             weights=files[0] if files else "",
@@ -564,25 +528,24 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class VolumeManifestsStep(TargetStep[None, None]):
+class VolumeManifestsStep(UnforeseenStep[None]):
     """Writes manifests that mount an image of weights beside the engine's own image."""
 
     name = "volume-manifests"
 
     config: Step[ServingConfig, ServingPlan]
-    image: Step[tuple[ImageMaterials, ...], Any]
+    image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
     volume: Step[Published, None]
-
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: they are small."""
-        return Foreseen(value=None)
 
     def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Write them, or note why there are none."""
         config, volume = have[self.config], have[self.volume]
         target, recipe = self.of.target, self.file.recipe
-        engine = stock_image(target, config.plan.device, recipe.image.base)
-        if not engine:
+        # The engine without weights; "" if there is none in a registry.
+        engine = base_reference(target.engine, config.plan.device, recipe.image.base)
+        if engine.startswith(OWN):
+            engine = target.engine.base.stock_cpu
+        if not engine or is_layout(engine):
             tools.progress.note(
                 f"{target.name}: no manifests for the volume, because {target.engine.title} has no "
                 f"image of its own for {config.plan.device} in a registry; image.base names one"

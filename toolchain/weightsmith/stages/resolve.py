@@ -24,8 +24,8 @@ from weightsmith.models.folder import check_adapter_folder, check_model_folder, 
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Adapter, Base
 from weightsmith.steps.destinations import InStore
-from weightsmith.steps.expected_weights import foreseen
-from weightsmith.steps.lock import read_lock, with_sources, write_lock
+from weightsmith.steps.lock import Lock, read_lock, with_sources, write_lock
+from weightsmith.steps.sizes import foreseen
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import CACHED, Foreseen, Foresight, Results, State, Step
 from weightsmith.steps.tools import Tools
@@ -96,29 +96,32 @@ def import_inputs(source: Snapshot) -> StageInputs:
 
 
 def _fetch(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot:
-    reader, name = _reader(source, folder, tools)
-    sha256 = source.sha256 if isinstance(source, Base) else ""
-    snapshot = reader.fetch(name, source.revision, sha256, tools.progress)
+    reader, name, revision, sha256 = _reader(source, folder, tools)
+    snapshot = reader.fetch(name, revision, sha256, tools.progress)
     if not snapshot.pinned:
         tools.progress.warn(f"{source.source} is not pinned; using {snapshot.pin}")
     return snapshot
 
 
 def _known(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot | None:
-    reader, name = _reader(source, folder, tools)
+    reader, name, revision, sha256 = _reader(source, folder, tools)
+    return reader.known(name, revision, sha256)
+
+
+def _reader(
+    source: Base | Adapter, folder: Path, tools: Tools
+) -> tuple[SourceReader, str, str, str]:
+    """Return the reader of a source, and its name, revision and hash."""
     sha256 = source.sha256 if isinstance(source, Base) else ""
-    return reader.known(name, source.revision, sha256)
-
-
-def _reader(source: Base | Adapter, folder: Path, tools: Tools) -> tuple[SourceReader, str]:
     scheme, separator, _ = source.source.partition("://")
     if not separator:
         path = Path(source.source).expanduser()
-        return tools.readers[""], str(path if path.is_absolute() else folder / path)
+        place = str(path if path.is_absolute() else folder / path)
+        return tools.readers[""], place, source.revision, sha256
     if scheme not in tools.readers:
         schemes = ", ".join(f"{s}://" for s in sorted(tools.readers) if s)
         raise UsageError(f"{source.source}: unknown kind of source", hint=f"use one of: {schemes}")
-    return tools.readers[scheme], source.source
+    return tools.readers[scheme], source.source, source.revision, sha256
 
 
 def _named(adapter: Adapter, snapshot: Snapshot) -> AdapterSnapshot:
@@ -133,7 +136,6 @@ def _is_gguf(snapshot: Snapshot) -> bool:
 
 
 def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
-    """Convert a source with one GGUF file to a checkpoint, cached in the store."""
     names = [f.path for f in source.tree.files if f.path.endswith(".gguf")]
     if len(names) > 1:
         raise InputRefused(
@@ -197,14 +199,7 @@ class ResolveStep(Step[Sources, Sources]):
         sources, why = known(self.file, seen.tools)
         if sources is None:
             raise NotHere(why)
-        with_sources(
-            read_lock(self.file),
-            self.file,
-            sources,
-            progress=seen.tools.progress,
-            locked=self.locked,
-            update=self.update_lock,
-        )
+        self._pin(read_lock(self.file), sources, seen.tools)
         sources, note = foreseen(sources)
         state = State(cached=False, why=note) if note else CACHED
         return Foreseen(value=sources, rows=(self.row(state, read=sources.base.tree.size),))
@@ -215,7 +210,11 @@ class ResolveStep(Step[Sources, Sources]):
         cached = known(self.file, tools)[0] is not None
         sources = resolve(self.file, tools)
         lock = read_lock(self.file)
-        now = with_sources(
+        write_lock(lock, self._pin(lock, sources, tools), tools.progress)
+        return timer.done(sources, cached=cached)
+
+    def _pin(self, lock: Lock, sources: Sources, tools: Tools) -> Lock:
+        return with_sources(
             lock,
             self.file,
             sources,
@@ -223,5 +222,3 @@ class ResolveStep(Step[Sources, Sources]):
             locked=self.locked,
             update=self.update_lock,
         )
-        write_lock(lock, now, tools.progress)
-        return timer.done(sources, cached=cached)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -56,45 +56,39 @@ def unmerged(sources: Sources) -> Artifact:
         for entry in tree.files:
             if entry.path in _FILES:
                 path = f"{served.folder}/{entry.path}"
-                files.append(FileEntry(path=path, size=entry.size, digest=entry.digest))
+                files.append(replace(entry, path=path))
                 places[path] = tree.path(entry.path)
-    tree = Tree(
-        root=base.root, files=tuple(sorted(files, key=lambda entry: entry.path)), places=places
-    )
-    return Artifact(format=LORA, tree=tree)
+    return Artifact(format=LORA, tree=_tree(base.root, files, places))
 
 
 def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> StageResult[Artifact]:
-    """Return one tree with a GGUF base and its adapters, converted in their builder."""
+    """Return one tree with a GGUF base and its adapters, converted in their builder.
+
+    One job makes all adapters that are missing. It holds its first adapter's lock in the store
+    while it stores the others. All builds take the locks in the order of the keys, so that no two
+    of them wait for each other.
+    """
     timer = Timer(WEIGHTS, f"{len(sources.adapters)} adapter(s) to GGUF", tools)
     served = served_adapters(sources, gguf=True)
-    files, places = list(base.tree.files), {}
-    adapters, made = _converted(sources, tools)
-    for one, tree in zip(served, adapters, strict=True):
-        (entry,) = (entry for entry in tree.files if entry.path == gguf_lora.FILE)
-        files.append(FileEntry(path=one.folder, size=entry.size, digest=entry.digest))
-        places[one.folder] = tree.path(entry.path)
-    tree = Tree(
-        root=base.tree.root, files=tuple(sorted(files, key=lambda e: e.path)), places=places
-    )
-    return timer.done(Artifact(format=LORA, tree=tree), cached=not made)
-
-
-def _converted(sources: Sources, tools: Tools) -> tuple[list[Tree], bool]:
-    """Return each adapter as GGUF, and whether any was made; one job makes all that are missing.
-
-    It holds its first adapter's lock in the store while it stores the others. All builds take the
-    locks in the order of the keys, so that no two of them wait for each other.
-    """
     store, made = InStore(tools.store), False
     wanted = {_inputs(sources, one).key: one for one in sources.adapters}
     while left := sorted(key for key in wanted if not tools.store.find(key)):
         missing = {key: wanted[key] for key in left[:_AT_ONCE]}
-        first = next(iter(missing.values()))
+        first = partial(_inputs, sources, next(iter(missing.values())))
         make = partial(_make, sources, missing, tools)
-        made |= not store.files(partial(_inputs, sources, first), make, resume=True).cached
-    found = (store.find(partial(_inputs, sources, one)) for one in sources.adapters)
-    return [tree for tree in found if tree], made
+        made |= not store.files(first, make, resume=True).cached
+    files, places = list(base.tree.files), {}
+    for one, adapter in zip(served, sources.adapters, strict=True):
+        if tree := store.find(partial(_inputs, sources, adapter)):
+            (entry,) = (entry for entry in tree.files if entry.path == gguf_lora.FILE)
+            files.append(replace(entry, path=one.folder))
+            places[one.folder] = tree.path(entry.path)
+    artifact = Artifact(format=LORA, tree=_tree(base.tree.root, files, places))
+    return timer.done(artifact, cached=not made)
+
+
+def _tree(root: Path, files: Iterable[FileEntry], places: Mapping[str, Path]) -> Tree:
+    return Tree(root=root, files=tuple(sorted(files, key=lambda one: one.path)), places=places)
 
 
 def _make(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
@@ -15,14 +16,7 @@ from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.card import card_of_build
 from weightsmith.evaluating.pages import model_card
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
-from weightsmith.steps.step import (
-    Foreseen,
-    ForeseenWeights,
-    Foresight,
-    Results,
-    Step,
-    TargetStep,
-)
+from weightsmith.steps.step import ForeseenWeights, Results, Step, UnforeseenStep
 from weightsmith.steps.tools import Tools
 
 SCHEME = "hf://"
@@ -30,7 +24,6 @@ CARD = "README.md"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _GIT = 40
 """Digits of git's ids; a digest has 64."""
-_CHUNK = 1 << 20
 _OF_THE_HUB = frozenset({".gitattributes"})
 """Files that the hub makes itself."""
 
@@ -80,26 +73,21 @@ def repository_of(text: str) -> str:
     return name
 
 
-def check_destination(destination: HubDestination, hub: Hub) -> HubContent | None:
-    """Return what the repository holds, None if it does not exist; raises as `Hub.check` does."""
-    return hub.check(destination.repository)
-
-
 def may_refuse(destination: HubDestination, hub: Hub) -> bool:
     """Say whether the repository holds files that only the same model, or `force`, may follow.
 
-    Raises what `check_destination` raises.
+    Raises what `Hub.check` raises.
     """
-    held = check_destination(destination, hub)
+    held = hub.check(destination.repository)
     return bool(held and _own_files(held) and not destination.force)
 
 
 def check_free(tree: Tree, destination: HubDestination, hub: Hub) -> None:
     """Raise UsageError if the repository holds other files and `force` is not given.
 
-    What its card says is not looked at. Raises what `check_destination` raises too.
+    What its card says is not looked at. Raises what `Hub.check` raises too.
     """
-    held, entries = check_destination(destination, hub), _published(tree)
+    held, entries = hub.check(destination.repository), _published(tree)
     if held and _own_files(held) and not destination.force:
         _require_free(destination, held, _stale(entries, held), [*_missing(tree, entries, held)])
 
@@ -122,8 +110,9 @@ def upload(
     size = sum(wanted.sizes.values())
     tools.progress.note(f"uploading {len(wanted.sent)} files, {size / 1e6:,.1f} MB")
     content = wanted.held or tools.hub.create(destination.repository, public=destination.public)
+    message = f"Upload {version} with weightsmith" if version else "Upload with weightsmith"
     commit = tools.hub.commit(
-        destination.repository, content.commit, wanted.sent, wanted.deleted, _message(version)
+        destination.repository, content.commit, wanted.sent, wanted.deleted, message
     )
     after = tools.hub.check(destination.repository)
     if lost := {**_missing_card(card, after), **_missing(tree, _published(tree), after)}:
@@ -142,7 +131,7 @@ def upload(
 
 def changes(tree: Tree, card: str, destination: HubDestination, hub: Hub) -> Changes:
     """Return what a commit would change; raises what `check_free` raises. Changes nothing."""
-    entries, held = _published(tree), check_destination(destination, hub)
+    entries, held = _published(tree), hub.check(destination.repository)
     sent = {**_missing_card(card, held), **_missing(tree, entries, held)}
     stale = _stale(entries, held)
     if held:
@@ -160,14 +149,12 @@ def _own_files(held: HubContent) -> set[str]:
 
 
 def _stale(entries: Mapping[str, FileEntry], held: HubContent | None) -> list[str]:
-    """Return the files of a repository that are none of the model's."""
     return sorted(_own_files(held) - {*entries, CARD}) if held else []
 
 
 def _require_free(
     destination: HubDestination, held: HubContent, stale: Sequence[str], missing: Sequence[str]
 ) -> None:
-    """Raise UsageError for a repository that a commit without `force` would change."""
     if destination.force or not _own_files(held) or not (stale or missing):
         return
     other = next(iter(stale or [name for name in missing if name in held.files]), CARD)
@@ -178,48 +165,34 @@ def _require_free(
 
 
 def _missing_card(card: str, held: HubContent | None) -> dict[str, Path | bytes]:
-    """Return the card, if the repository has no such card."""
-    data = card.encode()
-    there = held.files.get(CARD) if held else None
-    same = there in (_git_id(len(data), [data]), hashlib.sha256(data).hexdigest())
+    data, there = card.encode(), held.files.get(CARD) if held else None
+    same = there in (_git_id(len(data), BytesIO(data)), hashlib.sha256(data).hexdigest())
     return {} if same else {CARD: data}
 
 
 def _missing(
     tree: Tree, entries: Mapping[str, FileEntry], held: HubContent | None
 ) -> dict[str, Path | bytes]:
-    """Return the model's files that a repository does not have."""
     there = held.files if held else {}
     found: dict[str, Path | bytes] = {}
     for path, entry in entries.items():
         known, said = there.get(path, ""), entry.digest.hex
         if len(known) == _GIT:  # of small files; those of a shared cache are fetched when read
-            said = _git_id(entry.size, _chunks(tree.path(path)))
+            with tree.path(path).open("rb") as file:
+                said = _git_id(entry.size, file)
         if said != known:
             found[path] = tree.path(path)
     return found
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
-
-
-def _git_id(size: int, chunks: Iterable[bytes]) -> str:
+def _git_id(size: int, file: BytesIO | BufferedReader) -> str:
     """Return git's id of a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
     state = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    for chunk in chunks:
-        state.update(chunk)
-    return state.hexdigest()
-
-
-def _message(version: str) -> str:
-    return f"Upload {version} with weightsmith" if version else "Upload with weightsmith"
+    return hashlib.file_digest(file, lambda: state).hexdigest()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class CheckHubStep(TargetStep[None, None]):
+class CheckHubStep(UnforeseenStep[None]):
     """Checks, before anything is published, that the hub's repository holds no other model."""
 
     name = "check-hub"
@@ -228,10 +201,6 @@ class CheckHubStep(TargetStep[None, None]):
     destination: HubDestination
     weights: Step[Artifact, ForeseenWeights]
 
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: only the hub knows."""
-        return Foreseen(value=None)
-
     def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Raise what `check_free` does."""
         check_free(have[self.weights].tree, self.destination, tools.hub)
@@ -239,7 +208,7 @@ class CheckHubStep(TargetStep[None, None]):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class UploadStep(TargetStep[Uploaded, None]):
+class UploadStep(UnforeseenStep[Uploaded]):
     """Publishes a target's weights on a hub, with a card from its build.json."""
 
     name = "upload"
@@ -249,10 +218,6 @@ class UploadStep(TargetStep[Uploaded, None]):
     destination: HubDestination
     weights: Step[Artifact, ForeseenWeights]
     image: Step[Published, None]
-
-    def foresee(self, _seen: Foresight) -> Foreseen[None]:
-        """Foresee nothing: the image's row has what it takes."""
-        return Foreseen(value=None)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Uploaded]:
         """Return the commit; raises what `upload` does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
@@ -15,7 +16,7 @@ from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
     Checkpoint,
     Digest,
-    Json,
+    JsonValue,
     Sources,
     StageInputs,
     Writable,
@@ -23,7 +24,6 @@ from weightsmith.core.values import (
 )
 from weightsmith.forward.memory import COMPARING, LayerTime, WalkSize, model_pass_bytes
 from weightsmith.merging.combining.combination import PRUNING, SUMS
-from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
@@ -41,10 +41,10 @@ from weightsmith.validating.result import Validation
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
-MEMORY_BYTES = 4 << 30
+_MEMORY_BYTES = 4 << 30
 """Container's memory limit, without a checkpoint that must be loaded whole."""
-PROBES = 8
-PROBED_TOKENS = PROBES * (64 + 16)
+_PROBES = 8
+_PROBED_TOKENS = _PROBES * (64 + 16)
 """At most eight probes of 64 tokens, and 16 after each."""
 _NEW, _FEW_NEW, _LARGE = 16, 4, 10_000_000_000
 """Tokens that are generated after each probe, and fewer for a model with so many weights, as in
@@ -67,7 +67,9 @@ def inputs(
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
             "scope": scope(options.method, options.space, options.quantized_base),
-            "mixture": mixture(options.method, options.space, options.density, options.rank),
+            "mixture": _keyed(
+                mixture(options.method, options.space, options.density, options.rank)
+            ),
             "checkpoint": checkpoint,
             "probes": key_of([[dict(message) for message in item] for item in items]),
             "builder": builder_pins(BUILDER),
@@ -88,17 +90,23 @@ def scope(method: str, space: str, quantized_base: str) -> str:
 
 def mixture(
     method: str, space: str, density: float | None, rank: int | None
-) -> Mapping[str, Json] | None:
+) -> CombinationRule | None:
     """Return a method's selection of deltas for the job; None if it cannot be checked.
 
     DARE divides the kept deltas by the density, so it needs one.
     """
     if space == "delta" and method == "svd":
-        return {"truncates": True, "rank": rank}
+        return CombinationRule(truncates=True, rank=rank)
     if method not in PRUNING or space != "delta" or (method.startswith("dare") and not density):
         return None
     gain = 1 / density if density and method.startswith("dare") else 1.0
-    return {"gain": gain, "mean": method.endswith("ties")}
+    return CombinationRule(gain=gain, mean=method.endswith("ties"))
+
+
+def _keyed(rule: CombinationRule | None) -> Mapping[str, JsonValue] | None:
+    if rule and rule.truncates:
+        return {"truncates": True, "rank": rule.rank}
+    return {"gain": rule.gain, "mean": rule.mean} if rule else None
 
 
 def validate(
@@ -116,42 +124,26 @@ def validate(
     """
     timer = Timer("validate", "merged weights against base and adapters", tools)
     found = to.document(
-        lambda: inputs(sources, options, checkpoint.digest, items),
+        partial(inputs, sources, options, checkpoint.digest, items),
         _RESULT,
-        lambda folder: _run(folder, checkpoint, sources, options, items, tools, joined).to_json(),
+        partial(_run, checkpoint, sources, options, items, tools, joined),
         resume=True,  # of the reference answers that the same job finds
     )
     result = Validation.from_json(found.value)
     return timer.done(result, cached=found.cached, elsewhere=-joined.seconds if joined else 0.0)
 
 
-def _require_passed(result: Validation) -> None:
-    """Raise CheckFailed with the worst findings of a result that did not pass."""
-    if result.passed:
-        return
-    errors = [found.message for found in result.errors]
-    more = f"\n  … and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
-    lines = "".join(f"\n  {message}" for message in errors[:_SHOWN])
-    raise CheckFailed(
-        f"the merged checkpoint differs from base and adapters:{lines}{more}",
-        hint="merge the same inputs again; if that fails too, an input does not match its "
-        "configuration, or this machine's disk or memory is faulty",
-        details=result.to_json(),
-    )
-
-
 def _run(
-    folder: Path,
     checkpoint: Checkpoint,
     sources: Sources,
     options: Merge,
     items: Sequence[Messages],
     tools: Tools,
     joined: JoinedJob | None,
-) -> Validation:
+    folder: Path,
+) -> JsonValue:
     tools.runner.prepare(BUILDER, tools.progress)
     size = checkpoint.tree.weight_bytes
-    mixed = mixture(options.method, options.space, options.density, options.rank)
     job = ValidateJob(
         builder=BUILDER,
         base=Input.tree(sources.base.tree),
@@ -161,26 +153,28 @@ def _run(
         weights=tuple(a.weight for a in sources.adapters),
         chats=tuple(tuple(item) for item in items),
         scope=scope(options.method, options.space, options.quantized_base),
-        mixture=CombinationRule(**mixed) if mixed else None,
+        mixture=mixture(options.method, options.space, options.density, options.rank),
         output=folder,
         # Only architectures that cannot be streamed need more than a fraction of this.
-        memory_bytes=MEMORY_BYTES + 5 * size,
+        memory_bytes=_MEMORY_BYTES + 5 * size,
         seconds=job_seconds(sources.base.tree.weight_bytes + size),
         use_gpu=True,
     )
     told = joined.run_with(job, tools) if joined else tools.runner.run(job, tools.progress)
     result = Validation.from_json(told)
-    _require_passed(result)
+    if not result.passed:
+        errors = [found.message for found in result.errors]
+        more = f"\n  … and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+        lines = "".join(f"\n  {message}" for message in errors[:_SHOWN])
+        raise CheckFailed(
+            f"the merged checkpoint differs from base and adapters:{lines}{more}",
+            hint="merge the same inputs again; if that fails too, an input does not match its "
+            "configuration, or this machine's disk or memory is faulty",
+            details=result.to_json(),
+        )
     for found in result.warnings:
         tools.progress.warn(found.message)
-    return result
-
-
-def validate_memory(model: ModelFacts, sources: Sources) -> int:
-    """Return the peak of validation in bytes: merged model, base and adapters side by side."""
-    adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
-    walk = WalkSize(views=3, rows=8, tokens=PROBED_TOKENS, adapter_bytes=adapters)
-    return model_pass_bytes(model, walk) + COMPARING
+    return result.to_json()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -219,7 +213,10 @@ class ValidateStep(Step[Validation | None, None]):
             digest = checkpoint.tree.digest
             state = seen.state(self, inputs(sources, recipe.merge, digest, self.probes))
         read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
-        memory = validate_memory(checkpoint.model, sources)
+        # Merged model, base and adapters run side by side.
+        adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
+        walk = WalkSize(views=3, rows=8, tokens=_PROBED_TOKENS, adapter_bytes=adapters)
+        memory = model_pass_bytes(checkpoint.model, walk) + COMPARING
         return Foreseen(value=None, rows=(self.row(state, read=read, memory=memory),))
 
     def run(self, have: Results, tools: Tools) -> StageResult[Validation | None]:
@@ -247,9 +244,9 @@ class ValidateStep(Step[Validation | None, None]):
 
     def seconds(self, layer: LayerTime, seen: Foresight) -> float | None:
         """Return how long the probes take; nothing if nothing is merged."""
-        sources, probed = seen[self.sources], 3 * PROBED_TOKENS
+        sources, probed = seen[self.sources], 3 * _PROBED_TOKENS
         if not sources.adapters:
             return 0.0
         weights = sources.base.tree.weight_bytes // 2  # in 16 bits
         new = _FEW_NEW if weights > _LARGE else _NEW
-        return new * layer.passed(PROBES, PROBES) + layer.passed(probed, probed)
+        return new * layer.passed(_PROBES, _PROBES) + layer.passed(probed, probed)

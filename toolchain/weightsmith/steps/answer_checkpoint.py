@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import JsonValue
 
 FILE = ".answered.jsonl"
+Rows = Sequence[Mapping[str, JsonValue]]
+"""A model's answers, as a job gives them."""
+Answered = Mapping[str, Rows]
+"""Those of models, by their keys."""
 
 
 class AnswerCheckpoint:
@@ -40,13 +44,13 @@ class AnswerCheckpoint:
         self._path.unlink(missing_ok=True)
 
 
-def checkpointed_answers(folder: Path) -> Mapping[str, JsonValue]:
+def checkpointed_answers(folder: Path) -> Answered:
     """Return the answers in a job's output by key; none if the file cannot be read."""
     try:
         lines = content(folder / FILE, RECORD).split(b"\n")
     except (OSError, ValueError):
         return {}
-    found: dict[str, JsonValue] = {}
+    found: dict[str, Rows] = {}
     for line in lines:
         try:
             key, answers = parse(line, largest=RECORD)

@@ -84,9 +84,7 @@ def data_base(kind: str, override: str) -> str:
     KServe starts a modelcar with a shell, which links `/models` for the server's container.
     https://kserve.github.io/website/docs/model-serving/storage/providers/oci
     """
-    if override or kind != "modelcar":
-        return override
-    return MODELCAR
+    return override if override or kind != "modelcar" else MODELCAR
 
 
 def base_inputs(name: str, platform: str = "") -> StageInputs:
@@ -151,8 +149,7 @@ def base_image(reference: str, engine: str, tools: Tools, *, platform: str | Non
         image = read_layout(*locate(reference), platform=platform)
     else:
         image = tools.registry.pull(reference_of(reference), platform=platform)
-    _check(image, reference, engine)
-    _warn_of_silence((image,), reference, engine, tools)
+    _check((image,), reference, engine, tools)
     return image
 
 
@@ -172,10 +169,8 @@ def base_images(
     """
     if reference.startswith(OWN):
         check_own(reference, platforms)
-        images: tuple[Image, ...] = tuple(
-            base_image(reference, engine, tools, platform=each)
-            for each in sorted(set(platforms)) or [host_platform()]
-        )
+        wanted = sorted(set(platforms)) or [host_platform()]
+        images = tuple(_own_base(reference, engine, each, tools) for each in wanted)
     elif is_layout(reference):
         images = read_all(*locate(reference))
     else:
@@ -192,30 +187,25 @@ def base_images(
             hint=f"available platforms: {', '.join(sorted(there))}",
         )
     chosen = tuple(image for image in images if image.platform in platforms or not platforms)
-    for image in chosen:
-        _check(image, reference, engine)
-    _warn_of_silence(chosen, reference, engine, tools)
+    _check(chosen, reference, engine, tools)
     return chosen
 
 
-def _check(image: Image, reference: str, engine: str) -> None:
-    if not image.platform.startswith("linux/"):
-        what = "holds a model's files" if image.artifact_type else "does not say its platform"
-        raise InputRefused(
-            f"{reference} {f'is for {image.platform}' if image.platform else what}, and cannot be"
-            " the base of a server",
-            hint="choose an image for linux/amd64 or linux/arm64",
-        )
-    said = image.labels.get(ENGINE_LABEL, "")
-    if engine and said and said != engine:
-        raise InputRefused(
-            f"{reference} declares the engine {said}, but the target needs {engine}",
-            hint="choose a base with that engine, or another target",
-        )
-
-
-def _warn_of_silence(images: Sequence[Image], reference: str, engine: str, tools: Tools) -> None:
-    """Warn once if any platform's image does not declare its engine."""
+def _check(images: Sequence[Image], reference: str, engine: str, tools: Tools) -> None:
+    for image in images:
+        if not image.platform.startswith("linux/"):
+            what = "holds a model's files" if image.artifact_type else "does not say its platform"
+            what = f"is for {image.platform}" if image.platform else what
+            raise InputRefused(
+                f"{reference} {what}, and cannot be the base of a server",
+                hint="choose an image for linux/amd64 or linux/arm64",
+            )
+        said = image.labels.get(ENGINE_LABEL, "")
+        if engine and said and said != engine:
+            raise InputRefused(
+                f"{reference} declares the engine {said}, but the target needs {engine}",
+                hint="choose a base with that engine, or another target",
+            )
     if engine and not all(image.labels.get(ENGINE_LABEL) for image in images):
         tools.progress.warn(f"{reference} does not declare its engine; assuming {engine}")
 
@@ -232,7 +222,9 @@ def _own_base(reference: str, engine: str, platform: str, tools: Tools) -> Image
 
     def make(folder: Path) -> Mapping[str, JsonValue]:
         if not whole and platform == host_platform():
-            return _export(folder, tools)
+            tools.runner.prepare(_BUILDER, tools.progress)
+            job = ExportEngineJob(builder=_BUILDER, output=folder, seconds=job_seconds(0))
+            return tools.runner.run(job, tools.progress)
         if whole:
             room = engine_source(name)["room_bytes"]
             tools.store.require_room(int(str(room)), f"the engine {name}")
@@ -246,18 +238,13 @@ def _own_base(reference: str, engine: str, platform: str, tools: Tools) -> Image
         if whole
         else program_layers(entry.tree, epoch=source_date_epoch(), memo=memo)
     )
-    return assemble(
-        (), layers, config=ImageConfig(labels=_own_labels(name, engine)), platform=platform
-    )
-
-
-def _own_labels(name: str, engine: str) -> dict[str, str]:
-    if OWN + name == MODELCAR:
-        return {}
-    source = engine_source(name)
-    parts = [part for part in source.values() if isinstance(part, dict)]
-    versions = [str(part["version"]) for part in parts if _PINNED & set(part)]
-    return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
+    labels: dict[str, str] = {}
+    if reference != MODELCAR:
+        labels[ENGINE_LABEL] = engine or name
+        parts = [part for part in engine_source(name).values() if isinstance(part, dict)]
+        if versions := [str(part["version"]) for part in parts if _PINNED & set(part)]:
+            labels[ENGINE_VERSION] = versions[0]
+    return assemble((), layers, config=ImageConfig(labels=labels), platform=platform)
 
 
 def _root_layers(entry: StoreEntry, memo: Memo) -> tuple[BlobLayer, ...]:
@@ -282,12 +269,6 @@ def _root_layers(entry: StoreEntry, memo: Memo) -> tuple[BlobLayer, ...]:
         opener = partial(opened, number, blob)
         layers.append(BlobLayer(blob=blob, diff_id=blob.digest, opener=opener, file=file))
     return tuple(layers)
-
-
-def _export(folder: Path, tools: Tools) -> Mapping[str, JsonValue]:
-    tools.runner.prepare(_BUILDER, tools.progress)
-    job = ExportEngineJob(builder=_BUILDER, output=folder, seconds=job_seconds(0))
-    return tools.runner.run(job, tools.progress)
 
 
 def bases_of(
@@ -326,8 +307,6 @@ def platforms_of(file: RecipeFile, base: str) -> Sequence[str]:
     """
     wanted = sorted(set(file.recipe.image.platforms))
     check_own(base, wanted)
-    if wanted:
-        return wanted
-    return (
-        [host_platform()] if base.startswith(OWN) else sorted(read_lock(file).bases.get(base, ()))
-    )
+    if not wanted and base.startswith(OWN):
+        return [host_platform()]
+    return wanted or sorted(read_lock(file).bases.get(base, ()))

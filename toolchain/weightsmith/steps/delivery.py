@@ -1,28 +1,39 @@
-"""Where an image goes: first a candidate that can be started, then its name in every output."""
+"""Where an image goes: first a candidate that can be started, then its name in every output.
+
+A layout is written next to its final path. It takes the place of another by swapping names
+(`renameat2`), or by two renames, which the next build mends if the process was killed between them.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightsmith.core.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.core.errors import EnvironmentFailure, UsageError, WeightsmithError
+from weightsmith.core.files import exchange, folder_lock, is_unfinished
 from weightsmith.core.ports import CANDIDATES
+from weightsmith.core.trees import discard
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Published, key_of
+from weightsmith.core.waiting import holder
 from weightsmith.oci.archive import docker_archive, incremental_images
 from weightsmith.oci.image import Image, ImageOrIndex, Index, host_image, image_layers, images_of
-from weightsmith.oci.layout import held_digest
+from weightsmith.oci.layout import (
+    DEFAULT_NAME,
+    PARTS,
+    forget,
+    held_digest,
+    image_names,
+    write_index,
+    write_layout,
+)
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.sealing import attach
-from weightsmith.steps.layouts import (
-    candidate_layout,
-    check_layout,
-    discard_candidate_layout,
-    final_layout,
-)
+from weightsmith.serving.memory import human
 from weightsmith.steps.tools import Tools
 
 
@@ -44,7 +55,8 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     """Make the image startable without giving it its final name; yield a launcher's reference.
 
     The candidate is loaded into the container engine if `layout` is None, else written to a layout
-    next to `layout`. It is kept until `deliver` or `discard_candidate`, so layers are copied once.
+    next to `layout`; what an interrupt leaves there is used by the next run. It is kept until
+    `deliver` or `discard_candidate`, so layers are copied once.
     """
     if layout is None:
         name = _candidate_name(image, tools)
@@ -56,7 +68,8 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
                 tools.engine.untag(name)
             raise
         return
-    with candidate_layout(image, layout, tools) as folder:
+    with _locked_folder(_candidate(_real(layout)), tools) as folder, _nothing_left(folder):
+        _write(image, folder, tools)
         yield f"oci:{folder}"
 
 
@@ -83,7 +96,7 @@ def deliver(
         _load(own, place, tools)
     discard_candidate(own, None, tools)
     if outputs.layout is not None:
-        with final_layout(whole, outputs.layout, tools) as folder:
+        with _final_layout(whole, outputs.layout, tools) as folder:
             _attach(whole, attachments, LayoutLocation(folder), place, tools)
     if outputs.push:
         there = RegistryLocation(tools.registry, place, every=outputs.force)
@@ -200,7 +213,6 @@ def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
 
 
 def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
-    """Return the bottom layers that this image shares with an image in the engine."""
     ids = [layer.diff_id for layer in image.layers]
     best: tuple[str, ...] = ()
     for held in tools.engine.chains_of(reference.name, CANDIDATES):
@@ -214,7 +226,9 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
 def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
     """Delete the candidate, if there is one, from the engine or from next to the layout."""
     if layout is not None:
-        discard_candidate_layout(layout, tools)
+        if (place := _candidate(_real(layout))).exists():
+            with _locked_folder(place, tools):
+                discard(place)
     elif tools.engine.answers():
         tools.engine.untag(_candidate_name(image, tools))
 
@@ -229,3 +243,156 @@ def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: To
     """Return whether any job had network access, in this build or for a cached result."""
     made = (checkpoint.details, artifact.details if artifact else {})
     return tools.runner.networked or any(details.get("network_in_jobs") for details in made)
+
+
+@contextmanager
+def _final_layout(whole: ImageOrIndex, folder: Path, tools: Tools) -> Iterator[Path]:
+    """Yield the complete candidate layout; move it to its final path afterwards.
+
+    If the block fails, nothing is left; what an interrupt leaves is used by the next run.
+    """
+    folder = _real(folder)
+    with _locked_folder(_candidate(folder), tools) as candidate, _nothing_left(candidate):
+        stale = held_digest(candidate)
+        _write(whole, candidate, tools)
+        if stale is not None and stale != whole.digest:
+            # The candidate's manifest and config: the layout does not refer to them any more.
+            forget(candidate)
+            named = {blob.digest.hex for image in images_of(whole) for blob, _ in image.blobs()}
+            named |= {image.digest.hex for image in images_of(whole)} | {whole.digest.hex}
+            for path in (candidate / "blobs" / "sha256").iterdir():
+                if path.name not in named:
+                    path.unlink()
+        yield candidate
+        with _explained(folder):
+            _take_place(candidate, folder)
+
+
+def _take_place(candidate: Path, folder: Path) -> None:
+    """Rename a layout to its final path, so that a layout exists there at every moment.
+
+    A file system that cannot swap names needs two renames. `_recover` completes them if the
+    process was killed in between.
+    """
+    old = _old(folder)
+    if not folder.exists():
+        candidate.rename(folder)
+        discard(old)
+        return
+    discard(old)
+    with folder_lock(folder):  # it briefly has the candidate's name, so lock it
+        if exchange(candidate, folder):
+            candidate.rename(old)
+        else:
+            folder.rename(old)
+            candidate.rename(folder)
+        discard(old)
+
+
+def _recover(folder: Path) -> None:
+    """Restore the layout that a killed build was replacing."""
+    old = _old(folder)
+    if folder.exists() or not old.exists():
+        return
+    with _locked_folder(_candidate(folder)) as candidate:
+        with _explained(folder):
+            if old.exists() and not folder.exists():  # no other process restored it
+                old.rename(folder)
+        with suppress(OSError):
+            candidate.rmdir()  # if this call created it
+
+
+@contextmanager
+def _locked_folder(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
+    """Yield a locked folder: no other build writes to it or renames it until the block ends."""
+    wait = False
+    with ExitStack() as stack:
+        with _explained(folder):
+            while True:
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(folder_lock(folder, wait=wait))
+                    break
+                except FileNotFoundError:
+                    continue  # renamed between open and lock
+                except BlockingIOError:
+                    wait = True
+                    if tools is not None:
+                        tools.progress.note(
+                            f"the layout {folder} is in use by {holder(folder)}: waiting for it"
+                        )
+        yield folder
+
+
+@contextmanager
+def _nothing_left(candidate: Path) -> Iterator[None]:
+    """Delete a candidate, which may be as large as the model, if the block fails."""
+    try:
+        yield
+    except Exception:
+        discard(candidate)
+        raise
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror}",
+            hint="check free space and permissions, then run the command again",
+        ) from None
+
+
+def check_layout(folder: Path | None) -> None:
+    """Raise UsageError if the layout folder has other files, which the image would replace."""
+    if folder is None:
+        return
+    if not folder.name:
+        raise UsageError(f"--layout {folder}: no folder can be put there", hint="name another one")
+    folder = _real(folder)
+    _recover(folder)
+    if not folder.exists():
+        return
+    others = {"."} if not folder.is_dir() else {path.name for path in folder.iterdir()} - PARTS
+    others = {name for name in others if not is_unfinished(name)}
+    if others or image_names(folder) - {DEFAULT_NAME, ""}:
+        raise UsageError(
+            f"{folder} exists and is not the layout of a single image",
+            hint="choose a folder that does not exist yet",
+        )
+
+
+def _write(whole: ImageOrIndex, folder: Path, tools: Tools) -> None:
+    store = folder / "blobs" / "sha256"
+    sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
+    needed = sum(size for digest, size in sizes.items() if not (store / digest.hex).is_file())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentFailure(
+            f"the image layout needs {human(needed)} of disk, but {folder.parent} has {human(free)}"
+            " free",
+            hint="free some space there, or give a folder on a larger disk",
+        )
+
+    def progress(done: int, total: int) -> None:
+        tools.progress.advance(done, total, "bytes")
+
+    if isinstance(whole, Index):
+        write_index(whole, folder, progress=progress)
+    else:
+        write_layout(whole, folder, progress=progress)
+
+
+def _real(folder: Path) -> Path:
+    """Return where a link leads, perhaps to another disk: the link itself stays as it is."""
+    return folder.resolve() if folder.is_symlink() else folder
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _candidate(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.candidate")

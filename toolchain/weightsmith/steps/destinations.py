@@ -1,4 +1,4 @@
-"""Where a stage's result goes: the store, or a folder that the user names."""
+"""Where a stage's result goes: the store, a folder that the user names, or a target's results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
-from weightsmith.core.files import folder_lock, sync_folder
+from weightsmith.core.files import folder_lock, sync_folder, write_folder
 from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.trees import below, discard
 from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, StageInputs, Tree
 from weightsmith.core.waiting import holder
+from weightsmith.evaluating.build_record import read_build
 from weightsmith.steps.tools import Tools
 
 Make = Callable[[Path], Mapping[str, JsonValue]]
@@ -152,23 +153,18 @@ class InFolder(Unkept):
             for path in self.folder.iterdir():
                 discard(path)
         meta: dict[str, Json] = dict(make(self.folder))
-        known: Mapping[str, str] = meta.pop("sha256", {})
-        return StoreEntry(tree=self._tree(known), meta=meta, cached=False)
-
-    def keep(self, _inputs: Inputs, _file: Path) -> None:
-        """Do nothing: by-products are not stored."""
-
-    def _tree(self, known: Mapping[str, str]) -> Tree:
-        """Return the folder's files; the metadata has the digests of large files."""
-        names = sorted(
-            str(path.relative_to(self.folder)) for path in below(self.folder) if path.is_file()
-        )
+        known: Mapping[str, str] = meta.pop("sha256", {})  # of large files
+        files = (path for path in below(self.folder) if path.is_file())
         entries = []
-        for name in names:
+        for name in sorted(str(path.relative_to(self.folder)) for path in files):
             found = self.tools.store.digest_file(self.folder / name, read=False)
             digest = Digest(f"sha256:{known[name]}") if name in known else found.digest
             entries.append(FileEntry(path=name, size=found.size, digest=digest))
-        return Tree(root=self.folder, files=tuple(entries))
+        tree = Tree(root=self.folder, files=tuple(entries))
+        return StoreEntry(tree=tree, meta=meta, cached=False)
+
+    def keep(self, _inputs: Inputs, _file: Path) -> None:
+        """Do nothing: by-products are not stored."""
 
 
 @contextmanager
@@ -180,7 +176,11 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
     `resumes`, an interrupted run is left for the next one to resume. Raises UsageError if `out` is
     in use or another process is writing it.
     """
-    out = _unused(out, what)
+    out = out.absolute()
+    if out.is_symlink():  # a link cannot be replaced by a rename
+        out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} already exists", hint=f"give a new path for {what}")
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,13 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
             f"cannot make {partial}: {error.strerror}",
             hint=f"give a path for {what} where folders can be made",
         ) from None
-    with _locked(partial, out):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(partial, wait=False))
+        except (BlockingIOError, FileNotFoundError):
+            raise UsageError(
+                f"{holder(partial)} is writing {out}", hint="wait for it, or give another path"
+            ) from None
         try:
             yield InFolder(tools, partial, resumes)
         except BaseException as error:
@@ -202,28 +208,6 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
                 discard(partial)
             raise
         _rename(partial, out)
-
-
-def _unused(path: Path, what: str) -> Path:
-    """Return the absolute path; raise UsageError if it already exists."""
-    path = path.absolute()
-    if path.is_symlink():  # a link cannot be replaced by a rename
-        path = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} already exists", hint=f"give a new path for {what}")
-    return path
-
-
-@contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder_lock(partial, wait=False))
-        except (BlockingIOError, FileNotFoundError):
-            raise UsageError(
-                f"{holder(partial)} is writing {out}", hint="wait for it, or give another path"
-            ) from None
-        yield
 
 
 def _rename(partial: Path, out: Path) -> None:
@@ -250,3 +234,39 @@ def _rename(partial: Path, out: Path) -> None:
     if main:
         discard(partial)
     sync_folder(out.parent)
+
+
+def is_written(files: Mapping[str, str], folder: Path) -> bool:
+    """Return whether a folder already has these texts from an earlier build."""
+    try:
+        return all((folder / name).read_text("utf-8") == text for name, text in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def layers_in(folder: Path) -> tuple[str, ...]:
+    """Return the layers of the image recorded in a folder, bottom first; () if there is none."""
+    try:
+        image = read_build(folder).image
+    except (OSError, ValueError):
+        return ()
+    return tuple(layer.digest for layer in image.layers) if image else ()
+
+
+def write_files(files: Mapping[str, str], folder: Path) -> None:
+    """Write texts to a folder, each atomically.
+
+    Raises UsageError if it is a file, EnvironmentFailure if it cannot be written.
+    """
+    try:
+        write_folder(folder, {name: text.encode() for name, text in files.items()})
+    except FileExistsError as error:
+        raise UsageError(
+            f"cannot write results to {folder}: {error.filename or folder} is not a folder",
+            hint="give another path, or move that file away",
+        ) from None
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write results to {folder}: {error.strerror}",
+            hint="check the folder's permissions and the free space on its disk",
+        ) from None

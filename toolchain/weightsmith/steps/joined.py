@@ -16,7 +16,7 @@ from typing import Any
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.jobs import ProofJob, ReferenceJob, ValidateJob
 from weightsmith.core.values import JsonValue
-from weightsmith.steps.answer_checkpoint import AnswerCheckpoint, checkpointed_answers
+from weightsmith.steps.answer_checkpoint import AnswerCheckpoint, Answered, checkpointed_answers
 from weightsmith.steps.tools import Tools
 
 
@@ -26,7 +26,7 @@ class JoinedJob:
     def __init__(
         self,
         next_job: Callable[[], ReferenceJob | None],
-        keep: Callable[[Mapping[str, JsonValue]], None],
+        keep: Callable[[Answered], None],
     ) -> None:
         """Take what returns the job, None if nothing is left to ask, and what stores answers."""
         self._next_job = next_job
@@ -42,8 +42,17 @@ class JoinedJob:
         if reference is None:
             return tools.runner.run(validation, tools.progress)
         tools.progress.note("the reference questions are asked first, in the same process")
+        job = ProofJob(
+            builder=validation.builder,
+            reference=replace(reference, output=validation.output),
+            validation=validation,
+            output=validation.output,
+            memory_bytes=max(reference.memory_bytes, validation.memory_bytes),
+            seconds=reference.seconds + validation.seconds,
+            use_gpu=reference.use_gpu or validation.use_gpu,
+        )
         try:
-            both: Any = tools.runner.run(_proof_job(reference, validation), tools.progress)
+            both: Any = tools.runner.run(job, tools.progress)
         except BaseException:
             self._keep_checkpoint(validation.output)
             raise
@@ -59,15 +68,3 @@ class JoinedJob:
             if answers := checkpointed_answers(folder):
                 self._keep(answers)
                 AnswerCheckpoint(folder).forget()
-
-
-def _proof_job(reference: ReferenceJob, validation: ValidateJob) -> ProofJob:
-    return ProofJob(
-        builder=validation.builder,
-        reference=replace(reference, output=validation.output),
-        validation=validation,
-        output=validation.output,
-        memory_bytes=max(reference.memory_bytes, validation.memory_bytes),
-        seconds=reference.seconds + validation.seconds,
-        use_gpu=reference.use_gpu or validation.use_gpu,
-    )

@@ -51,9 +51,7 @@ def idle_cpus(variable: str) -> Mapping[str, str]:
 
     `variable` sets its threads; {} without one.
     """
-    if not variable:
-        return {}
-    return {variable: str(idle())}
+    return {variable: str(idle())} if variable else {}
 
 
 def why_not_started(image: Image, tools: Tools) -> str:
@@ -72,13 +70,12 @@ def what_is_missing(image: Image, tools: Tools) -> str:
 def missing_device(device: str, tools: Tools) -> str:
     """Return the same of a planned device, such as `for a GPU and none is here`; any GPU counts."""
     if device == AMX:
-        return _without_amx(tools.launcher.cpu_flags())
+        flags = tools.launcher.cpu_flags()
+        if flags is None:
+            return (
+                "for a CPU with AMX and the container engine does not say that its machine has one"
+            )
+        return "" if flags >= AMX_FLAGS else "for a CPU with AMX and this machine has none"
     if is_cpu(device) or tools.engine.describe().get("gpu"):
         return ""
     return "for a GPU and none is here"
-
-
-def _without_amx(flags: frozenset[str] | None) -> str:
-    if flags is None:
-        return "for a CPU with AMX and the container engine does not say that its machine has one"
-    return "" if flags >= AMX_FLAGS else "for a CPU with AMX and this machine has none"

@@ -160,25 +160,19 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
                         ),
                     )
                 )
-            now = _joined(before, after, _read(path) if path.is_file() else before)
-            data = {"bases": now.bases, "sources": now.sources}
+            now = _read(path) if path.is_file() else before
+            bases = {
+                name: _changed(before.bases.get(name, {}), row, now.bases.get(name, {}))
+                for name, row in after.bases.items()
+            }
+            data = {
+                "bases": _changed(before.bases, bases, now.bases),
+                "sources": _changed(before.sources, after.sources, now.sources),
+            }
             text = json.dumps(plain(data), indent=2, sort_keys=True) + "\n"
             write_whole(path, text.encode(), lasting=after.lasting)
     except OSError as error:
         progress.warn(f"cannot write {path}: {error.strerror}")
-
-
-def _joined(before: Lock, after: Lock, now: Lock) -> Lock:
-    """Return the lock `now` with the changes from `before` to `after`."""
-    bases = {
-        name: _changed(before.bases.get(name, {}), row, now.bases.get(name, {}))
-        for name, row in after.bases.items()
-    }
-    return replace(
-        now,
-        sources=_changed(before.sources, after.sources, now.sources),
-        bases=_changed(before.bases, bases, now.bases),
-    )
 
 
 def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, T]) -> dict[str, T]:

@@ -16,7 +16,7 @@ from weightsmith.models.safetensors import read_header
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.targets import Target
-from weightsmith.steps.expected_weights import ForeseenTree
+from weightsmith.steps.sizes import ForeseenTree
 
 FOLDER = "adapters"
 """Subfolder of the base that contains the adapters."""
@@ -80,22 +80,19 @@ def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdap
                 " apply it at full weight",
                 hint="merge it, or remove the weight",
             )
-        name = _name(adapter)
+        # For clients: the last part of its source, and its version.
+        name = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
+        name = f"{name}-{adapter.version}" if adapter.version else name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
         place = f"{FOLDER}/{name}.gguf" if gguf else f"{FOLDER}/{name}"
         if any(other.folder == place for other in found):
             raise UsageError(f"two adapters are named {name}", hint="give them different versions")
-        rank = _rank(adapter, gguf=gguf)
-        tree = adapter.snapshot.tree
+        rank, tree = _rank(adapter, gguf=gguf), adapter.snapshot.tree
         count, size = _weights(tree.path("adapter_model.safetensors"), tree.digest, gguf=gguf)
-        alone = len(sources.adapters) == 1
-        served = ServedAdapter(
-            name="" if alone else name,
-            folder=place,
-            rank=rank,
-            matrices=count,
-            weight_bytes=size,
+        shown = "" if len(sources.adapters) == 1 else name
+        found.append(
+            ServedAdapter(name=shown, folder=place, rank=rank, matrices=count, weight_bytes=size)
         )
-        found.append(served)
     return tuple(found)
 
 
@@ -110,13 +107,6 @@ def _weights(path: Path, _digest: Digest, *, gguf: bool) -> tuple[int, int]:
     return len(changed), sum(4 * prod(one.shape) if gguf else one.size for one in tensors)
 
 
-def _name(adapter: AdapterSnapshot) -> str:
-    """Return an adapter's name for clients: the last part of its source, and its version."""
-    last = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
-    name = f"{last}-{adapter.version}" if adapter.version else last
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
-
-
 def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
     path = adapter.snapshot.tree.path("adapter_config.json")
     config = read_json(path)
@@ -125,12 +115,10 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
             raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
     # One factor for all layers: vLLM takes alpha / r of the configuration, llama.cpp alpha over
     # each tensor's own rank.
-    scaled = ("alpha_pattern", "use_rslora") if gguf else ("alpha_pattern", "rank_pattern")
-    for key in scaled:
+    for key in ("alpha_pattern", "use_rslora" if gguf else "rank_pattern"):
         if config.get(key):
             raise InputRefused(
-                f"{path}: this engine does not support the scaling by {key}",
-                hint="merge it",
+                f"{path}: this engine does not support the scaling by {key}", hint="merge it"
             )
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise InputRefused(

@@ -1,15 +1,89 @@
-"""Estimates sizes on disk before the files exist."""
+"""What is foreseen of files that are not there: weights, results, and the memory to calibrate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
-from weightsmith.core.values import Format, JsonValue
-from weightsmith.models.facts import ModelFacts
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import INDEX, parse_file
+from weightsmith.core.values import FileEntry, Format, JsonValue, Sources, Tree, UnreadDigest
+from weightsmith.evaluating.walks import LETTERS
+from weightsmith.forward.memory import BATCH_TOKENS, START, UNKNOWN, token_bytes
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.folder import check_model_folder, pickles_in
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.architectures import has_projector
+from weightsmith.quantizers.calibration import Texts
+from weightsmith.quantizers.running import BLOCK
+from weightsmith.serving.architectures import check_served
+from weightsmith.serving.parameters import NO_WEIGHTS, weights_from_config
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
+
+_INDEX_FILE = "model.safetensors.index.json"
+_FROM_INDEX = f"{NO_WEIGHTS}{_INDEX_FILE}'s"
+_FROM_CONFIG = f"{NO_WEIGHTS}worked out from config.json, an estimate"
+_SHARD = 5_000_000_000
+"""The largest file that transformers writes."""
+_COPIES = 3
+"""Of a layer in float32 that is calibrated: itself, as it was, and a group of its matrices."""
+_SQUARES = 12
+"""Float32 numbers per pair of inputs while errors are compensated: two Gram matrices, and five in
+float64 (`quantizers/layerwise/quantizing.py`)."""
+
+
+class ForeseenTree(Tree):
+    """A folder without weights, and the files that will hold them."""
+
+    __slots__ = ()
+
+    @property
+    def note(self) -> str:
+        """Where the size of the weights is from."""
+        return expected_weights(self.root, read_facts(self.root))[1]
+
+
+def foreseen(sources: Sources) -> tuple[Sources, str]:
+    """Return the sources with the base's weights by their expected size, and where that is from.
+
+    They are returned as they are, with "", if the weights are there. Raises InputRefused for a size
+    that cannot be worked out, and for weights that are there as pickles.
+    """
+    tree = sources.base.tree
+    if tree.weight_bytes:
+        return sources, ""
+    if pickles_in(tree.root):
+        check_model_folder(tree.root)
+    size, note = expected_weights(tree.root, read_facts(tree.root))
+    count = -(-size // _SHARD)
+    weights = tuple(
+        FileEntry(
+            path=f"model-{number:05}-of-{count:05}.safetensors",
+            size=size * number // count - size * (number - 1) // count,
+            digest=UnreadDigest.of(b"%d of %d" % (number, size)),
+        )
+        for number in range(1, count + 1)
+    )
+    whole = ForeseenTree(root=tree.root, files=(*tree.files, *weights), places=tree.places)
+    return replace(sources, base=replace(sources.base, tree=whole)), note
+
+
+def expected_weights(folder: Path, model: ModelFacts) -> tuple[int, str]:
+    """Return the bytes of the weights that a folder lacks, and a note that says how it is known.
+
+    Raises InputRefused for a model that no target serves, and if neither its index nor its
+    config.json says.
+    """
+    check_served(model)  # what it is comes before what its config.json lacks
+    try:
+        size = parse_file(folder / _INDEX_FILE, largest=INDEX)["metadata"]["total_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        size = 0
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size, _FROM_INDEX
+    return weights_from_config(model), _FROM_CONFIG
 
 
 def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None = None) -> int:
@@ -59,3 +133,29 @@ def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None)
 def projector_bytes(model: ModelFacts) -> int:
     """Return about how large a model's projector for llama.cpp is; 0 if it has none."""
     return max(1, 2 * model.matrices.vision.weights) if has_projector(model) else 0
+
+
+def calibration_memory(model: ModelFacts, size: int, texts: Texts, *, compensated: bool) -> int:
+    """Return the peak in bytes of a walk over calibration text, one decoder layer at a time.
+
+    The sum of libraries, the states of all text, the layer in float32, and one batch's activations
+    or what it takes to compensate errors, if that is more. `size` is the checkpoint's, in bytes.
+    """
+    try:
+        shape, experts = model.shape, model.matrices.expert_width
+    except InputRefused:
+        return UNKNOWN
+    tokens = texts.letters // LETTERS + BATCH_TOKENS
+    states = shape.hidden + BLOCK + 2 * shape.head_dim  # with a mask, and rotary factors
+    if compensated:
+        states += shape.hidden  # in front of the layer, which runs more than once
+    if compensated and experts:  # their inputs are kept until the layer has run
+        states += 2 * shape.hidden + 4 * experts
+    batch = token_bytes(
+        layers=0, cached=0, hidden=shape.hidden, intermediate=max(shape.intermediate, experts)
+    )
+    table = 2 * shape.vocab * shape.hidden  # of embeddings, which no layer has
+    layer = 2 * max(0, size - table) // max(1, model.layers)
+    widest = max(shape.hidden, shape.intermediate, experts)
+    copies, squares = (_COPIES, 4 * _SQUARES * widest**2) if compensated else (1, 0)
+    return START + 4 * tokens * states + copies * layer + max(BATCH_TOKENS * batch, squares)

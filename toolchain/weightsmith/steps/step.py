@@ -22,8 +22,8 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
-from weightsmith.steps.expected_weights import ForeseenTree
 from weightsmith.steps.joined import JoinedJob
+from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult
 from weightsmith.steps.tools import Tools
 
@@ -192,7 +192,7 @@ class Step(Generic[T_co, F_co]):
         return ""
 
     @property
-    def joins(self) -> Step[Any, Any] | None:
+    def joins(self) -> AnyStep | None:
         """The step in whose process its job may run, before that step's own; None for none."""
         return None
 
@@ -215,7 +215,7 @@ class Step(Generic[T_co, F_co]):
         return self.of.target.name if self.of else ""
 
     @property
-    def needs(self) -> tuple[Step[Any, Any], ...]:
+    def needs(self) -> tuple[AnyStep, ...]:
         """The steps that must have run before."""
         return tuple(_steps_in(getattr(self, one.name) for one in fields(self)))
 
@@ -265,7 +265,18 @@ class TargetStep(Step[T_co, F_co]):
         return self.of.file
 
 
-def _steps_in(values: Iterator[Any]) -> Iterator[Step[Any, Any]]:
+AnyStep = Step[object, object]
+
+
+class UnforeseenStep(TargetStep[T_co, None]):
+    """A step of one target of which only running shows anything: the plan has no row for it."""
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing."""
+        return Foreseen(value=None)
+
+
+def _steps_in(values: Iterator[object]) -> Iterator[AnyStep]:
     for value in values:
         if isinstance(value, Step):
             yield value
@@ -277,20 +288,20 @@ class Results:
     """What the steps of a build have given so far, in their order."""
 
     def __init__(self) -> None:
-        self._outcomes: dict[Step[Any, Any], StageResult[Any]] = {}
-        self.joined: dict[Step[Any, Any], JoinedJob] = {}
+        self._outcomes: dict[AnyStep, StageResult[Any]] = {}
+        self.joined: dict[AnyStep, JoinedJob] = {}
         """Both steps whose jobs run in one process -> that job."""
 
-    def __getitem__(self, step: Step[T, Any]) -> T:
+    def __getitem__(self, step: Step[T, object]) -> T:
         """Return what a step gave; KeyError if it has not run."""
         value: T = self._outcomes[step].value
         return value
 
-    def get(self, step: Step[T, Any] | None) -> T | None:
+    def get(self, step: Step[T, object] | None) -> T | None:
         """Return what a step gave; None if it has not run."""
         return self._outcomes[step].value if step in self._outcomes else None
 
-    def put(self, step: Step[T, Any], outcome: StageResult[T]) -> None:
+    def put(self, step: Step[T, object], outcome: StageResult[T]) -> None:
         """Add what a step gave."""
         self._outcomes[step] = outcome
 
@@ -300,7 +311,7 @@ class Results:
         other._outcomes = dict(self._outcomes)
         return other
 
-    def outcomes(self, of: TargetBuild | None) -> Iterator[tuple[Step[Any, Any], StageResult[Any]]]:
+    def outcomes(self, of: TargetBuild | None) -> Iterator[tuple[AnyStep, StageResult[Any]]]:
         """Yield the steps of a target, and those that all share, with what they gave."""
         for step, outcome in self._outcomes.items():
             if step.of in (None, of):
@@ -316,27 +327,27 @@ class Foresight:
         """Take, by step and target, what the last build's results depended on."""
         self.tools = tools
         self._earlier = earlier
-        self._foreseen: dict[Step[Any, Any], Foreseen[Any]] = {}
+        self._foreseen: dict[AnyStep, Foreseen[Any]] = {}
 
-    def __getitem__(self, step: Step[Any, F]) -> F:
+    def __getitem__(self, step: Step[object, F]) -> F:
         """Return what a step will give; KeyError if it was not foreseen."""
         value: F = self._foreseen[step].value
         return value
 
-    def rows(self, step: Step[Any, Any]) -> tuple[PlanRow, ...]:
+    def rows(self, step: AnyStep) -> tuple[PlanRow, ...]:
         """Return a step's rows; () if it was not foreseen."""
         return self._foreseen[step].rows if step in self._foreseen else ()
 
-    def know(self, step: Step[Any, F], value: F) -> None:
+    def know(self, step: Step[object, F], value: F) -> None:
         """Take what a step has given already."""
         self._foreseen[step] = Foreseen(value=value)
 
-    def see(self, step: Step[Any, F]) -> F:
+    def see(self, step: Step[object, F]) -> F:
         """Foresee a step, and return what it will give; raises what running would refuse."""
         self._foreseen[step] = found = step.foresee(self)
         return found.value
 
-    def state(self, step: Step[Any, Any], inputs: StageInputs) -> State:
+    def state(self, step: AnyStep, inputs: StageInputs) -> State:
         """Return whether the store has a result, and if not, which inputs changed."""
         if found := self.tools.store.find(inputs.key):
             return State(cached=True, where=found.where or HERE)

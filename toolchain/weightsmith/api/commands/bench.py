@@ -24,7 +24,7 @@ from weightsmith.core.values import Writable, plain, without_passwords
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.session import Refused, ServerSession, SessionLimits, TryAgain
-from weightsmith.steps.results import write_files
+from weightsmith.steps.destinations import write_files
 from weightsmith.steps.tools import Tools
 
 BENCH_FILE = "bench.json"

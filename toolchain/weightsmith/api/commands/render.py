@@ -27,9 +27,8 @@ from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 from weightsmith.stages.render import render
-from weightsmith.steps.expected_weights import expected_weights
-from weightsmith.steps.results import write_files
-from weightsmith.steps.sizes import estimated_bytes, expected_projector
+from weightsmith.steps.destinations import write_files
+from weightsmith.steps.sizes import estimated_bytes, expected_projector, expected_weights
 
 _CONFIG = "serving.json"
 """The file with everything that `bake` needs from a rendered folder."""

@@ -37,7 +37,6 @@ from weightsmith.stages.upload import (
     CARD,
     HubDestination,
     changes,
-    check_destination,
     repository_of,
     upload,
 )
@@ -117,7 +116,7 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 @contextmanager
 def _opened(source: str, destination: HubDestination, tools: Tools) -> Iterator[tuple[_Model, str]]:
     """Yield a model while its files are there, and its card."""
-    check_destination(destination, tools.hub)
+    tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
         model = _open(source, scratch, tools)
         names = [entry.path for entry in model.tree.files]

@@ -9,7 +9,7 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.stages.quantize import QuantizeOptions, quantize_memory
-from weightsmith.steps.calibration_memory import calibration_memory
+from weightsmith.steps.sizes import calibration_memory
 
 MIB = 1 << 20
 SMALL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
