@@ -16,8 +16,8 @@ from pathlib import Path
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.models.facts import ModelFacts
+from weightsmith.serving.devices import GPUS
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import GPUS
 from weightsmith.stages.render import render
 
 MODELS = Path(__file__).parents[1] / "tests" / "golden" / "models"

@@ -46,8 +46,7 @@ from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
-from weightsmith.serving.devices import AMX, CPUS
-from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.devices import AMX, CPUS, GPUS
 
 K = TypeVar("K")
 

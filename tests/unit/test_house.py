@@ -345,7 +345,7 @@ READS_OUR_OWN = {
     "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/architectures.py",
     "quantizers/running.py",
     "core/resources.py", "serving/llamacpp_options.py",
-    "models/facts.py", "serving/option_values.py", "serving/options.py", "serving/vllm.py",
+    "models/facts.py", "serving/options.py", "serving/vllm.py",
     "steps/bases.py", "steps/destinations.py", "core/jobs.py",
     "merging/peft_layers.py", "merging/tuned.py", "merging/tying.py",
     "merging/loading.py",

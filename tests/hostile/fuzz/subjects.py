@@ -46,7 +46,7 @@ from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_e
 from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.option_values import not_to_be_stated
+from weightsmith.serving.options import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
 

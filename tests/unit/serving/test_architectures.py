@@ -9,9 +9,8 @@ from weightsmith.models.shape import cache_layers
 from weightsmith.serving import llamacpp, vllm
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.length import lengths
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.paged_capacity import paged_cache
+from weightsmith.serving.paged_capacity import lengths, paged_cache
 from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, facts, shape_of

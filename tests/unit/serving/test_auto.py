@@ -9,7 +9,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.serving.auto import choices, choose_length
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp import ENGINE as LLAMACPP
-from weightsmith.serving.plan_summary import summary
+from weightsmith.serving.plan import summary
 from weightsmith.serving.vllm import ENGINE as VLLM
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts

@@ -11,7 +11,7 @@ from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines
 from weightsmith.serving.compatibility import check_support
-from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.devices import GPUS
 
 from tests.fakes.configs import facts
 from tests.paths import ROOT

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 from weightsmith.core.errors import UsageError
 from weightsmith.serving import engines
-from weightsmith.serving.devices import AMX, CPU, CPUS, is_cpu
+from weightsmith.serving.devices import AMX, CPU, CPUS, GPUS, gpu, is_cpu, named_gpu
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import GPUS, gpu, named_gpu
 from weightsmith.serving.memory import GIB
 from weightsmith.steps.bases import base_reference
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import UsageError
 from weightsmith.serving import engines, llamacpp_options, sglang, tgi, trtllm, vllm
+from weightsmith.serving.devices import GPUS
 from weightsmith.serving.engine import ServedModel, ServeOptions
-from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.memory import GIB
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
@@ -148,7 +148,7 @@ SECRETS = {
 @pytest.mark.parametrize("engine", SECRETS)
 def test_no_image_holds_a_secret(engine):
     check = llamacpp_options.extra_options
-    names = {*llamacpp_options.environment_names(), *llamacpp_options.command_line_names()}
+    names = {*llamacpp_options.ENVIRONMENT, *llamacpp_options.COMMAND_LINE}
     if engine != "llamacpp":
         known = {"vllm": vllm, "sglang": sglang, "tgi": tgi, "trtllm": trtllm}[engine]
         check, names = known.known_options().checked, set(known.known_options().kinds)

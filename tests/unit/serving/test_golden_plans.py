@@ -9,7 +9,7 @@ import json
 
 import pytest
 from weightsmith.serving import engines
-from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.devices import GPUS
 from weightsmith.serving.memory import human
 
 from tests.golden.cases import (

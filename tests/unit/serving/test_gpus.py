@@ -1,6 +1,6 @@
 import pytest
 from weightsmith.core.errors import UsageError
-from weightsmith.serving.gpus import GPUS, gpu
+from weightsmith.serving.devices import GPUS, gpu
 
 
 def test_names_are_lower_case_with_the_maker_first():

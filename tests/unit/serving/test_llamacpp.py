@@ -8,7 +8,7 @@ from weightsmith.serving import llamacpp_plan
 from weightsmith.serving.engine import ServedAdapter, ServedModel, ServeOptions
 from weightsmith.serving.llamacpp import ENGINE, command, env
 from weightsmith.serving.llamacpp_cache import padded
-from weightsmith.serving.llamacpp_options import environment_names, extra_options
+from weightsmith.serving.llamacpp_options import ENVIRONMENT, extra_options
 from weightsmith.serving.memory import GIB, MIB
 
 from tests.fakes.configs import LLAMA_8B, SMOL, facts
@@ -366,7 +366,7 @@ def test_the_environment_is_explicit_and_known_to_the_server():
     made = plan(SMOL, MIB, ServeOptions(max_model_len=512, max_num_seqs=2, host_memory_bytes=GIB))
     found = env(made, SERVED)
 
-    assert set(found) <= set(environment_names().values())
+    assert set(found) <= set(ENVIRONMENT.values())
     assert found["LLAMA_ARG_CTX_SIZE"] == "1024"
     assert found["LLAMA_ARG_N_PARALLEL"] == "2"
     assert found["LLAMA_ARG_KV_UNIFIED"] == "0"

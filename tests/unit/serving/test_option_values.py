@@ -6,7 +6,7 @@ import re
 import pytest
 from weightsmith.core.errors import UsageError
 from weightsmith.serving import llamacpp_options, sglang, tgi, trtllm, vllm
-from weightsmith.serving.option_values import STATED, not_to_be_stated, plain_name
+from weightsmith.serving.options import STATED, not_to_be_stated, plain_name
 
 KNOWN = {
     "vllm": vllm.known_options().kinds,
@@ -14,8 +14,8 @@ KNOWN = {
     "tgi": tgi.known_options().kinds,
     "trtllm": trtllm.known_options().kinds,
     "llamacpp": {
-        **llamacpp_options.environment_names(),
-        **llamacpp_options.command_line_names(),
+        **llamacpp_options.ENVIRONMENT,
+        **llamacpp_options.COMMAND_LINE,
     },
 }
 CHECKS = {

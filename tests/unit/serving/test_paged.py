@@ -96,7 +96,7 @@ def test_fifteen_gib_hold_fifteen_requests_by_vllms_figure_and_one_less_for_sure
 
     assert cache.concurrency(15 * GIB, 8192, 16384) == 15.0
     # The null block is reserved, so the fifteenth request would lack one.
-    assert cache.usable(15 * GIB) // cache.blocks(8192, 16384) == 14
+    assert (cache.number(15 * GIB) - 1) // cache.blocks(8192, 16384) == 14
 
 
 def test_hybrid_groups_are_of_the_smaller_kinds_size():

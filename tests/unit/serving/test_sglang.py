@@ -6,8 +6,8 @@ from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import AWQ
 from weightsmith.serving import sglang
+from weightsmith.serving.devices import GPUS
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.memory import GIB
 
 from tests.fakes.configs import LLAMA_8B, facts

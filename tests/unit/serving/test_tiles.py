@@ -3,7 +3,7 @@
 import pytest
 from weightsmith.building.targets import all_formats
 from weightsmith.core.errors import UsageError
-from weightsmith.serving.tiles import check_blocks
+from weightsmith.serving.compatibility import check_blocks
 
 from tests.fakes.configs import facts
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from weightsmith.core.errors import UsageError
 from weightsmith.serving import trtllm
-from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.devices import GPUS
 
 from tests.fakes.rendering import L40S, rendered
 

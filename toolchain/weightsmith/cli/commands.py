@@ -205,7 +205,7 @@ def render(asked: RenderCommand) -> Said:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
     from weightsmith.api.commands.render import render_folder
     from weightsmith.building.wiring import keep_places_clean
-    from weightsmith.serving.plan_summary import summary
+    from weightsmith.serving.plan import summary
 
     keep_places_clean(asked)
     files, plan = render_folder(asked)

@@ -5,7 +5,7 @@ A server is asked by several clients, so the longest request that fits alone is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from weightsmith.core.values import JsonValue
@@ -25,6 +25,15 @@ class Fitting(Protocol):
 
     def most_requests(self, tokens: int, limit: int) -> int:
         """Return how many requests of that length fit, up to `limit`; 0: none."""
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest number up to a limit that fits, where all smaller ones do too; 0: none."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def choose_length(capacity: Fitting, own: int, wanted: int) -> int:

@@ -7,15 +7,19 @@ behind their code.
 
 from __future__ import annotations
 
-from weightsmith.core.errors import InputRefused
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Format
 from weightsmith.models.facts import ModelFacts
-from weightsmith.serving.devices import AMX, is_cpu
-from weightsmith.serving.engine import Engine, ExpertKernel, Support
-from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.devices import AMX, GPUS, is_cpu
+from weightsmith.serving.engine import Engine, Support
 
 _AMD = (0, 0)
 """The compute capability of GPUs that have none."""
+_TILES = {"fp8-block": 128, "nvfp4a16": 16, "nvfp4": 16, "mxfp4a16": 32}
+"""Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles."""
+
+_PADDED = frozenset({"GptOssForCausalLM"})
+"""Architectures whose experts vLLM pads to whole tiles (models/gpt_oss.py: _load_weights_mxfp4)."""
 _WITH_AMX = "serve.gpu: cpu-amx if it is served by an Intel Xeon from the 4th generation on, "
 
 
@@ -30,15 +34,26 @@ def check_support(
     row = engine.support.get(format_.name) or engine.support.get(format_.kind)
     if row is None:
         return
-    version = f"{engine.name} {_version(engine, device)}"
-    amx = "" if device == AMX or not is_cpu(device) or _lacks_with_amx(row, model) else _WITH_AMX
+    rows, on_cpu = engine.support, is_cpu(device)
+    pinned = engine.support_versions.get("cpu" if on_cpu else "gpu", engine.support_versions["gpu"])
+    version = f"{engine.name} {pinned}"
+    takes = on_cpu and device != AMX and not (_lacks(row, AMX) or _lacks_experts(row, AMX, model))
+    amx = _WITH_AMX if takes else ""
     if lacks := _lacks(row, device):
+        good = sorted(kind for kind, other in rows.items() if not _lacks(other, device))
+        formats = f"{' or '.join(good)}, " if good else ""
         raise InputRefused(
             f"{format_.name} weights: {version} {lacks} ({row.source})",
-            hint=f"choose {amx}{_ways_out(engine, device)}",
+            hint=f"choose {amx}{formats}another GPU with serve.gpu, or 16 bits"
+            f" (target {engine.name})",
         )
-    if lacks := _lacks_for_experts(row, device, model):
-        others = sorted(_with_experts(engine, device, model))
+    if lacks := _lacks_experts(row, device, model):
+        others = sorted(
+            kind
+            for kind, other in rows.items()
+            if other.amx_experts
+            and not (_lacks(other, device) or _lacks_experts(other, device, model))
+        )
         formats = f"{' or '.join(others)}, " if others else ""
         raise InputRefused(
             f"{format_.name} weights of a model with experts: {version} {lacks}"
@@ -48,41 +63,29 @@ def check_support(
         )
 
 
-def _version(engine: Engine, device: str) -> str:
-    """Return the version of an engine's build for a device."""
-    versions = engine.support_versions
-    return versions.get("cpu" if is_cpu(device) else "gpu", versions["gpu"])
-
-
 def _lacks(row: Support, device: str) -> str:
     """Return what an engine lacks or needs on a device, or nothing where it loads the format."""
     card = GPUS.get(device)
     if is_cpu(device):
-        has = row.cpu or (row.amx and device == AMX)
-        return "" if has else "has no kernel for it on a CPU"
+        there = row.cpu or (row.amx and device == AMX)
+        return "" if there else "has no kernel for it on a CPU"
     if card is None:
         return ""
     if card.compute_capability == _AMD:
         return "" if row.amd else f"has no kernel for it on AMD's GPUs, such as {device}"
     if card.compute_capability >= row.capability:
         return ""
-    return (
-        f"needs compute capability {_dotted(row.capability)} for it, and {device} has "
-        f"{_dotted(card.compute_capability)}"
-    )
+    needed, has = (".".join(map(str, one)) for one in (row.capability, card.compute_capability))
+    return f"needs compute capability {needed} for it, and {device} has {has}"
 
 
-def _lacks_for_experts(row: Support, device: str, model: ModelFacts | None) -> str:
+def _lacks_experts(row: Support, device: str, model: ModelFacts | None) -> str:
     """Return the same of a model's experts, of which only CPU builds lack kernels."""
     if not (is_cpu(device) and row.cpu_experts and model and model.matrices.experts):
         return ""
     if device != AMX or row.amx_experts is None:
         return "has no kernel for them on a CPU"
-    return _does_not_take(row.amx_experts, model)
-
-
-def _does_not_take(kernel: ExpertKernel, model: ModelFacts) -> str:
-    """Return why a kernel for experts does not take a model's; "" if it does."""
+    kernel = row.amx_experts
     if model.architecture not in kernel.architectures:
         return f"has no kernel for the way in which {model.architecture} chooses experts"
     hidden, width = model.shape.hidden, model.matrices.expert_width or model.shape.intermediate
@@ -94,26 +97,28 @@ def _does_not_take(kernel: ExpertKernel, model: ModelFacts) -> str:
     return ""
 
 
-def _lacks_with_amx(row: Support, model: ModelFacts | None) -> str:
-    return _lacks(row, AMX) or _lacks_for_experts(row, AMX, model)
+def check_blocks(model: ModelFacts, format_: Format, gpus: int) -> None:
+    """Refuse tensor parallelism that would cut through the blocks of a format.
 
-
-def _with_experts(engine: Engine, device: str, model: ModelFacts | None) -> list[str]:
-    """Return the formats in which the engine loads a model with experts there."""
-    return [
-        kind
-        for kind, row in engine.support.items()
-        if row.amx_experts
-        if not (_lacks(row, device) or _lacks_for_experts(row, device, model))
-    ]
-
-
-def _ways_out(engine: Engine, device: str) -> str:
-    """Return the formats that the engine does load there, and what else there is."""
-    good = sorted(kind for kind, row in engine.support.items() if not _lacks(row, device))
-    formats = f"{' or '.join(good)}, " if good else ""
-    return f"{formats}another GPU with serve.gpu, or 16 bits (target {engine.name})"
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+    Source: validate_fp8_block_shape and GroupQuantScaleParameter of vLLM 0.33, and the same checks
+    in SGLang 0.5.23. Raises UsageError.
+    """
+    size = _TILES.get(format_.name, 0)
+    if not size or gpus < 2 or model.architecture in _PADDED:
+        return
+    shape, more = model.shape, model.matrices
+    parts = {"o_proj": shape.heads * (shape.v_head_dim or shape.head_dim)}
+    if size == 128 and not shape.kv_lora_rank:
+        parts["k_proj"] = max(shape.kv_heads // gpus, 1) * shape.head_dim * gpus
+    if not more.experts or more.sparse_layers < shape.layers:
+        parts["down_proj"] = shape.intermediate
+    if more.experts:
+        parts["an expert's down_proj"] = more.expert_width or shape.intermediate
+    for name, length in parts.items():
+        if length % (size * gpus):
+            raise UsageError(
+                f"{format_.name} has blocks of {size} weights, and {gpus} GPUs would share the"
+                f" {length} of {name}: no whole number of blocks each",
+                hint="set serve.tensor_parallel_size to fewer GPUs, or choose fp8, which has a"
+                " scale per row",
+            )

@@ -1,4 +1,4 @@
-"""The CPUs that plans know by name; gpus.py has the GPUs.
+"""The devices that plans know by name: CPUs and GPUs.
 
 A CPU with AMX is a device of its own: vLLM has kernels for quantized experts only there. Asking the
 building machine would make the plan depend on it.
@@ -6,7 +6,11 @@ building machine would make the plan depend on it.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.core.errors import UsageError
 
 CPU = "cpu"
 AMX = "cpu-amx"
@@ -22,3 +26,103 @@ AMX_FLAGS = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
 def is_cpu(device: str) -> bool:
     """Return whether a planned device is a CPU."""
     return device in CPUS
+
+
+# CUDA C++ Programming Guide, "Compute Capabilities"; AMD's data sheet.
+_GENERATIONS = {
+    (0, 0): "CDNA 3",
+    (7, 5): "Turing",
+    (8, 0): "Ampere",
+    (8, 6): "Ampere",
+    (8, 9): "Ada Lovelace",
+    (9, 0): "Hopper",
+    (10, 0): "Blackwell",
+    (12, 0): "Blackwell",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU; sizes in bytes."""
+
+    name: str
+    total_bytes: int
+    """On the board, as the data sheet has it."""
+    usable_bytes: int
+    """What a process sees as the total (`cudaMemGetInfo`): the board less ECC and the driver."""
+    compute_capability: tuple[int, int]
+    """(0, 0) for AMD."""
+    fp8: bool
+    bf16: bool
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def generation(self) -> str:
+        """The architecture's name, as its maker calls it."""
+        return _GENERATIONS.get(self.compute_capability, "")
+
+
+def _nvidia(
+    name: str, gb: int, usable_mib: int, capability: tuple[int, int], *aliases: str
+) -> tuple[str, Gpu]:
+    # FP8 tensor cores came with compute capability 8.9, bfloat16 with 8.0 (CUDA C++ Programming
+    # Guide, "Features and Technical Specifications").
+    full = f"nvidia-{name}"
+    return full, Gpu(
+        name=full,
+        total_bytes=gb << 30,
+        usable_bytes=usable_mib << 20,
+        compute_capability=capability,
+        fp8=capability >= (8, 9),
+        bf16=capability >= (8, 0),
+        aliases=(name, *aliases, *(f"nvidia-{alias}" for alias in aliases)),
+    )
+
+
+# Memory: NVIDIA's and AMD's data sheets. Usable, in MiB: the totals that PyTorch and vLLM print on
+# these cards in published logs ("79.10 GiB" on an H100), rounded down; drivers differ a little.
+_MI300X = Gpu(
+    name="amd-mi300x",
+    total_bytes=192 << 30,
+    usable_bytes=196_288 << 20,
+    compute_capability=(0, 0),
+    fp8=True,
+    bf16=True,
+    aliases=("mi300x",),
+)
+GPUS: Mapping[str, Gpu] = dict(
+    [
+        _nvidia("t4", 16, 15_090, (7, 5), "tesla-t4"),
+        _nvidia("l4", 24, 22_563, (8, 9)),
+        _nvidia("a10g", 24, 22_502, (8, 6)),
+        _nvidia("a100-40gb", 40, 40_325, (8, 0), "a100"),
+        _nvidia("a100-80gb", 80, 81_037, (8, 0)),
+        _nvidia("l40s", 48, 45_457, (8, 9)),
+        _nvidia("h100-80gb", 80, 80_990, (9, 0), "h100"),
+        _nvidia("h200-141gb", 141, 143_156, (9, 0), "h200"),
+        _nvidia("b200", 180, 182_500, (10, 0)),
+        _nvidia("rtx-4090", 24, 24_080, (8, 9), "rtx4090", "4090"),
+        _nvidia("rtx-5090", 32, 32_110, (12, 0), "rtx5090", "5090"),
+        (_MI300X.name, _MI300X),
+    ]
+)
+_BY_ANY_NAME = {alias: gpu for gpu in GPUS.values() for alias in (gpu.name, *gpu.aliases)}
+
+
+def gpu(name: str) -> Gpu:
+    """Return the GPU of that name or alias; UsageError with near misses otherwise."""
+    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    if wanted in _BY_ANY_NAME:
+        return _BY_ANY_NAME[wanted]
+    near = difflib.get_close_matches(wanted, (*_BY_ANY_NAME, *CPUS), n=2, cutoff=0.6)
+    guess = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(
+        f"unknown GPU {name!r}",
+        hint=f"{guess}known: {', '.join(GPUS)}; for another one give its memory:"
+        " --gpu-memory 24GiB",
+    )
+
+
+def named_gpu(name: str) -> Gpu | None:
+    """Return the GPU of that name; None for a CPU's name, or none. Raises what `gpu` does."""
+    return gpu(name) if name and not is_cpu(name) else None

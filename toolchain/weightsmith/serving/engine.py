@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import SAFETENSORS, Format, JsonValue
+from weightsmith.core.values import SAFETENSORS, Format, JsonValue, Tree
 from weightsmith.models.facts import ModelFacts
+from weightsmith.models.gguf_names import projector_of
 from weightsmith.serving.plan import ServingPlan
 
 
@@ -65,6 +66,31 @@ class ServedModel:
     """Served name -> absolute path in the image."""
     startup_seconds: int
     """How long the server may take to start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projector:
+    """The file beside a GGUF model's that its server needs to read pictures."""
+
+    file: str = ""
+    """Relative to the model's folder; empty while there is none yet."""
+    size: int
+    """Bytes."""
+
+
+def projector_in(tree: Tree) -> Projector | None:
+    """Return the projector among a model's files."""
+    name = projector_of(file.path for file in tree.files)
+    return next((Projector(file=name, size=f.size) for f in tree.files if f.path == name), None)
+
+
+OFFLINE: Mapping[str, str] = {
+    "HOME": "/tmp",  # noqa: S108  # the one place that is writable in a read-only container
+    "USER": "model",  # torch asks for a name where the user's number has none
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+"""What engines in Python have in their environment: offline, writing below /tmp only."""
 
 
 def checked_name(model: ServedModel) -> str:

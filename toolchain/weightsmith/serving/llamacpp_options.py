@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json, JsonValue
-from weightsmith.serving.option_values import require_harmless
-from weightsmith.serving.options import NO_TLS, require_fitting
+from weightsmith.core.values import JsonValue
+from weightsmith.serving.options import NO_TLS, require_fitting, require_harmless
 
-_LIST = Path(__file__).with_name("llamacpp_options.json")
+_LIST = json.loads(Path(__file__).with_name("llamacpp_options.json").read_text("utf-8"))
+ENVIRONMENT: Mapping[str, str] = MappingProxyType(_LIST["environment"])
+"""Option -> environment variable, for the options that have one."""
+COMMAND_LINE: Mapping[str, bool] = MappingProxyType(_LIST["command_line"])
+"""Options that only the command line knows -> whether they take a value."""
+# Options with one variable are spellings of each other; plans use these, else the list's first.
+_OWN = ("n-gpu-layers", "log-verbosity", "temperature", "n-predict", "ui", "embedding")
+_CANONICAL = {ENVIRONMENT[option]: option for option in reversed((*_OWN, *ENVIRONMENT))}
 
 # What a plan decides, or what a baked image must not do; option -> what to do instead.
 _NOT_HERE: Mapping[str, str] = {
@@ -47,39 +52,6 @@ _NOT_HERE: Mapping[str, str] = {
 }
 
 
-@cache
-def environment_names() -> Mapping[str, str]:
-    """Return option -> environment variable, for the options that have one."""
-    return MappingProxyType(dict(_load()["environment"]))
-
-
-@cache
-def command_line_names() -> Mapping[str, bool]:
-    """Return the options that only the command line knows -> whether they take a value."""
-    return MappingProxyType(dict(_load()["command_line"]))
-
-
-@cache
-def _words() -> Mapping[str, Sequence[str]]:
-    """Return option -> the words that it takes, for those that take no other."""
-    return MappingProxyType(dict(_load()["words"]))
-
-
-@cache
-def _numbers() -> frozenset[str]:
-    return frozenset(_load()["numbers"])
-
-
-@cache
-def _canonical() -> Mapping[str, str]:
-    # Options with one variable are spellings of each other; plans use these.
-    own = ("n-gpu-layers", "log-verbosity", "temperature", "n-predict", "ui", "embedding")
-    names: dict[str, str] = {}
-    for option in (*own, *environment_names()):
-        names.setdefault(environment_names()[option], option)
-    return MappingProxyType(names)
-
-
 def extra_options(extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return `serve.extra` with every key as llama-server's long option, without dashes.
 
@@ -98,7 +70,8 @@ def extra_options(extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
             )
         if option in found:
             raise UsageError(f"serve.extra sets {option} twice", hint=f"remove {key}")
-        require_fitting(option, value, _words().get(option, ()), number=option in _numbers())
+        words, number = _LIST["words"].get(option, ()), option in _LIST["numbers"]
+        require_fitting(option, value, words, number=number)
         if isinstance(value, Mapping | list | tuple):
             value = json.dumps(value, sort_keys=True)
         found[option] = value
@@ -111,22 +84,22 @@ def as_environment(settings: Mapping[str, JsonValue]) -> dict[str, str]:
     llama-server reads true/1/on/enabled and false/0/off/disabled; a variable of a plain switch
     takes effect only when it is true (common/arg.cpp).
     """
-    names = environment_names()
-    return {names[option]: text(value) for option, value in settings.items() if option in names}
+    found = ((ENVIRONMENT.get(option), text(value)) for option, value in settings.items())
+    return {name: value for name, value in found if name}
 
 
 def as_arguments(settings: Mapping[str, JsonValue]) -> tuple[str, ...]:
     """Return the settings that only the command line knows, as arguments."""
     argv: list[str] = []
     for option, value in settings.items():
-        takes_value = command_line_names().get(option)
+        takes_value = COMMAND_LINE.get(option)
         if takes_value is None:
             continue
         if takes_value:
             argv += [f"--{option}", text(value)]
         elif value:
             argv.append(f"--{option}")
-        elif f"no-{option}" in command_line_names():
+        elif f"no-{option}" in COMMAND_LINE:
             argv.append(f"--no-{option}")
     return tuple(argv)
 
@@ -139,30 +112,18 @@ def text(value: JsonValue) -> str:
 
 
 def _option(key: str) -> str:
-    variables = _canonical()
-    if key.upper().startswith("LLAMA_"):
-        known: list[str] = list(variables)
-        if key.upper() in variables:
-            return variables[key.upper()]
-    else:
-        option = key.lstrip("-").replace("_", "-").lower()
-        if option in environment_names():
-            return variables[environment_names()[option]]
-        if option in command_line_names():
-            return option
-        known = [*environment_names(), *command_line_names()]
-    near = difflib.get_close_matches(_near_form(key), known, n=3, cutoff=0.6)
+    wanted = key.upper() if key.upper().startswith("LLAMA_") else key.replace("_", "-").lower()
+    if wanted in _CANONICAL:
+        return _CANONICAL[wanted]
+    option = wanted.lstrip("-")
+    if option in ENVIRONMENT:
+        return _CANONICAL[ENVIRONMENT[option]]
+    if option in COMMAND_LINE:
+        return option
+    known = _CANONICAL if wanted.startswith("LLAMA_") else (*ENVIRONMENT, *COMMAND_LINE)
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
     guess = f"did you mean {', '.join(near)}? " if near else ""
     raise UsageError(
         f"serve.extra.{key}: llama-server has no such option",
         hint=f"{guess}`llama-server --help` in the image lists them all",
     )
-
-
-def _load() -> Mapping[str, Json]:
-    loaded: Mapping[str, JsonValue] = json.loads(_LIST.read_text("utf-8"))
-    return loaded
-
-
-def _near_form(key: str) -> str:
-    return key.upper() if key.upper().startswith("LLAMA_") else key.replace("_", "-").lower()

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from weightsmith.core.errors import UsageError
 from weightsmith.models.shape import ModelShape
-from weightsmith.serving.devices import CPU
+from weightsmith.serving.devices import CPU, Gpu, named_gpu
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import Gpu, named_gpu
 from weightsmith.serving.memory import host_memory
 
 _LOW_PRECISION = ("Gemma2For", "Gemma3For", "Glm4For")
@@ -56,11 +55,8 @@ def machine_for(options: ServeOptions, shape: ModelShape) -> Machine:
 
 def _split(options: ServeOptions, shape: ModelShape) -> tuple[int, int]:
     """Return (tensor, pipeline) parallel sizes: the user's, else as many shards as heads allow."""
-    tensor, pipeline, count = (
-        options.tensor_parallel_size,
-        options.pipeline_parallel_size,
-        options.gpu_count,
-    )
+    tensor, pipeline = options.tensor_parallel_size, options.pipeline_parallel_size
+    count = options.gpu_count
     if tensor or pipeline:
         if not tensor:
             tensor = count // pipeline if count % pipeline == 0 else 1

@@ -16,9 +16,10 @@ from functools import cached_property
 from typing import Literal
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import CacheLayers, Kind, ModelShape
+from weightsmith.serving.auto import largest
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.length import Lengths
 from weightsmith.serving.machine import Machine, dtype_bytes
 from weightsmith.serving.memory import GIB, MIB
 
@@ -27,6 +28,50 @@ _MARGIN = 20
 
 _CPU_PROGRAM = 3 * GIB // 2
 """Python, torch and the engine on a CPU: 1.30 to 1.40 GiB for models of 8 to 2,860 MiB."""
+
+_NOT_MULTIPLIED = frozenset(
+    {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default", "mrope", "proportional"}
+)
+"""Kinds of position scaling whose factor is in the stated length already."""
+
+_UNKNOWN = 2048
+"""Tokens that a request may be long, where no length is stated: vLLM's own fallback."""
+_STRETCHED = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of prompt and answer together."""
+
+    default: int
+    most: int
+    """What may be asked for; larger than the default where positions can be stretched."""
+
+
+def lengths(model: ModelFacts, *, stretched: bool = False) -> Lengths:
+    """Return the model's own length and the longest that the engine accepts.
+
+    Of several stated lengths the smallest counts. `stretched` says that the user changes the
+    positions, which lifts the limit. Raises InputRefused for a scaling factor that is no number.
+    """
+    positions, kind = model.positions, model.positions.scaling
+    if not positions.lengths:
+        return Lengths(default=_UNKNOWN, most=_STRETCHED)
+    length = min(positions.lengths)
+    if 0 < model.tokenizer_length < _STRETCHED:  # transformers writes 1e30 for no limit
+        length = min(length, model.tokenizer_length)
+    if kind in {"longrope", "su"}:
+        default = positions.original if 0 < positions.original <= length else length
+        return Lengths(default=default, most=_STRETCHED if stretched else length)
+    # Gemma 3 states the scaled length.
+    if kind not in _NOT_MULTIPLIED and not model.text_model_type.startswith("gemma3"):
+        if not positions.factor:
+            raise InputRefused(
+                "config.json: the position scaling's factor is not a number above 0, up to 1000",
+                hint="check the checkpoint's config.json",
+            )
+        length = int(length * positions.factor)
+    return Lengths(default=length, most=_STRETCHED if stretched else length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +224,10 @@ class PagedCapacity:
         return activations + logits + fixed + self.switches.adapter_bytes
 
     def budget(self, tokens: int, requests: int) -> tuple[int, int, float]:
-        """Return (bytes for the cache, bytes held back, the engine's fraction), per GPU."""
+        """Return (bytes for the cache, bytes held back, the engine's fraction), per GPU.
+
+        Those for the cache are negative where not even the weights fit.
+        """
         total, rules = self.machine.bytes_each, self.rules
         used = self.weights_each + self.overhead(tokens, requests)
         fraction = self.options.gpu_memory_utilization or rules.fraction
@@ -199,13 +247,9 @@ class PagedCapacity:
         margin = asked // _MARGIN
         return asked - margin - used, margin, fraction
 
-    def room(self, tokens: int, requests: int) -> int:
-        """Return the bytes for the cache, per GPU; negative where not even the weights fit."""
-        return self.budget(tokens, requests)[0]
-
     def fits(self, tokens: int, requests: int) -> bool:
         """Say whether so many requests of that length are in the cache together."""
-        blocks = self.cache.number(self.room(tokens, requests)) - self.rules.null_block
+        blocks = self.cache.number(self.budget(tokens, requests)[0]) - self.rules.null_block
         return 0 < self.blocks(tokens, requests) * requests <= blocks
 
     def longest(self, requests: int, most: int) -> int:
@@ -213,19 +257,11 @@ class PagedCapacity:
         if self.fits(most, requests):
             return most
         step = max(16, self.cache.block)
-        low, high = 0, -(-most // step)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(middle * step, requests) else (low, middle)
-        return low * step
+        return step * largest(lambda n: self.fits(n * step, requests), -(-most // step) - 1)
 
     def most_requests(self, tokens: int, limit: int) -> int:
         """Return how many requests of that length fit, up to `limit`; 0: none."""
-        low, high = 0, limit + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(tokens, middle) else (low, middle)
-        return low
+        return largest(lambda number: self.fits(tokens, number), limit)
 
 
 SPARSE_MLA_BYTES = 656
@@ -262,9 +298,9 @@ class PagedCache:
         `inflight` is how many tokens may be scheduled before windows slide on:
         max_num_batched_tokens, times the batches that are under way at once.
         """
-        return sum(group.count * self._of_kind(group, tokens, inflight) for group in self.groups)
+        return sum(group.count * self._of_group(group, tokens, inflight) for group in self.groups)
 
-    def _of_kind(self, group: KvCacheGroup, tokens: int, inflight: int) -> int:
+    def _of_group(self, group: KvCacheGroup, tokens: int, inflight: int) -> int:
         if group.kind == "full":
             return -(-tokens // group.block)
         if group.kind == "sliding":
@@ -286,10 +322,6 @@ class PagedCache:
     def number(self, available: int) -> int:
         """Return the blocks that fit into so many bytes."""
         return max(0, available) // self.bytes_per_block
-
-    def usable(self, available: int) -> int:
-        """Return the blocks that requests can have: the first one is the null block."""
-        return max(0, self.number(available) - 1)
 
     def concurrency(self, available: int, tokens: int, inflight: int) -> float:
         """Return vLLM's own figure, "Maximum concurrency for N tokens per request"."""
@@ -353,7 +385,10 @@ def paged_cache(
         return PagedCache(
             block=block, bytes_per_block=block * size, groups=(whole,), state_blocks=state_blocks
         )
-    layers = shape.cache if hybrid else _all_full(shape.cache)
+    layers: Sequence[CacheLayers] = shape.cache
+    if not hybrid and (attention := sum(p.layers for p in shape.cache if p.kind != "state")):
+        states = [part for part in shape.cache if part.kind == "state"]
+        layers = [CacheLayers(kind="full", layers=attention), *states]
     token, page = max(tokens.values(), default=0), 0
     if states := [part for part in layers if part.kind == "state"]:
         if not (states[0].recurrent or states[0].convolved):
@@ -369,7 +404,10 @@ def paged_cache(
             step = max(block, 128) if shape.latent_cache else block
             block = -(-page // (token * step)) * step
     page = block * token or page
-    size = _group_size(layers)
+    # The smallest kind's number decides on the layers of a group, unless the largest is less than
+    # half as large again: then padding the small one is cheaper.
+    counts = [part.layers for part in layers]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     return PagedCache(
         block=block,
         bytes_per_block=-(-size // pipeline_parallel) * page,
@@ -387,18 +425,3 @@ def paged_cache(
         ),
         state_blocks=state_blocks,
     )
-
-
-def _group_size(layers: Sequence[CacheLayers]) -> int:
-    """Return the layers of a group: the smallest kind's number decides.
-
-    Unless the largest is less than half as large again: then padding the small one is cheaper.
-    """
-    counts = [part.layers for part in layers]
-    return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
-
-
-def _all_full(layers: Sequence[CacheLayers]) -> tuple[CacheLayers, ...]:
-    attention = sum(part.layers for part in layers if part.kind != "state")
-    states = tuple(part for part in layers if part.kind == "state")
-    return (CacheLayers(kind="full", layers=attention), *states) if attention else states

@@ -11,7 +11,7 @@ follow other rules and have a planner of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from weightsmith.core.errors import UsageError
@@ -20,12 +20,11 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.auto import choices, choose_length, rule, usable
+from weightsmith.serving.devices import GPUS
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import GPUS
-from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
 from weightsmith.serving.memory import GIB, human
-from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
+from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches, lengths
 from weightsmith.serving.plan import ServingPlan
 
 _AUTO_REQUESTS = 8
@@ -91,8 +90,7 @@ def make_capacity(
             hint=f"nearest: gpu_count {max(fitting)}",
         )
     dtype, note = choose_dtype(shape, machine, options.dtype)
-    _check_cache_dtype(rules, machine, dtype, options.kv_cache_dtype)
-    _check_fraction(options)
+    _check_cache(rules, machine, dtype, options)
     notes = [said for said in (note, check_architecture(model)) if said]
     if options.gpu_memory_bytes and machine.gpu is None:
         notes.append("a GPU without a name: its number formats are not checked")
@@ -101,9 +99,12 @@ def make_capacity(
     if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
         notes.append("layers with a window are planned at full length, which is never too little")
     notes += _copies(shape, machine, rules)
-    if _shrinks(model, options, dtype):
+    float32 = (options.format, model.stated_dtype) == (SAFETENSORS, "float32")
+    if float32 and dtype != "float32":
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
+    stretching = {"hf-overrides", "rope-scaling"}
+    stretched = any(key.replace("_", "-") in stretching for key in options.extra)
     return PagedCapacity(
         rules=rules,
         shape=shape,
@@ -113,14 +114,9 @@ def make_capacity(
         dtype=dtype,
         switches=switches,
         packed=model.packing is not None,
-        limit=lengths(model, stretched=_stretched(options)),
+        limit=lengths(model, stretched=stretched),
         notes=tuple(notes),
     )
-
-
-def _shrinks(model: ModelFacts, options: ServeOptions, dtype: str) -> bool:
-    """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
-    return (options.format, model.stated_dtype) == (SAFETENSORS, "float32") and dtype != "float32"
 
 
 def _copies(shape: ModelShape, machine: Machine, rules: Rules) -> list[str]:
@@ -139,11 +135,13 @@ def _copies(shape: ModelShape, machine: Machine, rules: Rules) -> list[str]:
     return [note]
 
 
-def _stretched(options: ServeOptions) -> bool:
-    return any(key.replace("_", "-") in {"hf-overrides", "rope-scaling"} for key in options.extra)
-
-
-def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wanted: str) -> None:
+def _check_cache(rules: Rules, machine: Machine, dtype: str, options: ServeOptions) -> None:
+    wanted, share = options.kv_cache_dtype, options.gpu_memory_utilization
+    if share and not 0.05 <= share <= 0.99:
+        raise UsageError(
+            f"gpu_memory_utilization {share}: outside 0.05 to 0.99",
+            hint="it is a fraction of one GPU's memory, such as 0.9",
+        )
     if not wanted:
         return
     if wanted not in rules.cache_dtypes:
@@ -167,14 +165,6 @@ def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wanted: str) 
         )
 
 
-def _check_fraction(options: ServeOptions) -> None:
-    if options.gpu_memory_utilization and not 0.05 <= options.gpu_memory_utilization <= 0.99:
-        raise UsageError(
-            f"gpu_memory_utilization {options.gpu_memory_utilization}: outside 0.05 to 0.99",
-            hint="it is a fraction of one GPU's memory, such as 0.9",
-        )
-
-
 def _tokens(capacity: PagedCapacity) -> int:
     """Return max_model_len: the option, else the longest that fits and is of use."""
     wanted, limit = capacity.options.max_model_len, capacity.limit
@@ -195,76 +185,54 @@ def _tokens(capacity: PagedCapacity) -> int:
 
 
 def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
-    machine, cache = capacity.machine, capacity.cache
+    machine, cache, weights = capacity.machine, capacity.cache, capacity.weights
     room, margin, fraction = capacity.budget(tokens, requests)
     gpus, tensor = max(1, machine.gpus), machine.tensor_parallel
     need = capacity.blocks(tokens, requests) * cache.bytes_per_block
     overhead = capacity.overhead(tokens, requests)
-    fits = capacity.fits(tokens, requests)
+    inflight = capacity.inflight(tokens, requests)
+    growth, notes = cache.growth, capacity.notes
+    if machine.pipeline_parallel > 1:  # in the layers of all stages
+        whole = replace(capacity, machine=replace(machine, pipeline_parallel=1))
+        growth = whole.cache.growth
+    wanted = capacity.options.gpu_memory_utilization
+    if wanted and fraction < wanted:
+        said = f"gpu_memory_utilization {fraction} instead of {wanted}: activations need the rest"
+        notes = (*notes, said)
+    if machine.gpus:
+        # The files' pages while they are copied, and a process per GPU.
+        host = weights + 4 * GIB + 2 * GIB * machine.gpus
+        shared = 2 * GIB if machine.gpus > 1 else 0
+    else:
+        host = weights + need * requests + cache.bytes_per_block + overhead
+        # vLLM has a process for its one worker on a CPU too, and asks for 160 MiB before it starts
+        # (0.32, shm_broadcast.py: 10 chunks of 16 MiB).
+        shared = GIB // 4
     return ServingPlan(
         device=machine.device,
         gpus=machine.gpus,
         max_model_len=tokens,
         max_num_seqs=requests,
         max_num_batched_tokens=capacity.batched(tokens, requests),
-        max_concurrency=_floored(
-            cache.concurrency(max(0, room), tokens, capacity.inflight(tokens, requests))
-        ),
-        weight_bytes=capacity.weights,
+        max_concurrency=math.floor(cache.concurrency(max(0, room), tokens, inflight) * 100) / 100,
+        weight_bytes=weights,
         weights_bytes_per_gpu=capacity.weights_each,
-        kv_bytes_per_token=_growth(capacity) * tensor,
+        kv_bytes_per_token=growth * tensor,
         kv_bytes_per_request=need * gpus,
         kv_bytes_total=need * gpus * requests,
         kv_cache_bytes=max(0, room),
         overhead_bytes=overhead * gpus,
         usable_bytes=(capacity.weights_each + overhead + max(0, room)) * gpus,
         margin_bytes=margin,
-        host_bytes=_host_bytes(capacity, need * requests, overhead),
-        shm_bytes=_shm_bytes(machine),
+        host_bytes=host,
+        shm_bytes=shared,
         gpu_memory_utilization=fraction if machine.gpus else None,
         tensor_parallel_size=tensor,
         pipeline_parallel_size=machine.pipeline_parallel,
         gpu_layers=capacity.shape.layers if machine.gpus else 0,
-        fits=fits,
-        notes=(*capacity.notes, *_lowered(capacity, fraction)),
+        fits=capacity.fits(tokens, requests),
+        notes=notes,
     )
-
-
-def _lowered(capacity: PagedCapacity, fraction: float) -> tuple[str, ...]:
-    wanted = capacity.options.gpu_memory_utilization
-    if not wanted or fraction >= wanted:
-        return ()
-    return (f"gpu_memory_utilization {fraction} instead of {wanted}: activations need the rest",)
-
-
-def _growth(capacity: PagedCapacity) -> int:
-    """Return the bytes of a token in the growing layers of all pipeline stages, on one shard."""
-    if capacity.machine.pipeline_parallel == 1:
-        return capacity.cache.growth
-    whole = replace(capacity, machine=replace(capacity.machine, pipeline_parallel=1))
-    return whole.cache.growth
-
-
-def _shm_bytes(machine: Machine) -> int:
-    """Return what the engine's processes share tensors in.
-
-    vLLM has a process for its one worker on a CPU too, and asks for 160 MiB before it starts
-    (0.32, shm_broadcast.py: 10 chunks of 16 MiB).
-    """
-    if not machine.gpus:
-        return GIB // 4
-    return 2 * GIB if machine.gpus > 1 else 0
-
-
-def _host_bytes(capacity: PagedCapacity, cache: int, overhead: int) -> int:
-    if not capacity.machine.gpus:
-        return capacity.weights + cache + capacity.cache.bytes_per_block + overhead
-    # The files' pages while they are copied, and a process per GPU.
-    return capacity.weights + 4 * GIB + 2 * GIB * capacity.machine.gpus
-
-
-def _floored(number: float) -> float:
-    return math.floor(number * 100) / 100
 
 
 def _too_much(capacity: PagedCapacity, plan: ServingPlan) -> UsageError:
@@ -294,129 +262,75 @@ def alternatives(capacity: PagedCapacity, plan: ServingPlan) -> tuple[Mapping[st
     """Return changes of one option each that fit: `text` for people, the rest as `serve` keys.
 
     In this order: a shorter request, fewer at once, a smaller cache type, smaller weights, more
-    GPUs, another GPU. One that changes nothing enough is left out; the list may be empty.
+    GPUs, another GPU, or without any more memory. One that changes nothing enough is left out; the
+    list may be empty.
     """
     tokens, requests = plan.max_model_len, plan.max_num_seqs
-    found = [
-        _shorter(capacity, tokens, requests),
-        _fewer(capacity, tokens, requests),
-        _smaller_cache(capacity, tokens, requests),
-        _smaller_weights(capacity, tokens, requests),
-        _more_gpus(capacity, tokens, requests),
-        _other_gpu(capacity, tokens, requests),
-        _more_memory(capacity, tokens, requests),
-    ]
-    return tuple(way for way in found if way)
+    return (*_smaller(capacity, tokens, requests), *_larger(capacity, tokens, requests))
 
 
-def _shorter(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
-    shorter = capacity.longest(requests, tokens)
-    if not 0 < shorter < tokens:
-        return {}
-    return {
-        "text": f"max_model_len {shorter} with {requests} at once",
-        "max_model_len": shorter,
-        "max_num_seqs": requests,
-    }
-
-
-def _fewer(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
-    fewer = capacity.most_requests(tokens, requests)
-    if not 0 < fewer < requests:
-        return {}
-    return {
-        "text": f"max_num_seqs {fewer} at {tokens} tokens",
-        "max_model_len": tokens,
-        "max_num_seqs": fewer,
-    }
-
-
-def _smaller_cache(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
-    card = capacity.machine.gpu
-    if capacity.element <= 1 or "fp8" not in capacity.rules.cache_dtypes or (card and not card.fp8):
-        return {}
-    packed = replace(capacity, options=replace(capacity.options, kv_cache_dtype="fp8"))
-    longest = packed.longest(requests, tokens)
-    if longest <= capacity.longest(requests, tokens):
-        return {}
-    text = "the same" if longest == tokens else f"max_model_len {longest} with {requests} at once"
-    return {
-        "text": f"{text} with kv_cache_dtype fp8",
-        "kv_cache_dtype": "fp8",
-        "max_model_len": longest,
-        "max_num_seqs": requests,
-    }
-
-
-def _smaller_weights(
+def _smaller(
     capacity: PagedCapacity, tokens: int, requests: int
-) -> Mapping[str, JsonValue]:
-    bits = capacity.options.format.bits_per_weight
-    if bits <= 8 or capacity.packed or not capacity.rules.small_target:
-        return {}
-    outside = min(capacity.weights, capacity.shape.vocab * capacity.shape.hidden * 2)
-    size = outside + int((capacity.weights - outside) * _FOUR_BITS / bits)
-    packed = replace(capacity, weights=size)
-    if not packed.fits(tokens, requests):
-        return {}
-    return {
-        "text": f"the same with 4-bit weights of about {human(size)}: target"
-        f" {capacity.rules.small_target}",
-        "target": capacity.rules.small_target,
-        "weight_bytes": size,
-    }
+) -> Iterator[Mapping[str, JsonValue]]:
+    """Yield what fits on the same machine."""
+    rules, card = capacity.rules, capacity.machine.gpu
+    both: Mapping[str, JsonValue] = {"max_model_len": tokens, "max_num_seqs": requests}
+    shorter = capacity.longest(requests, tokens)
+    if 0 < shorter < tokens:
+        text = f"max_model_len {shorter} with {requests} at once"
+        yield {"text": text, **both, "max_model_len": shorter}
+    fewer = capacity.most_requests(tokens, requests)
+    if 0 < fewer < requests:
+        text = f"max_num_seqs {fewer} at {tokens} tokens"
+        yield {"text": text, **both, "max_num_seqs": fewer}
+    if capacity.element > 1 and "fp8" in rules.cache_dtypes and (not card or card.fp8):
+        packed = replace(capacity, options=replace(capacity.options, kv_cache_dtype="fp8"))
+        longer = packed.longest(requests, tokens)
+        if longer > shorter:
+            text = f"max_model_len {longer} with {requests} at once"
+            text = f"{'the same' if longer == tokens else text} with kv_cache_dtype fp8"
+            yield {"text": text, "kv_cache_dtype": "fp8", **both, "max_model_len": longer}
+    bits, name = capacity.options.format.bits_per_weight, rules.small_target
+    if bits > 8 and not capacity.packed and name:
+        outside = min(capacity.weights, capacity.shape.vocab * capacity.shape.hidden * 2)
+        size = outside + int((capacity.weights - outside) * _FOUR_BITS / bits)
+        if replace(capacity, weights=size).fits(tokens, requests):
+            text = f"the same with 4-bit weights of about {human(size)}: target {name}"
+            yield {"text": text, "target": name, "weight_bytes": size}
 
 
-def _more_gpus(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
+def _larger(
+    capacity: PagedCapacity, tokens: int, requests: int
+) -> Iterator[Mapping[str, JsonValue]]:
+    """Yield the nearest machines on which it fits."""
     machine = capacity.machine
+
+    def on(other: Machine) -> PagedCapacity:
+        return replace(capacity, machine=other)
+
+    for count in range(machine.gpus + 1, _MOST_GPUS + 1) if machine.gpus else ():
+        if can_split(capacity.shape, count):
+            wider = on(replace(machine, gpus=count, tensor_parallel=count, pipeline_parallel=1))
+            if wider.fits(tokens, requests):
+                each = human(wider.weights_each)
+                text = f"{count} x {machine.device} ({each} of weights each)"
+                yield {"text": text, "gpu_count": count}
+                break
+    for card in sorted(GPUS.values(), key=lambda card: card.usable_bytes) if machine.gpus else ():
+        size = card.usable_bytes
+        if size > machine.bytes_each and any(card.compute_capability):  # AMD's need another image
+            other = replace(machine, device=card.name, gpu=card, bytes_each=size)
+            if on(other).fits(tokens, requests):
+                text = f"{machine.gpus} x " if machine.gpus > 1 else ""
+                text += f"{card.name} ({human(size)})"
+                yield {"text": text, "gpu": card.name, "gpu_count": machine.gpus}
+                break
     if not machine.gpus:
-        return {}
-    for count in range(machine.gpus + 1, _MOST_GPUS + 1):
-        if not can_split(capacity.shape, count):
-            continue
-        wider = replace(
-            capacity,
-            machine=replace(machine, gpus=count, tensor_parallel=count, pipeline_parallel=1),
-        )
-        if wider.fits(tokens, requests):
-            return {
-                "text": f"{count} x {machine.device} ({human(wider.weights_each)} of weights each)",
-                "gpu_count": count,
-            }
-    return {}
-
-
-def _other_gpu(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
-    machine = capacity.machine
-    if not machine.gpus:
-        return {}
-    for card in sorted(GPUS.values(), key=lambda card: card.usable_bytes):
-        # AMD's need another image.
-        if card.usable_bytes <= machine.bytes_each or not any(card.compute_capability):
-            continue
-        other = replace(machine, device=card.name, gpu=card, bytes_each=card.usable_bytes)
-        if replace(capacity, machine=other).fits(tokens, requests):
-            count = f"{machine.gpus} x " if machine.gpus > 1 else ""
-            return {
-                "text": f"{count}{card.name} ({human(card.usable_bytes)})",
-                "gpu": card.name,
-                "gpu_count": machine.gpus,
-            }
-    return {}
-
-
-def _more_memory(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
-    if capacity.machine.gpus:
-        return {}
-    low, high = capacity.machine.bytes_each, capacity.machine.bytes_each * 2
-    while not _with_memory(capacity, high).fits(tokens, requests):
-        low, high = high, high * 2
-    while high - low > 1 << 26:
-        middle = (low + high) // 2
-        fits = _with_memory(capacity, middle).fits(tokens, requests)
-        low, high = (low, middle) if fits else (middle, high)
-    return {"text": f"{human(high)} of memory", "memory": high}
-
-
-def _with_memory(capacity: PagedCapacity, size: int) -> PagedCapacity:
-    return replace(capacity, machine=replace(capacity.machine, bytes_each=size))
+        low, high = machine.bytes_each, machine.bytes_each * 2
+        while not on(replace(machine, bytes_each=high)).fits(tokens, requests):
+            low, high = high, high * 2
+        while high - low > 1 << 26:
+            middle = (low + high) // 2
+            fits = on(replace(machine, bytes_each=middle)).fits(tokens, requests)
+            low, high = (low, middle) if fits else (middle, high)
+        yield {"text": f"{human(high)} of memory", "memory": high}

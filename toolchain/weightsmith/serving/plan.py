@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from weightsmith.core.escape import joined
 from weightsmith.core.json_objects import JsonObject, read_exactly
 from weightsmith.core.values import Digest, JsonValue, plain
 from weightsmith.serving.devices import CPU, is_cpu
+from weightsmith.serving.memory import human
+from weightsmith.serving.parameters import NO_WEIGHTS
 
 GRACE_SECONDS = 60
 """How long a container may take to end; then it is killed."""
@@ -30,6 +33,8 @@ _OF_THE_MACHINE = frozenset(
         "choices",
     }
 )
+_WIDTH = 60
+"""Characters of a plan's bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,3 +149,52 @@ class ServingConfig:
     def from_json(cls, data: JsonValue) -> ServingConfig:
         """Read what `to_json` returned; raises ValueError for a part that is not as it was."""
         return read_exactly(cls, data)
+
+
+def summary(name: str, plan: ServingPlan) -> str:
+    """Return a plan as lines: what it serves, a bar of one device's memory, and its numbers.
+
+    Sizes are per GPU, or of the machine without one.
+    """
+    gpus, requests, full = plan.gpus, plan.max_num_seqs, plan.max_concurrency
+    where = f"{gpus} x {plan.device}" if gpus > 1 else plan.device
+    devices = max(1, gpus)
+    cache = plan.kv_bytes_total // devices
+    estimated = any(note.startswith(NO_WEIGHTS) for note in plan.notes)
+    exact = (
+        f"exact: {human(plan.kv_bytes_per_request)} per request,"
+        f" {human(plan.kv_bytes_per_token)} per further token"
+    )
+    spare = f"{full:g} request{'s' * (full != 1)} of full length would fit"
+    files = "an estimate" if estimated else "by the files' size"
+    parts = [
+        ("w", "weights", plan.weights_bytes_per_gpu, files),
+        ("k", "cache", cache, exact),
+        ("o", "other", plan.overhead_bytes // devices, "an estimate"),
+        ("+", "cache to spare", max(0, plan.kv_cache_bytes - cache), spare),
+        (".", "held back", plan.margin_bytes, "because the rest is estimated"),
+    ]
+    whole = sum(size for _, _, size, _ in parts)
+    bar, reached = "", 0  # one character per sixtieth; ends are rounded, so there are always 60
+    for sign, _, size, _ in parts:
+        reached += size
+        bar += sign * (round(reached * _WIDTH / (whole or 1)) - len(bar))
+    served = f"{requests} request{'s' * (requests > 1)} of {plan.max_model_len} tokens at once"
+    lines = [
+        f"{name} on {where}: {served}, {plan.max_num_batched_tokens} tokens a step",
+        f"  [{bar.ljust(_WIDTH)}] {human(whole)}{' per GPU' if gpus > 1 else ''}",
+    ]
+    lines += [
+        f"   {sign} {what:<14} {human(size):>10}  {said}"
+        for sign, what, size, said in parts
+        if size
+    ]
+    lines += [f"  note: {note}" for note in plan.notes]
+    if not plan.fits:
+        lines.append("  it would fit as a whole with:")
+        lines += [f"   - {way['text']}" for way in plan.nearest or ()]
+    if plan.choices:
+        pairs = [(row["max_num_seqs"], row["max_model_len"]) for row in plan.choices]
+        others = [f"{most} of {n}" for most, n in pairs if n != plan.max_model_len]
+        lines.append(f"  requests at once, of other lengths: {', '.join(others)} tokens")
+    return joined(lines)

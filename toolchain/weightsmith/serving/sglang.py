@@ -10,7 +10,9 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
+from weightsmith.serving.compatibility import check_blocks
 from weightsmith.serving.engine import (
+    OFFLINE,
     Engine,
     EngineBase,
     ServedModel,
@@ -21,10 +23,9 @@ from weightsmith.serving.engine import (
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import NO_TLS, OptionList, load_options
-from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
+from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.serving.tiles import check_blocks
 
 GPU_IMAGE = "docker.io/lmsysorg/sglang:v0.5.23"
 """Upstream's image, CUDA 13 only since 0.5.19; images/bases.lock has its digest."""
@@ -126,10 +127,6 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             " the rows of Q and K without their scales",
             hint="choose target vllm-fp8, or 16 bits (target sglang)",
         )
-    return replace(planned, settings={**_settings(planned, capacity), **extra})
-
-
-def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonValue]:
     settings: dict[str, JsonValue] = {
         "dtype": capacity.dtype,
         "context-length": planned.max_model_len,
@@ -143,10 +140,9 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonVa
     if any(part.kind in {"sliding", "chunked"} for part in capacity.shape.cache):
         # Else windows share the memory by a ratio of its own, which is not planned here.
         settings["disable-hybrid-swa-memory"] = True
-    cache = capacity.options.kv_cache_dtype
-    if cache:
+    if cache := options.kv_cache_dtype:
         settings["kv-cache-dtype"] = {"fp8": "fp8_e4m3", "bfloat16": "bf16"}.get(cache, cache)
-    return settings
+    return replace(planned, settings={**settings, **extra})
 
 
 def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, JsonValue]:
@@ -183,10 +179,7 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment: offline, writing below /tmp only."""
     del plan, model
     return {
-        "HOME": "/tmp",  # noqa: S108
-        "USER": "model",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
+        **OFFLINE,
         "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",  # noqa: S108
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
-from weightsmith.models.facts import ModelFacts, PositionSettings
+from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
@@ -105,7 +105,17 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
         )
-    _check_rotation(model.positions)
+    # transformers 5 writes `rope_parameters`; TGI's transformers 4 looks for `rope_theta` and
+    # `rope_scaling`, and takes 10000 and nothing where they are not, without a word.
+    positions = model.positions
+    usual = positions.scaling == "default" and positions.theta == _ROPE_THETA
+    if positions.transformers_5_only and not usual:
+        raise InputRefused(
+            "config.json has rope_parameters, as transformers 5 writes them, and TGI reads"
+            " rope_theta and rope_scaling: it would answer nonsense",
+            hint="add rope_theta, and rope_scaling where rope_type is not default, to the base's"
+            " config.json, or choose a vllm target",
+        )
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, _switches(model))
     card = capacity.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
@@ -121,22 +131,6 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             "max_model_len 1 leaves no token for the answer", hint="nearest: max_model_len 2"
         )
     return replace(planned, settings={**_settings(planned, capacity), **extra})
-
-
-def _check_rotation(positions: PositionSettings) -> None:
-    """Raise InputRefused where positions are turned as TGI's transformers 4 would not turn them.
-
-    transformers 5 writes `rope_parameters`; 4 looks for `rope_theta` and `rope_scaling`, and takes
-    10000 and nothing where they are not, without a word.
-    """
-    plain = positions.scaling == "default" and positions.theta == _ROPE_THETA
-    if positions.transformers_5_only and not plain:
-        raise InputRefused(
-            "config.json has rope_parameters, as transformers 5 writes them, and TGI reads"
-            " rope_theta and rope_scaling: it would answer nonsense",
-            hint="add rope_theta, and rope_scaling where rope_type is not default, to the base's"
-            " config.json, or choose a vllm target",
-        )
 
 
 _FLASHINFER_HEADS = frozenset({64, 128, 256})
@@ -186,16 +180,16 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
         "huggingface-hub-cache": "/tmp/hub",  # noqa: S108
         **plan.settings,
     }
+    texts = {
+        key.upper().replace("-", "_"): str(value).lower() if isinstance(value, bool) else str(value)
+        for key, value in served.items()
+    }
     return {
-        **{key.upper().replace("-", "_"): _text(value) for key, value in served.items()},
+        **texts,
         "HF_HUB_OFFLINE": "1",
         "HOME": "/tmp",  # noqa: S108
         "HF_HOME": "/tmp/hub",  # noqa: S108
     }
-
-
-def _text(value: JsonValue) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # Paths are below server/text_generation_server/.

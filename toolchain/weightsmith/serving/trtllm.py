@@ -10,7 +10,13 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
-from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions
+from weightsmith.serving.engine import (
+    OFFLINE,
+    Engine,
+    EngineBase,
+    ServedModel,
+    ServeOptions,
+)
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
@@ -125,10 +131,7 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment: offline, silent about usage, writing below /tmp only."""
     del plan, model
     return {
-        "HOME": "/tmp",  # noqa: S108
-        "USER": "model",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
+        **OFFLINE,
         "TRTLLM_NO_USAGE_STATS": "1",
         "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
     }

@@ -16,8 +16,10 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, Packing
 from weightsmith.models.shape import ModelShape
+from weightsmith.serving.compatibility import check_blocks
 from weightsmith.serving.devices import AMX, CPU, is_cpu
 from weightsmith.serving.engine import (
+    OFFLINE,
     Engine,
     EngineBase,
     ExpertKernel,
@@ -32,7 +34,6 @@ from weightsmith.serving.options import NO_TLS, OptionList, load_options
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import DRAIN_SECONDS, ServingPlan
-from weightsmith.serving.tiles import check_blocks
 
 _SOFTMAX = frozenset({
     "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM",
@@ -224,6 +225,12 @@ def switches(extra: Mapping[str, JsonValue]) -> Switches:
         raise UsageError(
             f"serve.extra.block-size is {block!r}", hint="a multiple of 16, such as 16 or 32"
         )
+    state = str(extra.get("mamba-ssm-cache-dtype", "auto"))
+    if state not in {"auto", "float32", "float16", "bfloat16"}:
+        raise UsageError(
+            f"serve.extra.mamba-ssm-cache-dtype is {state!r}",
+            hint="one of auto, float32, float16, bfloat16",
+        )
     return Switches(
         block=block,
         prefix_caching=extra.get("enable-prefix-caching") is not False,
@@ -231,18 +238,8 @@ def switches(extra: Mapping[str, JsonValue]) -> Switches:
         chunked_prefill=extra.get("enable-chunked-prefill") is not False,
         overlapping=extra.get("async-scheduling") is not False,
         graphs=extra.get("enforce-eager") is not True,
-        state_dtype=_state_dtype(extra),
+        state_dtype="" if state == "auto" else state,
     )
-
-
-def _state_dtype(extra: Mapping[str, JsonValue]) -> str:
-    chosen = str(extra.get("mamba-ssm-cache-dtype", "auto"))
-    if chosen not in {"auto", "float32", "float16", "bfloat16"}:
-        raise UsageError(
-            f"serve.extra.mamba-ssm-cache-dtype is {chosen!r}",
-            hint="one of auto, float32, float16, bfloat16",
-        )
-    return "" if chosen == "auto" else chosen
 
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -251,12 +248,11 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def _lora_rank(options: ServeOptions) -> int:
     largest = max(adapter.rank for adapter in options.adapters)
-    for rank in _RANKS:
-        if rank >= largest:
-            return rank
-    raise UsageError(
-        f"an adapter of rank {largest}: vLLM serves up to {_RANKS[-1]}", hint="merge it"
-    )
+    if largest > _RANKS[-1]:
+        raise UsageError(
+            f"an adapter of rank {largest}: vLLM serves up to {_RANKS[-1]}", hint="merge it"
+        )
+    return min(rank for rank in _RANKS if rank >= largest)
 
 
 def _adapter_bytes(shape: ModelShape, options: ServeOptions) -> int:
@@ -304,10 +300,7 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonVa
 def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment: offline, silent about usage, writing below /tmp only."""
     found = {
-        "HOME": "/tmp",  # noqa: S108  # the one place that is writable in a read-only container
-        "USER": "model",  # torch asks for a name where the user's number has none
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
+        **OFFLINE,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CACHE_ROOT": "/tmp/vllm",  # noqa: S108
@@ -526,20 +519,14 @@ def check_packing(packing: Packing | None, machine: Machine) -> tuple[str, ...]:
             "not have",
             hint="choose a later GPU, or another format",
         )
-    if method == "awq":
-        return _awq(packing)
+    if method == "awq" and packing.bits != 4:
+        raise InputRefused(
+            f"AWQ with {packing.bits} bits: vLLM has kernels for 4", hint="quantize it again"
+        )
     if method == "gptq":
         return _gptq(packing, machine)
     if method == "fp8":
         return _fp8(packing, machine)
-    return ()
-
-
-def _awq(packing: Packing) -> tuple[str, ...]:
-    if packing.bits != 4:
-        raise InputRefused(
-            f"AWQ with {packing.bits} bits: vLLM has kernels for 4", hint="quantize it again"
-        )
     return ()
 
 

@@ -53,10 +53,10 @@ from weightsmith.provenance.materials import (
 from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.quality.result import QualityResult
+from weightsmith.serving.engine import projector_in
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.serving.projector import projector_in
 from weightsmith.steps.bases import (
     ENGINE,
     OWN,

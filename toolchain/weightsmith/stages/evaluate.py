@@ -32,9 +32,8 @@ from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.roles import has_own_engine
 from weightsmith.serving.devices import is_cpu
-from weightsmith.serving.engine import Engine
+from weightsmith.serving.engine import Engine, projector_in
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
-from weightsmith.serving.projector import projector_in
 from weightsmith.steps.delivery import candidate
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.launch import idle_cpus, start, what_is_missing, why_not_started

@@ -45,7 +45,7 @@ from weightsmith.recipe.schema import Serve
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.devices import CPU, is_cpu
-from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
+from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
@@ -54,7 +54,6 @@ from weightsmith.serving.plan import (
     ServingConfig,
     ServingPlan,
 )
-from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files

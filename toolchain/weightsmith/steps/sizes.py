@@ -18,8 +18,8 @@ from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.architectures import check_served
+from weightsmith.serving.engine import Projector
 from weightsmith.serving.parameters import NO_WEIGHTS, weights_from_config
-from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 
 _INDEX_FILE = "model.safetensors.index.json"

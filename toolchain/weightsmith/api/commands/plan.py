@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from weightsmith.core.escape import escaped
 from weightsmith.core.values import Json
 from weightsmith.serving.memory import human
-from weightsmith.serving.plan import ServingPlan
-from weightsmith.serving.plan_summary import summary
+from weightsmith.serving.plan import ServingPlan, summary
 from weightsmith.steps.step import HERE
 
 _NUMBERS = frozenset({"reads", "writes", "memory", "time"})

@@ -29,7 +29,7 @@ from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Evaluate, Recipe
 from weightsmith.recipe.user_text import require_plain
-from weightsmith.serving.option_values import not_to_be_stated
+from weightsmith.serving.options import not_to_be_stated
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """Maximum depth of a model folder."""

@@ -22,9 +22,8 @@ from weightsmith.models.gguf_names import (
     projector_of,
 )
 from weightsmith.quantizers import of_format
-from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.engine import Projector, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 from weightsmith.stages.render import render
 from weightsmith.steps.destinations import write_files
