@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import threading
-import time
-import urllib.request
+from contextlib import suppress
 
+import httpx
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import Endpoint, Silent, StartSpec
+from weightsmith.core.ports import Silent, StartSpec
 from weightsmith.outside.docker import ArchiveUpload, DockerEngine, DockerRunner, engine_host
 from weightsmith.outside.docker_images import base_reference
 from weightsmith.outside.docker_launcher import DockerLauncher
@@ -21,7 +21,7 @@ from weightsmith.outside.docker_requests import LABEL_OWNER
 from weightsmith.outside.ownership import is_dead, owner_token
 
 from tests.contracts.test_runner import CACHE, echo
-from tests.fakes.awake import hear_interrupts
+from tests.fakes.awake import hear_interrupts, until
 from tests.fakes.echo import let_runners_start_it
 from tests.fakes.journal import RecordingProgress
 from tests.faults.relay import way_to_engine
@@ -112,23 +112,15 @@ def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypa
 
 
 def fetch(url: str) -> str:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                return answer.read().decode()
-        except OSError:  # refused, reset, too slow
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+    found = []
 
+    def fetched() -> bool:
+        with suppress(httpx.HTTPError):  # refused, reset, too slow
+            found.append(httpx.get(url, timeout=60).text)
+        return bool(found)
 
-def said(endpoint: Endpoint, words: str) -> bool:
-    """Say whether the server's log has the words, which the engine writes down in its own time."""
-    deadline = time.monotonic() + PATIENCE
-    while words not in endpoint.logs(5) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return words in endpoint.logs(5)
+    until(fetched, PATIENCE)
+    return found[0]
 
 
 def test_an_image_serves_on_loopback_and_is_removed(engine, server_image):
@@ -138,7 +130,7 @@ def test_an_image_serves_on_loopback_and_is_removed(engine, server_image):
         assert "user 1234:1234" in endpoint.confinement
         assert "Debian" in fetch(f"{endpoint.url}/os-release")
         assert endpoint.alive()
-        assert said(endpoint, "GET /os-release")
+        until(lambda: "GET /os-release" in endpoint.logs(5), PATIENCE)  # in the engine's own time
     assert not endpoint.alive()
 
 

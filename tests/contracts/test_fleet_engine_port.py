@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from weightsmith.outside.fleet_ray import RayFleet
 from weightsmith.outside.fleet_slurm import SlurmFleet
 
 from tests.clusters import has_ended
+from tests.fakes.awake import until
 from tests.fakes.fleet import MemoryFleet
 from tests.paths import ROOT
 
@@ -57,8 +58,7 @@ def engine(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FleetEngine]:
     kind = request.param
-    root = ROOT
-    monkeypatch.setenv("PYTHONPATH", f"{root / 'toolchain'}:{root}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'toolchain'}:{ROOT}")
     if kind == "ray":
         made: FleetEngine = RayFleet(module=NODE, address=request.getfixturevalue("ray_nodes"))
     elif kind == "slurm":
@@ -86,13 +86,6 @@ def all_of(engine: FleetEngine, count: int) -> dict[str, Ended]:
         found |= {ended.id: ended for ended in engine.wait(5.0)}
     assert len(found) == count
     return found
-
-
-def until(there: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_every_task_gets_its_own_reply(engine: FleetEngine) -> None:
@@ -139,15 +132,18 @@ def test_closing_ends_what_runs(engine: FleetEngine, tmp_path: Path) -> None:
     until(lambda: has_ended(pid))
 
 
+@pytest.fixture
+def ray(ray_nodes: str) -> Iterator[RayFleet]:
+    engine = RayFleet(module=NODE, address=ray_nodes)
+    yield engine
+    engine.close()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_refuses_a_node_of_another_version(ray_nodes: str) -> None:
-    engine = RayFleet(module=NODE, address=ray_nodes)
-    try:
-        with pytest.raises(EnvironmentFailure, match="another version of weightsmith"):
-            engine.check("2")
-    finally:
-        engine.close()
+def test_ray_refuses_a_node_of_another_version(ray: RayFleet) -> None:
+    with pytest.raises(EnvironmentFailure, match="another version of weightsmith"):
+        ray.check("2")
 
 
 @pytest.mark.ray
@@ -161,38 +157,27 @@ def test_ray_says_that_no_cluster_answers(address: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_says_what_no_node_has(ray_nodes: str) -> None:
-    engine = RayFleet(module=NODE, address=ray_nodes)
-    try:
-        engine.check("1")
-        big = NodeTask(
-            id="big", name="big", text="{}", cpus=64, memory_bytes=MIB, disk_bytes=0, gpus=0
-        )
-        engine.submit([big])
-        (ended,) = engine.wait(1.0)
-        assert "no node of the cluster has 64 CPU" in ended.why
-    finally:
-        engine.close()
+def test_ray_says_what_no_node_has(ray: RayFleet) -> None:
+    ray.check("1")
+    ray.submit([replace(work(1), cpus=64)])
+    (ended,) = ray.wait(1.0)
+    assert "no node of the cluster has 64 CPU" in ended.why
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_gives_a_task_back_whose_process_was_killed(ray_nodes: str, tmp_path: Path) -> None:
+def test_ray_gives_a_task_back_whose_process_was_killed(ray: RayFleet, tmp_path: Path) -> None:
     """The worker is killed with the program that it runs; who tries again counts its tries."""
-    engine, begun = RayFleet(module=NODE, address=ray_nodes), tmp_path / "begun"
-    try:
-        engine.check("1")
-        engine.submit([work(0, do="wait", seconds=20, begun=str(begun))])
-        until(begun.exists)
-        pid = int(begun.read_text())
-        worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(worker, signal.SIGKILL)
-        found = all_of(engine, 1)
-        assert found["id0"].why.startswith("lost by Ray")
-        assert len(begun.read_text().split()) == 1
-        until(lambda: has_ended(pid))
-    finally:
-        engine.close()
+    begun = tmp_path / "begun"
+    ray.check("1")
+    ray.submit([work(0, do="wait", seconds=20, begun=str(begun))])
+    until(begun.exists)
+    pid = int(begun.read_text())
+    worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(worker, signal.SIGKILL)
+    assert all_of(ray, 1)["id0"].why.startswith("lost by Ray")
+    assert len(begun.read_text().split()) == 1
+    until(lambda: has_ended(pid))
 
 
 def test_a_ray_cluster_that_ends_is_an_error_of_the_environment() -> None:
@@ -279,8 +264,7 @@ def test_ray_cancels_by_force_only_what_does_not_end() -> None:
 def test_this_machine_takes_long_names_and_says_where_no_log_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = ROOT
-    monkeypatch.setenv("PYTHONPATH", f"{root / 'toolchain'}:{root}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'toolchain'}:{ROOT}")
     engine = local(tmp_path)
     engine.submit([replace(work(1), name="base /" + "long/" * 99)])
     assert json.loads(all_of(engine, 1)["id1"].text)["id"] == "id1"

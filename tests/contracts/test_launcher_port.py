@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from weightsmith.core.cpus import flags
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import Endpoint, Launcher, StartSpec
+from weightsmith.core.ports import Launcher, StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.configuration import ImageConfig
@@ -23,6 +22,7 @@ from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.docker_images import base_reference
 from weightsmith.outside.docker_launcher import DockerLauncher
 
+from tests.fakes.awake import until
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.launcher import MemoryLauncher
 
@@ -92,14 +92,6 @@ def case(request: pytest.FixtureRequest) -> Iterator[LauncherCase]:
         close()
 
 
-def ended(endpoint: Endpoint) -> bool:
-    """Say whether it is over, which takes a moment where the server is another process."""
-    until = time.monotonic() + PATIENCE
-    while endpoint.alive() and time.monotonic() < until:
-        time.sleep(0.05)
-    return not endpoint.alive()
-
-
 def test_an_image_serves_as_long_as_its_context_lasts(case: LauncherCase) -> None:
     with case.launcher.serve(case.serves, SPEC) as endpoint:
         assert wait_until_healthy(endpoint, "/health", PATIENCE) >= 0
@@ -110,25 +102,20 @@ def test_an_image_serves_as_long_as_its_context_lasts(case: LauncherCase) -> Non
 
 
 def test_two_servers_of_one_image_are_apart(case: LauncherCase) -> None:
-    with (
-        case.launcher.serve(case.serves, SPEC) as one,
-        case.launcher.serve(case.serves, SPEC) as other,
-    ):
+    serve = case.launcher.serve
+    with serve(case.serves, SPEC) as one, serve(case.serves, SPEC) as other:
         assert one.url != other.url
 
 
 def test_a_server_is_stopped_where_its_user_fails(case: LauncherCase) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        case.launcher.serve(case.serves, SPEC) as endpoint,
-    ):
+    with pytest.raises(KeyboardInterrupt), case.launcher.serve(case.serves, SPEC) as endpoint:
         raise KeyboardInterrupt
     assert not endpoint.alive()
 
 
 def test_a_server_that_ends_leaves_its_last_lines(case: LauncherCase) -> None:
     with case.launcher.serve(case.ends, SPEC) as endpoint:
-        assert ended(endpoint)
+        until(lambda: not endpoint.alive())
         assert "no such file in the image" in endpoint.logs(5)
 
 

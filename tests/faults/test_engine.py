@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.awake import until
 from tests.faults.relay import way_to_engine
 from tests.faults.workshop import PATIENCE, Running, Workshop
 
@@ -36,28 +37,19 @@ def containers(workshop: Workshop) -> list[str]:
 
 
 def wait_for_container(workshop: Workshop, running: Running) -> str:
-    until = time.monotonic() + PATIENCE
-    while not (found := containers(workshop)):
-        assert running.process.poll() is None, running.err
-        assert time.monotonic() < until, running.err
-        time.sleep(0.05)
-    return found[0]
+    until(lambda: running.process.poll() is not None or containers(workshop), PATIENCE)
+    assert running.process.poll() is None, running.err
+    return containers(workshop)[0]
 
 
 def check_no_container(workshop: Workshop) -> None:
-    until = time.monotonic() + 60
-    while containers(workshop) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not containers(workshop)
+    until(lambda: not containers(workshop))
 
 
-@pytest.mark.parametrize(
-    "address", ["tcp://127.0.0.1:9", "unix:///nowhere/docker.sock", "nonsense://x"]
-)
-def test_no_engine(workshop: Workshop, digest: str, address: str) -> None:
-    outcome = workshop.build("--runner", "docker", env={"DOCKER_HOST": address})
-
-    outcome.refused(5, address.partition("://")[2], "--runner local")
+def test_no_engine(workshop: Workshop, digest: str) -> None:
+    for place in ("tcp://127.0.0.1:9", "unix:///nowhere/docker.sock", "nonsense://x"):
+        outcome = workshop.build("--runner", "docker", env={"DOCKER_HOST": place})
+        outcome.refused(5, place.partition("://")[2], "--runner local")
     workshop.check_intact(digest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,37 @@ def moments(tmp_path_factory: pytest.TempPathFactory):
         yield process
 
 
+def check(moments: Moments, made: Callable[[], bool], operation: str, **words: object) -> None:
+    """Check that what an operation makes is there, whole, where it succeeds, and nowhere else."""
+    codes = []
+    for spare in SPARE:
+        codes.append(moments.with_files(spare, operation, **words))
+        assert made() == (codes[-1] == 0)
+    assert codes[0] == 5
+    assert set(codes) <= {0, 5}
+    assert moments.count(operation, **words)
+
+
 @pytest.mark.slow
 def test_a_push(moments: Moments, tmp_path: Path) -> None:
     write_layout(tiny_image(tmp_path / "model"), tmp_path / "layout")
+
+    def made() -> bool:
+        tags = {tag for _, tag in fake.manifests if not tag.startswith("sha256")}
+        assert tags <= {"1"}
+        fake.manifests.clear()
+        fake.blobs.clear()
+        return bool(tags)
+
     with fake_registry() as fake:
-        words = {"layout": str(tmp_path / "layout"), "to": f"{fake.host}/app:1"}
-        codes = []
-        for spare in SPARE:
-            fake.manifests.clear()
-            fake.blobs.clear()
-            codes.append(moments.with_files(spare, "push", **words))
-            tags = {tag for _, tag in fake.manifests if not tag.startswith("sha256")}
-            assert tags == ({"1"} if codes[-1] == 0 else set())
-        assert codes[0] == 5
-        assert set(codes) <= {0, 5}
-        assert moments.count("push", **words)
+        check(moments, made, "push", layout=str(tmp_path / "layout"), to=f"{fake.host}/app:1")
+
+
+def taken(folder: Path) -> bool:
+    """Say whether a folder is there, and delete it."""
+    there = folder.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    return there
 
 
 @pytest.mark.slow
@@ -45,27 +62,13 @@ def test_a_publication(moments: Moments, tmp_path: Path) -> None:
     write_layout(tiny_image(tmp_path / "model"), tmp_path / "source")
     layout = tmp_path / "results" / "image"
     words = {"source": str(tmp_path / "source"), "layout": str(layout), "swap": True}
-    codes = []
-    for spare in SPARE:
-        shutil.rmtree(layout, ignore_errors=True)
-        codes.append(moments.with_files(spare, "publish", **words))
-        assert layout.exists() == (codes[-1] == 0)
-    assert codes[0] == 5
-    assert set(codes) <= {0, 5}
-    assert moments.count("publish", **words)
+    check(moments, lambda: taken(layout), "publish", **words)
     check_layout(layout)
 
 
 @pytest.mark.slow
 def test_a_merge(moments: Moments, tmp_path: Path) -> None:
-    out, codes = tmp_path / "out", []
-    for spare in SPARE:
-        codes.append(moments.with_files(spare, "merge", folder=str(tmp_path)))
-        assert out.exists() == (codes[-1] == 0)
-        shutil.rmtree(out, ignore_errors=True)
-    assert codes[0] == 5
-    assert set(codes) <= {0, 5}
-    assert moments.count("merge", folder=str(tmp_path))
+    check(moments, lambda: taken(tmp_path / "out"), "merge", folder=str(tmp_path))
 
 
 @pytest.mark.builders

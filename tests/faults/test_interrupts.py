@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
 from contextlib import suppress
@@ -22,10 +21,12 @@ STAGES = {
     "quantize": ("quantize",),
 }
 """The long stages, by what the store calls their results."""
-SEED = 20240521
+
+
 MODELS = 3
 """Base, base with adapter, and merged model answer the questions."""
-KILLS = 2
+
+
 TRIES = 8
 """Builds that a test disturbs at the most: now and then one is done before it can be caught."""
 
@@ -140,28 +141,6 @@ def test_a_signal_ends_what_runs_ahead_of_its_turn(
     check_repaired(workshop, digest)
 
 
-@two_cpus
-@pytest.mark.full
-def test_a_failed_validation_ends_what_runs_ahead_of_its_turn(
-    workshop: Workshop, digest: str
-) -> None:
-    for _ in range(TRIES):
-        workshop.forget("validate", "reference", "quantize", "quality")
-        running = workshop.start_build()
-        if found := caught_ahead(workshop, running):
-            os.kill(found["proof"], signal.SIGKILL)
-            outcome = running.end()
-            break
-    else:
-        raise AssertionError("nothing runs beside the validation")
-
-    outcome.refused(5, "proof", "killed", "memory")
-    assert not workshop.processes()
-    assert "quantize:" not in outcome.err
-    workshop.check_whole()
-    check_repaired(workshop, digest)
-
-
 def killed_after_answers(workshop: Workshop) -> Outcome:
     """Kill a build as soon as its validation, which comes after them, has all answers."""
     for _ in range(TRIES):
@@ -188,25 +167,6 @@ def test_the_answers_of_a_killed_validation_are_kept(workshop: Workshop, digest:
     assert built.digest == digest
     assert not built.stages["validate"]["cached"]
     assert built.stages["reference"]["cached"]
-
-
-def moments() -> list[float]:
-    """Return shares of a whole build's duration, one in each half of it."""
-    chance = random.Random(SEED)
-    return [(part + chance.random()) / KILLS for part in range(KILLS)]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("share", moments(), ids=lambda share: f"{share:.0%}")
-def test_a_killed_build(empty: Workshop, digest: str, share: float, reference: object) -> None:
-    running = empty.start_build()
-    time.sleep(share * reference.seconds)  # type: ignore[attr-defined]
-    running.process.kill()
-    outcome = running.end()
-
-    assert outcome.code in (-signal.SIGKILL, 0), outcome
-    empty.check_quiet()
-    check_repaired(empty, digest)
 
 
 def test_a_killed_trial_leaves_no_server_and_no_files(workshop: Workshop, digest: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,67 +93,12 @@ def test_a_full_disk_for_the_results(workshop: Workshop, digest: str) -> None:
 
 
 @pytest.mark.root
-def test_a_read_only_store_serves_what_it_has(workshop: Workshop, digest: str) -> None:
-    with mounted(workshop.store, "--bind", str(workshop.store)):
-        remount(workshop.store, "ro,bind")
-
-        assert workshop.build().digest == digest
-
-
-@pytest.mark.root
-def test_a_read_only_store_takes_nothing_new(workshop: Workshop, digest: str) -> None:
-    with mounted(workshop.store, "--bind", str(workshop.store)):
-        remount(workshop.store, "ro,bind")
-        data = workshop.tiny / "eval-a.jsonl"
-        data.write_text(data.read_text("utf-8").splitlines()[0] + "\n")
-
-        workshop.build().refused(5, "cannot write to the store", "WEIGHTSMITH_STORE")
-
-    workshop.check_intact(digest)
-
-
-@pytest.mark.root
 def test_read_only_results(workshop: Workshop, digest: str) -> None:
     dist = workshop.folder / "dist"
     with mounted(dist, "--bind", str(workshop.tiny)):
         remount(dist, "ro,bind")
 
         workshop.build().refused(5, str(dist), "permissions")
-
-    workshop.check_intact(digest)
-
-
-def test_no_home_folder(workshop: Workshop, digest: str) -> None:
-    nothing = dict.fromkeys(
-        ("HOME", "XDG_CACHE_HOME", "WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE", "USER", "LOGNAME")
-    )
-    # A number that no account database knows, as containers are often started with.
-    stranger = ("unshare", "--user", "--map-user=4242")
-    if subprocess.run([*stranger, "true"], check=False).returncode:
-        pytest.skip("no user namespaces here")
-    words = ("build", "--recipe", str(workshop.tiny / "recipe.yaml"), "--json")
-
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        workshop.start(*words, env={**nothing, name: ""}, under=stranger).end().refused(
-            5, "home", "HOME", "WEIGHTSMITH_CACHE"
-        )
-
-    workshop.check_intact(digest)
-
-
-def test_no_home_folder_is_needed_where_places_are_named(workshop: Workshop, digest: str) -> None:
-    outcome = workshop.build(env={"HOME": None, "USER": None, "LOGNAME": None})
-
-    assert outcome.digest == digest
-
-
-@pytest.mark.parametrize("name", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
-def test_a_file_where_a_folder_should_be(workshop: Workshop, digest: str, name: str) -> None:
-    place = workshop.folder / "a-file"
-    place.write_text("")
-    workshop.forget("merge")
-
-    workshop.build(env={name: str(place / "in-it")}).refused(5, str(place), name)
 
     workshop.check_intact(digest)
 

@@ -64,18 +64,6 @@ def test_a_registry_that_is_down(workshop: Workshop, digest: str, tmp_path: Path
     workshop.check_intact(digest)
 
 
-def test_a_base_that_is_out_of_reach(workshop: Workshop, digest: str, tmp_path: Path) -> None:
-    """Noticed before the merge, not when the image is put together half an hour later."""
-    workshop.forget("merge")
-    with real_registry(tmp_path) as host:
-        stop_registry(host)
-        outcome = workshop.build("--set", f"image.base={host}/team/engine:1")
-
-    outcome.refused(5, host)
-    assert "merge:" not in outcome.err
-    workshop.check_intact(digest)
-
-
 def test_a_registry_that_dies_in_the_middle(
     workshop: Workshop, layout: Path, digest: str, tmp_path: Path
 ) -> None:
@@ -125,7 +113,3 @@ def test_a_push_that_is_killed(
 
         again = workshop.run("push", str(layout), "--to", f"{host}/{NAME}:{TAG}")
         assert again.told["digest"] == tagged(host) == digest
-
-
-def test_a_name_that_is_none(workshop: Workshop, layout: Path) -> None:
-    workshop.run("push", str(layout), "--to", "127.0.0.1:5/UPPER case:1").refused(2, "UPPER case")

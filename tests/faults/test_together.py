@@ -36,20 +36,6 @@ def test_the_same_recipe_and_results_folder_at_once(workshop: Workshop, digest: 
     workshop.check_intact(digest)
 
 
-@pytest.mark.full
-def test_two_recipes_at_once(workshop: Workshop, digest: str) -> None:
-    workshop.forget("smoke", "trial")
-    other = ("--set", "name=other", "--set", "adapters=[{source: ./tiny/adapters/a, weight: 0.9}]")
-    ours = workshop.start_build()
-    theirs = workshop.start_build(*other)
-
-    assert ours.end().digest == digest
-    assert theirs.end().digest != digest
-    workshop.check_whole()
-    assert workshop.build(*other).digest == theirs.end().digest
-    workshop.check_intact(digest)
-
-
 def test_cleaning_beside_a_build(workshop: Workshop, digest: str) -> None:
     workshop.forget("reference")
     running = workshop.start_build()

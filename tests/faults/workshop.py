@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.escape import quoted
 
-from tests.fakes.awake import hear_interrupts
+from tests.fakes.awake import hear_interrupts, until
 from tests.fakes.command_line import weightsmith
 from tests.paths import TINY
 
@@ -245,10 +245,7 @@ class Workshop:
 
     def check_quiet(self) -> None:
         """Check that nothing is left running, a moment after a command ended."""
-        until = time.monotonic() + 60
-        while self.processes() and time.monotonic() < until:
-            time.sleep(0.05)
-        assert not self.processes()
+        until(lambda: not self.processes())
 
     def check_whole(self) -> None:
         """Check that whatever can be seen under a final name is whole."""
