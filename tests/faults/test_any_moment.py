@@ -51,7 +51,7 @@ def images(folder: Path) -> tuple[Image, Image]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("swap", "count"), [(True, 14), (False, 8)])
+@pytest.mark.parametrize(("swap", "count"), [(True, 7), (False, 4)])
 def test_a_layout_that_is_published(
     moments: Moments, tmp_path: Path, swap: bool, count: int
 ) -> None:
@@ -92,7 +92,7 @@ def test_an_image_that_is_pulled(moments: Moments, tmp_path: Path) -> None:
         layout, cache = tmp_path / "out" / "layout", tmp_path / "cache"
         words = {"source": str(place), "layout": str(layout), "root": str(cache)}
         hit = 0
-        for moment in chosen(moments.count("pull", **words), 12):
+        for moment in chosen(moments.count("pull", **words), 6):
             for number in SIGNALS:
                 shutil.rmtree(layout)
                 hit += ended(moments.end_at(moment, number, "pull", **words), number)
@@ -115,7 +115,7 @@ def test_an_image_that_is_pushed(moments: Moments, tmp_path: Path) -> None:
     with fake_registry() as fake:
         words = {"layout": str(tmp_path / "layout"), "to": f"{fake.host}/app:1"}
         hit = 0
-        for moment in chosen(moments.count("push", **words), 14):
+        for moment in chosen(moments.count("push", **words), 7):
             for number in SIGNALS:
                 fake.manifests.clear()
                 fake.blobs.clear()
@@ -147,7 +147,7 @@ def test_an_image_that_is_loaded(moments: Moments, tmp_path: Path) -> None:
     words = {"source": str(tmp_path / "layout"), "name": name}
     try:
         hit = 0
-        for moment in chosen(moments.count("load", **words), 10):
+        for moment in chosen(moments.count("load", **words), 5):
             for number in SIGNALS:
                 engine.untag(name)
                 hit += ended(moments.end_at(moment, number, "load", **words), number)
