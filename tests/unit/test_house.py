@@ -1,17 +1,23 @@
 """The house keeps its own rules: imports one way, light start, one file per engine."""
 
+import ast
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.paths import ROOT
 
+PACKAGE = ROOT / "toolchain" / "weightsmith"
+PYTHON = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "peft", "docker", "huggingface_hub", "numpy", "httpx", "jinja2"}
 
 
@@ -26,6 +32,13 @@ def run(*argv: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None):
     )
 
 
+@cache
+def modules() -> dict[str, tuple[ast.AST, ...]]:
+    """Return all nodes of each module, by its path in the package."""
+    texts = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in PYTHON}
+    return {name: tuple(ast.walk(ast.parse(text))) for name, text in texts.items()}
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of the house that a test may spoil."""
@@ -34,21 +47,6 @@ def copy(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "tasks.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
-
-
-def lint_imports(folder: Path):
-    # Through the interpreter, so that the copy and not the installed package is looked at.
-    code = (
-        "import sys; sys.path.insert(0, 'toolchain')\n"
-        "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
-    )
-    return run(sys.executable, "-c", code, cwd=folder)
-
-
-def test_import_contracts_hold(copy: Path) -> None:
-    result = lint_imports(copy)
-
-    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.slow
@@ -72,7 +70,12 @@ def test_each_contract_bites(copy: Path, file: str, line: str, contract: str) ->
     before = path.read_text() if path.exists() else ""
     path.write_text(f"{before}\n{line}\n")
 
-    result = lint_imports(copy)
+    # Through the interpreter, so that the copy and not the installed package is looked at.
+    code = (
+        "import sys; sys.path.insert(0, 'toolchain')\n"
+        "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+    )
+    result = run(sys.executable, "-c", code, cwd=copy)
 
     assert result.returncode != 0
     broken = [row for row in result.stdout.splitlines() if "BROKEN" in row]
@@ -103,15 +106,8 @@ def test_an_engine_and_a_quantizer_are_one_file_each(copy: Path) -> None:
     (copy / "templates" / "example").mkdir()
     (copy / "toolchain" / "weightsmith" / "quantizers" / "example.py").write_text(QUANTIZER)
 
-    result = run(
-        sys.executable,
-        "-m",
-        "invoke",
-        "targets",
-        "--json",
-        cwd=copy,
-        env={"PYTHONPATH": str(copy / "toolchain")},
-    )
+    words = (sys.executable, "-m", "invoke", "targets", "--json")
+    result = run(*words, cwd=copy, env={"PYTHONPATH": str(copy / "toolchain")})
 
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)["targets"]
@@ -149,25 +145,23 @@ def test_the_control_plane_never_imports_torch() -> None:
 @pytest.mark.slow
 def test_what_builders_import_by_name_is_there() -> None:
     """Types do not show it: control planes have no torch, so workers import when they run."""
-    import ast
-    import importlib
-
     used = set()
-    for path in (ROOT / "toolchain" / "weightsmith").rglob("*.py"):
-        tree = ast.parse(path.read_text("utf-8"))
-        for scope in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-            modules = {
-                ast.unparse(node.target): node.value.args[0].value
-                for node in ast.walk(scope)
-                if isinstance(node, ast.AnnAssign)
-                and isinstance(node.value, ast.Call)
-                and ast.unparse(node.value.func) == "importlib.import_module"
-                and isinstance(node.value.args[0], ast.Constant)
-            }
+    for scope in (
+        n for nodes in modules().values() for n in nodes if isinstance(n, ast.FunctionDef)
+    ):
+        imported = {
+            ast.unparse(node.target): node.value.args[0].value
+            for node in ast.walk(scope)
+            if isinstance(node, ast.AnnAssign)
+            and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func) == "importlib.import_module"
+            and isinstance(node.value.args[0], ast.Constant)
+        }
+        if imported:
             used |= {
-                (modules[ast.unparse(node.value)], node.attr)
+                (imported[ast.unparse(node.value)], node.attr)
                 for node in ast.walk(scope)
-                if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) in imported
             }
 
     ours = sorted((name, attr) for name, attr in used if name.startswith("weightsmith."))
@@ -176,17 +170,11 @@ def test_what_builders_import_by_name_is_there() -> None:
     assert missing == []
 
 
-def test_tasks_file_is_three_lines() -> None:
-    assert len((ROOT / "tasks.py").read_text().splitlines()) == 3
-
-
 def test_nothing_unpickles_or_runs_code_of_a_model() -> None:
-    import ast
-
     opens = {"pickle", "cPickle", "dill", "joblib", "shelve", "cloudpickle"}
     found = []
-    for path in (ROOT / "toolchain" / "weightsmith").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for name, nodes in modules().items():
+        for node in nodes:
             names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             named = {one.partition(".")[0] for one in names}
@@ -197,7 +185,7 @@ def test_nothing_unpickles_or_runs_code_of_a_model() -> None:
                 or called in {"torch.load", "eval", "exec"}
                 or (trusts and ast.unparse(node.value) != "False")
             ):
-                found.append(f"{path.name}:{getattr(node, 'lineno', 0)}")
+                found.append(f"{name}:{getattr(node, 'lineno', 0)}")
 
     assert not found
 
@@ -216,34 +204,18 @@ def test_images_that_are_built_end_as_nobody(name: str) -> None:
 def test_trees_are_walked_and_deleted_in_one_place() -> None:
     # Python's own call themselves for each level: a deep tree of somebody else's ends them.
     recursive = re.compile(r"\b(rmtree|rglob|os\.walk|Path\.walk)\b")
-    found = {
-        path.name
-        for path in (ROOT / "toolchain" / "weightsmith").glob("**/*.py")
-        if recursive.search(path.read_text("utf-8"))
-    }
-    assert found == {"trees.py"}
+    assert [p.name for p in PYTHON if recursive.search(p.read_text("utf-8"))] == ["trees.py"]
 
 
 def test_sets_grow_without_being_copied() -> None:
     # `set |= keys` has no operator of its own: it copies the set each time, of 40,000 names, too.
     copying = re.compile(r"\|= [^{]*\.keys\(\)$", re.MULTILINE)
-    found = [
-        path.name
-        for path in (ROOT / "toolchain" / "weightsmith").glob("**/*.py")
-        if copying.search(path.read_text("utf-8"))
-    ]
-    assert found == []
+    assert [p.name for p in PYTHON if copying.search(p.read_text("utf-8"))] == []
 
 
 def test_every_error_says_what_to_do_next() -> None:
-    import ast
-
     kinds, before = {"WeightsmithError"}, set()
-    nodes = [
-        (path, node)
-        for path in sorted((ROOT / "toolchain" / "weightsmith").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-    ]
+    nodes = [(name, node) for name, found in modules().items() for node in found]
     while kinds != before:  # errors of errors, wherever they are
         before = set(kinds)
         kinds |= {
@@ -256,8 +228,8 @@ def test_every_error_says_what_to_do_next() -> None:
         return [ast.unparse(word.value) for word in call.keywords if word.arg == "hint"]
 
     silent = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path, node in nodes
+        f"{name}:{node.lineno}"
+        for name, node in nodes
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).rpartition(".")[2] in kinds
         and hints(node) in ([], ["''"])
@@ -267,21 +239,18 @@ def test_every_error_says_what_to_do_next() -> None:
     assert not silent
 
 
-VALUES = ("core/values", "core/ports", "core/job*", "core/merge_options", "recipe/*", "steps/tools")
+VALUES = re.compile(
+    r"(core/(values|ports|job\w*|merge_options)|steps/tools"
+    r"|(recipe|building|steps|stages|serving|provenance|oci|api)/\w+)\.py"
+)
 
 
 def test_what_stages_hand_on_cannot_be_changed() -> None:
-    import ast
-
-    package = ROOT / "toolchain" / "weightsmith"
-    paths = [path for name in VALUES for path in package.glob(f"{name}.py")]
-    rooms = "building steps stages serving provenance oci api"
-    for folder in rooms.split():
-        paths += (package / folder).glob("*.py")
     made = [
-        (f"{path.relative_to(package)}: {node.name}", ast.unparse(one))
-        for path in paths
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        (f"{name}: {node.name}", ast.unparse(one))
+        for name, nodes in modules().items()
+        if VALUES.fullmatch(name)
+        for node in nodes
         if isinstance(node, ast.ClassDef)
         for one in node.decorator_list
         if ast.unparse(one).startswith("dataclass")
@@ -291,24 +260,15 @@ def test_what_stages_hand_on_cannot_be_changed() -> None:
     assert [name for name, words in made if "frozen=True" not in words] == []
 
 
-def test_generated_files_are_up_to_date() -> None:
-    result = run(sys.executable, "docs/generate.py", "--check")
-
-    assert result.returncode == 0, result.stderr
-
-
 NO_ROOM = {"images"}
 """Folders of tests/unit for what is tested there and is no folder of the package."""
 
 
 def test_unit_tests_lie_in_the_folder_of_what_they_test() -> None:
-    package = ROOT / "toolchain" / "weightsmith"
     folders = [path for path in (ROOT / "tests" / "unit").rglob("*") if any(path.glob("test_*.py"))]
-    names = {path.relative_to(ROOT / "tests" / "unit").as_posix() for path in folders}
+    names = {path.relative_to(ROOT / "tests" / "unit").as_posix() for path in folders} - NO_ROOM
 
-    assert {name for name in names - NO_ROOM if not (package / name / "__init__.py").is_file()} == (
-        set()
-    )
+    assert [name for name in names if not (PACKAGE / name / "__init__.py").is_file()] == []
 
 
 CONFIG_KEYS = {
@@ -323,14 +283,13 @@ OWN_WORDS = {"dtype"}
 """Those that are also the names of an engine's options."""
 
 
-@pytest.mark.parametrize("folder", ["building", "cli", "api", "serving", "stages", "steps"])
-def test_a_models_configuration_is_read_in_one_place(folder: str) -> None:
-    import ast
-
+def test_a_models_configuration_is_read_in_one_place() -> None:
+    rooms = ("building", "cli", "api", "serving", "stages", "steps")
     found = {
-        (path.name, node.value)
-        for path in (ROOT / "toolchain" / "weightsmith" / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        (name, node.value)
+        for name, nodes in modules().items()
+        if name.startswith(rooms)
+        for node in nodes
         if isinstance(node, ast.Constant) and node.value in CONFIG_KEYS - OWN_WORDS
     }
 
@@ -356,15 +315,11 @@ inside llama.cpp's converter, which parses the same files."""
 
 def test_a_program_begins_once_all_of_it_is_read() -> None:
     """What stands below `main()` does not exist yet when it runs."""
-    import ast
-
-    package = ROOT / "toolchain" / "weightsmith"
     early = []
-    for path in package.rglob("*.py"):
-        *before, _ = ast.parse(path.read_text("utf-8")).body or [ast.Pass()]
+    for name, (tree, *_) in modules().items():
         early += [
-            str(path)
-            for node in before
+            name
+            for node in tree.body[:-1]
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
         ]
 
@@ -372,33 +327,22 @@ def test_a_program_begins_once_all_of_it_is_read() -> None:
 
 
 def test_no_two_classes_have_the_same_name() -> None:
-    import ast
-    from collections import defaultdict
-
-    package = ROOT / "toolchain" / "weightsmith"
     places = defaultdict(list)
-    for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                places[node.name].append(f"{path.relative_to(package)}:{node.lineno}")
+    for name, nodes in modules().items():
+        for node in (node for node in nodes if isinstance(node, ast.ClassDef)):
+            places[node.name].append(f"{name}:{node.lineno}")
 
     assert len(places) > 500
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_what_others_wrote_is_parsed_in_one_place() -> None:
-    import ast
-
     def parses(node: ast.AST) -> bool:
         text = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         return text in {"json.load", "json.loads", "yaml.load", "yaml.safe_load"} or (
             text.endswith((".json", "model_validate_json")) and not getattr(node, "args", ())
         )
 
-    found = {
-        path.relative_to(ROOT / "toolchain" / "weightsmith").as_posix()
-        for path in (ROOT / "toolchain" / "weightsmith").rglob("*.py")
-        if any(parses(node) for node in ast.walk(ast.parse(path.read_text())))
-    }
+    found = {name for name, nodes in modules().items() if any(map(parses, nodes))}
 
     assert found <= READS_OUR_OWN, "use toolchain/weightsmith/core/safe_parse.py, which has limits"
