@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -30,7 +28,7 @@ from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.conftest import emulator
 from tests.fakes.started import free_port, started, weightsmith
-from tests.paths import ROOT
+from tests.paths import ROOT, loaded
 
 ENGINES = ROOT / "images" / "engines"
 LIBC = {
@@ -191,7 +189,10 @@ def kernels(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the kernels for Arm, and a C library in `root`."""
     folder = tmp_path_factory.mktemp("rows")
     compile_with(compiler, "kernels", folder / "kernels")
-    debs, lock = debian(), json.loads((ENGINES / "modelcar" / "debian.json").read_text())
+    debs, lock = (
+        loaded(ENGINES / "debs.py"),
+        json.loads((ENGINES / "modelcar" / "debian.json").read_text()),
+    )
     with debs.open_package(lock, LIBC) as archive:
         for name in (m.name for m in archive if m.isreg()):
             if name.endswith((".so.0", ".so.1", ".so.2", ".so.6")):
@@ -220,15 +221,6 @@ def rows_program(compiler: Path, kernels: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def tiles_program(compiler: Path, kernels: Path) -> list[str]:
     return program(compiler, kernels, "tiles")
-
-
-def debian() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("debs", ENGINES / "debs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("kind", KINDS)

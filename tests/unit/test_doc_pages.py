@@ -23,13 +23,9 @@ CMAKE = {f"WEIGHTSMITH_{name}" for name in ("HTTP", "PROGRAMS", "SERVER", "VARIA
 
 
 def test_environment_page_lists_every_variable() -> None:
-    asked = subprocess.run(
-        ["git", "ls-files", "toolchain", "images", "templates", "Makefile", "tests", ".ci"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    places = ("toolchain", "images", "templates", "Makefile", "tests", ".ci")
+    command = ["git", "ls-files", *places]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if asked.returncode != 0:
         pytest.skip("not a git checkout")
     used = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import tarfile
 from collections.abc import Iterator
@@ -15,20 +14,14 @@ from types import ModuleType
 import pytest
 
 from tests.fakes.serving import serving
-from tests.paths import ROOT
+from tests.paths import ROOT, loaded
 
-SOURCE = ROOT / "images" / "engines" / "debs.py"
 PATH = "pool/main/x/x_1_amd64.deb"
 
 
 @pytest.fixture(scope="module")
 def debs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("debs", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "images" / "engines" / "debs.py")
 
 
 def deb(*members: tuple[str, bytes]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tests.paths import ROOT
+from tests.paths import ROOT, loaded
 
 ENGINE = ROOT / "images/engines/vllm-cpu"
 NEEDED = 256 << 20
@@ -18,12 +17,7 @@ NEEDED = 256 << 20
 
 @pytest.fixture
 def shared_memory() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shared_memory", ENGINE / "shared_memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ENGINE / "shared_memory.py")
 
 
 @pytest.fixture
