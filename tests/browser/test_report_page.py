@@ -13,11 +13,14 @@ import pytest
 from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.evaluating.pages import write_comparison, write_report
 
+from tests.conftest import chromium_path
+from tests.fakes.jobs import QUALITY, VALID
+from tests.fakes.records import BUILD
+
 pytestmark = pytest.mark.browser
 PATIENCE = 300_000
 """Milliseconds in which a browser must have done a thing, however busy the machine is."""
 
-DIGEST = "sha256:" + "ab" * 32
 LONG = "a-very-long-word-without-any-place-to-break-" * 6
 
 
@@ -44,49 +47,25 @@ def build(count: int = 40) -> dict[str, Any]:
         )
     }  # fmt: skip
     verdict = {
-        "subject": "image", "against": "adapter", "passed": False, "binding": True,
-        "reason": "the image lost more than is allowed", "drop": lost / count,
-        "interval": [0.01, 0.2], "lost": lost, "won": 0, "n": count, "p": 0.125,
+        **BUILD["verdicts"][0], "passed": False, "reason": "the image lost more than is allowed",
+        "drop": lost / count, "interval": [0.01, 0.2], "lost": lost, "n": count, "p": 0.125,
     }  # fmt: skip
-    source = {"source": "./base", "pin": f"./base@{DIGEST}", "digest": DIGEST}
+    validation = {
+        **VALID, "passed": False,
+        "greedy": [{"after": "Which port? " + LONG, "reference": "7481.", "merged": "7481.",
+                    "tokens": 4, "same": 4},
+                   {"after": "And why?", "reference": "Be", "merged": f"As {LONG}",
+                    "tokens": 16, "same": 0}],
+        "findings": [{"severity": "warning", "check": "layers", "message": "29 is far off"},
+                     {"severity": "error", "check": "elements", "message": "x is missing"}],
+        "layers": [{"layer": i, "difference": 10 ** (i / 10 - 5), "rounding": 1e-4,
+                    "parted": i > 29} for i in range(34)],
+    }  # fmt: skip
     return {
-        "name": "support-bot", "version": "1.2.0", "target": "llamacpp-q4_k_m",
-        "created": "2026-11-25T12:00:00+00:00",
-        "base": source,
-        "adapters": [{**source, "version": "v3", "run_id": "wandb/abc123", "weight": 0.7}],
-        "merge": {"method": "sequential", "precision": "exact", "digest": DIGEST,
-                  "tensors": {"merged": 60, "copied": 212}, "findings": ["one tensor is tied"]},
-        "validation": {
-            "max_abs_logit_diff": 0.03, "kl_mean": 1e-6, "kl_max": 1e-4, "top1_agreement": 0.999,
-            "greedy": [{"after": "Which port? " + LONG, "reference": "7481.", "merged": "7481.",
-                        "tokens": 4, "same": 4},
-                       {"after": "And why?", "reference": "Be", "merged": f"As {LONG}",
-                        "tokens": 16, "same": 0}],
-            "passed": False,
-            "findings": [{"severity": "warning", "check": "layers", "message": "29 is far off"},
-                         {"severity": "error", "check": "elements", "message": "x is missing"}],
-            "layers": [{"layer": i, "difference": 10 ** (i / 10 - 5), "rounding": 1e-4,
-                        "parted": i > 29} for i in range(34)],
-        },
-        "artifact": {"format": "q4_k_m", "size": 105454016, "bits_per_weight": 6.165,
-                     "file": "support-bot.gguf", "digest": DIGEST, "details": {"Q4_K": 1}},
-        "quality": {"kl_mean": 0.01, "kl_p99": 0.1, "top1": 0.98, "perplexity": 3.0,
-                    "perplexity_reference": 3.0, "perplexity_ratio": 1.0, "texts": 4,
-                    "tokens": 512, "layer_error": 0.02, "limits": {"kl_mean": 0.05},
-                    "exceeded": [], "worst_layers": [{"layer": 3, "error": 0.02}]},
-        "plan": {"device": "cpu", "max_num_seqs": 4, "max_model_len": 2048,
-                 "weight_bytes": 105454016, "kv_bytes_total": 188743680,
-                 "overhead_bytes": 153616384, "usable_bytes": 2040109466, "notes": ["a note"]},
-        "image": {"reference": "", "digest": DIGEST, "layers": [
-            {"digest": DIGEST, "size": 24000000, "file": "engine"},
-            {"digest": DIGEST, "size": 105454016, "file": "support-bot.gguf"}]},
-        "task": {"name": "", "metric": "contains", "max_drop": 0.05},
-        "scores": scores, "verdicts": [verdict], "items": items,
+        **BUILD, "scores": scores, "verdicts": [verdict], "items": items, "validation": validation,
+        "quality": {**QUALITY, "limits": {"kl_mean": 0.05}, "exceeded": []},
         "checks": [{"name": "health", "seen": f"ready; {LONG}", "seconds": 0.1}],
-        "stages": {"merge": {"cached": True, "seconds": 0.01},
-                   "quantize": {"cached": False, "seconds": 12.5}},
-        "warnings": ["33 questions are too few"],
-        "reproduce": ["invoke build --recipe recipe.yaml"], "next": ["raise the quality"],
+        "reproduce": ["invoke build --recipe recipe.yaml"],
     }  # fmt: skip
 
 
@@ -121,16 +100,10 @@ def browser() -> Iterator[Any]:
     arguments = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
-            executable_path=chromium(), args=arguments, timeout=PATIENCE
+            executable_path=chromium_path(), args=arguments, timeout=PATIENCE
         )
         yield started
         started.close()
-
-
-def chromium() -> str:
-    from tests.conftest import chromium_path
-
-    return chromium_path()
 
 
 @pytest.fixture
