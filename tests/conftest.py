@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,15 +56,17 @@ def chromium_path() -> str:
     """Return Chromium's program, or '' where it or the library that drives it is missing."""
     if importlib.util.find_spec("playwright") is None:
         return ""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next((found for name in names if (found := shutil.which(name))), "")
+    return first_of("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def first_of(*names: str) -> str:
+    return next(filter(None, map(shutil.which, names)), "")
 
 
 @functools.cache
 def emulator() -> str:
     """Return the program that runs programs for 64-bit Arm on another CPU, or ''."""
-    names = ("qemu-aarch64-static", "qemu-aarch64")
-    return next((found for name in names if (found := shutil.which(name))), "")
+    return first_of("qemu-aarch64-static", "qemu-aarch64")
 
 
 @functools.cache
@@ -78,25 +79,19 @@ def vllm_absent() -> str:
 
 NEEDS = {
     "docker": (engine_answers, "no container engine answers: run tests/engine.sh as root"),
-    "registry": (
-        lambda: shutil.which("docker-registry") is not None,
-        "the docker-registry program is not installed",
-    ),
+    "registry": (lambda: shutil.which("docker-registry"), "docker-registry is not installed"),
     "other_registries": (
-        lambda: shutil.which("weightsmith-test-registries") is not None,
+        lambda: shutil.which("weightsmith-test-registries"),
         "no weightsmith-test-registries (tests/engine.sh as root builds it)",
     ),
     "browser": (
-        lambda: bool(chromium_path()),
+        chromium_path,
         "no Chromium (tests/engine.sh as root installs it), or no playwright",
     ),
-    "emulator": (
-        lambda: bool(emulator()),
-        "no qemu-aarch64 (tests/engine.sh as root installs it)",
-    ),
+    "emulator": (emulator, "no qemu-aarch64 (tests/engine.sh as root installs it)"),
     "ray": (has_ray, "Ray is not installed"),
     "slurm": (has_slurm, "no Slurm, and no root to install it"),
-    "gpu": (lambda: shutil.which("nvidia-smi") is not None, "no NVIDIA GPU"),
+    "gpu": (lambda: shutil.which("nvidia-smi"), "no NVIDIA GPU"),
     "root": (lambda: os.geteuid() == 0, "needs root"),
 }
 """Marker -> whether this machine has it, and what to say where it has not."""
@@ -233,8 +228,6 @@ class TinyBuild:
     dist: Path
     told: dict[str, Any]
     """What --json says of its one target."""
-    seconds: float
-    """From an empty store, with the builders made before."""
 
 
 @pytest.fixture(scope="session")
@@ -243,7 +236,6 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> 
     folder = tmp_path_factory.mktemp("tiny")
     store, dist = folder / "store", folder / "dist"
     recipe = TINY / "recipe.yaml"
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe", recipe,
          "--runner", "local", "--dist", dist, "--json"],
@@ -252,7 +244,7 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (told,) = json.loads(done.stdout)["targets"].values()
-    return TinyBuild(store=store, dist=dist, told=told, seconds=time.monotonic() - began)
+    return TinyBuild(store=store, dist=dist, told=told)
 
 
 @pytest.fixture(scope="session")

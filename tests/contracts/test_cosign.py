@@ -36,10 +36,7 @@ from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import memory_tools
 from tests.paths import ROOT
 
-pytestmark = [
-    pytest.mark.registry,
-    pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
-]
+pytestmark = pytest.mark.registry
 ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
 DOCUMENTED = ("--insecure-ignore-tlog=true", "--new-bundle-format=false")
 

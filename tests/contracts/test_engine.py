@@ -20,8 +20,9 @@ from weightsmith.outside.docker_launcher import DockerLauncher
 from weightsmith.outside.docker_requests import LABEL_OWNER
 from weightsmith.outside.ownership import is_dead, owner_token
 
-from tests.contracts.test_runner import CACHE, echo
+from tests.contracts.test_runner import CACHE
 from tests.fakes.awake import hear_interrupts, until
+from tests.fakes.bare_builder import echo_job
 from tests.fakes.echo import let_runners_start_it
 from tests.fakes.journal import RecordingProgress
 from tests.faults.relay import way_to_engine
@@ -236,6 +237,6 @@ def test_an_engine_that_goes_away_in_mid_job_is_an_environment_failure(
         with pytest.raises(
             EnvironmentFailure, match="lost the connection to the container engine"
         ) as caught:
-            DockerRunner(DockerEngine(), CACHE).run(echo(tmp_path, sleep=600), Cutting())
+            DockerRunner(DockerEngine(), CACHE).run(echo_job(tmp_path, sleep=600), Cutting())
     assert "finished stages are kept" in caught.value.hint
     assert (tmp_path / "out").stat().st_uid == os.getuid()

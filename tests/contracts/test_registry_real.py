@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import socketserver
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer, Layer, Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_server
 from tests.fakes.debian_registry import real_registry, stop_registry
-from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
+from tests.fakes.images import tiny_image
 from tests.fakes.other_registries import Given
 
 AMD64 = "linux/amd64"
@@ -51,16 +48,6 @@ def test_what_is_not_there(client: Registry, place: Reference) -> None:
         client.pull(place)
 
 
-def test_tags_move_only_by_force(
-    client: Registry, place: Reference, image: Image, tmp_path: Path
-) -> None:
-    client.push(image, place)
-    other = tiny_image(tmp_path / "model", annotations={"a": "b"})
-    with pytest.raises(UsageError):
-        client.push(other, place)
-    assert client.push(other, place, force=True).digest == client.digest_of(place)
-
-
 def test_mounted_from_another_repository(
     there: Given, client: Registry, place: Reference, image: Image
 ) -> None:
@@ -71,27 +58,6 @@ def test_mounted_from_another_repository(
     assert (done.mounted, done.uploaded_bytes) == expected
     again = client.push(image, other)
     assert (again.mounted, again.uploaded_bytes) == (0, 0)
-
-
-def test_rebased_without_weight_bytes(
-    there: Given, client: Registry, place: Reference, tmp_path: Path
-) -> None:
-    weights = TarLayer(members=(Member.of_bytes("/models/w", bytes(1 << 20)),), epoch=0)
-    bases = [
-        foreign_image(tar_of((entry("engine"), version)), docker=docker)
-        for version, docker in ((b"1", False), (b"2", True))
-    ]
-    for n, base in enumerate(bases):
-        client.push(base, Reference.parse(f"{place.name}-base:{n}"))
-    first = assemble([weights], config=ImageConfig(), base=bases[0], epoch=0)
-    client.push(first, place)
-    pulled = client.pull(place, platform=AMD64)
-    onto = client.pull(Reference.parse(f"{place.name}-base:1"), platform=AMD64)
-    second = assemble([pulled.layers[1]], config=ImageConfig(), base=onto, epoch=0)
-    done = client.push(second, Reference.parse(f"{place.name}:2"))
-    assert done.mounted == (0 if there.pools_blobs else 1)
-    assert done.uploaded_bytes < 2000
-    assert second.layers[1].digest == weights.digest
 
 
 def test_any_manifest(client: Registry, place: Reference, image: Image) -> None:
@@ -128,7 +94,6 @@ def _large(folder: Path) -> TarLayer:
 
 
 @pytest.mark.registry
-@pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
 def test_a_registry_that_dies_in_the_middle(client: Registry, tmp_path: Path) -> None:
     layer = _large(tmp_path)
     with real_registry(tmp_path) as host:
@@ -141,10 +106,6 @@ def test_a_registry_that_dies_in_the_middle(client: Registry, tmp_path: Path) ->
 
 @pytest.mark.registry
 @pytest.mark.root
-@pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("docker-registry"),
-    reason="needs root and docker-registry",
-)
 def test_a_registry_without_room(client: Registry, tmp_path: Path) -> None:
     layer = _large(tmp_path)
     disk = tmp_path / "disk"
@@ -275,17 +236,3 @@ def test_tokens_over_tls(tmp_path: Path, image: Image, monkeypatch: pytest.Monke
             wrong.check_push(place)
         assert "docker login" in caught.value.hint
         assert "wr0ng" not in f"{caught.value} {caught.value.hint}"
-
-
-@pytest.mark.registry
-def test_a_token_is_renewed_between_layers(tmp_path: Path, image: Image) -> None:
-    with (
-        token_server(tmp_path) as tokens,
-        real_registry(tmp_path, tokens=(tokens.url, tokens.certificate)) as host,
-    ):
-        tokens.lasts = 2
-        slow = _slowly(_large(tmp_path), lambda: time.sleep(2.5))
-        layers = (slow, *image.layers)
-        with Registry(credentials=lambda _: (USER, PASSWORD)) as client:
-            client.push(Image(layers=layers, settings={}), Reference.parse(f"{host}/a/b:1"))
-        assert len(tokens.asked) > 1

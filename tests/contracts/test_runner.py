@@ -31,7 +31,8 @@ from weightsmith.outside.local import LocalRunner
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.awake import hear_interrupts, until
-from tests.fakes.echo import EchoJob, let_runners_start_it
+from tests.fakes.bare_builder import echo_job
+from tests.fakes.echo import let_runners_start_it
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.runner import MemoryRunner
 from tests.fakes.store import MemoryStore
@@ -137,24 +138,8 @@ def progress() -> RecordingProgress:
     return RecordingProgress()
 
 
-def echo(tmp_path: Path, seconds: int = 0, **wishes: Any) -> EchoJob:
-    (tmp_path / "in").mkdir(exist_ok=True)
-    text = tmp_path / "in" / "text.txt"
-    text.write_text("grüße\n", encoding="utf-8")
-    output = tmp_path / "out"
-    output.mkdir(exist_ok=True)
-    return EchoJob(
-        builder="merge",
-        text=Input(path=text),
-        output=output,
-        memory_bytes=1 << 30,
-        seconds=seconds,
-        **wishes,
-    )
-
-
 def test_a_job_reads_its_input_and_writes_its_output(runner, tmp_path, progress):
-    job = echo(tmp_path)
+    job = echo_job(tmp_path)
 
     result = runner.run(job, progress)
 
@@ -164,7 +149,7 @@ def test_a_job_reads_its_input_and_writes_its_output(runner, tmp_path, progress)
 
 
 def test_the_output_belongs_to_the_caller(runner, tmp_path, progress):
-    job = echo(tmp_path)
+    job = echo_job(tmp_path)
 
     runner.run(job, progress)
 
@@ -175,13 +160,13 @@ def test_the_output_belongs_to_the_caller(runner, tmp_path, progress):
 def test_an_error_of_the_job_crosses_with_its_class_message_and_hint(runner, tmp_path, progress):
     for code, kind in ((3, InputRefused), (4, CheckFailed)):
         with pytest.raises(kind, match="asked to fail") as caught:
-            runner.run(echo(tmp_path, fail=code), progress)
+            runner.run(echo_job(tmp_path, fail=code), progress)
         assert caught.value.hint == "ask for something else"
 
 
 def test_a_crash_of_the_job_is_an_unexpected_error(runner, tmp_path, progress):
     with pytest.raises(WeightsmithError, match=r"unexpected ValueError.*boom") as caught:
-        runner.run(echo(tmp_path, crash="boom"), progress)
+        runner.run(echo_job(tmp_path, crash="boom"), progress)
 
     assert caught.value.exit_code == 1
 
@@ -190,7 +175,7 @@ def test_a_job_that_needs_more_memory_than_it_may_use_ends_with_an_error(
     real_runner, tmp_path, progress
 ):
     """And one below its limit runs, although the kernel counts more than it uses."""
-    job = replace(echo(tmp_path, fill=3 << 30), memory_bytes=1 << 30)
+    job = replace(echo_job(tmp_path, fill=3 << 30), memory_bytes=1 << 30)
 
     with pytest.raises(
         EnvironmentFailure, match=r"echo job.*memory.*limit 1,073,741,824"
@@ -204,7 +189,7 @@ def test_a_job_that_needs_more_memory_than_it_may_use_ends_with_an_error(
 @pytest.mark.builders
 def test_mapped_weights_are_no_memory_of_a_local_job(tmp_path, progress):
     """They count towards RLIMIT_DATA, so that what the job really holds is watched, too."""
-    job = replace(echo(tmp_path), memory_bytes=1 << 30)
+    job = replace(echo_job(tmp_path), memory_bytes=1 << 30)
     weights = job.text.path.with_name("model.safetensors")
     with weights.open("wb") as file:
         file.truncate(4 << 30)
@@ -220,7 +205,7 @@ def test_mapped_weights_are_no_memory_of_a_local_job(tmp_path, progress):
 def test_no_job_may_use_more_than_the_command_allows(tmp_path, progress, own, most, limit):
     inner = MemoryRunner()
 
-    WithinMemory(inner, most).run(replace(echo(tmp_path), memory_bytes=own), progress)
+    WithinMemory(inner, most).run(replace(echo_job(tmp_path), memory_bytes=own), progress)
 
     assert inner.jobs[0].memory_bytes == limit
 
@@ -293,7 +278,7 @@ def test_an_input_that_differs_from_its_reference_is_not_used(tiny, tmp_path, pr
 
 def test_a_crash_leaves_its_traceback_in_the_log(real_runner, tmp_path, progress):
     with pytest.raises(WeightsmithError) as caught:
-        real_runner.run(echo(tmp_path, crash="boom"), progress)
+        real_runner.run(echo_job(tmp_path, crash="boom"), progress)
 
     log = Path(caught.value.hint.rpartition(": ")[2])
     assert "Traceback" in log.read_text("utf-8")
@@ -302,14 +287,14 @@ def test_a_crash_leaves_its_traceback_in_the_log(real_runner, tmp_path, progress
 def test_a_job_has_no_network_and_no_secrets(real_runner, tmp_path, progress, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
 
-    result = real_runner.run(echo(tmp_path), progress)
+    result = real_runner.run(echo_job(tmp_path), progress)
 
     assert result["network"] is False
     assert result["secrets"] == []
 
 
 def test_what_a_stage_prints_does_not_disturb_the_protocol(real_runner, tmp_path, progress):
-    real_runner.run(echo(tmp_path), progress)
+    real_runner.run(echo_job(tmp_path), progress)
 
     assert ("note", "echo begins") in progress.lines
     assert not any("printed by the stage" in line for line in progress.lines)
@@ -321,7 +306,7 @@ def test_a_job_that_hangs_is_ended_and_the_next_one_runs(real_runner, tmp_path, 
         with pytest.raises(
             EnvironmentFailure, match=f"echo job was ended after {seconds}"
         ) as caught:
-            real_runner.run(echo(tmp_path, seconds=seconds, sleep=600), progress)
+            real_runner.run(echo_job(tmp_path, seconds=seconds, sleep=600), progress)
         if "it was at: echo begins" in caught.value.message:
             break
     else:
@@ -329,7 +314,7 @@ def test_a_job_that_hangs_is_ended_and_the_next_one_runs(real_runner, tmp_path, 
 
     assert not running(real_runner.name, tmp_path)
     assert Path(caught.value.hint.rpartition(": ")[2]).is_file()
-    assert real_runner.run(echo(tmp_path, seconds=600), progress)["text"] == "grüße\n"
+    assert real_runner.run(echo_job(tmp_path, seconds=600), progress)["text"] == "grüße\n"
 
 
 @pytest.mark.parametrize("moment", ["before it begins", "as it runs"])
@@ -342,7 +327,7 @@ def test_a_job_that_another_thread_stops_is_killed(real_runner, tmp_path, moment
                 threading.Thread(target=os.eventfd_write, args=[stop, 1]).start()
 
     with pytest.raises(InterruptedError):
-        real_runner.run(echo(tmp_path, sleep=600), Watched(), stop=stop)
+        real_runner.run(echo_job(tmp_path, sleep=600), Watched(), stop=stop)
     os.close(stop)
 
     assert not running(real_runner.name, tmp_path)
@@ -354,7 +339,7 @@ def test_a_job_that_another_thread_stops_is_killed(real_runner, tmp_path, moment
 def test_a_container_can_write_nothing_but_its_output(tmp_path, progress):
     wanted = ("/in/x", "/weightsmith/x", "/opt/x", "/etc/x", "/root/x", "/out/x")
 
-    result = make_runner("docker").run(echo(tmp_path, try_to_write=wanted), progress)
+    result = make_runner("docker").run(echo_job(tmp_path, try_to_write=wanted), progress)
 
     assert result["writable"] == ["/out/x"]
     assert result["input_writable"] is False
@@ -364,7 +349,7 @@ def test_a_container_can_write_nothing_but_its_output(tmp_path, progress):
 @pytest.mark.docker
 @pytest.mark.builders
 def test_inputs_that_others_cannot_read_are_handed_over(tmp_path, progress):
-    job = echo(tmp_path)
+    job = echo_job(tmp_path)
     job.text.path.chmod(0o600)
 
     result = make_runner("docker").run(job, progress)
@@ -376,14 +361,15 @@ def test_inputs_that_others_cannot_read_are_handed_over(tmp_path, progress):
 SLEEPER = """
 import sys
 from pathlib import Path
-from tests.contracts.test_runner import echo, make_runner
+from tests.contracts.test_runner import make_runner
+from tests.fakes.bare_builder import echo_job
 from weightsmith.core.ports import Silent
 
 class Loud(Silent):
     def note(self, text):
         print(text, flush=True)
 
-make_runner(sys.argv[1]).run(echo(Path(sys.argv[2]), sleep=600), Loud())
+make_runner(sys.argv[1]).run(echo_job(Path(sys.argv[2]), sleep=600), Loud())
 """
 
 

@@ -41,7 +41,6 @@ class Tokens:
     key: Path
     certificate: Path
     url: str = ""
-    lasts: int = 300
     asked: list[str] = field(default_factory=list)
 
     def issue(self, scopes: list[str]) -> str:
@@ -55,7 +54,7 @@ class Tokens:
             access.append({"type": kind, "name": name, "actions": actions.split(",")})
         now = int(time.time())
         head = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
-        body = {"iss": "tests", "sub": USER, "aud": "registry", "exp": now + self.lasts,
+        body = {"iss": "tests", "sub": USER, "aud": "registry", "exp": now + 300,
                 "nbf": now - 1, "iat": now - 1, "jti": str(now), "access": access}  # fmt: skip
         text = ".".join(_packed(json.dumps(part).encode()) for part in (head, body))
         signed = subprocess.run(
@@ -84,7 +83,7 @@ def token_server(folder: Path) -> Iterator[Tokens]:
             body = b"{}"
             if right:
                 token = state.issue(query.get("scope", []))
-                body = json.dumps({"token": token, "expires_in": state.lasts}).encode()
+                body = json.dumps({"token": token, "expires_in": 300}).encode()
             self.reply(200 if right else 401, body)
 
     with serving(Serving(Handler)) as url:

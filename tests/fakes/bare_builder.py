@@ -36,15 +36,10 @@ def echo_job(folder: Path, **wishes: Any) -> EchoJob:
     """Return a job that reads one file and writes one, below a folder."""
     for name in ("in", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "in" / "text.txt").write_text("text")
-    return EchoJob(
-        builder="merge",
-        text=Input(path=folder / "in" / "text.txt"),
-        output=folder / "out",
-        seconds=0,
-        memory_bytes=1 << 30,
-        **wishes,
-    )
+    text = folder / "in" / "text.txt"
+    text.write_text("grüße\n", encoding="utf-8")
+    wishes = {"seconds": 0, "memory_bytes": 1 << 30, **wishes}
+    return EchoJob(builder="merge", text=Input(path=text), output=folder / "out", **wishes)
 
 
 if __name__ == "__main__":

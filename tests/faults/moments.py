@@ -127,13 +127,8 @@ def publish(source: str, layout: str, swap: bool) -> None:
         delivery.exchange = lambda *_: False  # type: ignore[assignment]
     image = read_layout(Path(source))
     _spare_no_more()
-    deliver(
-        image,
-        "x:1",
-        ImageOutputs(layout=Path(layout)),
-        [Evidence()],
-        memory_tools(Path(layout).parent),
-    )
+    outputs, tools = ImageOutputs(layout=Path(layout)), memory_tools(Path(layout).parent)
+    deliver(image, "x:1", outputs, [Evidence()], tools)
 
 
 def pull(source: str, layout: str, root: str) -> None:
@@ -184,13 +179,7 @@ def merge(folder: str) -> None:
     merge_folders(asked, memory_tools(work))
 
 
-_OPERATIONS = {
-    "push": push,
-    "publish": publish,
-    "pull": pull,
-    "load": load,
-    "merge": merge,
-}
+_OPERATIONS = {each.__name__: each for each in (push, publish, pull, load, merge)}
 _spare = 0
 
 
@@ -204,7 +193,6 @@ def _spare_no_more() -> None:
 
 
 def _serve() -> None:
-
     import tests.fakes.memory  # noqa: F401 - the same
 
     gc.freeze()
