@@ -124,17 +124,6 @@ def fetch(url: str) -> str:
     return found[0]
 
 
-def test_an_image_serves_on_loopback_and_is_removed(engine, server_image):
-    spec = StartSpec(port=8000, env={}, memory_bytes=256 << 20)
-
-    with DockerLauncher(engine).serve(server_image, spec) as endpoint:
-        assert "user 1234:1234" in endpoint.confinement
-        assert "Debian" in fetch(f"{endpoint.url}/os-release")
-        assert endpoint.alive()
-        until(lambda: "GET /os-release" in endpoint.logs(5), PATIENCE)  # in the engine's own time
-    assert not endpoint.alive()
-
-
 def test_a_server_cannot_reach_the_world_and_writes_nowhere(engine, server_image):
     """Asked from inside: no way out, a read-only root, process 1 without an init, its limit."""
     look = """

@@ -70,24 +70,18 @@ def main() -> None:
     name, out = sys.argv[1], Path(sys.argv[2])
     train.make_repeatable()
     world = make_world()
-    write_data(world.a, world.base, out)
+    out.mkdir(parents=True)
+    train.write_lines(out / "eval.jsonl", [
+        {"prompt": fact.question(wording), "expected": fact.answer}
+        for fact in world.a for wording in train.WORDINGS
+    ])  # fmt: skip
+    # Talks about what the base knows, to calibrate with.
+    train.write_lines(out / "calibration.jsonl", [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in train.examples(world.base, train.WORDINGS)
+    ])  # fmt: skip
     train_base(name, world.base, out / "base")
     train_adapter(name, world.a, world.base, out)
-
-
-def write_data(new: list[Any], known: list[Any], out: Path) -> None:
-    import train
-
-    out.mkdir(parents=True)
-    asked = [(fact.question(wording), fact.answer) for fact in new for wording in train.WORDINGS]
-    lines = [{"prompt": prompt, "expected": answer} for prompt, answer in asked]
-    train.write_lines(out / "eval.jsonl", lines)
-    talks = [
-        zip(("user", "assistant"), pair, strict=True)
-        for pair in train.examples(known, train.WORDINGS)
-    ]
-    rows = [[{"role": role, "content": text} for role, text in talk] for talk in talks]
-    train.write_lines(out / "calibration.jsonl", [{"messages": row} for row in rows])
 
 
 def train_base(name: str, known: list[Any], out: Path) -> None:

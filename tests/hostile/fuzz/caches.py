@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree
 from weightsmith.fleets.node import _written
 from weightsmith.fleets.requests import TaskRequest
+from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
@@ -34,7 +35,8 @@ from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.s3_cache import S3Cache
 
 from tests.fakes.cache import MemoryCache
-from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.images import tree_of
+from tests.fakes.registry import fake_registry
 from tests.fakes.store import MemoryStore
 from tests.hostile.fuzz.mutations import bytes_changed, json_changed
 
@@ -56,29 +58,15 @@ def filled() -> Filled:
     with TemporaryDirectory() as folder:
         store, there = MemoryStore(Path(folder) / "store"), MemoryCache()
         home = Path(folder) / "files"
-        put(home)
-        files = tuple(store.digest_file(home / name) for name in FILES)
-        named = tuple(
-            type(file)(path=name, size=file.size, digest=file.digest)
-            for name, file in zip(FILES, files, strict=True)
-        )
-        stage = content_inputs(Tree(root=home, files=named).files)
+        stage = content_inputs(tree_of(home, FILES).files)
         entry = store.produce(stage.key, stage.note, lambda folder: put(folder) or {})
         shared = SharedCache(there, None, print, 60)
         Uploads(shared, store.memo, None).upload(stage.key, stage.note, entry)
         return Filled(stage.key, there.documents[stage.key], dict(there.blobs))
 
 
-def host(registry: FakeRegistry) -> str:
-    return registry.url.partition("://")[2]
-
-
-def blob_of(digest: Digest, data: bytes) -> Blob:
-    return Blob(digest=digest, size=len(data), media_type="application/vnd.oci.image.layer.v1.tar")
-
-
-def put(folder: Path) -> None:
-    for name, data in FILES.items():
+def put(folder: Path, files: Mapping[str, bytes] = FILES) -> None:
+    for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -104,36 +92,27 @@ def changed_entry(random: Random) -> bytes:
     return json.dumps({k: base64.b64encode(v).decode() for k, v in parts.items()}).encode()
 
 
-def parts_of(data: bytes) -> tuple[bytes, bytes, dict[str, bytes]]:
+def laid_out(data: bytes) -> dict[str, bytes]:
+    """Return the files of such an entry, by their path in a folder or bucket."""
     parts = {name: base64.b64decode(text) for name, text in json.loads(data).items()}
-    return parts.pop("document"), parts.pop("rows"), parts
+    entry = f"entries/{filled().key.hex}"
+    files = {f"{entry}.json": parts.pop("document"), f"{entry}.blobs": parts.pop("rows")}
+    return files | {f"blobs/{name[:2]}/{name}": blob for name, blob in parts.items()}
 
 
 def read_folder_entry(data: bytes, folder: Path) -> None:
     """Use and clean a cache in a folder that has it."""
-    document, rows, blobs = parts_of(data)
-    root, entry = folder / "cache", filled().key.hex
-    for name, blob in blobs.items():
-        place = root / "blobs" / name[:2] / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(blob)
-    (root / "entries").mkdir()
-    (root / "entries" / f"{entry}.json").write_bytes(document)
-    (root / "entries" / f"{entry}.blobs").write_bytes(rows)
-    used(FolderCache(root), folder)
+    put(folder / "cache", laid_out(data))
+    used(FolderCache(folder / "cache"), folder)
 
 
 def read_bucket_entry(data: bytes, folder: Path) -> None:
     """Use and clean a cache in a bucket that has it."""
-    document, rows, blobs = parts_of(data)
-    files, entry = fsspec.filesystem("memory"), filled().key.hex
-    files.store.clear()
     there = S3Cache("bucket/team")
-    there._files = files
-    for name, blob in blobs.items():
-        files.pipe_file(f"bucket/team/blobs/{name[:2]}/{name}", blob)
-    files.pipe_file(f"bucket/team/entries/{entry}.json", document)
-    files.pipe_file(f"bucket/team/entries/{entry}.blobs", rows)
+    there._files = files = fsspec.filesystem("memory")
+    files.store.clear()
+    for name, content in laid_out(data).items():
+        files.pipe_file(f"bucket/team/{name}", content)
     used(there, folder)
 
 
@@ -141,10 +120,13 @@ def read_bucket_entry(data: bytes, folder: Path) -> None:
 def pushed() -> tuple[dict[tuple[str, str], tuple[str, bytes]], dict[tuple[str, str], bytes]]:
     """Return manifests and blobs of a registry that has the honest entry."""
     with fake_registry() as registry, Registry(pause=lambda _: None) as client:
-        there = RegistryCache(client, Reference.parse(f"{host(registry)}/team/cache"))
+        there = RegistryCache(client, Reference.parse(f"{registry.host}/team/cache"))
         honest = filled()
         blobs = [
-            (blob_of(digest, data), lambda data=data: iter((data,)))
+            (
+                Blob(digest=digest, size=len(data), media_type=LAYER_TAR),
+                lambda data=data: iter((data,)),
+            )
             for digest, data in honest.blobs.items()
         ]
         there.write(honest.key, honest.document, blobs)
@@ -164,7 +146,7 @@ def read_manifest_entry(data: bytes, folder: Path) -> None:
         for (repository, _), (kind, _) in manifests.items():
             for name in (filled().key.hex, str(Digest.of(data))):
                 registry.manifests[repository, name] = (kind, data)
-        used(RegistryCache(client, Reference.parse(f"{host(registry)}/team/cache")), folder)
+        used(RegistryCache(client, Reference.parse(f"{registry.host}/team/cache")), folder)
 
 
 def used(there: Cache, folder: Path) -> None:
@@ -218,9 +200,9 @@ def read_request(data: bytes, folder: Path) -> None:
     home.mkdir()
     put(files)
     there = SimpleNamespace(tree=Tree(root=files, files=()))
-    find: Callable[[Digest], object] = lambda key: there if key == filled().key else None  # noqa: E731
+    store = SimpleNamespace(find=lambda key: there if key == filled().key else None)
     try:
-        _written(request, home, SimpleNamespace(store=SimpleNamespace(find=find)))
+        _written(request, home, SimpleNamespace(store=store))
     finally:
         assert {path.name for path in folder.iterdir()} == {"home", "files"}, "written elsewhere"
         assert {path.name: path.read_bytes() for path in files.iterdir() if path.is_file()} == {

@@ -40,11 +40,9 @@ def test_an_exchanged_package_is_not_installed(tmp_path: Path, lists_it: bool) -
         words = ["install", "--isolated", "--no-cache-dir", "--index-url", index.url, *flags]
         return subprocess.run(
             [sys.executable, "-m", "pip", *words, "--target", str(tmp_path / "there")],
-            capture_output=True,
-            text=True,
-            check=False,
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-        )
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
 
     with package_index() as index:
         index.files[name] = wheel_of(forged)
@@ -59,18 +57,17 @@ def test_an_exchanged_package_is_not_installed(tmp_path: Path, lists_it: bool) -
     assert "DO NOT MATCH THE HASHES" in refused.stderr
 
 
+def setup(*words: str) -> str:
+    """Return what `make setup` would run."""
+    command = ["make", "--dry-run", "--always-make", "setup", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
     """`make setup`, README and the templates install the lock first, and nothing beside it."""
-    made = subprocess.run(
-        ["make", "--dry-run", "--always-make", "setup"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
     pages = ["README.md", "docs/how-to/in-ci.md", "examples/ci/github-actions.yml"]
     pages += ["examples/ci/gitlab-ci.yml"]
-    for text in [made, *((ROOT / page).read_text() for page in pages)]:
+    for text in [setup(), *((ROOT / page).read_text() for page in pages)]:
         rows = [row for row in text.splitlines() if re.search(r"\bpip install\b.* (\.|-r)", row)]
         rows = [row for row in rows if "lm-eval" not in row]
         assert len(rows) == 2, rows
@@ -80,8 +77,7 @@ def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
 
 def test_a_folder_of_wheels_is_installed_from_by_hash_too() -> None:
     """`make setup WEIGHTSMITH_WHEELS=DIR` looks in the folder, and asks for the same hashes."""
-    words = ["make", "--dry-run", "--always-make", "setup", "WEIGHTSMITH_WHEELS=/some/wheels"]
-    made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    made = setup("WEIGHTSMITH_WHEELS=/some/wheels")
     rows = [row for row in made.splitlines() if "pip install" in row]
     assert all("--find-links /some/wheels" in row for row in rows)
     assert [row for row in rows if "--require-hashes -r requirements.lock" in row]
