@@ -23,9 +23,10 @@ _PATIENCE = 600.0
 def hold(what: str) -> None:
     """Stay here, if somebody wants that of this node."""
     folder = Path(os.environ[FOLDER])
+    number = (os.environ.get("SLURMD_NODENAME") or os.environ["WEIGHTSMITH_STORE"])[-1]
     try:
         node, wanted = (folder / "hold").read_text().split()
-        if wanted != what or node not in (ANY, _node()):
+        if wanted != what or node not in (ANY, number):
             return
         (folder / "hold").rename(folder / "taken")  # by one of those who see it
     except (OSError, ValueError):
@@ -35,10 +36,6 @@ def hold(what: str) -> None:
     until = time.monotonic() + _PATIENCE
     while not (folder / "go").exists() and time.monotonic() < until:
         time.sleep(0.1)
-
-
-def _node() -> str:
-    return (os.environ.get("SLURMD_NODENAME") or os.environ["WEIGHTSMITH_STORE"])[-1]
 
 
 def _held_runner(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,10 +53,6 @@ class FakeHub:
             row |= {"oid": git_id(pointer.encode()), "lfs": lfs}
         return row
 
-    def etag(self, name: str) -> str:
-        data = self.files[name]
-        return hashlib.sha256(data).hexdigest() if name in self.large else git_id(data)
-
 
 class _Handler(Replying):
     """Serves `team/model`; `team/secret` is gated."""
@@ -98,7 +94,9 @@ class _Handler(Replying):
         if self.command == "GET":
             self.state.fetched.append(name)
         data = self.state.sent.get(name, self.state.files[name])
-        headers = {"ETag": f'"{self.state.etag(name)}"', "X-Repo-Commit": COMMIT}
+        stated = self.state.files[name]
+        etag = hashlib.sha256(stated).hexdigest() if name in self.state.large else git_id(stated)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
         self.reply(200, data, headers)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ class Bench:
         if "skipped" in self.quality:  # what the gate cannot read cannot be asked
             return self.quality
         adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
-        questions = [each.messages[-1]["content"] for each in job.questions]
-        answers = [self.minds.answer("dequantized", adapters, each) for each in questions]
-        return {"answers": [{"answer": text, "finish_reason": "stop"} for text in answers]}
+        return {"answers": self._said("dequantized", adapters, job.questions)}
 
     def _answers(
         self, job: ReferenceJob, task: AskedTask, asked: AskedModel
@@ -115,8 +113,13 @@ class Bench:
         who = "adapter" if adapters else "base" if model == self.base else "merged"
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
-        questions = [each.messages[-1]["content"] for each in task.questions]
-        answers = [self.minds.answer(who, adapters, question) for question in questions]
+        return self._said(who, adapters, task.questions)
+
+    def _said(
+        self, who: str, adapters: tuple[str, ...], questions: Sequence[Any]
+    ) -> list[dict[str, str]]:
+        asked = [each.messages[-1]["content"] for each in questions]
+        answers = [self.minds.answer(who, adapters, question) for question in asked]
         return [{"answer": text, "finish_reason": "stop"} for text in answers]
 
     def _quantize(self, job: QuantizeJob, report: Report) -> Mapping[str, Json]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto import modeling_auto as auto
 
 from tests.fakes.decoders import save_random
 
@@ -65,20 +64,12 @@ _OWN: dict[str, dict[str, Any]] = {
 
 Some of it is for vLLM alone: published files have it, and transformers' classes do not.
 """
-_TABLES = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def make_known(folder: Path, architecture: str) -> Path:
     """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder."""
-    network_class = getattr(transformers, architecture)
-    config = _config(network_class.config_class, _OWN.get(architecture, {}))
-    torch.manual_seed(0)
-    network = network_class._from_config(config, dtype=torch.bfloat16)
-    return save_random(network, folder)
-
-
-def _config(kind: type[Any], more: dict[str, Any]) -> Any:
-    """Return the class's defaults with small dimensions, also of its text and its towers."""
+    network = getattr(transformers, architecture)
+    kind, more = network.config_class, _OWN.get(architecture, {})
     default = kind()
     parts: dict[str, Any] = {}
     for name in getattr(kind, "sub_configs", {}):
@@ -90,7 +81,9 @@ def _config(kind: type[Any], more: dict[str, Any]) -> Any:
     if "text_config" in parts:
         own = {name: value for name, value in own.items() if name.endswith("token_id")}
         more = {}
-    return kind(**{**own, **more}, **parts)
+    torch.manual_seed(0)
+    made = network._from_config(kind(**{**own, **more}, **parts), dtype=torch.bfloat16)
+    return save_random(made, folder)
 
 
 def _small(kind: type[Any], sizes: dict[str, int]) -> dict[str, int]:

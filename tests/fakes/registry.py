@@ -52,7 +52,7 @@ class FakeRegistry:
         """A blob that is there stays as it is, whatever is uploaded."""
         self.url = ""
         self.lock = threading.Lock()
-        self._upload_numbers = itertools.count(1)
+        self.upload_numbers = itertools.count(1)
 
     @property
     def host(self) -> str:
@@ -71,10 +71,6 @@ class FakeRegistry:
                     self.faults.remove(row)
                     return row[2]
         return ""
-
-    def next_upload(self) -> str:
-        """A name that no other upload has, however many begin at once."""
-        return f"u{next(self._upload_numbers)}"
 
 
 class _Handler(Replying):
@@ -241,7 +237,7 @@ class _Handler(Replying):
             if data is not None:
                 self.state.blobs[repository, query["mount"][0]] = data
                 return self.answer(201)
-        name = self.state.next_upload()
+        name = f"u{next(self.state.upload_numbers)}"  # however many begin at once
         self.state.uploads[name] = b""
         extra = {"OCI_Chunk_Min_Length": str(self.state.chunk_min)} if self.state.chunk_min else {}
         place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"

@@ -134,19 +134,15 @@ def make_projected(folder: Path, architecture: str) -> Path:
 
 def publish_names(folder: Path, architecture: str, *, mute: bool = False) -> None:
     """Give the tensors their published names; `mute` tokens that are no text of an answer."""
-    path = folder / "model.safetensors"
-    tensors = {_on_the_hub(name, architecture): data for name, data in load_file(path).items()}
-    for name, data in tensors.items():
+    path, tensors = folder / "model.safetensors", {}
+    for name, data in load_file(path).items():
         if mute and name.endswith(("embed_tokens.weight", "lm_head.weight")):
             data[:_SPECIAL] = data[512:] = 0
+        # transformers reads the published name, and writes its own.
+        if architecture in {"Gemma3ForConditionalGeneration", "LlavaNextForConditionalGeneration"}:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        tensors[name] = data
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _on_the_hub(name: str, architecture: str) -> str:
-    """Return a tensor's name as in published models; transformers reads it, and writes its own."""
-    if architecture in {"Gemma3ForConditionalGeneration", "LlavaNextForConditionalGeneration"}:
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    return name
 
 
 def add_tokens(folder: Path, tokens: dict[str, int]) -> None:
