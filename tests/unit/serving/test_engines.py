@@ -3,14 +3,17 @@
 import re
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.building.targets import all_targets
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import AWQ
 from weightsmith.serving import engines, llamacpp_options, sglang, tgi, trtllm, vllm
 from weightsmith.serving.devices import GPUS
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.memory import GIB
+from weightsmith.serving.targets import find
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 from tests.fakes.rendering import L40S, rendered
@@ -21,22 +24,11 @@ ON_GPUS = ["vllm", "tgi", "sglang", "trtllm"]
 def test_the_engines_and_what_they_load():
     wanted = {"vllm", "vllm-awq", "tgi", "tgi-awq", "llamacpp-q4_k_m", "sglang", "sglang-awq"}
 
-    assert wanted | {"trtllm"} <= set(all_targets())
+    assert wanted | {"trtllm", "vllm-gptq", "vllm-fp8", "llamacpp-f16"} <= set(all_targets())
+    assert "llamacpp" not in all_targets()  # it loads no safetensors
+    assert all(name == engine.name for name, engine in engines().items())
     # GGUF left vLLM in 0.24.
     assert not any("gguf" in engines()[name].accepts for name in ON_GPUS)
-
-
-@pytest.mark.parametrize("engine", ON_GPUS)
-def test_memory_adds_up(engine):
-    plan = rendered(engine, **L40S).plan
-    whole = GPUS["nvidia-l40s"].usable_bytes
-
-    taken = plan.weights_bytes_per_gpu + plan.kv_cache_bytes + plan.overhead_bytes
-    assert taken + plan.margin_bytes <= whole
-    assert plan.kv_bytes_total <= plan.kv_cache_bytes
-    assert plan.max_concurrency >= plan.max_num_seqs
-    assert plan.kv_bytes_per_token == 131072
-    assert 0 <= plan.kv_bytes_per_request - 8192 * 131072 < 64 * 131072
 
 
 @pytest.mark.parametrize("engine", ON_GPUS)
@@ -233,3 +225,178 @@ def test_windows_are_planned_at_full_length_where_the_engine_may_keep_less():
         assert any("full length" in note for note in plan.notes)
     # SGLang would else divide its memory by a ratio, and end before the planned number.
     assert rendered("sglang", config=windows, **L40S).plan.settings["disable-hybrid-swa-memory"]
+
+
+def test_an_unknown_target_gets_near_misses_and_the_list():
+    with pytest.raises(UsageError) as caught:
+        find("llamacpp-q4km", all_targets())
+
+    assert "llamacpp-q4_k_m" in caught.value.hint
+    assert "llamacpp-f16" in caught.value.hint
+
+
+def test_sglang_does_not_get_packed_weights_whose_rows_it_reorders():
+    llama4 = {**LLAMA_8B, "architectures": ["Llama4ForConditionalGeneration"]}
+
+    assert rendered("sglang", config=llama4, **L40S)
+    for target in ("sglang-fp8", "sglang-nvfp4a16"):
+        wishes = {**L40S, "format": all_targets()[target].format}
+        with pytest.raises(InputRefused, match="without their scales"):
+            rendered(target, config=llama4, **wishes)
+
+
+def test_sglangs_file_holds_what_it_can_read():
+    extra = {
+        "enable-mixed-chunk": True,
+        "enable-tf32-matmul": False,
+        "gc-threshold": [700, 10],
+        "max-prefill-tokens": 8192,
+    }
+    config = rendered("sglang", **L40S, extra=extra)
+    told = yaml.safe_load(config.files["sglang.yaml"])
+
+    assert set(told) <= set(sglang.known_options().kinds)
+    assert all(sglang.known_options().kinds[key] in {"value", "flag"} for key in told)
+    assert not any(
+        isinstance(value, list | dict) or value in (None, False) for value in told.values()
+    )
+    assert config.command[:2] == ("--config", sglang.CONFIG_FILE)
+    assert config.command[2:] == ("--no-enable-tf32-matmul", "--gc-threshold", "700", "10")
+    assert (told["host"], told["port"], told["enable-metrics"]) == ("0.0.0.0", 30000, True)
+
+
+def test_sglangs_fraction_leaves_room_for_activations():
+    plan = rendered("sglang", **L40S).plan
+    whole = GPUS["nvidia-l40s"].usable_bytes
+
+    assert 0.5 < plan.gpu_memory_utilization <= 0.9
+    static = plan.weights_bytes_per_gpu + plan.kv_cache_bytes
+    assert static == int(whole * plan.gpu_memory_utilization)
+    assert whole - static >= plan.overhead_bytes + plan.margin_bytes
+
+
+def test_sglang_is_probed_patiently_because_health_generates():
+    config = rendered("sglang", **L40S)
+    deployment = next(yaml.safe_load_all(config.files["kubernetes.yaml"]))
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["timeoutSeconds"] >= 20
+
+
+def test_sglang_computes_awq_in_float16():
+    plan = sglang.plan(facts(LLAMA_8B), 6 * GIB, ServeOptions(**L40S, format=AWQ))
+
+    assert plan.settings["dtype"] == "float16"
+
+
+def test_a_flag_that_sglang_cannot_turn_off_is_refused():
+    with pytest.raises(UsageError, match="no way to say that"):
+        rendered("sglang", **L40S, extra={"enable-mixed-chunk": False})
+
+
+def test_tgi_has_larger_blocks_where_flashinfer_has_no_kernel():
+    narrow = {**LLAMA_8B, "head_dim": 96}
+
+    assert rendered("tgi", **L40S).plan.kv_bytes_per_request == 8192 * 131072
+    odd = rendered("tgi", config=narrow, **{**L40S, "max_model_len": 8000}).plan
+    assert odd.kv_bytes_per_request == 8192 * 32 * 8 * 2 * 96 * 2
+
+
+def test_tgi_takes_gemma_3s_prompts_whole():
+    gemma = {
+        **LLAMA_8B,
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+    }
+    config = rendered("tgi", config=gemma, **L40S)
+
+    # "`max_batch_prefill_tokens` must be >= `max_input_tokens`", where prompts are not divided.
+    assert int(config.env["MAX_BATCH_PREFILL_TOKENS"]) >= int(config.env["MAX_INPUT_TOKENS"])
+
+
+def test_tgi_says_that_it_is_over():
+    config = rendered("tgi", **L40S)
+
+    assert any("archived" in note for note in config.plan.notes)
+    assert engines()["tgi"].legacy
+
+
+def test_tgi_needs_no_root_for_its_port_and_no_arguments():
+    config = rendered("tgi", **L40S, extra={"max-best-of": 1, "json_output": True})
+
+    assert int(config.env["PORT"]) == config.port >= 1024
+    assert config.command == ()
+    assert (config.env["MAX_BEST_OF"], config.env["JSON_OUTPUT"]) == ("1", "true")
+    assert config.env.get("KV_CACHE_DTYPE", True)
+
+
+def test_tgi_names_its_eight_bit_type_in_full():
+    config = rendered("tgi", **L40S, kv_cache_dtype="fp8")
+
+    assert config.env["KV_CACHE_DTYPE"] == "fp8_e4m3fn"
+
+
+@pytest.mark.parametrize("gpu", ["nvidia-b200", "nvidia-rtx-5090", "nvidia-t4", "amd-mi300x"])
+def test_tgi_has_kernels_for_some_gpus_only(gpu):
+    with pytest.raises(UsageError, match="no kernels"):
+        rendered("tgi", weights=4 * GIB, gpu=gpu, max_model_len=1024, max_num_seqs=1)
+
+
+def test_tgi_cannot_read_later_tokenizers():
+    config = {**LLAMA_8B, "tokenizer": {"tokenizer_class": "TokenizersBackend"}}
+
+    with pytest.raises(InputRefused, match="transformers 5"):
+        rendered("tgi", config=config, **L40S)
+
+
+@pytest.mark.parametrize(
+    ("rope", "told", "refused"),
+    [
+        ({"rope_type": "default", "rope_theta": 500000.0}, {}, True),
+        ({"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}, {}, True),
+        ({"full_attention": {"rope_theta": 10000.0}}, {}, True),
+        ({"rope_type": "default", "rope_theta": 10000.0}, {}, False),
+        ({"rope_type": "default", "rope_theta": 500000.0}, {"rope_theta": 500000.0}, False),
+    ],
+)
+def test_tgi_does_not_read_later_rotations(rope, told, refused):
+    plain = {k: v for k, v in LLAMA_8B.items() if k not in ("rope_theta", "rope_scaling")}
+    config = {**plain, "rope_parameters": rope, **told}
+
+    if refused:
+        with pytest.raises(InputRefused, match="rope_parameters"):
+            rendered("tgi", config=config, **L40S)
+    else:
+        assert rendered("tgi", config=config, **L40S)
+
+
+def test_tgi_knows_no_later_models():
+    with pytest.raises(InputRefused, match="qwen3"):
+        rendered("tgi", config={**LLAMA_8B, "model_type": "qwen3"}, **L40S)
+
+
+def test_nothing_stands_in_trtllms_file_and_arguments():
+    config = rendered("trtllm", **L40S)
+    told = yaml.safe_load(config.files["trtllm.yaml"])
+    given = {word.removeprefix("--") for word in config.command if word.startswith("--")}
+
+    assert config.command[0] == "/models"
+    assert config.command[1:3] == ("--host", "0.0.0.0")
+    assert not given & set(told)
+    assert told["kv_cache_config"]["free_gpu_memory_fraction"] == 0.9
+    assert config.command[-2:] == ("--extra_llm_api_options", trtllm.CONFIG_FILE)
+    assert set(told) <= set(trtllm.known_options().kinds)
+
+
+def test_trtllm_takes_a_part_of_what_is_free_beside_weights():
+    plan = rendered("trtllm", **L40S).plan
+    free = GPUS["nvidia-l40s"].usable_bytes - plan.weights_bytes_per_gpu - plan.overhead_bytes
+
+    assert plan.kv_cache_bytes == int(free * 0.9)
+
+
+def test_trtllm_serves_under_its_folders_name():
+    assert rendered("trtllm", **L40S).served_name == "models"
+    with pytest.raises(UsageError, match="no option for another name"):
+        rendered("trtllm", **L40S, served_model_name="mine")

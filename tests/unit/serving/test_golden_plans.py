@@ -8,10 +8,12 @@ cannot be updated into nonsense.
 import json
 
 import pytest
-from weightsmith.serving import engines
+from weightsmith.serving import engines, vllm
 from weightsmith.serving.devices import GPUS
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.memory import human
 
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 from tests.golden.cases import (
     GOLDEN,
     MACHINES,
@@ -24,6 +26,7 @@ from tests.golden.cases import (
     rendered,
     updating,
 )
+from tests.paths import ROOT
 
 LENGTH = 8192
 
@@ -127,3 +130,20 @@ def test_every_engine_has_a_folder():
     of = {rendered(*case).target.partition("-")[0] for case in RENDERS.values()}
 
     assert of == set(engines())
+
+
+PAGE = ROOT / "docs" / "explanation" / "memory-plan.md"
+
+
+def test_the_page_says_what_the_planner_says():
+    plan = vllm.plan(
+        facts(LLAMA_8B), LLAMA_8B_BYTES, ServeOptions(gpu="nvidia-l40s", max_model_len=8192)
+    )
+    page = PAGE.read_text("utf-8")
+
+    assert f"{plan.weight_bytes:,} bytes" in page
+    assert f"{plan.overhead_bytes:,}" in page
+    assert f"{plan.margin_bytes:,}" in page
+    assert f"{plan.kv_cache_bytes:,} bytes" in page
+    assert f"{plan.kv_cache_bytes // 2**21:,} blocks" in page
+    assert f"so {plan.max_num_seqs} requests of {plan.max_model_len} tokens" in page

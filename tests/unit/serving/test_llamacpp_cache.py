@@ -1,8 +1,9 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.models.shape import ModelShape
 from weightsmith.serving.llamacpp_cache import (
     growth_bytes,
     kv_cache_bytes,
@@ -11,25 +12,12 @@ from weightsmith.serving.llamacpp_cache import (
 )
 from weightsmith.serving.memory import GIB
 
+from tests.fakes import configs
 from tests.fakes.configs import GEMMA_4_HEADS, facts, gemma_4, shape_of
 
 F16 = ("f16", "f16")
 
-LLAMA_8B = ModelShape(
-    architecture="LlamaForCausalLM",
-    layers=32,
-    hidden=4096,
-    intermediate=14336,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    v_head_dim=128,
-    max_positions=131072,
-    vocab=128256,
-    sliding_window=0,
-    layer_types=(),
-    dtype="bfloat16",
-)
+LLAMA_8B = shape_of(configs.LLAMA_8B)
 
 
 def test_llama_8b_takes_128_kib_per_token():
@@ -47,15 +35,7 @@ def test_packed_types_take_their_block_bytes():
 
 
 def test_a_packed_type_must_divide_the_head():
-    shape = shape_of(
-        {
-            "architectures": ["X"],
-            "num_hidden_layers": 1,
-            "hidden_size": 80,
-            "num_attention_heads": 1,
-            "vocab_size": 10,
-        }
-    )
+    shape = replace(LLAMA_8B, head_dim=80)
 
     with pytest.raises(UsageError, match="does not divide"):
         kv_layer_bytes(shape, "q8_0", "f16")
@@ -67,19 +47,15 @@ def test_an_unknown_type_is_named():
 
 
 def test_latent_attention_keeps_one_row_and_no_values():
-    import dataclasses
-
     # DeepSeek-V3: (512 + 64) x 2 bytes x 61 layers = 70272 bytes per token.
-    shape = dataclasses.replace(LLAMA_8B, layers=61, kv_lora_rank=512, rope_head_dim=64)
+    shape = replace(LLAMA_8B, layers=61, kv_lora_rank=512, rope_head_dim=64)
 
     assert kv_layer_bytes(shape, "f16", "f16") * 61 == 70272
 
 
 def test_sliding_layers_hold_window_and_micro_batch():
-    import dataclasses
-
     kinds = (*["sliding_attention"] * 5, "full_attention")
-    shape = dataclasses.replace(
+    shape = replace(
         LLAMA_8B,
         architecture="Gemma3ForCausalLM",
         layers=6,
@@ -90,7 +66,7 @@ def test_sliding_layers_hold_window_and_micro_batch():
     # One full layer of 8192 tokens, five of 1024 + 512, for two slots, 4096 bytes a token.
     assert kv_cache_bytes(shape, 8192, 2, F16, 512) == 2 * (8192 + 5 * 1536) * 4096
     # A model that llama.cpp does not slide is planned at full length.
-    other = dataclasses.replace(shape, architecture="MistralForCausalLM")
+    other = replace(shape, architecture="MistralForCausalLM")
     assert kv_cache_bytes(other, 8192, 2, F16, 512) == 2 * 6 * 8192 * 4096
 
 

@@ -4,14 +4,9 @@ import pytest
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.paged_capacity import paged_cache
 
-from tests.fakes.configs import GEMMA_4_HEADS, LLAMA_8B, gemma_4, shape_of
+from tests.fakes.configs import GEMMA_4_HEADS, LLAMA_8B, QWEN3_NEXT, gemma_4, shape_of
 
-QWEN3_8B = {
-    **LLAMA_8B,
-    "architectures": ["Qwen3ForCausalLM"],
-    "num_hidden_layers": 36,
-    "head_dim": 128,
-}
+QWEN3_8B = {**LLAMA_8B, "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 36}
 GEMMA3_27B = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "text_config": {
@@ -138,12 +133,6 @@ def test_stages_hold_their_part_of_the_layers():
     assert pool(LLAMA_8B, pipeline_parallel=3).bytes_per_block == 11 * 16 * 8 * 256 * 2
 
 
-def test_shared_layers_keep_nothing():
-    shared = {**LLAMA_8B, "num_kv_shared_layers": 12}
-
-    assert pool(shared).bytes_per_block == 20 * 16 * 8 * 256 * 2
-
-
 def test_chunked_layers_keep_a_chunk():
     config = {**LLAMA_8B, "attention_chunk_size": 8192, "no_rope_layers": [1, 1, 1, 0] * 8}
     cache = pool(config)
@@ -152,32 +141,15 @@ def test_chunked_layers_keep_a_chunk():
     assert cache.blocks(131072, 8192) == 8192 + 3 * 1024
 
 
-NEXT = {
-    **LLAMA_8B,
-    "architectures": ["Qwen3NextForCausalLM"],
-    "num_hidden_layers": 48,
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
-    "linear_num_key_heads": 16,
-    "linear_key_head_dim": 128,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-}
-
-
 def test_states_make_attention_blocks_as_large_as_they_are():
-    cache = pool(NEXT)
+    cache = pool(QWEN3_NEXT)
 
     # A state: convolution (2 x 2048 + 4096) x 3 and 32 x 128 x 128 numbers of 2 bytes, 1097728;
     # a token: 2 heads x 512 x 2 = 2048 bytes; 536 tokens would do, blocks go in steps of 16.
     assert cache.block == 544
     assert [(g.kind, g.count) for g in cache.groups] == [("full", 1), ("state", 3)]
     assert cache.blocks(5440, 0) == 10 + 3 * 2
-    assert pool(NEXT, prefix_caching=False).blocks(5440, 0) == 10 + 3
+    assert pool(QWEN3_NEXT, prefix_caching=False).blocks(5440, 0) == 10 + 3
 
 
 @pytest.mark.parametrize("heads", GEMMA_4_HEADS.values(), ids=GEMMA_4_HEADS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from weightsmith.models.facts import ModelFacts
-from weightsmith.models.shape import ModelShape
 from weightsmith.serving.llamacpp_cache import attention_layers, kv_cache_bytes, kv_layer_bytes
 from weightsmith.serving.paged_capacity import paged_cache
+
+from tests.fakes.configs import QWEN3_NEXT, shape_of
 
 
 def config(name: str, layers: int, hidden: int, heads: int, kv: Any, **more: Any) -> dict[str, Any]:
@@ -36,18 +36,10 @@ NEMOTRON = [
     {"attention": {"n_heads_in_group": 8}},
 ]
 FEWER = {"attention": {"n_heads_in_group": 16}}
-DELTA = {
-    "full_attention_interval": 4, "linear_num_value_heads": 32, "linear_num_key_heads": 16,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
-}  # fmt: skip
 MAMBA = {
     "hybrid_override_pattern": "M-M*-", "mamba_num_heads": 256, "mamba_head_dim": 64,
     "ssm_state_size": 256, "n_groups": 8, "conv_kernel": 4,
 }  # fmt: skip
-
-
-def shape(given: dict[str, Any]) -> ModelShape:
-    return ModelFacts.of(given).shape
 
 
 @pytest.mark.parametrize(
@@ -70,7 +62,7 @@ def shape(given: dict[str, Any]) -> ModelShape:
          "layers with fewer heads"],
 )  # fmt: skip
 def test_a_token_in_vllm(given: dict[str, Any], per_token: int) -> None:
-    cache = paged_cache(shape(given), block=16, element=2, state_element=2)
+    cache = paged_cache(shape_of(given), block=16, element=2, state_element=2)
 
     assert cache.bytes_per_block == 16 * per_token
 
@@ -80,7 +72,7 @@ def test_a_token_in_vllm(given: dict[str, Any], per_token: int) -> None:
     [
         (config("Gemma3ForCausalLM", 62, 5376, 32, 16, head_dim=128, sliding_window=1024),
          10, 52, 0),
-        (config("Qwen3NextForCausalLM", 48, 2048, 16, 2, head_dim=256, **DELTA),
+        (QWEN3_NEXT,
          12, 0, 36 * ((2 * 2048 + 4096) * 3 + 32 * 128 * 128)),
         (config("NemotronHForCausalLM", 5, 8192, 64, 8, **MAMBA),
          1, 0, 2 * ((16384 + 2 * 8 * 256) * 3 + 16384 * 256)),
@@ -94,7 +86,7 @@ def test_a_token_in_vllm(given: dict[str, Any], per_token: int) -> None:
 )  # fmt: skip
 def test_a_request_in_llama_cpp(given: dict[str, Any], full: int, sliding: int, state: int) -> None:
     """Of 8,192 tokens in each of two slots; a state is in float32, however short the request."""
-    model = shape(given)
+    model = shape_of(given)
     token = kv_layer_bytes(model, "f16", "f16")
 
     assert attention_layers(model) == full + sliding

@@ -3,18 +3,15 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from weightsmith.building.targets import all_targets
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.models.facts import Packing
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
+from weightsmith.serving.machine import machine_for
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, known_options
+from weightsmith.serving.vllm import ENGINE, check_packing, check_pictures, known_options
 
-from tests.fakes import rendering
-from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
-
-
-def rendered(target="vllm", **given):
-    return rendering.rendered(target, **given)
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, QWEN3_NEXT, facts, shape_of
+from tests.fakes.rendering import rendered
 
 
 def plan(config, weight_bytes, wishes):
@@ -25,23 +22,10 @@ def settings_of(config) -> dict:
     return yaml.safe_load(config.files["vllm.yaml"])
 
 
-def test_there_is_a_target_for_each_format():
-    assert {"vllm", "vllm-awq", "vllm-gptq", "vllm-fp8"} <= set(all_targets())
-
-
-def test_the_image_starts_vllm_with_its_file_in_two_words():
-    config = rendered(gpu="nvidia-l40s")
-
-    assert config.entrypoint == ("vllm", "serve")
-    assert config.command == ("--config", CONFIG_FILE)
-    assert config.image_files[CONFIG_FILE] == config.files["vllm.yaml"]
-    assert settings_of(config)["model"] == "/models"
-
-
 def test_keys_have_dashes_and_are_known_to_the_pinned_version():
     wishes = {"gpu": "nvidia-h100-80gb", "gpu_count": 2, "kv_cache_dtype": "fp8"}
     extra = {"enable_prefix_caching": False, "override_generation_config": {"temperature": 0.2}}
-    settings = settings_of(rendered(extra=extra, **wishes))
+    settings = settings_of(rendered("vllm", extra=extra, **wishes))
 
     assert {key.removeprefix("no-") for key in settings} <= set(known_options().kinds)
     assert None not in settings.values()
@@ -112,7 +96,7 @@ def test_float16_is_left_where_kernels_for_amx_have_none(target):
 
 
 def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
-    config = rendered(max_model_len=4096, max_num_seqs=2, host_memory_bytes=64 * GIB)
+    config = rendered("vllm", max_model_len=4096, max_num_seqs=2, host_memory_bytes=64 * GIB)
     settings = settings_of(config)
 
     # 2 requests x 128 blocks of 32 tokens and the null block, 4 MiB each.
@@ -126,22 +110,15 @@ def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
 def test_a_cpu_server_keeps_no_prepared_pictures():
     """By default it would keep 8 GiB of them, whatever memory it has."""
     sees = {**LLAMA_8B, "vision_config": {"hidden_size": 64}}
-    config = rendered(config=sees, max_model_len=4096, host_memory_bytes=64 * GIB)
+    config = rendered("vllm", config=sees, max_model_len=4096, host_memory_bytes=64 * GIB)
 
     assert settings_of(config)["mm-processor-cache-gb"] == 0
     assert any("reads pictures" in note for note in config.plan.notes)
     wishes = {"extra": {"mm-processor-cache-gb": 1}, "host_memory_bytes": 64 * GIB}
-    assert settings_of(rendered(config=sees, **wishes))["mm-processor-cache-gb"] == 1
-    for other in (rendered(config=sees, gpu="nvidia-l40s"), rendered(host_memory_bytes=64 * GIB)):
+    assert settings_of(rendered("vllm", config=sees, **wishes))["mm-processor-cache-gb"] == 1
+    wishes = {"host_memory_bytes": 64 * GIB}
+    for other in (rendered("vllm", config=sees, gpu="nvidia-l40s"), rendered("vllm", **wishes)):
         assert "mm-processor-cache-gb" not in settings_of(other)
-
-
-def test_it_writes_below_tmp_and_asks_nobody():
-    env = rendered(gpu="nvidia-l40s").env
-
-    assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == "1"
-    assert all(env[key].startswith("/tmp") for key in ("HOME", "VLLM_CACHE_ROOT"))
-    assert int(env["VLLM_ENGINE_READY_TIMEOUT_S"]) >= 600
 
 
 @pytest.mark.parametrize(
@@ -169,12 +146,9 @@ def test_options_that_vllm_would_misread_are_refused(extra, says):
 
 @pytest.mark.parametrize(("gpu", "version"), [("nvidia-l40s", "0.33.0"), ("cpu", "0.32.0")])
 def test_an_unknown_option_gets_near_misses_and_the_version_that_lacks_it(gpu, version):
+    wish = ServeOptions(gpu=gpu, extra={"enable_prefix_cachng": True})
     with pytest.raises(UsageError, match=f"vllm {version} has no such option") as caught:
-        plan(
-            LLAMA_8B,
-            LLAMA_8B_BYTES,
-            ServeOptions(gpu=gpu, extra={"enable_prefix_cachng": True}),
-        )
+        plan(LLAMA_8B, LLAMA_8B_BYTES, wish)
 
     assert "enable-prefix-caching" in caught.value.hint
 
@@ -182,14 +156,14 @@ def test_an_unknown_option_gets_near_misses_and_the_version_that_lacks_it(gpu, v
 @pytest.mark.parametrize("name", ["--api-key", "-x", " ", "a\nhost: evil", "x\x00"])
 def test_a_name_that_is_an_option_or_a_line_is_refused(name):
     with pytest.raises(UsageError, match="served name"):
-        rendered(name=name, gpu="nvidia-l40s")
+        rendered("vllm", name=name, gpu="nvidia-l40s")
 
 
 @pytest.mark.parametrize(
     "name", ["a: b", "x # y", "'q\"", "{{ x }}", "!!python/none", "null", "8k"]
 )
 def test_no_name_breaks_out_of_the_file(name):
-    settings = settings_of(rendered(name=name, gpu="nvidia-l40s"))
+    settings = settings_of(rendered("vllm", name=name, gpu="nvidia-l40s"))
 
     assert settings["served-model-name"] == name
     assert settings["model"] == "/models"
@@ -222,25 +196,6 @@ def test_kserves_own_vllm_gets_the_adapters():
         assert words[words.index("--lora-modules") + 1 :] == named
 
 
-QWEN3_NEXT = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "num_hidden_layers": 48,
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "vocab_size": 151936,
-    "max_position_embeddings": 262144,
-    "full_attention_interval": 4,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "dtype": "bfloat16",
-}
-
-
 @pytest.mark.parametrize(
     ("change", "extra", "state"),
     [
@@ -270,3 +225,86 @@ def test_a_cpu_keeps_recurrent_states_in_float32():
     assert plain.kv_bytes_per_request == told.kv_bytes_per_request
     with pytest.raises(UsageError, match="mamba-ssm-cache-dtype"):
         plan(QWEN3_NEXT, 10**9, ServeOptions(**wishes, extra={"mamba-ssm-cache-dtype": "int3"}))
+
+
+SHAPE = shape_of(LLAMA_8B)
+GPU = machine_for(ServeOptions(gpu="nvidia-l4"), SHAPE)
+OLD = machine_for(ServeOptions(gpu="nvidia-a100-80gb"), SHAPE)
+CPU = machine_for(ServeOptions(host_memory_bytes=1 << 33), SHAPE)
+
+
+def packed(method, **more):
+    return Packing.of({"quant_method": method, **more})
+
+
+@pytest.mark.parametrize("machine", [GPU, CPU])
+@pytest.mark.parametrize(
+    "packing",
+    [
+        None,
+        packed("awq", bits=4, version="gemm", group_size=128),
+        packed("gptq", bits=4, sym=True, desc_act=False, group_size=128),
+        packed("gptq", bits=4, sym=True, desc_act=True, group_size=-1),
+        packed("compressed-tensors"),
+    ],
+)
+def test_what_vllm_loads_everywhere(packing, machine):
+    assert check_packing(packing, machine) == ()
+
+
+@pytest.mark.parametrize(
+    ("packing", "says"),
+    [
+        (packed("gptq", bits=4, desc_act=True, group_size=128), "desc_act"),
+        (packed("gptq", bits=4, sym=False), "sym=false"),
+        (packed("gptq", bits=3), "3 bits"),
+        (packed("awq", bits=8), "8 bits"),
+        (packed("gguf"), "gguf"),
+        (packed("bitsandbytes"), "bitsandbytes"),
+        (packed("fbgemm_fp8"), "fbgemm"),
+    ],
+)
+def test_what_vllm_no_longer_loads(packing, says):
+    with pytest.raises(InputRefused, match=says):
+        check_packing(packing, GPU)
+
+
+def test_eight_bit_gptq_is_for_gpus():
+    eight = packed("gptq", bits=8, sym=True, group_size=128)
+
+    assert check_packing(eight, GPU) == ()
+    with pytest.raises(UsageError, match="CPU"):
+        check_packing(eight, CPU)
+
+
+def test_what_is_slow_or_needs_more_is_noted():
+    assert "group_size 256" in check_packing(packed("gptq", group_size=256), GPU)[0]
+    assert "AMX" in check_packing(packed("fp8"), CPU)[0]
+    assert check_packing(packed("fp8"), replace(CPU, device="cpu-amx")) == ()
+    assert "widened" in check_packing(packed("fp8"), OLD)[0]
+    assert check_packing(packed("fp8"), GPU) == ()
+    with pytest.raises(UsageError, match="blocks"):
+        check_packing(packed("fp8", weight_block_size=[64, 64]), CPU)
+
+
+GEMMA, SMOLVLM = "Gemma3ForConditionalGeneration", "SmolVLMForConditionalGeneration"
+NO_PICTURES = {"limit-mm-per-prompt": {"image": 0, "video": 0}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "on_cpu", "told"),
+    [(GEMMA, True, True), (GEMMA, False, False), ("LlavaForConditionalGeneration", True, False)],
+)
+def test_a_plan_says_where_a_picture_is_read_in_one_direction(architecture, on_cpu, told):
+    notes = check_pictures(architecture, {}, on_cpu=on_cpu)
+
+    assert "reads pictures" in notes[0]
+    assert any("one direction" in note for note in notes) is told
+
+
+def test_a_server_that_would_not_start_on_a_cpu_is_refused():
+    with pytest.raises(UsageError, match="num2words"):
+        check_pictures(SMOLVLM, {}, on_cpu=True)
+
+    assert check_pictures(SMOLVLM, {}, on_cpu=False)
+    assert check_pictures(SMOLVLM, NO_PICTURES, on_cpu=True) == []
