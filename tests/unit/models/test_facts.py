@@ -19,26 +19,19 @@ DEEPSEEK = {
 }
 
 
-def written(folder: Path, **texts: object) -> Path:
-    for name, value in texts.items():
-        (folder / f"{name}.json").write_text(json.dumps(value), "utf-8")
-    return folder
-
-
 def test_a_folder_is_read_with_two_keys_of_its_tokenizer(tmp_path: Path) -> None:
     tokenizer = {"tokenizer_class": "TokenizersBackend", "model_max_length": 4096, "eos_token": 1}
-    model = read_facts(written(tmp_path, config=LLAMA_8B, tokenizer_config=tokenizer))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+    model = read_facts(tmp_path)
 
     assert model.architecture == "LlamaForCausalLM"
     assert (model.tokenizer_class, model.tokenizer_length) == ("TokenizersBackend", 4096)
     assert model.shape.kv_heads == 8
     assert model.weight_kinds == {"safetensors"}
 
-
-def test_a_tokenizer_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[", "utf-8")
-
-    assert read_facts(written(tmp_path, config=LLAMA_8B)) == facts(LLAMA_8B)
+    assert read_facts(tmp_path) == facts(LLAMA_8B), "one that cannot be read is left out"
 
 
 @pytest.mark.parametrize(
@@ -58,18 +51,14 @@ def test_wrong_numbers_are_refused_when_they_are_asked_for(change: dict, says: s
     assert model.stated_dtype == "bfloat16"
 
 
-def test_odd_numbers_of_experts_leave_the_shape_as_it_is() -> None:
-    model = facts({**DEEPSEEK, "moe_intermediate_size": [2048, 1024]})
+def test_experts_are_counted_by_layer_and_odd_numbers_leave_the_shape_as_it_is() -> None:
+    found = facts(DEEPSEEK).matrices
+    assert (found.experts, found.sparse_layers, found.shared_experts) == (64, 29, 2)
 
+    model = facts({**DEEPSEEK, "moe_intermediate_size": [2048, 1024]})
     assert model.shape.hidden == 4096
     with pytest.raises(InputRefused, match="moe_intermediate_size"):
         _ = model.matrices
-
-
-def test_experts_are_counted_by_layer() -> None:
-    found = facts(DEEPSEEK).matrices
-
-    assert (found.experts, found.sparse_layers, found.shared_experts) == (64, 29, 2)
 
 
 @pytest.mark.parametrize(

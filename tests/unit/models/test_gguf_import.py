@@ -196,12 +196,16 @@ def test_weights_are_the_files_own(
     assert config["tie_word_embeddings"] is tied
 
 
-def test_config_says_what_the_file_says(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", weights())
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    write(folder / "m.gguf", weights())
+    import_gguf(folder / "m.gguf", folder / "out")
+    return folder / "out"
 
-    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+def test_config_says_what_the_file_says(imported: Path) -> None:
+    config = json.loads((imported / "config.json").read_text())
     wanted = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": HIDDEN,
@@ -219,16 +223,12 @@ def test_config_says_what_the_file_says(tmp_path: Path) -> None:
         "torch_dtype": "float16",
     }
     assert wanted == {key: config[key] for key in wanted}
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    generation = json.loads((imported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 1
 
 
-def test_tokenizer_cuts_text_as_the_file_says(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", weights())
-
-    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+def test_tokenizer_cuts_text_as_the_file_says(imported: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(imported / "tokenizer.json"))
     assert tokenizer.encode("hello<|im_end|><note>").tokens == ["hello", "<|im_end|>", "<note>"]
     # The smollm split cuts digits apart, so the merge "1 2" can never be used.
     assert tokenizer.encode(" w12").tokens == ["Ġw", "1", "2"]
@@ -236,8 +236,8 @@ def test_tokenizer_cuts_text_as_the_file_says(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_begin_token_is_added_where_the_file_says_so(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", weights(), pre="gpt-2", add_bos=True)
+def test_begin_token_and_template_are_added_where_the_file_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", weights(), pre="gpt-2", add_bos=True, template=None)
 
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
@@ -245,46 +245,25 @@ def test_begin_token_is_added_where_the_file_says_so(tmp_path: Path) -> None:
     assert tokenizer.encode("12").tokens == ["<|im_start|>", "12"]
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["add_bos_token"] is True
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
-def test_chat_template_is_kept_byte_for_byte(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", weights())
-
-    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == TEMPLATE.encode()
-    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+def test_chat_template_is_kept_byte_for_byte(imported: Path) -> None:
+    assert (imported / "chat_template.jinja").read_bytes() == TEMPLATE.encode()
+    settings = json.loads((imported / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == TEMPLATE
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_no_chat_template_means_no_file(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", weights(), template=None)
+def test_same_file_gives_the_same_bytes_and_open_modes(imported: Path, tmp_path: Path) -> None:
+    import_gguf(imported.parent / "m.gguf", tmp_path / "second")
 
-    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-    assert not (tmp_path / "out" / "chat_template.jinja").exists()
-
-
-def test_same_file_gives_the_same_bytes_and_open_modes(tmp_path: Path) -> None:
-    write(tmp_path / "m.gguf", weights(), Q8_0)
-
-    import_gguf(tmp_path / "m.gguf", tmp_path / "first")
-    import_gguf(tmp_path / "m.gguf", tmp_path / "second")
-
-    names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert names == [
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    for name in names:
-        first, second = tmp_path / "first" / name, tmp_path / "second" / name
-        assert first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in imported.iterdir()) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    for first in imported.iterdir():
+        assert first.read_bytes() == (tmp_path / "second" / first.name).read_bytes()
         assert first.stat().st_mode & 0o777 == 0o644
 
 
@@ -308,43 +287,39 @@ def test_unknown_kinds_are_refused(tmp_path: Path, changes: dict[str, Any], says
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 500, 5_000, -1, -70_000])
-def test_a_cut_off_file_is_refused(tmp_path: Path, kept: int) -> None:
-    write(tmp_path / "m.gguf", weights())
-    whole = (tmp_path / "m.gguf").read_bytes()
+def test_a_cut_off_file_is_refused(imported: Path, tmp_path: Path, kept: int) -> None:
+    whole = (imported.parent / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[:kept])
 
     with pytest.raises(InputRefused, match="not a valid GGUF file"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="not a file"):
         import_gguf(tmp_path, tmp_path / "out")
 
 
-def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
-    tensors = weights()
-    del tensors["blk.1.ffn_up.weight"]
+BEYOND = {"output_norm.weight": np.full(HIDDEN, 1e6, np.float32)}
+"""What float16 does not hold."""
+
+
+@pytest.mark.parametrize(
+    ("more", "lost", "said"),
+    [
+        ({}, "blk.1.ffn_up.weight", r"layers\.1\.mlp\.up_proj"),
+        (BEYOND, "", r"model\.norm\.weight"),
+        *(
+            ({name: np.ones(HIDDEN, np.float32)}, "", name)
+            for name in ("blk.0.attn_q.bias", "rope_freqs.weight", "blk.0.ffn_gate_inp")
+        ),
+    ],
+)
+def test_tensors_that_llama_lacks_or_needs_are_refused(
+    tmp_path: Path, more: dict[str, Array], lost: str, said: str
+) -> None:
+    tensors = weights() | more
+    tensors.pop(lost, None)
     write(tmp_path / "m.gguf", tensors)
 
-    with pytest.raises(InputRefused, match=r"layers\.1\.mlp\.up_proj"):
-        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_freqs.weight", "blk.0.ffn_gate_inp"])
-def test_a_tensor_that_llama_lacks_is_refused(tmp_path: Path, name: str) -> None:
-    write(tmp_path / "m.gguf", weights() | {name: np.ones(HIDDEN, np.float32)})
-
-    with pytest.raises(InputRefused, match=name):
-        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
-
-
-def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
-    tensors = weights()
-    tensors["output_norm.weight"][3] = 1e6
-    write(tmp_path / "m.gguf", tensors)
-
-    with pytest.raises(InputRefused, match=r"model\.norm\.weight"):
+    with pytest.raises(InputRefused, match=said):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest, FileEntry, Tree
-from weightsmith.models.reshard import INDEX, read_pieces, reshard, size_of
+from weightsmith.models.reshard import INDEX, Resharded, read_pieces, reshard, size_of
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
 from weightsmith.oci.unpack import unpack
@@ -35,6 +35,10 @@ def tensors(seed: int, count: int = 8) -> dict[str, np.ndarray]:
 
 def plain(key: str, make: object) -> str:
     return make()  # type: ignore[operator]
+
+
+def index_of(split: Resharded) -> dict[str, str]:
+    return json.loads(b"".join(read_pieces(split.contents[INDEX])))["weight_map"]  # type: ignore[no-any-return]
 
 
 def test_the_same_tensors_in_smaller_files(tmp_path: Path) -> None:
@@ -97,34 +101,28 @@ def test_files_that_fit_stay_and_the_index_is_kept(tmp_path: Path) -> None:
     assert index["weight_map"]["2.0"] == "model-00002-of-00002-00001-of-00003.safetensors"
 
 
-def test_nothing_to_do(tmp_path: Path) -> None:
+def test_what_cannot_be_split(tmp_path: Path) -> None:
     save_file(tensors(1, 1), tmp_path / "model.safetensors")
     tree = tree_of(tmp_path)
-    assert reshard(tree, LARGEST, plain).tree is tree
-
-
-def test_what_cannot_be_split(tmp_path: Path) -> None:
+    assert reshard(tree, LARGEST, plain).tree is tree, "there is nothing to split"
     save_file({"a": np.zeros(200_000, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="tensor a alone"):
         reshard(tree_of(tmp_path), LARGEST, plain)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.gguf").write_bytes(bytes(500_000))
-    with pytest.raises(UsageError, match="maximum layer size") as caught:
-        reshard(tree_of(tmp_path), LARGEST, plain)
-    assert "--split-max-size" in caught.value.hint
-    (tmp_path / "model.gguf").rename(tmp_path / "tokenizer.json")
-    with pytest.raises(UsageError, match=r"tokenizer\.json is larger") as caught:
-        reshard(tree_of(tmp_path), LARGEST, plain)
-    assert "--max-layer-size" in caught.value.hint
+    for name, hint in (("model.gguf", "--split-max-size"), ("tokenizer.json", "--max-layer-size")):
+        (tmp_path / name).write_bytes(bytes(500_000))
+        with pytest.raises(UsageError, match=f"{name} is larger than the maximum") as caught:
+            reshard(tree_of(tmp_path), LARGEST, plain)
+        assert hint in caught.value.hint
+        (tmp_path / name).unlink()
 
 
 def test_what_cannot_be_split_may_stay_whole(tmp_path: Path) -> None:
     save_file(tensors(1), tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").write_bytes(bytes(500_000))
     split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
-    assert {*split.contents} == {
-        INDEX, *(f"model-{n:05}-of-00003.safetensors" for n in range(1, 4))
-    }  # fmt: skip
+    shards = {f"model-{n:05}-of-00003.safetensors" for n in range(1, 4)}
+    assert split.contents.keys() == {INDEX} | shards
     assert split.tree.has("model.gguf")
     save_file({"a": np.zeros(200_000, np.float32)}, tmp_path / "model.safetensors")
     tree = tree_of(tmp_path)
@@ -135,7 +133,7 @@ def test_a_large_tensor_is_alone_in_its_file(tmp_path: Path) -> None:
     wide = {"b": np.zeros(200_000, np.float32), "a": np.ones(9, np.float32)}
     save_file(wide | tensors(1, 3), tmp_path / "model.safetensors")
     split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
-    places = json.loads(b"".join(read_pieces(split.contents[INDEX])))["weight_map"]
+    places = index_of(split)
     assert [name for name in places if places[name] == places["b"]] == ["b"]
 
 
@@ -152,31 +150,25 @@ def test_other_models_beside_the_weights_stay_whole(tmp_path: Path) -> None:
     split = reshard(tree, LARGEST, plain, strict=False)
     assert split.tree.path(place) == adapter
     assert split.tree.files[0] == entry
-    index = json.loads(b"".join(read_pieces(split.contents[INDEX])))
-    assert index["weight_map"].keys() == tensors(1).keys()
+    assert index_of(split).keys() == tensors(1).keys()
     with pytest.raises(UsageError, match=place):
         reshard(tree, LARGEST, plain)
 
 
-def test_a_file_that_the_index_does_not_name_stays_whole(tmp_path: Path) -> None:
-    save_file(tensors(1), tmp_path / "model-00001-of-00001.safetensors")
-    save_file(tensors(2), tmp_path / "consolidated.safetensors")
-    weights = {f"1.{n}": "model-00001-of-00001.safetensors" for n in range(8)}
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_file_that_is_not_the_models_stays_whole(tmp_path: Path, indexed: bool) -> None:
+    """One that the index does not name, or that lies beside the only one of the model."""
+    name = "model-00001-of-00001.safetensors" if indexed else "model.safetensors"
+    save_file(tensors(1), tmp_path / name)
+    save_file(tensors(2), tmp_path / "a.safetensors")
+    if indexed:
+        weights = {f"1.{n}": name for n in range(8)}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
     tree = tree_of(tmp_path)
     split = reshard(tree, LARGEST, plain, strict=False)
     assert tree.files[0] in split.tree.files
     assert len(split.contents) == 4
-
-
-def test_a_file_beside_the_only_one_of_the_model_stays_whole(tmp_path: Path) -> None:
-    save_file(tensors(1), tmp_path / "model.safetensors")
-    save_file(tensors(2), tmp_path / "model.fp16.safetensors")
-    tree = tree_of(tmp_path)
-    split = reshard(tree, LARGEST, plain, strict=False)
-    index = json.loads(b"".join(read_pieces(split.contents[INDEX])))
-    assert index["weight_map"].keys() == tensors(1).keys()
-    assert tree.files[0] in split.tree.files
+    assert index_of(split).keys() == tensors(1).keys()
 
 
 def test_a_changed_file_changes_its_own_layers_only(tmp_path: Path) -> None:

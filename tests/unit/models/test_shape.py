@@ -29,14 +29,10 @@ def test_reads_the_nested_text_config_of_a_multimodal_model():
     assert (shape.architecture, shape.layers) == ("Gemma3", 32)
 
 
-def test_heads_without_groups_are_their_own_kv_heads():
-    config = {key: value for key, value in LLAMA_8B.items() if key != "num_key_value_heads"}
+def test_heads_without_groups_are_their_own_and_head_dim_wins_over_the_quotient():
+    shape = shape_of({**LLAMA_8B, "num_key_value_heads": None, "head_dim": 256})
 
-    assert shape_of(config).kv_heads == 32
-
-
-def test_head_dim_wins_over_the_quotient():
-    assert shape_of({**LLAMA_8B, "head_dim": 256}).head_dim == 256
+    assert (shape.kv_heads, shape.head_dim) == (32, 256)
 
 
 def test_feed_forward_networks_may_differ_in_width():
@@ -65,15 +61,8 @@ def test_counts_sliding_layers():
 
 
 def test_latent_attention_has_its_ranks():
-    config = {
-        **LLAMA_8B,
-        "kv_lora_rank": 512,
-        "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 128,
-        "v_head_dim": 128,
-    }
-
-    shape = shape_of(config)
+    ranks = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
+    shape = shape_of({**LLAMA_8B, **ranks, "v_head_dim": 128})
 
     assert (shape.kv_lora_rank, shape.rope_head_dim, shape.head_dim) == (512, 64, 192)
 

@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
 from weightsmith.core.values import Digest
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.image import Image
@@ -30,19 +31,20 @@ def test_layout_and_docker_manifest_in_one(tmp_path: Path) -> None:
             assert name.endswith(Digest.of(data).hex)
 
 
-def test_a_common_start_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("again", "held", "sent"),
+    [(False, (0, 1, 3, 2), (2, 3)), (True, (0, 1, 2, 3), (0,))],
+    ids=["another order", "a layer that comes again"],
+)
+def test_a_common_start_is_left_out(
+    tmp_path: Path, again: bool, held: tuple[int, ...], sent: tuple[int, ...]
+) -> None:
     image = tiny_image(tmp_path)
-    ids = [layer.diff_id for layer in image.layers]
-    skip = [*ids[:2], ids[3], ids[2]]
-    found = _names(b"".join(docker_archive(image, Reference.parse("a"), skip)))
+    layers = (*image.layers, *image.layers[: int(again)])
+    skip = [image.layers[n].diff_id for n in held]
+    archive = docker_archive(
+        Image(layers=layers, settings=image.settings), Reference.parse("a"), skip
+    )
+    found = _names(b"".join(archive))
     there = [f"blobs/sha256/{layer.digest.hex}" in found for layer in image.layers]
-    assert there == [False, False, True, True]
-
-
-def test_a_layer_that_comes_again_is_not_left_out(tmp_path: Path) -> None:
-    image = tiny_image(tmp_path)
-    twice = Image(layers=(*image.layers, image.layers[0]), settings=image.settings)
-    skip = [layer.diff_id for layer in image.layers]
-    found = _names(b"".join(docker_archive(twice, Reference.parse("a"), skip)))
-    there = [f"blobs/sha256/{layer.digest.hex}" in found for layer in image.layers]
-    assert there == [True, False, False, False]
+    assert there == [n in sent for n in range(4)]

@@ -20,6 +20,9 @@ def test_docker_config() -> None:
             "plain.example": {"username": "u", "password": "p"},
             "both.example": {"username": "u", **_auth("ann:new"), "password": "old"},
             "empty.example": {},
+            "end.example": {"auth": _auth("ann:pw")["auth"] + "\n"},
+            "https://team.example/team": _auth("team:pw"),
+            "team.example": _auth("ann:pw"),
         }
     }
     find = credentials_in(config)
@@ -30,6 +33,8 @@ def test_docker_config() -> None:
     assert find("both.example") == ("ann", "new")
     assert find("empty.example") is None
     assert find("other.example") is None
+    assert find("end.example") == ("ann", "pw")
+    assert find("team.example") == ("ann", "pw"), "the host itself comes before addresses with it"
 
 
 def test_helpers_come_first() -> None:
@@ -70,16 +75,6 @@ def test_addresses_are_read_as_docker_reads_them(written: str) -> None:
     find = credentials_in({"auths": {"other.example": _auth("x:y"), written: _auth("ann:pw")}})
     assert find("r.example:5000") == ("ann", "pw")
     assert find("r.example") is None
-
-
-def test_the_host_itself_comes_before_addresses_with_it() -> None:
-    rows = {"https://r.example/team": _auth("team:pw"), "r.example": _auth("ann:pw")}
-    assert credentials_in({"auths": rows})("r.example") == ("ann", "pw")
-
-
-def test_a_line_end_in_an_entry() -> None:
-    entry = {"auth": _auth("ann:pw")["auth"] + "\n"}
-    assert credentials_in({"auths": {"r.example": entry}})("r.example") == ("ann", "pw")
 
 
 def test_lists_where_tables_belong_hold_nothing() -> None:

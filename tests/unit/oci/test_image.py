@@ -38,10 +38,6 @@ def test_an_archives_title_says_that_it_is_one(tmp_path: Path) -> None:
     assert (back.file, dict(back.annotations)) == ("models/a.tar", row["annotations"])
 
 
-def test_the_folder_does_not_count(tmp_path: Path) -> None:
-    assert tiny_image(tmp_path / "a").digest == tiny_image(tmp_path / "b").digest
-
-
 def test_configuration(tmp_path: Path) -> None:
     image = tiny_image(tmp_path)
     document = json.loads(image.config_bytes)
@@ -77,17 +73,22 @@ def test_a_volume_of_the_base_does_not_cover_the_weights(order: Order) -> None:
 
 def test_a_base_is_kept_and_overridden() -> None:
     base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
-    config = ImageConfig(entrypoint=("/serve",), env={"A": "new", "B": "1"}, labels={"x": "y"})
+    said = {**base.config, "Healthcheck": {"Test": ["NONE"]}}
+    base = replace(base, settings={**base.settings, "config": said})
+    config = ImageConfig(
+        entrypoint=("/serve",),
+        env={"A": "new", "B": "1"},
+        labels={"x": "y"},
+        healthcheck=Healthcheck(command=("/h",), retries=9),
+    )
     image = assemble([_layer("/w")], [_layer("/c")], config=config, base=base, epoch=0)
     assert image.config["Env"] == ["PATH=/bin", "A=new", "B=1"]
+    assert image.config["Healthcheck"]["Retries"] == 9
     assert image.labels == {"from": "base", "x": "y"}
     assert "Cmd" not in image.config, "a base's command was meant for the base's entrypoint"
     manifest = json.loads(image.manifest_bytes)
-    assert [row["mediaType"].rpartition(".")[2] for row in manifest["layers"]] == [
-        "tar+gzip",
-        "tar",
-        "tar",
-    ]
+    kinds = [row["mediaType"].rpartition(".")[2] for row in manifest["layers"]]
+    assert kinds == ["tar+gzip", "tar", "tar"]
     assert manifest["layers"][0]["digest"] == base.layers[0].digest
     assert json.loads(image.config_bytes)["rootfs"]["diff_ids"][0] == base.layers[0].diff_id
 
@@ -183,13 +184,6 @@ def test_malformed_manifests_are_refused(change: dict[str, object]) -> None:
 def test_malformed_configurations_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(InputRefused):
         foreign_image(b"x", config=config)
-
-
-def test_a_health_check_replaces_the_bases() -> None:
-    base = foreign_image(b"x", config={"Healthcheck": {"Test": ["NONE"]}})
-    check = Healthcheck(command=("/h",), retries=9)
-    image = assemble([], config=ImageConfig(healthcheck=check), base=base)
-    assert image.config["Healthcheck"]["Retries"] == 9
 
 
 def test_read_again_is_the_same(tmp_path: Path) -> None:

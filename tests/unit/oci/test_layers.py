@@ -70,11 +70,7 @@ def test_nothing_of_the_machine_is_in_the_digest(
 
 
 def test_the_members_order_does_not_count() -> None:
-    members = (
-        Member.of_bytes("/b", b"1"),
-        Member.of_bytes("/a/x", b"2"),
-        Member.of_bytes("/a-", b"3"),
-    )
+    members = tuple(Member.of_bytes(path, path.encode()) for path in ("/b", "/a/x", "/a-"))
     one, other = TarLayer(members=members, epoch=0), TarLayer(members=members[::-1], epoch=0)
     assert (one.digest, one.key, one.file) == (other.digest, other.key, other.file)
     assert one.file == "a/x and 2 more"
@@ -88,9 +84,9 @@ def test_a_layer_has_as_many_neighbours_as_fit_where_there_are_too_many(tmp_path
         for n in range(158)
     ]
 
-    layers = weight_layers(Tree(root=tmp_path, files=tuple(files)), largest=10**10)
-
-    assert [len(layer.members) for layer in layers] == [2] * 79
+    tree = Tree(root=tmp_path, files=tuple(files))
+    assert [len(layer.members) for layer in weight_layers(tree, largest=10**10)] == [2] * 79
+    assert [len(layer.members) for layer in weight_layers(tree)] == [3] * 52 + [2]
 
 
 def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
@@ -110,35 +106,16 @@ def test_the_size_of_a_layer_grows_with_large_models_only(model: float, layer: f
     assert fastest_layer(int(model)) == layer
 
 
-def test_many_shards_share_layers(tmp_path: Path) -> None:
-    tree = tree_of(tmp_path, {f"model-{n:05}.safetensors": b"w" for n in range(191)})
-    layers = weight_layers(tree, own_layer=1, most=64)
-    assert len(layers) == 64
-    assert sum(len(layer.members) for layer in layers) == 191
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "d/" * 60 + "f",
-        "n" * 101,
-        "é/ü.json",
-        "x" * 100 + "/y",
-        "a" * 150 + "/" + "b" * 100,
-        "p" * 300,
-    ],
-)
-def test_long_and_foreign_names_are_read_back(name: str, tmp_path: Path) -> None:
-    data = _bytes(TarLayer(members=(Member.of_bytes(name, b"1"),), epoch=0))
+def test_long_and_foreign_names_are_read_back() -> None:
+    names = {"d/" * 60 + "f", "n" * 101, "é/ü.json", "x" * 100 + "/y", "p" * 300}
+    names.add("a" * 150 + "/" + "b" * 100)
+    members = tuple(Member.of_bytes(name, b"1") for name in names)
+    data = _bytes(TarLayer(members=members, epoch=0))
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        assert archive.getnames()[-1] == name
-    (tmp_path / "x.tar").write_bytes(data)
-    listed = subprocess.run(
-        ["tar", "--quoting-style=literal", "-tf", tmp_path / "x.tar"],
-        check=True,
-        capture_output=True,
-    )
-    assert listed.stdout.decode().splitlines()[-1] == name
+        assert {one.name for one in archive if one.isfile()} == names
+    command = ["tar", "--quoting-style=literal", "-tf", "-"]
+    listed = subprocess.run(command, input=data, check=True, capture_output=True)
+    assert names < set(listed.stdout.decode().splitlines())
     assert not listed.stderr
 
 
@@ -168,11 +145,10 @@ def test_paths_that_leave_or_hide_are_refused(path: str) -> None:
         TarLayer(members=(Member.of_bytes(path, b""),))
 
 
-def test_a_path_twice_and_a_file_as_folder_are_refused() -> None:
+@pytest.mark.parametrize("other", ["a", "a/b"])
+def test_a_path_twice_and_a_file_as_folder_are_refused(other: str) -> None:
     with pytest.raises(UsageError, match="twice"):
-        TarLayer(members=(Member.of_bytes("/a", b""), Member.of_bytes("a", b"")))
-    with pytest.raises(UsageError, match="twice"):
-        TarLayer(members=(Member.of_bytes("/a", b""), Member.of_bytes("a/b", b"")))
+        TarLayer(members=(Member.of_bytes("/a", b""), Member.of_bytes(other, b"")))
 
 
 def test_names_that_are_not_text_are_refused() -> None:
@@ -186,26 +162,21 @@ def test_a_file_that_changes_is_named(tmp_path: Path) -> None:
     layer = TarLayer(members=(Member.of_file("/w.bin", path),))
     chunks = layer.open()
     next(chunks), next(chunks)
-    with path.open("r+b") as file:
-        file.truncate(1 << 20)
-    with pytest.raises(InputRefused, match=r"w\.bin changed"):
-        list(chunks)
-    with pytest.raises(InputRefused, match=r"w\.bin changed"):
-        list(layer.open())
-    path.unlink()
-    with pytest.raises(InputRefused, match=r"w\.bin changed"):
-        list(layer.open())
-
-
-def test_a_file_rewritten_in_place_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "w.bin"
-    path.write_bytes(bytes(3 << 20))
-    chunks = TarLayer(members=(Member.of_file("/w.bin", path),)).open()
-    next(chunks), next(chunks)
     path.write_bytes(bytes([1]) * (3 << 20))
     os.utime(path, (1, 1))
     with pytest.raises(InputRefused, match=r"w\.bin changed"):
         list(chunks)
+    chunks = layer.open()
+    next(chunks), next(chunks)
+    with path.open("r+b") as file:
+        file.truncate(1 << 20)
+    for _ in range(2):
+        with pytest.raises(InputRefused, match=r"w\.bin changed"):
+            list(chunks)
+        chunks = layer.open()
+    path.unlink()
+    with pytest.raises(InputRefused, match=r"w\.bin changed"):
+        list(layer.open())
 
 
 def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
@@ -249,29 +220,6 @@ def test_a_hundred_thousand_small_files() -> None:
     assert len(listing) == 100_000 + 101
     assert sum(writes) == layer.size
     assert len(writes) < 1000
-
-
-@pytest.mark.real
-def test_more_than_8_gib(tmp_path: Path) -> None:
-    """A sparse 9 GiB file, its layer read by GNU tar as it streams by."""
-    path = tmp_path / "big.bin"
-    with path.open("wb") as file:
-        file.truncate(9 << 30)
-    layer = TarLayer(members=(Member.of_file("/models/big.bin", path),), epoch=0)
-    with subprocess.Popen(
-        ["tar", "-tvf", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as reader:
-        assert reader.stdin is not None
-        assert reader.stdout is not None
-        sent = 0
-        for chunk in layer.open():
-            reader.stdin.write(chunk)
-            sent += len(chunk)
-        reader.stdin.close()
-        listed = reader.stdout.read().decode()
-    assert reader.returncode == 0
-    assert sent == layer.size
-    assert f" {9 << 30} " in listed
 
 
 def test_the_header_above_8_gib_is_read_by_python(tmp_path: Path) -> None:

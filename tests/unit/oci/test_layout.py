@@ -68,17 +68,10 @@ def test_an_interrupted_write_leaves_no_image(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob(".new-*"))
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path, image: Image) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(EnvironmentFailure, match="cannot write"):
-        write_layout(image, tmp_path / "file")
-
-
 def test_a_platform_is_chosen(folder: Path, image: Image) -> None:
     index = folder / "index.json"
     row = json.loads(index.read_bytes())["manifests"][0]
-    arm = {
-        **row,
+    arm = row | {
         "digest": "sha256:" + "0" * 64,
         "platform": {"os": "linux", "architecture": "arm64"},
     }
@@ -142,16 +135,14 @@ def test_changed_blobs_are_noticed_on_use(folder: Path, image: Image) -> None:
 def test_blobs_must_be_plain_files(folder: Path, image: Image, tmp_path: Path, kind: str) -> None:
     manifest = folder / "blobs/sha256" / image.digest.hex
     data = manifest.read_bytes()
-    manifest.unlink()
-    if kind == "link":
-        (tmp_path / "elsewhere").write_bytes(data)
-        manifest.symlink_to(tmp_path / "elsewhere")
-    elif kind == "pipe":
-        os.mkfifo(manifest)
-    elif kind == "longer":
-        manifest.write_bytes(data + b" ")
-    else:
-        manifest.mkdir()
+    manifest.rename(tmp_path / "elsewhere")
+    make = {
+        "link": lambda: manifest.symlink_to(tmp_path / "elsewhere"),
+        "pipe": lambda: os.mkfifo(manifest),
+        "longer": lambda: manifest.write_bytes(data + b" "),
+        "folder": manifest.mkdir,
+    }
+    make[kind]()
     with pytest.raises(InputRefused):
         read_layout(folder)
 
@@ -183,6 +174,9 @@ def test_indexes_that_are_no_objects(folder: Path, data: bytes) -> None:
         read_layout(folder)
 
 
-def test_not_a_layout(tmp_path: Path) -> None:
+def test_not_a_layout(tmp_path: Path, image: Image) -> None:
     with pytest.raises(InputRefused, match="not an OCI layout"):
         read_layout(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EnvironmentFailure, match="cannot write"):
+        write_layout(image, tmp_path / "file")

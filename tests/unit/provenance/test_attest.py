@@ -65,26 +65,19 @@ def made_with(folder: Path, details: dict[str, str], *, networked: bool = False)
     )
 
 
-@pytest.mark.parametrize("networked", [False, True])
-def test_that_jobs_had_the_network_is_said_where_they_had(networked: bool, tmp_path: Path) -> None:
-    made = made_with(tmp_path, {}, networked=networked)
+@pytest.mark.parametrize(("details", "networked"), [({}, False), ({"builder_image": IMAGE}, True)])
+def test_the_builder_of_a_merge_and_the_network_of_jobs(
+    details: dict[str, str], networked: bool, tmp_path: Path
+) -> None:
+    made = made_with(tmp_path, details, networked=networked)
+    told = {one.kind: one for one in evidence(made, ()).statements}
 
-    (told,) = [one for one in evidence(made, ()).statements if one.kind == "bake"]
-
-    parameters = told.parameters
-    assert parameters == {"target": "vllm", **({"network_in_jobs": True} if networked else {})}
-
-
-@pytest.mark.parametrize("details", [{}, {"builder_image": IMAGE}])
-def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None:
-    made = made_with(tmp_path, details)
-
-    (told,) = [one for one in evidence(made, ()).statements if one.kind == "merge"]
-
-    rows = told.predicate["runDetails"]["builder"]["builderDependencies"]
+    rows = told["merge"].predicate["runDetails"]["builder"]["builderDependencies"]
     found = {row["name"]: row["digest"]["sha256"] for row in rows}
     assert len(found.pop("builder:merge")) == 64
     assert found == ({"builder image:merge": "5" * 64} if details else {})
+    network = {"network_in_jobs": True} if networked else {}
+    assert told["bake"].parameters == {"target": "vllm", **network}
 
 
 @pytest.mark.parametrize(

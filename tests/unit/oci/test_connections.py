@@ -1,15 +1,18 @@
-"""Proxies are taken as Docker takes them from the environment."""
+"""Proxies are taken as Docker takes them from the environment; authorities are read once."""
 
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 
+import certifi
 import httpx
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.oci.connections import ProxyTransport, proxy_of
+from weightsmith.oci.connections import ProxyTransport, proxy_of, trusted
 
 PROXY = "http://proxy.corp:3128"
+END = "-----END CERTIFICATE-----\n"
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,42 @@ def test_one_that_cannot_be_used_is_an_error_when_it_is_needed(proxy: str) -> No
     with httpx.Client(transport=way) as client, pytest.raises(EnvironmentFailure) as caught:
         client.get("https://registry.invalid/v2/")
     assert "hush" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    """A file with one authority's certificate."""
+    path = tmp_path / "one.pem"
+    path.write_text(Path(certifi.where()).read_text().partition(END)[0] + END)
+    return path
+
+
+def test_clients_of_the_same_authorities_share_a_context(one: Path) -> None:
+    first = trusted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(one))
+        patch.setenv("SSL_CERT_DIR", str(one.parent))
+        other = trusted()
+
+    assert other.cert_store_stats()["x509_ca"] == 1
+    assert other.verify_mode == ssl.CERT_REQUIRED
+    assert other.check_hostname
+    assert trusted() is first
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_bundle_of_other_programs_is_trusted(
+    one: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(one))
+    assert trusted().cert_store_stats()["x509_ca"] == 1
+    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+    assert trusted().cert_store_stats()["x509_ca"] > 1
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setenv(variable, str(one.with_name("none.pem")))
+    assert trusted().cert_store_stats()["x509_ca"] > 1
+    monkeypatch.setenv(variable, __file__)
+    with pytest.raises(EnvironmentFailure, match="certificates cannot be read"):
+        trusted()
