@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+from gguf import GGUFWriter
 from weightsmith.quantizers import formats
+from weightsmith.quantizers.architectures import EXPERTS, FURTHER_EXPERTS, NAMED, SEEING
 from weightsmith.quantizers.quantizer import QuantizeRequest
+
+from tests.fakes.decoders import make_dense, make_sparse
+from tests.fakes.known import make_known
+from tests.fakes.seeing import make_seeing
 
 
 def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:
@@ -18,3 +25,29 @@ def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:
         python="/usr/bin/python3",
         options=options,
     )
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder to write to."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def make_any(folder: Path, architecture: str, **sizes: int) -> Path:
+    """Make a small model of any architecture that a packed format can have."""
+    if architecture in NAMED | FURTHER_EXPERTS:
+        return make_known(folder, architecture)
+    if architecture in SEEING:
+        return make_seeing(folder, architecture)
+    if architecture in EXPERTS:
+        return make_sparse(folder, architecture)
+    return make_dense(folder, architecture, **sizes)
+
+
+def finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -18,12 +18,10 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
-    EXPERTS,
     FURTHER_EXPERTS,
     LLAMA4,
     NAMED,
     ROUNDED,
-    SEEING,
     STACKED_MXFP4,
 )
 from weightsmith.quantizers.calibration import GENERAL
@@ -34,8 +32,8 @@ from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.fakes.configs import facts
-from tests.fakes.decoders import make_dense, make_sparse
-from tests.fakes.seeing import make_seeing, turn_experts
+from tests.fakes.seeing import turn_experts
+from tests.unit.quantizers.conftest import make_any
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]]
 CELLS = [
@@ -58,24 +56,15 @@ NOT_QUANTIZED = (
 def models(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("models")
 
-    @cache
-    def made(architecture: str) -> Path:
-        if architecture in SEEING:
-            return make_seeing(root / architecture, architecture)
-        if architecture in EXPERTS:
-            return make_sparse(root / architecture, architecture)
-        return make_dense(root / architecture, architecture, hidden=256)
-
-    return made
+    return cache(lambda architecture: make_any(root / architecture, architecture, hidden=256))
 
 
 @pytest.mark.grid(9)
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_a_model_of_this_architecture_becomes_this_format(
-    models, tmp_path: Path, architecture: str, name: str
+    models, out: Path, architecture: str, name: str
 ) -> None:
-    model, out, scheme = models(architecture), tmp_path / "out", SCHEMES[name]
-    out.mkdir()
+    model, scheme = models(architecture), SCHEMES[name]
     of_format(name).check_input(formats()[name], read_facts(model))
 
     quantize(scheme, model, out, [])
@@ -240,18 +229,19 @@ def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -
     assert {f"{first}.{name}" for name in keep} <= set(ignored)
 
 
-def test_layers_that_predict_further_tokens_stay_in_16_bits(models, tmp_path: Path) -> None:
+def test_layers_that_predict_further_tokens_stay_in_16_bits(
+    models, tmp_path: Path, out: Path
+) -> None:
     model, scheme = tmp_path / "model", SCHEMES["fp8"]
     shutil.copytree(models("DeepseekV3ForCausalLM"), model)
     tensors = load_file(model / "model.safetensors")
     more = {n.replace(".1.", ".2."): v.clone() for n, v in tensors.items() if ".layers.1." in n}
     more["model.layers.2.eh_proj.weight"] = torch.ones(128, 256, dtype=torch.bfloat16)
     save_file({**tensors, **more}, model / "model.safetensors")
-    (tmp_path / "out").mkdir()
 
-    quantize(scheme, model, tmp_path / "out", [])
+    quantize(scheme, model, out, [])
 
-    made, source = CheckpointTensors(tmp_path / "out"), CheckpointTensors(model)
+    made, source = CheckpointTensors(out), CheckpointTensors(model)
     assert all(_same(made, source, name) for name in more)
 
 

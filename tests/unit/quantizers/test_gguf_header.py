@@ -13,6 +13,8 @@ from weightsmith.quantizers.gguf_header import (
     strings,
 )
 
+from tests.unit.quantizers.conftest import finish
+
 
 @pytest.fixture
 def written(tmp_path) -> Path:
@@ -31,10 +33,7 @@ def written(tmp_path) -> Path:
     writer.add_tensor("norm", np.ones(64, np.float32))
     writer.add_tensor("flat", np.ones((1, 64), np.float32))
     writer.add_tensor("matrix", np.zeros((3, 64), np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

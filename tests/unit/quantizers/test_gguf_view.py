@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 from weightsmith.quantizers.gguf_file import open_view
 
+from tests.unit.quantizers.conftest import finish
+
 HEADS, KEY_HEADS, HIDDEN = 4, 2, 64
 NAMES = {
     "model.layers.0.self_attn.q_proj.weight": ("blk.0.attn_q.weight", HEADS),
@@ -44,10 +46,7 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
         values = permuted(made[name], heads) if heads else made[name]
         packed = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
         writer.add_tensor(stored, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return tmp_path, made
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers import formats, gguf_importance, of_format
-from weightsmith.quantizers.architectures import EXPERTS, MEASURED, SEEING
+from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_importance import (
     WITHOUT_WALK,
@@ -26,8 +26,7 @@ from weightsmith.quantizers.gguf_importance import (
 from weightsmith.quantizers.layerwise import importance as walking
 from weightsmith.quantizers.layerwise.importance import importance, write_importance
 
-from tests.fakes.decoders import make_dense, make_sparse
-from tests.fakes.seeing import make_seeing
+from tests.unit.quantizers.conftest import make_any
 
 LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 NAMES = {
@@ -40,14 +39,6 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def make(folder: Path, architecture: str) -> Path:
-    if architecture in SEEING:
-        return make_seeing(folder, architecture)
-    if architecture in EXPERTS:
-        return make_sparse(folder, architecture)
-    return make_dense(folder, architecture)
 
 
 def windows(model: Path, window: int) -> list[torch.Tensor]:
@@ -123,7 +114,7 @@ def measured(tmp_path: Path, model: Path) -> tuple[Mapping[str, np.ndarray], wal
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
 def test_each_matrix_has_the_mean_squares_of_its_inputs(tmp_path: Path, architecture: str) -> None:
-    model = make(tmp_path / "model", architecture)
+    model = make_any(tmp_path / "model", architecture)
     ours, found = measured(tmp_path, model)
 
     chunks = windows(model, found.window)
@@ -137,7 +128,7 @@ def test_each_matrix_has_the_mean_squares_of_its_inputs(tmp_path: Path, architec
 
 @pytest.mark.slow
 def test_joined_matrices_have_one_input(tmp_path: Path) -> None:
-    model = make(tmp_path / "model", "Phi3ForCausalLM")
+    model = make_any(tmp_path / "model", "Phi3ForCausalLM")
     ours, found = measured(tmp_path, model)
 
     right = by_transformers(model, windows(model, found.window))
@@ -156,7 +147,7 @@ def test_joined_matrices_have_one_input(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
 def test_each_expert_has_its_own(tmp_path: Path, architecture: str) -> None:
-    model = make(tmp_path / "model", architecture)
+    model = make_any(tmp_path / "model", architecture)
     ours, found = measured(tmp_path, model)
 
     right = by_transformers(model, windows(model, found.window))
@@ -180,7 +171,7 @@ def close(ours: np.ndarray, right: np.ndarray, name: str) -> None:
 @pytest.mark.grid(9)
 @pytest.mark.parametrize("architecture", sorted(MEASURED - WITHOUT_WALK))
 def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: str) -> None:
-    model = make(tmp_path / "model", architecture)
+    model = make_any(tmp_path / "model", architecture)
     ours, _ = measured(tmp_path, model)
 
     for layer in (0, 1):
@@ -190,7 +181,7 @@ def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: s
 
 
 def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path: Path, monkeypatch) -> None:
-    model = make(tmp_path / "model", "LlamaForCausalLM")
+    model = make_any(tmp_path / "model", "LlamaForCausalLM")
     whole = importance(model, LINES, tokens_of(model))
     monkeypatch.setattr(walking, "WALK_TOKENS", whole.window)
     steps: list[tuple[int, int]] = []
@@ -204,7 +195,7 @@ def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path: Path, monk
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
-    model = make(tmp_path / "model", "LlamaForCausalLM")
+    model = make_any(tmp_path / "model", "LlamaForCausalLM")
 
     with pytest.raises(InputRefused, match="have 9 tokens; an importance matrix needs at least"):
         importance(model, ["a short text"], 9)

@@ -17,12 +17,8 @@ from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
-    EXPERTS,
-    FURTHER_EXPERTS,
     GROUPED,
-    NAMED,
     SCANNING,
-    SEEING,
 )
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise import quantizing
@@ -33,9 +29,8 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 
 from tests.fakes.configs import LLAMA_8B, facts
-from tests.fakes.decoders import make_dense, make_sparse
-from tests.fakes.known import make_known
-from tests.fakes.seeing import make_seeing
+from tests.fakes.decoders import make_dense
+from tests.unit.quantizers.conftest import make_any
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 CELLS = [(name, method) for name in sorted(GROUPED) for method in ("awq", "gptq")]
@@ -46,17 +41,7 @@ MOST = 0.35
 def models(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("models")
 
-    @cache
-    def made(architecture: str) -> Path:
-        if architecture in NAMED | FURTHER_EXPERTS:
-            return make_known(root / architecture, architecture)
-        if architecture in SEEING:
-            return make_seeing(root / architecture, architecture)
-        if architecture in EXPERTS:
-            return make_sparse(root / architecture, architecture)
-        return make_dense(root / architecture, architecture)
-
-    return made
+    return cache(lambda architecture: make_any(root / architecture, architecture))
 
 
 def settings(model: Path, out: Path, method: str, keep: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -188,22 +173,9 @@ def test_what_is_kept_keeps_its_bytes(models, tmp_path: Path) -> None:
 def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch, method: str):
     model = models("Qwen3MoeForCausalLM")
     quantizing.quantize(settings(model, tmp_path / "whole", method))
-    run, own = [], quantizing._layer
-
-    def dies_at(last: int):
-        def layer(walk, number, *more):
-            run.append(number)
-            if number == last:
-                raise KeyboardInterrupt
-            return own(walk, number, *more)
-
-        return layer
-
-    wanted = settings(model, tmp_path / "out", method)
-    monkeypatch.setattr(quantizing, "_layer", dies_at(1))
+    wanted, run = settings(model, tmp_path / "out", method), killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         quantizing.quantize(wanted)
-    monkeypatch.setattr(quantizing, "_layer", dies_at(-1))
     quantizing.quantize(wanted)
 
     assert run == [0, 1, 1]
@@ -211,17 +183,23 @@ def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch,
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
-    wanted = settings(models("LlamaForCausalLM"), tmp_path / "out", "gptq")
+def killed_at(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Interrupt the walk at its n-th layer; return the layers' numbers as they run."""
     run, own = [], quantizing._layer
 
     def layer(walk, number, *more):
         run.append(number)
-        if len(run) == 2:
+        if len(run) == count:
             raise KeyboardInterrupt
         return own(walk, number, *more)
 
     monkeypatch.setattr(quantizing, "_layer", layer)
+    return run
+
+
+def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
+    wanted = settings(models("LlamaForCausalLM"), tmp_path / "out", "gptq")
+    run = killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         quantizing.quantize(wanted)
     texts = Path(wanted["calibration"])
@@ -234,13 +212,12 @@ def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
 def changed(model: Path, change) -> Path:
     """A small Llama whose tensors are changed."""
     make_dense(model, "LlamaForCausalLM")
-    tensors = {name: change(name, tensor) for name, tensor in load_tensors(model).items()}
+    tensors = {
+        name: change(name, tensor)
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     return model
-
-
-def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -250,7 +227,7 @@ def test_scaled_norms_keep_the_checkpoints_type(tmp_path: Path, dtype: torch.dty
     quantizing.quantize(settings(model, out, "awq"))
 
     check_checkpoint(out, model, layout("awq"))
-    norm = load_tensors(out)["model.layers.0.input_layernorm.weight"]
+    norm = load_file(out / "model.safetensors")["model.layers.0.input_layernorm.weight"]
     assert norm.dtype == dtype
     assert bool(norm.isfinite().all())
 
