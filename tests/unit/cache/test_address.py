@@ -42,16 +42,10 @@ def test_addresses(text: str, address: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "oci://",
-        "oci://registry.example.com",
-        "oci://registry.example.com/team/cache:tag",
+        *("oci://", "oci://registry.example.com", "oci://registry.example.com/team/cache:tag"),
         "oci://registry.example.com/Team/Cache",
         "oci://user:password@registry.example.com/team/cache",
-        "s3://",
-        "s3://b",
-        "s3://bucket/../other",
-        "http://cache.example.com",
-        "redis://host/0",
+        *("s3://", "s3://b", "s3://bucket/../other", "http://cache.example.com", "redis://host/0"),
     ],
 )
 def test_wrong_addresses_are_named_without_passwords(text: str) -> None:
@@ -63,19 +57,15 @@ def test_wrong_addresses_are_named_without_passwords(text: str) -> None:
 def test_the_flag_comes_before_the_environment_and_that_before_the_configuration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = CacheSettings(where="/configured")
+    nothing, settings = chosen("", "", read_config().cache), CacheSettings(where="/configured")
+    assert (nothing.both, nothing.read) == (None, None)
+    with pytest.raises(UsageError, match="no cache is named"):
+        required("", read_config().cache)
     assert chosen("", "", settings).both == Address("folder", "/configured")
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "file:///environment")
     assert chosen("", "", settings).both == Address("folder", "/environment")
     assert chosen("/flag", "", settings).both == Address("folder", "/flag")
     assert chosen("off", "", settings).both is None
-
-
-def test_there_is_no_cache_by_default() -> None:
-    found = chosen("", "", read_config().cache)
-    assert (found.both, found.read) == (None, None)
-    with pytest.raises(UsageError, match="no cache is named"):
-        required("", read_config().cache)
 
 
 def test_a_plain_path_in_the_variable_is_the_folder_of_this_machine(
@@ -102,17 +92,15 @@ def test_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["cache: {wher: /a}", "cache: [1]", "- a", "cache: {upload_seconds: -1}", "a: {", "\0"]
 )
-def test_a_wrong_configuration_is_named(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "weightsmith" / "config.yaml"
-    file.parent.mkdir()
+def test_a_wrong_configuration_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    monkeypatch.setenv("WEIGHTSMITH_CONFIG", str(file))
+    with pytest.raises(UsageError, match="does not exist"):
+        read_config()
     file.write_text(text)
     with pytest.raises(UsageError, match=r"config\.yaml"):
-        read_config()
-
-
-def test_a_configuration_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEIGHTSMITH_CONFIG", "/nowhere.yaml")
-    with pytest.raises(UsageError, match="does not exist"):
         read_config()
 
 

@@ -17,7 +17,7 @@ from weightsmith.cache.cache import SharedCache, within
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import CacheLost, EnvironmentFailure
-from weightsmith.core.ports import StoreEntry
+from weightsmith.core.ports import Cache, StoreEntry
 from weightsmith.core.values import Blob, Digest, key_of
 from weightsmith.outside.folder_cache import FolderCache
 
@@ -52,6 +52,10 @@ def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, StoreEntry]:
     return store, store.produce(KEY, NOTE, weights(size))
 
 
+def uploads_to(cache: Cache, store: MemoryStore, warn: Callable[[str], None] = print) -> Uploads:
+    return Uploads(SharedCache(cache, None, warn, 60), store.memo)
+
+
 def weights(size: int) -> Callable[[Path], dict[str, object]]:
     def make(partial: Path) -> dict[str, object]:
         (partial / "model.safetensors").write_bytes(bytes(size))
@@ -74,7 +78,7 @@ def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
 
 def test_the_end_waits_for_uploads_only_so_long(stuck: Stuck, tmp_path: Path) -> None:
     store, entry = made(tmp_path / "store")
-    uploads = Uploads(SharedCache(stuck, None, print, 60), store.memo)
+    uploads = uploads_to(stuck, store)
     uploads.add(KEY, NOTE, entry)
     began = time.monotonic()
 
@@ -163,7 +167,7 @@ def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     store, entry = made(tmp_path / "store")
     warnings: list[str] = []
     cache = Hiccup()
-    uploads = Uploads(SharedCache(cache, None, warnings.append, 60), store.memo)
+    uploads = uploads_to(cache, store, warnings.append)
     uploads.add(KEY, NOTE, entry)
 
     assert uploads.close(60) == 0
@@ -174,8 +178,7 @@ def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
     store, entry = made(tmp_path / "store")
     cache, warnings = MemoryCache(), list[str]()
-    filling = Uploads(SharedCache(cache, None, warnings.append, 60), store.memo)
-    filling.upload(KEY, NOTE, entry)
+    uploads_to(cache, store).upload(KEY, NOTE, entry)
 
     cache.faults["write"] = PermissionError(13, "Permission denied")
     remote = SharedCache(cache, None, warnings.append, 60)
@@ -204,7 +207,7 @@ def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
 ) -> None:
     store, entry = made(tmp_path / "store")
     cache = MemoryCache()
-    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    uploads_to(cache, store).upload(KEY, NOTE, entry)
     whole = dict(cache.blobs)
     remote = SharedCache(FolderCache(tmp_path / "shared"), None, print, 60)
     Uploads(remote, store.memo).upload(KEY, NOTE, entry)
@@ -235,7 +238,7 @@ def test_a_blob_is_left_where_it_may_be_right_or_is_not_ours(tmp_path: Path, fau
 
     store, entry = made(tmp_path / "store")
     cache, mine = Faulty(), MemoryStore(tmp_path / "mine")
-    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    uploads_to(cache, store).upload(KEY, NOTE, entry)
     whole = dict(cache.blobs)
     warnings: list[str] = []
     remote = SharedCache(cache, None, warnings.append, 60)

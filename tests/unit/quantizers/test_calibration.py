@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers.calibration import GENERAL, read_texts
+from weightsmith.quantizers.running import equal_length, samples
 from weightsmith.recipe.schema import TextBounds
 
 LONG = "Some words that are long enough to count, and then some more of them. " * 3
@@ -20,17 +23,11 @@ def data(tmp_path):
     return write(tmp_path / "texts.jsonl", [{"text": f"{LONG} {n}"} for n in range(20)])
 
 
-def test_no_text_is_in_both_parts(data):
-    texts = read_texts(data, TextBounds())
-
-    assert len(texts.held_out) == 5
-    assert len(texts.calibration) == 15
-    assert not {r["text"] for r in texts.held_out} & {r["text"] for r in texts.calibration}
-
-
-def test_the_seed_decides_which_are_held_out(data):
+def test_no_text_is_in_both_parts_and_the_seed_decides_which_are_held_out(data):
     first, second = (read_texts(data, TextBounds(seed=seed)) for seed in (0, 1))
 
+    assert (len(first.held_out), len(first.calibration)) == (5, 15)
+    assert not {r["text"] for r in first.held_out} & {r["text"] for r in first.calibration}
     assert read_texts(data, TextBounds()) == first
     assert first.held_out_digest != second.held_out_digest
 
@@ -64,9 +61,12 @@ def test_long_text_is_cut_and_not_dropped(tmp_path):
     assert sum(map(len, pieces)) == 8000
 
 
-def test_short_texts_are_left_out_and_none_is_refused(data):
+def test_a_file_without_usable_text_and_a_missing_one_are_refused(data):
     with pytest.raises(InputRefused, match=r"texts\.jsonl has no usable"):
         read_texts(data, TextBounds(min_length=10_000))
+    data.unlink()
+    with pytest.raises(InputRefused, match="cannot read"):
+        read_texts(data, TextBounds())
 
 
 def test_general_texts_make_up_for_too_few(tmp_path):
@@ -77,7 +77,10 @@ def test_general_texts_make_up_for_too_few(tmp_path):
     assert all(row in (*texts.calibration, *texts.held_out) for row in few)
     assert texts.general == len(texts.calibration) + len(texts.held_out) - 4
     assert texts.warning().startswith("few.jsonl has only 4 texts")
-    assert not read_texts(GENERAL, TextBounds()).warning()
+    general = read_texts(GENERAL, TextBounds())
+    assert (general.source, general.warning()) == ("general", "")
+    assert len(general.held_out) >= 8
+    assert len(general.calibration) >= 24
 
 
 @pytest.mark.parametrize(
@@ -124,14 +127,30 @@ def test_texts_come_through_a_pipe(data):
     assert texts.calibration == read_texts(data, TextBounds()).calibration
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputRefused, match="cannot read"):
-        read_texts(tmp_path / "no.jsonl", TextBounds())
+def letters(text: str) -> list[int]:
+    return [ord(c) for c in text]
 
 
-def test_the_general_texts_are_enough_for_both_parts():
-    texts = read_texts(GENERAL, TextBounds())
+def test_texts_stay_apart_long_ones_are_cut_and_none_is_dropped() -> None:
+    found = samples(["a" * 1200, "", "b" * 30], letters)
 
-    assert texts.source == "general"
-    assert len(texts.held_out) >= 8
-    assert len(texts.calibration) >= 24
+    assert found == [letters("a") * 512, letters("a") * 512, letters("a") * 176, letters("b") * 30]
+
+
+def test_too_few_tokens_to_measure_on_are_reported() -> None:
+    with pytest.raises(InputRefused, match="30 tokens"):
+        samples(["b" * 15, "c" * 15], letters)
+
+
+@pytest.mark.parametrize("count", [256, 511, 512, 513, 1025, 2013, 4096])
+def test_joined_texts_fill_samples_of_one_length_and_none_is_dropped(count: int) -> None:
+    tokens = list(range(count))
+
+    found = equal_length([tokens[:100], tokens[100:]])
+
+    assert len({len(sample) for sample in found}) == 1
+    assert len(found[0]) <= 512
+    joined = [token for sample in found for token in sample]
+    assert joined[:count] == tokens
+    assert joined[count:] == tokens[: len(joined) - count]
+    assert len(joined) - count < len(found)

@@ -1,8 +1,23 @@
-"""A model that sees is for text alone only if its tower cannot be read and that is allowed."""
+"""llama.cpp's converter: towers that it cannot read, and tokenizers without their files.
+
+The SentencePiece model out of a tokenizer.json cuts texts as the one that it was made from.
+"""
+
+import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import convert
+from weightsmith.quantizers.convert import sentence_pieces, with_pieces
+
+from tests.fakes.sentence_pieces import TEXT, TURNS, save, train
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -74,3 +89,74 @@ def test_a_failure_beside_a_tokenizer_is_the_converters_own(tmp_path):
 
     with pytest.raises(ValueError, match="no such architecture"):
         convert._convert_text(converter, tmp_path, [])
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def pair(request, tmp_path_factory):
+    """An original, and the one that is made out of what transformers writes of it."""
+    original = train(request.param)
+    told = save(original, request.param, tmp_path_factory.mktemp("tokenizer"))
+    return original, SentencePieceProcessor(model_proto=sentence_pieces(told))
+
+
+def test_every_piece_has_its_number_and_kind(pair):
+    original, made = pair
+    kinds = ("is_unknown", "is_control", "is_byte")
+    for number in range(original.get_piece_size()):
+        text = original.id_to_piece(number)
+        assert made.id_to_piece(number) == text
+        if text not in (*TURNS, "<mask>"):  # special tokens that the original learnt as text
+            assert [getattr(made, k)(number) for k in kinds] == [
+                getattr(original, k)(number) for k in kinds
+            ]
+    assert made.get_piece_size() == original.get_piece_size()
+
+
+def test_our_documentation_is_cut_the_same(pair):
+    original, made = pair
+    for line in TEXT.read_text("utf-8").splitlines():
+        assert made.encode(line) == original.encode(line)
+
+
+@given(text=st.text(alphabet=st.sampled_from("the merges of a ▁ ü日\t\n12"), max_size=60))
+def test_any_text_is_cut_the_same(pair, text):
+    original, made = pair
+    assert made.encode(text) == original.encode(text)
+
+
+def test_byte_pairs_that_are_learnt_as_pairs_are_refused():
+    """Such a tokenizer joins by pairs: llama.cpp would join any neighbours that make a piece."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True))
+    bytes_ = [f"<0x{n:02X}>" for n in range(256)]
+    lines = [line.replace(" ", "▁") for line in TEXT.read_text("utf-8").splitlines()]
+    trainer = BpeTrainer(vocab_size=700, special_tokens=["<unk>", *bytes_], show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    with pytest.raises(NotImplementedError, match=r"not a SentencePiece model: '.*' is a piece"):
+        sentence_pieces(json.loads(tokenizer.to_str()))
+
+
+def test_the_converter_gets_what_it_misses_and_the_model_stays_as_it_is(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    told = save(train("gemma"), "gemma", model)
+    (model / "model.safetensors").write_bytes(b"weights")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+
+    with with_pieces(model) as view:
+        assert view.name == "model"
+        assert (view / "model.safetensors").read_bytes() == b"weights"
+        assert SentencePieceProcessor(model_file=str(view / "tokenizer.model")).get_piece_size()
+        config = json.loads((view / "tokenizer_config.json").read_text("utf-8"))
+        added = {int(k): v["content"] for k, v in config.pop("added_tokens_decoder").items()}
+        assert added == {t["id"]: t["content"] for t in told["added_tokens"]}
+        assert set(TURNS) <= set(added.values())
+        assert config == json.loads(before["tokenizer_config.json"])
+
+    assert not view.exists()
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_model_that_lacks_nothing_is_read_where_it_is():
+    model = ROOT / "examples" / "tiny" / "base"
+    with with_pieces(model) as view:  # bytes are its characters: no pieces
+        assert view == model

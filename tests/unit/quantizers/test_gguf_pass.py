@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,39 +36,31 @@ def test_types_and_order_are_those_that_llama_quantize_prints():
     ]
 
 
+NAME = "blk.0.ffn_up.weight"
+
+
 @pytest.mark.parametrize(
-    ("kind", "target", "file_type", "says"),
+    ("targets", "file_type", "says"),
     [
-        ("MXFP4", "Q4_K", 15, "already quantized"),
-        ("BF16", "IQ2_XXS", 15, "no importance, which IQ2_XXS needs"),
-        ("BF16", "Q2_K", 21, "no importance, which Q2_K needs"),
+        ([(NAME, "MXFP4", "Q4_K")], 15, "already quantized"),
+        ([(NAME, "BF16", "IQ2_XXS")], 15, "no importance, which IQ2_XXS needs"),
+        ([(NAME, "BF16", "Q2_K")], 21, "no importance, which Q2_K needs"),
+        ([], 15, "--dry-run differ in"),
+        ([(NAME, "BF16", "Q4_K"), ("other", "BF16", "Q4_K")], 15, "--dry-run differ in"),
     ],
 )
 def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
-    tmp_path, kind, target, file_type, says
+    tmp_path, targets, file_type, says
 ):
-    name = "blk.0.ffn_up.weight"
-    entry = GgufTensorInfo(name=name, shape=(256, 8), kind=30, offset=0)
-    header = GgufHeader(values={}, tensors={name: entry}, size=32)
+    entry = GgufTensorInfo(name=NAME, shape=(256, 8), kind=30, offset=0)
+    header = GgufHeader(values={}, tensors={NAME: entry}, size=32)
     source = GgufSource(header=header, rows=None, stored=lambda *_: np.zeros(0))
-    targets = [TypeChange(name=name, kind=kind, target=target)]
+    changes = [TypeChange(name=name, kind=kind, target=to) for name, kind, to in targets]
+    wanted = Wanted(file_type=file_type)
+    output = GgufOutput(path=tmp_path / "demo.gguf", targets=changes, wanted=wanted)
 
-    with pytest.raises(InputRefused, match=says):
-        write(source, targets, file_type, tmp_path / "demo.gguf")
-
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("named", [[], ["blk.0.ffn_up.weight", "blk.0.ffn_down.weight"]])
-def test_other_tensors_than_the_headers_are_an_error(tmp_path, named):
-    name = "blk.0.ffn_up.weight"
-    entry = GgufTensorInfo(name=name, shape=(256, 8), kind=30, offset=0)
-    header = GgufHeader(values={}, tensors={name: entry}, size=32)
-    source = GgufSource(header=header, rows=None, stored=lambda *_: np.zeros(0))
-    targets = [TypeChange(name=name, kind="BF16", target="Q4_K") for name in named]
-
-    with pytest.raises(ValueError, match="--dry-run differ in"):
-        write(source, targets, 15, tmp_path / "demo.gguf")
+    with pytest.raises((InputRefused, ValueError), match=says):
+        write_files(source, [output], 1)
 
     assert not list(tmp_path.iterdir())
 
@@ -92,8 +83,3 @@ def test_nothing_counts_as_finished_after_a_fault_of_the_disk(tmp_path, monkeypa
                 writer._note(name, [], [file])
 
     assert [json.loads(line) for line in journal.read_text().splitlines()] == [["first"]]
-
-
-def write(source: GgufSource, targets: list[TypeChange], file_type: int, path: Path) -> None:
-    output = GgufOutput(path=path, targets=targets, wanted=Wanted(file_type=file_type))
-    write_files(source, [output], 1)

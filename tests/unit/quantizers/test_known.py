@@ -140,10 +140,7 @@ def by_transformers(model: Path, lines: list[str]) -> dict[object, float]:
         most[key] = max(most.get(key, 0.0), float(args[0].abs().max()))
 
     def see_experts(module, args) -> None:
-        rows, chosen = (
-            args[0].reshape(-1, args[0].shape[-1]),
-            args[1].reshape(-1, args[1].shape[-1]),
-        )
+        rows, chosen = (arg.reshape(-1, arg.shape[-1]) for arg in args[:2])
         for expert, both in enumerate(module.gate_up_proj):
             gate, up = both.chunk(2)
             mine = rows[(chosen == expert).any(1)]

@@ -117,10 +117,7 @@ def read_by_compressed_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_compressed_tensors_reads_what_we_read(model: Path, tmp_path: Path, name: str) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-
+def test_compressed_tensors_reads_what_we_read(model: Path, out: Path, name: str) -> None:
     write(SCHEMES[name], model, out, ["o_proj"])
 
     found = check_checkpoint(out, model, PackedLayout.of_scheme(SCHEMES[name]), ("o_proj",))
@@ -134,9 +131,7 @@ def test_compressed_tensors_reads_what_we_read(model: Path, tmp_path: Path, name
     assert ignored == ["lm_head", "model.layers.0.self_attn.o_proj"]
 
 
-def test_fused_matrices_share_their_global_scale(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
+def test_fused_matrices_share_their_global_scale(model: Path, out: Path) -> None:
     write(SCHEMES["nvfp4a16"], model, out, [])
     tensors = load_file(out / "model.safetensors")
 
@@ -160,11 +155,8 @@ def test_fused_matrices_share_their_global_scale(model: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("damage", ["weight_scale", "weight"])
-def test_damaged_codes_and_scales_are_found(
-    model: Path, tmp_path: Path, name: str, damage: str
-) -> None:
-    out, scheme = tmp_path / "out", SCHEMES[name]
-    out.mkdir()
+def test_damaged_codes_and_scales_are_found(model: Path, out: Path, name: str, damage: str) -> None:
+    scheme = SCHEMES[name]
     write(scheme, model, out, [])
     damage_half(out, "weight_packed" if damage == "weight" and scheme.packed else damage)
 

@@ -131,29 +131,33 @@ def test_damaged_codes_are_found(model: Path, made: Path, tmp_path: Path) -> Non
         check_checkpoint(tmp_path, model, LAYOUT)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "mxfp4a16"])
-def test_other_rounded_formats_are_refused(name: str) -> None:
-    with pytest.raises(InputRefused, match=f"in MXFP4 only, not in {name}") as refused:
+@pytest.mark.parametrize(
+    ("name", "says", "instead"),
+    [
+        *(
+            (name, f"in MXFP4 only, not in {name}", "choose mxfp4a16, or serve it in 16 bits")
+            for name in SCHEMES
+            if name != "mxfp4a16"
+        ),
+        *(
+            (name, f"unsupported architecture {GPT_OSS}", "choose mxfp4a16")
+            for name in ("awq", "gptq", "nvfp4", "awq-gptqmodel", "fp8-static")
+        ),
+    ],
+)
+def test_other_formats_are_refused(name: str, says: str, instead: str) -> None:
+    with pytest.raises(InputRefused, match=says) as refused:
         of_format(name).check_input(formats()[name], gpt_oss())
     assert refused.value.exit_code == 3
-    assert refused.value.hint.startswith("choose mxfp4a16, or serve it in 16 bits")
+    assert refused.value.hint.startswith(instead)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "nvfp4", "awq-gptqmodel", "fp8-static"])
-def test_calibrated_formats_are_refused(name: str) -> None:
-    with pytest.raises(InputRefused, match=f"unsupported architecture {GPT_OSS}") as refused:
-        of_format(name).check_input(formats()[name], gpt_oss())
-    assert refused.value.hint.startswith("choose mxfp4a16")
-
-
-def test_nothing_can_be_kept() -> None:
+def test_nothing_can_be_kept_and_groups_must_fit() -> None:
+    quantizer, format_ = of_format("mxfp4a16"), formats()["mxfp4a16"]
     with pytest.raises(InputRefused, match="loads all experts of GptOssForCausalLM in MXFP4"):
-        of_format("mxfp4a16").check_options(gpt_oss(), {"keep": ["down_proj"]})
-
-
-def test_rows_that_no_group_divides_are_refused() -> None:
+        quantizer.check_options(gpt_oss(), {"keep": ["down_proj"]})
     with pytest.raises(InputRefused, match="32 inputs, and an expert's down_proj has 80"):
-        of_format("mxfp4a16").check_input(formats()["mxfp4a16"], gpt_oss(intermediate_size=80))
+        quantizer.check_input(format_, gpt_oss(intermediate_size=80))
 
 
 def gpt_oss(**more: int) -> ModelFacts:

@@ -44,30 +44,12 @@ def test_smaller_formats_may_lose_more_but_none_below_four_bits():
     assert len(set(allowed)) == 3
 
 
-def test_fp8_lies_between_int8_and_four_bits():
-    found = [limits_for(formats()[name], Quality()) for name in ("w8a8", "fp8", "gptq")]
-
-    for key in ("kl_mean", "kl_p99", "layer_error"):
-        assert sorted(limits[key] for limits in found) == [limits[key] for limits in found]
-    assert limits_for(formats()["fp8-static"], Quality()) == found[1]
-
-
-def test_coarser_groups_may_err_more_at_a_layer():
-    found = {
-        name: limits_for(formats()[name], Quality())["layer_error"]
-        for name in ("q4_k_m", "awq-compressed", "awq", "awq-autoawq", "gptq")
-    }
-
-    assert list(found.values()) == [0.25, 0.25, 0.35, 0.35, 0.35]
-
-
 def test_a_formats_own_limit_wins_over_that_of_all():
     quality = Quality(
         limits={"*": QualityLimits(kl_mean=0.5, top1=0.1), "q4_k_m": QualityLimits(kl_mean=0.25)}
     )
 
     found = limits_for(formats()["q4_k_m"], quality)
-
     assert (found["kl_mean"], found["top1"]) == (0.25, 0.1)
     assert limits_for(formats()["q8_0"], quality)["kl_mean"] == 0.5
 
@@ -75,11 +57,8 @@ def test_a_formats_own_limit_wins_over_that_of_all():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("kl_mean", 9.0),
-        ("kl_p99", 99.0),
-        ("top1", 0.5),
-        ("perplexity_ratio", 3.0),
-        ("layer_error", 0.6),
+        *(("kl_mean", 9.0), ("kl_mean", float("nan")), ("kl_p99", 99.0), ("top1", 0.5)),
+        *(("perplexity_ratio", 3.0), ("layer_error", 0.6)),
     ],
 )
 def test_each_measure_can_stop_a_model(key, value):
@@ -88,12 +67,6 @@ def test_each_measure_can_stop_a_model(key, value):
     assert exceeded(GOOD, limits) == ()
     (told,) = exceeded(replace(GOOD, **{key: value}), limits)
     assert told.startswith(f"{key} {value:g}")
-
-
-def test_not_a_number_stops_a_model():
-    limits = limits_for(formats()["q4_k_m"], Quality())
-
-    assert exceeded(replace(GOOD, kl_mean=float("nan")), limits)
 
 
 def test_the_refusal_names_the_worst_and_what_to_try():

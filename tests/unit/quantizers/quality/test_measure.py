@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import numpy as np
@@ -23,13 +24,14 @@ from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.quality.dequantized import ROUNDING
 from weightsmith.quantizers.quality.limits import limits_for
-from weightsmith.quantizers.quality.measure import measure
+from weightsmith.quantizers.quality.measure import Totals, measure
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.quantizers.quality.runs import run_both
 from weightsmith.recipe.schema import Quality
 
 from tests.paths import ROOT
 from tests.unit.quantizers.quality.conftest import TEXTS
+from tests.unit.validating.conftest import make_model
 
 TINY = ROOT / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]
@@ -77,18 +79,11 @@ def allowed(found, name="q4_k_m"):
     return not QualityResult(loss=found).judged(limits, TEXTS).exceeded
 
 
-def test_the_checkpoint_loses_nothing_against_itself():
-    found = measured(View())
+def test_the_checkpoint_loses_nothing_and_a_sound_quantization_little():
+    same, found = measured(View()), measured(View(sound))
 
-    assert found.kl_mean == 0
-    assert found.top1 == 1
-    assert found.perplexity_ratio == 1
-    assert all(worst.error == 0 for worst in found.worst_layers)
-
-
-def test_a_sound_quantization_passes_and_is_seen():
-    found = measured(View(sound))
-
+    assert (same.kl_mean, same.top1, same.perplexity_ratio) == (0, 1, 1)
+    assert all(worst.error == 0 for worst in same.worst_layers)
     assert found.kl_mean > 0
     assert allowed(found)
 
@@ -168,14 +163,12 @@ def swapped_halves(name, data):
 
 @pytest.mark.parametrize("broken", [shuffled_scales, wrong_group, zeroed_layer, swapped_halves])
 def test_a_broken_quantization_is_stopped(broken):
-    assert not allowed(measured(View(broken)))
+    found = measured(View(broken))
 
-
-def test_the_broken_layer_is_named():
-    found = measured(View(zeroed_layer))
-
-    assert found.worst_layers[0].layer == 2
-    assert "layers.2." in found.worst_tensors[0].tensor
+    assert not allowed(found)
+    if broken is zeroed_layer:
+        assert found.worst_layers[0].layer == 2
+        assert "layers.2." in found.worst_tensors[0].tensor
 
 
 @pytest.mark.grid(2)
@@ -289,14 +282,9 @@ def test_conversations_need_a_chat_template(tmp_path):
 
 
 SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def written(folder, config):
@@ -311,6 +299,12 @@ def written(folder, config):
 
 IDS = torch.stack([torch.arange(20) + 3, torch.arange(20) + 30])
 PLACES = [(row, column) for row in range(2) for column in range(20)]
+
+
+def assert_same(mine, network) -> None:
+    with torch.inference_mode():
+        wanted = network(IDS).logits.log_softmax(-1).flatten(0, 1)
+    torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +329,7 @@ def test_both_models_run_as_whole_ones(tmp_path, config):
     save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
     other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     for mine, whole in ((found.checkpoint, right), (found.quantized, other)):
-        with torch.inference_mode():
-            wanted = whole(IDS).logits.log_softmax(-1).flatten(0, 1)
-        torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
+        assert_same(mine, whole)
         matrices = [p for p in mine.model.parameters() if p.dim() > 1]
         assert all(p.untyped_storage().nbytes() == 4 for p in matrices), "one stayed in memory"
     assert len(found.layers) == 2
@@ -352,10 +344,8 @@ def test_an_architecture_that_cannot_be_streamed_is_measured_in_memory(tmp_path)
 
     found = run_both(tmp_path, View(model=tmp_path), IDS, 20, lambda done, total: None)
 
-    with torch.inference_mode():
-        wanted = right(IDS).logits.log_softmax(-1).flatten(0, 1)
     for mine in (found.checkpoint, found.quantized):
-        torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
+        assert_same(mine, right)
     assert found.layers == {0: 0, 1: 0}
 
 
@@ -372,9 +362,7 @@ def test_only_the_language_model_of_a_multimodal_one_needs_quantized_weights(tmp
 
     found = run_both(tmp_path, view, IDS, 20, lambda done, total: None)
 
-    with torch.inference_mode():
-        wanted = right(IDS).logits.log_softmax(-1).flatten(0, 1)
-    torch.testing.assert_close(found.quantized.log_probabilities(PLACES), wanted)
+    assert_same(found.quantized, right)
     assert found.layers == {0: 0, 1: 0}
 
 
@@ -394,3 +382,67 @@ def test_a_checkpoint_without_one_of_its_tensors_is_not_measured(tmp_path):
 
     with pytest.raises(Unmeasurable, match=r"no tensor model\.norm\.weight"):
         run_both(tmp_path, View(model=tmp_path), IDS, 20, lambda done, total: None)
+
+
+def test_experts_that_get_no_token_are_compared_too(tmp_path):
+    model = make_model(tmp_path, "qwen3_moe", num_experts=64, num_experts_per_tok=1)
+
+    class Louder(View):
+        def tensor(self, name):
+            return self.truth.tensor(name) * (1.25 if ".experts." in name else 1)
+
+    found = run_both(model, Louder(model=model), torch.arange(8)[None], 8, lambda *_: None)
+
+    errors = [error for name, error in found.errors.items() if ".experts." in name]
+    assert errors == [0.25] * 3 * 3 * 64
+
+
+def logs(rows):
+    return torch.log_softmax(torch.tensor(rows), -1)
+
+
+def totals(shifts, length=25, seed=0):
+    """Texts of equal length; the other model's first logit is shifted by so much in each."""
+    chance, found = np.random.default_rng(seed), Totals()
+    for number, shift in enumerate(shifts):
+        rows = chance.normal(size=(length, 5)).astype(np.float32)
+        other = rows + np.float32(shift) * np.eye(1, 5, dtype=np.float32)
+        following = torch.tensor(chance.integers(5, size=length))
+        found.add(logs(rows), logs(other), following, torch.full((length,), number))
+    return found
+
+
+def test_an_interval_is_that_of_means_of_texts():
+    """With texts of one length, against numpy drawing the texts' own means."""
+    found = totals([0.0, 0.2, 0.4, 0.8, 1.6, 0.1, 0.3, 0.5])
+    result = found.result()
+    means = [float(part.mean()) for part in found.divergences]
+    chance = np.random.default_rng(1)
+    drawn = chance.choice(means, size=(20_000, len(means))).mean(1)
+
+    low, high = result["intervals"]["kl_mean"]
+    assert result["kl_mean"] == pytest.approx(np.mean(means), rel=1e-5)
+    assert low == pytest.approx(np.quantile(drawn, 0.025), rel=0.1)
+    assert high == pytest.approx(np.quantile(drawn, 0.975), rel=0.1)
+
+
+def test_equal_models_lose_nothing_in_any_resample():
+    result = totals([0.0] * 6).result()
+
+    assert result["kl_mean"] == result["kl_p99"] == 0.0
+    assert result["intervals"]["top1"] == (1.0, 1.0)
+    assert result["intervals"]["perplexity_ratio"] == (1.0, 1.0)
+
+
+def test_the_intervals_hold_the_values_and_are_always_the_same():
+    first, second = totals([0.1, 0.5, 0.9, 0.2, 0.7]), totals([0.1, 0.5, 0.9, 0.2, 0.7])
+    result = first.result()
+
+    assert result == second.result()
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result[name] <= high
+        assert math.isfinite(high)
+
+
+def test_few_texts_have_no_interval():
+    assert totals([0.1, 0.5, 0.9]).result()["intervals"] == {}
