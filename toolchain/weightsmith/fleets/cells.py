@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
@@ -61,8 +60,12 @@ def lock_of(fleet: Fleet, path: Path) -> Lock:
 
     Its path is that of the fleet's lock. Raises UsageError for one that cannot be read.
     """
-    shared = read_lock(_named(_recipe_of(fleet, path)))
-    own = read_lock(_named(path))
+
+    def lock_beside(file: Path) -> Lock:  # which needs nothing of a recipe but its file's name
+        empty = check_recipe({"name": "x", "base": {"source": "x"}}, str(file))
+        return read_lock(RecipeFile(recipe=empty, folder=file.parent, path=file))
+
+    shared, own = lock_beside(_recipe_of(fleet, path)), lock_beside(path)
     return Lock(
         path=own.path,
         sources={**shared.sources, **own.sources},
@@ -76,17 +79,8 @@ def _recipe_of(fleet: Fleet, path: Path) -> Path:
     return place / "recipe.yaml" if place.is_dir() else place
 
 
-def _named(path: Path) -> RecipeFile:
-    """Return a recipe file of that name: a lock needs nothing else of it."""
-    empty = check_recipe({"name": "x", "base": {"source": "x"}}, str(path))
-    return RecipeFile(recipe=empty, folder=path.parent, path=path)
-
-
 def builds_of(
-    fleet: Fleet,
-    path: Path,
-    lock: Lock,
-    settings: Sequence[str] = (),
+    fleet: Fleet, path: Path, lock: Lock, settings: Sequence[str] = ()
 ) -> tuple[AdapterBuild, ...]:
     """Return every adapter's builds; `settings` are the command line's, for the shared recipe.
 
@@ -108,7 +102,10 @@ def builds_of(
     found: dict[str, str] = {}
     builds = []
     for place, entry in _entries(fleet, path):
-        name = entry.name or _name_of(entry.source)
+        source = entry.source.partition("@")[0] if "://" in entry.source else entry.source
+        last = source.rstrip("/").rpartition("/")[2].lower()
+        last = re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:60].strip("-") or "adapter"
+        name = entry.name or last
         if name in found:
             raise UsageError(
                 f"{path}: {place} and {found[name]} are both named `{name}`",
@@ -148,13 +145,6 @@ def _entries(fleet: Fleet, path: Path) -> Iterator[tuple[str, FleetAdapter]]:
             yield f"{place} ({folder.name})", FleetAdapter(source=_text(str(folder)))
 
 
-def _name_of(source: str) -> str:
-    """Return the name of an adapter that has none: its source's last part, as names are."""
-    place = source.partition("@")[0] if "://" in source else source
-    last = place.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:60].strip("-") or "adapter"
-
-
 def _build(
     name: str,
     entry: FleetAdapter,
@@ -164,7 +154,7 @@ def _build(
     path: Path,
     lock: Lock,
 ) -> AdapterBuild:
-    where = f"{path}: {place}"
+    where, folder = f"{path}: {place}", path.parent.absolute()
     data = {**shared, "name": f"{shared.get('name', '')}-{name}"}
     image = shared.get("image") or {}
     if repository := isinstance(image, Mapping) and image.get("repository"):
@@ -173,15 +163,19 @@ def _build(
     if hub := isinstance(outputs, Mapping) and outputs.get("hub"):
         data["outputs"] = {**outputs, "hub": f"{hub}-{name}"}
     given = entry.model_dump(by_alias=True, exclude_unset=True)
-    own = placed({key: given[key] for key in SECTIONS if key in given}, path.parent.absolute())
+    own = placed({key: given[key] for key in SECTIONS if key in given}, folder)
     data = {**data, **{key: _over(data.get(key), value) for key, value in own.items()}}
     one = {key: given[key] for key in given if key not in (*SECTIONS, "name", "targets")}
-    data["adapters"] = [{**one, "source": _place(str(entry.source), path.parent.absolute())}]
+    source = str(entry.source)
+    if "://" not in source:  # of a folder, its absolute path: the last part is its own name
+        source = _text(str(folder / Path(source).expanduser()))
+    data["adapters"] = [{**one, "source": source}]
     data.pop("targets", None)
-    file = RecipeFile(recipe=check_recipe(data, where), folder=path.parent.absolute())
-    file = pinned(file, lock)
+    file = pinned(RecipeFile(recipe=check_recipe(data, where), folder=folder), lock)
     Reference.parse(reference(file.recipe, "x"))
-    wanted = entry.targets or fleet.targets or _texts(shared.get("targets"))
+    usual = shared.get("targets")
+    usual = tuple(map(str, usual)) if isinstance(usual, list | tuple) else ()
+    wanted = entry.targets or fleet.targets or usual
     try:
         chosen = chosen_targets(file, wanted, to_build=True)
     except UsageError as error:
@@ -193,20 +187,11 @@ def _build(
     return AdapterBuild(adapter=name, data=data, file=file, targets=chosen)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list | tuple) else ()
-
-
-def _over(below: Any, above: Any) -> Any:
+def _over(below: JsonValue, above: JsonValue) -> JsonValue:
     """Return a section with what differs on top, key by key."""
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
-
-
-def _place(source: str, folder: Path) -> str:
-    """Return a source; of a folder, its absolute path, whose last part is the folder's own name."""
-    return source if "://" in source else _text(str(folder / Path(source).expanduser()))
 
 
 def _text(path: str) -> str:

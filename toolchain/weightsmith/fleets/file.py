@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.values import JsonValue
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import Section
 from weightsmith.recipe.user_text import read_mapping, require_plain
@@ -91,7 +93,7 @@ def read_fleet(path: Path) -> Fleet:
     return check_fleet(data, str(path))
 
 
-def check_fleet(data: Mapping[str, Any], where: str) -> Fleet:
+def check_fleet(data: Mapping[str, JsonValue], where: str) -> Fleet:
     """Return the fleet that a mapping describes, or raise UsageError listing every fault."""
     require_plain(data, where, _HINT)
     try:
@@ -100,28 +102,21 @@ def check_fleet(data: Mapping[str, Any], where: str) -> Fleet:
         rows = error.errors(include_url=False)
     # An adapter is a text or a mapping: only what was meant is worth a word.
     faults = dict.fromkeys(_fault(row, data) for row in rows if not _of_the_other(row, data))
-    raise UsageError(
-        f"{where}: {'; '.join(list(faults)[:5])}",
-        hint=_HINT,
-    )
+    raise UsageError(f"{where}: {'; '.join(list(faults)[:5])}", hint=_HINT)
 
 
-def _of_the_other(row: Any, data: Mapping[str, Any]) -> bool:
+def _of_the_other(row: ErrorDetails, data: Mapping[str, JsonValue]) -> bool:
     """Say whether a fault is about the kind of adapter that an element of the list is not."""
-    place = row["loc"]
+    place, adapters = row["loc"], data.get("adapters")
     if place == ("adapters",) and row["type"] == "too_short":
-        return bool(data.get("adapters"))  # its elements have the faults
-    if len(place) < 3 or place[0] != "adapters":
+        return bool(adapters)  # its elements have the faults
+    if len(place) < 3 or place[0] != "adapters" or not isinstance(adapters, list | tuple):
         return False
-    try:
-        given = data["adapters"][place[1]]
-    except (LookupError, TypeError):
-        return False
-    meant = "FleetAdapter" if isinstance(given, Mapping) else "str"
-    return bool(place[2] != meant)
+    given = adapters[int(place[1])]
+    return place[2] != ("FleetAdapter" if isinstance(given, Mapping) else "str")
 
 
-def _fault(row: Any, data: Mapping[str, Any]) -> str:
+def _fault(row: ErrorDetails, data: Mapping[str, JsonValue]) -> str:
     place = [str(part) for part in row["loc"] if part not in ("str", "FleetAdapter")]
     shown = ".".join(place)
     if row["type"] == "extra_forbidden":

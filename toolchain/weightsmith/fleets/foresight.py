@@ -50,7 +50,7 @@ def plan_of(graph: Graph) -> dict[str, JsonValue]:
     }
 
 
-def _facts(task: FleetTask) -> dict[str, Any]:
+def _facts(task: FleetTask) -> dict[str, JsonValue]:
     needs = task.needs
     return {
         "key": task.id,
@@ -65,10 +65,20 @@ def _facts(task: FleetTask) -> dict[str, Any]:
 
 def text_of(plan: Mapping[str, Any]) -> str:
     """Return the plan for people."""
+
+    def state(row: Mapping[str, Any]) -> str:
+        if row.get("error"):
+            return f"refused: {row['error']}"
+        if row["cached"]:
+            return "cached"
+        left = [stage["stage"] for stage in row.get("stages", ()) if not stage["cached"]]
+        what = f"to do ({', '.join(left)})" if left else "to do"
+        return f"{what}; {row['cpus']} CPUs, {human(row['memory_bytes'])}"
+
     lines = [
-        f"shared  {row['task']} (for {row['cells']} cells): {_state(row)}" for row in plan["shared"]
+        f"shared  {row['task']} (for {row['cells']} cells): {state(row)}" for row in plan["shared"]
     ]
-    lines += [f"cell    {row['adapter']} x {row['target']}: {_state(row)}" for row in plan["cells"]]
+    lines += [f"cell    {row['adapter']} x {row['target']}: {state(row)}" for row in plan["cells"]]
     total = plan["total"]
     lines.append(
         f"{total['cells']} cells, {total['cached']} cached, {total['refused']} refused by the plan;"
@@ -81,13 +91,3 @@ def text_of(plan: Mapping[str, Any]) -> str:
         f"{human(total['disk_bytes'])} of disk"
     )
     return "\n".join(lines)
-
-
-def _state(row: Mapping[str, Any]) -> str:
-    if row.get("error"):
-        return f"refused: {row['error']}"
-    if row["cached"]:
-        return "cached"
-    left = [stage["stage"] for stage in row.get("stages", ()) if not stage["cached"]]
-    what = f"to do ({', '.join(left)})" if left else "to do"
-    return f"{what}; {row['cpus']} CPUs, {human(row['memory_bytes'])}"

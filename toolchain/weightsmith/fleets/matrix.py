@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import yaml
 
@@ -25,26 +24,6 @@ https://gitlab.com/gitlab-org/gitlab/-/issues/584573: no pipeline appears if one
 """
 
 
-@dataclass(frozen=True, slots=True)
-class MatrixJob:
-    """One job of a matrix: a cell, or several adapters where there are too many cells."""
-
-    adapters: tuple[str, ...]
-    targets: tuple[str, ...]
-
-    @property
-    def arguments(self) -> str:
-        """Flags of `fleet` that choose it."""
-        words = [f"--adapter {name}" for name in self.adapters]
-        return " ".join((*words, *(f"--target {name}" for name in self.targets)))
-
-    @property
-    def name(self) -> str:
-        """Its name for people."""
-        more = f" and {len(self.adapters) - 1} more" if len(self.adapters) > 1 else ""
-        return f"{self.adapters[0]}{more} {' '.join(self.targets)}".strip()
-
-
 def matrix_of(
     builds: Sequence[AdapterBuild], system: str, file: str
 ) -> tuple[Mapping[str, Writable], str]:
@@ -55,46 +34,38 @@ def matrix_of(
     """
     if system not in _LIMITS:
         raise UsageError(f"--print {system}: unknown", hint=f"one of {', '.join(_LIMITS)}")
-    limit = _LIMITS[system]
-    jobs = _jobs(builds, limit)
+    limit, note = _LIMITS[system], ""
+    names = [build.adapter for build in builds]
     cells = sum(len(build.targets) for build in builds)
-    rows = [
-        {
-            "name": job.name,
-            "adapter": ",".join(job.adapters),
-            "target": ",".join(job.targets),
-            "arguments": job.arguments,
-        }
-        for job in jobs
-    ]
+    rows = [_row([build.adapter], [one.name]) for build in builds for one in build.targets]
+    if limit and cells > limit:
+        each = -(-len(names) // limit)
+        rows = [_row(names[start : start + each], []) for start in range(0, len(names), each)]
+        note = (
+            f"{cells} cells are more than the {limit} jobs of one matrix: each of {len(rows)} jobs "
+            "builds several adapters with all of their targets"
+        )
     facts: dict[str, Writable] = {
         "system": system,
-        "jobs": len(jobs),
+        "jobs": len(rows),
         "cells": cells,
         "limit": limit or None,
-        "split": len(jobs) != cells,
+        "split": len(rows) != cells,
         "matrix": {"include": rows},
     }
-    note = (
-        f"{cells} cells are more than the {limit} jobs of one matrix: each of {len(jobs)} jobs "
-        "builds several adapters with all of their targets"
-        if len(jobs) != cells
-        else ""
-    )
     return facts, _TEXTS[system](rows, shlex.quote(file), note)
 
 
-def _jobs(builds: Sequence[AdapterBuild], limit: int) -> list[MatrixJob]:
-    cells = [
-        MatrixJob((build.adapter,), (target.name,)) for build in builds for target in build.targets
-    ]
-    if not limit or len(cells) <= limit:
-        return cells
-    each = -(-len(builds) // limit)
-    names = [build.adapter for build in builds]
-    return [
-        MatrixJob(tuple(names[start : start + each]), ()) for start in range(0, len(names), each)
-    ]
+def _row(adapters: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
+    """Return one job: a cell, or several adapters where there are too many cells."""
+    more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
+    words = [f"--adapter {name}" for name in adapters]
+    return {
+        "name": f"{adapters[0]}{more} {' '.join(targets)}".strip(),
+        "adapter": ",".join(adapters),
+        "target": ",".join(targets),
+        "arguments": " ".join((*words, *(f"--target {name}" for name in targets))),
+    }
 
 
 def _github(rows: Sequence[Mapping[str, str]], _file: str, _note: str) -> str:

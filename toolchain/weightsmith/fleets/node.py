@@ -13,10 +13,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from weightsmith.building.build import build, run_stages
 from weightsmith.building.pipeline import steps_of
@@ -36,7 +35,7 @@ from weightsmith.evaluating.build_record import BuildRecord, StageRecord, read_b
 from weightsmith.evaluating.results import task_of
 from weightsmith.evaluating.walks import inputs as answer_inputs
 from weightsmith.evaluating.walks import subjects
-from weightsmith.fleets.payloads import unpacked
+from weightsmith.fleets.payloads import unpack
 from weightsmith.fleets.requests import (
     BASE,
     CELL,
@@ -62,18 +61,32 @@ _REPORTS = 64 << 20
 """Bytes of a build's reports that are sent back; an image is never among them."""
 
 
+@dataclass(slots=True)
+class _Result:
+    """What a task has to tell beside its error; `stages` are those done, whatever becomes of it."""
+
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    row: CellSummary | None = None
+    lock: Mapping[str, JsonValue] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
 def answer(request: TaskRequest, tools: Tools) -> TaskReply:
     """Do one task, and return what became of it; a WeightsmithError is part of the reply."""
-    began, cpu = time.monotonic(), _cpu()
-    stages: dict[str, StageRecord] = {}
+    began, cpu = time.monotonic(), sum(os.times()[:4])  # with those that it has waited for
     result, failure = _Result(), None
     with tools.scratch() as home:
         try:
-            _require_version(request)
-            result = _do(request, home, stages, tools)
+            if request.version != (ours := version()):
+                raise EnvironmentFailure(
+                    f"{DIFFERENT} on {socket.gethostname()}: {ours}, and the fleet is "
+                    f"{request.version}",
+                    hint="install the same version on every node",
+                )
+            _do(request, home, result, tools)
         except WeightsmithError as error:
             failure = Failure.of(error)
-            result = _refused(request, home)
+            _take_refused(request, home, result)
         except OSError as error:
             if (refused := of_machine(error)) is None:
                 raise
@@ -82,75 +95,54 @@ def answer(request: TaskRequest, tools: Tools) -> TaskReply:
             id=request.id,
             node=socket.gethostname(),
             seconds=round(time.monotonic() - began, 3),
-            cpu_seconds=round(_cpu() - cpu, 3),
+            cpu_seconds=round(sum(os.times()[:4]) - cpu, 3),
             row=result.row,
             error=failure,
-            stages={name: row.cached for name, row in (result.stages or stages).items()},
+            stages={name: row.cached for name, row in result.stages.items()},
             lock=result.lock,
             bytes_moved=result.row.uploaded_bytes if result.row else 0,
             files=result.files,
         )
 
 
-def _cpu() -> float:
-    """Return the CPU seconds of this process and of those that it has waited for."""
-    return sum(os.times()[:4])
-
-
-class _Result:
-    """What a task has to tell beside its error."""
-
-    def __init__(
-        self,
-        row: CellSummary | None = None,
-        stages: Mapping[str, Any] | None = None,
-        lock: Mapping[str, JsonValue] | None = None,
-        files: Mapping[str, str] | None = None,
-    ) -> None:
-        self.row, self.stages = row, stages or {}
-        self.lock, self.files = lock or {}, files or {}
-
-
-def _require_version(request: TaskRequest) -> None:
-    if request.version != (ours := version()):
-        raise EnvironmentFailure(
-            f"{DIFFERENT} on {socket.gethostname()}: {ours}, and the fleet is {request.version}",
-            hint="install the same version on every node",
-        )
-
-
-def _do(request: TaskRequest, home: Path, stages: dict[str, StageRecord], tools: Tools) -> _Result:
-    """Do a task; `stages` are filled with what was done, whatever becomes of it."""
+def _do(request: TaskRequest, home: Path, result: _Result, tools: Tools) -> None:
     tools = replace(tools, two_at_once=lambda: False)  # other tasks use the other CPUs and memory
-    file = _written(request, home, tools)
-    targets = chosen_targets(file, request.targets, to_build=True) if request.targets else ()
+    file, given = _written(request, home, tools), request.outputs
+    layout, push = given.get("layout"), bool(given.get("push"))
     asked = BuildRequest(
         file=file,
-        targets=targets,
-        outputs=_outputs(request),
+        targets=chosen_targets(file, request.targets, to_build=True) if request.targets else (),
+        outputs=ImageOutputs(
+            load=bool(given.get("load")),
+            push=push,
+            force=bool(given.get("force")),
+            tag_digest=push,
+            layout=Path(str(layout)) if layout else None,
+        ),
         dist=_dist(request, home),
         engine_answers=tools.images_in_engine,
     )
-    row: CellSummary | None = None
+    if asked.dist != Path(request.dist) and request.kind == CELL and not (push and not layout):
+        raise EnvironmentFailure(
+            f"{socket.gethostname()} does not share the folder {request.dist}, so the image cannot "
+            "be put there",
+            hint="give --push, or with --dist a folder that all nodes share",
+        )
     if request.kind == CELL:
         (built,) = build(asked, tools)
-        stages |= built.stages
-        row = row_of(
-            read_build(asked.folder(built.target)), built.report, built.published.reference
-        )
+        result.stages |= built.stages
+        record = read_build(asked.folder(built.target))
+        result.row = _row_of(record, built.report, built.published.reference)
     else:
         if request.kind == BASE:
             _prepare(asked, tools)
         for records in run_stages(asked, request.stages, tools):
-            stages |= records
+            result.stages |= records
         if request.questions:
-            stages |= _answered(request, file, tools)
+            result.stages |= _answered(request, file, tools)
     lock = read_lock(file)
-    return _Result(
-        row=row,
-        lock={"sources": lock.sources, "bases": lock.bases},
-        files=_reports(asked.dist) if asked.dist != Path(request.dist) else {},
-    )
+    result.lock = {"sources": lock.sources, "bases": lock.bases}
+    result.files = _reports(asked.dist) if asked.dist != Path(request.dist) else {}
 
 
 def _prepare(asked: BuildRequest, tools: Tools) -> None:
@@ -190,7 +182,8 @@ def _left_to_cells(tools: Tools, *kinds: type[WeightsmithError]) -> Iterator[Non
 
 def _written(request: TaskRequest, home: Path, tools: Tools) -> RecipeFile:
     """Write the lock of a recipe and what it names into a folder, and check it as a user's."""
-    recipe = check_recipe(unpacked(request, home, tools), request.adapter)
+    unpack(request, home, tools)
+    recipe = check_recipe(request.recipe, request.adapter)
     path = home / "recipe.yaml"
     path.with_suffix(".lock").write_text(
         json.dumps({"sources": {}, "bases": {}, **request.lock}), "utf-8"
@@ -198,30 +191,10 @@ def _written(request: TaskRequest, home: Path, tools: Tools) -> RecipeFile:
     return RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
 
 
-def _outputs(request: TaskRequest) -> ImageOutputs:
-    given = request.outputs
-    layout = given.get("layout")
-    return ImageOutputs(
-        load=bool(given.get("load")),
-        push=bool(given.get("push")),
-        force=bool(given.get("force")),
-        tag_digest=bool(given.get("push")),
-        layout=Path(str(layout)) if layout else None,
-    )
-
-
 def _dist(request: TaskRequest, home: Path) -> Path:
     """Return the folder of results: the user's if this node shares it, else one of our own."""
-    if (Path(request.dist) / request.token).is_file():
-        return Path(request.dist)
-    given = request.outputs
-    if request.kind == CELL and not (given.get("push") and not given.get("layout")):
-        raise EnvironmentFailure(
-            f"{socket.gethostname()} does not share the folder {request.dist}, so the image cannot "
-            "be put there",
-            hint="give --push, or with --dist a folder that all nodes share",
-        )
-    return home / "dist"
+    shared = (Path(request.dist) / request.token).is_file()
+    return Path(request.dist) if shared else home / "dist"
 
 
 def _reports(dist: Path) -> dict[str, str]:
@@ -235,27 +208,21 @@ def _reports(dist: Path) -> dict[str, str]:
     }
 
 
-def _refused(request: TaskRequest, home: Path) -> _Result:
-    """Return what a build that stopped has left: its record, if it wrote one."""
-    shared = (Path(request.dist) / request.token).is_file()
-    dist = Path(request.dist) if shared else home / "dist"
-    name, number = str(request.recipe.get("name")), str(request.recipe.get("version", "0.1.0"))
-    places = [dist / name / number / t / "refused" for t in request.targets]
-    for folder in (*places, dist / name / number / "refused"):
-        try:
-            record = read_build(folder)
-        except (OSError, ValueError):
-            continue
-        row = row_of(record, folder / "report.html", "")
-        return _Result(row=row, stages=record.stages, files={} if shared else _reports(dist))
-    return _Result()
+def _take_refused(request: TaskRequest, home: Path, result: _Result) -> None:
+    """Take what a build that stopped has left: its record, if it wrote one."""
+    dist, recipe = _dist(request, home), request.recipe
+    folder = dist / str(recipe.get("name")) / str(recipe.get("version", "0.1.0"))
+    for place in (*(folder / target / "refused" for target in request.targets), folder / "refused"):
+        with suppress(OSError, ValueError):
+            record = read_build(place)
+            result.row = _row_of(record, place / "report.html", "")
+            result.stages = dict(record.stages) or result.stages
+            result.files = {} if dist == Path(request.dist) else _reports(dist)
+            return
 
 
-def row_of(record: BuildRecord, report: Path, reference: str) -> CellSummary:
-    """Return what the fleet's table shows of a build.
-
-    An image that was not started has the score of its dequantized weights, if they were asked.
-    """
+def _row_of(record: BuildRecord, report: Path, reference: str) -> CellSummary:
+    # An image that was not started has the score of its dequantized weights, if they were asked.
     answered = next((who for who in ("image", "dequantized") if who in record.scores), "")
     score = record.scores.get(answered)
     drops = [v.comparison for v in record.verdicts if v.subject == answered and v.comparison]

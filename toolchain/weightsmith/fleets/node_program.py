@@ -42,7 +42,8 @@ def main() -> int:
         sys.stderr.write(f"this is no request of a fleet: {error}\n")
         return 2
     raise_it()
-    end_with_parent()
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         reply = _answer(request)
@@ -90,13 +91,8 @@ def _answer(request: TaskRequest) -> TaskReply:
     return TaskReply.of_failure(request.id, socket.gethostname(), failure)
 
 
-def end_with_parent() -> None:
-    """End as on SIGTERM when standard input closes, if it is a pipe: who asked is gone then."""
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=_watch_stdin, daemon=True).start()
-
-
-def _watch_stdin() -> None:
+def _end_with_parent() -> None:
+    """End as on SIGTERM when standard input closes: who asked is gone then."""
     while os.read(0, 1024):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from weightsmith.cache.document import content_inputs
 from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
@@ -40,10 +40,16 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
     """
     files: dict[str, str] = {}
     payloads: dict[str, Digest] = {}
-    data = _copied(request.recipe)
+    data = deepcopy(dict(request.recipe))
     questions = tuple(dict(one) for one in request.questions)
+    sections = [(data.get(section), key) for section, key in NAMED]
+    named = [
+        (part, key)
+        for part, key in sections
+        if isinstance(part, dict) and str(part.get(key) or "") not in WORDS
+    ]
     asked = [(one, key) for one in questions for key in ("data", "training") if one.get(key)]
-    for part, key in (*_places(data), *asked):
+    for part, key in (*named, *asked):
         path = Path(str(part[key]))
         try:
             name, sent = path.name, path.stat().st_size > _ALONG
@@ -59,11 +65,12 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
         else:
             place = f"files/{len(files)}/{name}"
             files[place], part[key] = base64.b64encode(content).decode(), place
-    for part in _folders(data):
-        source = Path(part["source"])
-        tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
-        name = f"folders/{len(payloads)}/{source.name}"
-        payloads[name], part["source"] = _sent(tree, tools, again=again), name
+    for part in (data["base"], *data["adapters"]):
+        source = str(part["source"])
+        if "://" not in source:
+            tree = tools.readers[""].fetch(source, "", "", tools.progress).tree
+            name = f"folders/{len(payloads)}/{Path(source).name}"
+            payloads[name], part["source"] = _sent(tree, tools, again=again), name
     return replace(request, recipe=data, questions=questions, files=files, payloads=payloads)
 
 
@@ -95,8 +102,8 @@ def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
     return stage.key
 
 
-def unpacked(request: TaskRequest, home: Path, tools: Tools) -> Mapping[str, Any]:
-    """Return the request's recipe, with what it names put into `home`.
+def unpack(request: TaskRequest, home: Path, tools: Tools) -> None:
+    """Put what a request's recipe names into `home`.
 
     Raises EnvironmentFailure if the cache lacks a folder, CacheLost if it has a damaged one: after
     all of them were read, so that one retry replaces whatever is damaged.
@@ -125,37 +132,9 @@ def unpacked(request: TaskRequest, home: Path, tools: Tools) -> Mapping[str, Any
             damaged.append(error)
     if damaged:
         raise damaged[0]
-    return request.recipe
 
 
 def _inside(home: Path, name: str) -> Path:
     place = home / name
     place.parent.mkdir(parents=True, exist_ok=True)
     return place
-
-
-def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe whose sections can be changed."""
-    return {
-        key: dict(value)
-        if isinstance(value, Mapping)
-        else [dict(one) for one in value]
-        if key == "adapters"
-        else value
-        for key, value in data.items()
-    }
-
-
-def _places(data: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield each section with a key that names a file."""
-    for section, key in NAMED:
-        part = data.get(section)
-        if isinstance(part, dict) and str(part.get(key) or "") not in WORDS:
-            yield part, key
-
-
-def _folders(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the base and the adapters that are folders."""
-    for part in (data["base"], *data["adapters"]):
-        if "://" not in str(part["source"]):
-            yield part

@@ -19,7 +19,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import write_folder
 from weightsmith.core.ports import Ended, FleetEngine, NodeTask, Silent
 from weightsmith.core.safe_parse import RECORD, parse
-from weightsmith.core.values import Json, canonical
+from weightsmith.core.values import JsonValue, canonical
 from weightsmith.fleets.graph import FleetTask, Graph
 from weightsmith.fleets.node import answer
 from weightsmith.fleets.payloads import packed
@@ -55,8 +55,8 @@ Changed = Callable[[FleetRows], None]
 class Order:
     """What the user asked of every build."""
 
-    outputs: Mapping[str, Json]
-    tools: Mapping[str, Json]
+    outputs: Mapping[str, JsonValue]
+    tools: Mapping[str, JsonValue]
     dist: Path
     token: str
     lock: Lock
@@ -74,8 +74,7 @@ class FleetRun:
     tools: Tools
     changed: Changed
     _spent: Spent = field(default_factory=Spent)
-    _cells: dict[str, CellRow] = field(default_factory=dict)
-    _shared: dict[str, SharedRow] = field(default_factory=dict)
+    _rows: dict[str, CellRow | SharedRow] = field(default_factory=dict)
     _failures: dict[str, Failure] = field(default_factory=dict)
     """Of shared tasks: what those that wait for them fail with."""
     _done: set[str] = field(default_factory=set)
@@ -109,7 +108,8 @@ class FleetRun:
             try:
                 self.engine.close()
             finally:
-                self._keep_lock()
+                if self._lock and self._lock != self.order.lock:
+                    write_lock(self.order.lock, self._lock, self.tools.progress)
         self._tell()
         return self.rows()
 
@@ -117,8 +117,8 @@ class FleetRun:
         """Return how the fleet stands."""
         own = sum(os.times()[:2])
         return FleetRows(
-            cells=tuple(self._cells.values()),
-            shared=tuple(self._shared.values()),
+            cells=tuple(row for row in self._rows.values() if isinstance(row, CellRow)),
+            shared=tuple(row for row in self._rows.values() if isinstance(row, SharedRow)),
             bytes_moved=self._spent.bytes_moved + self.tools.moved(),
             cpu_seconds=round(own + self._spent.cpu_seconds, 3),
             own_cpu_seconds=round(own, 3),
@@ -128,29 +128,31 @@ class FleetRun:
 
     def _begin(self) -> None:
         for task in self.graph.tasks:
-            if task.kind != CELL:
-                self._shared[task.id] = SharedRow(
+            if task.kind == CELL:
+                row = CellRow(adapter=task.cells[0].adapter, target=task.cells[0].target)
+                self._rows[task.id] = failed(row, task.failure) if task.failure else row
+            else:
+                self._rows[task.id] = SharedRow(
                     task=task.name, kind=task.kind, cells=len(task.cells)
                 )
-                continue
-            cell = task.cells[0]
-            row = CellRow(adapter=cell.adapter, target=cell.target)
-            self._cells[task.id] = failed(row, task.failure) if task.failure else row
             if task.failure:
                 self._done.add(task.id)
         self._tell()
 
     def _finish_cached(self) -> None:
         """Finish what needs no stage to be run: nothing is given to the engine for it."""
-        for task in self.graph.tasks:
-            if task.cached and task.kind != CELL:
+        for task in self.graph.shared:
+            if task.cached:
                 self._done.add(task.id)
-                self._shared[task.id] = replace(self._shared[task.id], state=ENDED, cached=True)
+                self._change(task, state=ENDED, cached=True)
         for task in self.graph.cells:
             if task.cached and task.id not in self._done:
                 quiet = replace(self.tools, progress=Silent())
                 reply = replace(answer(self._request(task), quiet), cpu_seconds=0.0)
                 self._end(task, reply)
+
+    def _change(self, task: FleetTask, **changes: str | bool | float | None) -> None:
+        self._rows[task.id] = replace(self._rows[task.id], **changes)  # type: ignore[arg-type]
 
     def _is_over(self) -> bool:
         return all(task.id in self._done for task in self.graph.tasks)
@@ -174,23 +176,20 @@ class FleetRun:
     def _ready(self) -> Iterator[FleetTask]:
         now = time.monotonic()
         for task in self.graph.tasks:
-            if task.id in self._done or task.id in self._given:
+            waits = self._not_before.get(task.id, now) > now
+            if task.id in self._done or task.id in self._given or waits:
                 continue
-            if self._not_before.get(task.id, now) > now:
-                continue
-            broken = [self._failures[key] for key in task.after if key in self._failures]
-            if broken:
+            if broken := [self._failures[key] for key in task.after if key in self._failures]:
                 self._fail(task, broken[0])
             elif self._done.issuperset(task.after):
                 yield task
 
     def _work(self, task: FleetTask) -> NodeTask:
-        request = self._request(task)
+        request, needs = self._request(task), task.needs
         if self.engine.remote:
             request = packed(request, self.tools, again=task.id in self._not_before)
             if task.kind != CELL:  # the cells find its results in the cache, or make them again
                 request = replace(request, tools={**request.tools, "upload_seconds": _UPLOAD})
-        needs = task.needs
         return NodeTask(
             id=task.id,
             name=task.name,
@@ -203,9 +202,10 @@ class FleetRun:
         )
 
     def _request(self, task: FleetTask) -> TaskRequest:
-        lock = self._lock or self.order.lock
-        tools = dict(self.order.tools)
-        tools.setdefault("memory", f"{task.needs.memory_bytes}B")
+        lock, outputs = self._lock or self.order.lock, dict(self.order.outputs)
+        if outputs.get("layout"):  # of several, each has a folder of its own
+            place = Path(str(outputs["layout"])) / task.build.adapter / task.targets[0].name
+            outputs["layout"] = str(place)
         return TaskRequest(
             id=task.id,
             kind=task.kind,
@@ -216,19 +216,11 @@ class FleetRun:
             targets=tuple(target.name for target in task.targets),
             stages=task.stages,
             questions=task.questions,
-            outputs=self._outputs(task),
-            tools=tools,
+            outputs=outputs,
+            tools={"memory": f"{task.needs.memory_bytes}B", **self.order.tools},
             dist=str(self.order.dist),
             token=self.order.token,
         )
-
-    def _outputs(self, task: FleetTask) -> Mapping[str, Json]:
-        """Return where a cell's image goes; of several layouts, each has a folder of its own."""
-        outputs = dict(self.order.outputs)
-        if outputs.get("layout"):
-            place = Path(str(outputs["layout"])) / task.build.adapter / task.targets[0].name
-            outputs["layout"] = str(place)
-        return outputs
 
     def _take(self, ended: Ended) -> None:
         """Take a task's reply; what failed because of its machine is tried elsewhere."""
@@ -241,42 +233,47 @@ class FleetRun:
             self._avoid[task.id] = self._avoid.get(task.id, frozenset()) | {ended.node}
         if failure and failure.exit_code == 5:
             self._take_failure(task, reply)
-            return
-        self._count_try(task)
-        self._end(task, reply)
+        else:
+            self._change(task, tries=self._rows[task.id].tries + 1)
+            self._end(task, reply)
 
     def _take_failure(self, task: FleetTask, reply: TaskReply) -> None:
         """Let a task be tried again after a pause, unless it was tried often enough."""
-        failure = reply.error or Failure(message="")
-        tries = (self._cells.get(task.id) or self._shared[task.id]).tries
-        self._count_try(task)
+        tries = self._rows[task.id].tries
+        self._change(task, tries=tries + 1)
         if not self.engine.remote or tries >= len(_PAUSES):
             self._end(task, reply)
             return
-        pause = _PAUSES[tries]
-        where = f" on {reply.node}" if reply.node else ""
+        why, where = reply.error.message if reply.error else "", f" on {reply.node}"
         self.tools.progress.warn(
-            f"{task.name}{where}: {failure.message}; tried again in {pause:g} s"
+            f"{task.name}{where if reply.node else ''}: {why}; tried again in {_PAUSES[tries]:g} s"
         )
         self._spent.add(replace(reply, stages={}))
         self._given.discard(task.id)
-        self._not_before[task.id] = time.monotonic() + pause
-        self._set_state(task, WAITING)
+        self._not_before[task.id] = time.monotonic() + _PAUSES[tries]
+        self._change(task, state=WAITING)
 
     def _end(self, task: FleetTask, reply: TaskReply) -> None:
         self._spent.add(reply)
         self._done.add(task.id)
-        self._pin(reply.lock)
+        # Later tasks use the same commits and base images.
+        before, pinned = self._lock or self.order.lock, reply.lock
+        sources = {n: row for n, row in pinned.get("sources", {}).items() if "://" in n}
+        bases: dict[str, Any] = dict(before.bases)
+        for name, platforms in pinned.get("bases", {}).items():
+            bases[name] = {**platforms, **bases.get(name, {})}
+        self._lock = replace(before, sources={**sources, **before.sources}, bases=bases)
         self._put_reports(reply)
-        if task.kind == CELL:
-            row = of_reply(self._cells[task.id], reply)
-            if reply.files and row.report:
-                row = replace(row, report=str(self.order.dist / _below_dist(row.report, reply)))
-            self._cells[task.id] = row
+        row, failure = self._rows[task.id], reply.error
+        if isinstance(row, CellRow):
+            row = of_reply(row, reply)
+            if reply.files and row.report:  # it came back: it is below the folder of results now
+                name = next((n for n in reply.files if row.report.endswith(n)), row.report)
+                row = replace(row, report=str(self.order.dist / name))
+            self._rows[task.id] = row
         else:
-            failure = reply.error
-            self._shared[task.id] = replace(
-                self._shared[task.id],
+            self._change(
+                task,
                 state=ENDED,
                 seconds=reply.seconds,
                 cached=bool(reply.stages) and all(reply.stages.values()),
@@ -289,12 +286,12 @@ class FleetRun:
 
     def _fail(self, task: FleetTask, failure: Failure) -> None:
         self._done.add(task.id)
-        if task.kind == CELL:
-            self._cells[task.id] = failed(self._cells[task.id], failure)
+        row = self._rows[task.id]
+        if isinstance(row, CellRow):
+            self._rows[task.id] = failed(row, failure)
         else:
             self._failures[task.id] = failure
-            row = self._shared[task.id]
-            self._shared[task.id] = replace(row, state=ENDED, error=failure.message)
+            self._change(task, state=ENDED, error=failure.message)
         self._tell()
 
     def _put_reports(self, reply: TaskReply) -> None:
@@ -307,42 +304,14 @@ class FleetRun:
         if inside:  # all at once: the disk is waited for once for each folder
             write_folder(self.order.dist, inside)
 
-    def _pin(self, lock: Mapping[str, Json]) -> None:
-        """Take over what a task pinned: later tasks use the same commits and base images."""
-        before = self._lock or self.order.lock
-        sources = {n: row for n, row in lock.get("sources", {}).items() if "://" in n}
-        bases: dict[str, Any] = dict(before.bases)
-        for name, row in lock.get("bases", {}).items():
-            bases[name] = {**row, **bases.get(name, {})}
-        self._lock = replace(before, sources={**sources, **before.sources}, bases=bases)
-
-    def _keep_lock(self) -> None:
-        if self._lock and self._lock != self.order.lock:
-            write_lock(self.order.lock, self._lock, self.tools.progress)
-
     def _look(self) -> None:
         """Say which tasks run now."""
-        running = self.engine.running()
-        before = (dict(self._cells), dict(self._shared))
+        running, before = self.engine.running(), dict(self._rows)
         for task in self.graph.tasks:
             if task.id in self._given and task.id not in self._done:
-                self._set_state(task, RUNNING if task.id in running else WAITING)
-        if before != (self._cells, self._shared):
+                self._change(task, state=RUNNING if task.id in running else WAITING)
+        if before != self._rows:
             self._tell()
-
-    def _set_state(self, task: FleetTask, state: str) -> None:
-        if task.kind == CELL:
-            self._cells[task.id] = replace(self._cells[task.id], state=state)
-        else:
-            self._shared[task.id] = replace(self._shared[task.id], state=state)
-
-    def _count_try(self, task: FleetTask) -> None:
-        if task.kind == CELL:
-            row = self._cells[task.id]
-            self._cells[task.id] = replace(row, tries=row.tries + 1)
-        else:
-            other = self._shared[task.id]
-            self._shared[task.id] = replace(other, tries=other.tries + 1)
 
     def _tell(self) -> None:
         self.changed(self.rows())
@@ -358,8 +327,3 @@ def _read(ended: Ended) -> TaskReply:
             why = f"its reply cannot be read: {error}"
     failure = Failure(message=why or "it ended without a reply", hint="", exit_code=5)
     return TaskReply.of_failure(ended.id, ended.node, failure)
-
-
-def _below_dist(report: str, reply: TaskReply) -> str:
-    """Return where a report that came back stands below the folder of results."""
-    return next((name for name in reply.files if report.endswith(name)), report)
