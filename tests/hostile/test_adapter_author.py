@@ -39,8 +39,7 @@ from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.merging.plan import make_plan
 from weightsmith.outside.forked import forked
 from weightsmith.quantizers.quality.texts import _lengths
-from weightsmith.validating.findings import finding
-from weightsmith.validating.result import Validation
+from weightsmith.validating.result import Validation, finding
 
 from tests.fakes.records import BUILD
 from tests.paths import TINY

@@ -9,7 +9,7 @@ import pytest
 from weightsmith.forward.memory import LayerTime
 from weightsmith.stages import validate
 from weightsmith.stages.validate import ValidateStep
-from weightsmith.validating import greedy
+from weightsmith.validating import probes
 
 TIMES = LayerTime(layers=10, counts=(8, 256), layer=(1.0, 32.0), head=(0.5, 0.5))
 """A layer takes an eighth of a second per token, the head always half a second."""
@@ -29,7 +29,7 @@ def test_a_large_model_generates_few_tokens_for_its_validation(size: int, new: i
     found = ValidateStep.seconds(given, TIMES, cast("Any", {"sources": sources}))
 
     assert found == pytest.approx(new * TIMES.passed(8, 8) + TIMES.passed(3 * 640, 3 * 640))
-    theirs = (greedy._MOST_NEW, greedy._FEW_NEW, greedy._LARGE)
+    theirs = (probes._MOST_NEW, probes._FEW_NEW, probes._LARGE)
     assert theirs == (validate._NEW, validate._FEW_NEW, validate._LARGE)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.validating import greedy
+from weightsmith.validating import probes
 from weightsmith.validating.forwards import MergedModel
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
@@ -83,7 +83,7 @@ def test_the_text_is_generated_without_loading_the_model(
 def test_a_large_model_generates_fewer_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(greedy, "_LARGE", 1000)
+    monkeypatch.setattr(probes, "_LARGE", 1000)
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora)

@@ -1,7 +1,7 @@
 """Answers of the reference job that are a probe's text, so that it is not generated again."""
 
 import pytest
-from weightsmith.validating.greedy import known
+from weightsmith.validating.probes import known
 
 END = 9
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from weightsmith.core.jobs import CombinationRule
 from weightsmith.stages.validate import mixture
-from weightsmith.validating.elements import TensorComparison
-from weightsmith.validating.mixtures import MaskCounts, compare_kept
+from weightsmith.validating.elements import MaskCounts, TensorComparison, compare_kept
 
 from tests.unit.validating.conftest import (
     edit_tensors,

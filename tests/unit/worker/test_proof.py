@@ -21,7 +21,7 @@ from weightsmith.core.jobs import (
     ValidateJob,
 )
 from weightsmith.forward.lockstep import Lockstep
-from weightsmith.validating.greedy import drafts
+from weightsmith.validating.probes import drafts
 from weightsmith.worker.jobs import STAGES
 
 from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model, merged

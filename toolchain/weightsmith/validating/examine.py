@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -14,22 +15,26 @@ from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.experts import stacks_of
 from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
-from weightsmith.validating.elements import ARITHMETIC, TensorComparison, compare_rows
-from weightsmith.validating.findings import ERROR, Finding, finding
-from weightsmith.validating.mixtures import (
+from weightsmith.validating.elements import (
+    ARITHMETIC,
     TRUNCATION,
     MaskCounts,
+    TensorComparison,
     can_judge,
     compare_kept,
+    compare_rows,
     truncated,
 )
-from weightsmith.validating.sites import Site, is_approximate, tuner_layers
-from weightsmith.validating.stacked import (
+from weightsmith.validating.result import ERROR, Finding, finding
+from weightsmith.validating.sites import (
+    Site,
     compare_experts,
     dtype_of,
+    is_approximate,
     rounded_experts,
     rows_of,
     stored,
+    tuner_layers,
 )
 
 _SAMPLES = 8
@@ -73,12 +78,12 @@ class Examiner:
     def watch(self, site: Site) -> None:
         """Examine a site when it runs."""
         if stacks_of(site.layer):
-            site.layer.register_forward_hook(self._stacked(site))
+            site.layer.register_forward_hook(partial(self._examine_stacked, site))
         elif site.kind == "other":
             site.layer.register_forward_pre_hook(lambda *_: self._fill(site))
-            site.layer.register_forward_hook(self._other(site))
+            site.layer.register_forward_hook(partial(self._examine_other, site))
         else:
-            site.layer.register_forward_hook(self._plain(site))
+            site.layer.register_forward_hook(partial(self._examine_plain, site))
 
     def watch_replaced(self, module: torch.nn.Module, parameters: Mapping[str, str]) -> None:
         """Run the twins with an adapter's replaced parameters, rounded to the merged file's dtype.
@@ -122,28 +127,27 @@ class Examiner:
         else:
             self._blocks(site, lambda *_: None)
 
-    def _plain(self, site: Site) -> Callable[..., torch.Tensor | None]:
-        def examine(
-            _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
-        ) -> torch.Tensor | None:
-            if site.seen:
-                return None
-            site.seen = True
-            x = args[0].flatten() if site.kind == "embedding" else args[0].flatten(0, -2)
-            twins = self.twins.get(len(x), 0)
-            if not twins:
-                self.unjudged.append(site.parameters["weight"])
-            with self.apart():
-                outputs = _Outputs(site, x, out, twins)
-                self._blocks(site, outputs.take)
-            bias = self._bias(site)
-            self.findings += outputs.judge(bias)
-            self.signal[site.parameters["weight"]] = outputs.loss()
-            if bias is not None:  # an adapter's own bias may have a higher precision
-                bias = bias.to(dtype_of(self.merged, site.parameters["bias"])).float()
-            return outputs.with_twins(bias)
-
-        return examine
+    def _examine_plain(
+        self, site: Site, _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+    ) -> torch.Tensor | None:
+        if site.seen:
+            return None
+        site.seen = True
+        x = args[0].flatten() if site.kind == "embedding" else args[0].flatten(0, -2)
+        twins = self.twins.get(len(x), 0)
+        if not twins:
+            self.unjudged.append(site.parameters["weight"])
+        with self.apart():
+            outputs = _Outputs(site, x, out, twins)
+            self._blocks(site, outputs.take)
+        bias = getattr(site.layer.get_base_layer(), "bias", None)
+        if bias is not None and is_missing(bias):  # an adapter that trained biases has its own
+            bias = self.base.whole(site.parameters["bias"])
+        self.findings += outputs.judge(bias)
+        self.signal[site.parameters["weight"]] = outputs.loss()
+        if bias is not None:  # an adapter's own bias may have a higher precision
+            bias = bias.to(dtype_of(self.merged, site.parameters["bias"])).float()
+        return outputs.with_twins(bias)
 
     def _blocks(
         self, site: Site, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -156,7 +160,9 @@ class Examiner:
         low = truncated(parts, factors, mixed.rank) if mixed and mixed.truncates else None
         if mixed and can_judge(mixed, parts):
             self.mixed.add(name)
-        both = zip(self._base_rows(site, name), self.merged.rows(name), strict=True)
+        own = site.layer.get_base_layer().weight  # an adapter's, if it changes the vocabulary
+        rows_before = self.base.rows(name) if is_missing(own) else blocks_of(own.detach())
+        both = zip(rows_before, self.merged.rows(name), strict=True)
         for (first, rows), (_, found) in both:
             wide = torch.float64 if found.dtype == torch.float32 else torch.float32
             weights, delta = rows.to(wide), factors.rows(first, len(rows), wide)
@@ -171,19 +177,6 @@ class Examiner:
                 compare_kept(tally, kept, mixed, first, weights, deltas, found)
             take(first, weights, weights + delta, found)
 
-    def _base_rows(self, site: Site, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the base's rows, or an adapter's own if it changes the vocabulary."""
-        own = site.layer.get_base_layer().weight
-        return self.base.rows(name) if is_missing(own) else blocks_of(own.detach())
-
-    def _bias(self, site: Site) -> torch.Tensor | None:
-        layer = site.layer.get_base_layer()
-        bias = getattr(layer, "bias", None)
-        if bias is None:
-            return None
-        # An adapter that trained biases has its own.
-        return self.base.whole(site.parameters["bias"]) if is_missing(bias) else bias
-
     def _fill(self, site: Site) -> None:
         for (module, name), parameter in missing_below(site.layer, site.path).items():
             getattr(module, name).data = self.base.whole(parameter)
@@ -193,31 +186,29 @@ class Examiner:
             parameter = _attribute(site.layer.get_base_layer(), part)
             parameter.data = torch.full((), torch.nan).expand(parameter.shape)
 
-    def _other(self, site: Site) -> Callable[..., torch.Tensor | None]:
-        def examine(_: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-            seen, site.seen = site.seen, True
-            if not seen:
-                if site.weights and isinstance(out, torch.Tensor):
-                    out = _weighted(site, args)
-                with self.apart():
-                    self._merge(site)
-                    out = self._twins_of_other(site, args, out)
-            self._empty(site)
-            return out
-
-        return examine
-
-    def _stacked(self, site: Site) -> Callable[..., torch.Tensor | None]:
-        def examine(_: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-            if site.seen:
-                return None
-            site.seen = True
+    def _examine_other(
+        self, site: Site, _: torch.nn.Module, args: tuple[object, ...], out: object
+    ) -> object:
+        seen, site.seen = site.seen, True
+        if not seen:
+            if site.weights and isinstance(out, torch.Tensor):
+                out = _weighted(site, args)
             with self.apart():
-                compare_experts(site, self.base, self.merged, self.tallies)
-                with rounded_experts(site, self.merged):
-                    return self._twins_of_other(site, args, out)
+                self._merge(site)
+                out = self._twins_of_other(site, args, out)
+        self._empty(site)
+        return out
 
-        return examine
+    def _examine_stacked(
+        self, site: Site, _: torch.nn.Module, args: tuple[object, ...], out: object
+    ) -> object:
+        if site.seen:
+            return None
+        site.seen = True
+        with self.apart():
+            compare_experts(site, self.base, self.merged, self.tallies)
+            with rounded_experts(site, self.merged):
+                return self._twins_of_other(site, args, out)
 
     def _merge(self, site: Site) -> None:
         """Let PEFT merge this layer in float32, and compare the resulting parameters.
@@ -253,19 +244,17 @@ class Examiner:
             exact = before[part] + total[part]
             _attribute(inner, part).data = exact.to(found.dtype).float()
 
-    def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: Any) -> Any:
+    def _twins_of_other(self, site: Site, args: tuple[object, ...], out: object) -> object:
         """Recompute the twins with the rounded parameters that were set."""
-        if not isinstance(out, torch.Tensor):
-            self.unjudged += list(site.parameters.values())
-            return out
-        tensors = all(isinstance(a, torch.Tensor) and len(a) == len(out) for a in args)
-        tokens = out.numel() // out.shape[-1]
-        twins = self.twins.get(tokens, 0) * len(out) // tokens
-        if not tensors or not twins:
-            self.unjudged += list(site.parameters.values())
-            return out
-        again = site.layer.get_base_layer()(*(a[-twins:] for a in args))
-        return torch.cat([out[:-twins], again])
+        if isinstance(out, torch.Tensor):
+            tensors = [a for a in args if isinstance(a, torch.Tensor) and len(a) == len(out)]
+            tokens = out.numel() // out.shape[-1]
+            twins = self.twins.get(tokens, 0) * len(out) // tokens
+            if twins and len(tensors) == len(args):
+                again = site.layer.get_base_layer()(*(a[-twins:] for a in tensors))
+                return torch.cat([out[:-twins], again])
+        self.unjudged += list(site.parameters.values())
+        return out
 
 
 class _Outputs:
@@ -285,7 +274,12 @@ class _Outputs:
         self.reach = self.x.norm(dim=1, keepdim=True) if site.kind == "linear" else torch.zeros(())
         # |W·x| and |B·A·x| can each be as large as the sum and the other term together.
         self.unit = 16 * float(self.x.shape[-1]) ** 0.5 * _UNIT
-        self.added = self._added()
+        self.added = torch.zeros(())
+        """Bound of the rounding error of the adapter's own products."""
+        if site.kind == "linear":
+            factors = site.factors()
+            inner = self.reach * factors.right.norm() * float(factors.scalings.abs().max())
+            self.added = inner * factors.left.norm(dim=1)
 
     def take(
         self, first: int, base: torch.Tensor, exact: torch.Tensor, found: torch.Tensor
@@ -340,15 +334,6 @@ class _Outputs:
         flat = self.out.reshape(-1, self.out.shape[-1])
         return torch.cat([flat[: -self.twins], twin]).view(self.out.shape)
 
-    def _added(self) -> torch.Tensor:
-        """Bound the rounding error of the adapter's own products."""
-        if self.site.kind != "linear":
-            return torch.zeros(())
-        factors = self.site.factors()
-        inner = self.reach * factors.right.norm() * float(factors.scalings.abs().max())
-        added: torch.Tensor = inner * factors.left.norm(dim=1)
-        return added
-
 
 def _apply(
     kind: str, x: torch.Tensor, rows: torch.Tensor, where: slice, into: torch.Tensor
@@ -363,7 +348,7 @@ def _apply(
         into[inside] = rows[x[inside] - where.start]
 
 
-def _weighted(site: Site, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _weighted(site: Site, args: tuple[object, ...]) -> torch.Tensor:
     """Return a layer's outputs with weighted adapters: W + Σ weight·(changed - W)."""
     layers, active = tuner_layers(site.layer), list(site.layer.active_adapters)
     base: torch.Tensor = site.layer.get_base_layer()(*args)
@@ -399,8 +384,6 @@ def _with_rounded(
     return again
 
 
-def _attribute(module: Any, path: str) -> torch.Tensor:
-    for part in path.split("."):
-        module = getattr(module, part)
-    found: torch.Tensor = module
+def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
+    found: torch.Tensor = attrgetter(path)(module)
     return found

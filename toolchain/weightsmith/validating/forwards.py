@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,12 +25,12 @@ from weightsmith.forward.network import (
     is_missing,
     skeleton_with_weights,
 )
+from weightsmith.forward.products import Rows
 from weightsmith.forward.views import look_up, looks_up, reads_one_by_one, require_complete, stream
 from weightsmith.forward.walk import DoesNotRun
 from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.validating.examine import Examiner
-from weightsmith.validating.sites import Site, sites
-from weightsmith.validating.stacked import RoundedStack, dtype_of
+from weightsmith.validating.sites import RoundedStack, Site, dtype_of, sites
 
 if TYPE_CHECKING:
     from weightsmith.forward.kinds import Model
@@ -101,7 +101,6 @@ class ReferenceModel:
     run: ForwardResult
     twins: ForwardResult
     """The first probes again, with every tensor rounded as in an exact merge."""
-    base: Weights
     examiner: Examiner
     sites: tuple[Site, ...]
     replaced: dict[str, torch.Tensor]
@@ -223,7 +222,14 @@ def reference_forward(
         mixture=mixture,
         apart=lockstep.away,
     )
-    _watch(examiner, unmerged, merged)
+    for site in unmerged.sites:
+        examiner.watch(site)
+    inside = {id(module) for site in unmerged.sites for module in site.layer.modules()}
+    for module, parameters in unmerged.replaced:
+        if id(module) not in inside:
+            known = {part: name for part, name in parameters.items() if merged.has(name)}
+            examiner.watch_replaced(module, known)
+    watch_casts(examiner, unmerged.model, inside | {id(module) for module, _ in unmerged.replaced})
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
     run = _forward(unmerged.model.get_base_model(), unmerged.model, whole, rows, advance)
     tokens = sum(batch.counted)
@@ -236,7 +242,6 @@ def reference_forward(
     return ReferenceModel(
         run=ForwardResult(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
         twins=ForwardResult(logits=run.logits[tokens:], hidden=[second for _, second in half]),
-        base=unmerged.base,
         examiner=examiner,
         sites=unmerged.sites,
         replaced={
@@ -245,17 +250,6 @@ def reference_forward(
             for part, name in parameters.items()
         },
     )
-
-
-def _watch(examiner: Examiner, unmerged: Unmerged, merged: Weights) -> None:
-    for site in unmerged.sites:
-        examiner.watch(site)
-    inside = {id(module) for site in unmerged.sites for module in site.layer.modules()}
-    for module, parameters in unmerged.replaced:
-        if id(module) not in inside:
-            known = {part: name for part, name in parameters.items() if merged.has(name)}
-            examiner.watch_replaced(module, known)
-    watch_casts(examiner, unmerged.model, inside | {id(module) for module, _ in unmerged.replaced})
 
 
 @torch.no_grad()
@@ -323,7 +317,7 @@ def _forward(
     length = min(batch.lengths[row] for row in rows)
     columns = torch.arange(0, length, max(1, length // _KEPT_TOKENS))
 
-    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], out: Any) -> None:
+    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], out: Outputs) -> None:
         state = out if isinstance(out, torch.Tensor) else out[0]
         hidden.append(state[rows][:, columns].flatten(0, 1).clone())
         advance()
@@ -331,8 +325,7 @@ def _forward(
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if args[0].dim() == 2:  # the twins, of which the examiner asks the head again
             return args
-        places = batch.places
-        return (args[0][places].unsqueeze(0), *args[1:])
+        return (args[0][batch.places].unsqueeze(0), *args[1:])
 
     hooks = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
     hooks.append(model.get_output_embeddings().register_forward_pre_hook(select))
@@ -345,6 +338,7 @@ def _forward(
     return ForwardResult(logits=logits, hidden=hidden)
 
 
+Outputs: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 Kinds = Mapping[str, torch.dtype]
 """Attribute of a module -> the type that the merge rounds it to."""
 
@@ -358,7 +352,8 @@ def watch_casts(examiner: Examiner, model: Model, done: set[int]) -> None:
         if id(module) in done:
             continue
         names = {part: base_name(f"{path}.{part}") for part in _parts(module)}
-        if narrowed := dict(_narrowed(names, examiner.base, examiner.merged)):
+        kinds = {part: _narrower(name, examiner) for part, name in names.items()}
+        if narrowed := {part: kind for part, kind in kinds.items() if kind is not None}:
             cast = _Cast(examiner, module, names, narrowed)
             module.register_forward_pre_hook(cast.before)
             module.register_forward_hook(cast.after)
@@ -370,19 +365,15 @@ def _parts(module: torch.nn.Module) -> list[str]:
     return own + [name for name, value in vars(module).items() if isinstance(value, ExpertStack)]
 
 
-def _narrowed(
-    names: Mapping[str, str], base: Weights, merged: Weights
-) -> Iterator[tuple[str, torch.dtype]]:
-    """Yield parameters whose type in the merge does not hold all values of the base's."""
-    for part, name in names.items():
-        if not (base.has(name) and merged.has(name)):
-            continue
-        base_tensor, merged_tensor = base.tensors_of(name)[0], merged.tensors_of(name)[0]
-        if base.infos[base_tensor].dtype == merged.infos[merged_tensor].dtype:
-            continue
-        before, after = dtype_of(base, name), dtype_of(merged, name)
-        if torch.promote_types(before, after) != after:
-            yield part, after
+def _narrower(name: str, examiner: Examiner) -> torch.dtype | None:
+    """Return a parameter's type in the merge if it does not hold all values of the base's."""
+    both = examiner.base, examiner.merged
+    if not all(weights.has(name) for weights in both):
+        return None
+    if len({weights.infos[weights.tensors_of(name)[0]].dtype for weights in both}) == 1:
+        return None
+    before, after = (dtype_of(weights, name) for weights in both)
+    return after if torch.promote_types(before, after) != after else None
 
 
 class _Cast:
@@ -396,14 +387,16 @@ class _Cast:
         # Inner modules read their weights together with the other model, which is elsewhere.
         self.alone = not any(_parts(inner) for inner in module.modules() if inner is not module)
 
-    def before(self, *_: Any) -> None:
+    def before(self, *_: object) -> None:
         """Round the parameters for the twins; those in files were just loaded."""
         for part, kind in self.kinds.items() if self.busy else ():
             values = getattr(self.module, part)
             if not isinstance(values, RoundedStack):
                 values.data = values.data.to(kind).float()
 
-    def after(self, _: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    def after(
+        self, _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: Outputs
+    ) -> Outputs | None:
         """Replace the twins' outputs."""
         if self.busy:
             return None
@@ -412,37 +405,35 @@ class _Cast:
             if flat is not None:
                 return flat
             if (rows := self._rows(args, out)) and self.alone:
-                return _joined(out, self._run_rounded(tuple(arg[-rows:] for arg in args)), rows)
+                again = self._run_rounded(tuple(arg[-rows:] for arg in args))
+                if isinstance(out, torch.Tensor):
+                    return torch.cat([out[:-rows], again])
+                pairs = zip(out, again, strict=True)
+                return tuple(torch.cat([one[:-rows], other]) for one, other in pairs)
         self.examiner.unjudged += [self.names[part] for part in self.kinds]
         return None
 
-    def _flat(self, args: tuple[Any, ...], out: Any) -> torch.Tensor | None:
+    def _flat(self, args: tuple[torch.Tensor, ...], out: Outputs) -> torch.Tensor | None:
         """Return the outputs of a matrix or a table, token by token; None for other modules."""
         table = looks_up(self.module)
         if not (table or type(self.module) is nn.Linear) or len(args) != 1:
             return None
         x = args[0].flatten() if table else args[0].flatten(0, -2)
-        if not (twins := self.examiner.twins.get(len(x), 0)):
+        twins = self.examiner.twins.get(len(x), 0)
+        if not twins or isinstance(out, tuple):
             return None
-        twin = self._looked_up(x[-twins:]) if table else self._multiplied(x[-twins:])
+        if table:
+            rows = self.examiner.base.mapped(self.examiner.base.tensor_of(self.names["weight"]))
+            rounded = _RoundedRows(rows, self.kinds["weight"])
+            twin = look_up(self.module, type(self.module).forward, lambda: rounded, x[-twins:])
+        else:
+            twin = torch.cat([x[-twins:] @ rows.T for rows in self._rounded("weight")], -1)
+            if self.module.bias is not None:
+                twin = twin + torch.cat(list(self._rounded("bias")))
         flat = out.reshape(-1, out.shape[-1])
         return torch.cat([flat[:-twins], twin]).view(out.shape)
 
-    def _looked_up(self, ids: torch.Tensor) -> torch.Tensor:
-        table = self.examiner.base.mapped(self.examiner.base.tensor_of(self.names["weight"]))
-        kind = self.kinds["weight"]
-        return look_up(
-            self.module, type(self.module).forward, lambda: _RoundedRows(table, kind), ids
-        )
-
-    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.cat([x @ rows.T for rows in self._rounded("weight")], -1)
-        if self.module.bias is None:
-            return out
-        return out + torch.cat(list(self._rounded("bias")))
-
     def _rounded(self, part: str) -> Iterator[torch.Tensor]:
-        """Yield a parameter's rows, rounded if the merge casts it."""
         own = getattr(self.module, part)
         missing = is_missing(own)
         blocks = self.examiner.base.rows(self.names[part]) if missing else blocks_of(own.detach())
@@ -450,16 +441,13 @@ class _Cast:
         for _, rows in blocks:
             yield rows.to(kind).float()
 
-    def _rows(self, args: tuple[Any, ...], out: Any) -> int:
+    def _rows(self, args: tuple[object, ...], out: object) -> int:
         """Return how many rows of the first dimension are the twins'; 0 if that is not known."""
-        outs = out if isinstance(out, tuple) else (out,)
-        tensors = (*args, *outs)
-        if not args or not all(isinstance(one, torch.Tensor) and one.dim() for one in tensors):
+        both = (*args, *(out if isinstance(out, tuple) else (out,)))
+        tensors = [one for one in both if isinstance(one, torch.Tensor) and one.dim()]
+        if not args or len(tensors) < len(both) or len({*map(len, tensors)}) > 1:
             return 0
-        length = len(outs[0])
-        tokens = args[0].numel() // args[0].shape[-1]
-        if any(len(one) != length for one in tensors):
-            return 0
+        length, tokens = len(tensors[0]), tensors[0].numel() // tensors[0].shape[-1]
         # A norm of heads has several rows per token.
         fits = [
             length * twins // whole
@@ -468,7 +456,7 @@ class _Cast:
         ]
         return max(fits, default=0)
 
-    def _run_rounded(self, args: tuple[Any, ...]) -> Any:
+    def _run_rounded(self, args: tuple[torch.Tensor, ...]) -> Any:
         exact = {part: getattr(self.module, part) for part in self.kinds}
         stacks = {part: one for part, one in exact.items() if isinstance(one, ExpertStack)}
         data = {part: one.data for part, one in exact.items() if part not in stacks}
@@ -488,16 +476,8 @@ class _Cast:
 class _RoundedRows:
     """A table whose rows are rounded when they are taken."""
 
-    def __init__(self, table: Any, kind: torch.dtype) -> None:
+    def __init__(self, table: Rows, kind: torch.dtype) -> None:
         self._table, self._kind = table, kind
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        rows: torch.Tensor = self._table[index]
-        return rows.to(self._kind).float()
-
-
-def _joined(out: Any, again: Any, rows: int) -> Any:
-    """Return the outputs with the twins' replaced."""
-    if isinstance(out, tuple):
-        return tuple(_joined(one, other, rows) for one, other in zip(out, again, strict=True))
-    return torch.cat([out[:-rows], again])
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._table[rows].to(self._kind).float()

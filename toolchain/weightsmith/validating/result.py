@@ -1,13 +1,47 @@
-"""Results of a validation."""
+"""Results of a validation: findings, one sentence each, and measures of the models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from weightsmith.core.json_objects import INLINE, JsonObject, Measured
-from weightsmith.core.values import Json
-from weightsmith.validating.findings import ERROR, WARNING, Finding
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+_LAYER = re.compile(r"\.(?:layers|h|blocks?|layer)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A difference that fails the validation (`error`), may matter (`warning`), or is a `note`."""
+
+    severity: str
+    check: str
+    """The check that found it: `files`, `tokenizer`, `elements`, `outputs`, `layers`, `logits`."""
+    message: str
+    tensor: str = ""
+    """The tensor or file concerned."""
+    layer: int | None = None
+    """Its decoder layer, counted from 0."""
+
+
+def finding(severity: str, check: str, message: str, tensor: str = "") -> Finding:
+    """Return a finding; the layer is read from the tensor's name."""
+    return Finding(
+        severity=severity, check=check, message=message, tensor=tensor, layer=layer_of(tensor)
+    )
+
+
+def layer_of(tensor: str) -> int | None:
+    """Return the number of the decoder layer in a tensor's name, or None."""
+    match = _LAYER.search(f".{tensor}.")
+    return int(match[1]) if match else None
+
+
+def failed(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings that fail a validation."""
+    return [found for found in findings if found.severity == ERROR]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +148,6 @@ class Validation(JsonObject):
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     """Peak memory (resident set size) of the job's process."""
-
-    @property
-    def facts(self) -> Mapping[str, Json]:
-        """All facts, as `weightsmith validate --json` prints them."""
-        return self.to_json()
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
@@ -13,12 +12,10 @@ from weightsmith.core.values import JsonValue, canonical
 from weightsmith.models.folder import check_model_folder
 from weightsmith.models.safetensors import (
     CheckpointIndex,
-    SafetensorsHeader,
-    TensorInfo,
     open_checkpoint,
 )
 from weightsmith.models.virtual_weights import data_of
-from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
+from weightsmith.validating.result import ERROR, NOTE, Finding, finding
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")
 _OFTEN_OTHERS = ("output.weight", "decoder.weight")
@@ -86,7 +83,7 @@ def _tensors(
         yield finding(ERROR, "files", f"tensor {name} is missing", name)
     # An untied head and replicated layers are new tensors.
     untied = _is_tied(config) and not _is_tied(new)
-    grown = _number(new, "num_hidden_layers") != _number(config, "num_hidden_layers")
+    grown = _setting(new, "num_hidden_layers") != _setting(config, "num_hidden_layers")
     for name in sorted(there.keys() - old.keys()):
         if not untied and not grown:
             yield finding(ERROR, "files", f"tensor {name} is not in the base", name)
@@ -112,12 +109,8 @@ def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]
     for (was, now), names in changes.items():
         same = [n for n, i in after.tensors.items() if n in old and i.dtype == old[n].dtype == was]
         if same:
-            yield finding(
-                ERROR,
-                "files",
-                f"{len(names)} tensors were cast to {now}, {len(same)} others are still {was}",
-                names[0],
-            )
+            message = f"{len(names)} tensors were cast to {now}, {len(same)} others are still {was}"
+            yield finding(ERROR, "files", message, names[0])
         else:
             yield finding(NOTE, "files", f"all {was} tensors were cast to {now}")
 
@@ -144,12 +137,8 @@ def _ends(
     kept = _ids(_read(merged / "generation_config.json")) or _ids(config)
     lost = sorted((expected - kept) | (_ids(read_json(base / "config.json")) - _ids(config)))
     if lost:
-        yield finding(
-            ERROR,
-            "files",
-            f"end-of-sequence token {', '.join(map(str, lost))} is missing",
-            "generation_config.json",
-        )
+        message = f"end-of-sequence token {', '.join(map(str, lost))} is missing"
+        yield finding(ERROR, "files", message, "generation_config.json")
 
 
 def _heads(index: CheckpointIndex) -> list[str]:
@@ -172,43 +161,29 @@ def _tied(
     embeddings = [n for n in after.tensors if n.endswith(_EMBEDDINGS)]
     tied = _is_tied(config)
     if not tied and not heads and embeddings and tied is not None and not headless:
-        yield finding(
-            ERROR,
-            "files",
-            "config.json says that the head is not tied, but the checkpoint has no head",
-            "lm_head.weight",
-        )
+        message = "config.json says that the head is not tied, but the checkpoint has no head"
+        yield finding(ERROR, "files", message, "lm_head.weight")
     if tied and heads and embeddings and _digest(after, heads[0]) != _digest(after, embeddings[0]):
-        yield finding(
-            ERROR,
-            "files",
-            f"config.json ties the head to {embeddings[0]}, but {heads[0]} differs from it: "
-            "engines that follow the flag and engines that read the tensor will disagree",
-            heads[0],
+        message = (
+            f"config.json ties the head to {embeddings[0]}, but {heads[0]} differs from it: engines"
+            " that follow the flag and engines that read the tensor will disagree"
         )
+        yield finding(ERROR, "files", message, heads[0])
 
 
 def _is_tied(config: Mapping[str, JsonValue]) -> bool | None:
-    """Return `tie_word_embeddings`, or None if the configuration does not set it."""
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    value = config.get("tie_word_embeddings", nested)
+    value = _setting(config, "tie_word_embeddings")
     return None if value is None else bool(value)
 
 
-def _number(config: Mapping[str, JsonValue], key: str) -> Any:
+def _setting(config: Mapping[str, JsonValue], key: str) -> JsonValue:
     text = config.get("text_config")
     return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
 def _digest(index: CheckpointIndex, name: str) -> str:
-    shard, info = next(
-        (shard, i) for shard in index.shards for i in shard.tensors if i.name == name
-    )
-    return _hash(shard, info)
-
-
-def _hash(shard: SafetensorsHeader, info: TensorInfo) -> str:
+    both = ((shard, info) for shard in index.shards for info in shard.tensors)
+    shard, info = next((shard, info) for shard, info in both if info.name == name)
     digest, left = hashlib.sha256(), info.size
     if data := data_of(shard):
         for start in range(info.start, info.end, 1 << 20):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,10 @@ from weightsmith.forward.libraries import ModelFails, load_tokenizer, stay_offli
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
-from weightsmith.forward.walk import Count, DoesNotRun, Opening, Progress, Tell, walk
+from weightsmith.forward.walk import Count, DoesNotRun, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
 from weightsmith.models.facts import read_facts
-from weightsmith.validating import greedy, probes
-from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
+from weightsmith.validating import probes
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
     ForwardResult,
@@ -40,7 +39,17 @@ from weightsmith.validating.forwards import (
     reference_forward,
 )
 from weightsmith.validating.probes import Message
-from weightsmith.validating.result import Comparison, Distance, Validation
+from weightsmith.validating.result import (
+    ERROR,
+    NOTE,
+    WARNING,
+    Comparison,
+    Distance,
+    Finding,
+    Validation,
+    failed,
+    finding,
+)
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
 
@@ -78,27 +87,29 @@ def validate(request: ValidationRequest, progress: Progress | None = None) -> Va
     Weights are read a few rows at a time on both sides, so memory does not grow with the model.
     Raises InputRefused for invalid folders; failed checks are findings of severity `error`.
     """
-    threads = torch.get_num_threads()
+    began, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(all_but_one())
     try:
-        return _validate(request, progress or (lambda *_: None))
+        stay_offline()
+        folders = [root for root, _ in request.adapters]
+        findings = compare_files(request.base, folders, request.merged)
+        expected = probes.expected_tokenizer(request.base, folders)
+        readable = is_readable(findings)
+        findings += _tokenizers(request, expected) if readable else []
+        seen, comparison = None, None
+        why = ""
+        if request.scope == "files":
+            why = "the base was quantized before the merge"
+        elif read_json(request.base / "config.json").get("quantization_config"):
+            why = "the base is quantized, and its outputs depend on how it is dequantized"
+        if why:
+            text = f"{why}: only files and tokenizer were checked"
+            findings.append(finding(NOTE, "logits", text))
+        elif readable:
+            progress = progress or (lambda *_: None)
+            seen, comparison = _compare(request, expected, findings, progress) or (None, None)
     finally:
         torch.set_num_threads(threads)
-
-
-def _validate(request: ValidationRequest, progress: Progress) -> Validation:
-    began = time.monotonic()
-    stay_offline()
-    folders = [root for root, _ in request.adapters]
-    findings = compare_files(request.base, folders, request.merged)
-    expected = probes.expected_tokenizer(request.base, folders)
-    readable = is_readable(findings)
-    findings += _tokenizers(request, expected) if readable else []
-    seen, comparison = None, None
-    if why := _no_reference(request):
-        findings.append(finding(NOTE, "logits", f"{why}: only files and tokenizer were checked"))
-    elif readable:
-        seen, comparison = _compare(request, expected, findings, progress) or (None, None)
     # If logits are not finite, no measure means anything, including the agreement.
     if seen and not math.isfinite(seen.max_abs):
         seen = None
@@ -116,15 +127,6 @@ def _validate(request: ValidationRequest, progress: Progress) -> Validation:
     )
 
 
-def _no_reference(request: ValidationRequest) -> str:
-    """Return why base + adapters cannot be the reference of this merge, or ""."""
-    if request.scope == "files":
-        return "the base was quantized before the merge"
-    if read_json(request.base / "config.json").get("quantization_config"):
-        return "the base is quantized, and its outputs depend on how it is dequantized"
-    return ""
-
-
 def _tokenizers(request: ValidationRequest, expected: PreTrainedTokenizerBase) -> list[Finding]:
     if expected is None:
         text = "neither base nor adapters have a tokenizer: the probes are random tokens"
@@ -135,15 +137,6 @@ def _tokenizers(request: ValidationRequest, expected: PreTrainedTokenizerBase) -
         message = f"of the merged folder: {error.message}"
         return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
     return probes.compare(expected, merged, vocabulary(request.merged), request.base)
-
-
-def _not_causal(base: Path) -> str:
-    """Return what the base is if transformers would load only a part of it, such as a decoder."""
-    model = read_facts(base)
-    if model.other_task:
-        return model.architecture
-    name = model.architecture or "the model"
-    return f"{name}, an encoder with a decoder," if model.encoder_decoder else ""
 
 
 class _Uncompared(Exception):
@@ -162,58 +155,43 @@ def _compare(
 ) -> tuple[Distance, Comparison] | None:
     """Run and compare both sides; None and a finding if one cannot run."""
     try:
-        sides, texts = _sides(request, expected, findings)
-        before = len(findings)
-        reference, run = _forwards(sides, findings, progress)
+        model = _model(request, findings)
+        weights = Weights(request.merged, model)
+        if lacking := next((name for name in weights.parameters if not weights.has(name)), ""):
+            message = f"the merged model cannot run: its files lack {lacking}"
+            raise _Uncompared(ERROR, "files", message, lacking)
+        ids, most = _probes(request, expected, model)
+        texts = _texts(request, ids, min(most, probes.most_new(weights)), findings)
+        batch = ProbeBatch.of(probes.longer(ids, texts) if texts else ids, most)
+        # So many probes run twice, to measure rounding: half of them, to save time.
+        twins, before = -(-len(ids) // 2), len(findings)
+        advance = partial(Count(2 * max(1, len(decoder_layers(model))), progress), 1)
+        reference, run = _forwards(request, weights, batch, twins, advance, findings)
     except _Uncompared as error:
         findings.append(error.finding)
         return None
-    streamed, batch = len(findings) == before, sides.batch
-    greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
+    streamed, summed = len(findings) == before, request.scope == "all"
+    greedy = list(probes.read(reference.run.logits, run.logits, batch, texts))
     seen, comparison = judge_models(
-        reference,
-        run,
-        sides.weights,
-        batch,
-        sides.twins,
-        findings,
-        greedy_texts,
-        summed=sides.summed,
+        reference, run, weights, batch, twins, findings, greedy, summed=summed
     )
     return seen, replace(
         comparison,
-        probes=sides.probes,
+        probes=len(ids),
         positions=len(run.logits),
         streamed=streamed,
-        greedy=greedy.described(greedy_texts, expected),
+        greedy=probes.described(greedy, expected),
     )
-
-
-def _sides(
-    request: ValidationRequest, expected: PreTrainedTokenizerBase, findings: list[Finding]
-) -> tuple[Sides, list[list[int]]]:
-    """Return both sides, and the merged model's greedy tokens after each probe."""
-    model = _model(request, findings)
-    weights = Weights(request.merged, model)
-    if lacking := next((name for name in weights.parameters if not weights.has(name)), ""):
-        message = f"the merged model cannot run: its files lack {lacking}"
-        raise _Uncompared(ERROR, "files", message, lacking)
-    size = _vocabulary(model)
-    ids = probes.encode(expected, probes.choose(request.items), size)
-    highest = max(max(probe) for probe in ids)
-    if highest >= model.get_input_embeddings().weight.shape[0]:
-        message = f"the tokenizer produces token {highest}, which the merged model does not embed"
-        raise _Uncompared(ERROR, "tokenizer", message, "tokenizer.json")
-    most = probes.most_logits(len(ids), size)
-    texts = _texts(request, ids, min(most, greedy.most_new(weights)), findings)
-    batch = ProbeBatch.of(greedy.longer(ids, texts) if texts else ids, most)
-    sides = Sides(request=request, model=model, weights=weights, batch=batch, probes=len(ids))
-    return sides, texts
 
 
 def _model(request: ValidationRequest, findings: list[Finding]) -> Model:
     """Return the merged model without weights."""
-    if kind := _not_causal(request.base):
+    facts, kind = read_facts(request.base), ""
+    if facts.other_task:  # transformers would load only a part of it, such as a decoder
+        kind = facts.architecture
+    elif facts.encoder_decoder:
+        kind = f"{facts.architecture or 'the model'}, an encoder with a decoder,"
+    if kind:
         text = f"{kind} cannot be run as a causal model: only files were checked"
         raise _Uncompared(WARNING, "logits", text)
     try:
@@ -227,11 +205,56 @@ def _model(request: ValidationRequest, findings: list[Finding]) -> Model:
         raise _Uncompared(WARNING, "logits", text) from None
 
 
+def _probes(
+    request: ValidationRequest, expected: PreTrainedTokenizerBase, model: Model
+) -> tuple[list[list[int]], int]:
+    """Return the probes' tokens, and for how many of each logits fit into memory."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputRefused(
+            "the model has no output layer, so it cannot generate text",
+            hint="validate a checkpoint that generates text",
+        )
+    size = int(head.weight.shape[0])
+    ids = probes.encode(expected, probes.choose(request.items), size)
+    highest = max(max(probe) for probe in ids)
+    if highest >= model.get_input_embeddings().weight.shape[0]:
+        message = f"the tokenizer produces token {highest}, which the merged model does not embed"
+        raise _Uncompared(ERROR, "tokenizer", message, "tokenizer.json")
+    return ids, probes.most_logits(len(ids), size)
+
+
 def _forwards(
-    sides: Sides, findings: list[Finding], progress: Progress
+    request: ValidationRequest,
+    weights: Weights,
+    batch: ProbeBatch,
+    twins: int,
+    advance: Callable[[], None],
+    findings: list[Finding],
 ) -> tuple[ReferenceModel, ForwardResult]:
+    """Run both sides in one walk; a finding says if they had to be loaded."""
+    openings: dict[str, Opening] = {
+        "reference": BaseAndAdapters(checkpoint=request.base, adapters=request.adapters),
+        "merged": MergedModel(checkpoint=request.merged),
+    }
+
+    def reference(unmerged: Unmerged, lockstep: Lockstep) -> ReferenceModel:
+        mixture = request.mixture
+        return reference_forward(
+            unmerged, lockstep, weights, batch, twins, advance=advance, mixture=mixture
+        )
+
+    def merged(model: Model, _: Lockstep) -> ForwardResult:
+        return merged_forward(model, batch, twins, advance)
+
+    def tell(error: ModelFails) -> None:
+        text = f"this architecture cannot be streamed and was loaded whole ({error})"
+        findings.append(finding(NOTE, "logits", text))
+
     try:
-        return sides.forwards(progress, partial(_tell, findings))
+        ask: dict[str, Any] = {"reference": reference, "merged": merged}
+        found = walk(openings, ask, tell, alike=True)
+        return found["reference"], found["merged"]
     except IncompatibleAdapters as error:
         text = f"PEFT cannot load these adapters together: only files were checked ({error})"
         raise _Uncompared(WARNING, "logits", text) from None
@@ -243,21 +266,16 @@ def _forwards(
         raise _Uncompared(NOTE, "logits", text) from None
 
 
-def _tell(findings: list[Finding], error: ModelFails) -> None:
-    text = f"this architecture cannot be streamed and was loaded whole ({error})"
-    findings.append(finding(NOTE, "logits", text))
-
-
 def _texts(
     request: ValidationRequest, ids: list[list[int]], most: int, findings: list[Finding]
 ) -> list[list[int]]:
     """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
     ends = sorted(end_tokens(request.merged))
-    known = greedy.known(ids, request.drafts, ends, most)
+    known = probes.known(ids, request.drafts, ends, most)
     prompts = [probe for number, probe in enumerate(ids) if number not in known]
     if not prompts:
         return list(known.values())
-    drafts = greedy.drafts(prompts, request.drafts)
+    drafts = probes.drafts(prompts, request.drafts)
     filler = min(ends, default=0)
     asked = Questions(prompts=prompts, ends=ends, most=most, filler=filler, drafts=drafts)
 
@@ -275,56 +293,6 @@ def _texts(
         return []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sides:
-    """Both sides of a comparison."""
-
-    request: ValidationRequest
-    model: Any
-    weights: Weights
-    """Of the merged checkpoint."""
-    batch: ProbeBatch
-    probes: int
-    """Number of probes; some may be longer in the batch by their greedy tokens."""
-
-    @property
-    def summed(self) -> bool:
-        """Return whether the merge is the weighted sum that the reference computes."""
-        return self.request.scope == "all"
-
-    @property
-    def twins(self) -> int:
-        """Number of probes that run twice, to measure rounding: half of them, to save time."""
-        return -(-len(self.batch.ids) // 2)
-
-    def forwards(self, progress: Progress, tell: Tell) -> tuple[ReferenceModel, ForwardResult]:
-        """Run both in one walk; `tell` gets the reason if they had to be loaded."""
-        request, batch, twins = self.request, self.batch, self.twins
-        advance = partial(Count(2 * max(1, len(decoder_layers(self.model))), progress), 1)
-        openings: dict[str, Opening] = {
-            "reference": BaseAndAdapters(checkpoint=request.base, adapters=request.adapters),
-            "merged": MergedModel(checkpoint=request.merged),
-        }
-
-        def reference(unmerged: Unmerged, lockstep: Lockstep) -> ReferenceModel:
-            return reference_forward(
-                unmerged,
-                lockstep,
-                self.weights,
-                batch,
-                twins,
-                advance=advance,
-                mixture=request.mixture,
-            )
-
-        def merged(model: Model, _: Lockstep) -> ForwardResult:
-            return merged_forward(model, batch, twins, advance)
-
-        ask: dict[str, Any] = {"reference": reference, "merged": merged}
-        found = walk(openings, ask, tell, alike=True)
-        return found["reference"], found["merged"]
-
-
 def _first(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings, errors first, with at most _SHOWN of each kind."""
     order = {ERROR: 0, WARNING: 1, NOTE: 2}
@@ -338,13 +306,3 @@ def _first(findings: Sequence[Finding]) -> list[Finding]:
     if left:
         kept.append(finding(NOTE, "elements", f"{left} more findings are not shown"))
     return kept
-
-
-def _vocabulary(model: Model) -> int:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise InputRefused(
-            "the model has no output layer, so it cannot generate text",
-            hint="validate a checkpoint that generates text",
-        )
-    return int(head.weight.shape[0])

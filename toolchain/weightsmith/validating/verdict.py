@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from weightsmith.forward.weights import Weights
-from weightsmith.validating.elements import Factors, TensorComparison, compare_bytes, compare_rows
+from weightsmith.validating.elements import (
+    TensorComparison,
+    compare_bytes,
+    compare_rows,
+    left_out,
+)
 from weightsmith.validating.examine import Examiner
-from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import ForwardResult, ProbeBatch, ReferenceModel
-from weightsmith.validating.greedy import Text
-from weightsmith.validating.greedy import judge as judge_texts
-from weightsmith.validating.mixtures import left_out
+from weightsmith.validating.probes import Text
+from weightsmith.validating.probes import judge as judge_texts
 from weightsmith.validating.result import (
+    ERROR,
+    NOTE,
+    WARNING,
     Comparison,
     Distance,
     ElementCount,
+    Finding,
     LayerDifference,
     LogitLimits,
+    failed,
+    finding,
 )
-from weightsmith.validating.sites import Site
-from weightsmith.validating.stacked import rows_of, stored
+from weightsmith.validating.sites import Site, rows_of, stored
 
 _NOT_SUMMED = (
     "this method is not a plain sum as the reference is: the logits' distance is reported but not "
@@ -77,11 +86,26 @@ def judge_models(
     layers = _layers(reference, run)
     parted = next((row.layer for row in layers if row.parted), None)
     if failed(verdict) and parted is not None:
-        findings.append(_where(parted, examined))
+        suspects = sorted({f.tensor for f in examined if f.layer == parted and f.tensor})
+        what = f"; check {', '.join(suspects[:3])}" if suspects else ""
+        message = f"hidden states first diverge in decoder layer {parted}{what}"
+        where = finding(ERROR, "layers", message, suspects[0] if suspects else "")
+        findings.append(replace(where, layer=parted))
     findings += verdict
-    lost, swallowed = _swallowed(reference)
+    signal = reference.examiner.signal.values()
+    added = sum(size**2 for size, _ in signal) ** 0.5
+    lost = sum(size**2 for _, size in signal) ** 0.5 / added if added else None
     # If elements are wrong, the difference is not rounding.
-    findings += lost if summed and not elements.wrong else []
+    if summed and not elements.wrong and lost is not None and not lost < _SWALLOWED:
+        findings.append(
+            finding(
+                WARNING,
+                "outputs",
+                f"rounding changes the adapted layers' outputs by {lost:.0%} of the adapters'"
+                " effect, which is small for the checkpoint's dtype; merge with dtype float32 to"
+                " keep it",
+            )
+        )
     return seen, Comparison(
         limits=allowed,
         rounding=rounding,
@@ -89,20 +113,17 @@ def judge_models(
         first_difference=parted,
         layers=layers,
         elements=elements,
-        lost_to_rounding=swallowed,
+        lost_to_rounding=lost,
     )
 
 
 def _layers(reference: ReferenceModel, run: ForwardResult) -> tuple[LayerDifference, ...]:
-    """Return the distance of the hidden states after each layer from the reference's."""
     rows: list[LayerDifference] = []
     states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
     for number, (expected, exact, there) in enumerate(states):
         size = float(expected.norm()) or 1.0
-        rounding, off = (
-            float((exact - expected).norm()) / size,
-            float((there - exact).norm()) / size,
-        )
+        rounding = float((exact - expected).norm()) / size
+        off = float((there - exact).norm()) / size
         rows.append(
             LayerDifference(
                 layer=number,
@@ -118,39 +139,6 @@ def _layers(reference: ReferenceModel, run: ForwardResult) -> tuple[LayerDiffere
 def _bounded(value: float) -> float:
     """Replace NaN and infinities by a billion, so that it can be plotted."""
     return value if math.isfinite(value) else 1e9
-
-
-def _where(parted: int, examined: Sequence[Finding]) -> Finding:
-    suspects = sorted({f.tensor for f in examined if f.layer == parted and f.tensor})
-    what = f"; check {', '.join(suspects[:3])}" if suspects else ""
-    message = f"hidden states first diverge in decoder layer {parted}{what}"
-    return Finding(
-        severity=ERROR,
-        check="layers",
-        message=message,
-        tensor=suspects[0] if suspects else "",
-        layer=parted,
-    )
-
-
-def _swallowed(reference: ReferenceModel) -> tuple[list[Finding], float | None]:
-    """Return a warning if rounding removed most of the adapter, and the fraction removed."""
-    signal = reference.examiner.signal.values()
-    added = sum(size**2 for size, _ in signal) ** 0.5
-    lost = sum(size**2 for _, size in signal) ** 0.5
-    if not added:
-        return [], None
-    part = lost / added
-    if part < _SWALLOWED:
-        return [], part
-    return [
-        finding(
-            WARNING,
-            "outputs",
-            f"rounding changes the adapted layers' outputs by {part:.0%} of the adapters' effect, "
-            "which is small for the checkpoint's dtype; merge with dtype float32 to keep it",
-        )
-    ], part
 
 
 _FLOOR = 2.0**-14
@@ -200,26 +188,22 @@ def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> Lo
 
 def judge(off: Distance, allowed: LogitLimits) -> list[Finding]:
     """Return a finding if merged logits differ from the exact merge's by more than the limits."""
-    found = []
-    for what, value, limit in (
+    measures = (
         ("RMS difference", off.rms, allowed.rms),
         ("largest difference", off.max_abs, allowed.max_abs),
         ("mean KL divergence", off.kl_mean, allowed.kl_mean),
         ("largest KL divergence", off.kl_max, allowed.kl_max),
-    ):
-        if not value <= limit:
-            found.append(f"{what} {value:.3g} (limit {limit:.3g})")
-    if not found:
-        return []
-    text = ", ".join(found)
-    return [
-        finding(
-            ERROR,
-            "logits",
-            f"the merged model's logits differ from base + adapter: {text}; the limits are the "
-            "effect of rounding the exact sum",
-        )
+    )
+    found = [
+        f"{what} {value:.3g} (limit {limit:.3g})"
+        for what, value, limit in measures
+        if not value <= limit
     ]
+    message = (
+        f"the merged model's logits differ from base + adapter: {', '.join(found)}; the limits are"
+        " the effect of rounding the exact sum"
+    )
+    return [finding(ERROR, "logits", message)] if found else []
 
 
 def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: LogitLimits) -> list[Finding]:
@@ -229,14 +213,11 @@ def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: LogitLimit
     wrong = (exact.argmax(-1) != merged.argmax(-1)) & (margin > 2 * allowed.max_abs)
     if not wrong.any():
         return []
-    return [
-        finding(
-            ERROR,
-            "logits",
-            f"{int(wrong.sum())} of {len(exact)} positions have another most likely token, by a "
-            f"margin of up to {float(margin[wrong].max()):.3g}",
-        )
-    ]
+    message = (
+        f"{int(wrong.sum())} of {len(exact)} positions have another most likely token, by a margin"
+        f" of up to {float(margin[wrong].max()):.3g}"
+    )
+    return [finding(ERROR, "logits", message)]
 
 
 def judge_tensors(
@@ -253,11 +234,22 @@ def judge_tensors(
             flat = value.reshape(len(value), -1).float()
             compare_rows(tally, 0, flat, torch.zeros_like(flat), there.reshape(len(there), -1))
     touched = set(tallies)
-    tallies |= _untouched(reference, weights, touched)
+    tallies |= _untouched(examiner, touched)
     if not summed:
         unchecked = touched - examiner.mixed
         tallies = {name: tally for name, tally in tallies.items() if name not in unchecked}
-    shared = _shared(reference, weights, touched)
+    changed = {t.tensor: n for n, t in examiner.tallies.items() if t.changed}
+    shared = [
+        finding(
+            ERROR,
+            "elements",
+            f"{name} and {changed[weights.tensor_of(name)]} share a tensor in the merged "
+            "checkpoint, but the adapters change only the second: they must be untied",
+            name,
+        )
+        for name in examiner.base.parameters
+        if name not in touched and weights.tensor_of(name) in changed
+    ]
     wrong = {name: tally for name, tally in tallies.items() if tally.wrong}
     found = [
         explain(tally, name, places.get(name), reference.sites, examiner)
@@ -272,11 +264,9 @@ def judge_tensors(
     )
 
 
-def _untouched(
-    reference: ReferenceModel, weights: Weights, touched: set[str]
-) -> dict[str, TensorComparison]:
+def _untouched(examiner: Examiner, touched: set[str]) -> dict[str, TensorComparison]:
     """Compare tensors that no adapter changes; a tied head counts as the embedding."""
-    base = reference.base
+    base, weights = examiner.base, examiner.merged
     pairs: dict[tuple[str, str], None] = {}
     found = {}
     changed = {t for name in touched if base.has(name) for t in base.tensors_of(name)}
@@ -292,36 +282,16 @@ def _untouched(
         else:
             pairs.update(((t, t), None) for t in base.tensors_of(name) if t in weights.infos)
     pairs.update(((t, t), None) for t in base.unused if t in weights.infos)
-    done = {t.tensor for n, t in reference.examiner.tallies.items()}
+    done = {tally.tensor for tally in examiner.tallies.values()}
     for base_name, merged_name in pairs:
         if merged_name in done or base.infos[base_name].shape != weights.infos[merged_name].shape:
             continue
         tally = found[merged_name] = TensorComparison(tensor=merged_name)
         for first, rows in base.blocks(base_name):
-            there = (
-                weights.slice(merged_name, first, first + len(rows))
-                if rows.dim()
-                else weights.read(merged_name)
-            )
+            last = first + len(rows) if rows.dim() else 0
+            there = weights.slice(merged_name, first, last) if last else weights.read(merged_name)
             compare_bytes(tally, first, rows, there)
     return found
-
-
-def _shared(reference: ReferenceModel, weights: Weights, touched: set[str]) -> list[Finding]:
-    """Return a finding if two parameters share a tensor and adapters change only one of them."""
-    base = reference.base
-    changed = {t.tensor: n for n, t in reference.examiner.tallies.items() if t.changed}
-    return [
-        finding(
-            ERROR,
-            "elements",
-            f"{name} and {changed[weights.tensor_of(name)]} share a tensor in the merged "
-            "checkpoint, but the adapters change only the second: they must be untied",
-            name,
-        )
-        for name in base.parameters
-        if name not in touched and weights.tensor_of(name) in changed
-    ]
 
 
 _ROWS = 64
@@ -364,7 +334,6 @@ def explain(
 
 
 def _explain_scale(tally: TensorComparison) -> str:
-    """Explain a wrong tensor by how many times the delta was added."""
     if not tally.change:
         return "the adapter is missing: it equals the base"
     times = tally.times()
@@ -378,7 +347,6 @@ def _explain_scale(tally: TensorComparison) -> str:
 
 
 def _explain_place(parameter: str, site: Site, others: Sequence[Site], examiner: Examiner) -> str:
-    """Check whether it is transposed, or got another layer's delta."""
     if site.kind == "other":
         return ""
     tensor = examiner.merged.tensor_of(parameter)
@@ -390,16 +358,15 @@ def _explain_place(parameter: str, site: Site, others: Sequence[Site], examiner:
         whole = examiner.merged.read(tensor)[:, :_ROWS].float().T
         if _cosine(whole, base + factors.rows(0, _ROWS)) > _SIMILAR:
             return "it is transposed"
-        if _cosine(merged - base, _columns(factors).T) > _SIMILAR:
+        columns = factors.left * factors.scalings.float() @ factors.right[:, :_ROWS]
+        if _cosine(merged - base, columns.T) > _SIMILAR:
             return "the adapter was added transposed"
+    shapes = factors.left.shape, factors.right.shape
     for other in others:
         if other is site or other.kind == "other":
             continue
         other_factors = other.factors()
-        if (
-            other_factors.left.shape != factors.left.shape
-            or other_factors.right.shape != factors.right.shape
-        ):
+        if (other_factors.left.shape, other_factors.right.shape) != shapes:
             continue
         name = other.parameters["weight"]
         if _cosine(merged - base, other_factors.rows(0, _ROWS)) > _SIMILAR:
@@ -408,11 +375,6 @@ def _explain_place(parameter: str, site: Site, others: Sequence[Site], examiner:
         if _cosine(merged, there + other_factors.rows(0, _ROWS)) > _SIMILAR:
             return f"it has the values of {name}"
     return ""
-
-
-def _columns(factors: Factors) -> torch.Tensor:
-    """Return the first columns of a delta."""
-    return factors.left * factors.scalings.float() @ factors.right[:, :_ROWS]
 
 
 def _same_bytes(tensor: str, examiner: Examiner) -> str:
@@ -429,6 +391,5 @@ def _same_bytes(tensor: str, examiner: Examiner) -> str:
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the cosine between two changes."""
     size = float(one.norm() * other.norm())
     return float((one * other).sum()) / size if size else 0.0
