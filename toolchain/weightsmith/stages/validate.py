@@ -48,7 +48,7 @@ _PROBED_TOKENS = _PROBES * (64 + 16)
 """At most eight probes of 64 tokens, and 16 after each."""
 _NEW, _FEW_NEW, _LARGE = 16, 4, 10_000_000_000
 """Tokens that are generated after each probe, and fewer for a model with so many weights, as in
-`validating/greedy.py`, which imports torch."""
+`validating/probes.py`, which imports torch."""
 _RESULT = "validation.json"
 _SHOWN = 3
 
