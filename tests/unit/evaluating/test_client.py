@@ -1,20 +1,31 @@
+import gzip
 import itertools
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from weightsmith.core import network
-from weightsmith.core.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating import client
-from weightsmith.evaluating.client import Served, ask_all, check_served_name, wait_until_healthy
+from weightsmith.evaluating.client import (
+    Served,
+    ask_all,
+    check_served_name,
+    find_served,
+    wait_until_healthy,
+)
 from weightsmith.evaluating.client import ask as ask_one
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
+from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
+from weightsmith.serving import engines
 
 from tests.fakes.openai_server import Handler, answer, flood
+from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
 
 QUICK = SessionLimits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)
@@ -37,13 +48,11 @@ def test_fields_go_into_each_request_of_the_session_that_adds_them(serve):
     assert [body.get("lora") for body in server.asked] == [lora, None]
 
 
-def test_asks_greedily_under_the_served_name(serve):
-    server = serve()
+@pytest.mark.parametrize("said", ["support", "support-2024-08-06", None])
+def test_asks_greedily_under_the_served_name(serve, said):
+    server = serve(lambda handler, body: handler.send(200, {**answer(), "model": said}))
 
-    assert ask(server) == {
-        "answer": "7481",
-        "finish_reason": "stop",
-    }
+    assert ask(server) == {"answer": "7481", "finish_reason": "stop"}
     (body,) = server.asked
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("support", 0.0, 9)
 
@@ -99,13 +108,35 @@ def test_a_server_error_is_tried_again(serve):
     assert ask(serve(behave))["answer"] == "7481"
 
 
-def test_a_lasting_server_error_is_reported(serve):
-    server = serve(lambda handler, body: handler.send(500, {"error": "slot exploded"}))
+def bomb(handler, body):
+    data = gzip.compress(b" " * 50_000_000)
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
 
-    with pytest.raises(CheckFailed, match=r"HTTP 500: .*slot exploded"):
+
+@pytest.mark.parametrize(
+    ("behave", "says", "tries"),
+    [
+        (lambda h, _: h.send(500, {"error": "slot exploded"}), "HTTP 500: .*slot exploded", 2),
+        (lambda h, _: h.send(400, {"error": "too long"}), "HTTP 400: .*too long", 1),
+        (lambda h, _: h.send(200, answer(), cut=1), "2 tries", 2),
+        (lambda h, _: h.send(200, answer(), cut=20), "2 tries", 2),
+        (lambda h, _: h.send(200, {"choices": []}), "no text", 1),
+        (lambda h, _: h.send(200, {**answer(), "model": "x"}), "'support', but 'x' answered", 1),
+        (flood, "larger than 100000 bytes", 1),
+        (bomb, "invalid JSON", 2),
+    ],
+    ids=["500", "400", "cut", "half", "no message", "another model", "100 megabytes", "gzip"],
+)
+def test_what_is_no_answer_is_reported(serve, behave, says, tries):
+    server = serve(behave)
+
+    with pytest.raises(CheckFailed, match=says):
         ask(server)
-
-    assert len(server.asked) == 2
+    assert len(server.asked) == tries
 
 
 def test_nobody_listens(serve):
@@ -116,35 +147,6 @@ def test_nobody_listens(serve):
         ask(server)
 
     assert "start the server" in caught.value.hint
-
-
-def test_a_refusal_is_not_tried_again(serve):
-    server = serve(lambda handler, body: handler.send(400, {"error": "too long"}))
-
-    with pytest.raises(CheckFailed, match=r"HTTP 400: .*too long"):
-        ask(server)
-
-    assert len(server.asked) == 1
-
-
-@pytest.mark.parametrize("cut", [1, 20])
-def test_half_an_answer_is_reported(serve, cut):
-    server = serve(lambda handler, body: handler.send(200, answer(), cut=cut))
-
-    with pytest.raises(CheckFailed, match="2 tries"):
-        ask(server)
-
-
-def test_an_answer_without_a_message_is_reported(serve):
-    server = serve(lambda handler, body: handler.send(200, {"choices": []}))
-
-    with pytest.raises(CheckFailed, match="no text"):
-        ask(server)
-
-
-def test_an_answer_of_100_megabytes_is_not_read(serve):
-    with pytest.raises(CheckFailed, match="larger than 100000 bytes"):
-        ask(serve(flood))
 
 
 def test_another_model_is_reported(serve):
@@ -207,47 +209,33 @@ def test_waits_until_the_model_is_loaded(serve, clock):
         if clock.now >= 3:
             server.health = 200
 
-    clock.at_sleep = load
-
+    with pytest.raises(CheckFailed, match=r"not ready after 2 s: .*HTTP 503"):
+        wait_until_healthy(server.endpoint, "/health", 2, poll=1)
+    clock.now, clock.at_sleep = 0, load
     assert wait_until_healthy(server.endpoint, "/health", 5, poll=1) == 3
 
 
-def test_waiting_ends(serve, clock):
-    server = serve()
-    server.health = 503
-
-    with pytest.raises(CheckFailed, match=r"not ready after 5 s: .*HTTP 503"):
-        wait_until_healthy(server.endpoint, "/health", 5, poll=1)
-
-    assert clock.now == 5
-
-
-class Quiet:
-    """Counts the items that were asked."""
-
-    def __init__(self):
-        self.seen = []
-
-    def advance(self, done, total, unit):
-        self.seen.append((done, total, unit))
+def questions(*texts):
+    return [replace(ASKED, messages=({"role": "user", "content": text},)) for text in texts]
 
 
 def test_asks_everything_in_order(serve):
     def behave(handler, body):
         handler.send(200, answer(f"You said {body['messages'][-1]['content']}"))
 
-    items = [
-        Item(messages=({"role": "user", "content": text},), expected=(want,), line=1)
-        for text, want in (("red", "red"), ("blue", "green"))
-    ]
-    progress = Quiet()
+    seen = []
+    progress = SimpleNamespace(advance=lambda *told: seen.append(told))
 
     with ServerSession(serve(behave).endpoint, QUICK) as session:
-        answers = ask_all(items, lambda item: ask_one(session, SUPPORT, item, 9), progress)
+        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
+        answers = ask_all(questions("red", "blue"), asking, progress)
 
     assert [a["answer"] for a in answers] == ["You said red", "You said blue"]
     assert all(a["seconds"] > 0 for a in answers)
-    assert progress.seen[-1] == (2, 2, "items")
+    assert seen[-1] == (2, 2, "items")
+
+
+QUIET = SimpleNamespace(advance=lambda *_: None)
 
 
 def test_many_at_once_stay_in_order(serve):
@@ -257,46 +245,22 @@ def test_many_at_once_stay_in_order(serve):
         together.wait()  # broken, and so no answer, unless four are asked at once
         handler.send(200, answer(body["messages"][-1]["content"]))
 
-    items = [
-        Item(messages=({"role": "user", "content": f"q{i}"},), expected=("x",), line=i)
-        for i in range(12)
-    ]
+    texts = [f"q{i}" for i in range(12)]
     with ServerSession(serve(behave).endpoint, SessionLimits(request_seconds=300)) as session:
-        answers = ask_all(
-            items, lambda item: ask_one(session, SUPPORT, item, 9), Quiet(), concurrency=4
-        )
+        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
+        answers = ask_all(questions(*texts), asking, QUIET, concurrency=4)
 
-    assert [a["answer"] for a in answers] == [f"q{i}" for i in range(12)]
+    assert [a["answer"] for a in answers] == texts
 
 
 def test_a_failure_among_many_ends_the_rest(serve):
-    def behave(handler, body):
-        handler.send(400, {"error": "no"})
-
-    server = serve(behave)
-    items = [ASKED] * 500
-    with (
-        ServerSession(server.endpoint, QUICK) as session,
-        pytest.raises(CheckFailed, match="HTTP 400"),
-    ):
-        ask_all(items, lambda item: ask_one(session, SUPPORT, item, 9), Quiet(), concurrency=4)
+    server = serve(lambda handler, body: handler.send(400, {"error": "no"}))
+    with ServerSession(server.endpoint, QUICK) as session:
+        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
+        with pytest.raises(CheckFailed, match="HTTP 400"):
+            ask_all([ASKED] * 500, asking, QUIET, concurrency=4)
 
     assert len(server.asked) < 100
-
-
-def test_another_models_answer_is_reported(serve):
-    def behave(handler, body):
-        handler.send(200, {**answer(), "model": "someone-else"})
-
-    with pytest.raises(CheckFailed, match=r"'support', but 'someone-else'"):
-        ask(serve(behave))
-
-
-@pytest.mark.parametrize("said", ["support", "support-2024-08-06", None])
-def test_its_own_name_in_the_answer_is_fine(serve, said):
-    server = serve(lambda handler, body: handler.send(200, {**answer(), "model": said}))
-
-    assert ask(server)["answer"] == "7481"
 
 
 def test_connections_are_kept(serve):
@@ -317,17 +281,56 @@ def test_connections_are_kept(serve):
     assert len(ports) == 1
 
 
-def test_a_compressed_answer_is_not_unpacked(serve):
-    import gzip
+NO_TEMPLATE = "default chat template is no longer allowed, so you must provide a chat template"
+CASES = {
+    "template": (WORDED, False),
+    "plain": ("", False),
+    "template and begin token": (BEGUN, True),
+    "plain and begin token": ("", True),
+}
 
-    bomb = gzip.compress(b" " * 50_000_000)
 
-    def behave(handler, body):
-        handler.send_response(200)
-        handler.send_header("Content-Encoding", "gzip")
-        handler.send_header("Content-Length", str(len(bomb)))
-        handler.end_headers()
-        handler.wfile.write(bomb)
+def as_engines_do(tokenizer, seen, handler, body):
+    """vLLM's rules, which SGLang, TGI and TensorRT-LLM share: a chat is worded by the template and
+    tokenized without further tokens, a prompt is tokenized as the tokenizer does by itself."""
+    if "prompt" in body:
+        ids = tokenizer(body["prompt"])["input_ids"]
+        choice = {"text": " Sel", "finish_reason": "stop"}
+    elif not tokenizer.chat_template:
+        handler.send(400, {"error": {"message": NO_TEMPLATE}})
+        return
+    else:
+        text = tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        choice = {"message": {"content": " Sel"}, "finish_reason": "stop"}
+    seen.append(list(ids))
+    usage = {"prompt_tokens": len(ids)}
+    handler.send(200, {"model": body["model"], "choices": [choice], "usage": usage})
 
-    with pytest.raises(CheckFailed, match="invalid JSON"):
-        ask(serve(behave))
+
+@pytest.mark.parametrize("engine", sorted(set(engines()) - {"llamacpp"}))
+@pytest.mark.parametrize("case", CASES)
+def test_an_engine_gets_the_references_tokens(serve, tmp_path, engine, case):
+    template, begins = CASES[case]
+    root = model(tmp_path / "model", template, begins=begins)
+    tokenizer, seen = speaker(UnmergedModel(model=root)), []
+    server = serve(partial(as_engines_do, tokenizer, seen))
+
+    with ServerSession(server.endpoint) as session:
+        served = find_served(session, engine)
+        said = ask_one(session, served, ITEM, 4)
+
+    expected = prompt_tokens(tokenizer, ITEM.messages, root)
+    assert served.chat == bool(template)
+    assert seen[-1] == expected
+    assert seen[-1].count(1) == begins
+    assert said == {"answer": " Sel", "finish_reason": "stop", "prompt_tokens": len(expected)}
+
+
+def test_a_chat_needs_a_template():
+    two = ({"role": "system", "content": "Be brief."}, *ITEM.messages)
+
+    with pytest.raises(InputRefused, match="no chat template, but a question has 2 messages"):
+        Served(name="m", chat=False).body(replace(ITEM, messages=two), 4)

@@ -61,15 +61,9 @@ def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_pat
     assert len(searched) < 10
 
 
-def test_messages_that_are_no_list_hold_no_question(tmp_path):
-    path = write(tmp_path, {"messages": 5}, {"messages": {"content": "Which port?"}})
-
-    assert find_contamination([item("Which port?")], path) == ()
-
-
 def test_an_answer_that_holds_the_question_is_no_leak(tmp_path):
-    said = "You ask which port the gateway uses at work: 7481."
-    path = write(tmp_path, {"messages": [{"role": "assistant", "content": said}]})
+    said = {"role": "assistant", "content": "You ask which port the gateway uses at work: 7481."}
+    path = write(tmp_path, {"messages": [said]}, {"messages": 5}, {"messages": said})
 
     assert find_contamination([item("which port the gateway uses")], path) == ()
     assert describe(()) == ""

@@ -19,7 +19,7 @@ def test_reads_prompts_and_messages_in_order(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Port?"}]
     path = write(
         tmp_path,
-        {"prompt": "Capital of France?", "expected": "Paris"},
+        b'\xef\xbb\xbf{"prompt": "Capital of France?", "expected": "Paris"}',
         b"",
         {"messages": chat, "expected": ["7481", "seven"]},
     )
@@ -41,12 +41,6 @@ def test_questions_come_through_a_pipe(tmp_path):
     os.close(reading)
 
 
-def test_a_byte_order_mark_is_no_error(tmp_path):
-    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps({"prompt": "a", "expected": "b"}).encode())
-
-    assert len(read_items(path)) == 1
-
-
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -65,6 +59,13 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
         ({"messages": [{"role": ["user"], "content": "a"}], "expected": "b"}, "unknown role"),
         ({"messages": [{"role": "user"}], "expected": "b"}, r"messages\[0\].content"),
         (b'{"prompt": "' + b"a" * (1 << 20) + b'"', "longer than"),
+        ({"prompt": "q", "expected": "b"}, "duplicates the question of line 1"),
+        ({"prompt": "a", "choices": "xy", "expected": "x"}, "not a list"),
+        ({"prompt": "a", "choices": ["x"], "expected": "x"}, "fewer than two"),
+        ({"prompt": "a", "choices": ["x", "x"], "expected": "x"}, "duplicates"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": "z"}, "not one of its choices"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": 2}, "not the index of a choice"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": True}, "not a non-empty string"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, says):
@@ -77,19 +78,9 @@ def test_a_malformed_line_is_named(tmp_path, line, says):
     assert caught.value.hint
 
 
-def test_the_same_question_twice_is_refused(tmp_path):
-    path = write(tmp_path, {"prompt": "q", "expected": "a"}, {"prompt": "q", "expected": "b"})
-
-    with pytest.raises(UsageError, match=r"eval\.jsonl:2 .* line 1"):
-        read_items(path)
-
-
-def test_an_empty_file_is_refused(tmp_path):
+def test_a_file_without_questions_is_refused(tmp_path):
     with pytest.raises(UsageError, match="has no questions"):
         read_items(write(tmp_path, b"", b"  "))
-
-
-def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         read_items(tmp_path / "none.jsonl")
 
@@ -111,23 +102,6 @@ def test_reads_choices_and_schemas(tmp_path):
     assert not fourth.plain
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ({"prompt": "a", "choices": "xy", "expected": "x"}, "not a list"),
-        ({"prompt": "a", "choices": ["x"], "expected": "x"}, "fewer than two"),
-        ({"prompt": "a", "choices": ["x", "x"], "expected": "x"}, "duplicates"),
-        ({"prompt": "a", "choices": ["x", "y"], "expected": "z"}, "not one of its choices"),
-        ({"prompt": "a", "choices": ["x", "y"], "expected": 2}, "not the index of a choice"),
-        ({"prompt": "a", "choices": ["x", "y"], "expected": True}, "not a non-empty string"),
-    ],
-)
-def test_wrong_choices_are_named(tmp_path, line, says):
-    with pytest.raises(UsageError, match=says) as caught:
-        read_items(write(tmp_path, {"prompt": "q", "expected": "a"}, line))
-    assert ":2" in caught.value.message
-
-
 def asked(*prompts):
     return [
         Item(messages=({"role": "user", "content": text},), expected=("x",), line=n)
@@ -146,8 +120,4 @@ def test_a_sample_is_chosen_by_content():
     assert chosen != {item.prompt for item in items[:10]}
     lines = [item.line for item in sample(items, 10)]
     assert lines == sorted(lines)
-
-
-@pytest.mark.parametrize("limit", [0, 3, 9])
-def test_without_a_limit_below_their_number_all_are_asked(limit):
-    assert len(sample(asked("a", "b", "c"), limit)) == 3
+    assert [len(sample(items, limit)) for limit in (0, 50, 99)] == [50] * 3

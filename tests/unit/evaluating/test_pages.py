@@ -4,11 +4,19 @@ import hashlib
 import html
 import json
 import re
+from xml.etree import ElementTree as ET
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.build_record import BuildRecord
-from weightsmith.evaluating.pages import build_view, render_view, write_comparison, write_report
+from weightsmith.evaluating.pages import (
+    build_view,
+    junit,
+    render_view,
+    write_comparison,
+    write_report,
+)
+from weightsmith.evaluating.views import answer_rows, asked
 
 from tests.fakes.records import BUILD, DIGEST, SMALLEST, failing, many
 
@@ -18,33 +26,25 @@ def render_report(build, template):
     return render_view(build_view(record, (record,), None), template)
 
 
-def test_both_reports_are_written(tmp_path):
-    written = write_report(BuildRecord.from_json(BUILD), tmp_path / "new")
-
-    names = (written.html.name, written.markdown.name, written.junit.name)
-    assert names == ("report.html", "report.md", "junit.xml")
-    assert "support-smol" in written.html.read_text("utf-8")
-
-
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
-@pytest.mark.parametrize(
-    "says",
-    [
+def test_every_fact_is_shown(template):
+    text = html.unescape(render_report(BUILD, template)).replace("\\", "")
+    facts = (
         "support-smol", "llamacpp-q4_k_m", DIGEST, "1.000", "./adapter", "Passed",
         "sequential", "60 merged", "6.1", "2048", "100.6 MiB", "12.5 s", "was there",
         "unpinned source", "a note", "one tensor is tied", "invoke push", "not published",
         "image vs adapter", "health", "0.57 to 1.00",
-    ],
-)  # fmt: skip
-def test_every_fact_is_shown(template, says):
-    text = html.unescape(render_report(BUILD, template)).replace("\\", "")
+    )  # fmt: skip
 
-    assert says in text
+    assert [fact for fact in facts if fact not in text] == []
 
 
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
 def test_a_build_without_scores_or_image_has_a_report(template):
-    assert "support-smol" in render_report(SMALLEST, template).replace("\\", "")
+    text = render_report(SMALLEST, template).replace("\\", "")
+
+    assert "support-smol" in text
+    assert "Built, not proven" in text
 
 
 def test_the_page_is_self_contained_and_escapes_what_models_say():
@@ -53,11 +53,6 @@ def test_the_page_is_self_contained_and_escapes_what_models_say():
     assert page.count("<script") == 1
     assert "&lt;script&gt;" in page
     assert not re.search(r'(src|href)="(?!#)', page)
-    assert "prefers-color-scheme: dark" in page
-
-
-def test_only_our_own_script_may_run():
-    page = render_report(BUILD, "report.html.j2")
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
@@ -97,10 +92,6 @@ def test_what_is_not_proven_is_said_first_and_other_words_are_counted(template):
     same["image"]["differences"] = [{"question": 1, "token": "x", "margin": 0.4411}]
     text = html.unescape(render_report({**BUILD, **doubts}, template))
     assert "preferred by 0.44 nats" in text
-
-
-def test_a_build_without_questions_is_called_unproven():
-    assert "Built, not proven" in render_report(SMALLEST, "report.html.j2")
 
 
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
@@ -236,3 +227,68 @@ def test_a_folder_that_cannot_be_is_reported(tmp_path):
 
     with pytest.raises(EnvironmentFailure, match="file"):
         write_report(BuildRecord.from_json(BUILD), tmp_path / "file")
+
+
+def read_junit(build):
+    return ET.fromstring(junit(BuildRecord.from_json(build)))
+
+
+def test_junit_has_gates_checks_and_questions():
+    good, bad = read_junit(BUILD), read_junit(failing())
+
+    assert [s.get("name") for s in good] == ["checks", "questions"]
+    assert [s.get("failures") for s in good] == ["0", "0"]
+    assert [s.get("failures") for s in bad] == ["1", "1"]
+    assert [s.get("tests") for s in good] == ["2", "1"]
+    assert bad.find(".//testcase[@name='image against adapter']/failure").get("message") == (
+        "the image lost too much"
+    )
+    assert "no | idea" in bad.find(".//testcase[@classname='weightsmith.question']/failure").text
+
+
+def test_what_is_not_proven_is_a_skipped_gate():
+    doubtful = read_junit({**BUILD, "unproven": ["8 questions are too few"]})
+
+    case = doubtful.find(".//testcase[@name='proven 1']/skipped")
+    assert case.get("message") == "not proven: 8 questions are too few"
+    assert doubtful[0].get("failures") == "0"
+
+
+def test_a_question_lost_within_what_is_allowed_is_no_failure():
+    build = failing()
+    build["verdicts"][0]["passed"] = True
+    tree = read_junit(build)
+
+    assert [suite.get("skipped") for suite in tree] == ["0", "1"]
+    assert tree.find(".//failure") is None
+
+
+def test_junit_survives_what_xml_cannot_hold():
+    build = failing()
+    build["items"][0]["prompt"] = "bell \x07 and half a pair \ud800 \ufffe ]]></testcase>"
+
+    assert read_junit(build).find(".//testcase[@classname='weightsmith.question']") is not None
+
+
+def test_equal_answers_stand_together():
+    build = copy.deepcopy(BUILD)
+    build["items"][0]["image"] = build["items"][0]["adapter"]
+    (row,) = answer_rows(asked(build["items"]))
+    (lost,) = answer_rows(asked(failing()["items"]))
+
+    assert [said.who for said in row.answers] == [["base"], ["adapter", "image"]]
+    assert not any((row.changed, row.worded, row.wrong, row.lost))
+    assert all((lost.changed, lost.worded, lost.wrong, lost.lost))
+
+
+def test_what_dequantized_weights_lost_is_lost_too():
+    build = failing()
+    (item,) = build["items"]
+    for found in (item, item["ok"]):
+        found["dequantized"] = found.pop("image")
+
+    (row,) = answer_rows(asked(build["items"]))
+    assert (row.wrong, row.lost) == (True, True)
+    item["ok"]["dequantized"] = True
+    (row,) = answer_rows(asked(build["items"]))
+    assert (row.wrong, row.lost) == (False, False)

@@ -1,4 +1,4 @@
-"""When a task must be proven, and what a build may say of all its tasks."""
+"""When a task must be proven, what a build says of its tasks, and whose words are the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Score
-from weightsmith.evaluating.results import RecipeTask, Result, require, unproven_of, verdict_of
+from weightsmith.evaluating.build_record import DifferenceRecord
+from weightsmith.evaluating.results import (
+    RecipeTask,
+    Result,
+    require,
+    sameness,
+    unproven_of,
+    verdict_of,
+)
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe.schema import Evaluate
 
@@ -53,3 +61,44 @@ def test_what_the_image_may_still_show_is_not_refused_before_it_is_asked() -> No
     require([result("proven", **asked, image=score(100, 100))], tested=True)
     with pytest.raises(CheckFailed, match="95 % confidence"):
         require([result("proven", **asked, image=score(98, 100))], tested=True)
+
+
+def said(*rows: Any) -> Score:
+    per_item = tuple(row if isinstance(row, dict) else {"answer": row} for row in rows)
+    return Score(score=1.0, n=len(rows), metric="contains", per_item=per_item)
+
+
+@pytest.mark.parametrize(
+    ("ends", "margins"),
+    [
+        ("2 5 10 13 15 16", "9 8 7 0.25 6 5"),
+        ([2, 5, 10, 13, 15, 16], [9.0, 8.0, 7.0, 0.25, 6.0, 5.0]),
+    ],
+    ids=["as they are written", "as they were"],
+)
+def test_the_first_token_that_differs_is_named_with_its_margin(ends: Any, margins: Any) -> None:
+    told = {"answer": "It is port 7481.", "token_ends": ends, "margins": margins}
+    found = sameness(
+        {
+            "adapter": said("Yes.", told),
+            "merged": said("Yes.", told),
+            "image": said(" Yes.", "It is port 748."),
+        }
+    )
+
+    assert found["merged"].share == 1.0
+    assert found["image"].share == 0.5
+    assert found["image"].differences == (DifferenceRecord(question=2, token="1", margin=6.0),)
+    assert found["image"].same == 1
+
+
+@pytest.mark.parametrize(("first", "token"), [("Port 1", "1"), ("Port", "")])
+def test_tokens_and_margins_need_not_be_known(first: str, token: str) -> None:
+    found = sameness({"base": said(first), "image": said("Port 2")})
+
+    assert found["image"].differences == (DifferenceRecord(question=1, token=token, margin=None),)
+
+
+def test_a_subject_with_other_questions_is_left_out() -> None:
+    assert sameness({"base": said("a"), "image": said("a", "b")}) == {}
+    assert sameness({}) == {}

@@ -6,6 +6,7 @@ import threading
 import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from weightsmith.core.errors import CheckFailed
@@ -185,8 +186,7 @@ def test_a_good_server_passes_and_what_was_seen_is_kept(server):
     ],
 )
 def test_a_broken_promise_is_named_with_the_servers_last_words(server, change, check, says):
-    for name, value in change.items():
-        setattr(server, name, value)
+    vars(server).update(change)
 
     with pytest.raises(CheckFailed, match=f"'{check}' failed: .*{says}") as caught:
         look(server)
@@ -200,77 +200,57 @@ def test_a_server_that_dies_over_a_stream_is_reported(server):
         look(server)
 
 
-def test_an_answer_without_an_end_is_reported_and_no_failure(server):
-    server.finish = "length"
+def test_what_is_reported_and_no_failure(server):
+    server.finish, server.logprobs_status = "length", 400
+    seen = look(server)
 
-    assert "did not end" in look(server)["end of answer"]
-
-
-def test_a_server_without_log_probabilities_may_say_so(server):
-    server.logprobs_status = 400
-
-    assert look(server)["log-probabilities"].startswith("HTTP 400")
+    assert "did not end" in seen["end of answer"]
+    assert seen["log-probabilities"].startswith("HTTP 400")
+    assert "picture" not in seen, "the model sees nothing"
+    assert server.pictures == []
 
 
-def life(server):
+GRACE = replace(PROMISE, grace_seconds=60)
+
+
+def life(server, promise=PROMISE):
     smoke = Smoke()
-    check_life(smoke, server.endpoint, PROMISE)
-    return [check["name"] for check in smoke.checks]
+    check_life(smoke, server.endpoint, promise)
+    return {check["name"]: check["seen"] for check in smoke.checks}
 
 
 @pytest.mark.parametrize("code", [0, 143, -15])
 def test_it_ends_and_starts_again(server, code):
     server.exit_code = code
 
-    assert life(server) == ["SIGTERM", "restart"]
+    assert list(life(server)) == ["SIGTERM", "restart"]
     assert server.restarts == 1
 
 
-@pytest.mark.parametrize(("code", "says"), [(None, "10 s after SIGTERM"), (139, "code 139")])
-def test_an_end_that_is_none_is_reported(server, code, says):
-    server.exit_code = code
-
-    with pytest.raises(CheckFailed, match=f"'SIGTERM' failed: .*{says}"):
-        life(server)
-
-
-GRACE = replace(PROMISE, grace_seconds=60)
-
-
-def ended_while_answering(server):
-    smoke = Smoke()
-    check_life(smoke, server.endpoint, GRACE)
-    return smoke.checks[0]["seen"]
-
-
 def test_requests_that_run_at_sigterm_are_answered(server):
-    assert ended_while_answering(server) == (
+    assert life(server, GRACE)["SIGTERM"] == (
         "exit code 0; a stream went on for 1 events, and a request was answered"
     )
     assert server.patience == 60
 
 
 @pytest.mark.parametrize(
-    ("after", "says"),
+    ("promise", "change", "says"),
     [
-        ("cuts the stream", "SIGTERM cut a stream, 0 events later"),
-        ("loses the other", "SIGTERM lost a request: .*disconnected"),
-        ("refuses it", "SIGTERM lost a request: HTTP 503.*it ends"),
+        (PROMISE, {"exit_code": None}, "10 s after SIGTERM"),
+        (PROMISE, {"exit_code": 139}, "code 139"),
+        (GRACE, {"exit_code": None}, "60 s after SIGTERM"),
+        (GRACE, {"exit_code": 137}, "code 137"),
+        (GRACE, {"after": "cuts the stream"}, "SIGTERM cut a stream, 0 events later"),
+        (GRACE, {"after": "loses the other"}, "SIGTERM lost a request: .*disconnected"),
+        (GRACE, {"after": "refuses it"}, "SIGTERM lost a request: HTTP 503.*it ends"),
     ],
 )
-def test_a_request_that_sigterm_ends_is_reported(server, after, says):
-    server.after = after
+def test_an_end_that_is_none_or_loses_a_request_is_reported(server, promise, change, says):
+    vars(server).update(change)
 
     with pytest.raises(CheckFailed, match=f"'SIGTERM' failed: .*{says}"):
-        ended_while_answering(server)
-
-
-@pytest.mark.parametrize(("code", "says"), [(None, "60 s after SIGTERM"), (137, "code 137")])
-def test_an_end_after_its_answers_that_is_none_is_reported(server, code, says):
-    server.exit_code = code
-
-    with pytest.raises(CheckFailed, match=f"'SIGTERM' failed: .*{says}"):
-        ended_while_answering(server)
+        life(server, promise)
 
 
 def test_a_server_that_answers_nothing_after_its_restart_is_reported(server):
@@ -289,13 +269,10 @@ def test_a_server_that_is_up_after_its_restart_and_says_nothing_is_reported(serv
         life(server)
 
 
-def test_what_cannot_be_stopped_is_not_checked(server):
-    endpoint = Endpoint(url="http://127.0.0.1:9", logs=lambda n: "", alive=lambda: True)
-    smoke = Smoke()
+def test_what_cannot_be_stopped_is_not_checked():
+    fixed = Endpoint(url="http://127.0.0.1:9", logs=lambda n: "", alive=lambda: True)
 
-    check_life(smoke, endpoint, PROMISE)
-
-    assert smoke.checks == []
+    assert life(SimpleNamespace(endpoint=fixed)) == {}
 
 
 def test_a_model_that_sees_gets_a_picture(server):
@@ -310,11 +287,6 @@ def test_a_model_that_sees_gets_a_picture(server):
     assert png[37:41] == b"IDAT"
     assert zlib.decompress(png[41 : 41 + size])[:4] == bytes([0, 0xC0, 0x20, 0x20])
     assert question["type"] == "text"
-
-
-def test_a_model_of_text_gets_no_picture(server):
-    assert "picture" not in look(server)
-    assert server.pictures == []
 
 
 def test_a_picture_may_be_refused_but_nothing_may_fail(server):

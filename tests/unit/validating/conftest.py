@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.validating.result import Validation
 from weightsmith.validating.validate import ValidationRequest, validate
 
 from tests.unit.merging.oracle import save_adapter
@@ -147,22 +148,23 @@ def merged_by_peft(out: Path, base: Path, lora: Path) -> Path:
     return out
 
 
-def held(base: Path, out: Path, *adapters: Path, **options: Any) -> dict[str, Any]:
+def held(base: Path, out: Path, *adapters: Path, **options: Any) -> Validation:
     """Validate, every warning of a library left out."""
     weights = options.pop("weights", (1.0,) * len(adapters))
+    pairs = tuple(zip(adapters, weights, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return validate(
-            ValidationRequest(
-                base=base,
-                adapters=tuple(zip(adapters, weights, strict=True)),
-                merged=out,
-                **options,
-            )
-        )
+        return validate(ValidationRequest(base=base, adapters=pairs, merged=out, **options))
 
 
-def tell(result: dict[str, Any]) -> str:
+def passed(base: Path, out: Path, *adapters: Path, **options: Any) -> Validation:
+    """Validate what is right."""
+    result = held(base, out, *adapters, **options)
+    assert result.passed, tell(result)
+    return result
+
+
+def tell(result: Validation) -> str:
     """Return all findings as text, for a failure's message."""
     return "\n".join(f"{f.severity} {f.check} {f.message}" for f in result.findings)
 
@@ -184,6 +186,14 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
         told = json.loads(index.read_text())
         told["weight_map"] = {n: home.get(n, files[-1]).name for n in sorted(together)}
         index.write_text(json.dumps(told))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A base, an adapter of all its layers, and their exact merge."""
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    return base, lora, merged(tmp_path / "out", base, lora)
 
 
 @pytest.fixture(autouse=True)

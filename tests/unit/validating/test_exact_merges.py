@@ -18,6 +18,7 @@ from tests.unit.validating.conftest import (
     make_tuned,
     merged,
     merged_by_peft,
+    passed,
     tell,
 )
 
@@ -58,9 +59,8 @@ def test_exact_merge_passes(tmp_path: Path, kind: str, model: dict, adapter: dic
     lora = make_adapter(tmp_path / "lora", base, **adapter)
     out = merged(tmp_path / "out", base, lora)
 
-    result = held(base, out, lora)
+    result = passed(base, out, lora)
 
-    assert result.passed, tell(result)
     assert result.comparison.streamed, tell(result)
     assert result.comparison.elements.wrong == 0
     assert result.top1_agreement > 0.9
@@ -84,9 +84,7 @@ def test_a_copy_of_the_base_in_16_bits_beside_the_factors(
     save_file(load_file(path) | {key: copy}, path, {"format": "pt"})
     out = merged(tmp_path / "out", base, lora)
 
-    result = held(base, out, lora)
-
-    assert result.passed, tell(result)
+    passed(base, out, lora)
 
 
 @pytest.mark.grid(12)
@@ -109,9 +107,8 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
     lora = make_adapter(tmp_path / "lora", base, **adapter)
     out = merged_by_peft(tmp_path / "out", base, lora)
 
-    result = held(base, out, lora)
+    result = passed(base, out, lora)
 
-    assert result.passed, tell(result)
     assert result.comparison.streamed, tell(result)
     assert result.comparison.elements.wrong == 0
 
@@ -149,9 +146,8 @@ def test_ways_to_merge_pass(
     ]
     out = merged(tmp_path / "out", base, *loras, weights=weights, **options)
 
-    result = held(base, out, *loras, weights=weights)
+    result = passed(base, out, *loras, weights=weights)
 
-    assert result.passed, tell(result)
     assert result.comparison.streamed, tell(result)
     assert result.comparison.elements.wrong == 0
 
@@ -175,9 +171,8 @@ def test_a_merge_that_casts_the_base_passes(name: str, tmp_path: Path) -> None:
     lora = make_adapter(tmp_path / "lora", base, **adapter)
     out = merged(tmp_path / "out", base, lora, dtype="bfloat16")
 
-    result = held(base, out, lora)
+    result = passed(base, out, lora)
 
-    assert result.passed, tell(result)
     assert result.comparison.streamed, tell(result)
     # Not only within wide limits; of GPT-2, the twins do not round the positions.
     assert result.comparison.from_exact.rms < 0.5 * result.comparison.rounding.rms
@@ -199,9 +194,8 @@ def test_a_part_of_what_is_no_factor_passes(tmp_path: Path, kind: str) -> None:
     tuned = make_tuned(tmp_path / "tuned", base, config)
     out = merged(tmp_path / "out", base, tuned, weights=(0.5,))
 
-    result = held(base, out, tuned, weights=(0.5,))
+    result = passed(base, out, tuned, weights=(0.5,))
 
-    assert result.passed, tell(result)
     assert result.comparison.elements.wrong == 0
     assert not held(base, out, tuned).passed
 
@@ -217,9 +211,8 @@ def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> No
     )
     out = merged(tmp_path / "out", base, *two)
 
-    result = held(base, out, *two)
+    result = passed(base, out, *two)
 
-    assert result.passed, tell(result)
     assert "warning logits PEFT cannot load these adapters together" in tell(result)
 
 
@@ -241,18 +234,15 @@ def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None
     lora = make_adapter(tmp_path / "lora", base, init_lora_weights=False)
     out = merged(tmp_path / "out", base, lora)
 
-    result = held(base, out, lora)
+    result = passed(base, out, lora)
 
-    assert result.passed, tell(result)
     assert "reads model.layers.0.mamba.dt_proj.weight" in tell(result)
     wrong = merged(tmp_path / "wrong", base, lora, weights=(0.5,))
     assert not held(base, wrong, lora).passed
 
 
-def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    lora = make_adapter(tmp_path / "lora", base)
-    out = merged(tmp_path / "out", base, lora)
+def test_base_and_merged_the_wrong_way_round(plain: tuple[Path, Path, Path]) -> None:
+    base, lora, out = plain
 
     result = held(out, base, lora)
 
@@ -278,22 +268,18 @@ def test_a_small_adapter_passes_and_its_loss_is_reported(tmp_path: Path) -> None
     lora = make_adapter(tmp_path / "lora", base, lora_alpha=0.02)
     out = merged(tmp_path / "out", base, lora)
 
-    result = held(base, out, lora)
+    result = passed(base, out, lora)
 
-    assert result.passed, tell(result)
     assert "merge with dtype float32" in tell(result)
     assert result.comparison.lost_to_rounding > 0.5
 
 
-def test_probes_of_ones_own(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    lora = make_adapter(tmp_path / "lora", base)
-    out = merged(tmp_path / "out", base, lora)
+def test_probes_of_ones_own(plain: tuple[Path, Path, Path]) -> None:
+    base, lora, out = plain
     items = (({"role": "user", "content": "What is the price of salt?"},),)
 
-    result = held(base, out, lora, items=items)
+    result = passed(base, out, lora, items=items)
 
-    assert result.passed, tell(result)
     assert result.comparison.probes == 1
     told = result.comparison.greedy[0]
     assert "price of salt" in told.after
@@ -310,12 +296,8 @@ def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora)
 
-    result = held(base, out, lora)
-    wrong = held(base, out, lora, weights=(2.0,))
-
-    assert result.passed, tell(result)
-    assert result.comparison.probes == 6
-    assert not wrong.passed
+    assert passed(base, out, lora).comparison.probes == 6
+    assert not held(base, out, lora, weights=(2.0,)).passed
 
 
 def with_token(folder: Path, text: str, number: int = 512) -> None:
@@ -361,9 +343,8 @@ def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
     ]
     out = merged(tmp_path / "out", base, *loras, method="ties", density=0.5)
 
-    result = held(base, out, *loras, scope="rest")
+    result = passed(base, out, *loras, scope="rest")
 
-    assert result.passed, tell(result)
     assert result.max_abs_logit_diff > 0
     assert "not judged" in tell(result)
 
@@ -379,8 +360,7 @@ def test_a_rounded_base_is_judged_by_its_files(tmp_path: Path) -> None:
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora, weights=(0.5,))
 
-    result = held(base, out, lora, scope="files")
+    result = passed(base, out, lora, scope="files")
 
-    assert result.passed, tell(result)
     assert result.max_abs_logit_diff is None
     assert "only files" in tell(result)

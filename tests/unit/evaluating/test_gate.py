@@ -1,0 +1,270 @@
+"""Intervals and comparisons, what passes a gate, and what passing does not show."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Score
+from weightsmith.evaluating.gate import (
+    DropLimit,
+    Verdict,
+    compare,
+    inconclusive_reasons,
+    items_needed,
+    judge_drop,
+    mcnemar,
+    paired_interval,
+    too_few,
+    wilson,
+)
+
+
+def test_wilson_by_hand() -> None:
+    # p = 0.8, n = 10, z = 1.96: (0.8 + 0.19208) / 1.38416 -+ 1.96 / 1.38416 * sqrt(0.025604)
+    low, high = wilson(8, 10)
+
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(st.integers(min_value=1, max_value=10**6), st.data())
+def test_wilson_holds_the_share(n: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(min_value=0, max_value=n))
+    low, high = wilson(right, n)
+
+    assert 0 <= low <= right / n + 1e-12
+    assert right / n - 1e-12 <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (6, 0, 2 / 64),
+        (5, 1, 2 * 7 / 64),
+        (1, 5, 2 * 7 / 64),
+        (10, 10, 1.0),
+        # 2 (1 + 15 + 105) / 2^15
+        (2, 13, 2 * 121 / 32768),
+    ],
+)
+def test_mcnemar_by_hand(lost: int, won: int, p: float) -> None:
+    assert mcnemar(lost, won) == pytest.approx(p)
+
+
+def test_mcnemar_computes_each_coefficient_from_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = 2 * sum(math.comb(700, k) for k in range(331)) / 2**700
+    monkeypatch.delattr(math, "comb")  # of 50,000 changed answers, each takes milliseconds
+
+    assert mcnemar(330, 370) == mcnemar(370, 330) == exact
+    # Beyond what a float can hold: the normal approximation with continuity correction is close.
+    assert mcnemar(25_500, 24_500) == pytest.approx(math.erfc(999 / math.sqrt(1e5)), rel=0.05)
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))
+def test_the_interval_is_symmetric_and_grows_narrow(lost: int, won: int, same: int) -> None:
+    n = lost + won + same
+    low, high = paired_interval(lost, won, n)
+    mirrored = paired_interval(won, lost, n)
+
+    assert -1 <= low <= high <= 1
+    assert (low, high) == pytest.approx((-mirrored[1], -mirrored[0]))
+    if n:
+        narrow = paired_interval(4 * lost, 4 * won, 4 * n)
+        assert narrow[1] - narrow[0] <= high - low + 1e-12
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Simulated: 200 items of which 6 % are lost and 3 % won, true drop 0.03."""
+    chance = random.Random(1)
+    covered = 0
+    for _ in range(2000):
+        drawn = [chance.random() for _ in range(200)]
+        lost, won = sum(x < 0.06 for x in drawn), sum(0.06 <= x < 0.09 for x in drawn)
+        low, high = paired_interval(lost, won, 200)
+        covered += low <= 0.03 <= high
+    assert 0.93 < covered / 2000 < 0.98
+
+
+@pytest.mark.parametrize("drop", [0.001, 0.01, 0.05, 0.2, 1.0])
+def test_so_many_items_are_just_enough(drop: float) -> None:
+    n = items_needed(drop)
+
+    assert paired_interval(0, 0, n)[1] <= drop + 1e-9
+    assert n == 1 or paired_interval(0, 0, n - 1)[1] > drop
+    assert items_needed(0.0) == 0
+
+
+def test_compares_in_order() -> None:
+    found = compare([True, False, True, False], [True, True, False, False])
+
+    assert (found.lost, found.won, found.n, found.drop) == (1, 1, 4, 0.0)
+    with pytest.raises(ValueError, match="zip"):
+        compare([True], [])
+
+
+def score(right: int, n: int = 60, tokens: int = 5) -> Score:
+    """The last `right` of n questions are answered rightly."""
+    rows = tuple(
+        {"prompt": f"q{k}", "answer": f"{k} {k >= n - right}", "ok": k >= n - right,
+         "prompt_tokens": tokens}
+        for k in range(n)
+    )  # fmt: skip
+    return Score(score=right / n, n=n, metric="contains", per_item=rows)
+
+
+def gate(image: Score, reference: Score | None, max_drop: float, min_score: float = 0.0) -> Verdict:
+    limit = DropLimit(max_drop=max_drop, min_score=min_score)
+    verdict = judge_drop("image", image, "adapter", reference, limit)
+    verdict.require()
+    return verdict
+
+
+def test_a_drop_of_exactly_what_is_allowed_passes() -> None:
+    gate(score(1, 2), score(1, 2), 0.0, 0.5)
+    gate(score(7, 10), score(8, 10), 0.1)
+
+
+def test_one_question_of_many_beyond_what_is_allowed_fails() -> None:
+    """Of 1000, ten may be lost, and not eleven."""
+    gate(score(990, 1000), score(1000, 1000), 0.01)
+
+    with pytest.raises(CheckFailed, match=r"0\.011 below.*at most 0\.010 is allowed"):
+        gate(score(989, 1000), score(1000, 1000), 0.01)
+
+
+def test_a_larger_drop_fails_with_the_numbers_and_what_changed() -> None:
+    with pytest.raises(CheckFailed, match=r"scores 0\.200 .*0\.800 below.*1\.000") as caught:
+        gate(score(1, 5), score(5, 5), 0.01)
+
+    assert caught.value.exit_code == 4
+    assert "'0 False', was '0 True'" in caught.value.hint
+    assert caught.value.hint.count("now gives") == 3
+
+
+def test_a_low_score_fails_even_where_the_reference_is_as_low() -> None:
+    with pytest.raises(CheckFailed, match="below the minimum"):
+        gate(score(0, 1), score(0, 1), 1.0, 0.5)
+    with pytest.raises(CheckFailed) as caught:
+        gate(score(1, 2), None, 1.0, 0.9)
+
+    assert "'q0' now gives" in caught.value.hint
+
+
+def test_scores_without_answers_fail_with_what_to_do_next() -> None:
+    """A harness states scores alone."""
+    with pytest.raises(CheckFailed) as caught:
+        gate(Score(score=0.5, n=0, metric="acc"), Score(score=0.9, n=0, metric="acc"), 0.1)
+
+    assert "train the adapter further" in caught.value.hint
+
+
+def test_a_loss_is_reported_with_its_uncertainty() -> None:
+    verdict = gate(score(29, 30), score(30, 30), 0.05)
+
+    assert "0.033 below" in verdict.reason
+    assert "may be chance (p=1)" in verdict.reason
+    assert (verdict.facts["lost"], verdict.facts["won"], verdict.facts["p"]) == (1, 0, 1.0)
+    assert verdict.facts["interval"][0] < 1 / 30 < verdict.facts["interval"][1]
+
+
+def test_too_few_questions_are_reported_with_how_many_would_do() -> None:
+    few = too_few(gate(score(33, 33), score(33, 33), 0.05), 0.05)
+
+    assert "33 questions are too few" in few
+    assert "54 are needed" in few
+    assert too_few(gate(score(54, 54), score(54, 54), 0.05), 0.05) == ""
+
+
+NOTHING, ALL = Score(score=0.0, n=60, metric="m"), Score(score=1.0, n=60, metric="m")
+
+
+def doubted(max_drop: float = 0.05, **scores: Score) -> tuple[str, ...]:
+    return inconclusive_reasons(scores, DropLimit(max_drop=max_drop))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"base": score(3), "adapter": score(60), "merged": score(60), "image": score(60)},
+        {"base": score(60), "image": score(60)},
+        {"base": score(24), "adapter": score(30), "image": score(30)},
+    ],
+    ids=["all", "no adapter", "six won of sixty: p = 0.03"],
+)
+def test_a_gate_that_could_have_failed_leaves_no_doubt(scores: dict[str, Score]) -> None:
+    assert doubted(**scores) == ()
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "scores", "says"),
+    [
+        (
+            0.05,
+            {"base": score(58), "adapter": score(60), "image": score(60)},
+            r"the base alone scores 0\.967 \(0\.89 to 0\.99, n=60\) and would pass",
+        ),
+        (
+            0.05,  # five won of sixty: p = 0.06
+            {"base": score(25), "adapter": score(30), "image": score(30)},
+            r".*not significantly more than the base alone.*p=0\.062",
+        ),
+        (
+            0.05,  # a Gemma without a chat template: the server had asked in ChatML
+            {"base": score(0), "adapter": score(6), "merged": score(6), "image": score(50)},
+            r"the image scores 0\.833 \(0\.72.*, significantly more than.*was asked the same$",
+        ),
+        (
+            0.05,
+            {"base": score(0, 33), "adapter": score(33, 33), "image": score(33, 33)},
+            "33 questions are too few to show that the drop is at most 0.05: .* 54 are",
+        ),
+        (
+            0.05,
+            {"base": score(0), "adapter": score(60), "image": score(59)},
+            "60 questions do not show that the drop .* it is at most 0.071",
+        ),
+        (
+            0.0,
+            {"base": score(0), "adapter": score(60), "image": score(60)},
+            "no number of questions can show that the drop is at most 0",
+        ),
+        (
+            0.05,  # of the image, which was not asked yet, this is known already
+            {"base": score(0, 20), "adapter": score(20, 20), "merged": score(20, 20)},
+            "20 questions are too few",
+        ),
+        (
+            0.05,
+            {"base": score(0), "adapter": score(60), "image": score(60, tokens=41)},
+            "the image was asked otherwise .* in 60 of 60 .*5 tokens .* and 41 for the image$",
+        ),
+        (
+            0.05,
+            {"base": NOTHING, "adapter": ALL, "image": ALL},
+            "there is no result per question, so chance cannot be excluded$",
+        ),
+    ],
+)
+def test_the_one_reason_why_passing_shows_nothing(
+    max_drop: float, scores: dict[str, Score], says: str
+) -> None:
+    (reason,) = doubted(max_drop, **scores)
+
+    assert re.match(says, reason)
+
+
+@pytest.mark.parametrize(("right", "max_drop"), [(3, 0.04), (12, 0.2)])
+def test_with_nothing_to_lose_nothing_is_shown(right: int, max_drop: float) -> None:
+    reasons = doubted(max_drop, base=score(0), adapter=score(right), image=score(right))
+
+    assert "an image without a right answer would pass" in reasons[0]
