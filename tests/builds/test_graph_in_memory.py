@@ -14,8 +14,10 @@ from weightsmith.building import build as building
 from weightsmith.building import explain, pipeline
 from weightsmith.building.explain import BuildPlan, plan_of
 from weightsmith.building.graph import BuildRun
+from weightsmith.fleets import node
 from weightsmith.steps.step import ForeseenWeights
 
+from tests.fakes import fleet_runs
 from tests.fakes.memory import Memory
 
 CASES: dict[str, tuple[list[str], list[str]]] = {
@@ -117,9 +119,9 @@ LINE = "    steps.append(__import__('counting').CountStep(of=of, weights=served)
 
 
 @pytest.fixture
-def counted(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Memory:
-    """A build with one more stage: one file, and one line of the pipeline."""
-    path = memory.folder / "counting.py"
+def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more stage in every build: one file, and one line of the pipeline."""
+    path = tmp_path / "counting.py"
     path.write_text(STAGE)
     spec = importlib.util.spec_from_file_location("counting", path)
     assert spec
@@ -133,24 +135,33 @@ def counted(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setitem(sys.modules, "weightsmith.building.pipeline", changed)
     code = compile(ast.parse(text.replace(ORDER, ORDER + LINE)), "pipeline.py", "exec")
     exec(code, changed.__dict__)
-    for user in (building, explain):
+    for user in (building, explain, node):
         monkeypatch.setattr(user, "steps_of", changed.steps_of)
-    return memory
 
 
-def test_a_stage_is_added_in_one_file_and_one_line(counted: Memory) -> None:
-    counted.build()
-    record = counted.record()
-    request = counted.request()
-    plan = plan_of(request, counted.tools)
+@pytest.mark.usefixtures("counting")
+def test_a_stage_is_added_in_one_file_and_one_line(memory: Memory) -> None:
+    memory.build()
+    record = memory.record()
+    request = memory.request()
+    plan = plan_of(request, memory.tools)
 
-    assert ("stage", "count-files", "the weights") in counted.progress.lines
+    assert ("stage", "count-files", "the weights") in memory.progress.lines
     assert list(record["stages"])[-2:] == ["count-files", "publish"]
     assert record["inputs"]["count-files"] == {"weights": record["artifact"]["digest"]}
     (row,) = [row for row in plan.rows if row.stage == "count-files"]
     assert (row.cached, row.target, row.peak_memory_bytes) == (True, "llamacpp-q4_k_m", 1 << 20)
-    assert "count-files" in (counted.results() / "report.html").read_text()
+    assert "count-files" in (memory.results() / "report.html").read_text()
 
-    counted.store.entries.clear()
-    (row,) = [row for row in plan_of(request, counted.tools).rows if row.stage == "publish"]
+    memory.store.entries.clear()
+    (row,) = [row for row in plan_of(request, memory.tools).rows if row.stage == "publish"]
     assert not row.cached
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_fleet_knows_an_added_stage(two: Memory) -> None:
+    result, _ = fleet_runs.run(two, fleet_runs.write_fleet(two))
+
+    assert result.stages["count-files"] == {"run": 4, "cached": 0}
+    (page,) = two.folder.rglob("fleet.html")
+    assert "count-files" in page.read_text("utf-8")
