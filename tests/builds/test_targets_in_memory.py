@@ -371,7 +371,7 @@ def two_platforms(memory: Memory, base: str, labels: dict[str, str]) -> str:
     push_base(memory.client, f"{base}-arm", labels, PROGRAM, "linux/arm64")
     second = memory.client.pull(Reference.parse(f"{base}-arm"), platform="linux/arm64")
     name = f"{memory.registry.host}/engines/vllm:both"
-    memory.client.push_index(Index(images=(first, second)), Reference.parse(name))
+    memory.client.push(Index(images=(first, second)), Reference.parse(name))
     return name
 
 

@@ -120,7 +120,7 @@ def test_two_platforms_copied_out_and_back_with_all_that_hangs_on_them(scene: Sc
         for name, where in places.items()
     ]
     many = Reference.parse(scene.name("base/many:1"))
-    scene.client.push_index(Index(images=tuple(images)), many, force=True)
+    scene.client.push(Index(images=tuple(images)), many, force=True)
     made = scene.bake("here/app:1", base="base/many:1")
     assert scene.client.digest_of(Reference.parse(scene.name("here/app:1"))) == made.digest
     with fake_registry() as other:

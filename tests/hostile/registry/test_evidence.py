@@ -194,11 +194,11 @@ def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
     arm = replace(image, settings={**image.settings, "architecture": "arm64"}, raw=None)
     whole = Index(images=(image, arm))
     all_of_it = Reference.parse(f"{shop.fake.host}/team/app:all")
-    shop.client.push_index(whole, all_of_it)
+    shop.client.push(whole, all_of_it)
     told = passed(image.manifest_blob)
     attached = signing.envelope_part(signing.sign_statement(told, open_signer(str(shop.key))), "x")
     RegistryLocation(shop.client, all_of_it).attach(
-        Attachment(artifact_type="x", subject=whole.blob, parts=(attached,))
+        Attachment(artifact_type="x", subject=whole.manifest_blob, parts=(attached,))
     )
     rows = shop.rows(str(all_of_it))
     assert rows["statement test-result/v0.1"][0] is False

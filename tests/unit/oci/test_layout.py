@@ -9,7 +9,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Digest, Json
 from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.layout import read_all, read_index, read_layout, write_index, write_layout
+from weightsmith.oci.layout import read_all, read_index, read_layout, write_layout
 
 from tests.fakes.images import tiny_image
 
@@ -96,7 +96,7 @@ def test_a_nested_index_is_followed(folder: Path, image: Image) -> None:
 def test_an_index_may_have_two_names(tmp_path: Path, image: Image) -> None:
     other = tiny_image(tmp_path / "model", platform="linux/arm64")
     folder = tmp_path / "both"
-    write_index(Index(images=(image, other)), folder, ref="1")
+    write_layout(Index(images=(image, other)), folder, ref="1")
     (row,) = json.loads((folder / "index.json").read_bytes())["manifests"]
     again = {**row, "annotations": {"org.opencontainers.image.ref.name": "2"}}
     _edit(folder / "index.json", {"manifests": [row, again]})
@@ -108,7 +108,7 @@ def test_an_index_may_have_two_names(tmp_path: Path, image: Image) -> None:
 def test_a_layout_may_be_an_index_itself(tmp_path: Path, image: Image) -> None:
     whole = Index(images=(image, tiny_image(tmp_path / "model", platform="linux/arm64")))
     folder = tmp_path / "both"
-    write_index(whole, folder)
+    write_layout(whole, folder)
     index = folder / "index.json"
     index.write_bytes(whole.manifest_bytes)
     assert read_index(folder) == whole.manifest_bytes

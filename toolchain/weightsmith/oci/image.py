@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
@@ -288,6 +288,7 @@ class Index:
     """
 
     images: tuple[Image, ...]
+    media_type: ClassVar[str] = manifests.OCI_INDEX
 
     @cached_property
     def manifest_bytes(self) -> bytes:
@@ -308,10 +309,10 @@ class Index:
         return Digest.of(self.manifest_bytes)
 
     @property
-    def blob(self) -> Blob:
+    def manifest_blob(self) -> Blob:
         """The index's descriptor."""
         size = len(self.manifest_bytes)
-        return Blob(digest=self.digest, size=size, media_type=manifests.OCI_INDEX)
+        return Blob(digest=self.digest, size=size, media_type=self.media_type)
 
     @property
     def host_image(self) -> Image:

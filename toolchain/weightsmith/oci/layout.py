@@ -23,7 +23,7 @@ from weightsmith.core.files import replace_file, sweep
 from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
-from weightsmith.oci.image import Image, Index, Opener, load_image
+from weightsmith.oci.image import Image, ImageOrIndex, Index, Opener, load_image
 from weightsmith.oci.layers import CHUNK, Advance, Meter, verified
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -50,47 +50,37 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 
 def write_layout(
-    image: Image, folder: Path, *, ref: str = DEFAULT_NAME, progress: Advance | None = None
+    whole: ImageOrIndex, folder: Path, *, ref: str = DEFAULT_NAME, progress: Advance | None = None
 ) -> Digest:
-    """Add the image to a layout folder under the name `ref`, and return its digest.
+    """Add an image, or an index and its images, to a layout folder as `ref`; return its digest.
 
     Valid blobs are kept; `index.json` is written last, so a reader never sees half an image.
     Raises InputRefused if a source has changed, EnvironmentFailure for disk errors.
     """
+    if isinstance(whole, Index):
+        for image in whole.images:
+            write_layout(image, folder, ref=ref, progress=progress)
     with _writing(folder) as store:
-        store.mkdir(parents=True, exist_ok=True)
-        sweep(store)
-        blobs = list(image.blobs())
-        meter = Meter(sum(blob.size for blob, _ in blobs), progress)
-        for blob, opener in blobs:
-            put_blob(store, blob, opener, meter)
-        put_blob(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
+        if isinstance(whole, Image):
+            store.mkdir(parents=True, exist_ok=True)
+            sweep(store)
+            blobs = list(whole.blobs())
+            meter = Meter(sum(blob.size for blob, _ in blobs), progress)
+            for blob, opener in blobs:
+                put_blob(store, blob, opener, meter)
+        put_blob(store, whole.manifest_blob, lambda: iter((whole.manifest_bytes,)), Meter(0))
         replace_file(folder / "oci-layout", [MARKER], MODE)
-        kept: list[JsonValue] = []
+        row = manifests.described(whole.manifest_blob, {REF_NAME: ref})
+        rows: list[JsonValue] = [row]
         if (folder / "index.json").exists():
-            kept = [row for row in _rows(folder) if _name(row) not in ("", ref)]
-        row = manifests.described(image.manifest_blob, {REF_NAME: ref})
-        system, _, machine = image.platform.partition("/")
-        if system:
-            row["platform"] = {"os": system, "architecture": machine}
-        rows = sorted([*kept, row], key=lambda row: (_name(row), _digest(row)))
+            rows = [*(one for one in _rows(folder) if _name(one) not in ("", ref)), row]
+        if isinstance(whole, Image):
+            system, _, machine = whole.platform.partition("/")
+            if system:
+                row["platform"] = {"os": system, "architecture": machine}
+            rows.sort(key=lambda row: (_name(row), _digest(row)))
         replace_file(folder / "index.json", [manifests.index_of(rows)], MODE)
-    return image.digest
-
-
-def write_index(
-    index: Index, folder: Path, *, ref: str = DEFAULT_NAME, progress: Advance | None = None
-) -> Digest:
-    """Add an index and all its images to a layout folder under the name `ref`."""
-    for image in index.images:
-        write_layout(image, folder, ref=ref, progress=progress)
-    data = index.manifest_bytes
-    with _writing(folder) as store:
-        put_blob(store, index.blob, lambda: iter((data,)), Meter(0))
-        kept = [row for row in _rows(folder) if _name(row) != ref]
-        document = manifests.index_of([*kept, manifests.described(index.blob, {REF_NAME: ref})])
-        replace_file(folder / "index.json", [document], MODE)
-    return index.digest
+    return whole.digest
 
 
 def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = None) -> Image:

@@ -16,12 +16,12 @@ from typing import Protocol, Self
 import httpx
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
-from weightsmith.core.values import Blob, Digest, ImageLayer, JsonValue, Published
+from weightsmith.core.values import Blob, Digest, JsonValue, Published
 from weightsmith.oci import connections, downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.auth import Credentials, anonymous
 from weightsmith.oci.connections import ProxyTransport
-from weightsmith.oci.image import Image, Index, Opener, image_layers, load_image
+from weightsmith.oci.image import Image, ImageOrIndex, Opener, host_image, image_layers, load_image
 from weightsmith.oci.layers import Advance, Meter
 from weightsmith.oci.limits import UploadDeadline, check_layers, limits_of
 from weightsmith.oci.references import Reference
@@ -104,7 +104,7 @@ class Registry:
 
     def push(
         self,
-        image: Image,
+        whole: ImageOrIndex,
         reference: Reference,
         *,
         force: bool = False,
@@ -115,7 +115,7 @@ class Registry:
         warn: Callable[[str], None] = lambda _: None,
         parallel: int = 4,
     ) -> Published:
-        """Push the image: missing blobs, then the manifest, then the tag.
+        """Push an image: missing blobs, then the manifest, then the tag; first an index's images.
 
         If the tag names the image already, its blobs are not looked for, unless `force`: a registry
         takes a manifest after its blobs.
@@ -125,31 +125,46 @@ class Registry:
         Raises UsageError if a tag names another digest, unless `force`.
         """
         began = time.monotonic()
-        if reference.digest and reference.digest != image.digest:
-            raise _another_digest(image.digest, reference)
-        names = [(layer.file or layer.digest.short, layer.size) for layer in image.layers]
+        if reference.digest and reference.digest != whole.digest:
+            raise UsageError(
+                f"the image has the digest {whole.digest}, not the one in {reference}",
+                hint="leave the digest out of the reference",
+            )
+        layers = whole.layers if isinstance(whole, Image) else ()
+        names = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(names, reference.registry)
-        sources = uploads.mount_sources(image, reference, mount_from)
+        sources = uploads.mount_sources(layers, reference, mount_from)
         session = self.session(reference, "pull,push", sources)
         sent: list[tuple[uploads.Transfer, int]] = []
-        if is_new := not _guard_tag(session, reference, image, force):
-            sent = uploads.upload_layers(
-                session,
-                image,
-                sources,
-                progress,
-                parallel,
-                lambda blob: self._elsewhere(reference, blob),
-                deadline=UploadDeadline(limits_of(reference.registry), warn, self._clock),
-            )
-            uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
+        done: list[Published] = []
+        if is_new := not _guard_tag(session, reference, whole, force):
+            if isinstance(whole, Image):
+                sent = uploads.upload_layers(
+                    session,
+                    whole,
+                    sources,
+                    progress,
+                    parallel,
+                    lambda blob: self._elsewhere(reference, blob),
+                    deadline=UploadDeadline(limits_of(reference.registry), warn, self._clock),
+                )
+            else:
+                target = Reference(reference.registry, reference.repository)
+                done = [self.push(x, target, progress=progress, warn=warn) for x in whole.images]
+            uploads.put_manifest(session, whole.digest, whole.manifest_bytes, whole.media_type)
         before_tag()
         tags = (*also_tags, *([reference.tag] if is_new and reference.tag else []))
-        _put_tags(session, reference, tags, image.manifest_bytes, image.media_type, force)
-        if self._memory and is_new:
-            large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
+        _put_tags(session, reference, tags, whole.manifest_bytes, whole.media_type, force)
+        if self._memory and is_new and layers:
+            large = [layer.digest for layer in layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
-        return _published(reference, image.digest, sent, began, image_layers(image))
+        own = _published(reference, whole.digest, sent, began)
+        return replace(
+            own,
+            layers=image_layers(host_image(whole)),
+            uploaded_bytes=sum(one.uploaded_bytes for one in (own, *done)),
+            mounted=sum(one.mounted for one in (own, *done)),
+        )
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one); layers are read when opened."""
@@ -173,40 +188,6 @@ class Registry:
             opener=lambda blob: lambda: downloads.blob(session, blob),
             where=str(reference),
             origin=reference,
-        )
-
-    def push_index(
-        self,
-        index: Index,
-        reference: Reference,
-        *,
-        force: bool = False,
-        also_tags: Sequence[str] = (),
-        before_tag: Callable[[], None] = lambda: None,
-        progress: Advance | None = None,
-        warn: Callable[[str], None] = lambda _: None,
-    ) -> Published:
-        """Push every image of an index by digest, then the index, then the tags."""
-        session = self.session(reference, "pull,push")
-        if reference.digest and reference.digest != index.digest:
-            raise _another_digest(index.digest, reference)
-        target = Reference(reference.registry, reference.repository)
-        is_new = not _guard_tag(session, reference, index, force)
-        images = index.images if is_new else ()
-        done = [self.push(image, target, progress=progress, warn=warn) for image in images]
-        data = index.manifest_bytes
-        if is_new:
-            uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
-        before_tag()
-        tags = (*also_tags, *([reference.tag] if is_new and reference.tag else []))
-        _put_tags(session, reference, tags, data, manifests.OCI_INDEX, force)
-        return Published(
-            reference=str(reference),
-            digest=index.digest,
-            layers=image_layers(index.host_image),
-            uploaded_bytes=sum(one.uploaded_bytes for one in done),
-            mounted=sum(one.mounted for one in done),
-            seconds=sum(one.seconds for one in done),
         )
 
     def pull_all(self, reference: Reference) -> tuple[Image, ...]:
@@ -396,32 +377,21 @@ def _put_tags(
 
 
 def _published(
-    reference: Reference,
-    digest: Digest,
-    sent: Sequence[tuple[uploads.Transfer, int]],
-    began: float,
-    layers: tuple[ImageLayer, ...] = (),
+    reference: Reference, digest: Digest, sent: Sequence[tuple[uploads.Transfer, int]], began: float
 ) -> Published:
-    """Return what was pushed; `began` is a time of the monotonic clock."""
+    """Return what was pushed, without layers; `began` is a time of the monotonic clock."""
     return Published(
         reference=str(reference),
         digest=digest,
-        layers=layers,
+        layers=(),
         uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
         mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
         seconds=time.monotonic() - began,
     )
 
 
-def _another_digest(found: Digest, reference: Reference) -> UsageError:
-    return UsageError(
-        f"the image has the digest {found}, not the one in {reference}",
-        hint="leave the digest out of the reference",
-    )
-
-
 def _guard_tag(
-    session: RegistrySession, reference: Reference, image: Image | Index | Digest, force: bool
+    session: RegistrySession, reference: Reference, image: ImageOrIndex | Digest, force: bool
 ) -> bool:
     """Refuse to move a tag, and return whether it names the image already; not with `force`.
 

@@ -68,11 +68,13 @@ class _Stopped(Exception):
     """Another upload failed, or the user stopped the push."""
 
 
-def mount_sources(image: Image, reference: Reference, more: Sequence[str]) -> tuple[str, ...]:
+def mount_sources(
+    layers: Sequence[Layer], reference: Reference, more: Sequence[str]
+) -> tuple[str, ...]:
     """Return the repositories of the same registry that may have some of the layers."""
     found = {
         layer.origin.repository: None
-        for layer in image.layers
+        for layer in layers
         if isinstance(layer, BlobLayer)
         and layer.origin
         and layer.origin.registry == reference.registry

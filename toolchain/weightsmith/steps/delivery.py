@@ -7,7 +7,7 @@ A layout is written next to its final path. It takes the place of another by swa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from weightsmith.oci.layout import (
     forget,
     held_digest,
     image_names,
-    write_index,
     write_layout,
 )
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
@@ -100,10 +99,7 @@ def deliver(
             _attach(whole, attachments, LayoutLocation(folder), place, tools)
     if outputs.push:
         there = RegistryLocation(tools.registry, place, every=outputs.force)
-        push: Callable[..., Published] = (
-            tools.registry.push_index if isinstance(whole, Index) else tools.registry.push
-        )
-        done = push(
+        done = tools.registry.push(
             whole,
             place,
             force=outputs.force,
@@ -130,7 +126,7 @@ def _attach(
     for image, one in zip(images_of(whole), attachments, strict=True):
         attach(one, image.manifest_blob, reference.name, place, tools.signer)
     if isinstance(whole, Index):
-        attach(Evidence(), whole.blob, reference.name, place, tools.signer)
+        attach(Evidence(), whole.manifest_blob, reference.name, place, tools.signer)
 
 
 def describe(whole: ImageOrIndex, reference: str, outputs: ImageOutputs) -> Published:
@@ -379,10 +375,7 @@ def _write(whole: ImageOrIndex, folder: Path, tools: Tools) -> None:
     def progress(done: int, total: int) -> None:
         tools.progress.advance(done, total, "bytes")
 
-    if isinstance(whole, Index):
-        write_index(whole, folder, progress=progress)
-    else:
-        write_layout(whole, folder, progress=progress)
+    write_layout(whole, folder, progress=progress)
 
 
 def _real(folder: Path) -> Path:

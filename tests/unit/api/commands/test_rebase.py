@@ -59,7 +59,7 @@ class Scene:
             for machine in ("amd64", "arm64")
         ]  # fmt: skip
         name = f"{self.fake.host}/base/engine:{tag}"
-        self.client.push_index(Index(images=tuple(each)), Reference.parse(name))
+        self.client.push(Index(images=tuple(each)), Reference.parse(name))
         return name
 
     def bake(self, base: str, **more: Any) -> str:
