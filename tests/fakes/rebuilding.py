@@ -27,8 +27,7 @@ from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.signer import open_signer
-from weightsmith.provenance.attest import evidence, public_recipe
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials
+from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.sealing import seal
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe
 from weightsmith.recipe.schema import Evaluate

@@ -40,8 +40,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.pypi import extract_model
 from weightsmith.provenance.evidence import EVALUATION_TYPE
-from weightsmith.provenance.labels import plan_in
-from weightsmith.provenance.roles import roles_of
+from weightsmith.provenance.labels import plan_in, roles_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
 from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe

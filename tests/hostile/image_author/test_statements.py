@@ -14,8 +14,7 @@ from weightsmith.models.folder import ignored_files
 from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import EVALUATION_TYPE, AttachedDocument
-from weightsmith.provenance.labels import plan_in
-from weightsmith.provenance.roles import ADDED, LAYERS, roles_of
+from weightsmith.provenance.labels import ADDED, LAYERS, plan_in, roles_of
 
 from tests.fakes.deep import nested
 from tests.fakes.images import entry, foreign_image, tar_of

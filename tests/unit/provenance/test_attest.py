@@ -20,9 +20,8 @@ from weightsmith.core.values import (
 from weightsmith.models.reshard import Resharded
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
-from weightsmith.provenance.attest import evidence, public_recipe
+from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.recipe.file import check_recipe
 from weightsmith.serving.llamacpp import ENGINE
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.values import LORA, Artifact, Checkpoint, Form, Published, Sources
 from weightsmith.evaluating.results import RecipeTask, Result, probes, tasks_of
-from weightsmith.provenance.materials import ImageMaterials
+from weightsmith.provenance.attest import ImageMaterials
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.serving.plan import ServingConfig, ServingPlan

@@ -44,10 +44,9 @@ from weightsmith.evaluating.gate import wilson
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image, host_image
-from weightsmith.provenance.attest import side_by_side
+from weightsmith.provenance.attest import index_of_materials, side_by_side
 from weightsmith.provenance.bills import license_of
 from weightsmith.provenance.labels import without_secrets
-from weightsmith.provenance.materials import index_of_materials
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures

@@ -42,7 +42,7 @@ from weightsmith.forward.memory import (
 )
 from weightsmith.models.facts import read_facts
 from weightsmith.models.shape import ModelShape
-from weightsmith.models.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
+from weightsmith.models.templates import TEMPLATE_FILES, TOKENIZER_FILES
 
 BUILDER = "merge"
 RECIPE_NUMBER = 6

@@ -11,7 +11,7 @@ from weightsmith.core.safe_parse import TOKENIZER, json_object, read_json
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.plan import MergePlan
-from weightsmith.models.tokenizer_files import (
+from weightsmith.models.templates import (
     TEMPLATE_FILES,
     TOKENIZER_FILES,
     is_named_template,

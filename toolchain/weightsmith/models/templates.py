@@ -1,4 +1,4 @@
-"""Find a checkpoint's chat template; render it, an untrusted program, in Jinja's sandbox.
+"""A tokenizer's files, and a chat template, an untrusted program, rendered in Jinja's sandbox.
 
 The sandbox prevents access to files and Python, but does not limit time and memory.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from weightsmith.core import time_limits
@@ -18,6 +18,30 @@ from weightsmith.core.values import JsonValue
 
 _PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
 """A loop over a message's content, which only a template for contents in parts has."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+_NO_VOCABULARY = {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+}
+VOCABULARY_FILES = tuple(name for name in TOKENIZER_FILES if name not in _NO_VOCABULARY)
+"""Those that hold the tokens; without one of them, there is no tokenizer."""
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of further templates, `NAME.jinja`, beside the default one."""
 
 
 def takes_parts(template: str) -> bool:
@@ -80,3 +104,9 @@ def render_chat(
             f"{named} refused a conversation: {error}",
             hint=hint or "write the conversations in the form that the template expects",
         ) from None
+
+
+def is_named_template(name: str) -> bool:
+    """Return whether a model's file is a further chat template, such as one for tools."""
+    path = PurePosixPath(name)
+    return str(path.parent) == _NAMED_TEMPLATES and path.suffix == ".jinja"

@@ -30,7 +30,14 @@ from weightsmith.oci.weights import (
     max_weight_layers,
     weight_layers,
 )
-from weightsmith.provenance.attest import public_recipe
+from weightsmith.provenance.attest import (
+    ImageInputs,
+    ImageMaterials,
+    facts_of,
+    index_of_materials,
+    license_name,
+    public_recipe,
+)
 from weightsmith.provenance.labels import (
     ARTIFACT,
     ENGINE_LABEL,
@@ -38,19 +45,12 @@ from weightsmith.provenance.labels import (
     PREFIX,
     TESTED,
     VERDICT,
+    assemble_in_roles,
     engine_version,
     labels,
     reference,
     result_labels,
 )
-from weightsmith.provenance.materials import (
-    ImageInputs,
-    ImageMaterials,
-    facts_of,
-    index_of_materials,
-    license_name,
-)
-from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.serving.engine import projector_in

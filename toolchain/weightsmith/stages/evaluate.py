@@ -29,8 +29,8 @@ from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.models.facts import read_facts
 from weightsmith.models.templates import own_template, takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials, index_of_materials
-from weightsmith.provenance.roles import has_own_engine
+from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
+from weightsmith.provenance.labels import has_own_engine
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine, projector_in
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig

@@ -15,10 +15,9 @@ from weightsmith.oci.image import host_image
 from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
 from weightsmith.oci.modelpack import modelfile
 from weightsmith.oci.references import Reference
-from weightsmith.provenance.attest import evidence
+from weightsmith.provenance.attest import ImageMaterials, evidence, index_of_materials
 from weightsmith.provenance.bills import base_documents
 from weightsmith.provenance.labels import reference
-from weightsmith.provenance.materials import ImageMaterials, index_of_materials
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import (

@@ -39,8 +39,8 @@ from weightsmith.core.values import (
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.oci.layout import is_layout
+from weightsmith.provenance.attest import ImageMaterials
 from weightsmith.provenance.labels import reference
-from weightsmith.provenance.materials import ImageMaterials
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.compatibility import check_support

@@ -22,8 +22,7 @@ from weightsmith.core.values import Json
 from weightsmith.forward.libraries import load_tokenizer, reading
 from weightsmith.forward.weights import Weights
 from weightsmith.models.folder import check_adapter_folder
-from weightsmith.models.templates import render_chat
-from weightsmith.models.tokenizer_files import is_named_template
+from weightsmith.models.templates import is_named_template, render_chat
 from weightsmith.validating.forwards import ProbeBatch
 from weightsmith.validating.result import ERROR, WARNING, Finding, GreedyText, LogitLimits, finding
 

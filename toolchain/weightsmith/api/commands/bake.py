@@ -33,8 +33,8 @@ from weightsmith.models.gguf_names import gguf_models, model_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import Reference
+from weightsmith.provenance.attest import ImageInputs
 from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
-from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.recipe.schema import KINDS, LOADABLE

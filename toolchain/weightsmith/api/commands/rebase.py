@@ -22,17 +22,15 @@ from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL, base_documents
 from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.labels import (
+    BASE_DIGEST,
+    BASE_NAME,
     ENGINE_LABEL,
     ENGINE_VERSION,
     REBASED,
-    engine_version,
-    moved_labels,
-)
-from weightsmith.provenance.roles import (
-    BASE_DIGEST,
-    BASE_NAME,
     Roles,
     assemble_in_roles,
+    engine_version,
+    moved_labels,
     roles_of,
 )
 from weightsmith.provenance.statements import Resource

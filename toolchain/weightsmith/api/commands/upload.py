@@ -27,8 +27,7 @@ from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached
-from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in
-from weightsmith.provenance.roles import weights_of
+from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in, weights_of
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales

@@ -33,7 +33,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, TarEntry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain, trace
-from weightsmith.provenance.roles import weights_of
+from weightsmith.provenance.labels import weights_of
 from weightsmith.provenance.statements import Statement
 
 _BUFFER = 1 << 20
