@@ -310,15 +310,7 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     `gram` [inputs, inputs] is the inputs' Gram matrix.
     """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    # The upper Cholesky factor U of the damped Gram matrix's inverse, U^T U: the inverse of M with
-    # M M^T the matrix itself and M upper, which is the factor of the matrix in reverse order,
-    # reversed. So no inverse has to be factored.
-    damped = gram[order][:, order].double().flip(0, 1)
-    power = damped.diagonal()
-    power += _DAMPING * float(power.mean()) or 1.0
-    reversed_ = torch.linalg.cholesky(damped).flip(0, 1)
-    unit = torch.eye(len(gram), dtype=torch.float64)
-    upper = torch.linalg.solve_triangular(reversed_, unit, upper=True).float()
+    upper = _upper(gram[order][:, order])
     size = weight.shape[1] // grid.scale.shape[1]
     groups = order // size
     # By inputs, so that those of a step are next to each other in memory.
@@ -343,6 +335,21 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     return found.T.contiguous()
 
 
+def _upper(gram: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor U of the damped Gram matrix's inverse, U^T U.
+
+    It is the inverse of M with M M^T the matrix itself and M upper: the factor of the matrix in
+    reverse order, reversed. So no inverse has to be factored.
+    """
+    damped = gram.double().flip(0, 1)
+    power = damped.diagonal()
+    power += _DAMPING * float(power.mean()) or 1.0
+    reversed_ = torch.linalg.cholesky(damped).flip(0, 1)
+    unit = torch.eye(len(gram), dtype=torch.float64)
+    found: torch.Tensor = torch.linalg.solve_triangular(reversed_, unit, upper=True)
+    return found.float()
+
+
 _COARSE = (0.1, 0.3, 0.5, 0.7, 0.9)
 _FINE = (-0.1, -0.05, 0.05, 0.1)
 """Ratios that are tried: coarsely, then around the best."""
@@ -359,12 +366,7 @@ def best_factors(
 
     weights [outputs, inputs] share their inputs, of which `size` share a scale.
     """
-    # Each input's mean |weight|, relative to the largest of its group.
-    total = torch.zeros(weights[0].shape[1])
-    for weight in weights:
-        parts = weight.abs().reshape(len(weight), -1, size)
-        total += (parts / (parts.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(0)
-    sizes = total / sum(len(weight) for weight in weights)
+    sizes = _relative_sizes(weights, size)
     mean = moments.magnitude / max(1, moments.tokens)
     tried = {0.0: _error(weights, moments, size, None)}
     for ratio in _COARSE:
@@ -374,6 +376,15 @@ def best_factors(
         tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
     best = min(tried, key=tried.__getitem__)
     return factors_of(mean, sizes, best) if best else None
+
+
+def _relative_sizes(weights: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Return each input's mean |weight|, relative to the largest of its group."""
+    total = torch.zeros(weights[0].shape[1])
+    for weight in weights:
+        parts = weight.abs().reshape(len(weight), -1, size)
+        total += (parts / (parts.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(0)
+    return total / sum(len(weight) for weight in weights)
 
 
 def factors_of(mean: torch.Tensor, sizes: torch.Tensor, ratio: float) -> torch.Tensor:
