@@ -63,7 +63,7 @@ def _options(format_: Format, requested: Options) -> Options:
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     title = f"quantizing to {request.format.name} by AutoAWQ"
-    return (python_step(__name__, request, title, group_size=in_groups(request).group_size),)
+    return python_step(__name__, request, title, group_size=in_groups(request).group_size)
 
 
 def main() -> None:

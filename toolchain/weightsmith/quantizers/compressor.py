@@ -51,16 +51,14 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     layout = _layout(request)
-    return (
-        python_step(
-            __name__,
-            request,
-            f"quantizing to {request.format.name} by llm-compressor",
-            format=request.format.name,
-            keep=request.keep,
-            group_size=layout.group_size,
-            symmetric=layout.symmetric,
-        ),
+    return python_step(
+        __name__,
+        request,
+        f"quantizing to {request.format.name} by llm-compressor",
+        format=request.format.name,
+        keep=request.keep,
+        group_size=layout.group_size,
+        symmetric=layout.symmetric,
     )
 
 

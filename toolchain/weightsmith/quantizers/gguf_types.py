@@ -23,11 +23,11 @@ class FileType:
     bits: float
     """Bits per weight of Llama-3.1-8B (tools/quantize/README.md of llama.cpp); for types not listed
     there, of the tensor type."""
-    direct: bool = False
+    direct: bool
     """Written by the converter without llama-quantize."""
-    takes_imatrix: bool = True
+    takes_imatrix: bool
     """Whether an importance matrix affects it."""
-    needs_imatrix: bool = False
+    needs_imatrix: bool
     """Whether llama-quantize requires an importance matrix (tools/quantize.cpp)."""
 
     @property
@@ -60,60 +60,53 @@ class TensorType:
     """Whether users may choose it (llama-quantize's --tensor-type)."""
 
 
-def _plain(name: str, number: int, bits: float) -> FileType:
-    return FileType(name=name, number=number, bits=bits, direct=True, takes_imatrix=False)
-
-
-def _fixed(name: str, number: int, bits: float) -> FileType:
-    return FileType(name=name, number=number, bits=bits, takes_imatrix=False)
-
-
-def _mixed(name: str, number: int, bits: float) -> FileType:
-    return FileType(name=name, number=number, bits=bits)
-
-
-def _measured(name: str, number: int, bits: float) -> FileType:
-    return FileType(name=name, number=number, bits=bits, needs_imatrix=True)
-
-
+_FILE_TYPES = (
+    ("f32", 0, 32.0, "direct"),
+    ("bf16", 32, 16.0, "direct"),
+    ("f16", 1, 16.0, "direct"),
+    ("q8_0", 7, 8.5, "direct"),
+    ("q6_k", 18, 6.56, ""),
+    ("q5_k_m", 17, 5.7, ""),
+    ("q5_k_s", 16, 5.57, ""),
+    ("q5_1", 9, 6.0, ""),
+    ("q5_0", 8, 5.5, ""),
+    ("q4_k_m", 15, 4.9, ""),
+    ("q4_k_s", 14, 4.67, ""),
+    ("q4_1", 3, 5.0, ""),
+    ("q4_0", 2, 4.5, ""),
+    ("iq4_nl", 25, 4.68, ""),
+    ("iq4_xs", 30, 4.46, ""),
+    ("mxfp4_moe", 38, 4.25, "fixed"),
+    ("q3_k_l", 13, 4.3, ""),
+    ("q3_k_m", 12, 4.0, ""),
+    ("q3_k_s", 11, 3.64, ""),
+    ("iq3_m", 27, 3.76, ""),
+    ("iq3_s", 26, 3.66, ""),
+    ("iq3_xs", 22, 3.5, ""),
+    ("iq3_xxs", 23, 3.25, ""),
+    ("q2_k", 10, 3.16, ""),
+    ("q2_k_s", 21, 2.97, "measured"),
+    ("iq2_m", 29, 2.93, ""),
+    ("iq2_s", 28, 2.74, "measured"),
+    ("iq2_xs", 20, 2.59, "measured"),
+    ("iq2_xxs", 19, 2.38, "measured"),
+    ("tq2_0", 37, 2.06, "fixed"),
+    ("tq1_0", 36, 1.69, "fixed"),
+    ("iq1_m", 31, 2.15, "measured"),
+    ("iq1_s", 24, 2.0, "measured"),
+    ("q1_0", 40, 1.13, "fixed"),
+)
+"""Name, number and bits; how it is made, if not as a mix that an importance matrix may affect."""
 FILE_TYPES: Mapping[str, FileType] = {
-    row.name: row
-    for row in (
-        _plain("f32", 0, 32.0),
-        _plain("bf16", 32, 16.0),
-        _plain("f16", 1, 16.0),
-        _plain("q8_0", 7, 8.5),
-        _mixed("q6_k", 18, 6.56),
-        _mixed("q5_k_m", 17, 5.7),
-        _mixed("q5_k_s", 16, 5.57),
-        _mixed("q5_1", 9, 6.0),
-        _mixed("q5_0", 8, 5.5),
-        _mixed("q4_k_m", 15, 4.9),
-        _mixed("q4_k_s", 14, 4.67),
-        _mixed("q4_1", 3, 5.0),
-        _mixed("q4_0", 2, 4.5),
-        _mixed("iq4_nl", 25, 4.68),
-        _mixed("iq4_xs", 30, 4.46),
-        _fixed("mxfp4_moe", 38, 4.25),
-        _mixed("q3_k_l", 13, 4.3),
-        _mixed("q3_k_m", 12, 4.0),
-        _mixed("q3_k_s", 11, 3.64),
-        _mixed("iq3_m", 27, 3.76),
-        _mixed("iq3_s", 26, 3.66),
-        _mixed("iq3_xs", 22, 3.5),
-        _mixed("iq3_xxs", 23, 3.25),
-        _mixed("q2_k", 10, 3.16),
-        _measured("q2_k_s", 21, 2.97),
-        _mixed("iq2_m", 29, 2.93),
-        _measured("iq2_s", 28, 2.74),
-        _measured("iq2_xs", 20, 2.59),
-        _measured("iq2_xxs", 19, 2.38),
-        _fixed("tq2_0", 37, 2.06),
-        _fixed("tq1_0", 36, 1.69),
-        _measured("iq1_m", 31, 2.15),
-        _measured("iq1_s", 24, 2.0),
-        _fixed("q1_0", 40, 1.13),
+    name: FileType(
+        name=name,
+        number=number,
+        bits=bits,
+        direct=how == "direct",
+        takes_imatrix=how not in ("direct", "fixed"),
+        needs_imatrix=how == "measured",
     )
+    for name, number, bits, how in _FILE_TYPES
 }
 
 TENSOR_TYPES: Mapping[str, TensorType] = {

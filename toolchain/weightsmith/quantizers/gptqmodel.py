@@ -61,15 +61,13 @@ def _options(format_: Format, requested: Options) -> Options:
 
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    return (
-        python_step(
-            __name__,
-            request,
-            f"quantizing to {request.format.name} by GPTQModel",
-            method=request.format.kind,
-            group_size=in_groups(request).group_size,
-            keep=request.keep,
-        ),
+    return python_step(
+        __name__,
+        request,
+        f"quantizing to {request.format.name} by GPTQModel",
+        method=request.format.kind,
+        group_size=in_groups(request).group_size,
+        keep=request.keep,
     )
 
 

@@ -31,7 +31,7 @@ def _check_input(_format: Format, model: ModelFacts) -> None:
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     title = "rounding to nvfp4, with scales of inputs"
-    return (python_step(__name__, request, title, keep=request.keep),)
+    return python_step(__name__, request, title, keep=request.keep)
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def options(_format: Format, requested: Options) -> Options:
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     name = request.format.name
-    return (python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep),)
+    return python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep)
 
 
 def _check(request: QuantizeRequest) -> Options:

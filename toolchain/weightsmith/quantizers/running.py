@@ -35,7 +35,7 @@ RAW = ".engine"
 
 def python_step(
     module: str, request: QuantizeRequest, title: str, **settings: JsonValue
-) -> BuilderCommand:
+) -> tuple[BuilderCommand]:
     """Return the step that runs `module` offline with settings."""
     file = request.output / ".settings.json"
     contents = {
@@ -45,7 +45,7 @@ def python_step(
         "calibration": str(request.calibration) if request.calibration else "",
         **settings,
     }
-    return BuilderCommand(
+    step = BuilderCommand(
         title=title,
         argv=(request.python, "-m", module, str(file)),
         env={
@@ -60,6 +60,7 @@ def python_step(
         writes={file: json.dumps(contents, sort_keys=True)},
         removes=(file,),
     )
+    return (step,)
 
 
 def read_settings() -> Mapping[str, Json]:

@@ -45,15 +45,13 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
 
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    return (
-        python_step(
-            __name__,
-            request,
-            f"calibrating {request.format.name}, layer by layer",
-            method=request.format.kind,
-            group_size=in_groups(request).group_size,
-            keep=request.keep,
-        ),
+    return python_step(
+        __name__,
+        request,
+        f"calibrating {request.format.name}, layer by layer",
+        method=request.format.kind,
+        group_size=in_groups(request).group_size,
+        keep=request.keep,
     )
 
 
