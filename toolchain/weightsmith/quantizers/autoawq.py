@@ -20,29 +20,11 @@ from typing import Any
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import discard, remove
 from weightsmith.core.values import Format
+from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import LLAMAS
-from weightsmith.quantizers.checkpoints import (
-    awq_config,
-    check_group,
-    check_grouped,
-    finish,
-    group_option,
-    in_groups,
-    keep_option,
-    peak_disk,
-    zero_point_option,
-)
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
-from weightsmith.quantizers.running import (
-    encoder,
-    equal_length,
-    python_step,
-    read_settings,
-    samples,
-    texts,
-)
 
 _SAMPLED_TOKENS = 512
 _GRID, _STEPS = 20, 10
@@ -51,24 +33,26 @@ AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
 
 
 def _options(format_: Format, requested: Options) -> Options:
-    zero_point_option(format_, requested)
-    if keep := keep_option(requested):
+    checkpoints.zero_point_option(format_, requested)
+    if keep := checkpoints.keep_option(requested):
         raise UsageError(
             f"keep: {keep[0]} cannot stay in 16 bits, because AutoAWQ scales the inputs of every "
             "matrix",
             hint="use awq or awq-compressed, which support keep",
         )
-    return {"group_size": group_option(requested)}
+    return {"group_size": checkpoints.group_option(requested)}
 
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     title = f"quantizing to {request.format.name} by AutoAWQ"
-    return python_step(__name__, request, title, group_size=in_groups(request).group_size)
+    return running.python_step(
+        __name__, request, title, group_size=checkpoints.in_groups(request).group_size
+    )
 
 
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
-    settings = read_settings()
+    settings = running.read_settings()
     raw, model = Path(settings["raw"]), Path(settings["model"])
     discard(raw)
     torch: Any = importlib.import_module("torch")
@@ -76,7 +60,9 @@ def main() -> None:
     library: Any = importlib.import_module("awq")
     patch_searches(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    joined = equal_length(samples(texts(settings["calibration"]), encoder(tokenizer)))
+    joined = running.equal_length(
+        running.samples(running.texts(settings["calibration"]), running.encoder(tokenizer))
+    )
     gpu = torch.cuda.is_available()
     loaded = library.AutoAWQForCausalLM.from_pretrained(
         str(model),
@@ -97,7 +83,9 @@ def main() -> None:
         max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    finish(model, raw, Path(settings["out"]), awq_config(settings["group_size"]))
+    checkpoints.finish(
+        model, raw, Path(settings["out"]), checkpoints.awq_config(settings["group_size"])
+    )
     remove(raw)
 
 
@@ -152,12 +140,12 @@ QUANTIZER = Quantizer(
     builder="autoawq",
     formats=(AWQ_AUTOAWQ,),
     recipe_number=5,
-    check_input=lambda _format, model: check_grouped(model, LLAMAS),
+    check_input=lambda _format, model: checkpoints.check_grouped(model, LLAMAS),
     steps=_steps,
-    check=lambda request: checked(request, in_groups(request), "autoawq"),
-    peak_disk=peak_disk,
+    check=lambda request: checked(request, checkpoints.in_groups(request), "autoawq"),
+    peak_disk=checkpoints.peak_disk,
     options=_options,
-    check_options=check_group,
+    check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,
 )

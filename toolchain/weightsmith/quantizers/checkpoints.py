@@ -35,7 +35,7 @@ from weightsmith.quantizers.architectures import (
 )
 from weightsmith.quantizers.matrices import FUSED, Matrix
 from weightsmith.quantizers.packed import PARTS, PackedLayout
-from weightsmith.quantizers.quantizer import QuantizeRequest
+from weightsmith.quantizers.quantizer import Options, QuantizeRequest
 from weightsmith.quantizers.schemes import Scheme
 from weightsmith.quantizers.writing import TensorGroup, copied, whole, write_checkpoint
 
@@ -113,7 +113,7 @@ def check_grouped(model: ModelFacts, known: Collection[str]) -> None:
     group_size(model, "auto")
 
 
-def check_group(model: ModelFacts, options: Mapping[str, JsonValue]) -> None:
+def check_group(model: ModelFacts, options: Options) -> None:
     """Refuse a requested group size that does not divide every row."""
     group_size(model, options.get("group_size"))
 
@@ -172,7 +172,7 @@ def row_lengths(model: ModelFacts) -> dict[str, int]:
     return found
 
 
-def group_option(requested: Mapping[str, JsonValue]) -> JsonValue:
+def group_option(requested: Options) -> JsonValue:
     """Return `quantize.group_size` of a recipe; raise UsageError if it is invalid."""
     size = requested.get("group_size") or "auto"
     if size != "auto" and size not in GROUP_SIZES:
@@ -183,7 +183,14 @@ def group_option(requested: Mapping[str, JsonValue]) -> JsonValue:
     return size
 
 
-def zero_point_option(format_: Format, requested: Mapping[str, JsonValue]) -> None:
+def group_options(format_: Format, requested: Options) -> Options:
+    """Return the recipe's options that affect a format with groups; raise UsageError."""
+    if format_.kind == "awq":
+        zero_point_option(format_, requested)
+    return {"group_size": group_option(requested), "keep": keep_option(requested)}
+
+
+def zero_point_option(format_: Format, requested: Options) -> None:
     """Raise UsageError for AWQ's own layout without zero points, which no server supports.
 
     vLLM 0.33 and SGLang 0.5 support 4 bits without a zero point only with an offset of eight
@@ -202,9 +209,7 @@ def output_bytes(checkpoint_bytes: int, kept: int, format_: Format) -> int:
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16 * _SCALES)
 
 
-def peak_disk(
-    checkpoint_bytes: int, kept: int, format_: Format, _options: Mapping[str, JsonValue]
-) -> int:
+def peak_disk(checkpoint_bytes: int, kept: int, format_: Format, _options: Options) -> int:
     """Return the peak disk usage in bytes: the engine's output, and the finished folder.
 
     On a CPU engines compute in float32, and write unquantized tensors in it.
@@ -279,7 +284,7 @@ def gptq_config(group: int, keep: Sequence[str], kept: Sequence[str]) -> dict[st
     return found
 
 
-def keep_option(requested: Mapping[str, JsonValue]) -> list[str]:
+def keep_option(requested: Options) -> list[str]:
     """Return `quantize.keep` of a recipe, sorted.
 
     Raises UsageError for unknown matrices, for only some of the matrices that engines fuse, and if
@@ -434,7 +439,7 @@ def dimensions(model: ModelFacts) -> Iterator[tuple[str, int, int]]:
         yield "the shared expert's down_proj", 0, more.shared_width
 
 
-def check_kept(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
+def check_kept(model: ModelFacts, chosen: Options) -> None:
     """Refuse names that a model lacks, and to keep only some matrices of a layer's experts."""
     keep = _listed(chosen.get("keep"))
     for end in sorted(keep):

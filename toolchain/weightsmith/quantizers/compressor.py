@@ -14,31 +14,21 @@ from typing import Any
 from weightsmith.core.trees import discard, remove
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import LLAMAS
-from weightsmith.quantizers.checkpoints import (
-    check_config,
-    check_group,
-    finish,
-    group_option,
-    group_size,
-    keep_option,
-    kept_modules,
-    peak_disk,
-)
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
-from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
 AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
 
 
 def _options(format_: Format, requested: Options) -> Options:
-    found: dict[str, JsonValue] = {"keep": keep_option(requested)}
+    found: dict[str, JsonValue] = {"keep": checkpoints.keep_option(requested)}
     if format_ == AWQ_COMPRESSED:
         found |= {
-            "group_size": group_option(requested),
+            "group_size": checkpoints.group_option(requested),
             "zero_point": bool(requested.get("zero_point", True)),
         }
     return found
@@ -46,12 +36,12 @@ def _options(format_: Format, requested: Options) -> Options:
 
 def _check_options(model: ModelFacts, chosen: Options) -> None:
     if "group_size" in chosen:
-        check_group(model, chosen)
+        checkpoints.check_group(model, chosen)
 
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     layout = _layout(request)
-    return python_step(
+    return running.python_step(
         __name__,
         request,
         f"quantizing to {request.format.name} by llm-compressor",
@@ -71,14 +61,14 @@ def _layout(request: QuantizeRequest) -> PackedLayout:
     return PackedLayout(
         method="pack-quantized",
         bits=4,
-        group_size=group_size(model, request.options.get("group_size")),
+        group_size=checkpoints.group_size(model, request.options.get("group_size")),
         symmetric=not request.options.get("zero_point", True),
     )
 
 
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
-    settings = read_settings()
+    settings = running.read_settings()
     raw, model, out = Path(settings["raw"]), Path(settings["model"]), Path(settings["out"])
     discard(raw)
     torch: Any = importlib.import_module("torch")
@@ -91,12 +81,12 @@ def main() -> None:
         cache.pin_memory = lambda *_args, **_named: None
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = samples(texts(settings["calibration"]), encoder(tokenizer))
+    read = running.samples(running.texts(settings["calibration"]), running.encoder(tokenizer))
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in read]
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
     )
-    ignored = ["lm_head", *kept_modules(model, settings["keep"])]
+    ignored = ["lm_head", *checkpoints.kept_modules(model, settings["keep"])]
     modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
     if settings["format"] == FP8_STATIC.name:
         quantized = modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)
@@ -122,7 +112,7 @@ def main() -> None:
     )
     network.save_pretrained(raw, save_compressed=True)
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
-    finish(model, raw, out, saved)
+    checkpoints.finish(model, raw, out, saved)
     remove(raw)
 
 
@@ -131,10 +121,10 @@ QUANTIZER = Quantizer(
     builder="compressor",
     formats=(FP8_STATIC, AWQ_COMPRESSED),
     recipe_number=4,
-    check_input=lambda _format, model: check_config(model, LLAMAS),
+    check_input=lambda _format, model: checkpoints.check_config(model, LLAMAS),
     steps=_steps,
     check=lambda request: checked(request, _layout(request), "llm-compressor"),
-    peak_disk=peak_disk,
+    peak_disk=checkpoints.peak_disk,
     options=_options,
     check_options=_check_options,
     calibrated=lambda _format, _options: True,

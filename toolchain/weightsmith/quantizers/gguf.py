@@ -13,16 +13,9 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
+from weightsmith.quantizers import gguf_check
 from weightsmith.quantizers.architectures import converted_as, gguf_architectures, has_projector
 from weightsmith.quantizers.checkpoints import check_unpacked
-from weightsmith.quantizers.gguf_check import (
-    ALLOW_TEXT_ONLY,
-    IMATRIX,
-    PROJECTOR_TYPE,
-    TEXT_ONLY,
-    check,
-    places_of,
-)
 from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
@@ -106,7 +99,7 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
                 if model.describes_images
                 else "the model has no preprocessor_config.json, which a projector needs"
             ),
-            hint=TEXT_ONLY,
+            hint=gguf_check.TEXT_ONLY,
         )
     if _is_walked(chosen):
         check_walk(model)
@@ -165,7 +158,7 @@ def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     split = str(request.options.get("split_max_size", ""))
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
-    files, projectors = tuple(map(_file, requests)), places_of(request)
+    files, projectors = tuple(map(_file, requests)), gguf_check.places_of(request)
     if all(kind.direct for kind in kinds):
         return (_pass(request, files, "", _converter(request, ""), projectors),)
     config = config_of(request.model)
@@ -216,8 +209,8 @@ def _overrides(request: QuantizeRequest) -> Path:
 def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> BuilderCommand:
     overrides = _overrides(request)
     words = (*_converter(request, split), "--outfile", str(out), "--outtype", kind)
-    if places := places_of(request):
-        allowed = (ALLOW_TEXT_ONLY,) if request.options.get("allow_text_only") else ()
+    if places := gguf_check.places_of(request):
+        allowed = (gguf_check.ALLOW_TEXT_ONLY,) if request.options.get("allow_text_only") else ()
         words = (*words, "--", *allowed, *places)
     return BuilderCommand(
         title=f"converting to GGUF ({kind})",
@@ -257,7 +250,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> BuilderCommand:
         title=f"measuring importance on {tokens} tokens",
         argv=(
             str(request.tools / "bin" / "llama-imatrix"),
-            *("-m", "{first}" if split else str(model), "-f", text.name, "-o", IMATRIX),
+            *("-m", "{first}" if split else str(model), "-f", text.name, "-o", gguf_check.IMATRIX),
             *("-c", str(window), "--parse-special", "--no-ppl", "-fa", "off"),
             # Else it loads the vocabulary twice, to find out what fits into a GPU's memory.
             *("-fit", "off"),
@@ -283,7 +276,7 @@ def _pass(
     middle, texts = _middle(request, between), request.output / ".texts.jsonl"
     walk = None
     if _is_walked(request.options) and not request.measured:
-        matrix = request.output / IMATRIX
+        matrix = request.output / gguf_check.IMATRIX
         walk = ImportanceWalk(model=str(request.model), texts=str(texts), out=str(matrix))
     contents = PassSettings(
         convert=convert,
@@ -323,7 +316,7 @@ def _file(request: QuantizeRequest) -> PassFile:
         direct=FILE_TYPES[request.format.name].direct,
         tensor_types=dict(request.options.get("tensor_types", {})),
         # Relative, because it is written to the file.
-        importance=IMATRIX if matrix else "",
+        importance=gguf_check.IMATRIX if matrix else "",
         overrides={"general.license": license_} if license_ else {},
     )
 
@@ -336,17 +329,19 @@ QUANTIZER = Quantizer(
     check_input=lambda _format, model: check_input(model),
     options=_options,
     # The type of the projector that a model which sees gets beside its file.
-    options_of_model=lambda model: {"projector": PROJECTOR_TYPE} if has_projector(model) else {},
+    options_of_model=lambda model: (
+        {"projector": gguf_check.PROJECTOR_TYPE} if has_projector(model) else {}
+    ),
     check_options=_check_options,
     calibrated=lambda _format, chosen: chosen.get("imatrix") in ("auto", "walk"),
     walked=_is_walked,
     steps=_steps,
-    check=check,
+    check=gguf_check.check,
     peak_disk=_peak_disk,
     view=open_view,
     default="q4_k_m",
     computed=True,
-    statistics=IMATRIX,
+    statistics=gguf_check.IMATRIX,
     check_imports=("weightsmith.models.gguf_reader",),
     check_statistics=check_imatrix,
     one_pass=_fits_one_pass,

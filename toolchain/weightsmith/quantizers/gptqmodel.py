@@ -14,34 +14,12 @@ from typing import Any
 from weightsmith.core.trees import discard, remove
 from weightsmith.core.values import Format
 from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import DENSE
 from weightsmith.quantizers.autoawq import best_clip
-from weightsmith.quantizers.checkpoints import (
-    awq_config,
-    check_group,
-    check_grouped,
-    finish,
-    gptq_config,
-    group_option,
-    in_groups,
-    keep_option,
-    kept_modules,
-    negative_patterns,
-    peak_disk,
-    row_lengths,
-    zero_point_option,
-)
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
-from weightsmith.quantizers.running import (
-    encoder,
-    equal_length,
-    python_step,
-    read_settings,
-    samples,
-    texts,
-)
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 
 AWQ_GPTQMODEL = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
 GPTQ_GPTQMODEL = Format(name="gptq-gptqmodel", kind="gptq", bits_per_weight=4.16)
@@ -54,41 +32,39 @@ Measured with one and two threads: 64 s and 114 s for rows of 576 and 1536 weigh
 for 2048 and 5632."""
 
 
-def _options(format_: Format, requested: Options) -> Options:
-    if format_ == AWQ_GPTQMODEL:
-        zero_point_option(format_, requested)
-    return {"group_size": group_option(requested), "keep": keep_option(requested)}
-
-
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    return python_step(
+    return running.python_step(
         __name__,
         request,
         f"quantizing to {request.format.name} by GPTQModel",
         method=request.format.kind,
-        group_size=in_groups(request).group_size,
+        group_size=checkpoints.in_groups(request).group_size,
         keep=request.keep,
     )
 
 
 def _check_input(format_: Format, model: ModelFacts) -> None:
-    check_grouped(model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE)
+    checkpoints.check_grouped(model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE)
 
 
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
-    settings = read_settings()
+    settings = running.read_settings()
     method, group, keep = settings["method"], int(settings["group_size"]), list(settings["keep"])
     raw, out, model = Path(settings["raw"]), Path(settings["out"]), Path(settings["model"])
     discard(raw)
     # With fewer, GPTQModel fails on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    if method == "gptq" and max(row_lengths(read_facts(model)).values()) < _WIDE:
+    if method == "gptq" and max(checkpoints.row_lengths(read_facts(model)).values()) < _WIDE:
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, below
     _quantize(method, model, raw, settings["calibration"], group, keep)
-    kept = kept_modules(model, keep)
-    config = awq_config(group, kept) if method == "awq" else gptq_config(group, keep, kept)
-    finish(model, raw, out, config)
+    kept = checkpoints.kept_modules(model, keep)
+    config = (
+        checkpoints.awq_config(group, kept)
+        if method == "awq"
+        else checkpoints.gptq_config(group, keep, kept)
+    )
+    checkpoints.finish(model, raw, out, config)
     remove(raw)
 
 
@@ -100,17 +76,17 @@ def _quantize(
     library: Any = importlib.import_module("gptqmodel")
     configs: Any = importlib.import_module("gptqmodel.quantization.config")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = samples(texts(calibration), encoder(tokenizer))
+    read = running.samples(running.texts(calibration), running.encoder(tokenizer))
     if method == "awq":
         # With samples of different lengths, GPTQModel silently uses only the last
         # (looper/awq_processor.py, _layer_input_features).
-        read = equal_length(read)
+        read = running.equal_length(read)
     rows = [
         {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
         for ids in read
     ]
     gpu = torch.cuda.is_available()
-    dynamic = negative_patterns(keep) or None
+    dynamic = checkpoints.negative_patterns(keep) or None
     if method == "awq":
         config = configs.AWQConfig(
             bits=4, group_size=group, format=configs.FORMAT.GEMM, sym=False, dynamic=dynamic
@@ -152,10 +128,10 @@ QUANTIZER = Quantizer(
     recipe_number=9,
     check_input=_check_input,
     steps=_steps,
-    check=lambda request: checked(request, in_groups(request), "gptqmodel"),
-    peak_disk=peak_disk,
-    options=_options,
-    check_options=check_group,
+    check=lambda request: checked(request, checkpoints.in_groups(request), "gptqmodel"),
+    peak_disk=checkpoints.peak_disk,
+    options=checkpoints.group_options,
+    check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,
 )

@@ -27,29 +27,13 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.values import Format
 from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type, largest
-from weightsmith.quantizers.checkpoints import (
-    check_kept,
-    check_rounded,
-    keep_option,
-    not_finite,
-    output_bytes,
-    without_kept,
-    write_companions,
-)
+from weightsmith.quantizers import checkpoints, running, writing
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 from weightsmith.quantizers.rounding import fused_scale, round_rows
-from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
-from weightsmith.quantizers.writing import (
-    OutputTensor,
-    TensorGroup,
-    copied,
-    whole,
-    write_checkpoint,
-)
 
 _PROGRAM = "weightsmith.worker.quantize_rounded"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -62,12 +46,14 @@ billion weights in bfloat16."""
 
 def options(_format: Format, requested: Options) -> Options:
     """Return the recipe's options that affect the output."""
-    return {"keep": keep_option(requested)}
+    return {"keep": checkpoints.keep_option(requested)}
 
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     name = request.format.name
-    return python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep)
+    return running.python_step(
+        _PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep
+    )
 
 
 def _check(request: QuantizeRequest) -> Options:
@@ -94,7 +80,7 @@ def quantize(
     """
     source, scheme = CheckpointTensors(model), stored_as(scheme, read_facts(model).architecture)
     known = matrices(source, model)
-    found = without_kept(known, keep)
+    found = checkpoints.without_kept(known, keep)
     for matrix in found:
         if scheme.packed and matrix.inputs % scheme.tile[1]:
             raise InputRefused(
@@ -112,14 +98,14 @@ def quantize(
     if scheme.observed:
         works += _input_scales(scheme, found, inputs)
     quantized = {matrix.tensor for matrix in found}
-    works += [copied(source, name) for name in source.names - quantized]
-    write_checkpoint(out, works)
-    write_companions(model, out, scheme.config(unquantized(source, known, found)))
+    works += [writing.copied(source, name) for name in source.names - quantized]
+    writing.write_checkpoint(out, works)
+    checkpoints.write_companions(model, out, scheme.config(unquantized(source, known, found)))
 
 
 def _input_scales(
     scheme: Scheme, found: Sequence[Matrix], inputs: Mapping[str, float]
-) -> Iterator[TensorGroup]:
+) -> Iterator[writing.TensorGroup]:
     """Yield the scales of inputs: one for matrices that engines fuse, and for all experts."""
     most: dict[str, float] = {}
     for matrix in found:
@@ -128,7 +114,7 @@ def _input_scales(
     for matrix in found:
         scale = fused_scale(most[_EXPERT.sub(".experts.", matrix.fused)], scheme)
         name = f"{matrix.module}.input_global_scale"
-        yield whole(name, "F32", (1,), partial(np.full, 1, scale, array_type("F32")))
+        yield writing.whole(name, "F32", (1,), partial(np.full, 1, scale, array_type("F32")))
 
 
 class _FusedRows:
@@ -211,17 +197,21 @@ class _FusedRows:
             yield start, min(start + step, matrix.outputs)
 
 
-def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
+def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> writing.TensorGroup:
     weight = f"{matrix.module}.weight"
     codes = f"{weight}_packed" if scheme.packed else weight
     count, columns = matrix.outputs, matrix.inputs
     height, width = scheme.tile[0], scheme.tile[1] or columns
     outputs = [
-        OutputTensor(codes, scheme.codes, (count, columns // 2 if scheme.packed else columns)),
-        OutputTensor(f"{weight}_scale", scheme.scales, (-(-count // height), -(-columns // width))),
+        writing.OutputTensor(
+            codes, scheme.codes, (count, columns // 2 if scheme.packed else columns)
+        ),
+        writing.OutputTensor(
+            f"{weight}_scale", scheme.scales, (-(-count // height), -(-columns // width))
+        ),
     ]
     if scheme.fused_scale:
-        outputs.append(OutputTensor(f"{weight}_global_scale", "F32", (1,)))
+        outputs.append(writing.OutputTensor(f"{weight}_global_scale", "F32", (1,)))
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         shared = rows.scale(matrix)
@@ -231,20 +221,22 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
             try:
                 made, scales = round_rows(part, scheme, shared)
             except ValueError:
-                raise not_finite(matrix.tensor) from None
+                raise checkpoints.not_finite(matrix.tensor) from None
             yield codes, made
             yield f"{weight}_scale", scales
 
-    return TensorGroup(tuple(outputs), blocks)
+    return writing.TensorGroup(tuple(outputs), blocks)
 
 
-def _stack(name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows) -> TensorGroup:
+def _stack(
+    name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows
+) -> writing.TensorGroup:
     """Return the work for a stack of experts, whose codes and scales are stacked, too."""
     width = scheme.tile[1]
     shape = len(experts), experts[0].outputs, experts[0].inputs // width
     outputs = (
-        OutputTensor(f"{name}_blocks", scheme.codes, (*shape, width // 2)),
-        OutputTensor(f"{name}_scales", scheme.scales, shape),
+        writing.OutputTensor(f"{name}_blocks", scheme.codes, (*shape, width // 2)),
+        writing.OutputTensor(f"{name}_scales", scheme.scales, shape),
     )
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
@@ -253,11 +245,11 @@ def _stack(name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRow
                 try:
                     codes, scales = round_rows(part, scheme)
                 except ValueError:
-                    raise not_finite(name) from None
+                    raise checkpoints.not_finite(name) from None
                 yield f"{name}_blocks", codes
                 yield f"{name}_scales", scales
 
-    return TensorGroup(outputs, blocks)
+    return writing.TensorGroup(outputs, blocks)
 
 
 QUANTIZER = Quantizer(
@@ -265,12 +257,12 @@ QUANTIZER = Quantizer(
     builder="merge",
     formats=tuple(scheme.format for scheme in SCHEMES.values()),
     recipe_number=1,
-    check_input=lambda format_, model: check_rounded(SCHEMES[format_.name], model),
+    check_input=lambda format_, model: checkpoints.check_rounded(SCHEMES[format_.name], model),
     steps=_steps,
     check=_check,
-    peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
+    peak_disk=lambda size, kept, format_, _options: checkpoints.output_bytes(size, kept, format_),
     options=options,
-    check_options=check_kept,
+    check_options=checkpoints.check_kept,
     view=view_of,
     computed=True,
     streams=True,

@@ -32,13 +32,7 @@ from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.checkpoints import (
-    awq_config,
-    gptq_config,
-    not_finite,
-    without_kept,
-    write_companions,
-)
+from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.layerwise.observing import (
     Moments,
     Observer,
@@ -46,7 +40,6 @@ from weightsmith.quantizers.layerwise.observing import (
     SharedInputGroup,
 )
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
-from weightsmith.quantizers.running import RAW, encoder, samples, texts
 from weightsmith.quantizers.walked import FACTS
 from weightsmith.quantizers.writing import copied, write_checkpoint
 
@@ -78,11 +71,11 @@ def quantize(settings: Mapping[str, Json]) -> None:
     """
     torch.set_num_threads(all_but_one())
     model, out, group = Path(settings["model"]), Path(settings["out"]), settings["group_size"]
-    lines = texts(settings["calibration"])
-    read = samples(lines, encoder(load_tokenizer(model)))
+    lines = running.texts(settings["calibration"])
+    read = running.samples(lines, running.encoder(load_tokenizer(model)))
     source = CheckpointTensors(model)
     known = matrices(source, model)
-    found = without_kept(known, settings["keep"])
+    found = checkpoints.without_kept(known, settings["keep"])
     for matrix in found:
         if matrix.outputs % 8 or matrix.inputs % group:
             raise InputRefused(
@@ -94,7 +87,7 @@ def quantize(settings: Mapping[str, Json]) -> None:
     walk = _Walk(awq=awq, group=group, source=source, layers=layers, found=found)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
     identity = json.dumps([dict(settings), lines, files], sort_keys=True)
-    made = _Finished(out / RAW, hashlib.sha256(identity.encode()).hexdigest())
+    made = _Finished(out / running.RAW, hashlib.sha256(identity.encode()).hexdigest())
     for number in range(made.restore(walk), len(layers.layers)):
         with layers.loaded(number) as layer:
             tensors = _layer(walk, number, layer)
@@ -102,9 +95,13 @@ def quantize(settings: Mapping[str, Json]) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
     _assemble(walk, out, made)
     kept = unquantized(source, known, found)
-    config = awq_config(group, kept) if awq else gptq_config(group, settings["keep"], kept)
-    write_companions(model, out, config)
-    discard(out / RAW)
+    config = (
+        checkpoints.awq_config(group, kept)
+        if awq
+        else checkpoints.gptq_config(group, settings["keep"], kept)
+    )
+    checkpoints.write_companions(model, out, config)
+    discard(out / running.RAW)
 
 
 class _Finished:
@@ -194,7 +191,7 @@ def _rounded(
     grids = []
     for matrix, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
-            raise not_finite(matrix.tensor)
+            raise checkpoints.not_finite(matrix.tensor)
         whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
         gram = None if whole else moments.gram
         grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq))
