@@ -116,6 +116,8 @@ class GGUFView:
 
     def __init__(self, read: GGUFModel, model: Path) -> None:
         """Map the checkpoint's tensors to the file's."""
+        import gguf
+
         self._read = read
         self._arch = str(read.value("general.architecture"))
         if self._arch not in _PERMUTED | _NORM_PLUS_ONE | _UNCHANGED:
@@ -123,23 +125,30 @@ class GGUFView:
                 f"measuring GGUF files of architecture {self._arch} is not supported",
                 hint="use the task score instead",
             )
-        self._places = self._find(CheckpointTensors(model).names)
+        arch = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}[self._arch]
+        known = gguf.get_tensor_name_map(arch, int(read.value(f"{self._arch}.block_count")))
+        self._places: dict[str, tuple[str, int | None]] = {}
+        for name in CheckpointTensors(model).names:
+            expert = _EXPERT.search(name)
+            plain = _TEXT.sub("", _EXPERT.sub(".experts.", name), count=1)
+            place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
+            if plain == "lm_head.weight" and place not in read.tensors:
+                place = "token_embd.weight"  # tied
+            if place in read.tensors:
+                self._places[name] = (place, int(expert[1]) if expert else None)
         self.names = frozenset(self._places)
         """Names of the tensors."""
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor as float32, in the checkpoint's shape and order."""
-        return self._dequantized(name, slice(None))
-
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return some rows of such a tensor; only they are dequantized."""
-        return self._dequantized(name, slice(start, stop))
+        return self.rows(name, 0, None)
 
     def kind(self, name: str) -> str:
         """Return the tensor's type, such as `q4_k`."""
         return str(self._read.tensors[self._places[name][0]].tensor_type.name).lower()
 
-    def _dequantized(self, name: str, where: slice) -> npt.NDArray[np.float32]:
+    def rows(self, name: str, start: int, stop: int | None) -> npt.NDArray[np.float32]:
+        """Return some rows of such a tensor; only they are dequantized."""
         import gguf
 
         place, expert = self._places[name]
@@ -148,9 +157,9 @@ class GGUFView:
         heads = self._permuted_heads(name)
         if heads:
             pairs = np.arange(len(data)).reshape(heads, -1, 2)
-            data = data[pairs.swapaxes(1, 2).reshape(-1)[where]]
+            data = data[pairs.swapaxes(1, 2).reshape(-1)[start:stop]]
         else:
-            data = data[where]
+            data = data[start:stop]
         try:
             values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
         except NotImplementedError:  # Q1_0, as of 0.19
@@ -161,23 +170,6 @@ class GGUFView:
         if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
             return values - 1
         return values
-
-    def _find(self, names: frozenset[str]) -> dict[str, tuple[str, int | None]]:
-        import gguf
-
-        arch = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}[self._arch]
-        blocks = int(self._read.value(f"{self._arch}.block_count"))
-        known = gguf.get_tensor_name_map(arch, blocks)
-        found: dict[str, tuple[str, int | None]] = {}
-        for name in names:
-            expert = _EXPERT.search(name)
-            plain = _TEXT.sub("", _EXPERT.sub(".experts.", name), count=1)
-            place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
-            if plain == "lm_head.weight" and place not in self._read.tensors:
-                place = "token_embd.weight"  # tied
-            if place in self._read.tensors:
-                found[name] = (place, int(expert[1]) if expert else None)
-        return found
 
     def _permuted_heads(self, name: str) -> int:
         """Return the number of heads whose rows are permuted in a tensor: in Q and K, else 0."""

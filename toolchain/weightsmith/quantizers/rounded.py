@@ -150,7 +150,19 @@ class _FusedRows:
             self._known[matrix.fused] = fused_scale(most, self._scheme)
         return self._known[matrix.fused]
 
-    def blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[np.generic]]:
+    def rounded(
+        self, matrix: Matrix, codes: str, scales: str
+    ) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+        """Yield a matrix's codes and scales, with these names."""
+        for rows in self._blocks(matrix):
+            try:
+                made, found = round_rows(rows, self._scheme, self.scale(matrix))
+            except ValueError:
+                raise checkpoints.not_finite(matrix.tensor) from None
+            yield codes, made
+            yield scales, found
+
+    def _blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[np.generic]]:
         """Yield a matrix's rows in its own type, whole tiles of them at a time.
 
         Raises EnvironmentFailure after the last one if the largest weight is not as recorded, for
@@ -217,13 +229,7 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> writing.TensorGro
         shared = rows.scale(matrix)
         if shared is not None:
             yield f"{weight}_global_scale", np.array([shared], array_type("F32"))
-        for part in rows.blocks(matrix):
-            try:
-                made, scales = round_rows(part, scheme, shared)
-            except ValueError:
-                raise checkpoints.not_finite(matrix.tensor) from None
-            yield codes, made
-            yield f"{weight}_scale", scales
+        yield from rows.rounded(matrix, codes, f"{weight}_scale")
 
     return writing.TensorGroup(tuple(outputs), blocks)
 
@@ -241,13 +247,7 @@ def _stack(
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         for matrix in experts:
-            for part in rows.blocks(matrix):
-                try:
-                    codes, scales = round_rows(part, scheme)
-                except ValueError:
-                    raise checkpoints.not_finite(name) from None
-                yield f"{name}_blocks", codes
-                yield f"{name}_scales", scales
+            yield from rows.rounded(matrix, f"{name}_blocks", f"{name}_scales")
 
     return writing.TensorGroup(outputs, blocks)
 

@@ -57,20 +57,18 @@ class QuantizedTiles:
         """
         if self.shape != weights.shape:
             raise ValueError(f"shape {self.shape}, not {weights.shape}")
-        sums = self._squares(weights)
+        if tiles.reads(weights.dtype):
+            table = _values(self.dtype)
+            sums = tiles.compare_tiles(self.codes, table, self.scales, self.tile, weights)
+        else:
+            found, before = self.rows(), widened(weights)
+            sums = None
+            if np.isfinite(found).all():
+                found -= before
+                sums = float(np.vdot(found, found)), float(np.vdot(before, before))
         if sums is None:
             raise ValueError("NaN or infinite weights")
         return sums
-
-    def _squares(self, weights: npt.NDArray[np.generic]) -> tuple[float, float] | None:
-        if tiles.reads(weights.dtype):
-            table = _values(self.dtype)
-            return tiles.compare_tiles(self.codes, table, self.scales, self.tile, weights)
-        found, before = self.rows(), widened(weights)
-        if not bool(np.isfinite(found).all()):
-            return None
-        found -= before
-        return float(np.vdot(found, found)), float(np.vdot(before, before))
 
 
 @cache

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from weightsmith.core.errors import CheckFailed, Unmeasurable
-from weightsmith.forward.network import lacking
 from weightsmith.forward.weights import Weights
 from weightsmith.models.tensors import View
 from weightsmith.quantizers.quality.result import TensorFault, short
@@ -165,15 +164,6 @@ class Dequantized(Weights):
                 fault = TensorFault(tensor=name, row=first, kind=kind, error=error, limit=limit)
                 self._faults[name].append(fault)
         return found
-
-
-def require_complete(model: Model, weights: Weights) -> None:
-    """Raise Unmeasurable if the checkpoint lacks a tensor of its architecture."""
-    if names := lacking(model, weights):
-        raise Unmeasurable(
-            f"the checkpoint has no tensor {names[0]}, which its architecture needs",
-            hint="use the task score instead",
-        )
 
 
 TILE = 256

@@ -24,6 +24,7 @@ from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import (
     decoder_of,
     fill,
+    lacking,
     modules_without_text,
     skeleton,
     skeleton_with_weights,
@@ -32,7 +33,7 @@ from weightsmith.forward.views import stream
 from weightsmith.forward.walk import Count, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
 from weightsmith.models.tensors import View
-from weightsmith.quantizers.quality.dequantized import Dequantized, require_complete
+from weightsmith.quantizers.quality.dequantized import Dequantized
 from weightsmith.quantizers.quality.result import TensorFault
 
 if TYPE_CHECKING:
@@ -129,7 +130,11 @@ class _Checkpoint:
 
     def _built(self) -> tuple[Model, Weights]:
         model, weights = skeleton_with_weights(self.checkpoint)
-        require_complete(model, weights)
+        if names := lacking(model, weights):
+            raise Unmeasurable(
+                f"the checkpoint has no tensor {names[0]}, which its architecture needs",
+                hint="use the task score instead",
+            )
         return model, weights
 
 
