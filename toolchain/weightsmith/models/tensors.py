@@ -82,7 +82,7 @@ class View(Protocol):
         """Return some rows of such a tensor; only they are dequantized."""
 
     def kind(self, name: str) -> str:
-        """Return how the tensor is stored, as in quality/dequantized.py; "" if unknown."""
+        """Return how the tensor is stored, as in quality/runs.py; "" if unknown."""
 
 
 class CheckpointTensors:

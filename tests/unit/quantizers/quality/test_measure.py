@@ -22,11 +22,10 @@ from transformers import (
 from weightsmith.core.errors import CheckFailed, InputRefused, Unmeasurable
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats
-from weightsmith.quantizers.quality.dequantized import ROUNDING
 from weightsmith.quantizers.quality.limits import limits_for
 from weightsmith.quantizers.quality.measure import Totals, measure
 from weightsmith.quantizers.quality.result import QualityResult
-from weightsmith.quantizers.quality.runs import run_both
+from weightsmith.quantizers.quality.runs import ROUNDING, run_both
 from weightsmith.recipe.schema import Quality
 
 from tests.paths import ROOT

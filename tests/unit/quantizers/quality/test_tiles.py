@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from weightsmith.quantizers.quality.dequantized import TILE, LazyMatrix, Squares
+from weightsmith.quantizers.quality.runs import TILE, LazyMatrix, Squares
 
 ROWS = 3 * TILE + 7
 VALUES = torch.arange(ROWS * 2, dtype=torch.float32).reshape(ROWS, 2)
