@@ -17,7 +17,8 @@ from weightsmith.quantizers.gguf_importance import WITHOUT_WALK
 from weightsmith.quantizers.layerwise import importance as walking
 
 from tests.paths import ROOT
-from tests.unit.quantizers.test_importance import LINES, importance, make, tokens_of
+from tests.unit.quantizers.conftest import make_any
+from tests.unit.quantizers.test_importance import LINES, importance, tokens_of
 
 pytestmark = [pytest.mark.builders, pytest.mark.timeout(1800)]
 MODELS = ("LlamaForCausalLM", "Glm4MoeForCausalLM")
@@ -69,7 +70,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.grid(9)
 @pytest.mark.parametrize("architecture", sorted(MEASURED - WITHOUT_WALK))
 def test_torch_runs_its_own_loops_alone(tmp_path, monkeypatch, architecture):
-    model, seen = make(tmp_path / "model", architecture), set()
+    model, seen = make_any(tmp_path / "model", architecture), set()
     follow = walking.follow
 
     def begin(product):
@@ -87,7 +88,7 @@ def test_torch_runs_its_own_loops_alone(tmp_path, monkeypatch, architecture):
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("cpus", [2, 1, 3, 8])
 def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
-    model = make(tmp_path / "model", "LlamaForCausalLM")
+    model = make_any(tmp_path / "model", "LlamaForCausalLM")
     lines = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()]
     monkeypatch.setattr(walking, "CPUS", cpus)
     concurrent = importance(model, lines, 1 << 20)
@@ -112,7 +113,7 @@ def test_bits_are_those_of_other_cpus(tmp_path, cpu):
     emulator = next(filter(None, found), "")
     if not emulator:
         pytest.skip("no qemu-x86_64 (tests/engine.sh as root installs it)")
-    models = [make(tmp_path / name, name) for name in MODELS]
+    models = [make_any(tmp_path / name, name) for name in MODELS]
     texts, root = tmp_path / "texts.jsonl", ROOT
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     paths = {**os.environ, "PYTHONPATH": f"{root / 'toolchain'}:{root}"}

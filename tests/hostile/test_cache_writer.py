@@ -382,7 +382,7 @@ def test_a_list_of_tags_that_is_none_or_has_no_end_is_refused(
     reply = RegistryReply(
         200, headers, json.dumps({"tags": tags}).encode(), "https://registry/tags/list"
     )
-    session = SimpleNamespace(attempt=lambda what, call: reply, follow=lambda here, to: to)
+    session = SimpleNamespace(attempt=lambda what, call: reply, next_page=lambda reply: link)
     monkeypatch.setattr(RegistryCache, "_pulling", session)
     cache = RegistryCache(cast("Registry", None), Reference.parse("registry.example/team/cache"))
 

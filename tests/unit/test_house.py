@@ -297,17 +297,13 @@ def test_a_models_configuration_is_read_in_one_place() -> None:
 
 
 READS_OUR_OWN = {
-    "outside/docker_images.py", "outside/confinement.py", "outside/rootfs.py",
-    "outside/image_sandbox.py",
-    "outside/sandbox_probe.py",
-    "outside/sandbox_launcher.py", "core/safe_parse.py", "quantizers/convert.py",
-    "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/architectures.py",
-    "quantizers/running.py",
-    "core/resources.py", "serving/llamacpp_options.py",
-    "models/facts.py", "serving/options.py", "serving/vllm.py",
-    "steps/bases.py", "steps/destinations.py", "core/jobs.py",
-    "merging/peft_layers.py", "merging/tuned.py", "merging/tying.py",
-    "merging/loading.py",
+    "core/jobs.py", "core/resources.py", "core/safe_parse.py", "merging/families/tuners.py",
+    "merging/names.py", "merging/peft_layers.py", "merging/tying.py", "models/facts.py",
+    "outside/confinement.py", "outside/docker_images.py", "outside/image_sandbox.py",
+    "outside/rootfs.py", "outside/sandbox_launcher.py", "outside/sandbox_probe.py",
+    "quantizers/architectures.py", "quantizers/compressor.py", "quantizers/convert.py",
+    "quantizers/gguf.py", "quantizers/running.py", "serving/llamacpp_options.py",
+    "serving/options.py", "serving/vllm.py", "steps/bases.py", "steps/destinations.py",
 }  # fmt: skip
 """Files that read JSON of this very program: its own lists, job files, results; and two that run
 inside llama.cpp's converter, which parses the same files."""

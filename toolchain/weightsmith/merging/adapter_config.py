@@ -224,32 +224,6 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-def _check_kind(path: Path, raw: Mapping[str, JsonValue]) -> None:
-    """Refuse variants of LoRA that cannot be merged, or not onto the original base."""
-    init = raw.get("init_lora_weights", True)
-    if raw.get("peft_type") != "LORA":
-        return
-    for name, reason in SETTINGS.items():
-        if raw.get(name):
-            raise InputRefused(f"{path} sets {name}: {reason}", hint=UNMERGED)
-    if isinstance(init, str) and init.lower().startswith(_MUTATING):
-        raise InputRefused(
-            f"{path}: init_lora_weights is {init!r}, which also changes the base weights: on the "
-            "original base, B·A alone is not the adapter",
-            hint="convert it to plain LoRA: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=<the adapter as initialised>); or use the "
-            "residual base that the training saved, and set init_lora_weights to true in "
-            "adapter_config.json",
-        )
-
-
-def _check_patterns(config: AdapterConfig) -> None:
-    patterns = [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
-    patterns += [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
-    for pattern in (*patterns, *config.layers_pattern):
-        re.compile(pattern)
-
-
 def _check_values(raw: Mapping[str, JsonValue]) -> None:
     """Raise TypeError or ValueError for values of which PEFT says nothing that helps."""
     for name in ("modules_to_save", "target_parameters"):

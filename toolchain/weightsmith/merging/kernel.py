@@ -306,13 +306,6 @@ def check_arithmetic() -> None:
         )
 
 
-def check_finite(addition: Addition, weight: np.ndarray, out: np.ndarray) -> None:
-    """Raise InputRefused with the tensor's name if base or result is not finite."""
-    if not np.isfinite(out).all():
-        _check_base(addition.name, weight)
-        _check_result(addition, out)
-
-
 def _check_base(name: str, weight: np.ndarray) -> None:
     if not np.isfinite(weight).all():
         raise InputRefused(
