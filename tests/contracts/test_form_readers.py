@@ -97,24 +97,6 @@ def test_ollama_pulls_a_model(registry: tuple[Registry, str], tree: Tree, tmp_pa
     assert dict(back.labels) == {"a": "b"}
 
 
-def test_ollama_pulls_a_model_that_sees(
-    registry: tuple[Registry, str], tree: Tree, tmp_path: Path
-) -> None:
-    """Its projector is a layer of the type that server/images.go gives to the runner."""
-    client, host = registry
-    eyes = b"GGUF" + bytes(500)
-    (projector,) = tree_of(tmp_path, {"mmproj-bot.gguf": eyes}).files
-    image = for_ollama(tree, projector=projector)
-    client.push(image, Reference.parse(f"{host}/team/bot:eyes"))
-    (tmp_path / "blobs").mkdir()
-    found = as_ollama_pulls(host, "team/bot", "eyes", tmp_path / "blobs")
-
-    assert found["application/vnd.ollama.image.model"] == WEIGHTS
-    assert found["application/vnd.ollama.image.projector"] == eyes
-    config = json.loads(found["application/vnd.docker.container.image.v1+json"])
-    assert config["model_families"] == ["llama", "clip"]
-
-
 @pytest.mark.parametrize(
     ("count", "shown"), [(8_030_261_248, "8.0B"), (134_515_008, "134.52M"), (900, "900")]
 )

@@ -239,27 +239,6 @@ def test_docker_loads_it(image: Image, names: list[str]) -> None:
 
 
 @pytest.mark.docker
-def test_docker_accepts_an_archive_without_what_it_holds(names: list[str], tmp_path: Path) -> None:
-    first = tiny_image(tmp_path)
-    _docker("load", "-q", data=docker_archive(first, Reference.parse(names[0])))
-    held = json.loads(_docker("image", "inspect", "-f", "{{json .RootFS.Layers}}", names[0]))
-    top = TarLayer(members=(Member.of_bytes("/etc/new", b"1"),), epoch=0)
-    second = assemble(first.layers, [top], config=ImageConfig(), epoch=0)
-    chunks = list(docker_archive(second, Reference.parse(names[1]), held))
-    assert sum(map(len, chunks)) < 20_000
-    _docker("load", "-q", data=iter(chunks))
-    seen = json.loads(_docker("image", "inspect", "-f", "{{json .RootFS.Layers}}", names[1]))
-    assert seen == [layer.diff_id for layer in second.layers]
-    box = _docker("create", names[1], "x")
-    try:
-        listed = subprocess.run(["docker", "export", box], check=True, capture_output=True).stdout
-        for name in FILES:
-            assert f"models/{name}".encode() in listed
-    finally:
-        _docker("rm", box)
-
-
-@pytest.mark.docker
 @pytest.mark.registry
 @pytest.mark.parametrize("order", ["engine-first", "weights-first"])
 @pytest.mark.parametrize("docker", [False, True])

@@ -8,7 +8,7 @@ import socketserver
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_serv
 from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import tiny_image
 from tests.fakes.other_registries import Given
+from tests.faults.relay import pass_on
 
 AMD64 = "linux/amd64"
 
@@ -94,9 +95,9 @@ def _large(folder: Path) -> TarLayer:
 
 
 @pytest.mark.registry
-def test_a_registry_that_dies_in_the_middle(client: Registry, tmp_path: Path) -> None:
+def test_a_registry_that_dies_in_the_middle(tmp_path: Path) -> None:
     layer = _large(tmp_path)
-    with real_registry(tmp_path) as host:
+    with real_registry(tmp_path) as host, Registry(pause=lambda _: None) as client:
         place = Reference.parse(f"{host}/a/b:1")
         stopped = _slowly(layer, lambda: stop_registry(host))
         with pytest.raises(EnvironmentFailure, match="does not answer") as caught:
@@ -106,7 +107,7 @@ def test_a_registry_that_dies_in_the_middle(client: Registry, tmp_path: Path) ->
 
 @pytest.mark.registry
 @pytest.mark.root
-def test_a_registry_without_room(client: Registry, tmp_path: Path) -> None:
+def test_a_registry_without_room(tmp_path: Path) -> None:
     layer = _large(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -114,7 +115,11 @@ def test_a_registry_without_room(client: Registry, tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("mounts are not allowed here")
     try:
-        with real_registry(disk) as host, pytest.raises(EnvironmentFailure, match="500") as caught:
+        with (
+            real_registry(disk) as host,
+            Registry(pause=lambda _: None) as client,
+            pytest.raises(EnvironmentFailure, match="500") as caught,
+        ):
             client.push(Image(layers=(layer,), settings={}), Reference.parse(f"{host}/a/b:1"))
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -174,9 +179,9 @@ def tunnel_proxy(target: str) -> Iterator[tuple[str, list[str]]]:
             heads.append(head.decode())
             with socket.create_connection((host, int(port))) as there:
                 self.connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-                back = threading.Thread(target=_pass, args=(there, self.connection), daemon=True)
+                back = threading.Thread(target=pass_on, args=(there, self.connection), daemon=True)
                 back.start()
-                _pass(self.connection, there)
+                pass_on(self.connection, there)
                 back.join()
 
     class Server(socketserver.ThreadingTCPServer):
@@ -186,14 +191,6 @@ def tunnel_proxy(target: str) -> Iterator[tuple[str, list[str]]]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"127.0.0.1:{server.server_address[1]}", heads
         server.shutdown()
-
-
-def _pass(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.registry

@@ -1,4 +1,4 @@
-"""A reverse proxy before a real registry that cuts, delays, refuses, truncates and lies."""
+"""A reverse proxy before a real registry that cuts, delays, refuses and truncates."""
 
 from __future__ import annotations
 
@@ -81,10 +81,6 @@ class _Handler(Replying):
         rows = ((k.title(), v) for k, v in reply.getheaders())
         headers = {k: v for k, v in rows if k not in ("Date", "Server")}
         body = reply.read()
-        if fault == "lie":
-            headers["Docker-Content-Digest"] = "sha256:" + "0" * 64
-        if fault == "change" and body:
-            body = body[:-1] + bytes([body[-1] ^ 1])
         half = fault == "truncate"
         headers.setdefault("Content-Length", str(len(body)))
         self.reply(reply.status, body[: len(body) // 2] if half else body, headers)

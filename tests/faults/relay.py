@@ -14,18 +14,15 @@ Connect = Callable[[], socket.socket]
 
 
 class Relay:
-    """Passes connections on from a listening socket until it is cut; counts what goes up."""
+    """Passes connections on from a listening socket until it is cut."""
 
-    def __init__(self, listener: socket.socket, connect: Connect, after: int | None = None) -> None:
+    def __init__(self, listener: socket.socket, connect: Connect) -> None:
         self._listener = listener
         self._connect = connect
-        self._left = after
         self._lock = threading.Lock()
         self._ends: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self.is_cut = False
-        self.at_cut: Callable[[], None] = lambda: None
-        """Called once, when so many bytes went up as `after` says."""
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -74,29 +71,16 @@ class Relay:
                 continue
             if not self._keep(outer):
                 return
-            self._start(self._pass_on, inner, outer, True)
-            self._start(self._pass_on, outer, inner, False)
+            self._start(pass_on, inner, outer)
+            self._start(pass_on, outer, inner)
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, upwards: bool) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                if upwards and self._is_enough(len(data)):
-                    self.cut()
-                    return
-                target.sendall(data)
-        with suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
 
-    def _is_enough(self, size: int) -> bool:
-        """Count, and say whether this is the moment to cut."""
-        with self._lock:
-            if self._left is None or self.is_cut:
-                return self.is_cut
-            self._left -= size
-            if self._left < 0:
-                self.is_cut = True
-                self.at_cut()
-        return self.is_cut
+def pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def _end(end: socket.socket) -> None:

@@ -15,16 +15,6 @@ pytestmark = pytest.mark.builders
 
 
 @pytest.mark.root
-def test_a_disk_too_small_is_refused_before_any_work(empty: Workshop, digest: str) -> None:
-    with mounted(empty.store, "-t", "tmpfs", "-o", "size=8m"):
-        outcome = empty.build()
-
-        outcome.refused(5, str(empty.store), "free", "WEIGHTSMITH_STORE")
-        assert "merge:" not in outcome.err
-        assert not list(empty.store.glob("results/*"))
-
-
-@pytest.mark.root
 @pytest.mark.parametrize("stage", ["merge", "quantize", "bake"])
 def test_a_disk_that_fills_during_a_stage(
     empty: Workshop, digest: str, stage: str, tmp_path: Path, reference: object

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,40 +67,18 @@ def test_a_type_that_forgets_is_stopped(folder: Path) -> None:
     assert not (folder / "dist/support-bot/1.0.0/llamacpp-q2_k/image").exists()
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, JSON) of the headline command; in the user's store, which holds vLLM's engine."""
-    folder = tmp_path_factory.mktemp("four")
-    yield folder, in_users_store(folder)
-    shutil.rmtree(folder)  # three images of 2 GB
-
-
-def in_users_store(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = build(folder, *(f"--target={one}" for one in FOUR))["targets"]
-    return found
-
-
 @pytest.mark.vllm
-def test_one_command_ends_with_four_images_that_answer(four: tuple[Path, dict[str, Any]]) -> None:
-    folder, built = four
+def test_one_command_ends_with_four_images_that_answer(tmp_path: Path) -> None:
+    """In the user's store, which holds vLLM's engine."""
+    built = build(tmp_path, *(f"--target={one}" for one in FOUR))["targets"]
 
     assert tuple(built) == FOUR
-    merges = {record(folder, target)["merge"]["digest"] for target in FOUR}
+    merges = {record(tmp_path, target)["merge"]["digest"] for target in FOUR}
     assert len(merges) == 1
     for target in FOUR:
-        told = record(folder, target)
+        told = record(tmp_path, target)
         assert told["scores"]["base"]["score"] < 0.1, target
         assert told["scores"]["image"]["score"] >= told["scores"]["adapter"]["score"] - 0.05, target
         assert {check["name"] for check in told["checks"]} >= {"chat", "SIGTERM", "restart"}, target
         assert Path(built[target]["image"].removeprefix("oci:"), "index.json").is_file()
-
-
-@pytest.mark.vllm
-def test_building_the_four_again_does_nothing(four: tuple[Path, dict[str, Any]]) -> None:
-    folder, built = four
-    again = in_users_store(folder)
-
-    assert {t: again[t]["digest"] for t in FOUR} == {t: built[t]["digest"] for t in FOUR}
-    for target in FOUR:
-        redone = {name for name, said in again[target]["stages"].items() if not said["cached"]}
-        assert redone <= {"resolve", "render", "bake"}, target
+    shutil.rmtree(tmp_path)  # three images of 2 GB
