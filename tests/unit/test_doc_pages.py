@@ -116,17 +116,6 @@ def test_contributing_lists_every_marker() -> None:
     assert markers <= names
 
 
-def test_help_of_make_lists_every_target() -> None:
-    text = (ROOT / "Makefile").read_text("utf-8")
-    phony = set(re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)[0].split())
-    # Under `make test` it would also say which folder it enters.
-    command = ["make", "--no-print-directory", "help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-
-    assert {row[0] for row in rows if len(row) == 2} == phony
-
-
 def rows_of(text: str) -> list[str]:
     """Return the rows of a page's tables."""
     return [line for line in text.splitlines() if line.startswith("| ")]
