@@ -212,8 +212,6 @@ def _docker(*words: str, data: Iterator[bytes] | None = None) -> str:
     with subprocess.Popen(
         ["docker", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
         for chunk in data or ():
             child.stdin.write(chunk)
         child.stdin.close()

@@ -36,8 +36,7 @@ AnyStore = MemoryStore | FileStore | Shared
 
 @pytest.fixture(params=[MemoryStore, FileStore, Shared])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> AnyStore:
-    found: AnyStore = request.param(tmp_path / "store")
-    return found
+    return request.param(tmp_path / "store")
 
 
 def write(text: str) -> Make:

@@ -60,12 +60,9 @@ class Moments:
         return self._do(operation, words, 0, spare)[0]
 
     def _do(self, operation: str, words: Mapping[str, Any], at: int, number: int) -> list[int]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([operation, words, at, number]) + "\n")
         self._process.stdin.flush()
-        answer: list[int] = json.loads(self._process.stdout.readline())
-        return answer
+        return json.loads(self._process.stdout.readline())
 
 
 @contextmanager

@@ -153,8 +153,7 @@ def answered(client: httpx.Client) -> dict[str, Any]:
               "n_probs": 8, "cache_prompt": False},
     )  # fmt: skip
     said.raise_for_status()
-    found: dict[str, Any] = said.json()
-    return found
+    return said.json()
 
 
 @pytest.fixture(scope="module")

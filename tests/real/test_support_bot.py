@@ -33,8 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def record(folder: Path, target: str) -> dict[str, Any]:
     path = folder / "dist" / "support-bot" / "1.0.0" / target / "build.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
+    return json.loads(path.read_text("utf-8"))
 
 
 @pytest.mark.parametrize("format_", SCORES)

@@ -79,5 +79,4 @@ def test_the_engine_starts_the_image_that_the_local_runner_makes(
 
 
 def record(dist: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(next(dist.rglob("build.json")).read_text())
-    return found
+    return json.loads(next(dist.rglob("build.json")).read_text())

@@ -219,7 +219,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pope
         ) as process,
     ):  # fmt: skip
         yield process
-        assert process.stdin
         process.stdin.close()
 
 
@@ -250,8 +249,6 @@ def test_smolvlm_lacks_a_package(engine: subprocess.Popen[str], tmp_path: Path) 
 
 def read(engine: subprocess.Popen[str], model: Path, pictures: Sequence[Path]) -> Any:
     """Return what the image's vLLM says of each picture, as `ask`, or its error."""
-    assert engine.stdin
-    assert engine.stdout
     line = {"model": str(model), "pictures": [str(path) for path in pictures]}
     engine.stdin.write(json.dumps(line) + "\n")
     engine.stdin.flush()
@@ -322,5 +319,4 @@ def by_transformers(model: Path, path: Path, ids: Sequence[int], *words: str) ->
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    values: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return values
+    return json.loads(done.stdout.splitlines()[-1])

@@ -57,8 +57,7 @@ def run(script: str, shell: str = "bash", **env: str) -> None:
 
 
 def seen(place: Path) -> list[str]:
-    words: list[str] = json.loads((place / "seen").read_text())
-    return words
+    return json.loads((place / "seen").read_text())
 
 
 def load(name: str) -> Any:
