@@ -1,8 +1,13 @@
-"""So few files may be opened (EMFILE) that a command cannot end: it says so, and leaves no half."""
+"""So few files (EMFILE) or processes that a command cannot end: it says so, and leaves no half."""
 
 from __future__ import annotations
 
+import json
+import os
+import resource
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +16,10 @@ from weightsmith.oci.layout import write_layout
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import fake_registry
+from tests.fakes.users import as_user
 from tests.faults.moments import Moments
 from tests.faults.workshop import Workshop, check_layout
+from tests.paths import ROOT
 
 SPARE = (1, 2, 3, 4, 6, 8, 12)
 """Files that may be opened besides those that are open: none gets far with the first of these."""
@@ -83,3 +90,35 @@ def test_a_build(workshop: Workshop, digest: str, most: int) -> None:
     workshop.check_quiet()
     assert not (workshop.results / "image").exists()
     workshop.check_intact(digest)
+
+
+ALLOWED = (2, 3, 5, 64)
+"""Processes of the user, with the one that counts them: a job needs a few."""
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_job_with_few_processes() -> None:
+    user = 1_000_000 + os.getpid()  # of whom nothing else runs
+    command, env = as_user(user)
+    answers = []
+    for most in ALLOWED:
+        with tempfile.TemporaryDirectory() as home:
+            os.chown(home, user, user)
+            done = subprocess.run(
+                [*command, "-m", "tests.fakes.bare_builder", home],
+                cwd=ROOT, env={**env, "HOME": home}, capture_output=True, text=True, check=False,
+                preexec_fn=lambda most=most: resource.setrlimit(
+                    resource.RLIMIT_NPROC, (most, most)
+                ),
+            )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout))
+
+    refused = [answer for answer in answers if "text" not in answer]
+    assert len(refused) >= 2
+    assert "text" in answers[-1]
+    for answer in refused:
+        assert answer["exit_code"] == 5
+        assert "no more processes or threads" in answer["message"]
+        assert "ulimit -u" in answer["hint"]

@@ -5,6 +5,7 @@ With `-s` the differences are printed.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -155,3 +156,19 @@ def served(layout: Path, ids: list[int]) -> list[float]:
         answer = client.post("/v1/completions", json=asked).raise_for_status()
     rows = answer.json()["choices"][0]["prompt_logprobs"]
     return [row[str(token)]["logprob"] for row, token in zip(rows[1:], ids[1:], strict=True)]
+
+
+def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
+    weightsmith("build", "--recipe", TINY / "recipe-two.yaml", "--target", "vllm-lora", "--runner",
+                "local", "--dist", tmp_path / "dist", "--layout", tmp_path / "image")  # fmt: skip
+    record = json.loads((tmp_path / "dist/tiny-two/1.0.0/vllm-lora/build.json").read_text())
+
+    settings = record["plan"]["settings"]
+    assert (settings["max-loras"], settings["max-lora-rank"]) == (2, 8)
+    told = (record, *record["more_tasks"])
+    assert len(told) == 2
+    for task in told:
+        scores = {name: score["score"] for name, score in task["scores"].items()}
+        assert scores["base"] < 0.2
+        # vLLM computes in the checkpoint's bfloat16, the reference in float32.
+        assert scores["image"] >= scores["adapter"] - 0.1

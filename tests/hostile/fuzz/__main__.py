@@ -13,8 +13,7 @@ import traceback
 from pathlib import Path
 from random import SystemRandom
 
-from tests.hostile.fuzz.running import Finding, once
-from tests.hostile.fuzz.subjects import SUBJECTS
+from tests.hostile.fuzz.subjects import SUBJECTS, Finding, once
 
 FINDINGS = Path("fuzz-findings")
 MOST = 10

@@ -1,4 +1,4 @@
-"""What is fuzzed: each makes an input from a seed, and reads it as the program does.
+"""What is fuzzed: each makes an input from a seed, and reads it as the program does (`once`).
 
 A reader may refuse with a WeightsmithError. Anything else is a finding.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -407,3 +408,27 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "registry-cache": (caches.changed_manifest, caches.read_manifest_entry),
     "payloads": (caches.changed_request, caches.read_request),
 }
+
+
+class Finding(AssertionError):
+    """A reader ended otherwise than with a result or a refusal; `data` is what it read."""
+
+    def __init__(self, message: str, data: bytes) -> None:
+        super().__init__(message)
+        self.data = data
+
+
+def once(name: str, seed: int) -> None:
+    """Read the input of a seed; raises Finding, whose cause is what went wrong."""
+    make, read = SUBJECTS[name]
+    data = make(Random(seed))
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            read(data, Path(folder))
+        except WeightsmithError:
+            return
+        except Exception as error:
+            raise Finding(
+                f"{name} by seed {seed}: {type(error).__name__}: {error}", data
+            ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hostile.fuzz.running import once
+from tests.hostile.fuzz.subjects import once
 
 INPUTS = {
     "safetensors": 1000, "gguf": 250, "tar": 400, "config": 800, "report": 120, "image": 2000,

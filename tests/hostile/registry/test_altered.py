@@ -1,4 +1,4 @@
-"""A proxy, mirror or registry alters what passes through it."""
+"""A proxy, mirror, hub or registry alters what passes through it; somebody changed a cache."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.verify import verify_image
-from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.errors import Altered, CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.connections import display_proxy
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
+from weightsmith.outside.hub import HubReader
+from weightsmith.outside.store import FileStore
 
+from tests.fakes.hub import COMMIT, FakeHub
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, at
 
@@ -80,3 +83,36 @@ def test_what_is_stored_is_something_else(
     fake.faults = [("PUT", part, "digest")]
     with pytest.raises(EnvironmentFailure, match=fake.host):
         client.push(tiny_image(tmp_path), at(fake))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_mirror_changes_a_file(hub: FakeHub, tmp_path: Path, name: str) -> None:
+    """A mirror sends other bytes than the hub's list of the commit names; nothing of it stays."""
+    reader = HubReader(FileStore(tmp_path / "store"))
+    hub.sent[name] = bytes(len(hub.files[name]))
+    with pytest.raises(Altered, match=name):
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert reader.known("hf://team/model", COMMIT, "") is None
+    hub.sent.clear()
+    snapshot = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert snapshot.tree.path(name).read_bytes() == hub.files[name]
+
+
+def test_the_cache_of_the_hub_was_changed(hub: FakeHub, tmp_path: Path) -> None:
+    """Somebody writes into the hub's cache: what lies there is held against the list again."""
+    reader = HubReader(FileStore(tmp_path / "store"))
+    first = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    first.tree.path("config.json").resolve().write_bytes(b"{}")
+    assert reader.known("hf://team/model", COMMIT, "") is None
+    (first.tree.root.parents[1] / "trees" / f"{COMMIT}.json").unlink()
+    with pytest.raises(Altered, match="config"):
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    again = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert again.digest == first.digest
+
+
+def test_a_hub_that_answers_nonsense(hub: FakeHub, tmp_path: Path) -> None:
+    """A list of another shape than a hub's is the environment's fault, not a bug of ours."""
+    hub.row = lambda name: {"type": "file", "path": name}  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentFailure, match="hf://team/model"):
+        HubReader(FileStore(tmp_path / "store")).fetch("hf://team/model", COMMIT, "", Silent())

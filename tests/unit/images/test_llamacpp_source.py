@@ -13,7 +13,8 @@ from weightsmith.core.platforms import machine_of
 
 from tests.paths import ROOT, loaded
 
-ENGINE = ROOT / "images/engines/llamacpp"
+ENGINES = ROOT / "images" / "engines"
+ENGINE = ENGINES / "llamacpp"
 BUILDER = ROOT / "images/builders/gguf"
 NAME = "llama_cpp_python-0.3.36"
 TREE = f"{NAME}/vendor/llama.cpp"
@@ -22,8 +23,8 @@ TREE = f"{NAME}/vendor/llama.cpp"
 fetch, compile_, drain = (loaded(ENGINE / f"{name}.py") for name in ("fetch", "compile", "drain"))
 
 
-def pins() -> dict:
-    return json.loads((ENGINE / "source.json").read_text())
+def pins(engine: str = "llamacpp") -> dict:
+    return json.loads((ENGINES / engine / "source.json").read_text())
 
 
 def member(name: str, data: bytes = b"x", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
@@ -244,3 +245,14 @@ def test_another_source_than_the_changes_are_for_is_refused(tmp_path, times):
     (tmp_path / drain.HTTP).write_text(old * times)
     with pytest.raises(ValueError, match=f"httplib.cpp has {times} times: auto is_shutting_down"):
         drain.write_edited(tmp_path, tmp_path / "edited")
+
+
+def test_both_are_compiled_from_one_commit_by_one_compiler():
+    ours, tools = pins("kernels"), pins("llamacpp")
+    assert ours["llama_cpp"]["commit"] == tools["llama_cpp"]["commit"]
+    assert ours["compiler"]["ziglang"] == tools["compiler"]["ziglang"]
+    required = (ENGINES / "kernels" / "requirements.txt").read_text().splitlines()[1:]
+    assert set(required) <= set(
+        (ENGINES / "llamacpp" / "requirements.txt").read_text().splitlines()
+    )
+    assert f"ziglang=={ours['compiler']['ziglang']} \\" in required
