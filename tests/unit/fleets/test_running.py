@@ -74,7 +74,7 @@ def test_reports_of_nodes_are_written_and_not_kept_in_memory(tmp_path: Path) -> 
     tools: Any = SimpleNamespace(progress=None, moved=lambda: 0)
     order = Order(outputs={}, tools={}, dist=tmp_path, token="t", lock=Lock(path=None))
     graph = Graph(tasks=tuple(map(cell, range(CELLS))))
-    run = FleetRun(graph, order, Elsewhere(), tools, lambda _: None)
+    run = FleetRun(graph, order, Elsewhere(), tools, [])
 
     tracemalloc.start()
     try:

@@ -9,14 +9,14 @@ the build of its target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightsmith.building.explain import BuildPlan, plan_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.core.values import JsonValue, Sources, key_of, plain
+from weightsmith.core.values import JsonValue, key_of, plain
 from weightsmith.evaluating import walks as references
 from weightsmith.evaluating.results import task_of
 from weightsmith.fleets.cells import AdapterBuild, Cell
@@ -26,7 +26,7 @@ from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
-from weightsmith.steps.step import AnyStep, PlanRow
+from weightsmith.steps.step import AnyStep, Foresight, PlanRow
 from weightsmith.steps.tools import Tools
 
 _OWN = 512 << 20
@@ -110,11 +110,11 @@ class _Shared:
 
     build: AdapterBuild
     kind: str
-    of_one_format: bool = False
-    steps: tuple[AnyStep, ...] = ()
-    """Those of the first cell; () for the base."""
-    plan: BuildPlan | None = None
+    plan: BuildPlan
     """The first cell's."""
+    steps: tuple[AnyStep, ...]
+    """Of that; () for the base."""
+    of_one_format: bool = False
     targets: dict[str, Target] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     after: tuple[str, ...] = ()
@@ -127,65 +127,55 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
     Nothing is fetched or made. A cell that the plan refuses has its failure and no needs.
     """
     tools = replace(tools, two_at_once=lambda: False)  # as the nodes build
-    plans = {
-        cell: _plan(build, target, dist, tools)
-        for build in builds
-        for cell, target in zip(build.cells, build.targets, strict=True)
-    }
-    shared = _shared(builds, plans)
-    tasks = [
-        *(_shared_task(key, one, plans, tools) for key, one in shared.items()),
-        *(
-            _cell_task(build, target, plans[cell], shared)
-            for build in builds
-            for cell, target in zip(build.cells, build.targets, strict=True)
-        ),
-    ]
+    planned: list[tuple[AdapterBuild, Target, Cell, BuildPlan | Failure]] = []
+    for build in builds:
+        for cell, target in zip(build.cells, build.targets, strict=True):
+            request = BuildRequest(
+                file=build.file,
+                targets=(target,),
+                outputs=ImageOutputs(),
+                dist=dist,
+                engine_answers=tools.images_in_engine,
+            )
+            try:
+                planned.append((build, target, cell, plan_of(request, tools)))
+            except WeightsmithError as error:
+                planned.append((build, target, cell, Failure.of(error)))
+    shared = _shared(builds, planned)
+    cached = {cell for _, _, cell, plan in planned if _is_cached(plan)}
+    tasks = [_shared_task(key, one, cached, tools) for key, one in shared.items()]
+    tasks += [_cell_task(build, target, plan, shared) for build, target, _, plan in planned]
     return Graph(tasks=tuple(tasks))
 
 
-def _plan(build: AdapterBuild, target: Target, dist: Path, tools: Tools) -> BuildPlan | Failure:
-    request = BuildRequest(
-        file=build.file,
-        targets=(target,),
-        outputs=ImageOutputs(),
-        dist=dist,
-        engine_answers=tools.images_in_engine,
-    )
-    try:
-        return plan_of(request, tools)
-    except WeightsmithError as error:
-        return Failure.of(error)
-
-
 def _shared(
-    builds: Sequence[AdapterBuild], plans: Mapping[Cell, BuildPlan | Failure]
+    builds: Sequence[AdapterBuild],
+    planned: Iterable[tuple[AdapterBuild, Target, Cell, BuildPlan | Failure]],
 ) -> dict[str, _Shared]:
     """Return the tasks that more than one cell waits for, by their keys."""
-    asked = Counter(_questions_key(build) for build in builds)
+    count = Counter(_questions_key(build) for build in builds)
     found: dict[str, _Shared] = {}
-    for build in builds:
-        for cell, target in zip(build.cells, build.targets, strict=True):
-            plan = plans[cell]
-            if isinstance(plan, Failure):
-                continue
-            after: tuple[str, ...] = ()
-            for key, kind, steps in _shareable(build, plan):
-                one = found.setdefault(
-                    key, _Shared(build=build, kind=kind, steps=steps, plan=plan, after=after)
-                )
-                one.of_one_format = bool(steps) and steps[-1].of is not None
-                one.cells.append(cell)
-                one.targets[target.name] = target
-                if kind == BASE and asked[_questions_key(build)] > 1:
-                    one.questions = _with(one.questions, build)
-                after = (*after, key)
+    for build, target, cell, plan in planned:
+        if isinstance(plan, Failure):
+            continue
+        after: tuple[str, ...] = ()
+        for key, kind, steps in _shareable(build, plan):
+            one = found.setdefault(
+                key, _Shared(build=build, kind=kind, steps=steps, plan=plan, after=after)
+            )
+            one.of_one_format = bool(steps) and steps[-1].of is not None
+            one.cells.append(cell)
+            one.targets[target.name] = target
+            asked = _asked(build) if kind == BASE and count[_questions_key(build)] > 1 else None
+            if asked and asked not in one.questions:
+                one.questions = (*one.questions, asked)
+            after = (*after, key)
     several = {key: one for key, one in found.items() if len(one.cells) > 1}
     for key, one in list(several.items()):
         # Where the same cells wait for two tasks, one does both.
         waits = (other for other in several.values() if key in other.after)
         later = next((other for other in waits if other.cells == one.cells), None)
-        if one.kind != BASE and later and later.plan:
+        if one.kind != BASE and later:
             both = {*one.steps, *later.steps}
             later.steps = tuple(step for step in later.plan.steps if step in both)
             del several[key]
@@ -198,7 +188,7 @@ def _shareable(
     build: AdapterBuild, plan: BuildPlan
 ) -> Iterator[tuple[str, str, tuple[AnyStep, ...]]]:
     """Yield key, kind and steps of what a cell can share, in order."""
-    yield _base_key(build), BASE, ()
+    yield _id([plain(build.file.recipe.base.model_dump()), BASE]), BASE, ()
     for step in plan.steps:
         if step.shared_as:
             upstream = tuple(one for one in plan.steps if one in _upstream(step))
@@ -206,12 +196,7 @@ def _shareable(
 
 
 def _upstream(step: AnyStep) -> set[AnyStep]:
-    """Return a step and all that it needs."""
     return {step}.union(*map(_upstream, step.needs))
-
-
-def _base_key(build: AdapterBuild) -> str:
-    return _id([plain(build.file.recipe.base.model_dump()), BASE])
 
 
 def _id(value: JsonValue) -> str:
@@ -219,7 +204,6 @@ def _id(value: JsonValue) -> str:
 
 
 def _asked(build: AdapterBuild) -> Mapping[str, JsonValue] | None:
-    """Return the recipe's `evaluate`, as JSON; None without one."""
     evaluate = build.file.recipe.evaluate
     return plain(evaluate.model_dump(mode="json", by_alias=True)) if evaluate else None
 
@@ -228,30 +212,17 @@ def _questions_key(build: AdapterBuild) -> str:
     return _id([plain(build.file.recipe.base.model_dump()), _asked(build)])
 
 
-def _with(
-    questions: tuple[Mapping[str, JsonValue], ...], build: AdapterBuild
-) -> tuple[Mapping[str, JsonValue], ...]:
-    one = _asked(build)
-    return questions if one is None or one in questions else (*questions, one)
-
-
-def _shared_task(
-    key: str, one: _Shared, plans: Mapping[Cell, BuildPlan | Failure], tools: Tools
-) -> FleetTask:
-    if one.plan is None:
-        raise AssertionError("a shared task is of a cell that was planned")
+def _shared_task(key: str, one: _Shared, done: Collection[Cell], tools: Tools) -> FleetTask:
+    """Return a task for its cells, of which those that are `done` do not need it any more."""
     steps = one.plan.steps
     if one.kind == BASE:
-        asked = (steps.sources, *((steps.expected,) if one.questions else ()))
-        rows = one.plan.rows_of(asked)
-        cached = one.plan.seen is not None and _is_answered(one, tools)
+        rows = one.plan.rows_of((steps.sources, *((steps.expected,) if one.questions else ())))
+        cached = one.plan.seen is not None and _is_answered(one, one.plan.seen, tools)
         stages: tuple[str, ...] = (steps.sources.name,)
     else:
         rows = one.plan.rows_of(step for step in one.steps if step is not steps.sources)
         cached = all(row.cached for row in rows)
         stages = tuple(dict.fromkeys(step.name for step in one.steps))
-    # A shared task that is not needed any more is not run again.
-    needed = any(not _is_cached(plans[cell]) for cell in one.cells)
     return FleetTask(
         id=key,
         kind=one.kind,
@@ -260,7 +231,7 @@ def _shared_task(
         cells=tuple(one.cells),
         after=one.after,
         needs=_needs(rows, 0),
-        cached=cached or not needed,
+        cached=cached or all(cell in done for cell in one.cells),
         rows=rows,
         stages=stages,
         questions=one.questions,
@@ -268,12 +239,10 @@ def _shared_task(
     )
 
 
-def _is_answered(one: _Shared, tools: Tools) -> bool:
+def _is_answered(one: _Shared, seen: Foresight, tools: Tools) -> bool:
     """Return whether the base's shared answers are on this machine or in the cache."""
-    if one.plan is None or one.plan.seen is None:
-        return False
-    sources: Sources = one.plan.seen[one.plan.steps.sources]
-    base = references.subjects(replace(sources, adapters=()), None)["base"]
+    sources = replace(seen[one.plan.steps.sources], adapters=())
+    base = references.subjects(sources, None)["base"]
     tasks = (
         task_of(one.build.file, check_section(Evaluate, asked, "evaluate")).task
         for asked in one.questions
@@ -288,30 +257,25 @@ def _cell_task(
     shared: Mapping[str, _Shared],
 ) -> FleetTask:
     cell = Cell(adapter=build.adapter, target=target.name)
-    id_ = _id([cell.adapter, cell.target, plain(build.data)])
-    if isinstance(plan, Failure):
-        return FleetTask(
-            id=id_,
-            kind=CELL,
-            build=build,
-            targets=(target,),
-            cells=(cell,),
-            after=(),
-            needs=_needs((), 0),
-            cached=False,
-            rows=(),
-            failure=plan,
-        )
-    parts = {key: steps for key, _, steps in _shareable(build, plan) if key in shared}
-    done = {step for steps in parts.values() for step in steps if step is not plan.steps.sources}
-    device = plan.device(plan.steps.targets[0])
-    gpus = 0 if is_cpu(device or CPU) else build.file.recipe.serve.gpu_count
-    return FleetTask(
-        id=id_,
+    task = FleetTask(
+        id=_id([cell.adapter, cell.target, plain(build.data)]),
         kind=CELL,
         build=build,
         targets=(target,),
         cells=(cell,),
+        after=(),
+        needs=_needs((), 0),
+        cached=False,
+        rows=(),
+    )
+    if isinstance(plan, Failure):
+        return replace(task, failure=plan)
+    parts = {key: steps for key, _, steps in _shareable(build, plan) if key in shared}
+    done = {step for steps in parts.values() for step in steps if step is not plan.steps.sources}
+    device = plan.device(plan.steps.targets[0])
+    gpus = 0 if is_cpu(device or CPU) else build.file.recipe.serve.gpu_count
+    return replace(
+        task,
         after=tuple(parts),
         needs=_needs(plan.rows_of(step for step in plan.steps if step not in done), gpus),
         cached=_is_cached(plan),

@@ -33,12 +33,13 @@ class Ordered:
     @property
     def sources(self) -> list[Path]:
         """Every folder that is read."""
-        found = []
-        for build in self.builds:
-            recipe = build.file.recipe
-            names = (recipe.base.source, *(adapter.source for adapter in recipe.adapters))
-            found += [Path(name) for name in names if "://" not in name]
-        return found
+        recipes = [build.file.recipe for build in self.builds]
+        names = [
+            name
+            for recipe in recipes
+            for name in (recipe.base.source, *(adapter.source for adapter in recipe.adapters))
+        ]
+        return [Path(name) for name in names if "://" not in name]
 
 
 def ordered(
@@ -69,15 +70,11 @@ def _named(
     builds: tuple[AdapterBuild, ...], adapters: Sequence[str], targets: Sequence[str]
 ) -> tuple[AdapterBuild, ...]:
     """Return the builds of some adapters and targets; all without names."""
-    targets = (
-        [one.name for one in chosen_targets(builds[0].file, tuple(targets))] if targets else ()
-    )
+    if targets:
+        targets = [one.name for one in chosen_targets(builds[0].file, tuple(targets))]
     known = {build.adapter for build in builds}
-    known_targets = {target.name for build in builds for target in build.targets}
-    for flag, given, there in (
-        ("--adapter", adapters, known),
-        ("--target", targets, known_targets),
-    ):
+    there_too = {target.name for build in builds for target in build.targets}
+    for flag, given, there in (("--adapter", adapters, known), ("--target", targets, there_too)):
         if missing := [name for name in given if name not in there]:
             raise UsageError(
                 f"{flag} {missing[0]}: the fleet has none of that name",
@@ -121,24 +118,14 @@ def run_fleet(
 ) -> FleetRows:
     """Run a fleet, and keep its page and its JSON in `dist` as it goes; return its rows."""
     page = Page(dist=dist, title=f"Fleet {fleet.title}")
-
-    def tell(rows: FleetRows) -> None:
-        page.changed(rows)
-        changed(rows)
-
     chosen = {key: value for key, value in options.items() if value}
     if (key := str(options.get("sign_key") or "")) and "://" not in key:
         chosen["sign_key"] = str(Path(key).expanduser().absolute())  # nodes run in other folders
     with _token(dist) as token:
         order = Order(
-            outputs=outputs,
-            tools=chosen,
-            dist=dist,
-            token=token,
-            lock=fleet.lock,
-            cpus=cpus,
+            outputs=outputs, tools=chosen, dist=dist, token=token, lock=fleet.lock, cpus=cpus
         )
-        run = FleetRun(graph, order, engine, tools, tell)
+        run = FleetRun(graph, order, engine, tools, (page.changed, changed))
         try:
             return run.go()
         except EnvironmentFailure as error:

@@ -57,15 +57,14 @@ class Page:
 
 def view(rows: FleetRows, title: str, dist: Path, *, stopped: bool = False) -> dict[str, JsonValue]:
     """Return what the page shows: cells by what needs attention, then by name."""
-    cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
     counts = {name: sum(row.verdict == name for row in rows.cells) for name in _ORDER if name}
     left = len(rows.cells) - rows.ended
     return {
         "title": title,
         "over": stopped or not left,
         "verdict": _verdict(rows, counts, left, stopped=stopped),
-        "cells": [_cell(row, dist, stopped=stopped) for row in cells],
-        "shared": [_shared(row, stopped=stopped) for row in rows.shared],
+        "cells": [_cell(row, dist, stopped=stopped) for row in _sorted(rows)],
+        "shared": [{**row.to_json(), "shown": _state(row, stopped=stopped)} for row in rows.shared],
         "ended": rows.ended,
         "passed": counts["passed"] + counts["not proven"],
         "cpu_hours": rows.cpu_seconds / 3600,
@@ -76,6 +75,10 @@ def view(rows: FleetRows, title: str, dist: Path, *, stopped: bool = False) -> d
         "stages": rows.stages,
         "left": None if stopped else left_seconds(rows),
     }
+
+
+def _sorted(rows: FleetRows) -> list[CellRow]:
+    return sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
 
 
 def left_seconds(rows: FleetRows) -> float | None:
@@ -112,8 +115,10 @@ def _verdict(
     return {"state": "passed", "headline": f"All {len(rows.cells)} passed", "reasons": []}
 
 
-def _state(state: str, *, stopped: bool) -> str:
-    return "stopped" if stopped and state != ENDED else _STATES.get(state, state)
+def _state(row: CellRow | SharedRow, *, stopped: bool) -> str:
+    if row.state == ENDED:
+        return "failed" if row.error else "cached" if row.cached else "done"
+    return "stopped" if stopped else _STATES.get(row.state, row.state)
 
 
 def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, JsonValue]:
@@ -121,7 +126,7 @@ def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, JsonValue]:
     report = os.path.relpath(row.report, dist) if row.report else ""
     return {
         **row.to_json(),
-        "shown": row.verdict or _state(row.state, stopped=stopped),
+        "shown": row.verdict or _state(row, stopped=stopped),
         "answered": ANSWERED.get(row.answered, ""),
         "mark": mark,
         "link": Path(report).as_posix() if report and not report.startswith("..") else "",
@@ -129,20 +134,13 @@ def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, JsonValue]:
     }
 
 
-def _shared(row: SharedRow, *, stopped: bool) -> dict[str, JsonValue]:
-    shown = "failed" if row.error else "cached" if row.cached else "done"
-    state = _state(row.state, stopped=stopped)
-    return {**row.to_json(), "shown": shown if row.state == ENDED else state}
-
-
 _COLUMNS = ("adapter", "target", "verdict", "score", "answered by", "seconds", "digest")
 
 
 def table(rows: FleetRows) -> str:
     """Return the fleet as text: one line per cell, those that need attention first."""
-    cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
     lines: list[Sequence[str]] = [_COLUMNS]
-    for row in cells:
+    for row in _sorted(rows):
         score = "" if row.score is None else f"{row.score:.3f}"
         what = row.verdict or _STATES.get(row.state, row.state)
         # The first line of an error: the others would look like rows.

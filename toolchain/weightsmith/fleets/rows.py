@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from weightsmith.building.pipeline import ASSEMBLY
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from weightsmith.core.json_objects import JsonObject
-from weightsmith.core.values import JsonValue
 from weightsmith.fleets.requests import CellSummary, Failure, TaskReply
 
 REFUSED, NOT_MADE = "refused", "not made"
@@ -99,17 +98,16 @@ class FleetRows(JsonObject):
         refused = [row for row in self.cells if row.verdict == REFUSED]
         if not made and not refused:
             return None
-        both = f"{len(refused)} refused" if refused else ""
-        text = f"of {len(self.cells)} cells, " + " and ".join(
-            part for part in (f"{len(made)} could not be made" if made else "", both) if part
-        )
+        said = [f"{len(made)} could not be made"] if made else []
+        said += [f"{len(refused)} refused"] if refused else []
         first = (made or refused)[0]
-        text += f"; {first.adapter} x {first.target}: {first.error}"
+        text = (
+            f"of {len(self.cells)} cells, {' and '.join(said)}; {first.adapter} x {first.target}: "
+            f"{first.error}"
+        )
         hint = first.hint or "the page of the fleet has every reason"
-        details: dict[str, JsonValue] = self.to_json()
-        if made:
-            return EnvironmentFailure(text, hint=hint, details=details)
-        return CheckFailed(text, hint=hint, details=details)
+        kind = EnvironmentFailure if made else CheckFailed
+        return kind(text, hint=hint, details=self.to_json())
 
 
 def of_reply(row: CellRow, reply: TaskReply) -> CellRow:
@@ -137,11 +135,10 @@ def of_reply(row: CellRow, reply: TaskReply) -> CellRow:
 
 def failed(row: CellRow, failure: Failure) -> CellRow:
     """Return a cell's row with why it failed: its author or model (2 to 4), or the machine."""
-    refused = failure.exit_code in (2, 3, 4)
     return replace(
         row,
         state=ENDED,
-        verdict=REFUSED if refused else NOT_MADE,
+        verdict=REFUSED if failure.exit_code in (2, 3, 4) else NOT_MADE,
         digest=None,
         cached=False,
         error=failure.message,

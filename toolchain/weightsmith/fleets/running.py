@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class FleetRun:
     order: Order
     engine: FleetEngine
     tools: Tools
-    changed: Changed
+    told: Sequence[Changed]
     _spent: Spent = field(default_factory=Spent)
     _rows: dict[str, CellRow | SharedRow] = field(default_factory=dict)
     _failures: dict[str, Failure] = field(default_factory=dict)
@@ -314,7 +314,9 @@ class FleetRun:
             self._tell()
 
     def _tell(self) -> None:
-        self.changed(self.rows())
+        rows = self.rows()
+        for changed in self.told:
+            changed(rows)
 
 
 def _read(ended: Ended) -> TaskReply:

@@ -12,7 +12,7 @@ from typing import TextIO
 from weightsmith.core.escape import printed, quoted
 from weightsmith.core.lines import clock, put_line
 from weightsmith.fleets.page import ANSWERED, left_seconds, table
-from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows, SharedRow
+from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows
 from weightsmith.fleets.running import Changed
 
 _EVERY = 10.0
@@ -44,12 +44,15 @@ class _Lines:
         for shared in rows.shared:
             if shared.state == ENDED and f"shared {shared.task}" not in self._seen:
                 self._seen.add(f"shared {shared.task}")
-                self._put(f"  {shared.task}: {_of_shared(shared)}")
+                took = "cached" if shared.cached else f"done ({shared.seconds:.1f} s)"
+                end = f"failed: {shared.error}" if shared.error else took
+                self._put(f"  {shared.task}: {end}")
         for row in rows.cells:
             name = f"{row.adapter} x {row.target}"
             if row.state == ENDED and name not in self._seen:
                 self._seen.add(name)
-                count = sum(one in self._seen for one in _names(rows))
+                names = (f"{one.adapter} x {one.target}" for one in rows.cells)
+                count = sum(one in self._seen for one in names)
                 self._put(f"[{count}/{len(rows.cells)}] {name}: {_of_cell(row)}")
         if self.summaries and time.monotonic() - self._told >= _EVERY:
             self._told = time.monotonic()
@@ -59,10 +62,6 @@ class _Lines:
         put_line(quoted(text), self.stream)
 
 
-def _names(rows: FleetRows) -> list[str]:
-    return [f"{row.adapter} x {row.target}" for row in rows.cells]
-
-
 def _of_cell(row: CellRow) -> str:
     if row.error:
         return f"{row.verdict}: {row.error}"
@@ -70,12 +69,6 @@ def _of_cell(row: CellRow) -> str:
     score = "" if row.score is None else f", score {row.score:.3f}{whose}"
     took = "cached" if row.cached else f"{row.seconds:.1f} s"
     return f"{row.verdict}{score}, {took}" + (f" on {row.node}" if row.node else "")
-
-
-def _of_shared(row: SharedRow) -> str:
-    if row.error:
-        return f"failed: {row.error}"
-    return "cached" if row.cached else f"done ({row.seconds:.1f} s)"
 
 
 def summary(rows: FleetRows) -> str:
