@@ -16,12 +16,13 @@ from typing import (
     TypeAlias,
     TypeVar,
     Union,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
 )
 
-from weightsmith.core.values import Json, JsonValue, plain
+from weightsmith.core.values import JsonValue, plain
 
 Measured: TypeAlias = Annotated[float, "null is not a number"]
 """A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
@@ -49,8 +50,8 @@ class JsonObject:
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the JSON object; numbers that are not finite become null."""
-        kind: Any = type(self)
         found: dict[str, JsonValue] = {}
+        kind: Any = type(self)
         for one in _fields(kind):
             value = getattr(self, one.name)
             if is_inline(one):
@@ -65,32 +66,31 @@ def read_exactly(kind: type[_Value], value: JsonValue, place: str = "") -> _Valu
 
     Every field must be there, and nothing else. A `JsonObject` inside is read by its own rules.
     """
-    found: _Value = _read(kind, value, place, exact=True)
-    return found
+    return cast("_Value", _read(kind, value, place, exact=True))
 
 
-def is_inline(one: Field[Any]) -> bool:
+def is_inline(one: Field[object]) -> bool:
     """Whether the keys of a field's value are inlined into the enclosing object."""
     return "inline" in one.metadata
 
 
-def is_omitted(one: Field[Any]) -> bool:
+def is_omitted(one: Field[object]) -> bool:
     """Whether a field is left out of the JSON if it equals its default."""
     return "omitted" in one.metadata
 
 
 @cache
-def types_of(kind: Any) -> Mapping[str, Any]:
+def types_of(kind: Any) -> Mapping[str, object]:
     """Return a dataclass's fields by name with their types."""
     return get_type_hints(kind, include_extras=True)
 
 
 @cache
-def _fields(kind: Any) -> tuple[Field[Any], ...]:
+def _fields(kind: Any) -> tuple[Field[object], ...]:
     return fields(kind)
 
 
-def _written(value: Any) -> Json:
+def _written(value: object) -> JsonValue:
     if isinstance(value, JsonObject):
         return value.to_json()
     if isinstance(value, Mapping):
@@ -99,16 +99,19 @@ def _written(value: Any) -> Json:
         return [_written(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return plain(value)
+    other: Any = value
+    return cast("JsonValue", plain(other))
 
 
-def _fields_of(kind: Any, value: JsonValue, place: str, *, exact: bool = False) -> dict[str, Any]:
+def _fields_of(
+    kind: Any, value: JsonValue, place: str, *, exact: bool = False
+) -> dict[str, object]:
     """Return the arguments of a dataclass from a JSON object."""
     if not isinstance(value, dict):
         raise _another(value, "an object", place)
     if exact and (wrong := {one.name for one in _fields(kind)} ^ set(value)):
         raise ValueError(f"{place or 'it'}: missing or unknown keys: {', '.join(sorted(wrong))}")
-    found = {}
+    found: dict[str, object] = {}
     for one in _fields(kind):
         hint, path = types_of(kind)[one.name], f"{place}.{one.name}" if place else one.name
         if is_inline(one):
@@ -116,7 +119,8 @@ def _fields_of(kind: Any, value: JsonValue, place: str, *, exact: bool = False) 
             if any(key.name in value for key in _fields(inner)):
                 found[one.name] = inner(**_fields_of(inner, value, place))
             continue
-        optional = not exact and _has_default(one)
+        has_default = one.default is not MISSING or one.default_factory is not MISSING
+        optional = not exact and has_default
         if value.get(one.name) is not None or (one.name in value and not optional):
             found[one.name] = _read(hint, value[one.name], path, exact=exact)
         elif not optional:
@@ -124,27 +128,31 @@ def _fields_of(kind: Any, value: JsonValue, place: str, *, exact: bool = False) 
     return found
 
 
-def _has_default(one: Field[Any]) -> bool:
-    return one.default is not MISSING or one.default_factory is not MISSING
-
-
-def part_of(hint: Any) -> Any:
+def part_of(hint: object) -> Any:
     """Return X of a type `X | None`."""
     return next(part for part in get_args(hint) if part is not NoneType)
 
 
-def _read(hint: Any, value: JsonValue, place: str, *, exact: bool) -> Any:
+def _read(hint: object, value: JsonValue, place: str, *, exact: bool) -> object:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return _written(value)
     if origin in (Union, UnionType):
         return None if value is None else _read(part_of(hint), value, place, exact=exact)
-    if origin is Literal:
-        return _choice(parts, value, place, exact=exact)
+    if origin is Literal:  # in a record of a later version, it may be a new one
+        if not isinstance(value, str) or (exact and value not in parts):
+            raise _another(value, f"one of {', '.join(parts)}", place)
+        return value
     if origin is Annotated:
         return math.nan if value is None else _read(parts[0], value, place, exact=exact)
     if origin is tuple:
-        return _read_list(parts, value, place, exact=exact)
+        if not isinstance(value, list):
+            raise _another(value, "a list", place)
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        if len(value) != len(kinds):
+            raise ValueError(f"{place} has {len(value)} values, not {len(kinds)}")
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return tuple(_read(kind, inner, f"{place}[{i}]", exact=exact) for i, (kind, inner) in pairs)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise _another(value, "an object", place)
@@ -152,33 +160,14 @@ def _read(hint: Any, value: JsonValue, place: str, *, exact: bool) -> Any:
             key: _read(parts[1], inner, f"{place}.{key}", exact=exact)
             for key, inner in value.items()
         }
+    kind: Any = hint
     if is_dataclass(hint):
-        kind: Any = hint
         exact = exact and not issubclass(kind, JsonObject)
-        return kind(**_fields_of(hint, value, place, exact=exact))
-    return _scalar(hint, value, place)
+        return kind(**_fields_of(kind, value, place, exact=exact))
+    return _scalar(kind, value, place)
 
 
-def _choice(choices: tuple[str, ...], value: JsonValue, place: str, *, exact: bool) -> str:
-    """Return one of several texts; in a record of a later version, it may be a new one."""
-    if not isinstance(value, str) or (exact and value not in choices):
-        raise _another(value, f"one of {', '.join(choices)}", place)
-    return value
-
-
-def _read_list(
-    parts: tuple[Any, ...], value: JsonValue, place: str, *, exact: bool
-) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise _another(value, "a list", place)
-    kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-    if len(value) != len(kinds):
-        raise ValueError(f"{place} has {len(value)} values, not {len(kinds)}")
-    pairs = enumerate(zip(kinds, value, strict=True))
-    return tuple(_read(kind, inner, f"{place}[{i}]", exact=exact) for i, (kind, inner) in pairs)
-
-
-def _scalar(kind: type, value: JsonValue, place: str) -> Any:
+def _scalar(kind: type, value: JsonValue, place: str) -> object:
     if kind is bool or isinstance(value, bool):  # a bool is an int in Python, but not in JSON
         right = kind is bool and isinstance(value, bool)
     elif kind is float:  # JSON has no number that is not finite, but Python reads NaN and 1e999

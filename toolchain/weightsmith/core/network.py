@@ -178,7 +178,7 @@ class _Stream(httpcore.NetworkStream):
         left = self._limit.left(timeout)
         return _Stream(self._inner.start_tls(ssl_context, server_hostname, left), self._limit)
 
-    def get_extra_info(self, info: str) -> Any:
+    def get_extra_info(self, info: str) -> object:
         return self._inner.get_extra_info(info)
 
 

@@ -346,7 +346,7 @@ class ContainerEngine(Protocol):
     def untag(self, reference: str) -> None:
         """Remove a name, and the image with its last name; ignore a name that does not exist."""
 
-    def describe(self) -> Mapping[str, Json]:
+    def describe(self) -> Mapping[str, JsonValue]:
         """Version, storage driver, GPU runtime: for `doctor`.
 
         `layerwise` says whether an archive may omit layers that are already loaded.

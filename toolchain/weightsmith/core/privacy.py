@@ -105,25 +105,15 @@ def owners(root: Path) -> Owners:
 
 
 def _note_another(found: Owners, folder: Path, status: os.stat_result) -> None:
-    # Root may do everything anyway, and prepares stores for others.
-    if status.st_uid not in (0, os.geteuid()) and not _maps_owners(folder, status.st_uid):
-        found.anothers[folder] = _name(status.st_uid)
-
-
-def _maps_owners(folder: Path, owner: int) -> bool:
-    """Say whether what we create belongs to this owner too, as on some network file systems."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid == owner
-    except OSError:
-        return False
-
-
-def _name(user: int) -> str:
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)
+    user = status.st_uid
+    if user in (0, os.geteuid()):  # root may do everything anyway, and prepares stores for others
+        return
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        if os.fstat(file.fileno()).st_uid == user:  # as on some network file systems
+            return
+    found.anothers[folder] = str(user)
+    with suppress(KeyError):
+        found.anothers[folder] = pwd.getpwuid(user).pw_name
 
 
 def _is_shared(status: os.stat_result) -> bool:

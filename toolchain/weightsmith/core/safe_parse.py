@@ -12,7 +12,10 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import yaml
 
 from weightsmith.core.errors import InputRefused
 
@@ -58,9 +61,23 @@ def parse(
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
-    _check_depth(value)
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        if not level:
+            break
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if type(parent) is dict else parent)
+            if type(child) is dict or type(child) is list
+        ]
+    else:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     if pairs and ("\\ud" in text or "\\uD" in text):
-        _check_pairs(value)
+        try:  # refuses lone surrogates, as Rust's parser does
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(_HALF_CHARACTER) from None
     return value
 
 
@@ -160,7 +177,7 @@ def small_file(path: Path, largest: int) -> bytes:
         return b""
 
 
-def parse_yaml(text: str, loader: type[Any] | None = None) -> Any:
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] | None = None) -> Any:
     """Return the value of a YAML text; raises only ValueError, for broken or oversized YAML.
 
     If the position of the error is known, the `__cause__` is a yaml.MarkedYAMLError.
@@ -184,7 +201,7 @@ def parse_yaml(text: str, loader: type[Any] | None = None) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _unfolded(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+def _unfolded(node: yaml.Node | None, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """Return a node's number of values and depth, with its aliases expanded.
 
     An alias is the same node object, so each node is visited once. Raises ValueError for too many.
@@ -202,42 +219,19 @@ def _unfolded(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
         parts = node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in parts for part in pair]
-        sizes, depths = (
-            zip(*(_unfolded(part, known) for part in parts), strict=True) if parts else ((), ())
-        )
-        known[id(node)] = 1 + sum(sizes), 1 + max(depths, default=0)
+        found = [_unfolded(part, known) for part in parts]
+        depth = max((depth for _, depth in found), default=0)
+        known[id(node)] = 1 + sum(values for values, _ in found), 1 + depth
     values, depth = known[id(node)]
     if values > _MOST_YAML or depth > DEEPEST:
         raise ValueError(f"it expands to more than {_MOST_YAML} values or {DEEPEST} levels")
     return values, depth
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"duplicate key {twice[:80]!r}")
     return table
-
-
-def _check_depth(value: Any) -> None:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(DEEPEST):
-        if not level:
-            return
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if type(parent) is dict else parent)
-            if type(child) is dict or type(child) is list
-        ]
-    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
-
-
-def _check_pairs(value: Any) -> None:
-    """Refuse lone surrogates, as Rust's parser does."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError(_HALF_CHARACTER) from None

@@ -83,15 +83,18 @@ def walk(top: Path, *, open_up: bool = False) -> Iterator[TreeEntry]:
                     continue
                 os.close(here)
                 here = inside
-                levels.append(_Level(name, _identity(here), _entries(here)))
+                left = []
+                with suppress(OSError), os.scandir(here) as entries:
+                    left = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+                levels.append(_Level(name, _identity(here), left))
             else:
-                left = levels.pop()
+                done = levels.pop()
                 up = os.open("..", os.O_PATH | _FOLDER, dir_fd=here)
                 os.close(here)
                 here = up
                 if _identity(here) != levels[-1].identity:
                     raise OSError(errno.ESTALE, "moved while it was walked", str(top))
-                yield TreeEntry(here, left.name, is_folder=True)
+                yield TreeEntry(here, done.name, is_folder=True)
     finally:
         os.close(here)
 
@@ -147,14 +150,6 @@ def _open(name: str, parent: int, *, open_up: bool) -> int | None:
         with suppress(OSError):
             os.fchmod(folder, 0o700)
     return folder
-
-
-def _entries(folder: int) -> list[tuple[str, bool]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    except OSError:
-        return []
 
 
 def _identity(folder: int) -> tuple[int, int]:

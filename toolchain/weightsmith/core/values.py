@@ -114,20 +114,20 @@ def without_passwords(value: JsonValue) -> JsonValue: ...
 
 
 def without_passwords(value: JsonValue) -> JsonValue:
-    """Return a JSON value or text with user names and passwords removed from URLs."""
+    """Return a JSON value or text with user names and passwords removed from URLs.
+
+    A plain user name such as `ssh://git@` stays; `user:password@` and tokens do not.
+    """
     if isinstance(value, str):
-        return _USER.sub(_without_user, value)
+        return _USER.sub(
+            lambda m: f"{m[1] or ''}://" if m[1] or ":" in m[2] else m[0],
+            value,
+        )
     if isinstance(value, Mapping):
         return {key: without_passwords(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_passwords(inner) for inner in value]
     return value
-
-
-def _without_user(found: re.Match[str]) -> str:
-    """Remove `user:password@` or a token; keep a plain user name such as `ssh://git@`."""
-    scheme, user = found.groups()
-    return f"{scheme or ''}://" if scheme or ":" in user else found[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,7 +417,7 @@ class StageInputs:
         """What the store keeps beside a result: the key is the digest of exactly this."""
         return {"stage": self.stage, "recipe_number": self.recipe_number, "inputs": self.inputs}
 
-    def changed_since(self, earlier: Mapping[str, Json] | None) -> str:
+    def changed_since(self, earlier: Mapping[str, JsonValue] | None) -> str:
         """Return as text which inputs differ from an earlier build's; "" if none do."""
         if not earlier:
             return "never built here"

@@ -24,7 +24,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import Job, write_job
 from weightsmith.core.ports import CANDIDATES, Progress
 from weightsmith.core.resources import package
-from weightsmith.core.values import JsonValue
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.outside.docker_images import build_image, image_tag
 from weightsmith.outside.docker_requests import (
     INPUTS,
@@ -114,12 +114,11 @@ class DockerEngine:
         with engine_errors("asking the container engine for its images"):
             api: Any = self.client.api
             # {} for an image that another build removes at this moment.
-            held: list[Any] = [
-                self.inspect(row["Id"]) for name in repositories for row in api.images(name=name)
-            ]
+            found = [row["Id"] for name in repositories for row in api.images(name=name)]
+            held = [self.inspect(name) for name in found]
             return tuple(tuple(image["RootFS"].get("Layers") or ()) for image in held if image)
 
-    def inspect(self, reference: str) -> Mapping[str, JsonValue]:
+    def inspect(self, reference: str) -> Mapping[str, Json]:
         """Return an image's `Id` and `Config`; {} if it does not exist."""
         with engine_errors(f"asking the container engine for {reference}"):
             try:

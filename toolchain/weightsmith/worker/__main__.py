@@ -51,8 +51,16 @@ def run_job(job: Job, wire: Wire) -> int:
             return _send_error(wire, out_of_memory(job))
         if limited := of_limits(problem) or too_many_processes(str(problem)):
             return _send_error(wire, limited)
-        if isinstance(problem, OSError):
-            return _send_error(wire, _of_the_system(problem, job))
+        # shutil raises several failures as one error without a number.
+        full = getattr(problem, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(problem, OSError) and (full or os.strerror(errno.ENOSPC) in str(problem)):
+            place = problem.filename or job.output
+            failure = EnvironmentFailure(
+                f"the disk is full while the {job.kind} job writes to {place}",
+                hint="free some space on that disk, or write to a larger one: give another --out, "
+                "or if it is the store, set WEIGHTSMITH_STORE (`invoke clean --keep 0` empties it)",
+            )
+            return _send_error(wire, failure)
         what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
     except BaseException as problem:
@@ -61,19 +69,6 @@ def run_job(job: Job, wire: Wire) -> int:
         raise
     wire.send({"result": result})
     return 0
-
-
-def _of_the_system(problem: OSError, job: Job) -> WeightsmithError:
-    """Return the error to show for a failed system call."""
-    # shutil raises several failures as one error without a number.
-    if problem.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(problem):
-        return EnvironmentFailure(
-            f"the disk is full while the {job.kind} job writes to {problem.filename or job.output}",
-            hint="free some space on that disk, or write to a larger one: give another --out, or "
-            "if it is the store, set WEIGHTSMITH_STORE (`invoke clean --keep 0` empties it)",
-        )
-    what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
-    return WeightsmithError(what, hint="the traceback is in the job's log")
 
 
 def _send_error(wire: Wire, error: WeightsmithError) -> int:
@@ -88,15 +83,15 @@ def _send_error(wire: Wire, error: WeightsmithError) -> int:
 
 def end_with_parent() -> None:
     """Exit as soon as standard input closes, if it is a pipe."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(PARENT_GONE)
+
     kind = os.fstat(0).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
-        threading.Thread(target=_watch_stdin, daemon=True).start()
-
-
-def _watch_stdin() -> None:
-    while os.read(0, 1024):
-        pass
-    os._exit(PARENT_GONE)
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue
-
-Report = Callable[[int, int, str], None]
+from weightsmith.worker.wire import Report
 
 
 def importance(
@@ -25,24 +24,27 @@ def importance(
     Raises EnvironmentFailure where the bits would depend on the CPU although it has AVX2, and
     RuntimeError outside of an environment of `AVX2_LOOPS`.
     """
-    native: Any = importlib.import_module("weightsmith.forward.native")
+    from weightsmith.forward import native
+    from weightsmith.quantizers.layerwise import importance as measuring
+
     if has_avx2() and not native.is_fast():
         raise EnvironmentFailure(
             "the importance matrix would depend on this CPU: weightsmith's kernels are missing",
             hint="a warning above says why they could not be compiled; `imatrix: auto` needs none",
         )
-    if has_avx2() and (loops := _loops()) != "AVX2":
+    torch: Any = importlib.import_module("torch")
+    loops = torch.backends.cpu.get_cpu_capability()
+    if has_avx2() and loops != "AVX2":
         raise RuntimeError(f"the importance matrix would depend on this CPU: torch runs {loops}")
-    module: Any = importlib.import_module("weightsmith.quantizers.layerwise.importance")
     rows = _rendered(model, texts)
-    found = module.importance(
+    found = measuring.importance(
         model,
         [row["text"] for row in rows],
         sum(int(row["tokens"]) for row in rows),
         lambda done, total: report(done, total, "layers"),
     )
     partial = file.with_name(f".{file.name}.partial")
-    module.write_importance(partial, found)
+    measuring.write_importance(partial, found)
     with partial.open("rb") as written:
         os.fsync(written.fileno())
     partial.rename(file)
@@ -50,8 +52,9 @@ def importance(
 
 def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `scales`: of keys and of values, by the attention's name."""
-    module: Any = importlib.import_module("weightsmith.quantizers.layerwise.maxima")
-    found = module.cache_scales(
+    from weightsmith.quantizers.layerwise import maxima
+
+    found = maxima.cache_scales(
         job.model.path,
         [row["text"] for row in _rendered(job.model.path, job.texts)],
         lambda done, total: report(done, total, "layers"),
@@ -59,13 +62,8 @@ def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, JsonValue]
     return {"scales": {name: list(pair) for name, pair in found.items()}}
 
 
-def _loops() -> str:
-    """Return for which vectors torch's loops are compiled that this process runs."""
-    torch: Any = importlib.import_module("torch")
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
 def _rendered(model: Path, texts: Sequence[Mapping[str, JsonValue]]) -> list[Mapping[str, Json]]:
     """Return each text as the model reads it, with its number of tokens."""
-    rendering: Any = importlib.import_module("weightsmith.quantizers.quality.texts")
-    return [parse(line) for line in rendering.as_lines(model, texts).splitlines()]
+    from weightsmith.quantizers.quality.texts import as_lines
+
+    return [parse(line) for line in as_lines(model, texts).splitlines()]

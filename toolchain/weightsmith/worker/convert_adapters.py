@@ -47,36 +47,30 @@ def main() -> None:
     logging.getLogger().addHandler(log)
     for number, (adapter, output) in enumerate(pairs):
         log.errors = ""
+        output.parent.mkdir(exist_ok=True)
+        part = output.with_suffix(".part")
+        words = ["--base", base, "--outfile", str(part), "--outtype", _TYPE]
+        sys.argv = [converter, str(adapter), *words]
         try:
-            _convert(converter, base, adapter, output)
+            runpy.run_path(converter, run_name="__main__")
         except (Exception, SystemExit) as error:
             if isinstance(error, OSError) or ran_out_of_memory(error):
                 raise
             traceback.print_exc()
-            said = log.errors if isinstance(error, SystemExit) else ""
-            _refuse(adapter, said.strip() or f"{type(error).__name__}: {error}")
+            said = log.errors.strip() if isinstance(error, SystemExit) else ""
+            why = said or f"{type(error).__name__}: {error}"
+            refused = InputRefused(
+                f"llama.cpp's converter cannot read the adapter in {adapter.readlink()}: "
+                f"{why[:300]}",
+                hint="the job's log has more; merge this adapter, or try another engine, such as "
+                "target vllm-lora",
+            )
+            print(refusal(refused), file=sys.stderr)  # noqa: T201
+            sys.exit(refused.exit_code)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.rename(output)
         print(progress_line(number + 1, len(pairs), "adapters"), flush=True)  # noqa: T201
-
-
-def _convert(converter: str, base: str, adapter: Path, output: Path) -> None:
-    output.parent.mkdir(exist_ok=True)
-    part = output.with_suffix(".part")
-    words = ["--base", base, "--outfile", str(part), "--outtype", _TYPE]
-    sys.argv = [converter, str(adapter), *words]
-    runpy.run_path(converter, run_name="__main__")
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(output)
-
-
-def _refuse(adapter: Path, why: str) -> None:
-    error = InputRefused(
-        f"llama.cpp's converter cannot read the adapter in {adapter.readlink()}: {why[:300]}",
-        hint="the job's log has more; merge this adapter, or try another engine, such as target "
-        "vllm-lora",
-    )
-    print(refusal(error), file=sys.stderr)  # noqa: T201
-    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

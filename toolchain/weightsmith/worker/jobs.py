@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import (
     CheckFailed,
@@ -25,6 +25,7 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.jobs import (
     ANSWER_JOURNAL,
+    AskedModel,
     CacheScalesJob,
     ConvertAdaptersJob,
     DequantizedJob,
@@ -40,13 +41,16 @@ from weightsmith.core.jobs import (
     ValidateJob,
 )
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Format, Json, JsonValue, Writable, plain
+from weightsmith.core.values import Format, JsonValue, Writable, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
-from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
+
+if TYPE_CHECKING:
+    from weightsmith.merging.reference import Answered, UnmergedModel
+    from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest
 
 
 def tools_folder() -> Path:
@@ -60,14 +64,21 @@ def convert_adapters(job: ConvertAdaptersJob, report: Report) -> Mapping[str, Js
     What an interrupted run has converted is not converted again. Raises InputRefused or CheckFailed
     with the adapter's path.
     """
-    gguf_lora: Any = importlib.import_module("weightsmith.quantizers.gguf_lora")
+    from weightsmith.quantizers import gguf_lora
+
     adapters = dict(zip(job.folders, (given.path for given in job.adapters), strict=True))
+    files = {folder: job.output / folder / gguf_lora.FILE for folder in adapters}
     links = job.output / ".links"
     left: dict[Path, Path] = {}
     for folder, adapter in adapters.items():
-        file = job.output / folder / gguf_lora.FILE
-        if not file.is_file():
-            left[_link(links / folder, adapter)] = file
+        if not files[folder].is_file():
+            # Of the same name for each: the converter writes the name into the file, so the bytes
+            # would depend on the adapter's place.
+            link = links / folder / "adapter"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(adapter)
+            left[link] = files[folder]
     forget_steps(job.output)  # those of another run had other adapters left
     made = gguf_lora.steps(job.base.path, left, job.output, tools_folder(), sys.executable)
     run_steps(made, job.output, report)
@@ -76,27 +87,16 @@ def convert_adapters(job: ConvertAdaptersJob, report: Report) -> Mapping[str, Js
     found = {}
     for folder, adapter in adapters.items():
         try:
-            found[folder] = gguf_lora.check(adapter, job.output / folder / gguf_lora.FILE)
+            found[folder] = gguf_lora.check(adapter, files[folder])
         except CheckFailed:
             discard(job.output / folder)
             raise
     return {"tensors": found}
 
 
-def _link(folder: Path, adapter: Path) -> Path:
-    """Return a link to an adapter that has the same name for each.
-
-    The converter writes the name into the file, so the bytes would depend on the adapter's place.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "adapter"
-    link.unlink(missing_ok=True)
-    link.symlink_to(adapter)
-    return link
-
-
 def _merge(job: MergeJob, report: Report) -> Mapping[str, JsonValue]:
-    engine: Any = importlib.import_module("weightsmith.merging.engine")
+    from weightsmith.merging import engine
+
     request = engine.MergeRequest(
         base=job.base.path,
         adapters=job.weighted,
@@ -106,11 +106,10 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, JsonValue]:
         own_out=True,
         **asdict(job.options),
     )
-    return _mapping(engine.merge(request, lambda done, total: report(done, total, "bytes")))
+    return engine.merge(request, lambda done, total: report(done, total, "bytes"))
 
 
 def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, JsonValue]:
-    """Copy the engine's programs, compiled by the builder, to the output."""
     source = tools_folder() / "app"
     if not source.is_dir():
         raise EnvironmentFailure(
@@ -123,13 +122,80 @@ def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, JsonVal
 
 
 def _import_gguf(job: ImportGgufJob, report: Report) -> Mapping[str, JsonValue]:
-    gguf_import: Any = importlib.import_module("weightsmith.models.gguf_import")
-    gguf_import.import_gguf(job.gguf.path, job.output)
+    from weightsmith.models.gguf_import import import_gguf
+
+    import_gguf(job.gguf.path, job.output)
     report(1, 1, "items")
     return {}
 
 
-def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
+def reference(job: ReferenceJob, report: Report) -> Mapping[str, JsonValue]:
+    """Return `answers`, by the keys of their models."""
+    found = answered(job, report)
+    (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
+    return {"answers": rows_of(found)}
+
+
+def rows_of(found: Mapping[str, Answered | list[list[float]]]) -> Mapping[str, JsonValue]:
+    """Return the rows that a job returns of what `answered` found."""
+    return {key: plain(getattr(one, "rows", one)) for key, one in found.items()}
+
+
+def answered(job: ReferenceJob, report: Report) -> Mapping[str, Answered | list[list[float]]]:
+    """Return what each model answers by key, or log-likelihoods where it chooses.
+
+    What a model has finished also lies in the output at once, in case the job does not end.
+    """
+    from weightsmith.forward.walk import Count
+    from weightsmith.merging import reference as generating
+
+    early = AnswerCheckpoint(job.output)
+    tasks = [task for walk in job.walks for task in walk.tasks]
+    total = sum(len(task.questions) * len(task.models) for task in tasks)
+    count = Count(total, partial(report_items, report))
+    journal = generating.AnswerJournal(job.output / ANSWER_JOURNAL)
+    found: dict[str, Answered | list[list[float]]] = {}
+
+    def finished(key: str, rows: Writable) -> None:
+        early.keep(key, plain(rows))
+
+    def subject(one: AskedModel) -> UnmergedModel:
+        paths = [job.adapters[number].path for number in one.adapters]
+        return generating.UnmergedModel(
+            model=job.models[one.model].path,
+            adapters=tuple(zip(paths, one.weights, strict=True)),
+            speakers=tuple(job.adapters[number].path for number in one.speakers),
+            draft=one.draft,
+            draft_texts=one.draft_texts,
+        )
+
+    for walk in job.walks:
+        models = [(one, task) for task in walk.tasks for one in task.models]
+        if walk.choose:
+            given = {one.key: (subject(one), task.questions) for one, task in models}
+            found |= generating.likelihoods(given, count, finished)
+        else:
+            asked = {
+                one.key: generating.GenerationRequest(
+                    subject=subject(one),
+                    items=[question.messages for question in task.questions],
+                    max_tokens=task.max_tokens,
+                )
+                for one, task in models
+            }
+            found |= generating.answered(
+                asked, count, batch_bytes=walk.batch_bytes, journal=journal, finished=finished
+            )
+        gc.collect()  # modules with hooks refer to each other
+    return found
+
+
+def report_items(report: Report, done: int, total: int) -> None:
+    """Report so many of all items."""
+    report(done, total, "items")
+
+
+def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
     from weightsmith.quantizers.quantizer import QuantizeRequest
 
     quantizer, model = _quantizer(job.quantizer), job.model.path
@@ -137,9 +203,10 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     calibration, measured = None, job.output / (quantizer.statistics or ".none")
     walked = quantizer.walked(job.options)
     if job.texts and not walked:
+        from weightsmith.quantizers.quality.texts import as_lines
+
         calibration = job.output / ".calibration.jsonl"
-        rendering: Any = importlib.import_module("weightsmith.quantizers.quality.texts")
-        calibration.write_text(rendering.as_lines(model, job.texts), encoding="utf-8")
+        calibration.write_text(as_lines(model, job.texts), encoding="utf-8")
     if job.statistics:
         measured.unlink(missing_ok=True)
         measured.symlink_to(job.statistics.path)
@@ -155,15 +222,19 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         measured=job.statistics is not None,
         options=job.options,
     )
-    request = replace(
-        request, siblings=tuple(_sibling(request, quantizer, one) for one in job.siblings)
-    )
+    siblings = []
+    for one in job.siblings:
+        (job.output / one.folder).mkdir(exist_ok=True)
+        format_ = next(f for f in quantizer.formats if f.name == one.format)
+        output = job.output / one.folder
+        siblings.append(replace(request, format=format_, output=output, options=one.options))
+    request = replace(request, siblings=tuple(siblings))
     try:
         import_ahead(quantizer.check_imports)
         with described(job) as variables:
             run_steps(quantizer.steps(request), job.output, report, variables)
         result = _mapping(quantizer.check(request))
-        siblings = {one.format.name: _checked(one, quantizer, measured) for one in request.siblings}
+        checked = {one.format.name: _checked(one, quantizer, measured) for one in siblings}
     except CheckFailed:
         forget_steps(job.output)  # a retry must not trust files from this run
         measured.unlink(missing_ok=True)
@@ -172,7 +243,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         if path is not None:
             path.unlink()
     forget_steps(job.output)
-    return {**result, "siblings": siblings} if siblings else result
+    return {**result, "siblings": checked} if checked else result
 
 
 def _forget_other_wishes(job: QuantizeJob, formats: Sequence[Format]) -> None:
@@ -189,15 +260,9 @@ def _forget_other_wishes(job: QuantizeJob, formats: Sequence[Format]) -> None:
         forget_steps(job.output)
 
 
-def _sibling(request: Any, quantizer: Any, other: SiblingFormat) -> Any:
-    """Return the request for another format, in a folder of its own."""
-    folder = request.output / other.folder
-    folder.mkdir(exist_ok=True)
-    format_ = next(f for f in quantizer.formats if f.name == other.format)
-    return replace(request, format=format_, output=folder, options=other.options)
-
-
-def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, JsonValue]:
+def _checked(
+    request: QuantizeRequest, quantizer: Quantizer, measured: Path
+) -> Mapping[str, JsonValue]:
     """Check another format, which has the same statistics."""
     link = request.output / measured.name
     link.unlink(missing_ok=True)
@@ -208,13 +273,14 @@ def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, JsonV
     return found
 
 
-def _quantizer(name: str) -> Any:
+def _quantizer(name: str) -> Quantizer:
     if not name.isidentifier():
         raise InputRefused(
             f"unknown quantizer {name!r}",
             hint="builder and control plane must have the same version",
         )
-    return importlib.import_module(f"weightsmith.quantizers.{name}").QUANTIZER
+    found: Quantizer = importlib.import_module(f"weightsmith.quantizers.{name}").QUANTIZER
+    return found
 
 
 def _prove(job: ProofJob, report: Report) -> Mapping[str, JsonValue]:
@@ -250,10 +316,11 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, JsonValue]:
 
 
 def _validate(
-    job: ValidateJob, report: Report, drafts: Sequence[Any] = ()
+    job: ValidateJob, report: Report, drafts: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
 ) -> Mapping[str, JsonValue]:
-    module: Any = importlib.import_module("weightsmith.validating.validate")
-    request = module.ValidationRequest(
+    from weightsmith.validating.validate import ValidationRequest, validate
+
+    request = ValidationRequest(
         base=job.base.path,
         adapters=job.weighted,
         merged=job.merged.path,
@@ -262,44 +329,47 @@ def _validate(
         mixture=job.mixture,
         drafts=tuple(drafts),
     )
-    found = module.validate(request, lambda done, total: report(done, total, "layers"))
-    return _mapping(found.to_json())
+    return validate(request, lambda done, total: report(done, total, "layers")).to_json()
 
 
 def _quality(job: QualityJob, report: Report) -> Mapping[str, JsonValue]:
-    measure: Any = importlib.import_module("weightsmith.quantizers.quality.measure")
+    from weightsmith.quantizers.quality.measure import measure
+
     model, tell = job.model.path, lambda done, total: report(done, total, "layers")
+    view: Any = _quantizer(job.quantizer).view
     try:
-        view = _quantizer(job.quantizer).view(job.artifact.path, model)
-        return _mapping(measure.measure(model, view, job.texts, job.tokens, tell).to_json())
+        found = measure(model, view(job.artifact.path, model), job.texts, job.tokens, tell)
     except Unmeasurable as error:
         return {"skipped": error.message}
+    return found.to_json()
 
 
 def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
-    runs: Any = importlib.import_module("weightsmith.quantizers.quality.runs")
-    walking: Any = importlib.import_module("weightsmith.forward.walk")
+    from weightsmith.forward.walk import Count
+    from weightsmith.merging.reference import answers, likelihoods
+    from weightsmith.quantizers.quality.runs import QuantizedSubject
+
     model, tell = job.model.path, partial(report_items, report)
-    count = walking.Count(len(job.questions), tell)
+    view: Any = _quantizer(job.quantizer).view
     try:
-        view = _quantizer(job.quantizer).view(job.artifact.path, model)
-        subjects = {"": runs.QuantizedSubject(model, view, draft_texts=job.drafts)}
-        reference: Any = importlib.import_module("weightsmith.merging.reference")
+        subject: Any = QuantizedSubject(
+            model, view(job.artifact.path, model), draft_texts=job.drafts
+        )
         if job.choose:
-            asked = {"": (subjects[""], job.questions)}
-            return {"answers": reference.likelihoods(asked, count)[""]}
+            asked = {"": (subject, job.questions)}
+            return {"answers": likelihoods(asked, Count(len(job.questions), tell))[""]}
         given = [question.messages for question in job.questions], job.max_tokens, tell
-        found = reference.answers(subjects, *given, batch_bytes=job.batch_bytes)[""]
+        found = answers({"": subject}, *given, batch_bytes=job.batch_bytes)[""]
     except Unmeasurable as error:
         return {"skipped": error.message}
     return {"answers": plain(found)}
 
 
 def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, JsonValue]:
-    module: Any = importlib.import_module("weightsmith.forward.layer_time")
-    tell = partial(report_items, report)
-    return _mapping(module.layer_time(job.model.path, job.counts, tell))
+    from weightsmith.forward.layer_time import layer_time
+
+    return layer_time(job.model.path, job.counts, partial(report_items, report))
 
 
 def _mapping(value: Writable) -> Mapping[str, JsonValue]:
@@ -336,11 +406,11 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
 
 def import_ahead(names: Sequence[str]) -> None:
     """Begin to import modules; whoever imports one meanwhile waits for it, and gets its errors."""
+
+    def load() -> None:
+        with suppress(Exception):  # raised again where the module is needed
+            for name in names:
+                importlib.import_module(name)
+
     if names:
-        threading.Thread(target=_import, args=(names,), daemon=True, name="imports").start()
-
-
-def _import(names: Sequence[str]) -> None:
-    with suppress(Exception):  # raised again where the module is needed
-        for name in names:
-            importlib.import_module(name)
+        threading.Thread(target=load, daemon=True, name="imports").start()

@@ -101,17 +101,26 @@ def _run(settings: PassSettings, measured: Callable[[], object]) -> None:
     """Quantize; `measured` is called when the importance matrix is needed."""
     if not settings.convert:
         files = _parts(settings)
-        _quantize(settings, files, [_of_file(path) for path in files])
+        _quantize(settings, files, [_of_file(path) for path in files], files)
         return
 
-    wanted = [(_unfinished(file), file.format) for file in settings.files if file.direct]
+    outs = [(Path(file.out), file.format) for file in settings.files if file.direct]
+    # Places of headers that the converter writes.
+    wanted = [(out.with_name(f".{out.name}.header"), format_) for out, format_ in outs]
     if settings.middle:
         wanted.append((Path(settings.middle), settings.between))
     plans: list[_Plan] = []
 
     def write(writer: GGUFWriter) -> None:
         try:
-            plans.append(_Plan.of(writer))
+            writer.write_ti_data_to_file()
+            for file, infos in zip(writer.fout, writer.tensors, strict=True):
+                writer.write_padding(file, file.tell())
+                file.flush()
+                padded = (writer.ggml_pad(i.nbytes, writer.data_alignment) for i in infos.values())
+                os.ftruncate(file.fileno(), file.tell() + sum(padded))  # a hole for the data
+            paths = [Path(name) for name in writer.format_shard_names(writer.path)]
+            plans.append(_Plan(files=paths, tensors=writer.tensors))
             if len(plans) == len(wanted):
                 measured()
                 _quantize_planned(settings, plans)
@@ -131,21 +140,12 @@ def _run(settings: PassSettings, measured: Callable[[], object]) -> None:
     )
 
 
-def _unfinished(file: PassFile) -> Path:
-    """Return the place of a header that the converter writes."""
-    return Path(file.out).with_name(f".{Path(file.out).name}.header")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """What the converter would write: headers, and the tensors of each."""
 
     files: Sequence[Path]
     tensors: Sequence[Mapping[str, TensorInfo]]
-
-    @classmethod
-    def of(cls, writer: GGUFWriter) -> _Plan:
-        return cls(files=_write_headers(writer), tensors=writer.tensors)
 
 
 def _quantize_planned(settings: PassSettings, plans: Sequence[_Plan]) -> None:
@@ -163,7 +163,8 @@ def _quantize_planned(settings: PassSettings, plans: Sequence[_Plan]) -> None:
         for file, plan in zip(directs, plans, strict=False)
     }
     sources = [_of_writer(p, t) for p, t in zip(source.files, source.tensors, strict=True)]
-    _quantize(settings, source.files, sources, direct)
+    weights = sorted(Path(settings.convert[1]).glob("*.safetensors"))
+    _quantize(settings, source.files, sources, weights, direct)
     for plan in plans:
         for path in plan.files:
             path.unlink()
@@ -196,11 +197,21 @@ def _quantize(
     settings: PassSettings,
     files: Sequence[Path],
     sources: Sequence[GgufSource],
+    weights: Sequence[Path],
     direct: Mapping[str, _Direct] = MappingProxyType({}),
 ) -> None:
-    """Write all files from the sources, which are parts of one; `direct` are some by format."""
-    made = [_wanted(settings, file, files[0], direct) for file in settings.files]
-    parts = [_parts_of(Path(file.out), settings, len(sources)) for file in settings.files]
+    """Write all files from the sources, which are parts of one; `direct` are some by format.
+
+    Names, sizes and times of the files `weights` identify them.
+    """
+    stats = [(path.name, path.stat()) for path in weights]
+    key = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    made = [_wanted(settings, file, files[0], key, direct) for file in settings.files]
+    outs, count = [Path(file.out) for file in settings.files], len(sources)
+    parts = [[out] for out in outs]
+    if settings.split:
+        numbers = [f"{n:05d}-of-{count:05d}" for n in range(1, count + 1)]
+        parts = [[out.with_name(f"{out.stem}-{n}.gguf") for n in numbers] for out in outs]
     for number, source in enumerate(sources):
         outputs = [
             GgufOutput(
@@ -217,32 +228,20 @@ def _quantize(
 
 
 def _wanted(
-    settings: PassSettings, file: PassFile, first: Path, direct: Mapping[str, _Direct]
+    settings: PassSettings, file: PassFile, first: Path, key: str, direct: Mapping[str, _Direct]
 ) -> tuple[Wanted, list[TypeChange], _Direct | None]:
     """Return what a file should be, the types of all tensors, and what is the converter's own."""
-    wanted = Wanted(
-        file_type=FILE_TYPES[file.format].number,
-        importance=read_importance(Path(file.importance)) if file.importance else Importance(),
-        overrides={**_digest(file), **file.overrides},
-        key=_key(settings),
-    )
+    importance, overrides = Importance(), dict(file.overrides)
+    if file.importance:
+        importance = read_importance(Path(file.importance))
+        with Path(file.importance).open("rb") as matrix:
+            digest = hashlib.file_digest(matrix, "sha256").hexdigest()
+        overrides = {DIGEST_KEY: f"sha256:{digest}", **overrides}
+    number = FILE_TYPES[file.format].number
+    wanted = Wanted(file_type=number, importance=importance, overrides=overrides, key=key)
     if own := direct.get(file.format):
         return wanted, own.targets, own
     return wanted, read_targets(_dry_run(settings, file, first)), None
-
-
-def _digest(file: PassFile) -> dict[str, str]:
-    """Return the key with the digest of the importance matrix."""
-    if not file.importance:
-        return {}
-    with Path(file.importance).open("rb") as matrix:
-        return {DIGEST_KEY: f"sha256:{hashlib.file_digest(matrix, 'sha256').hexdigest()}"}
-
-
-def _parts_of(out: Path, settings: PassSettings, parts: int) -> list[Path]:
-    if not settings.split:
-        return [out]
-    return [out.with_name(f"{out.stem}-{n:05d}-of-{parts:05d}.gguf") for n in range(1, parts + 1)]
 
 
 def _dry_run(settings: PassSettings, file: PassFile, first: Path) -> list[str]:
@@ -260,14 +259,6 @@ def _dry_run(settings: PassSettings, file: PassFile, first: Path) -> list[str]:
         on_line=lines.append,
     ).require("llama-quantize --dry-run", hint="the lines above are the program's own")
     return lines
-
-
-def _key(settings: PassSettings) -> str:
-    """Return the identity of the weights: names, sizes and times of their files."""
-    folder = Path(settings.convert[1]) if settings.convert else Path(settings.middle).parent
-    files = sorted(folder.glob("*.safetensors")) if settings.convert else _parts(settings)
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps(facts)
 
 
 def _parts(settings: PassSettings) -> list[Path]:
@@ -289,17 +280,6 @@ def _of_file(path: Path) -> GgufSource:
         return np.fromfile(path, np.uint8, size, offset=header.size + entry.offset)
 
     return GgufSource(header=header, rows=rows, stored=stored)
-
-
-def _write_headers(writer: GGUFWriter) -> list[Path]:
-    """Write the converter's headers, each with a hole for its data; return the files."""
-    writer.write_ti_data_to_file()
-    for file, tensors in zip(writer.fout, writer.tensors, strict=True):
-        writer.write_padding(file, file.tell())
-        file.flush()
-        data = sum(writer.ggml_pad(info.nbytes, writer.data_alignment) for info in tensors.values())
-        os.ftruncate(file.fileno(), file.tell() + data)
-    return [Path(name) for name in writer.format_shard_names(writer.path)]
 
 
 def _of_writer(path: Path, tensors: Mapping[str, TensorInfo]) -> GgufSource:
@@ -341,14 +321,14 @@ def _measure(walk: ImportanceWalk) -> None:
     gc.enable()
     if has_avx2():
         os.environ.update(AVX2_LOOPS)
+
+    def tell(done: int, total: int, unit: str) -> None:
+        # In one call: the program that starts meanwhile writes to the same place.
+        os.write(1, f"{progress_line(done, total, unit)}\n".encode())
+
     rows = [parse(line) for line in Path(walk.texts).read_text("utf-8").splitlines()]
     with computed_for_program(compared=False):
-        importance(Path(walk.model), rows, Path(walk.out), _tell)
-
-
-def _tell(done: int, total: int, unit: str) -> None:
-    # In one call: the program that starts meanwhile writes to the same place.
-    os.write(1, f"{progress_line(done, total, unit)}\n".encode())
+        importance(Path(walk.model), rows, Path(walk.out), tell)
 
 
 if __name__ == "__main__":

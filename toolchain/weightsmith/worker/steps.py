@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 from types import MappingProxyType
@@ -55,6 +54,16 @@ def run_steps(
     """
     done = output / _DONE
     known = done.read_text("utf-8").splitlines() if done.is_file() else []
+    # What keeps libraries offline, limits their threads and names tools.
+    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR", "WEIGHTSMITH_TOOLS_")
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+    def show(line: str) -> None:
+        if found := PROGRESS.fullmatch(line):
+            report(int(found[1]), int(found[2]), found[3])
+        else:  # for the log
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
+
     for number, step in enumerate(steps):
         report(number, len(steps), "steps")
         argv = _filled(step, output)
@@ -66,16 +75,8 @@ def run_steps(
         for path, text in step.writes.items():
             path.write_text(text, encoding="utf-8")
         print(f"$ {' '.join(argv)}", file=sys.stderr, flush=True)  # noqa: T201
-        ended = process.run(
-            argv,
-            cwd=output,
-            env=process.scrubbed({**_inherited(), **step.env, **variables}),
-            on_line=partial(_show, report),
-        )
-        if ended.returncode and _lacked_memory(ended):
-            raise MemoryError(step.title)
-        if ended.returncode and _says(ended, _NO_ROOM):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        environment = process.scrubbed({**inherited, **step.env, **variables})
+        ended = process.run(argv, cwd=output, env=environment, on_line=show)
         if ended.returncode:
             _refuse(step, ended)
         ended.require(
@@ -83,7 +84,10 @@ def run_steps(
             hint="the lines above are the program's own; the job's log has all of them",
         )
         # What a step wrote is on the disk before the mark: programs of others do not wait for that.
-        _sync(output)
+        for path in below(output):
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         # Marked before its inputs are deleted: a run that is killed in between can be resumed.
         with done.open("a", encoding="utf-8") as marks:
             marks.write(mark + "\n")
@@ -93,32 +97,16 @@ def run_steps(
     report(len(steps), len(steps), "steps")
 
 
-def _show(report: Report, line: str) -> None:
-    """Report a program's progress; what else it says is for the log."""
-    if found := PROGRESS.fullmatch(line):
-        report(int(found[1]), int(found[2]), found[3])
-    else:
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _sync(output: Path) -> None:
-    for path in below(output):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _lacked_memory(ended: process.Completed) -> bool:
-    """Return whether the kernel killed a program, or it says itself that memory ran out."""
-    return ended.returncode == -signal.SIGKILL or _says(ended, _NO_MEMORY)
-
-
-def _says(ended: process.Completed, any_of: tuple[str, ...]) -> bool:
-    return any(words in line for line in ended.tail[-20:] for words in any_of)
-
-
 def _refuse(step: BuilderCommand, ended: process.Completed) -> None:
-    """Raise the error of the last line, or InputRefused for what is said of the input."""
+    """Raise what a program lacked, the error of its last line, or what it says of the input."""
+
+    def says(any_of: tuple[str, ...]) -> bool:
+        return any(words in line for line in ended.tail[-20:] for words in any_of)
+
+    if ended.returncode == -signal.SIGKILL or says(_NO_MEMORY):  # the kernel kills for memory
+        raise MemoryError(step.title)
+    if says(_NO_ROOM):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     last = next((line.strip() for line in reversed(ended.tail) if line.strip()), "")
     if last.startswith(REFUSED):
         message, hint = parse(last.removeprefix(REFUSED))
@@ -168,9 +156,3 @@ def _filled(step: BuilderCommand, output: Path) -> tuple[str, ...]:
 def forget_steps(output: Path) -> None:
     """Make the next run repeat every step."""
     (output / _DONE).unlink(missing_ok=True)
-
-
-def _inherited() -> dict[str, str]:
-    """Return the variables that keep libraries offline, limit their threads and name tools."""
-    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR", "WEIGHTSMITH_TOOLS_")
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

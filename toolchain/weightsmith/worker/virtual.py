@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.jobs import Job, read_job, write_job
 from weightsmith.models.safetensors import read_header
@@ -27,14 +25,16 @@ def computed(job: Job, *, compared: bool = False) -> Iterator[None]:
     if job.virtual is None:
         yield
         return
-    virtual: Any = importlib.import_module("weightsmith.merging.virtual")
+    from weightsmith.merging.virtual import opened
+
     own, given = job.virtual, job.virtual.inputs.keys()
     folders = {one.path for name, one in job.inputs.items() if name not in given}
     with ExitStack() as stack:
         for folder in folders:
-            if _is_empty(folder):
+            files = folder.glob("*.safetensors") if folder.is_dir() else ()
+            if any(has_no_data(read_header(path)) for path in files):
                 digests = own.digests if compared else {}
-                made = virtual.opened(folder, own.base.path, own.weighted, own.options, digests)
+                made = opened(folder, own.base.path, own.weighted, own.options, digests)
                 stack.enter_context(made)
         yield
 
@@ -64,9 +64,3 @@ def computed_for_program(*, compared: bool = True) -> Iterator[Mapping[str, floa
     job = read_job(Path(file).read_text("utf-8"))
     with computed(job, compared=compared):
         yield job.virtual.largest if job.virtual else {}
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        has_no_data(read_header(path)) for path in folder.glob("*.safetensors")
-    )
