@@ -225,15 +225,6 @@ def test_a_matrix_is_measured_on_a_file_that_is_then_quantized_and_removed(tmp_p
     assert Path(settings(quantize).middle) in quantize.removes
 
 
-def test_parts_that_are_measured_are_the_converters_own(tmp_path):
-    made = with_text(request(tmp_path, "q4_k_m", imatrix="auto", split_max_size="1G"))
-
-    convert, measure, _ = of_format("q4_k_m").steps(made)
-
-    assert convert.argv[1:3] == ("-m", "weightsmith.worker.convert_gguf")
-    assert measure.argv[measure.argv.index("-m") + 1] == "{first}"
-
-
 def test_a_finished_measurement_is_known_again_when_other_cpus_are_idle(tmp_path, monkeypatch):
     """Its command is what a resumed run compares; by then the 16-bit file may be deleted."""
     made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"))
@@ -265,6 +256,10 @@ def test_a_split_file_is_split_by_what_it_becomes(tmp_path):
     assert 1000 < int(size.removesuffix("M")) < 1000 * 16 / 4.9
     assert settings(step).split
     assert {".demo.f16.gguf", ".demo.f16-*.gguf"} <= {path.name for path in step.removes}
+    made = with_text(request(tmp_path, "q4_k_m", imatrix="auto", split_max_size="1G"))
+    convert, measure, _ = of_format("q4_k_m").steps(made)
+    assert convert.argv[1:3] == ("-m", "weightsmith.worker.convert_gguf")  # its own parts
+    assert measure.argv[measure.argv.index("-m") + 1] == "{first}"
 
 
 def test_origin_and_licence_go_into_the_file_and_the_folders_name_does_not(tmp_path):

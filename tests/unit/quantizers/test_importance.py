@@ -112,36 +112,29 @@ def measured(tmp_path: Path, model: Path) -> tuple[Mapping[str, np.ndarray], wal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
-def test_each_matrix_has_the_mean_squares_of_its_inputs(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "parts"),
+    [
+        ("LlamaForCausalLM", {*NAMES} - {"attn_qkv"}),
+        ("Gemma3ForCausalLM", {*NAMES} - {"attn_qkv"}),
+        ("Phi3ForCausalLM", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),  # joined matrices
+    ],
+)
+def test_each_matrix_has_the_mean_squares_of_its_inputs(
+    tmp_path: Path, architecture: str, parts: set[str]
+) -> None:
     model = make_any(tmp_path / "model", architecture)
     ours, found = measured(tmp_path, model)
 
     chunks = windows(model, found.window)
     right = by_transformers(model, chunks)
-    assert len(ours) == 14
+    assert {name.split(".")[2] for name in ours} == parts
+    assert len(ours) == 2 * len(parts)
+    names = {**NAMES, **({"ffn_up": "mlp.gate_up_proj"} if "attn_qkv" in parts else {})}
     assert found.chunks == len(chunks) >= 2
     for name, values in ours.items():
         _, layer, part, _ = name.split(".")
-        close(values, right[f"model.layers.{layer}.{NAMES[part]}"], name)
-
-
-@pytest.mark.slow
-def test_joined_matrices_have_one_input(tmp_path: Path) -> None:
-    model = make_any(tmp_path / "model", "Phi3ForCausalLM")
-    ours, found = measured(tmp_path, model)
-
-    right = by_transformers(model, windows(model, found.window))
-    joined = {**NAMES, "ffn_up": "mlp.gate_up_proj"}
-    assert {name.split(".")[2] for name in ours} == {
-        "attn_qkv",
-        "attn_output",
-        "ffn_up",
-        "ffn_down",
-    }
-    for name, values in ours.items():
-        _, layer, part, _ = name.split(".")
-        close(values, right[f"model.layers.{layer}.{joined[part]}"], name)
+        close(values, right[f"model.layers.{layer}.{names[part]}"], name)
 
 
 @pytest.mark.slow

@@ -190,67 +190,34 @@ def put_back(folder: Path, model: Path, factor: float = 1.0) -> None:
 
     def change(tensors) -> None:
         for end in (".qweight", ".qzeros", ".scales"):
-            del tensors[FIRST + end]
+            tensors.pop(FIRST + end, None)
         tensors[FIRST + ".weight"] = (original.float() * scale).to(torch.bfloat16)
 
     broken(folder, change)
 
 
-KEPT = ("layers.0.mlp.up_proj",)
-
-
-def test_a_matrix_that_is_kept_is_the_checkpoint_s(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
-    folder, layout = made
-    put_back(folder, model)
-    assert check_checkpoint(folder, model, layout, KEPT)["quantized"] == 7
-
-
-def test_of_a_kept_matrix_awq_alone_may_scale_inputs(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
-    folder, layout = made
-    put_back(folder, model, factor=3)
-    if layout.method == "awq":
-        assert check_checkpoint(folder, model, layout, KEPT)["quantized"] == 7
-        return
-    with pytest.raises(CheckFailed, match=r"up_proj\.weight was unexpectedly changed"):
-        check_checkpoint(folder, model, layout, KEPT)
-
-
-def test_a_kept_matrix_of_another_order_is_caught(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
-    folder, layout = made
-    put_back(folder, model)
-    broken(folder, lambda tensors: reorder(tensors, FIRST + ".weight"))
-    with pytest.raises(CheckFailed, match=r"up_proj\.weight was unexpectedly changed"):
-        check_checkpoint(folder, model, layout, KEPT)
-
-
-def test_a_kept_matrix_that_is_quantized_is_caught(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
-    folder, layout = made
+def test_what_is_kept_is_the_checkpoint_s(made: tuple[Path, PackedLayout], model: Path) -> None:
+    (folder, layout), kept = made, ("layers.0.mlp.up_proj",)
+    changed = r"up_proj\.weight was unexpectedly changed"
     with pytest.raises(CheckFailed, match="is unexpectedly quantized"):
-        check_checkpoint(folder, model, layout, KEPT)
-
-
-def test_a_matrix_left_in_sixteen_bits_is_caught(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
-    folder, layout = made
+        check_checkpoint(folder, model, layout, kept)
     put_back(folder, model)
+    assert check_checkpoint(folder, model, layout, kept)["quantized"] == 7
     with pytest.raises(CheckFailed, match="is not quantized"):
         check_checkpoint(folder, model, layout)
-
-
-def test_another_layout_than_wanted_is_caught(made: tuple[Path, PackedLayout], model: Path) -> None:
-    folder, _ = made
     other = PackedLayout(method="awq", bits=4, group_size=128, symmetric=False)
     with pytest.raises(CheckFailed, match="has layout"):
         check_checkpoint(folder, model, other)
+
+    broken(folder, lambda tensors: reorder(tensors, FIRST + ".weight"))
+    with pytest.raises(CheckFailed, match=changed):
+        check_checkpoint(folder, model, layout, kept)
+    put_back(folder, model, factor=3)
+    if layout.method == "awq":  # it alone may scale inputs
+        assert check_checkpoint(folder, model, layout, kept)["quantized"] == 7
+        return
+    with pytest.raises(CheckFailed, match=changed):
+        check_checkpoint(folder, model, layout, kept)
 
 
 def test_scales_moved_between_layers_are_no_fault(model: Path, tmp_path: Path, out: Path) -> None:

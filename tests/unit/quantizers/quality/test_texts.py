@@ -98,9 +98,6 @@ def test_conversations_need_a_template_and_text_does_not(model):
     with pytest.raises(InputRefused, match="no chat template"):
         as_lines(model, ROWS)
     assert as_lines(model, ROWS[:1])
-
-
-def test_a_template_that_refuses_is_an_input_refused(model):
     (model / "chat_template.jinja").write_text("{{ raise_exception('no system') }}", "utf-8")
     with pytest.raises(InputRefused, match="no system"):
         as_lines(model, CHATS)

@@ -1,4 +1,7 @@
-"""NVFP4 with scales of inputs: the largest inputs of the whole model, shared where engines fuse."""
+"""The largest inputs, keys and values of layers, against the whole model in transformers.
+
+NVFP4 has scales of inputs, shared where engines fuse; an 8-bit KV cache has scales, too.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,27 @@ import pytest
 import torch
 from compressed_tensors.quantization.utils import generate_gparam
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 from weightsmith.core.errors import CheckFailed
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.layerwise.maxima import input_maxima
+from weightsmith.quantizers.layerwise.maxima import cache_scales, input_maxima
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import NVFP4
 
-from tests.fakes.decoders import make_dense, make_sparse
-from tests.fakes.seeing import make_seeing
+from tests.fakes.decoders import make_dense
+from tests.unit.quantizers.conftest import make_any
 
 LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 
 
-def made(tmp_path: Path, model: Path) -> tuple[Path, dict[str, float]]:
-    out = tmp_path / "out"
-    out.mkdir()
+def made(out: Path, model: Path) -> dict[str, float]:
     inputs = dict(input_maxima(model, LINES, matrices(CheckpointTensors(model), model)))
     quantize(NVFP4, model, out, [], inputs)
-    return out, inputs
+    return inputs
 
 
 def by_transformers(model: Path) -> dict[str, float]:
@@ -55,9 +56,9 @@ def by_transformers(model: Path) -> dict[str, float]:
     return most
 
 
-def test_scales_are_those_of_the_largest_inputs(tmp_path: Path) -> None:
+def test_scales_are_those_of_the_largest_inputs(tmp_path: Path, out: Path) -> None:
     model = make_dense(tmp_path / "model", "Qwen3ForCausalLM")
-    out, inputs = made(tmp_path, model)
+    inputs = made(out, model)
 
     check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))
     right, tensors = by_transformers(model), load_file(out / "model.safetensors")
@@ -71,16 +72,12 @@ def test_scales_are_those_of_the_largest_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "architecture"),
-    [
-        (make_sparse, "Qwen3MoeForCausalLM"),
-        (make_sparse, "MixtralForCausalLM"),
-        (make_seeing, "Gemma3ForConditionalGeneration"),
-    ],
+    "architecture",
+    ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "Gemma3ForConditionalGeneration"],
 )
-def test_experts_of_a_layer_have_one_scale(tmp_path: Path, make, architecture: str) -> None:
-    model = make(tmp_path / "model", architecture)
-    out, inputs = made(tmp_path, model)
+def test_experts_of_a_layer_have_one_scale(tmp_path: Path, out: Path, architecture: str) -> None:
+    model = make_any(tmp_path / "model", architecture)
+    inputs = made(out, model)
 
     check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))
     tensors = load_file(out / "model.safetensors")
@@ -91,12 +88,43 @@ def test_experts_of_a_layer_have_one_scale(tmp_path: Path, make, architecture: s
             assert all(torch.equal(tensors[f"{first}.input_global_scale"], o) for o in others)
 
 
-def test_fused_matrices_of_different_scales_are_found(tmp_path: Path) -> None:
+def test_fused_matrices_of_different_scales_are_found(tmp_path: Path, out: Path) -> None:
     model = make_dense(tmp_path / "model", "LlamaForCausalLM")
-    out, _ = made(tmp_path, model)
+    made(out, model)
     tensors = load_file(out / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.input_global_scale"] *= 2
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(CheckFailed, match=r"different global scales \(input_global_scale\)"):
         check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))
+
+
+def cached_by_transformers(model: Path) -> list[tuple[float, float]]:
+    """The largest keys and values that its own cache holds, text by text."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    most = [[0.0, 0.0] for _ in range(network.config.num_hidden_layers)]
+    for line in LINES:
+        ids = tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        for start in range(0, ids.shape[1], 512):
+            with torch.inference_mode():
+                made = network(input_ids=ids[:, start : start + 512], use_cache=True)
+            (cache,) = (one for one in made.values() if isinstance(one, Cache))
+            for layer, pair in zip(cache.layers, most, strict=True):
+                pair[0] = max(pair[0], float(layer.keys.abs().max()))
+                pair[1] = max(pair[1], float(layer.values.abs().max()))
+    return [(keys / 448, values / 448) for keys, values in most]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"]
+)
+def test_they_are_those_of_transformers_cache(tmp_path: Path, architecture: str) -> None:
+    model = make_dense(tmp_path / "model", architecture)
+    found = cache_scales(model, LINES)
+
+    right = cached_by_transformers(model)
+    assert list(found) == [f"model.layers.{n}.self_attn" for n in range(len(right))]
+    for mine, theirs in zip(found.values(), right, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
