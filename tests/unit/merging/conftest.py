@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,11 @@ from weightsmith.merging.virtual import VirtualCheckpoint
 from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.models.virtual_weights import has_no_data
 
+from tests.unit.merging.models import build, model_class
 from tests.unit.merging.oracle import MakeBase, make_base, save_adapter
 
-SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
 MakeModel = Callable[..., Path]
 MakeAdapter = Callable[..., Path]
-
-
-def config_of(kind: str, **options: Any) -> Any:
-    import transformers
-
-    match kind:
-        case "llama":
-            return transformers.LlamaConfig(**SIZES | LLAMA | options)
-        case "qwen2":
-            return transformers.Qwen2Config(**SIZES | LLAMA | options)
-        case "gpt2":
-            return transformers.GPT2Config(
-                vocab_size=96, n_layer=2, n_head=4, n_embd=32, n_positions=64, **options
-            )
-    raise ValueError(kind)
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +39,22 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
     return base
 
 
+@pytest.fixture(scope="session")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Copy a folder that is made once for each key."""
+    made: dict[str, Path] = {}
+
+    def copy(to: Path, key: object, make: Callable[[Path], None]) -> Path:
+        if str(key) not in made:
+            made[str(key)] = tmp_path_factory.mktemp("made") / to.name
+            make(made[str(key)])
+        return shutil.copytree(made[str(key)], to)
+
+    return copy
+
+
 @pytest.fixture
-def make_model(tmp_path: Path) -> MakeModel:
+def make_model(tmp_path: Path, copied: Callable[..., Path]) -> MakeModel:
     """Write a base model; `dtype` and `shard` besides the config's own options."""
 
     def make(
@@ -64,42 +64,46 @@ def make_model(tmp_path: Path) -> MakeModel:
         shard: str = "5GB",
         **options: Any,
     ) -> Path:
-        from transformers import AutoModelForCausalLM
+        def write(folder: Path) -> None:
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = build(kind, **options)
+                for parameter in model.parameters():
+                    torch.nn.init.normal_(parameter, std=0.2)
+                model.to(dtype).save_pretrained(folder, max_shard_size=shard)
 
-        torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config_of(kind, **options))
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)
-            model.to(dtype).save_pretrained(tmp_path / name, max_shard_size=shard)
-        return tmp_path / name
+        return copied(tmp_path / name, (kind, name, dtype, shard, options), write)
 
     return make
 
 
 @pytest.fixture
-def make_adapter(tmp_path: Path) -> MakeAdapter:
+def make_adapter(tmp_path: Path, copied: Callable[..., Path]) -> MakeAdapter:
     """Write a LoRA adapter for a base model, with random A and B."""
 
     def make(
         base: Path, name: str = "adapter", seed: int = 1, copies: bool = False, **options: Any
     ) -> Path:
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
-        torch.manual_seed(seed)
         options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | options
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-            tuned = get_peft_model(model, LoraConfig(**options))
-            for key, parameter in tuned.named_parameters():
-                if "lora_" in key:
-                    torch.nn.init.normal_(parameter, std=0.2)
-            # By default PEFT adds a copy of a targeted head's base weight.
-            save_adapter(tuned, tmp_path / name, save_embedding_layers=copies)
-        return tmp_path / name
+
+        def write(folder: Path) -> None:
+            torch.manual_seed(seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = model_class("llama").from_pretrained(base, dtype=torch.float32)
+                tuned = get_peft_model(model, LoraConfig(**options))
+                for key, parameter in tuned.named_parameters():
+                    if "lora_" in key:
+                        torch.nn.init.normal_(parameter, std=0.2)
+                # By default PEFT adds a copy of a targeted head's base weight.
+                save_adapter(tuned, folder, save_embedding_layers=copies)
+
+        files = [path for path in sorted(base.iterdir()) if path.is_file()]
+        digests = [sha256(path.read_bytes()).hexdigest() for path in files]
+        return copied(tmp_path / name, (digests, name, seed, copies, options), write)
 
     return make
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ from weightsmith.merging.engine import MergeRequest, merge
 from tests.unit.merging.models import build, model_class
 
 MakeBase = Callable[..., Path]
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+"""An architecture, options of its configuration, and those of an adapter's."""
+
+
+def case(kind: str, *targets: str, base: dict[str, Any] | None = None, **lora: Any) -> Case:
+    """Return a case whose adapter has these `target_modules`, if `lora` has none."""
+    return kind, base or {}, {"target_modules": list(targets)} | lora
 
 
 def make_base(folder: Path, kind: str, **options: Any) -> Path:
@@ -69,16 +76,31 @@ def answers(model: Any, kind: str) -> torch.Tensor:
         return model(input_ids=ids, **more).logits
 
 
-def unmerged(base: Path, kind: str, adapter: Path, resize: int = 0) -> torch.Tensor:
-    """The oracle."""
+def unmerged(
+    base: Path, kind: str, adapters: Path | Sequence[tuple[Path, float]], resize: int = 0
+) -> torch.Tensor:
+    """The oracle: PEFT's forward pass with the adapters beside the weights."""
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
+    pairs = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
+    names = [f"adapter_{number}" for number in range(len(pairs))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = model_class(kind).from_pretrained(base, dtype=torch.float32)
         if resize:
             model.resize_token_embeddings(resize)
-        return answers(PeftModel.from_pretrained(model, adapter), kind)
+        network = PeftModel.from_pretrained(model, pairs[0][0], names[0])
+        for name, (root, _) in zip(names[1:], pairs[1:], strict=True):
+            network.load_adapter(root, name)
+    if len(names) > 1:
+        network.base_model.set_adapter(names)
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            for name, (_, weight) in zip(names, pairs, strict=True):
+                if name in layer.scaling:
+                    layer.scaling[name] *= weight
+    return answers(network, kind)
 
 
 def merged(folder: Path, kind: str) -> torch.Tensor:
@@ -91,6 +113,14 @@ def merged(folder: Path, kind: str) -> torch.Tensor:
     assert not told["unexpected_keys"]
     assert not told["mismatched_keys"]
     return answers(model, kind)
+
+
+def run(
+    base: Path, adapters: Path | Sequence[tuple[Path, float]], out: Path, **options: Any
+) -> dict[str, Any]:
+    """Merge one adapter, or several with their weights."""
+    pairs = ((adapters, 1.0),) if isinstance(adapters, Path) else tuple(adapters)
+    return merge(MergeRequest(base=base, adapters=pairs, out=out, **options))
 
 
 def check(
@@ -107,7 +137,7 @@ def check(
     options = {"r": 4, "lora_alpha": 6} | lora
     adapter = train(base, kind, tmp_path / "adapter", LoraConfig(**options), resize)
     out = tmp_path / "out"
-    result = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, workers=2))
+    result = run(base, adapter, out, workers=2)
 
     wanted, got = unmerged(base, kind, adapter, resize), merged(out, kind)
     scale = float(wanted.abs().max())

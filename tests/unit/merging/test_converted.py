@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.models import model_class
-from tests.unit.merging.oracle import MakeBase, answers, merged
+from tests.unit.merging.oracle import MakeBase, answers, merged, run
 
 INITS = ["pissa", "pissa_niter_4", "olora"]
 
@@ -43,14 +42,10 @@ def train(tmp_path: Path, bases: MakeBase) -> Any:
         yield make
 
 
-def run(base: Path, adapter: Path, out: Path) -> torch.Tensor:
-    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
-    return merged(out, "llama")
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def compare(base: Path, adapter: Path, out: Path, wanted: torch.Tensor) -> None:
+    run(base, adapter, out)
     # Conversion adds and subtracts the start, in the adapter's float32.
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged(out, "llama"), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -59,7 +54,7 @@ def test_a_converted_adapter_is_plain_lora(init: str, train: Any, tmp_path: Path
     adapter = tmp_path / "converted"
     tuned.save_pretrained(adapter, path_initial_model_for_weight_conversion=str(start))
 
-    close(run(base, adapter, tmp_path / "out"), answers(tuned, "llama"))
+    compare(base, adapter, tmp_path / "out", answers(tuned, "llama"))
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -73,7 +68,7 @@ def test_the_residual_base_takes_the_adapter_as_it_is(
     wanted = answers(tuned, "llama")
     tuned.unload().float().save_pretrained(tmp_path / "residual")
 
-    close(run(tmp_path / "residual", tmp_path / "adapter", tmp_path / "out"), wanted)
+    compare(tmp_path / "residual", tmp_path / "adapter", tmp_path / "out", wanted)
 
 
 @pytest.mark.parametrize("init", INITS)

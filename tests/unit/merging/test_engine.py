@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.merging import engine
 from weightsmith.merging.engine import MergeRequest, merge
 
-Adapters = Sequence[tuple[Path, float]]
-
-
-def run(base: Path, adapters: Adapters, out: Path, **options: Any) -> dict[str, Any]:
-    return merge(MergeRequest(base=base, adapters=tuple(adapters), out=out, **options))
-
-
-def load(path: Path, dtype: torch.dtype = torch.float64) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-
-
-def logits(network: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return network(input_ids=torch.arange(40).view(2, 20)).logits
-
-
-def unmerged(base: Path, adapters: Adapters) -> torch.Tensor:
-    """The oracle: PEFT's forward with the adapters beside the weights, in float64."""
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = PeftModel.from_pretrained(load(base), adapters[0][0], names[0])
-        for name, (root, _) in zip(names[1:], adapters[1:], strict=True):
-            network.load_adapter(root, name)
-    network.base_model.set_adapter(names)
-    for layer in network.modules():
-        if isinstance(layer, LoraLayer):
-            for name, (_, weight) in zip(names, adapters, strict=True):
-                if name in layer.scaling:
-                    layer.scaling[name] *= weight
-    return logits(network.double())
+from tests.unit.merging.oracle import merged, run, unmerged
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,34 +30,6 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-CASES = [
-    ("llama", {}, {}),
-    ("llama", {"tie_word_embeddings": True}, {"use_rslora": True}),
-    ("qwen2", {}, {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6}}),
-    ("qwen2", {"tie_word_embeddings": True}, {"alpha_pattern": {"mlp.down_proj": 3, "v_proj": 1}}),
-    ("llama", {}, {"target_modules": ["q_proj", "lm_head"]}),
-    ("llama", {}, {"target_modules": r".*\.1\.self_attn\.[qkv]_proj"}),
-    ("llama", {}, {"target_modules": ["o_proj"], "layers_to_transform": [1]}),
-    ("gpt2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    ("gpt2", {}, {"target_modules": ["c_proj"]}),
-]
-
-
-@pytest.mark.parametrize(("kind", "model", "lora"), CASES)
-def test_merged_answers_as_the_adapter_beside_the_base(
-    kind: str, model: dict[str, Any], lora: dict[str, Any], make_model: Any, make_adapter: Any
-) -> None:
-    base = make_model(kind, **model)
-    adapter = make_adapter(base, **lora)
-
-    result = run(base, [(adapter, 1.0)], base.parent / "out")
-
-    wanted, got = unmerged(base, [(adapter, 1.0)]), logits(load(base.parent / "out"))
-    assert result["tensors"]["merged"] > 0
-    assert (logits(load(base)) - wanted).abs().max() > 1e-2
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_weighted_adapters_are_one_sum(make_model: Any, make_adapter: Any) -> None:
     base = make_model()
     adapters = [
@@ -103,8 +39,8 @@ def test_weighted_adapters_are_one_sum(make_model: Any, make_adapter: Any) -> No
 
     run(base, adapters, base.parent / "out", method="linear")
 
-    got = logits(load(base.parent / "out"))
-    torch.testing.assert_close(got, unmerged(base, adapters), rtol=1e-5, atol=1e-5)
+    got, wanted = merged(base.parent / "out", "llama"), unmerged(base, "llama", adapters)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_untouched_tensors_keep_bytes_names_types_and_order(
@@ -177,16 +113,6 @@ def test_casting_rounds_once_and_says_so_in_the_config(
         assert tensor.dtype == wanted
         if "q_proj" not in name:
             assert torch.equal(tensor, before[name].to(wanted))
-
-
-def test_no_adapter_copies_the_base(make_model: Any) -> None:
-    base = make_model()
-
-    run(base, [], base.parent / "out")
-
-    weights = "model.safetensors"
-    assert tensors(base).keys() == tensors(base.parent / "out").keys()
-    assert (base / weights).stat().st_size == (base.parent / "out" / weights).stat().st_size
 
 
 def test_an_untrained_adapter_is_reported(
@@ -301,20 +227,7 @@ def test_companions_follow_the_rules(
     assert any("from [2] to [2, 7]" in finding for finding in result["findings"])
 
 
-def test_an_adapters_template_alone_wins(make_model: Any, make_adapter: Any) -> None:
-    base = make_model()
-    adapter = make_adapter(base, target_modules=["q_proj"])
-    (base / "chat_template.jinja").write_text("BASE")
-    (adapter / "chat_template.jinja").write_text("ADAPTER")
-
-    run(base, [(adapter, 1.0)], base.parent / "out")
-
-    assert (base.parent / "out" / "chat_template.jinja").read_text() == "ADAPTER"
-    before, after = (f / "generation_config.json" for f in (base, base.parent / "out"))
-    assert before.read_bytes() == after.read_bytes()
-
-
-def test_progress_counts_to_the_end(make_model: Any) -> None:
+def test_no_adapter_copies_the_base_and_progress_counts_to_the_end(make_model: Any) -> None:
     base = make_model()
     seen: list[tuple[int, int]] = []
 
@@ -323,7 +236,10 @@ def test_progress_counts_to_the_end(make_model: Any) -> None:
         lambda done, total: seen.append((done, total)),
     )
 
-    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in tensors(base).values())
+    before, after = tensors(base), tensors(base.parent / "out")
+    assert all(torch.equal(after.pop(name), tensor) for name, tensor in before.items())
+    assert not after
+    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in before.values())
     assert seen == sorted(seen)
 
 

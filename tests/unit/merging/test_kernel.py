@@ -214,6 +214,8 @@ def test_every_bit_is_the_correctly_rounded_sum(
 ) -> None:
     weight, left, right, gains, _ = make_case(seed, kind, shape, base, out)
     left, right = left.to(adapter), right.to(adapter)
+    if seed % 2:  # two adapters are one sum, rounded once
+        gains = [*gains[1:], -1 / 3]
 
     check(weight, left, right, gains, out, rows=rows)
 
@@ -225,13 +227,6 @@ def test_larger_blocks(kind: str, out: torch.dtype) -> None:
     base = torch.bfloat16 if out == torch.float32 else out
 
     check(*make_case(7, kind, (12, 16, 36), base, out))
-
-
-@pytest.mark.parametrize("out", DTYPES)
-def test_several_adapters_are_one_sum_rounded_once(out: torch.dtype) -> None:
-    weight, left, right, _, _ = make_case(3, "gaussian", (9, 8, 20), out, out)
-
-    check(weight, left, right, [0.7] * 3 + [-1 / 3] * 5, out)
 
 
 @pytest.mark.parametrize("out", DTYPES)
@@ -298,16 +293,6 @@ def test_rounding_exact_numbers(numerator: int, exponent: int, out: torch.dtype)
         assert abs(float(infinity)) == float("inf")
 
 
-def test_rows_without_addition_keep_their_bits() -> None:
-    weight = torch.tensor([[-0.0, 1.0], [-0.0, 2.0]]).bfloat16()
-    left = torch.tensor([[0.0], [2.0**-120]])
-
-    out = merged(weight, left, torch.tensor([[1.0, 0.0]]), [1.0], torch.bfloat16)
-
-    assert torch.equal(weight[0].view(torch.int16), out[0].view(torch.int16))
-    assert out[1].tolist() == [2.0**-120, 2.0]
-
-
 def test_overflow_is_refused_by_name() -> None:
     factors = LowRankUpdate(
         left=np.array([[60000.0]], F32), right=np.ones((1, 1), F32), gains=np.ones(1)
@@ -327,13 +312,6 @@ def test_the_largest_float16_is_not_an_overflow() -> None:
     assert out.tolist() == [[65504.0, -4496.0]]
 
 
-def test_not_finite_weights_are_refused_by_name() -> None:
-    weight = torch.tensor([[float("nan"), 1.0]]).bfloat16()
-
-    with pytest.raises(InputRefused, match="the base's w has NaN"):
-        merged(weight, torch.ones(1, 1), torch.ones(1, 2), [1.0], torch.bfloat16)
-
-
 def test_factors_whose_partial_sums_overflow_are_still_exact() -> None:
     left = torch.tensor([[2.0**120, -(2.0**120), 1.0]])
     right = torch.tensor([[2.0**10], [2.0**10], [3.0]])
@@ -341,14 +319,15 @@ def test_factors_whose_partial_sums_overflow_are_still_exact() -> None:
     check(torch.tensor([[1.0]]).bfloat16(), left, right, [1.0] * 3, torch.bfloat16)
 
 
-def test_this_machine_passes_the_arithmetic_check() -> None:
-    kernel.check_arithmetic()
-    torch_kernel.check_arithmetic("cpu")
-
-
-@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
-def test_infinite_halves_do_not_pass_for_large_numbers(out: torch.dtype) -> None:
-    weight = torch.tensor([[float("inf"), 1.0]]).half()
-
+@pytest.mark.parametrize(
+    ("weight", "out"),
+    [
+        (torch.tensor([[float("nan"), 1.0]]).bfloat16(), torch.bfloat16),
+        # Infinite halves do not pass for large numbers.
+        (torch.tensor([[float("inf"), 1.0]]).half(), torch.bfloat16),
+        (torch.tensor([[float("inf"), 1.0]]).half(), torch.float32),
+    ],
+)
+def test_not_finite_weights_are_refused_by_name(weight: torch.Tensor, out: torch.dtype) -> None:
     with pytest.raises(InputRefused, match="the base's w has NaN or infinite"):
         merged(weight, torch.ones(1, 1), torch.full((1, 2), -5000.0), [1.0], out)

@@ -178,18 +178,18 @@ def test_single_experts_factors_on_a_stack(tmp_path: Path) -> None:
         close(found[key][number], base[key][number].double() + of(number, "down_proj"))
 
 
-def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
-    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4), f"{EXPERTS}.down_proj": random(3, 4, 7)}
+@pytest.mark.parametrize(
+    ("width", "config", "said"),
+    [(7, {}, "the 2 pairs of factors"), (5, {"r": 6}, "has rank 2 per expert, but 6")],
+)
+def test_experts_of_another_size_or_rank_are_refused(
+    width: int, config: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4)}
+    base[f"{EXPERTS}.down_proj"] = random(3, 4, width)
 
-    with pytest.raises(InputRefused, match="the 2 pairs of factors"):
-        run(tmp_path, base, stacked_factors(), STACKED)
-
-
-def test_experts_of_another_rank_are_refused(tmp_path: Path) -> None:
-    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4), f"{EXPERTS}.down_proj": random(3, 4, 5)}
-
-    with pytest.raises(InputRefused, match="has rank 2 per expert, but 6"):
-        run(tmp_path, base, stacked_factors(), STACKED | {"r": 6})
+    with pytest.raises(InputRefused, match=said):
+        run(tmp_path, base, stacked_factors(), STACKED | config)
 
 
 def test_grouped_convolutions_are_refused(tmp_path: Path) -> None:

@@ -12,16 +12,14 @@ from peft import IA3Config, LoHaConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claims import require_all_targeted
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.validate import ValidationRequest, validate
 
-from tests.unit.merging.oracle import MakeBase, merged, train, unmerged
+from tests.unit.merging.oracle import MakeBase, merged, run, train, unmerged
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
 LINEAR = [*TARGETS, "k_proj", "o_proj", "gate_proj", "down_proj"]
 HEAD = {"target_modules": [*LINEAR, "lm_head", "embed_tokens"]}
-BIAS = {"attention_bias": True}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "excluded": (LoraConfig(**LORA), {"exclude_modules": ["v_proj"]}),
     "excluded-by-regex": (LoraConfig(**LORA), {"exclude_modules": r".*layers\.0.*(q|up)_proj"}),
@@ -61,10 +59,19 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture
+def base(bases: MakeBase) -> Path:
+    return bases("llama", attention_bias=True)
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> None:
+def test_merged_as_peft_loads_it(name: str, base: Path, tmp_path: Path) -> None:
     trained, edits = CASES[name]
-    base = bases("llama", **BIAS)
     adapter = train(base, "llama", tmp_path / "adapter", trained)
     whole = unmerged(base, "llama", adapter)
     edit(adapter, **edits)
@@ -72,21 +79,20 @@ def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> 
     assert (whole - wanted).abs().max() > 1e-3
 
     adapters = ((adapter, 1.0),)
-    result = merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
+    result = run(base, adapters, tmp_path / "out")
 
     torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
     assert any("left out, as PEFT leaves them out" in found for found in result["findings"])
     assert validate(ValidationRequest(base=base, adapters=adapters, merged=tmp_path / "out")).passed
 
 
-def test_parameters_that_the_base_has_not_are_a_finding(bases: MakeBase, tmp_path: Path) -> None:
+def test_parameters_that_the_base_has_not_are_a_finding(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     """PEFT's `all-linear` lists those of the architecture's experts, whether or not there are."""
-    base = bases("llama", **BIAS)
-    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
     edit(adapter, target_parameters=["gate_up_proj", "gate.weight"])
 
-    adapters = ((adapter, 1.0),)
-    result = merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
+    result = run(base, adapter, tmp_path / "out")
 
     assert "does not have: gate_up_proj, gate.weight" in result["findings"][0]
     wanted = unmerged(base, "llama", adapter)
@@ -102,14 +108,11 @@ def test_parameters_that_the_base_has_not_are_a_finding(bases: MakeBase, tmp_pat
     ],
 )
 def test_the_finding_shows_the_settings(
-    edits: dict[str, Any], said: str, bases: MakeBase, tmp_path: Path
+    edits: dict[str, Any], said: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    base = bases("llama", **BIAS)
-    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
     edit(adapter, **edits)
-    request = MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out")
     try:
-        text = " ".join(merge(request)["findings"])
+        text = " ".join(run(base, adapter, tmp_path / "out")["findings"])
     except InputRefused as error:
         text = error.message
 
@@ -117,12 +120,13 @@ def test_the_finding_shows_the_settings(
     assert "()" not in text
 
 
-def test_an_adapter_of_which_nothing_remains_is_refused(bases: MakeBase, tmp_path: Path) -> None:
-    adapter = train(bases("llama"), "llama", tmp_path / "adapter", LoraConfig(**LORA))
+def test_an_adapter_of_which_nothing_remains_is_refused(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     edit(adapter, exclude_modules=r".*layers.*")
 
     with pytest.raises(InputRefused, match="changes nothing: 12 tensors are left out"):
-        merge(MergeRequest(base=bases("llama"), adapters=((adapter, 1.0),), out=tmp_path / "out"))
+        run(base, adapter, tmp_path / "out")
 
 
 PLAIN = [name for name, (trained, _) in CASES.items() if isinstance(trained, LoraConfig)]
@@ -130,10 +134,9 @@ PLAIN = [name for name, (trained, _) in CASES.items() if isinstance(trained, Lor
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_for_engines_that_would_use_them_such_adapters_are_refused(
-    name: str, bases: MakeBase, tmp_path: Path
+    name: str, base: Path, tmp_path: Path
 ) -> None:
     trained, edits = CASES[name]
-    base = bases("llama", **BIAS)
     adapter = train(base, "llama", tmp_path / "adapter", trained)
     require_all_targeted(base, adapter)
     edit(adapter, **edits)
@@ -143,11 +146,9 @@ def test_for_engines_that_would_use_them_such_adapters_are_refused(
 
 
 def test_a_target_may_have_the_name_that_transformers_gives_a_module(
-    bases: MakeBase, tmp_path: Path
+    base: Path, adapter: Path
 ) -> None:
     """The adapter's file has the names of an older version, its configuration the newer ones."""
-    base = bases("llama", **BIAS)
-    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
     path = adapter / "adapter_model.safetensors"
     save_file(
         {key.replace("model.model.", "model."): t for key, t in load_file(path).items()}, path
@@ -178,17 +179,14 @@ UNSET: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSET)
-def test_weights_without_their_setting_are_refused(
-    name: str, bases: MakeBase, tmp_path: Path
-) -> None:
+def test_weights_without_their_setting_are_refused(name: str, base: Path, tmp_path: Path) -> None:
     """PEFT ignores them, and the rest is not what was trained."""
     options, edits, said = UNSET[name]
-    base = bases("llama", **BIAS)
     adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA | options))
     edit(adapter, **edits)
 
     with pytest.raises(InputRefused, match=said):
-        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out"))
+        run(base, adapter, tmp_path / "out")
 
 
 def edit(adapter: Path, **values: Any) -> None:

@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.names import loaded_names
 
-from tests.unit.merging.oracle import MakeBase, check
+from tests.unit.merging.oracle import Case, MakeBase, case, check
 
 TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
 
@@ -109,30 +109,26 @@ def test_a_parts_names_are_renamed_below_it_alone() -> None:
 
 STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ALL = {"target_modules": "all-linear"}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "nemotron": ("nemotron_h", {"target_modules": ["in_proj", "up_proj", "down_proj", "k_proj"]}),
-    "nemotron-embedding": ("nemotron_h", {"target_modules": ["embeddings", "q_proj"]}),
-    "nemotron-saved": (
-        "nemotron_h",
-        {"target_modules": ["q_proj"], "modules_to_save": ["norm_f", "embeddings"]},
+CASES: dict[str, Case] = {
+    "nemotron": case("nemotron_h", "in_proj", "up_proj", "down_proj", "k_proj"),
+    "nemotron-embedding": case("nemotron_h", "embeddings", "q_proj"),
+    "nemotron-saved": case("nemotron_h", "q_proj", modules_to_save=["norm_f", "embeddings"]),
+    "nemotron-experts": case(
+        "nemotron_h", target_parameters=["experts.up_proj", "experts.down_proj"]
     ),
-    "nemotron-experts": (
-        "nemotron_h",
-        {"target_modules": []} | {"target_parameters": ["experts.up_proj", "experts.down_proj"]},
-    ),
-    "granite-experts": ("granitemoe", {"target_modules": ["q_proj"]} | STACKED),
-    "aria-experts": ("aria", {"target_modules": ["q_proj"]} | STACKED),
-    "shared-experts": ("hy_v3", ALL | {"use_dora": True}),
-    "split": ("hrm_text", ALL | {"use_rslora": True, "rank_pattern": {"up_proj": 2}}),
-    "one-of-four": ("hrm_text", {"target_modules": ["v_proj"]}),
-    "split-by-size": ("sarvam_moe", {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
-    "first-and-last": ("sarvam_moe", {"target_modules": ["q_proj", "v_proj", "o_proj"]}),
+    "granite-experts": case("granitemoe", "q_proj", **STACKED),
+    "aria-experts": case("aria", "q_proj", **STACKED),
+    "shared-experts": case("hy_v3", **ALL, use_dora=True),
+    "split": case("hrm_text", **ALL, use_rslora=True, rank_pattern={"up_proj": 2}),
+    "one-of-four": case("hrm_text", "v_proj"),
+    "split-by-size": case("sarvam_moe", "q_proj", "k_proj", "v_proj"),
+    "first-and-last": case("sarvam_moe", "q_proj", "v_proj", "o_proj"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
-    kind, lora = CASES[name]
+    kind, _, lora = CASES[name]
 
     check(bases(kind), kind, tmp_path, lora)
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging import engine
-from weightsmith.merging.engine import MergeRequest, merge
 
+from tests.unit.merging.oracle import run as merge_all
 from tests.unit.merging.tensors import delta, random, save
 
 Q = "model.layers.0.q_proj"
@@ -49,9 +49,8 @@ def saved(folder: Path) -> tuple[Path, torch.Tensor]:
 
 def run(tmp_path: Path, parts: list[tuple[Path, float]], **options: Any) -> torch.Tensor:
     base = save(tmp_path / "base", {f"{Q}.weight": W}, model_type="llama")
-    out = tmp_path / "out"
-    merge(MergeRequest(base=base, adapters=tuple(parts), out=out, **options))
-    return load_file(out / "model.safetensors")[f"{Q}.weight"]
+    merge_all(base, parts, tmp_path / "out", **options)
+    return load_file(tmp_path / "out" / "model.safetensors")[f"{Q}.weight"]
 
 
 @pytest.mark.parametrize("kinds", [(directed, plain), (plain, saved), (directed, saved)])
@@ -73,15 +72,18 @@ def test_one_weighted_dora_is_a_part_of_its_change(tmp_path: Path) -> None:
     torch.testing.assert_close(found.double(), W.double() + 0.25 * change, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_bytes_of_computed_tensors_do_not_depend_on_workers(workers: int, tmp_path: Path) -> None:
+def test_bytes_of_computed_tensors_do_not_depend_on_workers_or_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, _ = directed(tmp_path / "adapter")
-    (tmp_path / "other").mkdir()
+    found = []
+    for workers, block in ((2, engine.BLOCK), (1, engine.BLOCK), (3, 5)):
+        monkeypatch.setattr(engine, "BLOCK", block)
+        (tmp_path / str(workers)).mkdir()
+        found.append(run(tmp_path / str(workers), [(path, 1.0)], workers=workers))
 
-    one = run(tmp_path, [(path, 1.0)], workers=2)
-    two = run(tmp_path / "other", [(path, 1.0)], workers=workers)
-
-    assert torch.equal(one, two)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_tokens_of_two_adapters(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_tokens_of_two_adapters(tmp_path: Path) -> None:
         parts.append((made, places, rows))
     out = tmp_path / "out"
 
-    merge(MergeRequest(base=base, adapters=tuple((made, 1.0) for made, _, _ in parts), out=out))
+    merge_all(base, [(made, 1.0) for made, _, _ in parts], out)
 
     wanted = words.double()
     for _, places, rows in parts:
@@ -125,26 +127,13 @@ def test_weighted_tokens_on_the_adapters_own_copy(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
 
-    merge(MergeRequest(base=base, adapters=((path, 0.5),), out=out))
+    merge_all(base, [(path, 0.5)], out)
 
     changed = copy.double()
     changed[[1, 5]] = rows.double()
     found = load_file(out / "model.safetensors")[f"{name}.weight"]
     wanted = (words.double() + changed) / 2
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
-
-
-def test_bytes_of_computed_tensors_do_not_depend_on_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = directed(tmp_path / "adapter")
-    (tmp_path / "other").mkdir()
-    one = run(tmp_path, [(path, 1.0)])
-    monkeypatch.setattr(engine, "BLOCK", 5)
-
-    two = run(tmp_path / "other", [(path, 1.0)])
-
-    assert torch.equal(one, two)
 
 
 def test_factors_of_a_module_that_is_saved_as_a_whole_are_left_out(tmp_path: Path) -> None:
@@ -177,17 +166,12 @@ def test_a_whole_weight_beside_factors_is_refused(tmp_path: Path) -> None:
 def test_trained_tensors_that_diverged_are_refused(
     value: float, where: str, tmp_path: Path
 ) -> None:
-    bad = torch.full((6, 4), value) if where == "saved" else torch.full((6,), value)
     if where == "saved":
-        path = adapter(
-            tmp_path / "adapter",
-            {f"{Q}.weight": bad},
-            modules_to_save=["q_proj"],
-            target_modules=[],
-        )
+        tensors, config = {f"{Q}.weight": W * value}, {"modules_to_save": ["q_proj"]}
     else:
-        tensors = factors() | {f"{Q}.lora_magnitude_vector": bad}
-        path = adapter(tmp_path / "adapter", tensors, use_dora=True)
+        tensors = factors() | {f"{Q}.lora_magnitude_vector": M * value}
+        config = {"use_dora": True}
+    path = adapter(tmp_path / "adapter", tensors, **config)
 
     with pytest.raises(InputRefused, match="NaN or infinite"):
         run(tmp_path, [(path, 1.0)])

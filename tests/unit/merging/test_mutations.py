@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,181 +9,104 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.merging import base as base_module
-from weightsmith.merging import blocks, claims, compose, plan
+from weightsmith.merging import blocks, compose, plan
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.families import experts, lora, tokens
 
 from tests.unit.merging import test_layouts, test_variants
 
-Patch = pytest.MonkeyPatch
+Mutate = Callable[[pytest.MonkeyPatch], None]
 
 
-def each_term(change: Callable[[Any], Any]) -> Callable[[Patch], None]:
-    """Change every low-rank term of a plan."""
-
-    def mutate(patch: Patch) -> None:
-        made = claims.claims_of
-
-        def changed(view: Any) -> list[Any]:
-            return [
-                replace(claim, terms=tuple(change(term) for term in claim.terms))
-                for claim in made(view)
-            ]
-
-        patch.setattr(plan, "claims_of", changed)
-
-    return mutate
+def wrapped(owner: Any, name: str, change: Callable[..., Any]) -> Mutate:
+    """Put what calls the original, its first argument, into its place."""
+    own = getattr(owner, name)
+    return lambda patch: patch.setattr(owner, name, lambda *a, **k: change(own, *a, **k))
 
 
-def unscaled_bias(patch: Patch) -> None:
-    made = lora._bias
-    patch.setattr(lora, "_bias", lambda view, group, scaling: made(view, group, 1.0))
+def each_term(change: Callable[[Any], Any]) -> Mutate:
+    def changed(own: Any, view: Any) -> list[Any]:
+        return [replace(c, terms=tuple(change(term) for term in c.terms)) for c in own(view)]
+
+    return wrapped(plan, "claims_of", changed)
 
 
-def dora_without_lengths(patch: Patch) -> None:
-    begin = lora.Dora.begin
-
-    def plain(change: Any, output: Any, files: Any) -> Any:
-        begin(change, output, files)
-        add = lora.adder(change.term, files)
-        return lambda first, count: lora._sum(output, files, add, first, count)
-
-    patch.setattr(lora.Dora, "begin", plain)
+def without_lengths(own: Any, dora: Any, output: Any, files: Any) -> Any:
+    own(dora, output, files)
+    add = lora.adder(dora.term, files)
+    return lambda first, count: lora._sum(output, files, add, first, count)
 
 
-def dora_of_the_other_axis(patch: Patch) -> None:
-    made = lora.Dora
-    patch.setattr(lora, "Dora", lambda **w: made(**w | {"by_column": not w["by_column"]}))
-
-
-def kasa_that_keeps_the_base(patch: Patch) -> None:
+def kasa_that_keeps_the_base(patch: pytest.MonkeyPatch) -> None:
     from numpy import linalg
 
-    svd = linalg.svd
-
-    def none(*a: Any, **k: Any) -> Any:
-        u, s, v = svd(*a, **k)
+    def none(own: Any, *args: Any, **options: Any) -> Any:
+        u, s, v = own(*args, **options)
         return u, s * 0, v
 
-    patch.setattr(linalg, "svd", none)
+    wrapped(linalg, "svd", none)(patch)
 
 
-def blocks_not_on_the_diagonal(patch: Patch) -> None:
-    patch.setattr(lora, "_blocks", lambda view, group: (1, 1))
+def head_for_embedding(own: Any, view: Any) -> list[Any]:
+    tie = view.tie
+    return [
+        replace(claim, target=tie.embedding) if claim.target == tie.head else claim
+        for claim in own(view)
+    ]
 
 
-def tokens_in_another_order(patch: Patch) -> None:
-    places = tokens._places
-    patch.setattr(tokens, "_places", lambda view, module: places(view, module)[::-1])
+def slowest_in_b(own: Any, view: Any, name: str, stack: Any, pair: Any) -> Any:
+    rank = pair.a.shape[0] // experts._count(view, stack)
+
+    def contiguous(term: Any, place: int) -> Any:
+        columns = slice(place * rank, (place + 1) * rank)
+        return replace(term, left=replace(term.left, columns=columns))
+
+    return {
+        target: tuple(contiguous(term, place) for place, term in enumerate(terms))
+        for target, terms in own(view, name, stack, pair).items()
+    }
 
 
-def replicas_of_the_wrong_layer(patch: Patch) -> None:
-    made = base_module.replicate
-
-    def shifted(tensors: Any, layers: Any) -> Any:
-        return made(tensors, tuple(layers[::-1]))
-
-    patch.setattr(plan, "replicate", shifted)
-
-
-def tied_for_both_uses(patch: Patch) -> None:
-    made = claims.claims_of
-
-    def both(view: Any) -> list[Any]:
-        return [replace(claim, both=True) for claim in made(view)]
-
-    patch.setattr(plan, "claims_of", both)
-
-
-def head_taken_for_the_embedding(patch: Patch) -> None:
-    made = claims.claims_of
-
-    def moved(view: Any) -> list[Any]:
-        tie = view.tie
-        return [
-            replace(claim, target=tie.embedding) if claim.target == tie.head else claim
-            for claim in made(view)
-        ]
-
-    patch.setattr(plan, "claims_of", moved)
-
-
-def experts_slowest_in_b(patch: Patch) -> None:
-    made = experts._terms
-
-    def wrong(view: Any, name: str, stack: Any, pair: Any) -> Any:
-        count = experts._count(view, stack)
-        rank = pair.a.shape[0] // count
-
-        def contiguous(term: Any, place: int) -> Any:
-            return replace(
-                term,
-                left=replace(term.left, columns=slice(place * rank, (place + 1) * rank)),
-            )
-
-        return {
-            target: tuple(contiguous(term, place) for place, term in enumerate(terms))
-            for target, terms in made(view, name, stack, pair).items()
-        }
-
-    patch.setattr(experts, "_terms", wrong)
-
-
-def gate_and_up_exchanged(patch: Patch) -> None:
+def gate_and_up_exchanged(patch: pytest.MonkeyPatch) -> None:
     pieces = {"gate_up_proj": (("up_proj", "gate_proj"),), "down_proj": (("down_proj",),)}
     patch.setattr(experts, "_PIECES", pieces)
 
 
-def replaced_tensors_kept(patch: Patch) -> None:
-    made = compose._single
-
-    def kept(plain: Any, some: Any) -> Any:
-        return replace(made(plain, some), source=plain.source, shape=plain.shape)
-
-    patch.setattr(compose, "_single", kept)
-
-
-def patches_forgotten(patch: Patch) -> None:
-    patch.setattr(blocks, "patched", lambda patches, files, weight, first: weight)
-
-
-def rank_stabilised_as_plain(patch: Patch) -> None:
-    view_factor = AdapterView.factor
-    patch.setattr(AdapterView, "factor", lambda view, s: view_factor(view, s / 2))
-
-
-MUTATIONS: list[tuple[str, Callable[[Patch], None]]] = [
-    ("rslora", rank_stabilised_as_plain),
+other_axis = wrapped(lora, "Dora", lambda own, **w: own(**w | {"by_column": not w["by_column"]}))
+tensors_kept = wrapped(
+    compose,
+    "_single",
+    lambda own, plain, some: replace(own(plain, some), source=plain.source, shape=plain.shape),
+)
+MUTATIONS: list[tuple[str, Mutate]] = [
+    ("rslora", wrapped(AdapterView, "term", lambda own, v, b, a, s, *f: own(v, b, a, s / 2, *f))),
     ("patterns", each_term(lambda term: replace(term, factor=-term.factor))),
-    ("dora", dora_without_lengths),
-    ("dora", dora_of_the_other_axis),
-    ("dora-embedding", dora_of_the_other_axis),
-    ("lora-bias", unscaled_bias),
-    ("bias-all", replaced_tensors_kept),
-    ("modules-to-save", replaced_tensors_kept),
-    ("tokens", tokens_in_another_order),
-    ("tokens", patches_forgotten),
+    ("dora", wrapped(lora.Dora, "begin", without_lengths)),
+    ("dora", other_axis),
+    ("dora-embedding", other_axis),
+    ("lora-bias", wrapped(lora, "_bias", lambda own, view, group, _: own(view, group, 1.0))),
+    ("bias-all", tensors_kept),
+    ("modules-to-save", tensors_kept),
+    ("tokens", wrapped(tokens, "_places", lambda own, view, module: own(view, module)[::-1])),
+    ("tokens", wrapped(blocks, "patched", lambda own, patches, files, weight, first: weight)),
     ("kasa", kasa_that_keeps_the_base),
-    ("bdlora-b", blocks_not_on_the_diagonal),
-    ("replication", replicas_of_the_wrong_layer),
-    ("tied-embedding", tied_for_both_uses),
-    ("tied-head", head_taken_for_the_embedding),
+    ("bdlora-b", wrapped(lora, "_blocks", lambda own, view, group: (1, 1))),
+    ("replication", wrapped(plan, "replicate", lambda own, some, rows: own(some, rows[::-1]))),
+    (
+        "tied-embedding",
+        wrapped(plan, "claims_of", lambda own, view: [replace(c, both=True) for c in own(view)]),
+    ),
+    ("tied-head", wrapped(plan, "claims_of", head_for_embedding)),
 ]
 
 
-def ids(cases: list[Any]) -> list[str]:
-    return [f"{case[0]}-{getattr(case[-1], '__name__', 'term')}" for case in cases]
-
-
 @pytest.mark.grid(6)
-@pytest.mark.parametrize(("name", "mutate"), MUTATIONS, ids=ids(MUTATIONS))
+@pytest.mark.parametrize(
+    ("name", "mutate"), MUTATIONS, ids=[f"{n}-{name}" for n, (name, _) in enumerate(MUTATIONS)]
+)
 def test_a_broken_variant_fails_its_test(
-    name: str,
-    mutate: Callable[[Patch], None],
-    bases: Any,
-    tmp_path: Path,
-    monkeypatch: Patch,
+    name: str, mutate: Mutate, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutate(monkeypatch)
 
@@ -192,8 +114,8 @@ def test_a_broken_variant_fails_its_test(
         test_variants.test_llama(name, bases, tmp_path)
 
 
-STACKS: list[tuple[Callable[..., None], Callable[[Patch], None]]] = [
-    (test_layouts.test_stacked_experts, experts_slowest_in_b),
+STACKS: list[tuple[Callable[..., None], Mutate]] = [
+    (test_layouts.test_stacked_experts, wrapped(experts, "_terms", slowest_in_b)),
     (
         lambda folder: test_layouts.test_stacked_factors_on_single_experts(
             test_layouts.EXPERTS, ("gate_proj", "up_proj", "down_proj"), folder
@@ -213,10 +135,9 @@ STACKS: list[tuple[Callable[..., None], Callable[[Patch], None]]] = [
 
 @pytest.mark.parametrize(("test", "mutate"), STACKS, ids=range(len(STACKS)))
 def test_broken_experts_fail_their_test(
-    test: Callable[..., None], mutate: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
+    test: Callable[..., None], mutate: Mutate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        mutate(monkeypatch)
+    mutate(monkeypatch)
 
     with pytest.raises((AssertionError, WeightsmithError)):
         test(tmp_path)

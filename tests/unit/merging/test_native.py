@@ -64,40 +64,47 @@ def test_most_elements_are_decided_at_once(lanes):
     assert len(undecided) < weight.size / 100
 
 
-@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
-def test_a_base_that_is_not_finite_is_refused(wrong, lanes):
+@pytest.mark.parametrize(
+    ("wrong", "base", "out", "said"),
+    [
+        *(
+            (value, BF16, BF16, "the base's tensor has NaN or infinite")
+            for value in (np.inf, -np.inf, np.nan)
+        ),
+        (1e5, F32, F16, "overflows float16"),
+    ],
+)
+def test_a_base_that_is_not_finite_and_a_sum_that_overflows_are_refused(
+    wrong, base, out, said, lanes
+):
     random = np.random.default_rng(2)
-    made = kernel.prepare("tensor", factors(random, 8, 4, 40), BF16)
-    weight = random.standard_normal((8, 40)).astype(BF16)
+    made = kernel.prepare("tensor", factors(random, 8, 4, 40), out)
+    weight = random.standard_normal((8, 40)).astype(base)
     weight[5, 39] = wrong
-    with pytest.raises(InputRefused, match="the base's tensor has NaN or infinite values"):
+    with pytest.raises(InputRefused, match=said):
         merged(made, weight, 0)
 
 
-def test_a_sum_that_overflows_is_refused(lanes):
-    random = np.random.default_rng(3)
-    made = kernel.prepare("tensor", factors(random, 8, 4, 40), F16)
-    weight = random.standard_normal((8, 40)).astype(F32)
-    weight[5, 39] = 1e5
-    with pytest.raises(InputRefused, match="overflows float16"):
-        merged(made, weight, 0)
-
-
-def test_products_for_repairs(lanes):
+@pytest.mark.parametrize("order", "CF")
+def test_products_for_repairs(order, lanes):
     random = np.random.default_rng(4)
     some = factors(random, 30, 37, 50)
     rows, columns = random.integers(0, 30, 400), random.integers(0, 50, 400)
-    found = native.dot_products(some.left, some.columns, some.gains, rows, columns)
+    left, right = np.asarray(some.left, order=order), np.asarray(some.columns, order=order)
+    gains = some.gains if order == "C" else np.repeat(some.gains, 2)[::2]
+    found = native.dot_products(left, right, gains, rows, columns)
     exact = ((some.left * some.gains) @ some.right.astype(np.float64))[rows, columns]
     assert np.allclose(found, exact, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("orders", ["CC", "CF", "FC"])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-def test_projections_for_the_proof(dtype, lanes, monkeypatch):
+def test_projections_for_the_proof(dtype, orders, lanes, monkeypatch):
     random = np.random.default_rng(5)
     weights = random.standard_normal((7, 301)).astype(dtype)
     signs = random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1
-    ours = sketch.project(weights, signs)
+    given = (np.asarray(a, order=o) for a, o in zip((weights, signs), orders, strict=True))
+    ours = sketch.project(*given)
     monkeypatch.setattr(library, "found", lambda: None)
     for one, other in zip(ours, sketch.project(weights, signs), strict=True):
         assert one.shape == other.shape
@@ -124,30 +131,6 @@ def test_factors_and_weights_in_fortran_order_merge_to_the_same_bits(lanes):
     expected = merged(kernel.prepare("tensor", plain, BF16), weight, 0)
     found = merged(kernel.prepare("tensor", turned, BF16), np.asfortranarray(weight), 0)
     assert np.array_equal(found, expected)
-
-
-def test_products_of_factors_in_fortran_order(lanes):
-    random = np.random.default_rng(7)
-    some = factors(random, 30, 37, 50)
-    rows, columns = random.integers(0, 30, 400), random.integers(0, 50, 400)
-    left, right = np.asfortranarray(some.left), np.asfortranarray(some.columns)
-    gains = np.repeat(some.gains, 2)[::2]
-    found = native.dot_products(left, right, gains, rows, columns)
-    exact = ((some.left * some.gains) @ some.right.astype(np.float64))[rows, columns]
-    assert np.allclose(found, exact, rtol=0, atol=1e-15)
-
-
-@pytest.mark.parametrize("wrong", ["weights", "signs"])
-def test_projections_of_arrays_in_fortran_order(wrong, lanes):
-    random = np.random.default_rng(8)
-    arrays = {
-        "weights": random.standard_normal((7, 301)).astype(BF16),
-        "signs": random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1,
-    }
-    weights, signs = (array.astype(np.float64) for array in arrays.values())
-    squares, products = native.project_rows(**arrays | {wrong: np.asfortranarray(arrays[wrong])})
-    assert np.allclose(squares, (weights**2).sum(1), rtol=1e-5)
-    assert np.allclose(products, weights @ signs.T, rtol=1e-5, atol=1e-4)
 
 
 def test_two_adapters_on_transposed_layers(make_model, make_adapter, tmp_path, monkeypatch):

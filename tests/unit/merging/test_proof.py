@@ -80,31 +80,25 @@ def test_a_wrong_sum_is_caught(
         check(shard, path)
 
 
-def test_a_wrong_copy_is_caught(merged: tuple[OutputShard, Path]) -> None:
+def test_a_wrong_copy_and_a_missing_tensor_are_caught(merged: tuple[OutputShard, Path]) -> None:
     shard, path = merged
     rows_of(path, "transformer.wte.weight")[95, 31] ^= 1
 
     with pytest.raises(CheckFailed, match=r"wte\.weight was written wrongly: 1 of"):
         check(shard, path)
+    with pytest.raises(CheckFailed, match="its header differs from the plan"):
+        check(replace(shard, outputs=shard.outputs[1:]), path)
 
 
 def test_a_wrong_scaling_is_caught(merged: tuple[OutputShard, Path]) -> None:
     shard, path = merged
-
-    def scaled(output: Any) -> Any:
-        return replace(
-            output, terms=tuple(replace(t, factor=t.factor * 1.01) for t in output.terms)
-        )
+    scaled = [
+        replace(output, terms=tuple(replace(t, factor=t.factor * 1.01) for t in output.terms))
+        for output in shard.outputs
+    ]
 
     with pytest.raises(CheckFailed, match="was written wrong"):
-        check(replace(shard, outputs=tuple(scaled(o) for o in shard.outputs)), path)
-
-
-def test_a_missing_tensor_is_caught(merged: tuple[OutputShard, Path]) -> None:
-    shard, path = merged
-
-    with pytest.raises(CheckFailed, match="its header differs from the plan"):
-        check(replace(shard, outputs=shard.outputs[1:]), path)
+        check(replace(shard, outputs=tuple(scaled)), path)
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.999])

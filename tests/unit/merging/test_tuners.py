@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging import blocks, peft_layers
 from weightsmith.merging.adapter_config import REFUSED
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.families import families
 from weightsmith.merging.families.tuners import _BY_ROWS, FAMILY
 
-from tests.unit.merging.conftest import config_of
 from tests.unit.merging.models import model_class
-from tests.unit.merging.oracle import MakeBase, answers, merged, save_adapter
+from tests.unit.merging.oracle import Case, MakeBase, answers, case, merged, run, save_adapter
 
 TARGETS = ["q_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
@@ -59,63 +58,58 @@ CASES: dict[str, dict[str, Any]] = {
 }
 BIAS = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
-ODD: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "convolutions": ("cnn", {}, "LOHA", {"target_modules": ["convolution"], "r": 4}),
+ODD: dict[str, tuple[str, Case]] = {
+    "convolutions": ("LOHA", case("cnn", "convolution", r=4)),
     "convolutions-effective": (
-        "cnn",
-        {},
         "LOKR",
-        {"target_modules": ["convolution"], "r": 4, "use_effective_conv2d": True},
+        case("cnn", "convolution", r=4, use_effective_conv2d=True),
     ),
-    "kronecker": ("llama", {}, "LOKR", {"r": 4, "decompose_both": True, "decompose_factor": 4}),
-    "patterns": ("llama", {}, "LOHA", {"target_modules": r".*1\..*q_proj", "r": 4, "alpha": 3}),
-    "vision": ("vit", {}, "BOFT", {"target_modules": ["q_proj", "fc1"], "boft_block_size": 4}),
-    "two-stacks": (
-        "t5",
-        {},
-        "UNILORA",
-        {"target_modules": ["q", "wo"], "r": 4, "theta_d_length": 64},
+    "kronecker": (
+        "LOKR",
+        case("llama", *TARGETS, r=4, decompose_both=True, decompose_factor=4),
     ),
-    "embedding": ("llama", TIED, "HIRA", {"target_modules": ["embed_tokens"], "r": 4}),
-    "positions": ("gpt2", {}, "HIRA", {"target_modules": ["wpe"], "r": 4}),
+    "patterns": ("LOHA", case("llama", target_modules=r".*1\..*q_proj", r=4, alpha=3)),
+    "vision": ("BOFT", case("vit", "q_proj", "fc1", boft_block_size=4)),
+    "two-stacks": ("UNILORA", case("t5", "q", "wo", r=4, theta_d_length=64)),
+    "embedding": ("HIRA", case("llama", "embed_tokens", base=TIED, r=4)),
+    "positions": ("HIRA", case("gpt2", "wpe", r=4)),
+    "transposed": ("IA3", case("gpt2", "c_attn", "c_proj", feedforward_modules=["c_proj"])),
     "embedding-and-head": (
-        "llama",
-        TIED,
         "OFT",
-        {"target_modules": ["embed_tokens", "lm_head"], "oft_block_size": 8, "r": 0},
+        case("llama", "embed_tokens", "lm_head", base=TIED, oft_block_size=8, r=0),
     ),
-    "tied-head": ("llama", TIED, "LOHA", {"target_modules": ["lm_head"], "r": 4}),
-    "untied-head": ("llama", {}, "LOHA", {"target_modules": ["lm_head"], "r": 4}),
-    "tied-head-shared": ("llama", TIED, "VERA", {"target_modules": ["lm_head", "q_proj"], "r": 8}),
+    "tied-head": ("LOHA", case("llama", "lm_head", base=TIED, r=4)),
+    "untied-head": ("LOHA", case("llama", "lm_head", r=4)),
+    "tied-head-shared": ("VERA", case("llama", "lm_head", "q_proj", base=TIED, r=8)),
     "tied-head-without-tensors": (
-        "llama",
-        TIED,
         "UNILORA",
-        {"target_modules": ["q_proj", "lm_head"], "r": 4, "theta_d_length": 64},
+        case("llama", "q_proj", "lm_head", base=TIED, r=4, theta_d_length=64),
     ),
-    "beside-experts": ("qwen3_moe", {}, "LOHA", {"r": 4}),
-    "saved": ("llama", TIED, "VERA", {"r": 8, "modules_to_save": ["lm_head", "norm"]}),
-    "its-biases": ("llama", BIAS, "BOFT", {"boft_block_size": 4, "bias": "boft_only"}),
-    "shared-and-biases": ("llama", BIAS, "VERA", {"r": 8, "bias": "vera_only"}),
-    "all-biases": ("llama", BIAS, "GLORA", {"r": 4, "bias": "all"}),
-    "cancelling-sums": ("llama", BIAS, "RANDLORA", {"r": 4, "bias": "all"}),
-    "shared-out": ("llama", {}, "WAVEFT", {"n_frequency": 20, "proportional_parameters": True}),
+    "beside-experts": ("LOHA", case("qwen3_moe", *TARGETS, r=4)),
+    "saved": ("VERA", case("llama", *TARGETS, base=TIED, r=8, modules_to_save=["lm_head", "norm"])),
+    "its-biases": (
+        "BOFT",
+        case("llama", *TARGETS, base=BIAS, boft_block_size=4, bias="boft_only"),
+    ),
+    "shared-and-biases": ("VERA", case("llama", *TARGETS, base=BIAS, r=8, bias="vera_only")),
+    "all-biases": ("GLORA", case("llama", *TARGETS, base=BIAS, r=4, bias="all")),
+    "cancelling-sums": ("RANDLORA", case("llama", *TARGETS, base=BIAS, r=4, bias="all")),
+    "shared-out": (
+        "WAVEFT",
+        case("llama", *TARGETS, n_frequency=20, proportional_parameters=True),
+    ),
     "batch-norms": (
-        "cnn",
-        {},
         "LORA",
-        {"target_modules": ["convolution"], "modules_to_save": ["normalization", "classifier"]},
+        case("cnn", "convolution", modules_to_save=["normalization", "classifier"]),
     ),
-    "frod": ("llama", {}, "FROD", {}),
-    "frod-transposed": ("gpt2", {}, "FROD", {"target_modules": ["c_attn", "c_proj"]}),
+    "frod": ("FROD", case("llama", *TARGETS)),
+    "frod-transposed": ("FROD", case("gpt2", "c_attn", "c_proj")),
     "tokens-of-a-head": (
-        "llama",
-        TIED,
         "TRAINABLE_TOKENS",
-        {"token_indices": [1, 4], "target_modules": ["lm_head"]},
+        case("llama", "lm_head", base=TIED, token_indices=[1, 4]),
     ),
 }
-"""Tuners where they are seldom put: architecture, its options, kind, options."""
+"""Tuners where they are seldom put."""
 MORE = [
     ("VERA", {"r": 8, "save_projection": False}),
     ("LOHA", {"r": 4, "layers_to_transform": [1]}),
@@ -133,23 +127,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def network(folder: Path, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+def network(folder: Path) -> Any:
+    return model_class("llama").from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tuners") / "base"
-    model = AutoModelForCausalLM.from_config(config_of("llama", attention_bias=True))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def base(bases: MakeBase) -> Path:
+    return bases("llama", attention_bias=True)
 
 
 def trained(base: Path, folder: Path, kind: str, options: dict[str, Any]) -> torch.Tensor:
@@ -163,7 +147,7 @@ def trained(base: Path, folder: Path, kind: str, options: dict[str, Any]) -> tor
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.1
-    model.eval().save_pretrained(folder)
+    save_adapter(model.eval(), folder)
     if options.get("save_only_topk_weights"):
         # What is saved is not what was trained: the judge is the adapter as it loads.
         from peft import PeftModel
@@ -176,10 +160,6 @@ def trained(base: Path, folder: Path, kind: str, options: dict[str, Any]) -> tor
 def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         return network(folder)(IDS).logits  # type: ignore[no-any-return]
-
-
-def run(base: Path, adapter: Path, out: Path, weight: float = 1.0) -> dict[str, Any]:
-    return merge(MergeRequest(base=base, adapters=((adapter, weight),), out=out, device="cpu"))
 
 
 @pytest.mark.grid(12)
@@ -202,16 +182,15 @@ def test_odd_places(name: str, bases: MakeBase, tmp_path: Path) -> None:
     from peft import PeftModel, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    architecture, model, kind, options = ODD[name]
+    kind, (architecture, model, options) = ODD[name]
     folder, adapter = bases(architecture, **model), tmp_path / "adapter"
     torch.manual_seed(1)
 
     def load() -> Any:
         return model_class(architecture).from_pretrained(folder, dtype=torch.float32)
 
-    # A list of its own: PEFT adds to the one that it gets.
-    options = {"target_modules": [*TARGETS]} | options
-    tuned = get_peft_model(load(), PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options))
+    # A copy: PEFT adds to the list that it gets.
+    tuned = get_peft_model(load(), PEFT_TYPE_TO_CONFIG_MAPPING[kind](**deepcopy(options)))
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.1
@@ -242,35 +221,11 @@ def test_every_method_of_peft_is_merged_or_refused() -> None:
 
     methods = {str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     merges = {kind for family in families() for kind in family.kinds}
-    tested = {*CASES, *(kind for _, _, kind, _ in ODD.values())}
+    tested = {*CASES, *(kind for kind, _ in ODD.values())}
 
     assert merges | set(REFUSED) == methods
     assert not merges & set(REFUSED)
     assert merges <= tested
-
-
-@pytest.mark.parametrize("kind", sorted(REFUSED))
-def test_methods_without_a_merge_are_refused(kind: str, base: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
-    save_file({"weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputRefused) as refused:
-        run(base, adapter, tmp_path / "out")
-    assert REFUSED[kind] in str(refused.value)
-    assert refused.value.hint
-
-
-def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of("gpt2"))
-    model.save_pretrained(tmp_path / "base")
-    options = {"target_modules": ["c_attn", "c_proj"], "feedforward_modules": ["c_proj"]}
-    wanted = trained(tmp_path / "base", tmp_path / "adapter", "IA3", options)
-    run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.grid(6)
@@ -303,37 +258,29 @@ def test_some_rows_at_a_time(
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR", "VERA", "FROD"])
 def test_bytes_do_not_depend_on_workers(kind: str, base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter", kind, CASES.get(kind, {}))
-    found = []
-    for workers in (1, 3):
-        out = tmp_path / str(workers)
-        request = MergeRequest(
-            base=base, adapters=((tmp_path / "adapter", 1.0),), out=out, workers=workers
-        )
-        found.append(merge(request)["shards"])
-    assert found[0] == found[1]
+    one, three = (
+        run(base, tmp_path / "adapter", tmp_path / str(n), workers=n)["shards"] for n in (1, 3)
+    )
+    assert one == three
 
 
 def test_sixteen_bits_are_rounded_once(base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter", "LOKR", CASES["LOKR"])
-    low = tmp_path / "low"
-    shutil.copytree(base, low)
+    found = {}
     tensors = {n: t.to(torch.bfloat16) for n, t in load_file(base / "model.safetensors").items()}
-    save_file(tensors, low / "model.safetensors", {"format": "pt"})
-    high = tmp_path / "high"
-    shutil.copytree(base, high)
-    wide = {name: tensor.float() for name, tensor in tensors.items()}
-    save_file(wide, high / "model.safetensors", {"format": "pt"})
-    run(low, tmp_path / "adapter", tmp_path / "out-low")
-    run(high, tmp_path / "adapter", tmp_path / "out-high")
-    found = load_file(tmp_path / "out-low" / "model.safetensors")
-    wanted = load_file(tmp_path / "out-high" / "model.safetensors")
-    assert all(torch.equal(t, wanted[n].to(torch.bfloat16)) for n, t in found.items())
+    for name, dtype in (("low", torch.bfloat16), ("high", torch.float32)):
+        shutil.copytree(base, tmp_path / name)
+        cast = {n: tensor.to(dtype) for n, tensor in tensors.items()}
+        save_file(cast, tmp_path / name / "model.safetensors", {"format": "pt"})
+        run(tmp_path / name, tmp_path / "adapter", tmp_path / f"out-{name}")
+        found[name] = load_file(tmp_path / f"out-{name}" / "model.safetensors")
+    assert all(torch.equal(t, found["high"][n].to(torch.bfloat16)) for n, t in found["low"].items())
 
 
 def test_a_weight_scales_the_change(base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter", "BOFT", CASES["BOFT"])
     run(base, tmp_path / "adapter", tmp_path / "whole")
-    run(base, tmp_path / "adapter", tmp_path / "half", 0.5)
+    run(base, [(tmp_path / "adapter", 0.5)], tmp_path / "half")
     before = load_file(base / "model.safetensors")
     whole, half = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "half"))
     for name, tensor in before.items():
@@ -341,21 +288,16 @@ def test_a_weight_scales_the_change(base: Path, tmp_path: Path) -> None:
         assert torch.allclose(half[name].double(), wanted, atol=1e-7)
 
 
-def test_missing_tensors_are_refused(base: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    trained(base, adapter, "LOHA", CASES["LOHA"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    key = next(name for name in tensors if name.endswith("hada_w2_b"))
-    del tensors[key]
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputRefused, match=r"missing or unknown .*hada_w2_b"):
-        run(base, adapter, tmp_path / "out")
-
-
-def test_another_rank_is_refused(base: Path, tmp_path: Path) -> None:
+def test_missing_tensors_and_another_rank_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     trained(base, adapter, "LOHA", {"r": 4})
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    path, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    config, tensors = json.loads(path.read_text()), load_file(weights)
+    path.write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(InputRefused, match="do not fit"):
         run(base, adapter, tmp_path / "out")
+    path.write_text(json.dumps(config))
+    del tensors[next(name for name in tensors if name.endswith("hada_w2_b"))]
+    save_file(tensors, weights)
+    with pytest.raises(InputRefused, match=r"missing or unknown .*hada_w2_b"):
+        run(base, adapter, tmp_path / "other")

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 import weightsmith.merging.tying as module
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.tying import find_tie
 
-from tests.unit.merging.oracle import save_adapter
+from tests.unit.merging.tensors import close, delta, random, run
 
 FILE = Path(module.__file__).with_name("tied_heads.json")
 TASKS = (
@@ -100,31 +97,19 @@ def test_the_shared_weight_and_its_head(
 
 def test_a_layer_with_the_name_of_another_models_head_is_no_head(tmp_path: Path) -> None:
     """Janus ties its head, and has layers called `proj_out`, as Whisper's head is."""
-    from peft import LoraConfig, get_peft_model
+    name, table = "model.generation_head.proj_out", "model.language_model.embed_tokens"
+    base = {f"{name}.weight": random(6, 4), f"{table}.weight": random(8, 4)}
+    a, b = random(2, 4), random(6, 2)
 
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    vision = small | {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
-    codes = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
-    config = transformers.JanusConfig(
-        text_config=small | {"num_attention_heads": 4, "vocab_size": 64, "num_key_value_heads": 4},
-        vision_config=vision | {"projection_dim": 32, "num_image_tokens": 4},
-        vq_config=codes
-        | {"num_patches": 2, "num_embeddings": 64}
-        | {"embed_dim": 8, "image_token_embed_dim": 32},
+    found = run(
+        tmp_path,
+        base,
+        {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b},
+        {"target_modules": [name]},
+        model_type="janus",
+        architectures=["JanusForConditionalGeneration"],
         tie_word_embeddings=True,
     )
-    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    torch.manual_seed(0)
-    model = transformers.JanusForConditionalGeneration(config)
-    model.save_pretrained(base)
-    name = "model.generation_head.proj_out"
-    before = model.get_submodule(name).weight.detach().clone()
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=[name], init_lora_weights=False))
-    delta = tuned.base_model.model.get_submodule(name).get_delta_weight("default").detach()
-    save_adapter(tuned, adapter)
 
-    result = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
-
-    assert result["findings"] == []
-    found = load_file(out / "model.safetensors")[f"{name}.weight"]
-    torch.testing.assert_close(found, before + delta)
+    assert found.keys() == base.keys()
+    close(found[f"{name}.weight"], base[f"{name}.weight"].double() + delta(a, b))

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.families import families
 
-from tests.unit.merging import test_layouts, test_loading, test_tuners
-from tests.unit.merging.oracle import MakeBase, check
+from tests.unit.merging import test_layouts, test_loading, test_odd_adapters, test_tuners
+from tests.unit.merging.oracle import Case, MakeBase, case, check, run, save_adapter
 
 Q = {"target_modules": ["q_proj", "v_proj"]}
 TIED = {"tie_word_embeddings": True}
@@ -34,23 +33,23 @@ def blocks(where: str) -> dict[str, Any]:
     }
 
 
+EMBEDDING = {"target_modules": ["embed_tokens", "q_proj"]}
+HEAD = {"target_modules": ["lm_head"]}
+ONCE = {"ensure_weight_tying": True}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rslora": ({}, Q | {"use_rslora": True}),
     "patterns": ({}, Q | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     "dora": ({}, Q | {"use_dora": True}),
-    "dora-embedding": ({}, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
-    "dora-head": ({}, {"target_modules": ["lm_head"], "use_dora": True}),
+    "dora-embedding": ({}, EMBEDDING | {"use_dora": True}),
+    "dora-head": ({}, HEAD | {"use_dora": True}),
     "lora-bias": (BIASED, Q | {"lora_bias": True}),
     "bias-all": (BIASED, Q | {"bias": "all"}),
     "bias-lora-only": (BIASED, Q | {"bias": "lora_only"}),
     "modules-to-save": ({}, Q | {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
-    "embedding": ({}, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "head": ({}, {"target_modules": ["lm_head"]}),
+    "embedding": ({}, EMBEDDING),
+    "head": ({}, HEAD),
     "tokens": ({}, Q | {"trainable_token_indices": [1, 5, 17]}),
-    "tokens-both": (
-        {},
-        Q | {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}},
-    ),
+    "tokens-both": ({}, Q | {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}}),
     "kasa": ({}, Q | {"kasa_config": ("KasaConfig", {})}),
     "bdlora-a": ({}, Q | blocks("target_modules_bd_a")),
     "bdlora-b": ({}, Q | blocks("target_modules_bd_b")),
@@ -59,21 +58,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "monteclora": ({}, Q | {"monteclora_config": ("MontecloraConfig", {})}),
     "orthogonal": ({}, Q | {"init_lora_weights": "orthogonal"}),
     "replication": ({}, Q | {"layer_replication": [[0, 2], [1, 2], [0, 1]]}),
-    "tied-embedding": (TIED, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "tied-embedding-once": (
-        TIED,
-        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
-    ),
+    "tied-embedding": (TIED, EMBEDDING),
+    "tied-embedding-once": (TIED, EMBEDDING | ONCE),
     "tied-head": (TIED, {"target_modules": ["lm_head", "q_proj"]}),
-    "tied-head-once": (TIED, {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "tied-head-once": (TIED, HEAD | ONCE),
     "tied-both": (TIED, {"target_modules": ["lm_head", "embed_tokens"]}),
     "tied-dora": (TIED, {"target_modules": ["embed_tokens"], "use_dora": True}),
     "tied-saved": (TIED, Q | {"modules_to_save": ["embed_tokens"]}),
     "tied-saved-head": (TIED, Q | {"modules_to_save": ["lm_head"]}),
-    "tied-saved-once": (
-        TIED,
-        Q | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    ),
+    "tied-saved-once": (TIED, Q | {"modules_to_save": ["embed_tokens"]} | ONCE),
     "tied-tokens": (TIED, Q | {"trainable_token_indices": [1, 5, 17]}),
 }
 UNTIED = {"tied-embedding", "tied-head", "tied-both", "tied-dora", "tied-saved", "tied-saved-head"}
@@ -98,67 +91,37 @@ def test_llama(name: str, bases: MakeBase, tmp_path: Path) -> None:
     assert ("lm_head.weight" in names) != config["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize("model", [{}, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize(
-    "lora",
-    [
-        Q,
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        Q | {"trainable_token_indices": [1, 93, 97]},
-    ],
-    ids=["plain", "embedding", "tokens"],
-)
-def test_resized_vocabularies(
-    model: dict[str, Any], lora: dict[str, Any], bases: MakeBase, tmp_path: Path
-) -> None:
-    if not model and "embed_tokens" in lora["target_modules"]:
-        # PEFT saves the embedding alone, and the head's new rows are lost.
-        with pytest.raises(InputRefused, match="the adapter resizes only"):
-            check(bases("llama"), "llama", tmp_path, lora, resize=101)
-        return
-    check(bases("llama", **model), "llama", tmp_path, lora, resize=101)
-
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["vocab_size"] == 101
+def test_an_embedding_that_is_resized_alone_is_refused(bases: MakeBase, tmp_path: Path) -> None:
+    """PEFT saves the embedding alone, and the head's new rows are lost."""
+    lora = {"target_modules": ["embed_tokens", "q_proj"]}
+    with pytest.raises(InputRefused, match="the adapter resizes only"):
+        check(bases("llama"), "llama", tmp_path, lora, resize=101)
 
 
 STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "qwen2": ("qwen2", TIED, {"target_modules": "all-linear"}),
-    "qwen3": ("qwen3", {}, {"target_modules": "all-linear", "use_dora": True}),
-    "gemma2": ("gemma2", {}, {"target_modules": ["embed_tokens", *ATTENTION]}),
-    "gemma3": ("gemma3", {}, {"target_modules": [*ATTENTION, "gate_proj"]}),
-    "phi3": ("phi3", {}, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
-    "gpt2": ("gpt2", {}, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
-    "gpt2-wte": ("gpt2", {}, {"target_modules": ["wte", "c_proj"]}),
-    "gpt2-bias": ("gpt2", {}, {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all"}),
-    "falcon": ("falcon", {}, {"target_modules": ["query_key_value", "dense_h_to_4h"]}),
-    "t5": ("t5", {}, {"target_modules": ["q", "v", "wo"]}),
-    "bert": ("bert", {}, {"target_modules": ["query", "value"], "bias": "lora_only"}),
-    "bert-words": ("bert", {}, {"target_modules": ["word_embeddings", "query"]}),
-    "vit": ("vit", {}, {"target_modules": ["q_proj", "fc1", "projection"]}),
-    "vit-head": ("vit", {}, {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}),
-    "cnn": ("cnn", {}, {"target_modules": ["convolution"], "use_dora": False}),
-    "cnn-dora": ("cnn", {}, {"target_modules": ["convolution"], "use_dora": True}),
-    "qwen3-moe": ("qwen3_moe", {}, {"target_modules": ATTENTION} | STACKED),
-    "qwen3-moe-down": (
-        "qwen3_moe",
-        {},
-        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
-    ),
-    "qwen3-moe-router": (
-        "qwen3_moe",
-        {},
-        {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
-    ),
-    "mixtral": ("mixtral", {}, {"target_modules": ATTENTION, "use_rslora": True} | STACKED),
-    "gpt-oss": ("gpt_oss", {}, {"target_modules": ATTENTION} | STACKED),
-    "stacks-called-weight": (
-        "jetmoe",
-        {},
-        {"target_modules": [], "target_parameters": ["mlp.input_linear.weight"]},
-    ),
+ARCHITECTURES: dict[str, Case] = {
+    "qwen2": case("qwen2", base=TIED, target_modules="all-linear"),
+    "qwen3": case("qwen3", target_modules="all-linear", use_dora=True),
+    "gemma2": case("gemma2", "embed_tokens", *ATTENTION),
+    "gemma3": case("gemma3", *ATTENTION, "gate_proj"),
+    "phi3": case("phi3", "qkv_proj", "gate_up_proj", "o_proj"),
+    "gpt2": case("gpt2", "c_attn", "c_fc", use_dora=True),
+    "gpt2-wte": case("gpt2", "wte", "c_proj"),
+    "gpt2-bias": case("gpt2", "c_attn", lora_bias=True, bias="all"),
+    "falcon": case("falcon", "query_key_value", "dense_h_to_4h"),
+    "t5": case("t5", "q", "v", "wo"),
+    "bert": case("bert", "query", "value", bias="lora_only"),
+    "bert-words": case("bert", "word_embeddings", "query"),
+    "vit": case("vit", "q_proj", "fc1", "projection"),
+    "vit-head": case("vit", "q_proj", modules_to_save=["classifier"]),
+    "cnn": case("cnn", "convolution"),
+    "cnn-dora": case("cnn", "convolution", use_dora=True),
+    "qwen3-moe": case("qwen3_moe", *ATTENTION, **STACKED),
+    "qwen3-moe-router": case("qwen3_moe", target_parameters=["mlp.gate.weight"]),
+    "mixtral": case("mixtral", *ATTENTION, use_rslora=True, **STACKED),
+    "gpt-oss": case("gpt_oss", *ATTENTION, **STACKED),
+    "stacks-called-weight": case("jetmoe", target_parameters=["mlp.input_linear.weight"]),
 }
 
 
@@ -189,13 +152,9 @@ def test_heads_of_another_task(kind: str, bases: MakeBase, tmp_path: Path) -> No
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.2)
-        tuned.save_pretrained(tmp_path / "adapter")
+        save_adapter(tuned, tmp_path / "adapter")
         oracle = PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()
-        result = merge(
-            MergeRequest(
-                base=base, adapters=((tmp_path / "adapter", 1.0),), out=tmp_path / "out", workers=2
-            )
-        )
+        result = run(base, tmp_path / "adapter", tmp_path / "out")
         merged_model = AutoModelForSequenceClassification.from_pretrained(
             tmp_path / "out", pad_token_id=0, dtype=torch.float32
         ).eval()
@@ -226,7 +185,7 @@ ROWS = {
     "heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)": (
         test_heads_of_another_task
     ),
-    "resized vocabularies": test_resized_vocabularies,
+    "resized vocabularies": test_odd_adapters.test_resized_vocabularies,
     "`trainable_token_indices`, trainable tokens": "tokens-both",
     "`target_parameters`: matrices and stacked experts": "qwen3-moe",
     "`layer_replication`": "replication",

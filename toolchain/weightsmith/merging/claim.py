@@ -93,26 +93,22 @@ class AdapterView:
         """Return a target's shape."""
         return self.source(target).shape
 
-    def factor(self, scaling: float) -> float:
-        """Return weight · scaling; raise InputRefused if it overflows."""
+    def term(
+        self, left: MatrixView, right: MatrixView | None, scaling: float, first: int = 0
+    ) -> Term:
+        """Return a term at the adapter's weight; raise InputRefused if the factor overflows."""
         factor = self.weight * scaling
         if not math.isfinite(factor):
             raise InputRefused(
                 f"{self.path}: weight {self.weight} times scaling {scaling} overflows",
                 hint="give a smaller weight",
             )
-        return factor
-
-    def term(
-        self, left: MatrixView, right: MatrixView | None, scaling: float, first: int = 0
-    ) -> Term:
-        """Return a term at the adapter's weight; raise InputRefused if the factor overflows."""
         return Term(
             adapter=self.index,
             left=left,
             right=right,
             scaling=scaling,
-            factor=self.factor(scaling),
+            factor=factor,
             first=first,
         )
 

@@ -169,7 +169,6 @@ def _ids(config: Mapping[str, JsonValue]) -> list[int]:
 
 
 def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
-    """Return the id of the tokenizer's end token."""
     config = _object(files, _CONFIG)
     end = config.get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end

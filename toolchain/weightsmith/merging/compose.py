@@ -16,10 +16,8 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.base import BaseTensors
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim
-from weightsmith.merging.combining.changes import combined
+from weightsmith.merging.combining.changes import AdapterShare, Mixture, combined
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.duplicates import same_beginning, same_bytes
-from weightsmith.merging.mixture import AdapterShare, Mixture
 from weightsmith.merging.outputs import (
     MergedTensor,
     OutputShard,
@@ -93,11 +91,6 @@ def compose(
     return shards, settings | _vocabulary(base, outputs, tie), [note] if note else []
 
 
-def out_dtype(source: TensorSource, dtype: str) -> str:
-    """Return the dtype in which a base tensor is written."""
-    return dtype if dtype != "auto" and source.dtype in _FLOATS else source.dtype
-
-
 def _untie(tie: Tie | None, shares: dict[str, list[AdapterShare]]) -> str:
     """Give the head its own shares if it changes differently from the embedding; return a finding.
 
@@ -138,7 +131,8 @@ def compose_output(
     everything else is W + Σ weight · (changed - W) in float64 (`Mixture`), or the method's
     combination of these deltas (`Combined`).
     """
-    out, columns = out_dtype(source, dtype), matrix_columns(source.shape)
+    out = dtype if dtype != "auto" and source.dtype in _FLOATS else source.dtype
+    columns = matrix_columns(source.shape)
     plain = MergedTensor(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
     if not shares:
         return plain
@@ -166,32 +160,25 @@ def compose_output(
         len(resized) == len(claims)
         and isinstance(source, StoredTensor)
         and resized[0].shape[0] > source.shape[0]
-        and same_beginning(resized[0], source)
-        and all(same_bytes(resized[0], other) for other in resized[1:])
+        and resized[0].begins_with(source)
+        and all(map(resized[0].same_bytes, resized[1:]))
     ):
         return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
     if any(stored.shape != source.shape for stored in resized):
-        raise _resizes(name, source, resized[0].shape, shares)
+        what = f"an adapter resizes {name} from {list(source.shape)} to {list(resized[0].shape)}, "
+        if len({share.adapter for share in shares}) == 1:
+            raise InputRefused(
+                f"{what}and it has weight {shares[0].weight:g}: the base has no rows to weigh the "
+                "new ones against",
+                hint="merge it at weight 1, as it was trained",
+            )
+        raise InputRefused(
+            f"{what}which cannot be combined with other adapters",
+            hint="merge it alone and at weight 1; then merge the others onto the result",
+        )
     if combination.sums:
         return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
     return replace(plain, change=combined(name, shares, combination), kind="merged")
-
-
-def _resizes(
-    name: str, source: TensorSource, shape: Sequence[int], shares: Sequence[AdapterShare]
-) -> InputRefused:
-    """Return why changed rows of another number cannot be weighted or combined."""
-    what = f"an adapter resizes {name} from {list(source.shape)} to {list(shape)}"
-    if len({share.adapter for share in shares}) == 1:
-        return InputRefused(
-            f"{what}, and it has weight {shares[0].weight:g}: the base has no rows to weigh the "
-            "new ones against",
-            hint="merge it at weight 1, as it was trained",
-        )
-    return InputRefused(
-        f"{what}, which cannot be combined with other adapters",
-        hint="merge it alone and at weight 1; then merge the others onto the result",
-    )
 
 
 def _added(

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from threadpoolctl import threadpool_limits
 
@@ -86,61 +86,54 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
         combination=request.combination,
         quantized_base=request.quantized_base,
     )
-    if request.keep_adapter:
-        return _keep(request, plan, started)
+    make = _keep if request.keep_adapter else _merge
+    made, notes, last = make(request, plan, progress or (lambda *_: None))
+    names = [adapter.path.name for adapter in plan.adapters]
+    with threadpool_limits(1, "blas"):
+        conflicts = measure(plan.outputs.values())
+    return made | {
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": time.monotonic() - started,
+        "findings": [*plan.findings, *notes, *conflicts.findings(names), *last],
+        "conflicts": conflicts.report(names),
+    }
+
+
+_Made: TypeAlias = tuple[dict[str, JsonValue], list[str], list[str]]
+"""What was made, and findings: the first, and the last."""
+
+
+def _merge(request: MergeRequest, plan: MergePlan, progress: Progress) -> _Made:
     settings = _settings(request)
     inputs = (request.base, *(path for path, _ in request.adapters))
     journal = open_out(request.out, inputs, _key(request, plan), own=request.own_out)
-    tally, findings = MergeCounts(), list(plan.findings)
+    tally = MergeCounts()
     keep_freed_memory()
     with _one_thread_per_worker(settings):
-        made = _make_shards(plan, request, settings, journal, tally, progress or (lambda *_: None))
+        shards = _make_shards(plan, request, settings, journal, tally, progress)
         small, notes = _write_companions(plan, request.out)
         _check_index(plan, request.out)
     journal.path.unlink(missing_ok=True)
-    conflicts, warnings = _conflicts(plan)
-    findings += _untrained_and_unchanged(plan, tally) + warnings + notes
-    files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in made] + small
-    files.sort(key=lambda entry: str(entry["path"]))
-    return {
+    files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
+    made: dict[str, JsonValue] = {
         "out": str(request.out),
         "tensors": {kind: plan.count(kind) for kind in KINDS},
         "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
-        "shards": made,
-        "files": files,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "seconds": time.monotonic() - started,
-        "findings": findings,
-        "conflicts": conflicts,
+        "shards": shards,
+        "files": sorted(files, key=lambda entry: str(entry["path"])),
         "quantized_base": dict(plan.quantized_base),
         "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
         **({"largest": tally.largest} if request.headers_only else {}),
     }
+    return made, _untrained_and_unchanged(plan, tally), notes
 
 
-def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, JsonValue]:
-    """Write the combined adapter instead of a checkpoint."""
+def _keep(request: MergeRequest, plan: MergePlan, _progress: Progress) -> _Made:
     if not request.adapters:
         raise UsageError("no adapter to write", hint="give --adapter")
     request.out.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(1, "blas"):
-        made, notes = keep_adapter(plan, request.combination, request.out)
-    conflicts, warnings = _conflicts(plan)
-    return {
-        **made,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "seconds": time.monotonic() - started,
-        "findings": [*plan.findings, *notes, *warnings],
-        "conflicts": conflicts,
-    }
-
-
-def _conflicts(plan: MergePlan) -> tuple[list[dict[str, JsonValue]], list[str]]:
-    """Return conflict measures of the adapters, and warnings about conflicts."""
-    names = [adapter.path.name for adapter in plan.adapters]
-    with threadpool_limits(1, "blas"):
-        conflicts = measure(plan.outputs.values())
-    return conflicts.report(names), conflicts.findings(names)
+        return *keep_adapter(plan, request.combination, request.out), []
 
 
 def _settings(request: MergeRequest) -> Settings:
@@ -163,7 +156,7 @@ def _settings(request: MergeRequest) -> Settings:
 
 
 def _key(request: MergeRequest, plan: MergePlan) -> str:
-    """Return the inputs' key: adapters by content, the base's files by path, size and time."""
+    # Adapters by content, the base's files by path, size and time.
     base = [
         (shard.path.name, shard.file_size, shard.path.stat().st_mtime_ns, str(shard.path.resolve()))
         for shard in plan.base.shards
@@ -265,7 +258,6 @@ def _make_shards(
 
 
 def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, JsonValue]], list[str]]:
-    """Write all files except shards; return the files and findings."""
     extra, notes = companion_files(plan)
     if plan.base.index_file:
         places = {output.name: shard.name for shard in plan.shards for output in shard.outputs}
@@ -278,7 +270,6 @@ def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, JsonVa
 
 
 def _check_index(plan: MergePlan, out: Path) -> None:
-    """Check index and headers of the finished checkpoint: it must have every planned tensor."""
     found = open_checkpoint(out).tensors
     missing = sorted(plan.outputs.keys() ^ found.keys())
     if missing:

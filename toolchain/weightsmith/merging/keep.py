@@ -12,12 +12,11 @@ import numpy as np
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
-from weightsmith.merging.combining.changes import Combined, pair
+from weightsmith.merging.combining.changes import Combined, Mixture, pair
 from weightsmith.merging.combining.combination import KEEPABLE, Combination
-from weightsmith.merging.combining.lowrank import Factors, concatenate, to_float32
+from weightsmith.merging.combining.lowrank import concatenate, to_float32
 from weightsmith.merging.combining.measure import terms_of
 from weightsmith.merging.companions import adapter_companions, write_file
-from weightsmith.merging.mixture import Mixture
 from weightsmith.merging.names import module_key
 from weightsmith.merging.outputs import Band, MergedTensor, bands
 from weightsmith.merging.plan import MergePlan
@@ -32,8 +31,6 @@ _HINT = "merge into the base instead, without --keep-adapter"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Module:
-    """A module of the combined adapter."""
-
     a: str
     """Key of A in the file."""
     b: str
@@ -79,7 +76,14 @@ def keep_adapter(
         ]
         writer.write(build_header(tensors, {"format": "pt"}))
         for module in modules:
-            for side in _factors(module, files):
+            output, band = module.output, module.band
+            if isinstance(output.change, Combined):
+                left, right = output.change.factors(output, band, files)
+            else:
+                pairs = [pair(term, band, files) for term in band.terms]
+                left, right = to_float32(concatenate(pairs), output.name)
+            turned = band.terms[0].left.transposed
+            for side in (left.T, right.T) if turned else (right, left):
                 writer.write(as_bytes(np.ascontiguousarray(side, F32)))
         weights = writer.finish()
     except BaseException:
@@ -148,17 +152,6 @@ def _modules(output: MergedTensor) -> Iterator[_Module]:
         if isinstance(change, Combined):
             rank = change.rank(output, band)
         yield _Module(a=a, b=b, output=output, band=band, rank=rank)
-
-
-def _factors(module: _Module, files: OpenFiles) -> Factors:
-    """Return A and B of a module."""
-    output, band = module.output, module.band
-    if isinstance(output.change, Combined):
-        left, right = output.change.factors(output, band, files)
-    else:
-        pairs = [pair(term, band, files) for term in band.terms]
-        left, right = to_float32(concatenate(pairs), output.name)
-    return (left.T, right.T) if band.terms[0].left.transposed else (right, left)
 
 
 def _config(plan: MergePlan, modules: list[_Module]) -> bytes:

@@ -29,21 +29,15 @@ SLACK = 8
 """Half units added to an interval for the roundings of W + δ and of its ends."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Addition:
-    """The sum of factors added to one tensor."""
+@dataclass(frozen=True, kw_only=True)
+class PreparedAddition:
+    """The sum of factors added to one tensor, for correctly rounded merging of row blocks."""
 
     name: str
     factors: LowRankUpdate
     """Exact, unscaled."""
     dtype: np.dtype
     """The result's dtype."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedAddition(Addition):
-    """An addition prepared for correctly rounded merging of row blocks."""
-
     left: np.ndarray
     """(rows, K), scaled by the gains, in the working dtype."""
     right: np.ndarray
@@ -146,7 +140,11 @@ def finish_rows(
     """Repair what a first pass could not decide: the flat indices `flagged`; all if not `safe`."""
     rows, columns = weight.shape
     if not safe:
-        _check_base(prepared.name, weight)
+        if not np.isfinite(weight).all():
+            raise InputRefused(
+                f"the base's {prepared.name} has NaN or infinite values",
+                hint="the base checkpoint is damaged; download it again",
+            )
         flagged = np.arange(weight.size)
     done = Repairs()
     if len(flagged):
@@ -160,13 +158,17 @@ def finish_rows(
         )
         out.reshape(-1)[flagged] = values
     if len(prepared.zero_rows):
-        inside = (
-            prepared.zero_rows[(prepared.zero_rows >= first) & (prepared.zero_rows < first + rows)]
-            - first
-        )
+        inside = prepared.zero_rows - first
+        inside = inside[(inside >= 0) & (inside < rows)]
         out[inside] = round_once(weight[inside], prepared.dtype)
-    if not safe:
-        _check_result(prepared, out)
+    if not safe and not np.isfinite(out).all():
+        factors = prepared.factors
+        largest = (np.abs(factors.left * factors.gains) @ np.abs(factors.right.astype(F64))).max()
+        raise InputRefused(
+            f"{prepared.name} overflows {prepared.dtype.name} (maximum "
+            f"{FORMATS[prepared.dtype].largest:g}): the adapter adds up to {float(largest):.3g}",
+            hint="merge with dtype bfloat16 or float32, or lower the adapter's weight",
+        )
     return done
 
 
@@ -304,23 +306,3 @@ def check_arithmetic() -> None:
             "this machine computes float32 with reduced precision or flushes small numbers to zero",
             hint="disable reduced-precision settings of the BLAS, or merge on another machine",
         )
-
-
-def _check_base(name: str, weight: np.ndarray) -> None:
-    if not np.isfinite(weight).all():
-        raise InputRefused(
-            f"the base's {name} has NaN or infinite values",
-            hint="the base checkpoint is damaged; download it again",
-        )
-
-
-def _check_result(addition: Addition, out: np.ndarray) -> None:
-    if np.isfinite(out).all():
-        return
-    factors = addition.factors
-    largest = (np.abs(factors.left * factors.gains) @ np.abs(factors.right.astype(F64))).max()
-    raise InputRefused(
-        f"{addition.name} overflows {addition.dtype.name} (maximum "
-        f"{FORMATS[addition.dtype].largest:g}): the adapter adds up to {float(largest):.3g}",
-        hint="merge with dtype bfloat16 or float32, or lower the adapter's weight",
-    )

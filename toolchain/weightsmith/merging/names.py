@@ -214,7 +214,6 @@ class _Rule:
 
 
 def _loaded(name: str, rules: Iterable[_Rule]) -> str:
-    """Rename a tensor by all rules in turn."""
     for rule in rules:
         name = rule.apply(name, rule.targets[0])
     return name

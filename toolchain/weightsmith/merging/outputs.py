@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from weightsmith.models.safetensors import BITS, TensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
+_PIECE = 1 << 24
 Rows = Callable[[int, int], "np.ndarray"]
 """(first, count) -> rows of a tensor viewed as a matrix, (count, columns); thread-safe."""
 
@@ -72,6 +74,36 @@ class StoredTensor:
     def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
         return files.rows(self.path, self.info, first, count, columns)
+
+    def same_bytes(self, other: StoredTensor) -> bool:
+        """Return whether two tensors are equal byte for byte: tied layers are saved twice."""
+        return (self.dtype, self.shape) == (other.dtype, other.shape) and self.begins_with(other)
+
+    def begins_with(self, other: StoredTensor) -> bool:
+        """Return whether a tensor begins with all rows of another, byte for byte."""
+        size, alike = other.info.size, self.shape[1:] == other.shape[1:]
+        if self.dtype != other.dtype or not alike or self.info.size < size:
+            return False
+        with self.path.open("rb") as file, other.path.open("rb") as second:
+            fd, fd2 = file.fileno(), second.fileno()
+            return all(
+                os.pread(fd, min(_PIECE, size - at), self.info.start + at)
+                == os.pread(fd2, min(_PIECE, size - at), other.info.start + at)
+                for at in range(0, size, _PIECE)
+            )
+
+    def is_transpose_of(self, other: StoredTensor) -> bool:
+        """Return whether one matrix is another's transpose, byte for byte."""
+        if self.dtype != other.dtype or self.shape != other.shape[::-1] or len(self.shape) != 2:
+            return False
+        import numpy as np
+
+        def bits(stored: StoredTensor) -> np.ndarray:
+            with stored.path.open("rb") as file:
+                data = os.pread(file.fileno(), stored.info.size, stored.info.start)
+            return np.frombuffer(data, f"u{BITS[stored.dtype] // 8}").reshape(stored.shape)
+
+        return bool(np.array_equal(bits(self), bits(other).T))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

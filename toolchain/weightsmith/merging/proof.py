@@ -43,8 +43,6 @@ _SIGMAS = 6.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
-    """A tensor of the written file."""
-
     output: MergedTensor
     info: TensorInfo
     checksums: tuple[Checksum, ...]
@@ -235,8 +233,6 @@ def _compare_rows(written: Tested, factors: list[_Factors], rows: list[int]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """A term with its factors in memory."""
-
     term: Term
     left: np.ndarray
     right: np.ndarray
@@ -308,7 +304,6 @@ def _recompute(written: _Written) -> bool:
 
 
 def _compare_bytes(written: _Written, source: StoredTensor) -> None:
-    """Compare every byte with the source's."""
     reader = written.files.reader(source.path)
     for start, data in _checked_blocks(written.reader, written.checksums, _COPY):
         place = source.info.start + start - written.info.start

@@ -160,8 +160,15 @@ def answered(
     """
     stay_offline()
     loaded: Tokenizers = {}
-    asked = {name: _asked(one, loaded) for name, one in subjects.items()}
-    found: dict[str, Answered] = {}
+    asked, found = dict[str, _Asked](), dict[str, Answered]()
+    for name, one in subjects.items():
+        model, tokenizer = one.subject.model, speaker(one.subject, loaded)
+        questions = Questions(
+            prompts=[prompt_tokens(tokenizer, item, model) for item in one.items],
+            ends=_ends(model, tokenizer),
+            most=one.max_tokens,
+        )
+        asked[name] = _Asked(subject=one.subject, tokenizer=tokenizer, questions=questions)
     for round_ in (False, True):
         names = [name for name, one in asked.items() if bool(one.subject.draft) is round_]
         for name in names:
@@ -183,16 +190,6 @@ class _Asked:
     subject: UnmergedModel
     tokenizer: PreTrainedTokenizerBase
     questions: Questions
-
-
-def _asked(one: GenerationRequest, loaded: Tokenizers) -> _Asked:
-    subject, tokenizer = one.subject, speaker(one.subject, loaded)
-    questions = Questions(
-        prompts=[prompt_tokens(tokenizer, item, subject.model) for item in one.items],
-        ends=_ends(subject.model, tokenizer),
-        most=one.max_tokens,
-    )
-    return _Asked(subject=subject, tokenizer=tokenizer, questions=questions)
 
 
 def _drafts(asked: _Asked, found: Mapping[str, Answered]) -> Mapping[int, Sequence[int]]:

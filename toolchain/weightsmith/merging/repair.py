@@ -85,15 +85,6 @@ def repair(
     return out, done
 
 
-def _products(factors: LowRankUpdate, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the additions at (rows[i], columns[i]) in float64."""
-    made = native.dot_products(factors.left, factors.columns, factors.gains, rows, columns)
-    if made is None:
-        left, right = factors.left[rows], factors.columns[columns].astype(F64)
-        made = np.einsum("ij,ij->i", left * factors.gains, right)
-    return made
-
-
 def _decide(
     factors: LowRankUpdate,
     rows: np.ndarray,
@@ -111,7 +102,11 @@ def _decide(
     form, gains = FORMATS[dtype], factors.gains
     reach = factors.norms[rows] * factors.norm  # an upper bound of Σ|terms|
     with np.errstate(over="ignore", invalid="ignore"):
-        total = base + _products(factors, rows, columns)
+        added = native.dot_products(factors.left, factors.columns, factors.gains, rows, columns)
+        if added is None:
+            left, right = factors.left[rows], factors.columns[columns].astype(F64)
+            added = np.einsum("ij,ij->i", left * factors.gains, right)
+        total = base + added
         error = reach * ((len(gains) + 8) * 2 * _UNIT)
         error += np.abs(total) * (8 * _UNIT) + 2.0**-1000
     high = round_once(total + error, dtype)

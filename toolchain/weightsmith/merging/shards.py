@@ -95,7 +95,6 @@ class ShardMaker:
         return writer
 
     def _blocks(self, output: MergedTensor) -> Iterator[Block]:
-        """Yield the blocks of one tensor in file order."""
         if not output.size:
             return
         if stored := stored_copy(output):

@@ -116,31 +116,29 @@ class OpenFiles:
 
         Raises InputRefused if it is not finite.
         """
-        whole = self._finite(part)[part.rows, part.columns]
-        return whole.T if part.transposed else whole
-
-    def _finite(self, part: MatrixView) -> np.ndarray:
-        """Return the whole tensor of a part; sliced ones are cached for the next part."""
         path, info = part.stored.path, part.stored.info
+        # Sliced tensors are kept for the next part.
         key = (path, info.name, part.height, part.blocks)
         with self._lock:
-            if key in self._kept:
+            tensor = self._kept.get(key)
+            if tensor is not None:
                 self._kept.move_to_end(key)
-                return self._kept[key]
-        tensor = self.rows(path, info, 0, part.height, part.width).astype(F32, copy=False)
-        if not np.isfinite(tensor).all():
-            raise InputRefused(
-                f"{path}: {info.name} has NaN or infinite values",
-                hint="the training diverged or the file is damaged; use an earlier checkpoint",
-            )
-        if part.blocks > 1:
-            tensor = _block_diagonal(np.split(tensor, part.blocks))
-        if not part.whole:
-            with self._lock:
-                self._kept[key] = tensor
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-        return tensor
+        if tensor is None:
+            tensor = self.rows(path, info, 0, part.height, part.width).astype(F32, copy=False)
+            if not np.isfinite(tensor).all():
+                raise InputRefused(
+                    f"{path}: {info.name} has NaN or infinite values",
+                    hint="the training diverged or the file is damaged; use an earlier checkpoint",
+                )
+            if part.blocks > 1:
+                tensor = _block_diagonal(np.split(tensor, part.blocks))
+            if not part.whole:
+                with self._lock:
+                    self._kept[key] = tensor
+                    while len(self._kept) > _KEPT:
+                        self._kept.popitem(last=False)
+        whole = tensor[part.rows, part.columns]
+        return whole.T if part.transposed else whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +243,6 @@ def as_bytes(array: np.ndarray) -> memoryview:
 
 
 def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    """Return the block-diagonal matrix of blocks with equal shapes."""
     (rows, columns), count = blocks[0].shape, len(blocks)
     out = np.zeros((rows * count, columns * count), blocks[0].dtype)
     for place, block in enumerate(blocks):

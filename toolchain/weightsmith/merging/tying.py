@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.outputs import StoredTensor, TensorSource
 
 EMBEDDINGS = (
@@ -109,7 +108,7 @@ def stored_apart(tie: Tie, sources: Mapping[str, TensorSource]) -> bool:
         return False
     if not (isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor)):
         return True
-    return not same_bytes(head, embedding)
+    return not head.same_bytes(embedding)
 
 
 def has_head(config: Mapping[str, object]) -> bool:

@@ -21,7 +21,7 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings, Span, stored_copy
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.kernel import check_arithmetic
-from weightsmith.merging.outputs import MergedTensor, OutputShard
+from weightsmith.merging.outputs import MergedTensor
 from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
@@ -62,36 +62,26 @@ def opened(
         file = VirtualFile(read_header(folder / shard.name).tensors, checkpoint)
         files[folder / shard.name] = file
         if shard.name in digests:
-            hashed.append(_Hashed(shard, file, digests[shard.name]))
+            digest = hashlib.sha256(header_of(shard))
+            order = InOrder(file.first, file.end, file.some, digest.update)
+            file.seen = order.see
+            hashed.append((shard.name, digest, order))
     try:
         with filled(files):
             yield
-        for one in hashed:
-            one.compare()
+        for name, digest, order in hashed:
+            order.finish()
+            if (found := digest.hexdigest()) != digests[name]:
+                raise InputRefused(
+                    f"the weights computed from base and adapters are not those that were merged: "
+                    f"{name} has sha256 {found}, not {digests[name]}",
+                    hint="an input was changed while the build ran, or memory is faulty: build "
+                    "again",
+                )
     finally:
-        for one in hashed:
-            one.order.abandon()
+        for _, _, order in hashed:
+            order.abandon()
         checkpoint.close()
-
-
-class _Hashed:
-    """The sha256 of a file that is only computed, while others read it."""
-
-    def __init__(self, shard: OutputShard, file: VirtualFile, expected: str) -> None:
-        self._name, self._expected = shard.name, expected
-        self._hash = hashlib.sha256(header_of(shard))
-        self.order = InOrder(file.first, file.end, file.some, self._hash.update)
-        file.seen = self.order.see
-
-    def compare(self) -> None:
-        """Raise InputRefused if the data are not those of the merge."""
-        self.order.finish()
-        if self._hash.hexdigest() != self._expected:
-            raise InputRefused(
-                f"the weights computed from base and adapters are not those that were merged: "
-                f"{self._name} has sha256 {self._hash.hexdigest()}, not {self._expected}",
-                hint="an input was changed while the build ran, or memory is faulty: build again",
-            )
 
 
 class VirtualCheckpoint:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 from weightsmith.core.errors import UsageError
-from weightsmith.core.merge_options import Method
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.methods import combine, drop_at_random, keep_largest, prune
 
@@ -99,17 +96,6 @@ def test_a_vote_without_majority_is_plus() -> None:
     assert combine([one, -one], [1.0, 0.5], combination).tolist() == [[2.0, 1.5, 0.0]]
 
 
-def test_masks_go_with_the_adapter_not_with_its_place() -> None:
-    combination = Combination(method="dare_linear", density=0.4, seed=3)
-    straight, swapped = deltas(2), deltas(2)[::-1]
-    prune(straight, combination, "x", ["a", "b"])
-    prune(swapped, combination, "x", ["b", "a"])
-    assert np.array_equal(straight[0], swapped[1])
-    one = combine(straight, [0.5, 2.0], combination)
-    other = combine(swapped, [2.0, 0.5], combination)
-    assert np.allclose(one, other, rtol=1e-15, atol=0)
-
-
 def test_rows_can_be_combined_apart() -> None:
     combination = Combination(method="ties", density=0.3)
     parts = deltas(3)
@@ -117,12 +103,6 @@ def test_rows_can_be_combined_apart() -> None:
     whole = combine(parts, [1.0, 1.0, 1.0], combination)
     some = combine([part[5:9] for part in parts], [1.0, 1.0, 1.0], combination)
     assert np.array_equal(some, whole[5:9])
-
-
-def test_a_density_of_one_changes_nothing() -> None:
-    (delta,) = deltas(1)
-    assert np.array_equal(drop_at_random(delta.copy(), 1.0, "x"), delta)
-    assert np.array_equal(keep_largest(delta.copy(), 1.0), delta)
 
 
 def test_thresholds_of_tiny_and_negative_values() -> None:
@@ -148,11 +128,3 @@ def test_what_does_not_go_together_is_refused(options: dict[str, object], what: 
     with pytest.raises(UsageError, match=what) as caught:
         Combination(**options)  # type: ignore[arg-type]
     assert caught.value.hint
-
-
-@pytest.mark.parametrize("method", get_args(Method))
-def test_every_method_is_exactly_one_kind(method: str) -> None:
-    prunes = method not in ("sequential", "linear", "cat", "svd")
-    made = Combination(method=method, density=0.5 if prunes else None)
-    assert made.prunes == prunes
-    assert [made.sums, made.needs_deltas, method == "svd"].count(True) == 1

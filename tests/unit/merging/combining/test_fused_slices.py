@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 from peft.utils import merge_utils
 from safetensors.torch import load_file
-from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.oracle import MakeBase, merged, train, unmerged
+from tests.unit.merging.oracle import run as merge_pairs
 
 KIND = "sarvam_moe"
 FUSED = "model.layers.1.attention.query_key_value.weight"
@@ -32,8 +32,7 @@ def two(bases: MakeBase, tmp_path: Path) -> tuple[Path, list[Path]]:
 
 
 def run(base: Path, adapters: list[Path], out: Path, **options: Any) -> Path:
-    pairs = tuple(zip(adapters, WEIGHTS, strict=True))
-    merge(MergeRequest(base=base, adapters=pairs, out=out, device="cpu", **options))
+    merge_pairs(base, list(zip(adapters, WEIGHTS, strict=True)), out, **options)
     return out
 
 

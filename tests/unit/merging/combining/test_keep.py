@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
+from tests.unit.merging.oracle import merged, unmerged
+from tests.unit.merging.oracle import run as merge_pairs
 
 WEIGHTS = (0.7, -0.4)
-IDS = torch.arange(20).view(1, -1)
 
 
 @pytest.fixture
@@ -27,19 +27,7 @@ def pair(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, list[P
 
 
 def run(base: Path, adapters: list[Path], out: Path, **options: Any) -> dict[str, Any]:
-    pairs = tuple(zip(adapters, WEIGHTS, strict=False))
-    return merge(MergeRequest(base=base, adapters=pairs, out=out, device="cpu", **options))
-
-
-def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model.eval()(IDS).logits  # type: ignore[no-any-return]
+    return merge_pairs(base, list(zip(adapters, WEIGHTS, strict=False)), out, **options)
 
 
 @pytest.mark.grid(5)
@@ -76,14 +64,13 @@ def test_peft_loads_what_is_kept(
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    wanted, before = logits(tmp_path / "merged"), logits(base)
-    found = logits(base, tmp_path / "kept")
+    wanted, before = merged(tmp_path / "merged", kind), merged(base, kind)
+    found = unmerged(base, kind, tmp_path / "kept")
     signal = (wanted - before).abs().max()
     assert signal > 1e-3
     assert (found - wanted).abs().max() < 1e-4 * signal
     # And the kept adapter, merged, is the merge.
-    pairs = ((tmp_path / "kept", 1.0),)
-    merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "again"))
+    merge_pairs(base, tmp_path / "kept", tmp_path / "again")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("merged", "again"))
     assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())
 
@@ -109,14 +96,6 @@ def test_tokenizer_and_template_go_with_the_adapter(
     assert any("taken from the adapter two" in finding for finding in result["findings"])
 
 
-def test_a_truncated_adapter_has_its_rank(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, adapters = pair
-    result = run(base, adapters, tmp_path / "kept", keep_adapter=True, method="svd", rank=3)
-    assert result["ranks"] == [3]
-    tensors = load_file(tmp_path / "kept" / "adapter_model.safetensors")
-    assert {min(tensor.shape) for tensor in tensors.values()} == {3}
-
-
 def test_a_module_has_no_more_than_the_ranks_of_its_adapters(
     pair: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
@@ -125,7 +104,11 @@ def test_a_module_has_no_more_than_the_ranks_of_its_adapters(
     result = run(base, adapters, tmp_path / "kept", keep_adapter=True, method="svd", rank=8)
     run(base, adapters, tmp_path / "merged", method="svd", rank=8)
     assert result["ranks"] == [4, 8]
-    assert (logits(base, tmp_path / "kept") - logits(tmp_path / "merged")).abs().max() < 1e-5
+    found = unmerged(base, "llama", tmp_path / "kept")
+    assert (found - merged(tmp_path / "merged", "llama")).abs().max() < 1e-5
+    result = run(base, adapters, tmp_path / "three", keep_adapter=True, method="svd", rank=3)
+    tensors = load_file(tmp_path / "three" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in tensors.values()} == {*result["ranks"]} == {3}
 
 
 def test_what_is_no_adapter_is_not_kept(
@@ -159,8 +142,7 @@ def test_conflicts_are_measured_and_reported(pair: tuple[Path, list[Path]], tmp_
         assert numbers["opposing_signs"] == 0.0
         assert numbers["norm_ratio"] == pytest.approx(0.8 / 0.7, rel=1e-3)
         assert not [f for f in result["findings"] if "conflict" in f]
-    pairs = ((adapters[0], 1.0), (against, 1.0))
-    result = merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "opposed"))
+    result = merge_pairs(base, [(adapters[0], 1.0), (against, 1.0)], tmp_path / "opposed")
     (numbers,) = result["conflicts"]
     assert numbers["cosine"] == pytest.approx(-1.0)
     assert numbers["opposing_signs"] == 1.0

@@ -18,9 +18,9 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.merging import stream
 from weightsmith.merging.combining.changes import adapter_digest
 from weightsmith.merging.combining.methods import drop_at_random
-from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
+from tests.unit.merging.oracle import run as merge_pairs
 
 WEIGHTS = (0.7, -0.4, 1.2)
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -39,8 +39,7 @@ def three(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, list[
 
 
 def run(base: Path, adapters: list[Path], out: Path, **options: Any) -> dict[str, Any]:
-    pairs = tuple(zip(adapters, WEIGHTS, strict=False))
-    return merge(MergeRequest(base=base, adapters=pairs, out=out, device="cpu", **options))
+    return merge_pairs(base, list(zip(adapters, WEIGHTS, strict=False)), out, **options)
 
 
 def deltas_of(adapters: list[Path]) -> Deltas:
@@ -189,16 +188,8 @@ def test_the_seed_and_the_order_of_adapters(three: tuple[Path, list[Path]], tmp_
     pairs = tuple(zip(adapters, WEIGHTS, strict=True))
 
     def shards(name: str, seed: int, order: Callable[[Any], Any] = tuple) -> Any:
-        request = MergeRequest(
-            base=base,
-            adapters=order(pairs),
-            out=tmp_path / f"out-{name}",
-            method="dare_linear",
-            density=0.5,
-            seed=seed,
-            dtype="bfloat16",
-        )
-        return merge(request)["shards"]
+        options = {"method": "dare_linear", "density": 0.5, "seed": seed, "dtype": "bfloat16"}
+        return merge_pairs(base, order(pairs), tmp_path / f"out-{name}", **options)["shards"]
 
     one = shards("one", 1)
     assert shards("again", 1) == one
@@ -215,9 +206,8 @@ def test_dora_is_combined_by_its_whole_change(
     base = make_model()
     adapter = make_adapter(base, "dora", 1, use_dora=True)
     options: dict[str, Any] = {"ties": {"density": 1.0}, "svd": {"rank": 32}}.get(method, {})
-    pairs = ((adapter, 1.0),)
-    merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "plain"))
-    merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "out", method=method, **options))
+    merge_pairs(base, adapter, tmp_path / "plain")
+    merge_pairs(base, adapter, tmp_path / "out", method=method, **options)
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in plain.items():
@@ -306,10 +296,8 @@ def test_a_copy_of_the_base_beside_the_factors_changes_nothing(
             save_file(tensors | {key: tensors[key].to(saved)}, path, {"format": "pt"})
         for count in (1, 2):
             out = tmp_path / f"out-{copies}-{count}"
-            pairs = tuple((adapter, 1.0) for adapter in adapters[:count])
-            merge(
-                MergeRequest(base=base, adapters=pairs, out=out, dtype="float32", **COPIED[method])
-            )
+            pairs = [(adapter, 1.0) for adapter in adapters[:count]]
+            merge_pairs(base, pairs, out, dtype="float32", **COPIED[method])
             written[copies, count] = load_file(out / "model.safetensors")
     for count in (1, 2):
         for name, tensor in written[False, count].items():

@@ -119,12 +119,8 @@ def test_gptq(width: int, form: str, act_order: bool, decode_file: Decode) -> No
         "checkpoint_format": form,
     }
     _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
-    wanted = np.empty((rows, columns), np.float16)
-    for i in range(rows):
-        for j in range(columns):
-            g = groups[j]
-            wanted[i, j] = np.float16(float(scales[g, i]) * int(codes[i, j] - zeros[g, i]))
-    assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
+    wanted = scales.astype(np.float64)[groups].T * (codes - zeros[groups].T)
+    assert np.array_equal(bits(decoded["m.weight"]), bits(wanted.astype(np.float16)))
 
 
 def test_awq(decode_file: Decode) -> None:
@@ -183,10 +179,8 @@ def test_fp8_in_blocks(name: str, decode_file: Decode) -> None:
         {"m.weight": codes, f"m.{name}": scale, "m.input_scale": torch.ones(1)},
         BF16 | {"quantization_config": told},
     )
-    wanted = torch.empty(40, 72, dtype=torch.bfloat16)
-    for i in range(40):
-        for j in range(72):
-            wanted[i, j] = codes[i, j].float() * scale[i // 16, j // 16]
+    spread = scale.repeat_interleave(16, 0)[:40].repeat_interleave(16, 1)[:, :72]
+    wanted = (codes.float() * spread).to(torch.bfloat16)
     assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
     assert layout.dropped == {"m.input_scale"}
     assert layout.owners() == {"m.weight": "m.weight", f"m.{name}": "m.weight"}

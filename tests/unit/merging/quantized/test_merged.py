@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.quantized.nf4 import NF4
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
+from tests.unit.merging.oracle import run
 
 Tensors = dict[str, torch.Tensor]
 Quantize = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]
@@ -88,10 +88,6 @@ def quantized(plain: Path, folder: Path, method: str) -> tuple[Path, Path]:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": told}))
     (folder / "quantized" / "quantize_config.json").write_text("{}")
     return folder / "quantized", folder / "decoded"
-
-
-def run(base: Path, adapter: Path, out: Path, **options: Any) -> dict[str, Any]:
-    return merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, **options))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from weightsmith.core.values import JsonValue
-from weightsmith.merging.combining.changes import Combined, pair
+from weightsmith.merging.combining.changes import Combined, Mixture, pair
 from weightsmith.merging.combining.lowrank import LowRankDelta
-from weightsmith.merging.mixture import Mixture
 from weightsmith.merging.outputs import MergedTensor, Term, bands
 from weightsmith.merging.rounding import F64
 from weightsmith.merging.stream import OpenFiles

@@ -156,7 +156,6 @@ def _orientation(view: AdapterView, stack: StackedTensors, pair: FactorPair) -> 
 def _terms(
     view: AdapterView, name: str, stack: StackedTensors, pair: FactorPair
 ) -> dict[str, tuple[Term, ...]]:
-    """Return each base tensor's terms."""
     experts, orientation = _count(view, stack), _orientation(view, stack, pair)
     rank = pair.a.shape[0] // experts
     _check_rank(view, name, rank)

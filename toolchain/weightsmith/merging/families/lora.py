@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim, Family, Variant
-from weightsmith.merging.duplicates import same_transposed
+from weightsmith.merging.combining.changes import Adder, adder
 from weightsmith.merging.families import experts
 from weightsmith.merging.families.experts import FactorPair
-from weightsmith.merging.mixture import Adder, adder
 from weightsmith.merging.names import (
     CONV1D_MODELS,
     SplitParameter,
@@ -166,7 +165,7 @@ def _has_tied_copy(view: AdapterView, groups: dict[str, ModuleKeys]) -> bool:
         return False
     own, head = _factors(view, embeddings[0]), _factors(view, heads[0])
     pairs = ((own.a, head.b), (own.b, head.a))
-    return all(same_transposed(view.stored(a.name), view.stored(b.name)) for a, b in pairs)
+    return all(view.stored(a.name).is_transpose_of(view.stored(b.name)) for a, b in pairs)
 
 
 def _layer(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import TASKS, AdapterView, Claim, Family, Variant
-from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.names import module_key, plain_module
 from weightsmith.merging.outputs import StoredTensor
 from weightsmith.merging.tying import Tie, is_embedding, is_head
@@ -82,14 +81,14 @@ def _is_redundant(view: AdapterView, key: str, module: str, parameter: str) -> b
     if other == key or other not in view.keys:
         return False
     original = ".original_module." in key
-    return original or same_bytes(view.stored(key), view.stored(other))
+    return original or view.stored(key).same_bytes(view.stored(other))
 
 
 def _is_unchanged(view: AdapterView, key: str, module: str) -> bool:
     """Return whether it is the base's own weight, which PEFT saves with an embedding's factors."""
     target = view.find(module) if key.endswith(".base_layer.weight") else ""
     source = view.source(target) if target else None
-    return isinstance(source, StoredTensor) and same_bytes(view.stored(key), source)
+    return isinstance(source, StoredTensor) and view.stored(key).same_bytes(source)
 
 
 def _is_saved(view: AdapterView, module: str) -> bool:
@@ -112,7 +111,7 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
     stacks = parameter == "weight" and view.base_config.get("is_encoder_decoder")
     if stacks and module.rpartition(".")[2] == "shared" and _is_saved(view, module):
         source = view.sources[view.need(module)]
-        if isinstance(source, StoredTensor) and same_bytes(view.stored(key), source):
+        if isinstance(source, StoredTensor) and view.stored(key).same_bytes(source):
             return Claim(keys=(key,), module=module)
         raise InputRefused(
             f"{view.path} has {module} (modules_to_save), but encoder and decoder use it by other "
@@ -150,7 +149,7 @@ def _tied(view: AdapterView, tie: Tie, key: str, owner: str, module: str) -> Cla
     judge = view.is_head if is_embedding(module) else is_embedding
     other = next((k for k, m in _weights(view) if k != key and judge(m)), "")
     _check_shape(view, key, module, tie.embedding)
-    if other and same_bytes(view.stored(key), view.stored(other)):
+    if other and view.stored(key).same_bytes(view.stored(other)):
         if view.is_head(module):
             return Claim(keys=(key,), module=module)
         alone = False
@@ -169,7 +168,6 @@ def _tied(view: AdapterView, tie: Tie, key: str, owner: str, module: str) -> Cla
 
 
 def _weights(view: AdapterView) -> Iterator[tuple[str, str]]:
-    """Yield keys of weights, and their modules."""
     for key in view.keys:
         owner, _, parameter = module_key(key).rpartition(".")
         if parameter == "weight" and not _OTHERS.fullmatch(module_key(key)):

@@ -9,7 +9,6 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
-from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.names import module_key, plain_module
 from weightsmith.merging.outputs import Patch
 from weightsmith.merging.tying import is_embedding, is_head
@@ -69,8 +68,8 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
     both = bool(view.tie) and is_embedding(module)
     others = [m for m in found if (is_embedding(m) if head else view.is_head(m))]
     if others and (head or both):
-        stored = view.stored(key), view.stored(found[others[0]])
-        both = places == _places(view, others[0]) and same_bytes(*stored)
+        same = view.stored(key).same_bytes(view.stored(found[others[0]]))
+        both = places == _places(view, others[0]) and same
         if both and head:
             return Claim(keys=(key,), module=module)
     patch = Patch(adapter=view.index, places=places, stored=view.stored(key))

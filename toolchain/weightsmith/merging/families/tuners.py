@@ -309,7 +309,6 @@ class Tuned:
 
 
 def _array(source: TensorSource, files: Files) -> np.ndarray:
-    """Return a whole tensor in its own dtype."""
     if isinstance(source, StoredTensor):
         return files.array(source.path, source.info)
     count, columns = math.prod(source.shape[:-1]), source.shape[-1]

@@ -90,7 +90,6 @@ def simulates(choice: str) -> bool:
 
 
 def _decoded(index: CheckpointIndex, config: Mapping[str, JsonValue], method: str) -> BaseView:
-    """Return a quantized base with every weight dequantized."""
     paths = {info.name: shard.path for shard in index.shards for info in shard.tensors}
 
     def read(info: TensorInfo) -> bytes:

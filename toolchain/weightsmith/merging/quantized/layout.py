@@ -44,8 +44,6 @@ class Packed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
-    """What a quantized checkpoint says of its weights."""
-
     config: Mapping[str, JsonValue]
     settings: Mapping[str, Any]
     """The `quantization_config`."""

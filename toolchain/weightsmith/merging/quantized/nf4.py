@@ -68,7 +68,15 @@ def round_trip(weight: np.ndarray, *, double: bool = False) -> np.ndarray:
         part = flat[start : start + _CHUNK].astype(F32)
         first = start // BLOCK
         of_part = slice(first, first - (-len(part) // BLOCK))
-        values = _CODE[_encode(part, scales[of_part])]
+        whole = len(part) // BLOCK * BLOCK
+        safe = np.maximum(scales[of_part], F32.type(1e-38))
+        scaled = np.empty_like(part)
+        # bitsandbytes multiplies whole blocks by the reciprocal, and divides the rest.
+        reciprocal = F32.type(1) / safe[: whole // BLOCK, None]
+        np.multiply(part[:whole].reshape(-1, BLOCK), reciprocal, scaled[:whole].reshape(-1, BLOCK))
+        np.divide(part[whole:], safe[whole // BLOCK :], scaled[whole:])
+        # The nearest codes; a tie goes to the lower one.
+        values = _CODE[np.searchsorted(_EDGES, np.clip(scaled, -1, 1))]
         values *= kept[of_part].repeat(BLOCK)[: len(values)]
         out[start : start + _CHUNK] = round_once(values, weight.dtype)
     return out.reshape(weight.shape)
@@ -78,19 +86,6 @@ def _scales(flat: np.ndarray, block: int) -> np.ndarray:
     padded = np.pad(np.abs(flat.astype(F32)), (0, -len(flat) % block))
     scales: np.ndarray = padded.reshape(-1, block).max(1)
     return scales
-
-
-def _encode(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return the nearest codes, (n,); a tie goes to the lower one."""
-    whole = len(values) // BLOCK * BLOCK
-    safe = np.maximum(scales, F32.type(1e-38))
-    scaled = np.empty_like(values)
-    # bitsandbytes multiplies whole blocks by the reciprocal, and divides the rest.
-    reciprocal = F32.type(1) / safe[: whole // BLOCK, None]
-    np.multiply(values[:whole].reshape(-1, BLOCK), reciprocal, scaled[:whole].reshape(-1, BLOCK))
-    np.divide(values[whole:], safe[whole // BLOCK :], scaled[whole:])
-    codes: np.ndarray = np.searchsorted(_EDGES, np.clip(scaled, -1, 1))
-    return codes
 
 
 def _round_scales(scales: np.ndarray) -> np.ndarray:
