@@ -115,12 +115,13 @@ def _merge(request: MergeRequest, plan: MergePlan, progress: Progress) -> _Made:
         _check_index(plan, request.out)
     journal.path.unlink(missing_ok=True)
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
+    files.sort(key=lambda entry: str(entry["path"]))
     made: dict[str, JsonValue] = {
         "out": str(request.out),
         "tensors": {kind: plan.count(kind) for kind in KINDS},
         "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
         "shards": shards,
-        "files": sorted(files, key=lambda entry: str(entry["path"])),
+        "files": files,
         "quantized_base": dict(plan.quantized_base),
         "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
         **({"largest": tally.largest} if request.headers_only else {}),
