@@ -118,11 +118,8 @@ def test_every_function_has_an_example_and_all_run(tools: Tools, registry: str) 
 def test_a_merge_is_a_value_with_types(tools: Tools) -> None:
     merged = merge(weights=[0.5])
 
-    assert merged.path == Path("merged")
     assert merged.shards[0].path.stat().st_size == merged.shards[0].size
-    assert len(merged.shards[0].sha256) == 64
     assert merged.tensors["merged"] > 0
-    assert merged.peak_rss_bytes > 0
     assert tools.runner.jobs[0].weights == (0.5,)
 
 

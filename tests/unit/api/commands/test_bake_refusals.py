@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -90,32 +91,22 @@ def test_a_mix_of_the_targets_family_is_baked(bakery: Bakery, said: int | None) 
     assert any("labels will say q4_k_m" in text for text in progress.warnings) == (said is not None)
 
 
-def hostile(folder: Path, kind: str) -> None:
-    match kind:
-        case "fifo":
-            os.mkfifo(folder / "pipe.json")
-        case "link out":
-            (folder / "a.json").symlink_to("/etc/passwd")
-        case "link up":
-            (folder / "a.json").symlink_to("../secret")
-            (folder.parent / "secret").write_text("s")
-        case "case":
-            (folder / "Config.json").write_text("{}")
-        case "newline":
-            (folder / "a\nb.json").write_text("{}")
-        case "not utf-8":
-            (Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.json"))).write_text("{}")
-        case "device":
-            os.mknod(folder / "null.json", 0o666 | 0o020000, os.makedev(1, 3))
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "fifo": lambda folder: os.mkfifo(folder / "pipe.json"),
+    "link out": lambda folder: (folder / "a.json").symlink_to("/etc/passwd"),
+    "link up": lambda folder: (folder / "a.json").symlink_to(os.path.relpath("/etc/hosts", folder)),
+    "case": lambda folder: (folder / "Config.json").touch(),
+    "newline": lambda folder: (folder / "a\nb.json").touch(),
+    "not utf-8": lambda folder: (folder / os.fsdecode(b"a\xff.json")).touch(),
+    "device": lambda folder: os.mknod(folder / "0.json", 0o666 | 0o020000, os.makedev(1, 3)),
+}
 
 
-@pytest.mark.parametrize(
-    "kind", ["fifo", "link out", "link up", "case", "newline", "not utf-8", "device"]
-)
+@pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_folders_are_refused(bakery: Bakery, kind: str) -> None:
     if kind == "device" and os.geteuid() != 0:
         pytest.skip("needs root")
-    hostile(bakery.model, kind)
+    HOSTILE[kind](bakery.model)
     with pytest.raises(InputRefused):
         bakery.bake("team/app:1")
     assert not bakery.fake.manifests.get(("team/app", "1"))

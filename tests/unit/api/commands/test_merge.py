@@ -14,7 +14,6 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.merge_options import Merge
 from weightsmith.outside.folders import FolderReader
 
-from tests.fakes.command_line import run
 from tests.fakes.memory import memory_tools
 from tests.paths import ROOT
 
@@ -52,13 +51,6 @@ def test_a_combined_adapter_is_told_by_its_files(tmp_path):
     files = {row["path"]: row["sha256"] for row in result["files"]}
     path = tmp_path / "kept" / "adapter_model.safetensors"
     assert files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_an_adapter_without_a_name_is_not_the_current_folder():
-    """As `--adapter "$ADAPTER"` gives it where the variable is not set."""
-    done = run("merge", "--base", "b", "--adapter", "one", "--adapter", "", "--out", "o")
-
-    assert (done.code, done.err.splitlines()[0]) == (2, "error: --adapter is empty")
 
 
 @pytest.mark.parametrize("options", [{"density": 0.5}, {"method": "svd", "density": 0.3}])
@@ -100,13 +92,3 @@ def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
             assert json.loads(written[path.name]) == json.loads(path.read_text())
         else:
             assert written[path.name] == path.read_bytes()
-
-
-def test_adapters_and_a_base_of_an_index_are_merged(tmp_path):
-    tools = memory_tools(tmp_path)
-    tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
-    result = merge_folders(asked(base="pypi://tiny==1.0", out=tmp_path / "out"), tools)
-
-    assert [shard["sha256"] for shard in result["shards"]] == [
-        shard["sha256"] for shard in merge_into(tmp_path / "folder")["shards"]
-    ]

@@ -36,25 +36,12 @@ def refused(
     model: Path, tmp_path: Path, *words: object, expect: int = 3, calibration: Path = TEXTS
 ) -> str:
     out = tmp_path / "out"
-    done = weightsmith(
-        "quantize",
-        "--model",
-        model,
-        "--out",
-        out,
-        "--runner",
-        "local",
-        "--calibration",
-        calibration,
-        *words,
-    )
+    asked = ("--model", model, "--out", out, "--runner", "local", "--calibration", calibration)
+    done = weightsmith("quantize", *asked, *words)
     assert done.code == expect, done.err
     assert not any(word in done.err for word in WORK), done.err
     assert "hint: " in done.err
-    assert (
-        sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out")))
-        == []
-    )
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
     return done.err
 
 
@@ -119,13 +106,8 @@ def test_calibration_that_is_empty_or_no_text(model, tmp_path, format_, raw, say
 def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
     name = b"blk.0.attn_q.weight"
     matrix = tmp_path / "m.dat"
-    matrix.write_bytes(
-        struct.pack("<i", 1)
-        + struct.pack("<i", len(name))
-        + name
-        + struct.pack("<ii", 5, 8)
-        + bytes(32)
-    )
+    head = struct.pack("<ii", 1, len(name)) + name
+    matrix.write_bytes(head + struct.pack("<ii", 5, 8) + bytes(32))
 
     said = refused(model, tmp_path, "--format", "q4_k_m", "--imatrix", matrix)
     assert "does not match the model" in said

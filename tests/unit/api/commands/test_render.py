@@ -153,10 +153,9 @@ def test_packed_weights_are_refused_where_they_would_be_quantized(tmp_path, weig
     assert "already quantized (fp8)" in told["error"]["message"]
 
 
-@pytest.mark.parametrize("target", ["vllm", "sglang", "tgi", "trtllm"])
-def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path, target):
+def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path):
     path, _ = folder(tmp_path, "llama-3-8b")
-    flags = ["--target", target, "--gpu", "nvidia-l4" if target != "tgi" else "nvidia-a10g"]
+    flags = ["--target", "sglang", "--gpu", "nvidia-l4"]
     wish = ["--max-model-len", 8192, "--max-num-seqs", 64]
     code, told, error = invoke("render", "--model", path, *flags, *wish, "--out", tmp_path / "out")
 
@@ -191,7 +190,6 @@ def test_a_named_flag_counts_before_set_and_set_before_the_recipe(tmp_path):
         code, rendered, _ = invoke(*one, *fields, *more, "--out", tmp_path / "out")
         assert (code, rendered["plan"]["max_model_len"]) == (0, wanted)
         keywords = {"max_model_len": more[1]} if more else {}
-        rendered = render(
-            path, "vllm", tmp_path / "out", gpu="nvidia-l40s", set=fields[1], **keywords
-        )
+        keywords |= {"gpu": "nvidia-l40s", "set": fields[1]}
+        rendered = render(path, "vllm", tmp_path / "out", **keywords)
         assert rendered.plan["max_model_len"] == wanted

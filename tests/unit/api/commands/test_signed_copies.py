@@ -8,11 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from weightsmith.api.commands.images import (
-    copy_attachments,
-    copy_image,
-    preview_copy,
-)
+from weightsmith.api.commands.images import copy_attachments, copy_image, preview_copy
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
@@ -105,32 +101,6 @@ def test_an_attachment_that_a_registry_lost_is_sent_again_by_force(scene: Scene,
         assert not gone.keys() & held.keys()
     send(force=True)
     assert gone.keys() <= held.keys()
-
-
-@pytest.mark.registry
-@pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
-def test_cosign_agrees(scene: Scene, tmp_path: Path) -> None:
-    with real_registry(tmp_path) as host:
-        name = f"{host}/real/app:1"
-        copy_image(scene.name, name, scene.client, Silent(), force=False)
-        assert scene.check(name) == {}
-        flags = ["--key", str(scene.public), "--insecure-ignore-tlog=true",
-                 "--private-infrastructure", "--allow-http-registry", name]  # fmt: skip
-        for words in (["verify"], ["verify-attestation", "--type", "slsaprovenance1"]):
-            subprocess.run(["cosign", *words, *flags], check=True, capture_output=True)
-        if shutil.which("oras"):
-            told = subprocess.run(
-                ["oras", "discover", "--plain-http", "--format", "json", name],
-                check=True, capture_output=True, text=True,
-            )  # fmt: skip
-            found = json.loads(told.stdout)
-            # As oras calls them since 1.3, and before.
-            rows = found.get("referrers") or found["manifests"]
-            kinds = {row["artifactType"] for row in rows}
-            assert {
-                "application/vnd.cyclonedx+json",
-                "application/vnd.dsse.envelope.v1+json",
-            } <= kinds
 
 
 @pytest.mark.slow

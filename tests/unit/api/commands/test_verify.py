@@ -8,20 +8,25 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from weightsmith.api.commands.images import inspect_image, inspect_text
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
-from weightsmith.api.commands.verify import verify_image
+from weightsmith.api.commands.verify import table, verify_image
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Silent
-from weightsmith.core.values import Digest, canonical
+from weightsmith.core.values import Digest, canonical, plain
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.outside.docker import DockerEngine
 
-from tests.fakes.baking import bake, make_key
+from tests.fakes.baking import bake, make_key, push_base
 from tests.fakes.memory import memory_tools
+from tests.fakes.registry import fake_registry
 from tests.unit.api.commands.conftest import Scene
 
 
@@ -36,13 +41,12 @@ def test_an_untouched_image_holds(scene: Scene) -> None:
 
 def test_openssl_agrees_with_the_signature(scene: Scene) -> None:
     place = RegistryLocation(scene.client, Reference.parse(scene.name))
-    parts = [
+    (part,) = (
         part
         for blob, tag in place.attached(scene.image().digest)
         for part in place.read(blob, tag).parts
         if "simplesigning" in part.blob.media_type
-    ]
-    (part,) = parts
+    )
     (scene.folder / "payload").write_bytes(part.read())
     signature = base64.b64decode(part.annotations["dev.cosignproject.cosign/signature"])
     (scene.folder / "signature").write_bytes(signature)
@@ -84,7 +88,7 @@ def test_the_configuration_changed_in_storage(scene: Scene) -> None:
     assert list(scene.check()) == ["manifest or configuration (labels)"]
 
 
-def retag(scene: Scene, image: Image, *, move: bool) -> None:
+def retag(scene: Scene, image: Image, *, move: bool = True) -> None:
     """Push a changed image under the tag, with the old one's attachments where `move`."""
     before = scene.image()
     place = Reference.parse(scene.name)
@@ -102,12 +106,6 @@ def changed_label(scene: Scene) -> Image:
     return replace(old, settings={**old.settings, "config": config}, raw=None)
 
 
-def swapped_layer(scene: Scene) -> Image:
-    old = scene.image()
-    evil = TarLayer(members=(Member.of_bytes("models/tiny.gguf", b"evil"),), epoch=0)
-    return replace(old, layers=(old.layers[0], evil, *old.layers[2:]), raw=None)
-
-
 def test_a_label_changed_under_the_tag(scene: Scene) -> None:
     retag(scene, changed_label(scene), move=False)
     found = scene.check()
@@ -116,7 +114,7 @@ def test_a_label_changed_under_the_tag(scene: Scene) -> None:
 
 
 def test_a_label_changed_and_everything_moved_along(scene: Scene) -> None:
-    retag(scene, changed_label(scene), move=True)
+    retag(scene, changed_label(scene))
     found = scene.check()
     assert "another image" in found["signature"]
     assert "labels or configuration" in found["statement"]
@@ -124,24 +122,22 @@ def test_a_label_changed_and_everything_moved_along(scene: Scene) -> None:
 
 
 def test_a_layer_swapped_and_everything_moved_along(scene: Scene) -> None:
-    retag(scene, swapped_layer(scene), move=True)
+    old = scene.image()
+    evil = TarLayer(members=(Member.of_bytes("models/tiny.gguf", b"evil"),), epoch=0)
+    retag(scene, replace(old, layers=(old.layers[0], evil, *old.layers[2:]), raw=None))
     assert "layer 1" in scene.check()["statement"]
 
 
 def test_a_statement_changed(scene: Scene) -> None:
     place = RegistryLocation(scene.client, Reference.parse(scene.name))
     image = scene.image()
-    rows = [
-        (blob, tag)
-        for blob, tag in place.attached(image.digest)
-        if "dsse" in place.read(blob, tag).artifact_type
-    ]
-    attachment = place.read(*rows[0])
+    read = (place.read(blob, tag) for blob, tag in place.attached(image.digest))
+    attachment = next(one for one in read if "dsse" in one.artifact_type)
     envelope = json.loads(attachment.parts[0].read())
     told = json.loads(base64.b64decode(envelope["payload"]))
     told["predicate"]["buildDefinition"]["externalParameters"]["target"] = "vllm"
     envelope["payload"] = base64.b64encode(json.dumps(told).encode()).decode()
-    part = replace(attachment.parts[0])
+    part = attachment.parts[0]
     evil = type(part).of_bytes(json.dumps(envelope).encode(), part.blob.media_type,
                                **part.annotations)  # fmt: skip
     place.attach(replace(attachment, parts=(evil,), raw=None))
@@ -246,3 +242,41 @@ def test_an_index_that_engines_read_otherwise(
     request = RebaseCommand(source=index, onto=onto, to=scene.name, smoke=False, force=True)
     with pytest.raises(InputRefused, match="linux/a"):
         rebase_image(request, memory_tools(scene.folder, registry=scene.client))
+
+
+FORGED = "a\x1b[2K\n  ok  signature  signed by you"
+
+
+def test_labels_that_cannot_be_read_are_reported_as_they_are() -> None:
+    said = {
+        "target": FORGED,
+        "plan": "{",
+        "score.base": "high",
+        "score.adapter": "nan",
+        "score.image": "0.5000 contains n=2",
+    }
+    own = {f"dev.weightsmith.{key}": text for key, text in said.items()}
+    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
+        name = f"{fake.host}/odd/labels:1"
+        push_base(client, name, own, {"a": b"1"}, platform=host_platform())
+        found = inspect_image(name, client, DockerEngine())
+    assert found["scores"] == {"image": 0.5}
+    assert found["plan"] == {}
+    assert found["provenance"] == {k: said[k] for k in said if k != "score.image"}
+    assert json.dumps(plain(found), allow_nan=False)
+    text = inspect_text(found)
+    assert "\x1b" not in text
+    assert not [row for row in text.splitlines() if row.startswith("  ok")]
+
+
+def test_a_plan_that_lacks_what_is_printed_of_it() -> None:
+    for plan in ({}, {"device": "cpu"}, {"max_num_seqs": 1, "max_model_len": 2, "device": "cpu"}):
+        found = {"reference": "r", "digest": "d", "scores": {}, "provenance": {}, "plan": plan}
+        assert ("serves 1 requests" in inspect_text({**found, "layers": []})) == (len(plan) == 3)
+
+
+def test_a_layers_name_adds_no_row_to_what_was_verified() -> None:
+    rows = [{"ok": False, "check": "layer 0", "found": FORGED}]
+    (row,) = table({"checks": rows}).splitlines()
+    assert row.startswith("  NO  layer 0")
+    assert "\x1b" not in row
