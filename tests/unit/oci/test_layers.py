@@ -201,9 +201,8 @@ def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
     assert len(set(calls)) == 4
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_small_files() -> None:
-    members = tuple(Member.of_bytes(f"/models/{n % 100}/{n}", b"x") for n in range(100_000))
+def test_many_small_files() -> None:
+    members = tuple(Member.of_bytes(f"/models/{n % 100}/{n}", b"x") for n in range(20_000))
     layer = TarLayer(members=members, epoch=0)
     with subprocess.Popen(
         ["tar", "-tf", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -217,9 +216,9 @@ def test_a_hundred_thousand_small_files() -> None:
         reader.stdin.close()
         thread.join()
     assert reader.returncode == 0
-    assert len(listing) == 100_000 + 101
+    assert len(listing) == 20_000 + 101
     assert sum(writes) == layer.size
-    assert len(writes) < 1000
+    assert len(writes) < 200
 
 
 def test_the_header_above_8_gib_is_read_by_python(tmp_path: Path) -> None:

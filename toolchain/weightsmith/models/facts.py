@@ -334,7 +334,6 @@ def _facts(path: Path, config: bytes, tokenizer: bytes, **present: bool) -> Mode
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:
-    """Return a part, or the error that reading it raises."""
     try:
         return reader()
     except InputRefused as refused:

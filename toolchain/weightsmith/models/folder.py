@@ -144,7 +144,6 @@ def _link_root(real: Path) -> Path:
 
 
 def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
-    """Yield all files below `prefix`."""
     if depth > _MAX_DEPTH:
         raise InputRefused(
             f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}",

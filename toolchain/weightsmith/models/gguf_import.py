@@ -128,7 +128,6 @@ def _sizes(facts: Mapping[str, JsonValue]) -> dict[str, int]:
 def _model_config(
     facts: Mapping[str, JsonValue], sizes: Mapping[str, int], *, tied: bool
 ) -> dict[str, JsonValue]:
-    """Return the model's config.json."""
     if facts.get("llama.rope.scaling.type", "none") != "none":
         raise InputRefused(
             f"rope scaling {facts['llama.rope.scaling.type']!r} cannot be imported",
@@ -172,7 +171,6 @@ def _model_config(
 def _check_tensors(
     sizes: Mapping[str, int], tensors: Mapping[str, ReaderTensor], *, tied: bool
 ) -> None:
-    """Refuse a file whose tensors do not match its configuration."""
     if sizes["num_hidden_layers"] > len(tensors):
         raise InputRefused(
             f"{sizes['num_hidden_layers']} layers need more than {len(tensors)} tensors",
@@ -229,7 +227,6 @@ def _write_weights(path: Path, tensors: Mapping[str, ReaderTensor], head: int) -
 def _float16_blocks(
     name: str, tensor: ReaderTensor, head: int
 ) -> Iterator[npt.NDArray[np.float16]]:
-    """Yield a tensor's rows in the checkpoint's order, in small blocks."""
     half = head // 2
     rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
     rows = 2 * half if rotated else _ROWS_PER_BLOCK
@@ -322,7 +319,6 @@ def tokenizer_files(
 
 
 def _special_tokens(facts: Mapping[str, JsonValue], tokens: list[str]) -> dict[str, str]:
-    """Return the file's begin, end, unknown and padding tokens."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: _token_id(facts, key) for name, key in keys.items()}
     outside = {name: number for name, number in ids.items() if number and number >= len(tokens)}
@@ -358,7 +354,6 @@ def _tokenizer(
     added: list[dict[str, JsonValue]],
     bos: int | None,
 ) -> dict[str, JsonValue]:
-    """Return tokenizer.json for a byte-level BPE vocabulary."""
     tokens = _texts_of(facts, "tokenizer.ggml.tokens")
     return {
         "version": "1.0",
@@ -433,7 +428,6 @@ def _token_id(facts: Mapping[str, JsonValue], name: str) -> int | None:
 
 
 def _texts_of(facts: Mapping[str, JsonValue], key: str) -> list[str]:
-    """Return a list of strings; raise InputRefused if invalid, KeyError if missing."""
     value = facts[key]
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise _invalid(key, value)

@@ -80,7 +80,6 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
 
 
 def _strings(data: np.ndarray, offset: int, count: int) -> list[memoryview]:
-    """Return `count` length-prefixed strings."""
     raw, found = data.data, list[memoryview]()
     for _ in range(count):
         if offset + _LENGTH.size > len(raw):

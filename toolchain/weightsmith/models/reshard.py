@@ -110,7 +110,6 @@ def size_of(pieces: Pieces) -> int:
 
 
 def _groups(header: SafetensorsHeader, largest: int, strict: bool) -> list[list[TensorInfo]]:
-    """Return the tensors in as few consecutive groups as fit."""
     table = 8 + sum(len(t.name) + 256 for t in header.tensors)
     room = largest - _spare(largest) - min(table, largest // 2)
     groups: list[list[TensorInfo]] = [[]]

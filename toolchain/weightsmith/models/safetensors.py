@@ -183,7 +183,6 @@ def build_header(
 
 
 def _tensor(path: Path, name: str, entry: JsonValue, data_start: int) -> TensorInfo:
-    """Check one entry of the header."""
     # Lone surrogates are not printable either, so accepted names can be shown and encoded.
     if not name or len(name) > _MAX_NAME or not name.isprintable():
         raise _refuse(path, f"invalid tensor name {name[:80]!r}: empty, too long or not printable")

@@ -248,7 +248,6 @@ def _layer_types(config: Mapping[str, JsonValue], layers: int) -> tuple[str, ...
 
 
 def _state_dtype(architecture: str, config: Mapping[str, JsonValue]) -> str:
-    """Return the model's state dtype (vLLM, model_executor/models/config.py)."""
     for name in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype"):
         if config.get(name) in {"float32", "float16", "bfloat16"}:
             return str(config[name])

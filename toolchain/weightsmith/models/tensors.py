@@ -149,7 +149,6 @@ class CheckpointTensors:
     def _part(
         self, name: str, kind: np.dtype[np.generic], where: tuple[int | slice, ...]
     ) -> npt.NDArray[np.generic]:
-        """Return a part of a tensor, of which the leading indices say what is read."""
         shape, start, size = self.info(name).shape, 0, self.info(name).size
         while where and shape and size:
             step = size // shape[0]

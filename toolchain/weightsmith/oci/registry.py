@@ -172,7 +172,6 @@ class Registry:
         return self._image(reference, body, kind, platform)
 
     def _image(self, reference: Reference, body: bytes, kind: str, platform: str | None) -> Image:
-        """Return the image of a manifest, or an index's image for the platform."""
         session = self.session(reference, "pull")
         for _ in range(4):
             if kind not in manifests.INDEXES:
@@ -426,7 +425,6 @@ def _has_subject(attachment: Attachment) -> bool:
 def _list(
     session: RegistrySession, reference: Reference, subject: Digest, those: list[Attachment]
 ) -> None:
-    """Add attachments to the fallback tag, if the registry has no referrers API."""
     tag = fallback_tag(subject)
     rows = _by_tag(session, reference, tag)
     if rows is None:
@@ -441,7 +439,6 @@ def _list(
 
 
 def _rows(session: RegistrySession, reference: Reference, subject: Digest) -> list[JsonValue]:
-    """Return an image's list, by the API or under its tag."""
     rows = _by_api(session, reference, subject)
     return _by_tag(session, reference, fallback_tag(subject)) or [] if rows is None else rows
 

@@ -407,7 +407,6 @@ def _bytes_kept(
 def _rest(
     session: RegistrySession, body: Opener, upload: RegistryReply, blob: Blob, at: int
 ) -> RegistryReply:
-    """Send everything after the first `at` bytes."""
     if at == blob.size:
         return _finish(session, upload, blob)
     reply = _patch(session, upload, at, blob.size - at, lambda: after(body(), at), whole=not at)

@@ -168,7 +168,6 @@ def public_recipe(recipe: Recipe) -> Mapping[str, JsonValue]:
 
 
 def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
-    """Return a part of a recipe with file names instead of paths."""
     if isinstance(value, dict):
         return {k: _without_folders(inner, k) for k, inner in value.items()}
     if isinstance(value, list):
@@ -178,7 +177,6 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
 
 
 def _made(made: ImageMaterials) -> Iterator[Statement]:
-    """Yield how the files that are served were made of the sources."""
     inputs, artifact = made.inputs, made.inputs.artifact
     sources, checkpoint, recipe = inputs.sources, inputs.checkpoint, inputs.recipe
     if sources and checkpoint and recipe and sources.adapters:

@@ -118,7 +118,6 @@ def check_chain(
 
 
 def _changes(image: Image, stated: Sequence[Statement]) -> str:
-    """Say which layers differ from those in a statement."""
     for one in stated:
         named = one.subjects
         if "config" not in named:

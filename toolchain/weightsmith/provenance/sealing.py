@@ -174,7 +174,6 @@ def _content(part: AttachmentPart) -> bytes:
 
 
 def _signed(part: AttachmentPart, signer: Signer) -> AttachmentPart:
-    """Return a statement in an envelope with our signature."""
     statement = read_statement(part, None)
     kind = statement.predicate_type
     if part.blob.media_type == signing.ENVELOPE_TYPE:

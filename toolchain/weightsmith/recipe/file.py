@@ -210,7 +210,6 @@ def _place(path: str) -> tuple[list[str], object]:
 
 
 def _number(items: Sequence[object], word: str, setting: str) -> int:
-    """Return which element of a list a part of the path means, counted from 0."""
     if word.isdecimal() and int(word) < len(items):
         return int(word)
     raise UsageError(
@@ -241,7 +240,6 @@ def _fault(error: ErrorDetails) -> str:
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:
-    """Return the keys that a place of the recipe knows."""
     part: Any = Recipe
     steps = iter(location)
     for step in steps:

@@ -120,7 +120,6 @@ def read_setting(text: str) -> JsonValue:
 
 
 def _yaml_fault(error: ValueError) -> str:
-    """Return the problem and its place in one line."""
     cause = error.__cause__
     if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
         mark = cause.problem_mark
@@ -161,7 +160,6 @@ def _faults(value: object, place: tuple[str, ...]) -> Iterator[str]:
 
 
 def _of_number(value: object) -> str:
-    """Return what is wrong with a value that is not text, empty if nothing is."""
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         return "a number of more than 64 bits"
     if isinstance(value, float) and not math.isfinite(value):
