@@ -11,9 +11,9 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.trees import below, discard
 from weightsmith.models.folder import ignored_files
-from weightsmith.oci.attachments import AttachmentPart
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance import evidence, signing
-from weightsmith.provenance.evidence import EVALUATION_TYPE, AttachedDocument
+from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import ADDED, LAYERS, plan_in, roles_of
 
 from tests.fakes.deep import nested
@@ -61,7 +61,7 @@ def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> 
     part = AttachmentPart.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
     recipe = {"evaluate": {"data": "x"}}
     _with_questions(
-        recipe, [AttachedDocument(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
+        recipe, [Attachment(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
     )
     assert recipe == {}
 

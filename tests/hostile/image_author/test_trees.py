@@ -13,13 +13,12 @@ from weightsmith.api.commands.verify import _read_layer
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import _new_name
 from weightsmith.core.trees import discard, walk
-from weightsmith.oci.attachments import AttachmentPart
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE, Layer
 from weightsmith.oci.streams import entries
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.permissions import owned_by
-from weightsmith.provenance.evidence import AttachedDocument
 
 from tests.fakes.deep import NOBODY, closed_folders, nested, somebody_else
 from tests.fakes.images import entry, foreign_image, tar_of
@@ -119,7 +118,7 @@ def test_a_deep_output_is_taken_back_from_its_container(tmp_path: Path) -> None:
 def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
     """An image attaches an adapter whose file lies in a thousand folders: refused at once."""
     part = replace(AttachmentPart.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
-    document = AttachedDocument(artifact_type="", parts=(part,))
+    document = Attachment(artifact_type="", parts=(part,))
     with pytest.raises(InputRefused, match="a/a/a/"):
         _write(document, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -23,7 +23,6 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     NUMBER,
-    AttachedDocument,
     Evidence,
     resource_of,
 )
@@ -145,7 +144,7 @@ def test_adapters_that_changed_places(shop: Shop) -> None:
     place, image = shop.place(name), shop.blob(name)
     told = next(one for one in shop.stated(name) if one.kind == "bake")
     there = tuple(
-        AttachedDocument(
+        Attachment(
             artifact_type=kind,
             parts=(AttachmentPart.of_bytes(title.encode() * n, kind, **{TITLE: title}),),
             annotations={NUMBER: str(n)} if kind == ADAPTER_TYPE else {},

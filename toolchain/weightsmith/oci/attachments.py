@@ -66,7 +66,8 @@ class Attachment:
     """A manifest about an image; it is copied with the image and keeps its digest."""
 
     artifact_type: str
-    subject: Blob
+    subject: Blob = _NONE
+    """What it is about; nothing for one that is not attached yet."""
     parts: tuple[AttachmentPart, ...]
     annotations: Mapping[str, str] = field(default_factory=dict)
     config: bytes = EMPTY

@@ -25,7 +25,7 @@ from weightsmith.evaluating.results import Result, main_scores, unproven_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.models.reshard import Resharded
-from weightsmith.oci.attachments import AttachmentPart
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, ImageOrIndex, Order, index_of
 from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
@@ -41,7 +41,6 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     NUMBER,
-    AttachedDocument,
     Evidence,
     resource_of,
     titled,
@@ -133,7 +132,7 @@ class ImageMaterials:
         return replace(self.inputs.artifact, tree=self.split.tree)
 
 
-def evidence(made: ImageMaterials, base_documents: Sequence[AttachedDocument]) -> Evidence:
+def evidence(made: ImageMaterials, base_documents: Sequence[Attachment]) -> Evidence:
     """Return an image's statements and documents; equal images have equal evidence.
 
     `base_documents` are the bills of materials of the base.
@@ -226,7 +225,7 @@ def _builder(name: str, details: Mapping[str, JsonValue]) -> list[Resource]:
     return found
 
 
-def _baked(made: ImageMaterials, documents: Sequence[AttachedDocument]) -> Statement:
+def _baked(made: ImageMaterials, documents: Sequence[Attachment]) -> Statement:
     needed = [tree_resource("artifact", made.served.digest)]
     if made.base:
         needed.append(
@@ -278,9 +277,9 @@ def _billed(made: ImageMaterials) -> BilledModel:
     )
 
 
-def _adapters(sources: Sources | None) -> list[AttachedDocument]:
+def _adapters(sources: Sources | None) -> list[Attachment]:
     return [
-        AttachedDocument(
+        Attachment(
             artifact_type=ADAPTER_TYPE,
             parts=tuple(
                 AttachmentPart.of_file(a.snapshot.tree.path(file.path), file.path, file.digest)

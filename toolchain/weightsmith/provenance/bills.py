@@ -28,7 +28,7 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.provenance.evidence import SPDX_TYPE, AttachedDocument, titled
+from weightsmith.provenance.evidence import SPDX_TYPE, titled
 from weightsmith.recipe.schema import Card
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
@@ -58,9 +58,7 @@ _ABOUT, _KIND = "vnd.docker.reference.digest", "vnd.docker.reference.type"
 _MOST = 20
 
 
-def base_documents(
-    base: Image | None, name: str, registry: Registry
-) -> tuple[AttachedDocument, ...]:
+def base_documents(base: Image | None, name: str, registry: Registry) -> tuple[Attachment, ...]:
     """Return the bills of materials of what is below the weights: its makers', or ours."""
     if base is None or not name:
         return ()
@@ -71,21 +69,19 @@ def base_documents(
     return (titled(MEDIA_TYPE, ENGINE_BILL, bill),)
 
 
-def read_bills(
-    reference: Reference, base: Image, registry: Registry
-) -> tuple[AttachedDocument, ...]:
+def read_bills(reference: Reference, base: Image, registry: Registry) -> tuple[Attachment, ...]:
     """Return a base's bills of materials; () if none can be read.
 
     They are optional, so a registry's error is ignored here.
     """
-    found: list[AttachedDocument] = []
+    found: list[Attachment] = []
     for reader in (_attached, _in_index):
         with suppress(WeightsmithError):
             found += reader(reference, base, registry)
     return tuple(found)
 
 
-def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator[AttachedDocument]:
+def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator[Attachment]:
     there = reference.at(base.digest)
     for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
         one = registry.read_attachment(there, blob)
@@ -93,12 +89,10 @@ def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator
             continue  # the base is an image of ours, and its model is not the one that is served
         size = sum(part.blob.size for part in one.parts)
         if one.artifact_type in _TYPES and size <= LARGEST_PART:
-            yield AttachedDocument(
-                artifact_type=one.artifact_type, parts=one.parts, annotations=one.annotations
-            )
+            yield one
 
 
-def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator[AttachedDocument]:
+def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator[Attachment]:
     body, kind = registry.read_manifest(reference)
     if kind not in manifests.INDEXES:
         return
@@ -112,7 +106,7 @@ def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator
             yield from _stated(registry.read_attachment(reference, blob))
 
 
-def _stated(attestation: Attachment) -> Iterator[AttachedDocument]:
+def _stated(attestation: Attachment) -> Iterator[Attachment]:
     for part in attestation.parts[:_MOST]:
         media_type, name = _PREDICATES.get(part.annotations.get(_PREDICATE, ""), ("", ""))
         if not media_type:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 from weightsmith.core.values import Digest, FileEntry, tree_digest
 from weightsmith.evaluating.results import NOT_PROVEN
+from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import Image
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
-    AttachedDocument,
     document_name,
     resource_of,
 )
@@ -67,7 +67,7 @@ class Lineage:
         others = [digest for digest in statement.subjects.values() if digest != self.images[0]]
         return f"about another image ({others[0][7:19]})" if others else "about no image"
 
-    def names(self, document: AttachedDocument) -> bool:
+    def names(self, document: Attachment) -> bool:
         """Say whether a statement about the image names a document: its name, type and digest."""
         return resource_of(document) in self.byproducts
 
@@ -84,7 +84,7 @@ class Check:
 def check_chain(
     image: Image,
     stated: Sequence[Statement],
-    documents: Sequence[AttachedDocument],
+    documents: Sequence[Attachment],
     files: Mapping[str, str],
 ) -> Iterator[Check]:
     """Yield the checks of an image against its statements.
@@ -195,7 +195,7 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
         yield Check(name="base", ok=ok, found=found)
 
 
-def _documents(own: Statement, documents: Sequence[AttachedDocument]) -> Check:
+def _documents(own: Statement, documents: Sequence[Attachment]) -> Check:
     stated, there = own.byproducts, set(map(resource_of, documents))
     missing = sorted(one.name for one in stated - there)
     if missing:
@@ -204,7 +204,7 @@ def _documents(own: Statement, documents: Sequence[AttachedDocument]) -> Check:
     return Check(name="documents", ok=True, found=", ".join(names) or "none")
 
 
-def _unnamed(lineage: Lineage, documents: Sequence[AttachedDocument]) -> Iterator[Check]:
+def _unnamed(lineage: Lineage, documents: Sequence[Attachment]) -> Iterator[Check]:
     """Yield attached documents that no statement names; those that look like ours are wrong."""
     for document in documents:
         if lineage.names(document):

@@ -7,8 +7,8 @@ image's statement, so its signature covers them too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import PART, parse
@@ -28,19 +28,10 @@ STATEMENTS = (signing.STATEMENT_TYPE, signing.ENVELOPE_TYPE)
 _MOST_ATTACHED = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttachedDocument:
-    """A file attached to the image."""
-
-    artifact_type: str
-    parts: tuple[AttachmentPart, ...]
-    annotations: Mapping[str, str] = field(default_factory=dict)
-
-
-def titled(artifact_type: str, title: str, content: JsonValue) -> AttachedDocument:
+def titled(artifact_type: str, title: str, content: JsonValue) -> Attachment:
     """Return a document of one JSON file."""
     part = AttachmentPart.of_bytes(canonical(content), artifact_type, **{TITLE: title})
-    return AttachedDocument(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})
+    return Attachment(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +42,7 @@ class Evidence:
     """Made and signed by this build."""
     kept: tuple[AttachmentPart, ...] = ()
     """Those of the image that this one was made from."""
-    documents: tuple[AttachedDocument, ...] = ()
+    documents: tuple[Attachment, ...] = ()
 
 
 def read_attached(location: ImageLocation, image: Digest) -> list[Attachment]:
@@ -120,14 +111,10 @@ def statement_parts(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     return list(found.values())
 
 
-def documents_in(attachments: Iterable[Attachment]) -> list[AttachedDocument]:
+def documents_in(attachments: Iterable[Attachment]) -> list[Attachment]:
     """Return all attachments that are neither statements nor signatures."""
     return [
-        AttachedDocument(
-            artifact_type=attachment.artifact_type,
-            parts=attachment.parts,
-            annotations=attachment.annotations,
-        )
+        attachment
         for attachment in attachments
         if not any(
             part.blob.media_type in (*STATEMENTS, signing.SIMPLE_SIGNING) or is_bundle(part)
@@ -146,7 +133,7 @@ def limited(rows: Sequence[tuple[Blob, str]]) -> Sequence[tuple[Blob, str]]:
     return rows
 
 
-def document_name(document: AttachedDocument) -> str:
+def document_name(document: Attachment) -> str:
     """Return a document's name in statements: its file name, or the adapter's number."""
     number = document.annotations.get(NUMBER)
     if document.artifact_type == ADAPTER_TYPE:
@@ -155,7 +142,7 @@ def document_name(document: AttachedDocument) -> str:
     return next((part.title for part in document.parts), "") or document.artifact_type
 
 
-def resource_of(document: AttachedDocument) -> Resource:
+def resource_of(document: Attachment) -> Resource:
     """Return a document as statements name it; another name or type is another document."""
     return Resource(
         name=document_name(document),
@@ -164,7 +151,7 @@ def resource_of(document: AttachedDocument) -> Resource:
     )
 
 
-def document_digest(document: AttachedDocument) -> Digest:
+def document_digest(document: Attachment) -> Digest:
     """Return a document's digest: its only part's, or that of the list of its parts."""
     if len(document.parts) == 1 and document.artifact_type != ADAPTER_TYPE:
         return document.parts[0].blob.digest

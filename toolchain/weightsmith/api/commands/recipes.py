@@ -19,12 +19,12 @@ from weightsmith.core.trees import discard
 from weightsmith.core.values import FileEntry, JsonValue, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.oci.attachments import AttachmentPart
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import trace
-from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, AttachedDocument
+from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Evaluate, Recipe
@@ -256,7 +256,7 @@ def _with_base(
 
 def _with_adapters(
     adapters: Sequence[dict[str, JsonValue]],
-    documents: Sequence[AttachedDocument],
+    documents: Sequence[Attachment],
     stated: Mapping[str, tuple[str, str]],
     folder: Path,
 ) -> dict[str, dict[str, str]]:
@@ -284,7 +284,7 @@ def _with_adapters(
     return locked
 
 
-def _write(document: AttachedDocument, folder: Path) -> None:
+def _write(document: Attachment, folder: Path) -> None:
     for part in document.parts:
         if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
             raise InputRefused(
@@ -300,7 +300,7 @@ def _write(document: AttachedDocument, folder: Path) -> None:
 
 def _with_questions(
     recipe: dict[str, JsonValue],
-    documents: Sequence[AttachedDocument],
+    documents: Sequence[Attachment],
     folder: Path,
     progress: Progress,
 ) -> None:
