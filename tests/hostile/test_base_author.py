@@ -54,18 +54,19 @@ def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: N
     And so is one that divides by nothing: an input that is refused, not a fault of ours.
     """
     from weightsmith.forward.libraries import load_tokenizer
-    from weightsmith.merging.reference import answer
+    from weightsmith.merging.reference import UnmergedModel, answers
     from weightsmith.quantizers.quality.texts import as_lines, readings
     from weightsmith.validating.probes import encode
 
+    fails = UnmergedModel(model=base_with(tmp_path / "fails", "{{ 1 / 0 }}"))
     with pytest.raises(InputRefused, match="chat template"):
-        answer(base_with(tmp_path / "fails", "{{ 1 / 0 }}"), [], [QUESTION], 1)
+        answers({"": fails}, [QUESTION], 1)
     base = base_with(tmp_path, LOOPS)
 
     for render in (
         lambda: as_lines(base, [{"messages": QUESTION}]),
         lambda: readings(base, [{"messages": QUESTION}]),
-        lambda: answer(base, [], [QUESTION], 1),
+        lambda: answers({"": UnmergedModel(model=base)}, [QUESTION], 1),
         lambda: encode(load_tokenizer(base), [QUESTION], 100),
     ):
         with pytest.raises(InputRefused, match="chat template"):

@@ -21,7 +21,6 @@ from weightsmith.merging.kernel import (
     finish_rows,
     merge_rows,
     prepare,
-    work_type,
 )
 from weightsmith.merging.repair import LowRankUpdate
 from weightsmith.merging.rounding import BF16, F16, F32, round_dyadic, round_once
@@ -112,7 +111,7 @@ def expected_bits(
 
 def on_cpu(prepared: PreparedAddition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
     # Pieces of two rows, so that blocks have several.
-    space = Space(2 * weight.shape[1], prepared.dtype, work_type(prepared.dtype))
+    space = Space(2 * weight.shape[1], prepared.dtype, prepared.work)
     merge_rows(prepared, weight, first, space, out)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.merging import blocks, compose, plan
+from weightsmith.merging import blocks, plan
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.families import experts, lora, tokens
 
@@ -75,7 +75,7 @@ def gate_and_up_exchanged(patch: pytest.MonkeyPatch) -> None:
 
 other_axis = wrapped(lora, "Dora", lambda own, **w: own(**w | {"by_column": not w["by_column"]}))
 tensors_kept = wrapped(
-    compose,
+    plan,
     "_single",
     lambda own, plain, some: replace(own(plain, some), source=plain.source, shape=plain.shape),
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.kernels import library
-from weightsmith.merging import engine, kernel, native, sketch
+from weightsmith.merging import engine, kernel, native, proof
 from weightsmith.merging.repair import LowRankUpdate
 from weightsmith.merging.rounding import BF16, F16, F32
 from weightsmith.outside.toolset import tools_variable
@@ -104,9 +104,9 @@ def test_projections_for_the_proof(dtype, orders, lanes, monkeypatch):
     weights = random.standard_normal((7, 301)).astype(dtype)
     signs = random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1
     given = (np.asarray(a, order=o) for a, o in zip((weights, signs), orders, strict=True))
-    ours = sketch.project(*given)
+    ours = proof.project(*given)
     monkeypatch.setattr(library, "found", lambda: None)
-    for one, other in zip(ours, sketch.project(weights, signs), strict=True):
+    for one, other in zip(ours, proof.project(weights, signs), strict=True):
         assert one.shape == other.shape
         assert np.allclose(one, other, rtol=1e-5, atol=1e-4)
 

@@ -20,9 +20,8 @@ from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import make_plan
-from weightsmith.merging.proof import prove
+from weightsmith.merging.proof import Sketch, prove
 from weightsmith.merging.shards import ShardMaker
-from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Checksum, Writer, continued
 from weightsmith.models.safetensors import read_header
 

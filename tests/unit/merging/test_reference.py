@@ -11,7 +11,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Question
 from weightsmith.forward import heads
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import UnmergedModel, answer, answers, likelihoods, speaker
+from weightsmith.merging.reference import UnmergedModel, answers, likelihoods, speaker
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -39,6 +39,11 @@ def base(make_model: Any) -> Path:
     folder = make_model(eos_token_id=94)
     add_tokenizer(folder)
     return folder
+
+
+def answer(base: Path, adapters: Any, items: Any, most: int, *progress: Any) -> Any:
+    subject = UnmergedModel(model=base, adapters=adapters)
+    return answers({"": subject}, items, most, *progress)[""]
 
 
 def items(*prompts: str) -> list[list[dict[str, str]]]:

@@ -178,13 +178,36 @@ def read_adapter_config(root: Path) -> AdapterConfig:
     return parse_adapter_config(path, raw)
 
 
-def parse_adapter_config(path: Path, raw: Mapping[str, JsonValue]) -> AdapterConfig:
+def parse_adapter_config(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
     """Return a configuration, also of a kind that is not merged; raise InputRefused if invalid."""
+    # Other methods define rank and alpha differently; PEFT reads them itself.
+    lora = raw if raw.get("peft_type") == "LORA" else {}
+    targets = raw.get("target_modules")
+    ranks, alphas = lora.get("rank_pattern") or {}, lora.get("alpha_pattern") or {}
     try:
-        config = _read(raw)
-        patterns = [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
+        patterns = _texts(raw.get("layers_pattern") or ())
+        unknown = str(targets).lower() in ("none", "all-linear")
+        config = AdapterConfig(
+            kind=str(raw.get("peft_type")),
+            raw=raw,
+            r=_rank(lora.get("r", 8)),
+            lora_alpha=_number(lora.get("lora_alpha", 8)),
+            use_rslora=_flag(lora, "use_rslora"),
+            rank_pattern={key: _rank(rank) for key, rank in dict(ranks).items()},
+            alpha_pattern={key: _number(alpha) for key, alpha in dict(alphas).items()},
+            fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
+            # PEFT expands `all-linear` before saving; if it is still there, they are unknown.
+            target_modules=None if unknown else _texts(targets),
+            exclude_modules=_texts(raw.get("exclude_modules") or ()),
+            layers_to_transform=_numbers(raw.get("layers_to_transform")),
+            layers_pattern=(patterns,) if isinstance(patterns, str) else patterns,
+            ensure_weight_tying=_flag(raw, "ensure_weight_tying"),
+            base_model=str(raw.get("base_model_name_or_path") or ""),
+            unknown=tuple(sorted(k for k, v in lora.items() if v and k not in _PLAIN.split())),
+        )
+        keys = (*config.rank_pattern, *config.alpha_pattern)
         given = (config.target_modules, config.exclude_modules, *config.layers_pattern)
-        for pattern in (*patterns, *given):
+        for pattern in (*(rf"(.*\.)?({key})$" for key in keys), *given):
             if isinstance(pattern, str):
                 re.compile(pattern)
         _check_values(raw)
@@ -194,34 +217,6 @@ def parse_adapter_config(path: Path, raw: Mapping[str, JsonValue]) -> AdapterCon
             hint="export the adapter again with PEFT's save_pretrained",
         ) from error
     return config
-
-
-def _read(raw: Mapping[str, Any]) -> AdapterConfig:
-    targets, patterns = raw.get("target_modules"), _texts(raw.get("layers_pattern") or ())
-    # Other methods define rank and alpha differently; PEFT reads them itself.
-    lora = raw if raw.get("peft_type") == "LORA" else {}
-    return AdapterConfig(
-        kind=str(raw.get("peft_type")),
-        raw=raw,
-        r=_rank(lora.get("r", 8)),
-        lora_alpha=_number(lora.get("lora_alpha", 8)),
-        use_rslora=_flag(lora, "use_rslora"),
-        rank_pattern={
-            key: _rank(rank) for key, rank in dict(lora.get("rank_pattern") or {}).items()
-        },
-        alpha_pattern={
-            key: _number(alpha) for key, alpha in dict(lora.get("alpha_pattern") or {}).items()
-        },
-        fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
-        # PEFT expands `all-linear` before saving; if it is still there, the targets are unknown.
-        target_modules=None if str(targets).lower() in ("none", "all-linear") else _texts(targets),
-        exclude_modules=_texts(raw.get("exclude_modules") or ()),
-        layers_to_transform=_numbers(raw.get("layers_to_transform")),
-        layers_pattern=(patterns,) if isinstance(patterns, str) else patterns,
-        ensure_weight_tying=_flag(raw, "ensure_weight_tying"),
-        base_model=str(raw.get("base_model_name_or_path") or ""),
-        unknown=tuple(sorted(k for k, v in lora.items() if v and k not in _PLAIN.split())),
-    )
 
 
 def _check_values(raw: Mapping[str, JsonValue]) -> None:

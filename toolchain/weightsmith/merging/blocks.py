@@ -21,9 +21,9 @@ from weightsmith.merging.kernel import (
     prepare,
 )
 from weightsmith.merging.outputs import Band, MergedTensor, Patch, Rows, StoredTensor, bands
+from weightsmith.merging.proof import Sketch
 from weightsmith.merging.repair import LowRankUpdate, Repairs
 from weightsmith.merging.rounding import F32, F64, round_once
-from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles
 
 BLOCK = 1 << 20

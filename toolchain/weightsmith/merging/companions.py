@@ -33,7 +33,7 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
         if not name.endswith((".safetensors", ".safetensors.index.json"))
     }
     before = _object(files, _GENERATION)
-    findings = _overlay(files, plan.adapters)
+    findings = overlay(files, plan.adapters)
     if plan.dtype != "auto":
         config = _object(files, "config.json")
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -45,15 +45,6 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
         _apply(files, plan.settings)
     findings += _join_ends(files, plan.adapters, before)
     return files, findings
-
-
-def adapter_companions(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files besides a combined adapter's weights: only those of its adapters.
-
-    The last adapter with a tokenizer or a chat template wins, as in a merge.
-    """
-    files: dict[str, bytes] = {}
-    return files, _overlay(files, plan.adapters)
 
 
 def index_json(weight_map: Mapping[str, str], total_size: int, parameters: int) -> bytes:
@@ -73,8 +64,8 @@ def write_file(root: Path, name: str, data: bytes) -> dict[str, JsonValue]:
     return {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _overlay(files: dict[str, bytes], adapters: Sequence[AdapterView]) -> list[str]:
-    """Replace tokenizer, chat template and generation settings by those of each adapter."""
+def overlay(files: dict[str, bytes], adapters: Sequence[AdapterView]) -> list[str]:
+    """Replace tokenizer, chat template and generation settings by each adapter's; return notes."""
     findings = []
     for adapter in adapters:
         if new := _overlay_text(files, adapter.path, adapter.files):
@@ -193,7 +184,6 @@ def _mapping(value: JsonValue) -> Mapping[str, JsonValue]:
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, JsonValue]:
-    """Return a JSON file's object, {} if it does not exist."""
     return json_object(files.get(name, b"{}"), name, largest=TOKENIZER)
 
 

@@ -116,10 +116,13 @@ def _merge(request: MergeRequest, plan: MergePlan, progress: Progress) -> _Made:
     journal.path.unlink(missing_ok=True)
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
     files.sort(key=lambda entry: str(entry["path"]))
+    sizes = dict.fromkeys(KINDS, 0)
+    for output in plan.outputs.values():
+        sizes[output.kind] += output.size
     made: dict[str, JsonValue] = {
         "out": str(request.out),
         "tensors": {kind: plan.count(kind) for kind in KINDS},
-        "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
+        "tensor_bytes": sizes,
         "shards": shards,
         "files": files,
         "quantized_base": dict(plan.quantized_base),
@@ -204,7 +207,6 @@ def _make_shards(
     tally: MergeCounts,
     progress: Progress,
 ) -> list[dict[str, JsonValue]]:
-    """Make the unfinished shards, and check them; return all in order."""
     total, done = sum(shard.size for shard in plan.shards), 0
     finished, parts = journal.finished, journal.parts
     maker = ShardMaker(settings, tally)

@@ -14,9 +14,9 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.combining.changes import Combined, Mixture, pair
 from weightsmith.merging.combining.combination import KEEPABLE, Combination
-from weightsmith.merging.combining.lowrank import concatenate, to_float32
 from weightsmith.merging.combining.measure import terms_of
-from weightsmith.merging.companions import adapter_companions, write_file
+from weightsmith.merging.combining.methods import concatenate, to_float32
+from weightsmith.merging.companions import overlay, write_file
 from weightsmith.merging.names import module_key
 from weightsmith.merging.outputs import Band, MergedTensor, bands
 from weightsmith.merging.plan import MergePlan
@@ -40,7 +40,6 @@ class _Module:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B in PEFT's layout."""
         rows, columns = self.band.end - self.band.first, self.output.columns
         if self.band.terms[0].left.transposed:
             rows, columns = columns, rows
@@ -48,7 +47,6 @@ class _Module:
 
     @property
     def name(self) -> str:
-        """The module's name in the model."""
         match = _SIDES.fullmatch(module_key(self.a))
         return match["module"] if match else ""
 
@@ -91,7 +89,8 @@ def keep_adapter(
         raise
     finally:
         files.close()
-    others, findings = adapter_companions(plan)
+    others: dict[str, bytes] = {}
+    findings = overlay(others, plan.adapters)
     others["adapter_config.json"] = _config(plan, modules)
     small = [write_file(out, name, data) for name, data in sorted(others.items())]
     made: dict[str, JsonValue] = {

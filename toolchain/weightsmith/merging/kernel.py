@@ -73,14 +73,9 @@ class Space:
             yield slice(start, min(start + step, len(rows)))
 
 
-def work_type(dtype: np.dtype) -> np.dtype:
-    """Return the first pass's dtype: float32 for 16-bit results, float64 for float32."""
-    return F64 if dtype == F32 else F32
-
-
 def prepare(name: str, factors: LowRankUpdate, dtype: np.dtype) -> PreparedAddition:
     """Return the addition in the working dtype, with each row's error bound."""
-    work = work_type(dtype)
+    work = F64 if dtype == F32 else F32
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         bound = _bound(factors.norms, factors.norm, len(factors.gains), work)
         return PreparedAddition(

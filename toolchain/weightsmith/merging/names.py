@@ -203,7 +203,7 @@ class _Rule:
     """Also in names without the part."""
 
     def apply(self, name: str, target: str) -> str:
-        """Rename a tensor as `WeightTransform.rename_source_key` does."""
+        # As `WeightTransform.rename_source_key` does.
         part = self.part.match(name) if self.part else None
         start = part.end() if part else 0
         match = self.pattern.search(name[start:])

@@ -118,7 +118,6 @@ def _ordered(layers: Sequence[BaseLayer], folder: Path) -> list[BaseLayer]:
 
 
 def _build(layers: Sequence[BaseLayer], raw: str, base: Mapping[str, Arrays]) -> Model:
-    """Return a PEFT model of only these layers, each at its path."""
     from peft import get_peft_model
 
     root = nn.Module()
@@ -169,7 +168,6 @@ def _empty(layer: BaseLayer) -> nn.Module:
 
 
 def _config(raw: Mapping[str, Any], layers: Sequence[BaseLayer]) -> PeftConfig:
-    """Return PEFT's configuration restricted to these layers."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]

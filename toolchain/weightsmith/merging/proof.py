@@ -5,7 +5,7 @@ while writing, is compared with the file's: a single wrong byte always changes i
 tensor, projected onto random vectors, is compared with the projections of base and factors
 (Freivalds, "Probabilistic machines can use less running time", 1977), row by row, which detects a
 wrong scaling, order, position or transposition. The base's are taken while it is merged
-(`sketch.py`); suspicious rows and a few random ones are read again and recomputed in float64.
+(`Sketch`); suspicious rows and a few random ones are read again and recomputed in float64.
 
 Reading the whole base again would only add that a few wrongly read rows are found; sixteen rows per
 tensor miss a damaged block; a second sha256 does not check the sums; recomputing every element
@@ -14,6 +14,7 @@ doubles the work.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
@@ -25,9 +26,9 @@ from typing import TypeAlias
 import numpy as np
 
 from weightsmith.core.errors import CheckFailed
+from weightsmith.merging import native
 from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor, Term
-from weightsmith.merging.rounding import F64, FORMATS, round_once
-from weightsmith.merging.sketch import Sketch, bits_of, differ, project, seed_of
+from weightsmith.merging.rounding import F32, F64, FORMATS, round_once
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
 from weightsmith.models.safetensors import TensorInfo, read_header
 
@@ -39,6 +40,53 @@ _COPY = 1 << 20
 ONE = np.ones((1, 1))
 _SIGMAS = 6.0
 """Deviation of a row's projection, in standard deviations of rounding, to be recomputed."""
+_VECTORS = 2
+"""Random vectors per tensor: a single one misses about one wrong row in a hundred."""
+
+
+class Sketch:
+    """A base's rows times random signs, taken while they are merged, so that they are read once."""
+
+    def __init__(self, output: MergedTensor) -> None:
+        random = np.random.default_rng(seed_of(output.name))
+        work = F64 if ARRAY_TYPES[output.dtype] == F32 else F32
+        self.signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
+        """(vectors, columns), of a wider type than the result's."""
+        self.products = np.full((output.rows, _VECTORS), np.nan)
+        """(rows, vectors); NaN for rows that were never added: the proof recomputes these."""
+        self.moved = output.kind == "replaced"
+        """Whether any row of the result differs from the base's bits."""
+
+    def add(self, first: int, base: np.ndarray, made: np.ndarray) -> None:
+        """Take rows of the base from `first` on, and what was made of them."""
+        self.moved = self.moved or differ(base, made)
+        self.products[first : first + len(base)] = project(base, self.signs)[1]
+
+
+def project(rows: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's sum of squares, (rows,), and its products with signs, (rows, vectors)."""
+    if (made := native.project_rows(rows, signs)) is not None:
+        return made
+    wide = rows.astype(signs.dtype)
+    # One vector at a time: products with narrow matrices are slow.
+    return np.vecdot(wide, wide), np.stack([wide @ some for some in signs], 1)
+
+
+def differ(base: np.ndarray, found: np.ndarray) -> bool:
+    """Return whether a result differs from the base rounded to the result's dtype."""
+    if base.dtype != found.dtype:
+        base = round_once(base.astype(F64), found.dtype)
+    return not np.array_equal(base.view(bits_of(base)), found.view(bits_of(found)))
+
+
+def bits_of(array: np.ndarray) -> np.dtype:
+    """Return the unsigned integers of an array's size, to compare bits."""
+    return np.dtype(f"u{array.dtype.itemsize}")
+
+
+def seed_of(name: str) -> int:
+    """Return a seed from the tensor's name, so that a failure is reproducible."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +101,6 @@ class _Written:
     sketch: Sketch | None
 
     def row(self, row: int) -> np.ndarray:
-        """Read one row, (1, columns)."""
         return self.reader.rows(self.info, row, 1, self.output.columns)
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -169,7 +216,6 @@ def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
 
 
 def _check(written: _Written) -> bool:
-    """Check one tensor; return whether it differs from the base's bits."""
     if written.output.change is not None:
         _check_bytes(written.reader, written.checksums)
         return _recompute(written)
@@ -223,7 +269,6 @@ def _some_rows(output: MergedTensor) -> set[int]:
 
 
 def _compare_rows(written: Tested, factors: list[_Factors], rows: list[int]) -> None:
-    """Recompute whole rows in float64."""
     total = np.concatenate([_source_row(written.output, written.files, row) for row in rows])
     for some in factors:
         some.add_rows(np.array(rows), total)
@@ -238,7 +283,6 @@ class _Factors:
     right: np.ndarray
 
     def projected(self, signs: np.ndarray, into: np.ndarray) -> None:
-        """Add factor · B(Ax) to its rows, in float64."""
         step = max(1, BLOCK // self.right.shape[1])
         inner = [
             self.right[at : at + step].astype(F64) @ signs for at in range(0, self.term.rank, step)

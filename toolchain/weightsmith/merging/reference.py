@@ -24,7 +24,7 @@ from weightsmith.core.safe_parse import parse, read_json
 from weightsmith.core.time_limits import doing
 from weightsmith.core.values import JsonValue
 from weightsmith.forward.adapters import IncompatibleAdapters, with_adapters
-from weightsmith.forward.greedy import Answers, Keep, Questions, Tokens, Written, greedy
+from weightsmith.forward.greedy import Keep, Questions, Tokens, Written, greedy
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.forward.lockstep import Lockstep
@@ -92,18 +92,6 @@ class GenerationRequest:
     subject: UnmergedModel
     items: Sequence[Sequence[Message]]
     max_tokens: int
-
-
-def answer(
-    model: Path,
-    adapters: Sequence[tuple[Path, float]],
-    items: Sequence[Sequence[Message]],
-    max_tokens: int,
-    progress: Progress | None = None,
-) -> Rows:
-    """Return one greedy answer per item of a single subject; see `answers`."""
-    subject = UnmergedModel(model=model, adapters=tuple(adapters))
-    return answers({"": subject}, items, max_tokens, progress)[""]
 
 
 def answers(
@@ -193,7 +181,6 @@ class _Asked:
 
 
 def _drafts(asked: _Asked, found: Mapping[str, Answered]) -> Mapping[int, Sequence[int]]:
-    """Return the tokens of probable answers by question index."""
     if asked.subject.draft in found:
         return {n: answer for n, (_, answer) in enumerate(found[asked.subject.draft].texts)}
     end = asked.questions.ends[:1]
@@ -211,31 +198,27 @@ def _answered(
     network: Model,
     lockstep: Lockstep,
 ) -> Answered:
-    found = greedy(network, asked.questions, count)
-    with lockstep.away():
-        rows = _texts(asked, found)
-        finished(rows)
-    return Answered(rows=rows, texts=tuple(zip(asked.questions.prompts, found.tokens, strict=True)))
-
-
-def _texts(asked: _Asked, found: Answers) -> Rows:
+    found, prompts = greedy(network, asked.questions, count), asked.questions.prompts
     decode = partial(asked.tokenizer.batch_decode, skip_special_tokens=True)
     ends = set(asked.questions.ends)
-    return [
-        {
-            "answer": str(text),
-            "finish_reason": "stop" if set(row) & ends else "length",
-            "prompt_tokens": len(prompt),
-            # How many characters of the answer each token completes.
-            "token_ends": " ".join(
-                str(len(part)) for part in decode([row[: n + 1] for n in range(len(row))])
-            ),
-            "margins": " ".join(f"{round(margin, 4):g}" for margin in margins),
-        }
-        for text, row, margins, prompt in zip(
-            decode(found.tokens), found.tokens, found.margins, asked.questions.prompts, strict=True
-        )
-    ]
+    with lockstep.away():
+        rows: Rows = [
+            {
+                "answer": str(text),
+                "finish_reason": "stop" if set(row) & ends else "length",
+                "prompt_tokens": len(prompt),
+                # How many characters of the answer each token completes.
+                "token_ends": " ".join(
+                    str(len(part)) for part in decode([row[: n + 1] for n in range(len(row))])
+                ),
+                "margins": " ".join(f"{round(margin, 4):g}" for margin in margins),
+            }
+            for text, row, margins, prompt in zip(
+                decode(found.tokens), found.tokens, found.margins, prompts, strict=True
+            )
+        ]
+        finished(rows)
+    return Answered(rows=rows, texts=tuple(zip(prompts, found.tokens, strict=True)))
 
 
 def speaker(subject: UnmergedModel, loaded: Tokenizers | None = None) -> PreTrainedTokenizerBase:
@@ -245,40 +228,32 @@ def speaker(subject: UnmergedModel, loaded: Tokenizers | None = None) -> PreTrai
     Those that others were asked with are `loaded`: a large vocabulary takes 100 MB.
     """
     loaded = {} if loaded is None else loaded
-
-    def tokenizer_in(adapters: Sequence[tuple[Path, float]]) -> PreTrainedTokenizerBase:
-        if (voice := voice_of(subject.model, adapters)) not in loaded:
-            loaded[voice] = tokenizer_of(voice)
-        return loaded[voice]
-
     if subject.speakers:
-        tokenizer = tokenizer_in([(root, 1.0) for root in subject.speakers])
+        tokenizer = _tokenizer(subject.model, subject.speakers, loaded)
         known = text_part(read_json(subject.model / "config.json")).get("vocab_size")
         if not isinstance(known, int) or len(tokenizer) <= known:
             return tokenizer
-    return tokenizer_in(subject.adapters)
+    return _tokenizer(subject.model, [root for root, _ in subject.adapters], loaded)
 
 
-Voice = tuple[Path, Path, str, Path]
-"""A model, the folder of the tokenizer, a chat template that replaces its own, and whose it is."""
-Tokenizers: TypeAlias = "dict[Voice, PreTrainedTokenizerBase]"
+Tokenizers: TypeAlias = "dict[tuple[Path, Path, str, Path], PreTrainedTokenizerBase]"
+"""By model, folder of the tokenizer, chat template that replaces its own, and whose that is."""
 
 
-def voice_of(model: Path, adapters: Sequence[tuple[Path, float]]) -> Voice:
+def _tokenizer(
+    model: Path, adapters: Sequence[Path], loaded: Tokenizers
+) -> PreTrainedTokenizerBase:
     """Return tokenizer and chat template of the last adapter that has them, else the base's."""
     folder, template, author = model, "", model
-    for root, _ in adapters:
+    for root in adapters:
         files = check_adapter_folder(root)
         if any(name in files for name in _TOKENIZERS):
             folder, template, author = root, "", root
         if own := own_template(root):
             template, author = own, root
-    return model, folder, template, author
-
-
-def tokenizer_of(voice: Voice) -> PreTrainedTokenizerBase:
-    """Load a tokenizer with its chat template."""
-    model, folder, template, author = voice
+    voice = model, folder, template, author
+    if voice in loaded:
+        return loaded[voice]
     tokenizer = load_tokenizer(folder, padding_side="left")
     if folder != model and not tokenizer.chat_template:
         tokenizer.chat_template, author = load_tokenizer(model).chat_template, model
@@ -287,6 +262,7 @@ def tokenizer_of(voice: Voice) -> PreTrainedTokenizerBase:
     tokenizer.name_or_path = str(author)  # for error messages about the template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    loaded[voice] = tokenizer
     return tokenizer
 
 
@@ -333,7 +309,6 @@ def _loading(adapters: Sequence[tuple[Path, float]]) -> Iterator[None]:
 
 
 def _weigh(network: Model, weights: Sequence[float]) -> None:
-    """Scale each adapter's delta by its weight."""
     from peft.tuners.lora import LoraLayer
 
     for layer in network.modules():
@@ -368,7 +343,6 @@ def prompt_tokens(
 
 
 def _ends(model: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the end tokens of the model's configurations and the tokenizer."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for path in (model / "generation_config.json", model / "config.json"):
         value = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -382,12 +356,8 @@ def _ends(model: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(set(ends))
 
 
-Asked = tuple[UnmergedModel, Sequence[Question]]
-"""A subject, and what it is asked."""
-
-
 def likelihoods(
-    subjects: Mapping[str, Asked],
+    subjects: Mapping[str, tuple[UnmergedModel, Sequence[Question]]],
     count: Callable[[int], None] = lambda _: None,
     finished: Callable[[str, list[list[float]]], None] = lambda *_: None,
 ) -> dict[str, list[list[float]]]:
@@ -464,9 +434,8 @@ class AnswerJournal:
     They are drafts: the job that continues reads them in one pass and keeps what the model
     confirms. So a journal that is damaged, or of another model, costs time and changes no answer.
 
-    It is a file of JSON lines `[subject, [[question, position, [token, …]], …]]`.
-
-    A subject is its name and a digest of its prompts. Lines that cannot be read are left out: the
+    It is a file of JSON lines `[subject, [[question, position, [token, …]], …]]`; a subject is its
+    name and a digest of its prompts. Lines that cannot be read are left out: the
     last one may be incomplete.
     """
 

@@ -142,6 +142,5 @@ def _exact(
 
 
 def _integers(values: np.ndarray) -> tuple[list[int], list[int]]:
-    """Return float64 values as integers and exponents of two."""
     mantissas, exponents = np.frexp(values)
     return (mantissas * 2.0**53).astype(np.int64).tolist(), (exponents - 53).tolist()

@@ -17,8 +17,7 @@ import numpy as np
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor
-from weightsmith.merging.proof import Passing, is_changed
-from weightsmith.merging.sketch import Sketch
+from weightsmith.merging.proof import Passing, Sketch, is_changed
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer, as_bytes
 from weightsmith.models.safetensors import NO_DATA, build_header
 from weightsmith.models.tensors import largest
@@ -222,7 +221,6 @@ class HeaderOnlyShard:
         self._checks.append((output.name, self._checker.submit(check)))
 
     def _put(self, block: np.ndarray | None) -> None:
-        """Pass a block on, unless its check has failed."""
         queue, (_, check) = self._queue, self._checks[-1] if self._checks else ("", None)
         while queue is not None and check is not None and not check.done():
             with suppress(Full):

@@ -125,7 +125,6 @@ def _classes(config: Mapping[str, object]) -> list[str]:
 
 
 def _tables(names: Iterable[str]) -> list[str]:
-    """Return the weights of embeddings."""
     return [n for n in names if n.endswith(".weight") and is_embedding(n.removesuffix(".weight"))]
 
 

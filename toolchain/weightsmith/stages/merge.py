@@ -27,6 +27,7 @@ from weightsmith.core.values import (
     Writable,
 )
 from weightsmith.merging.adapter_config import read_adapter_config
+from weightsmith.merging.base import refuse, simulates
 from weightsmith.merging.combining.combination import SUMS, Combination
 from weightsmith.merging.plan import (
     BLOCK_BYTES,
@@ -35,7 +36,6 @@ from weightsmith.merging.plan import (
     estimate,
     make_plan,
 )
-from weightsmith.merging.quantized.base import refuse, simulates
 from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.virtual_weights import HeaderOnlyTree

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from weightsmith.core.errors import CheckFailed
-from weightsmith.merging.combining.lowrank import (
+from weightsmith.merging.combining.measure import Conflicts
+from weightsmith.merging.combining.methods import (
     LowRankDelta,
     concatenate,
     to_float32,
     truncate,
     truncate_whole,
 )
-from weightsmith.merging.combining.measure import Conflicts
 
 
 def pairs(ranks: tuple[int, ...], shape: tuple[int, int] = (40, 30)) -> list[LowRankDelta]:

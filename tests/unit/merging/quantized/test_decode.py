@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.quantized.nf4 import dynamic_code, round_trip
+from weightsmith.merging.quantized.decode import dynamic_code, round_trip
 from weightsmith.merging.stream import ARRAY_TYPES
 
 from tests.unit.merging.quantized.conftest import Decode, bits
@@ -58,7 +58,7 @@ def test_the_round_trip_is_bitsandbytes_own(number: int, double: bool) -> None:
 def test_the_round_trip_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     original = array(GOLDEN["original.bnb1.weight"])
     whole = round_trip(original)
-    monkeypatch.setattr("weightsmith.merging.quantized.nf4._CHUNK", 128)
+    monkeypatch.setattr("weightsmith.merging.quantized.decode._CHUNK", 128)
     assert np.array_equal(bits(round_trip(original)), bits(whole))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.quantized.nf4 import NF4
+from weightsmith.merging.quantized.decode import NF4
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
 from tests.unit.merging.oracle import run

@@ -24,7 +24,7 @@ from weightsmith.merging.outputs import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from weightsmith.merging.combining.lowrank import Factors, LowRankDelta
+    from weightsmith.merging.combining.methods import Factors, LowRankDelta
 
 Adder = Callable[["np.ndarray", int], None]
 """Adds to rows in place; the number is that of the first row."""
@@ -174,7 +174,6 @@ class Combined:
 
     @property
     def _adapters(self) -> dict[int, AdapterShare]:
-        """The adapters that change the tensor, in order -> one of their shares."""
         return {share.adapter: share for share in self.shares}
 
     @property
@@ -212,18 +211,22 @@ class Combined:
 
     def factors(self, output: MergedTensor, band: Band, files: Files) -> Factors:
         """Return the combined (left, right) of a band in float32; their product is the delta."""
-        from weightsmith.merging.combining import lowrank
-        from weightsmith.merging.combining.methods import combine
+        from weightsmith.merging.combining.methods import (
+            combine,
+            to_float32,
+            truncate,
+            truncate_whole,
+        )
 
         rank = self.rank(output, band)
         if self.combination.space == "factors" and not self.combination.truncates:
             return self._combined_factors(output.name, band, files)
         if not self.combination.needs_deltas and self._low_rank:
             pairs = [pair(term, band, files) for term in band.terms]
-            return lowrank.to_float32(lowrank.truncate(pairs, rank), output.name)
+            return to_float32(truncate(pairs, rank), output.name)
         deltas = [delta[band.first : band.end] for delta in self._deltas(output, files)]
         whole = combine(deltas, self._weights, self.combination)
-        return lowrank.to_float32(lowrank.truncate_whole(whole, rank), output.name)
+        return to_float32(truncate_whole(whole, rank), output.name)
 
     def _deltas(self, output: MergedTensor, files: Files) -> list[np.ndarray]:
         """Return each adapter's pruned delta of the whole tensor at weight 1, in float32."""
@@ -314,7 +317,7 @@ def pair(term: Term, band: Band, files: Files) -> LowRankDelta:
     """Return a term's factors for the rows of a band, with weight · scaling as the gain."""
     import numpy as np
 
-    from weightsmith.merging.combining.lowrank import LowRankDelta
+    from weightsmith.merging.combining.methods import LowRankDelta
 
     start = band.first - term.first
     right = np.ones((1, 1), np.float32) if term.right is None else files.matrix(term.right)

@@ -12,7 +12,7 @@ import numpy as np
 
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.combining.changes import Combined, Mixture, pair
-from weightsmith.merging.combining.lowrank import LowRankDelta
+from weightsmith.merging.combining.methods import LowRankDelta
 from weightsmith.merging.outputs import MergedTensor, Term, bands
 from weightsmith.merging.rounding import F64
 from weightsmith.merging.stream import OpenFiles
@@ -76,7 +76,6 @@ class _Sums:
 
     @property
     def ratio(self) -> float:
-        """The larger norm over the smaller one."""
         low, high = sorted((math.sqrt(self.first), math.sqrt(self.second)))
         return high / low if low else math.inf
 

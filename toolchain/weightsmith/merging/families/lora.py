@@ -262,7 +262,6 @@ def _factors(view: AdapterView, group: ModuleKeys) -> FactorPair:
 def _oriented(
     view: AdapterView, group: ModuleKeys, shape: tuple[int, ...], pair: FactorPair
 ) -> tuple[MatrixView, MatrixView]:
-    """Return (left, right) in the layout of the base's weight."""
     a, b, module = pair.a, pair.b, group.module
     a_blocks, b_blocks = _blocks(view, group)
     right = MatrixView(stored=view.stored(a.name), height=a.shape[0], blocks=a_blocks)

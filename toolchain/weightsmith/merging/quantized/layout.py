@@ -51,22 +51,18 @@ class _Stored:
     read: ReadBytes
 
     def modules(self, suffix: str) -> list[str]:
-        """Return the names of modules with a tensor of this suffix."""
         return [name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)]
 
     def part(self, name: str) -> TensorInfo:
-        """Return a tensor; raise InputRefused if it is missing."""
         if name not in self.tensors:
             raise _undecodable(f"{name} is missing")
         return self.tensors[name]
 
     def some(self, module: str, **names: str) -> dict[str, TensorInfo]:
-        """Return those of a module's optional parts that exist."""
         found = {part: self.tensors.get(f"{module}.{name}") for part, name in names.items()}
         return {part: info for part, info in found.items() if info}
 
     def dtype(self, fallback: str = "BF16") -> str:
-        """Return the configuration's dtype of unquantized weights."""
         text = self.config.get("text_config")
         nested = text.get("dtype", text.get("torch_dtype")) if isinstance(text, Mapping) else None
         stated = self.config.get("dtype", self.config.get("torch_dtype", nested))
