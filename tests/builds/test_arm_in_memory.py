@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.images import inspect_image, inspect_text
 from weightsmith.api.commands.plan import table
 from weightsmith.api.commands.verify import verify_image
-from weightsmith.building.explain import forecast
 from weightsmith.core import platforms
 from weightsmith.core.errors import UsageError
 from weightsmith.core.ports import Silent
@@ -35,6 +33,9 @@ def pulled(memory: Memory, machine: str, end: str = "") -> Image:
 
 
 def test_both_platforms_come_from_one_build_and_share_the_weights(warm: Memory) -> None:
+    """One platform is what a recipe without any gives."""
+    first = warm.build()[TARGET].published.digest
+    assert warm.build("image.platforms=[linux/amd64]")[TARGET].published.digest == first
     warm.store.forget("base", "smoke", "trial")
     built = warm.build(BOTH, push=True)[TARGET]
 
@@ -98,24 +99,14 @@ def test_only_another_platform_is_published_without_a_proof(warm: Memory) -> Non
     assert "linux/arm64: not started" in (warm.results() / "report.html").read_text("utf-8")
 
 
-def test_one_platform_is_what_a_recipe_without_platforms_gives(warm: Memory) -> None:
-    first = warm.build(push=True)[TARGET].published.digest
-    assert warm.build("image.platforms=[linux/amd64]")[TARGET].published.digest == first
-
-
-def test_a_modelcar_is_for_both_too(warm: Memory) -> None:
-    warm.build(BOTH, "outputs=[image, modelcar]", push=True)
+def test_a_volume_and_a_modelcar_are_for_both_and_a_modelpack_for_any(warm: Memory) -> None:
+    built = warm.build(BOTH, "outputs=[image, volume, modelpack, modelcar]", push=True)[TARGET]
 
     assert warm.journal.of("make")[-2:] == [
         "make modelcar for linux/amd64", "make modelcar for linux/arm64",
     ]  # fmt: skip
     amd, arm = (pulled(warm, machine, "-modelcar") for machine in ("amd64", "arm64"))
     assert {one.digest for one in amd.layers} & {one.digest for one in arm.layers}
-
-
-def test_a_volume_is_for_both_and_a_modelpack_for_any(warm: Memory) -> None:
-    built = warm.build(BOTH, "outputs=[image, volume, modelpack]", push=True)[TARGET]
-
     amd, arm = (pulled(warm, machine, "-volume") for machine in ("amd64", "arm64"))
     assert [amd.platform, arm.platform] == ["linux/amd64", "linux/arm64"]
     assert [one.digest for one in amd.layers] == [one.digest for one in arm.layers]
@@ -139,26 +130,21 @@ def test_what_cannot_be_made_is_refused_before_any_work(
     assert "llamacpp-* target, which is made for linux/amd64 and linux/arm64" in caught.value.hint
     assert memory.jobs() == []
 
-    request = memory.request(f"image.platforms=[{wanted}]", targets=[target])
     with pytest.raises(UsageError, match=f"not for {wanted}"):
-        forecast(request.file, request.targets, memory.dist, memory.tools)
+        memory.forecast(f"image.platforms=[{wanted}]", targets=[target])
 
 
 def test_the_plan_says_what_is_made_and_what_is_started(warm: Memory) -> None:
-    request = warm.request(BOTH)
-    before = forecast(request.file, request.targets, warm.dist, warm.tools)
+    before = warm.forecast(BOTH)
     assert before["platforms"] == {
         TARGET: {
             "linux/amd64": "started and tested on this machine",
             "linux/arm64": "made, not started on this machine",
         }
     }
-    (row,) = (row for row in before["stages"] if row["stage"] == "base")
-    assert row["why"].startswith("llamacpp for linux/arm64 is made once")
+    assert warm.planned("base", BOTH)["why"].startswith("llamacpp for linux/arm64 is made once")
     assert "the image for linux/arm64 is made, not started on this machine" in table(before)
 
     warm.build(BOTH)
-    after = forecast(request.file, request.targets, warm.dist, warm.tools)
-    (row,) = (row for row in after["stages"] if row["stage"] == "base")
+    row = warm.planned("base", BOTH)
     assert (row["cached"], row["why"]) == (True, "")
-    json.dumps(after)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.numpy import load
 from weightsmith.api.commands.upload import push_to_hub
-from weightsmith.building.explain import forecast
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.stages.upload import HubDestination
@@ -41,12 +40,13 @@ def files(memory: Memory, target: str) -> Mapping[str, bytes]:
 
 
 def test_a_16_bit_checkpoint_gets_scales_beside_its_weights(calibrated: Memory) -> None:
+    """Formats of one checkpoint share the measurement."""
     calibrated.build(targets=["vllm"])
     before = files(calibrated, "vllm")
-    calibrated.build(WANTED, "image.labels.a=b", targets=["vllm"])
+    calibrated.build(WANTED, "image.labels.a=b", targets=["vllm", "vllm-fp8"])
     after = files(calibrated, "vllm")
 
-    assert calibrated.jobs()[-1] == "cache-scales"
+    assert calibrated.jobs().count("cache-scales") == 1
     assert load(after["/models/kv-cache-scales.safetensors"]) == {
         "model.layers.0.self_attn.k_scale": 0.5,
         "model.layers.0.self_attn.v_scale": 0.25,
@@ -60,17 +60,16 @@ def test_a_16_bit_checkpoint_gets_scales_beside_its_weights(calibrated: Memory) 
     assert after["/models/model.safetensors"] == before["/models/model.safetensors"]
 
 
-def test_formats_of_one_checkpoint_share_a_measurement(calibrated: Memory) -> None:
-    calibrated.build(WANTED, targets=["vllm", "vllm-fp8"])
-    assert calibrated.jobs().count("cache-scales") == 1
-
-
 @pytest.mark.parametrize(
     ("target", "why"), [("vllm-awq", "AWQ checkpoints"), ("vllm-lora", "adapters are not merged")]
 )
 def test_what_vllm_cannot_read_is_said_or_refused(
     calibrated: Memory, target: str, why: str
 ) -> None:
+    assert planned(calibrated, target=target) == {}
+    (said,) = [said for said in calibrated.progress.warnings if "fp8 cache has scale 1.0" in said]
+    assert said.startswith(f"{target}: ")
+    assert why in said
     calibrated.build(WANTED, targets=[target])
     assert "cache-scales" not in calibrated.jobs()
     assert any(why in said for said in calibrated.progress.warnings)
@@ -97,16 +96,17 @@ def test_a_quantized_base_is_measured_only_once_it_is_dequantized(
     assert ("cache-scales" in calibrated.jobs()) == dequantized == (not said)
 
 
-def test_without_calibration_text_the_scale_is_one(memory: Memory) -> None:
+def test_without_calibration_text_or_if_the_recipe_says_so_the_scale_is_one(
+    memory: Memory,
+) -> None:
     memory.write_recipe(calibration=None)
     memory.build(WANTED, targets=["vllm"])
     assert any("the recipe has no `calibration`" in said for said in memory.progress.warnings)
     assert "cache-scales" not in memory.jobs()
 
-
-def test_none_is_measured_if_the_recipe_says_so(calibrated: Memory) -> None:
-    calibrated.build(WANTED, "serve.kv_cache_scales=none", targets=["vllm"])
-    assert "cache-scales" not in calibrated.jobs()
+    memory.write_recipe()
+    memory.build(WANTED, "serve.kv_cache_scales=none", targets=["vllm"])
+    assert "cache-scales" not in memory.jobs()
 
 
 def test_text_that_cannot_be_measured_stops_only_who_demands_scales(calibrated: Memory) -> None:
@@ -151,11 +151,7 @@ def test_a_builds_results_are_published_with_their_scales(
 
 
 def planned(memory: Memory, *settings: str, target: str) -> dict[str, Any]:
-    """Return the plan's row of this stage, {} if it has none."""
-    request = memory.request(WANTED, *settings, targets=[target])
-    found = forecast(request.file, request.targets, memory.dist, memory.tools)
-    rows = {row["stage"]: row for row in found["stages"]}
-    return dict(rows.get("cache-scales", {}))
+    return memory.planned("cache-scales", WANTED, *settings, targets=[target])
 
 
 def test_the_plan_has_the_stage_with_its_memory_and_disk(calibrated: Memory) -> None:
@@ -174,20 +170,6 @@ def test_the_plan_has_the_stage_with_its_memory_and_disk(calibrated: Memory) -> 
     calibrated.build(WANTED, targets=["vllm"])
     after = planned(calibrated, target="vllm")
     assert (after["cached"], after["why"]) == (True, "")
-
-
-@pytest.mark.parametrize(
-    ("target", "why"), [("vllm-awq", "AWQ checkpoints"), ("vllm-lora", "adapters are not merged")]
-)
-def test_the_plan_warns_of_a_target_without_scales(
-    calibrated: Memory, target: str, why: str
-) -> None:
-    assert planned(calibrated, target=target) == {}
-    (said,) = [said for said in calibrated.progress.warnings if "fp8 cache has scale 1.0" in said]
-    assert said.startswith(f"{target}: ")
-    assert why in said
-
-    assert planned(calibrated, "serve.kv_cache_scales=none", target="vllm") == {}
 
 
 def test_a_build_without_the_memory_to_measure_ends_before_any_work(calibrated: Memory) -> None:

@@ -1,4 +1,7 @@
-"""An image that cannot be started here: its weights answer the questions in transformers."""
+"""An image that cannot be started here: its weights answer the questions in transformers.
+
+As one for a GPU, or for a CPU with AMX where there is none.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,49 @@ import json
 from typing import Any
 
 import pytest
-from weightsmith.building.explain import forecast
 from weightsmith.core import platforms
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.core.jobs import DequantizedJob
+from weightsmith.fleets.ordering import foreseen, ordered
+from weightsmith.serving.devices import AMX_FLAGS
 from weightsmith.steps.tools import JobMemory
 
-from tests.fakes.baking import push_base
 from tests.fakes.fleet_runs import run, write_fleet
 from tests.fakes.memory import QUESTIONS, Memory, questions
 
-TARGET, GGUF = "vllm-fp8", "llamacpp-q4_k_m"
+TARGET, GGUF, ON_AMX = "vllm-fp8", "llamacpp-q4_k_m", "vllm-w8a8"
+HERE = "this machine has none"
+UNKNOWN = "the container engine does not say that its machine has one"
 NOT_ASKED = "the image was not asked, since it is for a GPU and none is here"
 
 
 @pytest.fixture
 def on_gpu(memory: Memory) -> Memory:
     """The same build for a GPU, which is not here."""
-    base, labels = f"{memory.registry.host}/engines/vllm:1", {"dev.weightsmith.engine": "vllm"}
-    push_base(memory.client, base, labels, {"usr/bin/vllm": b"#!/usr/bin/python3"}, "linux/amd64")
-    memory.write_recipe(
-        targets=[TARGET],
-        image={"repository": memory.repository, "base": base},
-        serve={"max_model_len": 256, "max_num_seqs": 2, "gpu": "nvidia-h100-80gb"},
-    )
+    serve_on(memory, TARGET, "nvidia-h100-80gb")
     return memory
+
+
+@pytest.fixture
+def on_amx(memory: Memory) -> Memory:
+    """The same build for a CPU with AMX."""
+    serve_on(memory, ON_AMX, "cpu-amx")
+    return memory
+
+
+def serve_on(memory: Memory, target: str, gpu: str) -> None:
+    memory.use_vllm(target, serve={"max_model_len": 256, "max_num_seqs": 2, "gpu": gpu})
+
+
+def scores(memory: Memory, target: str) -> dict[str, float]:
+    return {who: one["score"] for who, one in memory.record(target)["scores"].items()}
 
 
 def test_the_record_says_that_the_weights_answered_and_not_the_image(on_gpu: Memory) -> None:
     on_gpu.build()
 
     record = on_gpu.record(TARGET)
-    assert {who: score["score"] for who, score in record["scores"].items()} == {
-        "base": 0, "adapter": 1, "merged": 1, "dequantized": 1,
-    }  # fmt: skip
+    assert scores(on_gpu, TARGET) == {"base": 0, "adapter": 1, "merged": 1, "dequantized": 1}
     said = f"{NOT_ASKED}; its dequantized weights were, in transformers"
     assert record["unproven"][0] == said
     (verdict,) = (one for one in record["verdicts"] if one["subject"] == "dequantized")
@@ -116,11 +128,7 @@ def test_the_report_says_that_no_picture_was_tried(on_gpu: Memory, sees: bool) -
 
 
 def planned(memory: Memory, *settings: str, target: str = TARGET, **more: Any) -> dict[str, Any]:
-    """Return the plan's row of this stage, {} if it has none."""
-    request = memory.request(*settings, targets=[target])
-    found = forecast(request.file, request.targets, memory.dist, memory.tools, **more)
-    rows = {row["stage"]: row for row in found["stages"]}
-    return dict(rows.get("dequantized", {}))
+    return memory.planned("dequantized", *settings, targets=[target], **more)
 
 
 def test_the_plan_has_the_stage_with_its_memory_and_time(on_gpu: Memory) -> None:
@@ -184,3 +192,69 @@ def test_a_file_is_asked_only_where_no_platform_is_this_machine_s(
     memory.build(other, targets=[GGUF])
     assert memory.jobs() == ["dequantized"]
     assert planned(memory, other, target=GGUF)["cached"]
+
+
+def test_on_a_cpu_with_amx_it_is_started_and_asked(on_amx: Memory) -> None:
+    on_amx.launcher.flags = AMX_FLAGS | {"avx512f"}
+    assert planned(on_amx, target=ON_AMX) == {}
+
+    (built,) = on_amx.build().values()
+
+    assert built.started == on_amx.record(ON_AMX)["image"]["started"] == "linux/amd64"
+    assert on_amx.launcher.with_gpu == [False]
+    assert on_amx.record(ON_AMX)["plan"]["device"] == "cpu-amx"
+    assert scores(on_amx, ON_AMX) == {"base": 0, "adapter": 1, "merged": 1, "image": 1}
+    report = (on_amx.results(ON_AMX) / "report.md").read_text()
+    assert f"| image | {QUESTIONS} of {QUESTIONS} |" in report
+    assert "| dequantized weights" not in report
+    assert "Checks passed by the started image: health" in report
+    assert "Memory on cpu-amx" in report
+    (run,) = (line for line in report.splitlines() if "docker run" in line)
+    assert "--gpus" not in run
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (frozenset(), HERE),
+        (AMX_FLAGS - {"amx_bf16"}, HERE),
+        (frozenset({"avx512f"}), HERE),
+        (None, UNKNOWN),
+    ],
+)
+def test_elsewhere_its_weights_are_and_the_report_says_why(
+    on_amx: Memory, flags: frozenset[str] | None, why: str
+) -> None:
+    on_amx.launcher.flags = flags
+    if flags is not None:
+        assert planned(on_amx, target=ON_AMX)["why"].startswith(
+            f"its image is for a CPU with AMX and {why}"
+        )
+    on_amx.build()
+
+    assert "start" not in on_amx.journal.events
+    assert scores(on_amx, ON_AMX) == {"base": 0, "adapter": 1, "merged": 1, "dequantized": 1}
+    record = on_amx.record(ON_AMX)
+    assert record["image"]["started"] == ""
+    first = record["unproven"][0]
+    assert first.startswith("the image was not asked, since it is for a CPU with AMX and")
+    assert why in first
+    assert first.endswith("; its dequantized weights were, in transformers")
+    assert first[1:] in (on_amx.results(ON_AMX) / "report.md").read_text()
+    assert any("for a CPU with AMX" in text and why in text for text in on_amx.progress.warnings)
+
+
+def test_an_image_for_any_cpu_is_started_without_amx(on_amx: Memory) -> None:
+    on_amx.build("serve.gpu=cpu")
+    assert scores(on_amx, ON_AMX)["image"] == 1
+    assert not any("was not asked" in text for text in on_amx.record(ON_AMX)["unproven"])
+
+
+@pytest.mark.parametrize(("gpu", "gpus"), [("cpu", 0), ("cpu-amx", 0), ("nvidia-l4", 1)])
+def test_a_fleet_s_task_needs_no_gpu_for_it(on_amx: Memory, gpu: str, gpus: int) -> None:
+    serve_on(on_amx, ON_AMX, gpu)
+    path = write_fleet(on_amx, adapters=["./a"], targets=[ON_AMX])
+
+    (cell,) = foreseen(ordered(path), on_amx.dist, on_amx.tools).cells
+
+    assert cell.needs.gpus == gpus

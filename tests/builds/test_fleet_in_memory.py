@@ -1,4 +1,4 @@
-"""Fleets in memory: which tasks there are, what each does once, what a refusal ends."""
+"""Fleets in memory: which tasks there are, what each does once, what a refusal or fault ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.fleets.foresight import plan_of, text_of
 from weightsmith.fleets.ordering import foreseen, ordered
 from weightsmith.oci.registry import Registry
+from weightsmith.quantizers import of_format
 
+from tests.fakes.fleet import MemoryFleet, by_tools
 from tests.fakes.fleet_runs import GOOD, Q4, Q5, facts, run, write_fleet
 from tests.fakes.memory import Memory, in_memory
 from tests.fakes.records import as_of_old
@@ -44,7 +46,13 @@ def test_every_cell_has_the_digest_of_its_build_alone(
 
 @pytest.mark.slow
 def test_what_several_builds_need_is_done_once(two: Memory) -> None:
-    rows, engine = run(two, write_fleet(two))
+    path = write_fleet(two)
+    before = plan_of(foreseen(ordered(path), two.dist, two.tools))
+    assert before["total"]["cached"] == 0
+    assert before["total"]["cpus"] == 4
+    assert before["total"]["disk_bytes"] > 0
+    assert [row["cells"] for row in before["shared"]] == [4, 2, 2]
+    rows, engine = run(two, path)
 
     assert [row.kind for row in rows.shared] == ["base", "merge", "merge"]
     assert engine.done[-4:] == [f"a x {Q4}", f"a x {Q5}", f"b x {Q4}", f"b x {Q5}"]
@@ -52,6 +60,16 @@ def test_what_several_builds_need_is_done_once(two: Memory) -> None:
     assert (jobs.count("merge"), jobs.count("validate")) == (2, 2)
     assert jobs.count("reference merged") == 2
     assert rows.stages["merge"] == {"run": 2, "cached": 4}
+
+    after = plan_of(foreseen(ordered(path), two.dist, two.tools))
+    assert (after["total"]["cached"], after["total"]["disk_bytes"]) == (4, 0)
+    assert "4 cells, 4 cached" in text_of(after)
+    again, engine = run(two, path)
+    assert engine.done == []
+    assert two.jobs() == []
+    assert all(row.cached for row in again.cells)
+    assert [row.digest for row in again.cells] == [row.digest for row in rows.cells]
+    assert again.share_cached == 1.0
 
 
 def test_answers_of_the_base_to_questions_of_all_are_given_once(two: Memory) -> None:
@@ -62,19 +80,6 @@ def test_answers_of_the_base_to_questions_of_all_are_given_once(two: Memory) -> 
     assert not rows.shared[0].cached
     assert [(row.kind, row.cells) for row in rows.shared] == [("base", 2)]
     assert engine.done[0].startswith("base ")
-
-
-@pytest.mark.slow
-def test_a_second_run_does_nothing(two: Memory) -> None:
-    path = write_fleet(two)
-    first, _ = run(two, path)
-    again, engine = run(two, path)
-
-    assert engine.done == []
-    assert two.jobs() == []
-    assert all(row.cached for row in again.cells)
-    assert [row.digest for row in again.cells] == [row.digest for row in first.cells]
-    assert again.share_cached == 1.0
 
 
 def test_an_unchanged_cell_asks_for_its_tags_and_its_list_and_writes_nothing(
@@ -179,26 +184,99 @@ def test_some_cells_by_name(two: Memory) -> None:
     assert facts(rows) == [("b", Q5, GOOD)]
     with pytest.raises(UsageError, match="--adapter c"):
         ordered(write_fleet(two), adapters=["c"])
+    path = write_fleet(two, adapters=["./a", {"source": "./b", "targets": [Q5]}], targets=[Q4])
+    with pytest.raises(UsageError, match="no cell has one of the adapters b"):
+        ordered(path, adapters=["b"], targets=[Q4])
+
+
+def test_a_lost_node_is_replaced_by_another(two: Memory) -> None:
+    engine = MemoryFleet(by_tools(two.tools), remote=True, lost=[f"a x {Q4}"])
+
+    rows, _ = run(two, write_fleet(two, adapters=["./a"], targets=[Q4]), engine)
+
+    assert engine.placed == [(f"a x {Q4}", "one"), (f"a x {Q4}", "two")]
+    assert (rows.cells[0].verdict, rows.cells[0].tries) == (GOOD, 2)
+    assert rows.error() is None
+
+
+def test_a_task_that_no_node_can_do_is_given_up(two: Memory) -> None:
+    engine = MemoryFleet(by_tools(two.tools), remote=True, nodes=("one",))
+    engine.lost = [f"a x {Q4}"] * 9
+
+    rows, _ = run(two, write_fleet(two, adapters=["./a"], targets=[Q4]), engine)
+
+    assert len(engine.placed) == 3
+    assert rows.cells[0].verdict == "not made"
+    assert isinstance(rows.error(), EnvironmentFailure)
+
+
+def test_a_shared_task_that_fails_ends_those_that_wait_for_it(two: Memory) -> None:
+    engine = MemoryFleet(by_tools(two.tools), remote=True, nodes=("one",), lost=["merge a"] * 3)
+
+    rows, _ = run(two, write_fleet(two), engine)
+
+    assert [row.verdict for row in rows.cells] == ["not made", "not made", GOOD, GOOD]
+    assert rows.shared[1].error
 
 
 @pytest.mark.slow
-def test_the_plan_says_what_there_is_to_do(two: Memory) -> None:
+def test_an_interrupt_ends_all_and_the_next_run_does_what_is_missing(two: Memory) -> None:
     path = write_fleet(two)
-    fleet = ordered(path)
-    before = plan_of(foreseen(fleet, two.dist, two.tools))
-    run(two, path)
-    after = plan_of(foreseen(fleet, two.dist, two.tools))
+    engine = MemoryFleet(by_tools(two.tools), faults={f"b x {Q4}": KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run(two, path, engine)
+    assert engine.closed
 
-    assert before["total"]["cached"] == 0
-    assert before["total"]["cpus"] == 4
-    assert before["total"]["disk_bytes"] > 0
-    assert [row["cells"] for row in before["shared"]] == [4, 2, 2]
-    assert (after["total"]["cached"], after["total"]["disk_bytes"]) == (4, 0)
-    assert "4 cells, 4 cached" in text_of(after)
+    rows, again = run(two, path)
+
+    assert again.done == [f"b x {Q4}", f"b x {Q5}"]
+    assert [row.cached for row in rows.cells] == [True, True, False, False]
 
 
-def test_a_choice_without_a_cell_is_refused(two: Memory) -> None:
-    path = write_fleet(two, adapters=["./a", {"source": "./b", "targets": [Q5]}], targets=[Q4])
+def test_another_version_ends_the_fleet(two: Memory) -> None:
+    here = by_tools(two.tools)
+    engine = MemoryFleet(lambda text: here(json.dumps({**json.loads(text), "version": "0.0.9"})))
 
-    with pytest.raises(UsageError, match="no cell has one of the adapters b"):
-        ordered(path, adapters=["b"], targets=[Q4])
+    with pytest.raises(EnvironmentFailure, match="another version of weightsmith"):
+        run(two, write_fleet(two), engine)
+    assert engine.closed
+
+
+def test_a_disk_that_takes_nothing_ends_its_cell_and_is_no_bug(two: Memory) -> None:
+    (two.dist / "tiny-b").parent.mkdir(parents=True, exist_ok=True)
+    (two.dist / "tiny-b").write_text("a file, where the results would be")
+
+    rows, _ = run(two, write_fleet(two, targets=[Q4]))
+
+    assert [(row.verdict, row.exit_code) for row in rows.cells] == [(GOOD, 0), ("not made", 5)]
+
+
+def test_an_engine_that_fails_leaves_the_rows_to_the_error(two: Memory) -> None:
+    engine = MemoryFleet(by_tools(two.tools), nodes=())
+
+    with pytest.raises(EnvironmentFailure, match="no node") as caught:
+        run(two, write_fleet(two), engine)
+
+    assert [row["adapter"] for row in caught.value.details["cells"]] == ["a", "a", "b", "b"]
+    assert engine.closed
+    assert "Stopped" in (two.dist / "fleet.html").read_text()
+
+
+def test_a_builder_that_only_some_targets_need_does_not_end_the_base(two: Memory) -> None:
+    two.runner.lacking.add(of_format("q4_k_m").builder)
+
+    rows, _ = run(two, write_fleet(two, adapters=["./[ab]"], targets=[Q4]))
+
+    assert rows.shared[0].kind == "base"
+    assert rows.shared[0].error is None
+    assert any("the cells that need it will say so" in text for text in two.progress.warnings)
+    assert {row.verdict for row in rows.cells} == {"not made"}
+
+
+def test_questions_that_are_refused_do_not_end_the_base(two: Memory) -> None:
+    two.journal.faults["job reference"] = InputRefused("no such question", hint="correct it")
+
+    rows, _ = run(two, write_fleet(two, adapters=["./[ab]"], targets=[Q4]))
+
+    assert [row.verdict for row in rows.cells] == [GOOD, GOOD]
+    assert rows.shared[0].error is None

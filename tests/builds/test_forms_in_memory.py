@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.verify import verify_image
-from weightsmith.building.explain import forecast
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import read_layout
@@ -90,14 +89,6 @@ def test_an_image_is_recorded_though_another_form_fails(warm: Memory) -> None:
     assert warm.record()["image"]["digest"] == built.published.digest
 
 
-def test_each_form_can_be_verified(warm: Memory) -> None:
-    built = warm.build(ALL, push=True)[TARGET]
-
-    for form in built.forms.values():
-        checks = verify_image(form.reference, None, warm.client, Silent())
-        assert all(check["ok"] is not False for check in checks["checks"]), checks
-
-
 @pytest.mark.slow
 def test_each_form_is_signed_and_its_signature_goes_with_it(warm: Memory) -> None:
     warm.signer = new_signer()
@@ -114,16 +105,15 @@ def test_each_form_is_signed_and_its_signature_goes_with_it(warm: Memory) -> Non
 
 def test_the_record_names_them_and_a_second_build_sends_nothing(warm: Memory) -> None:
     first = warm.build(ALL, push=True)[TARGET]
-    forms = warm.record()["forms"]
+    digests = {kind: form.digest for kind, form in first.forms.items()}
+    assert {kind: row["digest"] for kind, row in warm.record()["forms"].items()} == digests
     again = warm.build(ALL, push=True)[TARGET]
 
-    assert {kind: row["digest"] for kind, row in forms.items()} == {
-        kind: form.digest for kind, form in first.forms.items()
-    }
-    assert {kind: form.digest for kind, form in again.forms.items()} == {
-        kind: form.digest for kind, form in first.forms.items()
-    }
+    assert {kind: form.digest for kind, form in again.forms.items()} == digests
     assert sum(form.uploaded_bytes for form in again.forms.values()) == 0
+    for form in first.forms.values():
+        checks = verify_image(form.reference, None, warm.client, Silent())
+        assert all(check["ok"] is not False for check in checks["checks"]), checks
     report = (warm.results() / "report.html").read_text("utf-8")
     assert all(form.digest in report for form in first.forms.values())
 
@@ -194,16 +184,17 @@ def test_a_modelfile_names_the_gguf_file_itself(warm: Memory) -> None:
 @pytest.mark.parametrize(
     ("settings", "target", "message"),
     [
-        ((), "vllm", "GGUF"),
-        ((), "llamacpp-lora", "GGUF"),
-        (("quantize.split_max_size=1GB",), TARGET, "split"),
+        (("outputs=[image, ollama]",), "vllm", "GGUF"),
+        (("outputs=[image, ollama]",), "llamacpp-lora", "GGUF"),
+        (("outputs=[image, ollama]", "quantize.split_max_size=1GB"), TARGET, "split"),
+        (("outputs=[image, floppy]",), TARGET, "outputs"),
     ],
 )
-def test_what_ollama_does_not_take_is_refused_before_any_work(
+def test_a_form_that_cannot_be_made_is_refused_before_any_work(
     memory: Memory, settings: tuple[str, ...], target: str, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        memory.build("outputs=[image, ollama]", *settings, targets=(target,))
+        memory.build(*settings, targets=(target,))
     assert memory.jobs() == []
 
 
@@ -222,12 +213,10 @@ def test_a_name_that_ollama_cannot_read_is_refused_in_the_plan(
 ) -> None:
     """Its rule is types/model/name.go's: HOST/NAMESPACE/MODEL:TAG."""
     name = f"image.repository='{repository}'"
-    request = memory.request("outputs=[image, ollama]", name)
     with pytest.raises(UsageError, match="HOST/NAMESPACE/MODEL") as caught:
-        forecast(request.file, request.targets, memory.dist, memory.tools)
+        memory.forecast("outputs=[image, ollama]", name)
     assert why in caught.value.message
-    request = memory.request("outputs=[image, modelpack]", name)
-    assert forecast(request.file, request.targets, memory.dist, memory.tools)
+    assert memory.forecast("outputs=[image, modelpack]", name)
 
 
 @pytest.mark.parametrize(
@@ -237,20 +226,15 @@ def test_a_name_that_ollama_cannot_read_is_refused_in_the_plan(
 def test_the_plan_says_which_target_is_uploaded_twice(
     memory: Memory, kinds: str, costs: set[str]
 ) -> None:
-    request = memory.request(f"outputs={kinds}", targets=(TARGET, "vllm"))
-    rows = forecast(request.file, request.targets, memory.dist, memory.tools)["stages"]
+    rows = memory.forecast(f"outputs={kinds}", targets=(TARGET, "vllm"))["stages"]
 
-    said = {row["target"] for row in rows if "a second time" in row["why"]}
-    assert said == costs
+    assert {row["target"] for row in rows if "a second time" in row["why"]} == costs
 
 
 def test_the_plan_counts_what_goes_to_a_hub(memory: Memory) -> None:
-    def sent(*words: str) -> int:
-        request = memory.request(*words)
-        rows = forecast(request.file, request.targets, memory.dist, memory.tools)["stages"]
-        return int(rows[-1]["write_bytes"])
+    sent = memory.planned("publish")["write_bytes"]
 
-    assert sent("outputs.hub=hf://team/bot") == 2 * sent()
+    assert memory.planned("publish", "outputs.hub=hf://team/bot")["write_bytes"] == 2 * sent
 
 
 def test_a_volume_has_manifests_that_pin_it(warm: Memory) -> None:
@@ -270,8 +254,3 @@ def test_an_engine_without_an_image_of_its_own_has_no_manifests(memory: Memory) 
     memory.build("outputs=[image, volume]", targets=("vllm",), layout=memory.folder / "own")
     assert not (memory.results("vllm") / "volume").exists()
     assert any("no manifests for the volume" in str(line) for line in memory.progress.lines)
-
-
-def test_a_form_that_nobody_knows_is_refused(warm: Memory) -> None:
-    with pytest.raises(UsageError, match="outputs"):
-        warm.build("outputs=[image, floppy]")

@@ -12,12 +12,8 @@ from weightsmith.provenance.signing import check_by
 from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.jobs import WRONG
-from tests.fakes.memory import QUESTIONS, Memory, new_signer
+from tests.fakes.memory import QUESTIONS, STAGES, Memory, new_signer
 
-STAGES = (
-    "resolve", "merge", "validate", "reference", "quantize", "quality", "render", "bake",
-    "evaluate", "publish",
-)  # fmt: skip
 TARGET = "llamacpp-q4_k_m"
 
 
@@ -69,9 +65,12 @@ def test_answers_outlive_a_validation_that_fails(memory: Memory) -> None:
     assert "job reference" not in memory.journal.events
 
 
-def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(memory: Memory) -> None:
+def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(
+    memory: Memory, digest: str
+) -> None:
     built = memory.build()[TARGET]
 
+    assert built.published.digest == digest  # of another build of the same inputs
     assert tuple(built.stages) == STAGES
     assert {name: facts.seconds for name, facts in built.stages.items()} == {
         **dict.fromkeys(STAGES, 1.0),
@@ -82,6 +81,7 @@ def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(memory: Memo
 def test_the_merged_model_and_the_image_are_held_against_the_adapter(memory: Memory) -> None:
     built = memory.build()[TARGET]
     record = memory.record()
+    asked = [json.loads(line) for line in (memory.home / "a.jsonl").read_text().splitlines()]
 
     assert {name: score.score for name, score in built.scores.items()} == {
         "base": 0, "adapter": 1, "merged": 1, "image": 1,
@@ -93,17 +93,9 @@ def test_the_merged_model_and_the_image_are_held_against_the_adapter(memory: Mem
         "health", "model list", "chat", "streaming", "end of answer", "context limit",
         "2 requests at once", "log-probabilities", "SIGTERM", "restart",
     ]  # fmt: skip
-    asked = [question for _, question in memory.launcher.asked if question != "Hello"]
-    assert asked == [row["prompt"] for row in rows(memory)]
-    assert len(asked) == QUESTIONS
-
-
-def rows(memory: Memory) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (memory.home / "a.jsonl").read_text().splitlines()]
-
-
-def test_two_builds_of_the_same_inputs_have_one_digest(memory: Memory, digest: str) -> None:
-    assert memory.build()[TARGET].published.digest == digest
+    questions = [question for _, question in memory.launcher.asked if question != "Hello"]
+    assert questions == [row["prompt"] for row in asked]
+    assert len(questions) == QUESTIONS
 
 
 def test_what_hangs_on_a_pushed_image_is_signed(memory: Memory) -> None:

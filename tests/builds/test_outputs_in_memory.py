@@ -12,7 +12,6 @@ from weightsmith.api.commands.images import inspect_image, inspect_text
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
-from weightsmith.building.explain import forecast
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import held_digest
@@ -176,10 +175,9 @@ def test_a_locked_build_takes_its_sources_as_they_were(warm: Memory) -> None:
     assert set(lock["sources"]) == {"./base", "./a"}
     with pytest.raises(InputRefused, match=r"\./a"):
         warm.build(locked=True)
-    request = warm.request()
-    forecast(request.file, request.targets, warm.dist, warm.tools)
+    warm.forecast()
     with pytest.raises(InputRefused, match=r"\./a"):
-        forecast(request.file, request.targets, warm.dist, warm.tools, locked=True)
+        warm.forecast(locked=True)
     assert json.loads((warm.home / "recipe.lock").read_text()) == lock
 
 
@@ -199,63 +197,45 @@ def test_a_gate_that_is_off_stops_nothing(warm: Memory) -> None:
     assert warm.record()["quality"]["exceeded"]
     assert built.published.reference
 
-
-def test_a_gate_that_is_off_measures_nothing(warm: Memory) -> None:
     warm.store.forget("quality")
     warm.build("quality.gate=false")
-
     assert "quality" not in warm.jobs()
     assert warm.record()["quality"] == {"skipped": "quality.gate is off"}
 
-
-def test_what_loses_nothing_is_measured_only_when_asked(warm: Memory) -> None:
-    warm.write_recipe(targets=["llamacpp-f32"])
+    warm.write_recipe(targets=["llamacpp-f32"])  # which loses nothing
     warm.build()
-    by_itself = warm.jobs()
+    assert "quality" not in warm.jobs()
     warm.build("quality.gate=measure")
-
-    assert "quality" not in by_itself
     assert "quality" in warm.jobs()
 
 
-def test_what_cannot_be_measured_is_said_and_stops_nothing(warm: Memory) -> None:
-    warm.store.forget("quality")
+def test_what_cannot_be_measured_or_a_quantizer_warns_of_is_said_and_stops_nothing(
+    warm: Memory,
+) -> None:
+    warm.store.forget("quality", "quantize")
+    warm.bench.quantized["warnings"] = ["the file has no chat template"]
     warm.bench.quality.clear()
     warm.bench.quality["skipped"] = "no such architecture"
     warm.build()
 
     assert any("no such architecture" in text for text in warm.progress.warnings)
-
-
-def test_what_a_quantizer_warns_of_is_in_the_record(warm: Memory) -> None:
-    warm.store.forget("quantize")
-    warm.bench.quantized["warnings"] = ["the file has no chat template"]
-    warm.build()
-
     assert "the file has no chat template" in warm.record()["warnings"]
 
 
 def test_a_build_says_what_its_gate_shows(memory: Memory) -> None:
     """Eight questions show a drop of at most 0.3."""
-    built = memory.build("evaluate.max_drop=0.3")[TARGET]
+    # People copy the address that they clone from.
+    address = "image.labels.origin=https://ann:hunter2@git.example.com/bot"
+    built = memory.build("evaluate.max_drop=0.3", address)[TARGET]
     labels = memory.engine.inspect(built.published.reference)["Config"]["Labels"]
 
     assert (built.verdict, built.unproven) == ("passed", ())
     assert built.sameness == {"merged": 1.0, "image": 1.0}
     assert labels["dev.weightsmith.verdict"] == memory.record()["verdict"] == "passed"
-    assert labels["dev.weightsmith.sameness.image"] == "1.0000 n=8"
-    assert memory.record()["sameness"]["image"]["same"] == 8
-
-
-def test_no_label_has_a_password(memory: Memory) -> None:
-    """People copy the address that they clone from."""
-    address = "image.labels.origin=https://ann:hunter2@git.example.com/bot"
-
-    built = memory.build(address)[TARGET]
-
-    labels = memory.engine.inspect(built.published.reference)["Config"]["Labels"]
     assert labels["origin"] == "https://git.example.com/bot"
     assert "hunter2" not in str(labels)
+    assert labels["dev.weightsmith.sameness.image"] == "1.0000 n=8"
+    assert memory.record()["sameness"]["image"]["same"] == 8
 
 
 def test_what_is_not_proven_is_published_with_a_warning_last_of_all(memory: Memory) -> None:
@@ -311,14 +291,6 @@ def test_a_gate_that_cannot_fail_proves_nothing(memory: Memory, who: tuple[str, 
     assert built.verdict == "not proven"
     assert built.unproven
     assert built.sameness["image"] == 1.0
-
-
-def test_without_questions_nothing_is_proven(memory: Memory) -> None:
-    memory.write_recipe(evaluate=None)
-    built = memory.build()[TARGET]
-
-    assert built.verdict == "not proven"
-    assert built.sameness == {}
 
 
 def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from weightsmith.building.explain import forecast
 from weightsmith.core.errors import CacheLost, CheckFailed, InputRefused, WeightsmithError
 from weightsmith.core.jobs import Job
 from weightsmith.core.ports import Progress
@@ -213,9 +212,9 @@ def test_two_jobs_get_no_more_memory_than_one_may_use(
     runner = runner_of(paired)
     if not together:
         runner.let_go()
-    planned = plan(paired)
+    planned = paired.forecast()["peak_memory_bytes"]
     paired.two_at_once = False
-    one_by_one = plan(paired)
+    one_by_one = paired.forecast()["peak_memory_bytes"]
     paired.two_at_once = True
     paired.build()
 
@@ -223,12 +222,6 @@ def test_two_jobs_get_no_more_memory_than_one_may_use(
     assert not limit or planned <= limit
     if limit and together:
         assert runner.limits["proof"] + runner.limits["quantize"] <= limit
-
-
-def plan(memory: Memory) -> int:
-    request = memory.request()
-    found = forecast(request.file, request.targets, memory.dist, memory.tools)
-    return int(found["peak_memory_bytes"])
 
 
 def test_a_builder_that_is_still_to_be_made_is_made_in_its_turn(memory: Memory) -> None:

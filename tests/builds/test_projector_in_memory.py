@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from weightsmith.building.explain import forecast, plan_of
+from weightsmith.building.explain import plan_of
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.models.facts import read_facts
 from weightsmith.oci.references import Reference
@@ -35,9 +35,7 @@ def give_eyes(memory: Memory, tower: dict[str, Any]) -> None:
 
 
 def planned(memory: Memory) -> dict[str, Any]:
-    request = memory.request()
-    found = forecast(request.file, request.targets, memory.dist, memory.tools)
-    return dict(found["serving"][TARGET])
+    return dict(memory.forecast()["serving"][TARGET])
 
 
 def test_the_projector_is_served_recorded_and_in_every_form(seeing: Memory) -> None:

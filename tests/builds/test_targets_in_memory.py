@@ -11,21 +11,20 @@ from typing import Any
 import pytest
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.building import checks
-from weightsmith.building.explain import forecast
-from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.models.folder import scan
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.virtual_weights import has_no_data
 from weightsmith.oci import weights
+from weightsmith.oci.image import Index
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.baking import push_base
-from tests.fakes.memory import QUESTIONS, Memory, in_memory
+from tests.fakes.memory import QUESTIONS, VLLM, Memory, in_memory
 
 TARGET = "llamacpp-q4_k_m"
-PROGRAM = {"usr/bin/vllm": b"#!/usr/bin/python3"}
 
 
 @pytest.fixture
@@ -40,15 +39,6 @@ def two(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
         yield made
 
 
-def vllm_base(memory: Memory, *platforms: str) -> str:
-    """Put vLLM's base image into the registry, and into the recipe."""
-    base, labels = f"{memory.registry.host}/engines/vllm:1", {"dev.weightsmith.engine": "vllm"}
-    for platform in platforms or ("linux/amd64",):
-        push_base(memory.client, base, labels, PROGRAM, platform)
-    memory.write_recipe(targets=["vllm"], image={"repository": memory.repository, "base": base})
-    return base
-
-
 def asked(memory: Memory) -> dict[str, set[str]]:
     """Who the image was asked for, and whose questions."""
     found: dict[str, set[str]] = {}
@@ -59,7 +49,7 @@ def asked(memory: Memory) -> dict[str, set[str]]:
 
 
 def test_vllm_serves_the_merged_checkpoint_on_a_base_of_a_registry(memory: Memory) -> None:
-    base = vllm_base(memory)
+    base = memory.use_vllm()
     built = memory.build()["vllm"]
     image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
     below = memory.client.pull(Reference.parse(base))
@@ -68,16 +58,12 @@ def test_vllm_serves_the_merged_checkpoint_on_a_base_of_a_registry(memory: Memor
         "merge", "validate", "reference base", "reference adapter", "reference merged",
     ]  # fmt: skip
     assert image.diff_ids[: len(below.layers)] == tuple(one.diff_id for one in below.layers)
-    assert image.files()["/models/model.safetensors"] == merged(memory)
+    (merged,) = merges(memory)
+    assert image.files()["/models/model.safetensors"] == (merged / "model.safetensors").read_bytes()
     assert image.config["Labels"]["org.opencontainers.image.base.digest"] == below.digest
     assert built.scores["image"].score == 1
     lock = json.loads((memory.home / "recipe.lock").read_text())
     assert lock["bases"] == {base: {"linux/amd64": below.digest}}
-
-
-def merged(memory: Memory) -> bytes:
-    (entry,) = (e for e in memory.store.entries.values() if e.tree.has("model.safetensors"))
-    return entry.tree.path("model.safetensors").read_bytes()
 
 
 def test_vllm_on_a_cpu_is_assembled_once(memory: Memory) -> None:
@@ -87,14 +73,6 @@ def test_vllm_on_a_cpu_is_assembled_once(memory: Memory) -> None:
 
     memory.build("serve.max_num_seqs=1", targets=["vllm"])
     assert memory.journal.of("assemble") == []
-
-
-def test_a_four_bit_checkpoint_is_quantized_from_the_merged_one(memory: Memory) -> None:
-    built = memory.build(targets=["vllm-awq"])["vllm-awq"]
-
-    assert memory.jobs()[5:] == ["quantize", "quality"]
-    assert memory.runner.jobs[-2].builder == "merge"
-    assert built.scores["image"].score == 1
 
 
 def test_two_targets_share_what_comes_before_them(memory: Memory) -> None:
@@ -136,10 +114,13 @@ def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
 
 
 def test_formats_without_calibration_need_no_merged_weights_on_the_disk(memory: Memory) -> None:
-    vllm_base(memory)
+    memory.use_vllm()
     names = ["vllm-fp8", "vllm-w8a8"]
     memory.build(targets=names)
     (headers_only,) = merges(memory)
+    (job, *_) = (job for job in memory.runner.jobs if job.kind == "quantize")
+    assert "model.layers.0.self_attn.q_proj.weight" in job.virtual.largest
+    assert "largest" not in memory.record("vllm-fp8")["merge"]
     alone = {name: memory.record(name) for name in names}
 
     memory.build(targets=["vllm", *names])
@@ -168,39 +149,32 @@ def test_weights_of_more_layers_than_engines_take_are_refused_before_any_work(
 def test_the_disk_for_unmerged_adapters_is_planned(two: Memory) -> None:
     """Of 100 adapters of a 70B model, 40 GB."""
     two.write_recipe(evaluate=None)
-    asked = two.request(targets=["vllm-lora"])
     folders = [two.home / name for name in ("base", *two.adapters)]
     whole = sum((folder / name).stat().st_size for folder in folders for name in scan(folder))
 
-    rows = forecast(asked.file, asked.targets, two.dist, two.tools)["stages"]
-
-    assert [row["write_bytes"] for row in rows if row["stage"] == "publish"] == [whole]
-
-
-def test_quantizing_is_told_the_largest_weights_of_a_merge(memory: Memory) -> None:
-    vllm_base(memory)
-    memory.build(targets=["vllm-fp8"])
-
-    (job,) = (job for job in memory.runner.jobs if job.kind == "quantize")
-    assert "model.layers.0.self_attn.q_proj.weight" in job.virtual.largest
-    assert "largest" not in memory.record("vllm-fp8")["merge"]
+    assert two.planned("publish", targets=["vllm-lora"])["write_bytes"] == whole
 
 
 def test_the_plan_counts_what_the_gate_reads(memory: Memory) -> None:
-    request = memory.request(targets=[TARGET])
-    found = forecast(request.file, request.targets, memory.dist, memory.tools)
-
-    (read,) = (row["read_bytes"] for row in found["stages"] if row["stage"] == "quality")
+    read = memory.planned("quality", targets=[TARGET])["read_bytes"]
     merged = sum(file.stat().st_size for file in (memory.home / "base").glob("*.safetensors"))
     assert merged < read < 2 * merged
 
 
 @pytest.mark.parametrize("target", ["vllm", "vllm-awq", "vllm-gptq"])
 def test_one_other_target_needs_them(memory: Memory, target: str) -> None:
-    vllm_base(memory)
-    memory.build(targets=["vllm-fp8", target])
+    memory.use_vllm()
+    built = memory.build(targets=["vllm-fp8", target])
 
+    assert {one.scores["image"].score for one in built.values()} == {1}
     (written,) = merges(memory)
+    assert not has_no_data(read_header(written / "model.safetensors"))
+
+
+def test_a_method_that_needs_whole_tensors_writes_them(two: Memory) -> None:
+    two.build("merge.method=ties", "merge.density=0.5", targets=[TARGET])
+
+    (written,) = merges(two)
     assert not has_no_data(read_header(written / "model.safetensors"))
 
 
@@ -223,13 +197,6 @@ def test_merged_weights_that_are_there_are_read(memory: Memory) -> None:
 
     assert "merge" not in memory.jobs()
     assert all(job.virtual is None for job in memory.runner.jobs)
-
-
-def test_a_method_that_needs_whole_tensors_writes_them(two: Memory) -> None:
-    two.build("merge.method=ties", "merge.density=0.5", targets=[TARGET])
-
-    (written,) = merges(two)
-    assert not has_no_data(read_header(written / "model.safetensors"))
 
 
 def merges(memory: Memory) -> list[Path]:
@@ -272,7 +239,7 @@ def test_an_unmerged_adapter_is_served_beside_the_base(memory: Memory, target: s
 def test_large_files_are_split_to_be_pulled_faster(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, target: str, limit: str, files: int
 ) -> None:
-    vllm_base(memory)
+    memory.use_vllm()
     size = (memory.home / "base" / "model.safetensors").stat().st_size
     monkeypatch.setattr(weights, "_FASTEST_LAYER", size // 2 + (130 << 10))
     memory.build(f"image.max_layer_size={limit}", targets=[target], push=True)
@@ -335,12 +302,12 @@ def test_without_questions_the_image_is_started_all_the_same(memory: Memory) -> 
 
     assert "reference" not in memory.jobs()
     assert "start" in memory.journal.events
-    assert built.scores == {}
+    assert (built.scores, built.sameness, built.verdict) == ({}, {}, "not proven")
     assert any("no `evaluate`" in text for text in memory.progress.warnings)
 
 
 def test_an_image_for_a_gpu_that_is_not_here_is_published_unstarted(memory: Memory) -> None:
-    vllm_base(memory)
+    memory.use_vllm()
     built = memory.build("serve.gpu=nvidia-l4", push=True)["vllm"]
 
     assert "start" not in memory.journal.events
@@ -350,9 +317,13 @@ def test_an_image_for_a_gpu_that_is_not_here_is_published_unstarted(memory: Memo
 
 
 def test_an_image_is_there_for_every_platform_of_its_base(memory: Memory) -> None:
-    base = vllm_base(memory)
+    base = memory.use_vllm()
     labels = {"dev.weightsmith.engine": "vllm"}
-    index = two_platforms(memory, base, labels)
+    first = memory.client.pull(Reference.parse(base))
+    push_base(memory.client, f"{base}-arm", labels, VLLM, "linux/arm64")
+    second = memory.client.pull(Reference.parse(f"{base}-arm"), platform="linux/arm64")
+    index = f"{memory.registry.host}/engines/vllm:both"
+    memory.client.push(Index(images=(first, second)), Reference.parse(index))
     built = memory.build(f"image.base={index}", push=True)["vllm"]
     kind, body = memory.registry.manifests["team/tiny", "1.0.0-vllm"]
     rows = json.loads(body)["manifests"]
@@ -363,23 +334,45 @@ def test_an_image_is_there_for_every_platform_of_its_base(memory: Memory) -> Non
     assert memory.launcher.asked
 
 
-def two_platforms(memory: Memory, base: str, labels: dict[str, str]) -> str:
-    """Push the base for a second platform, and an index of both."""
-    from weightsmith.oci.image import Index
-
-    first = memory.client.pull(Reference.parse(base))
-    push_base(memory.client, f"{base}-arm", labels, PROGRAM, "linux/arm64")
-    second = memory.client.pull(Reference.parse(f"{base}-arm"), platform="linux/arm64")
-    name = f"{memory.registry.host}/engines/vllm:both"
-    memory.client.push(Index(images=(first, second)), Reference.parse(name))
-    return name
-
-
 def test_weights_may_lie_below_the_engine(memory: Memory) -> None:
-    base = vllm_base(memory)
+    base = memory.use_vllm()
     memory.build("image.order=weights-first")
     image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
     below = memory.client.pull(Reference.parse(base))
 
     assert image.diff_ids[0] != below.layers[0].diff_id
     assert below.layers[0].diff_id in image.diff_ids
+
+
+@pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
+def test_the_memory_for_adapters_is_planned_before_the_build_as_in_it(
+    two: Memory, target: str
+) -> None:
+    two.write_recipe(evaluate=None)
+    base = (two.home / "base" / "model.safetensors").stat().st_size
+    tensors = [read_header(two.home / name / "adapter_model.safetensors").tensors for name in "ab"]
+    size = sum(tensor.size for one in tensors for tensor in one)
+
+    (before,) = two.forecast(targets=[target])["serving"].values()
+    two.build(targets=[target])
+
+    assert before["weight_bytes"] - base == size
+    told = two.record(target)
+    files = {file["path"]: file["size"] for file in told["artifact"]["files"]}
+    (served,) = (files[name] for name in files if Path(name).suffix in {".gguf", ".safetensors"}
+               and not name.startswith("adapters/"))  # fmt: skip
+    assert told["plan"]["weight_bytes"] - served == size
+
+
+@pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
+def test_adapters_with_weights_that_peft_leaves_out_are_refused_before_any_work(
+    two: Memory, target: str
+) -> None:
+    path = two.home / "b" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "layers_to_transform": [1]}))
+
+    with pytest.raises(InputRefused, match=r"layers_to_transform \[1\].*PEFT leaves them out"):
+        two.build(targets=[target])
+
+    assert two.jobs() == []

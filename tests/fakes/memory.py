@@ -18,6 +18,7 @@ import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from weightsmith.building.build import build
+from weightsmith.building.explain import forecast
 from weightsmith.building.record import BuiltTarget
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
@@ -36,7 +37,7 @@ from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.tools import NO_LIMIT, JobMemory, Tools
-from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.jobs import STAGES as JOBS
 
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.jobs import Bench, Minds
@@ -49,6 +50,13 @@ from tests.fakes.tiny import write_adapter, write_model
 
 QUESTIONS = 8
 """Of each adapter's task."""
+STAGES = (
+    "resolve", "merge", "validate", "reference", "quantize", "quality", "render", "bake",
+    "evaluate", "publish",
+)  # fmt: skip
+"""Of a build of one target."""
+VLLM = {"usr/bin/vllm": b"#!/usr/bin/python3"}
+"""All that vLLM's base image has here."""
 
 
 @dataclass
@@ -185,6 +193,35 @@ class Memory:
             built = list(build(self.request(*settings, **wanted), self.tools))
         return {one.target.name: one for one in built}
 
+    def forecast(self, *settings: str, measure: bool = False, **wanted: Any) -> dict[str, Any]:
+        """What `plan --json` says of such a build."""
+        asked = self.request(*settings, **wanted)
+        found = forecast(
+            asked.file,
+            asked.targets,
+            self.dist,
+            self.tools,
+            outputs=asked.outputs,
+            locked=asked.locked,
+            measure=measure,
+        )
+        return dict(found)
+
+    def planned(self, stage: str, *settings: str, **wanted: Any) -> dict[str, Any]:
+        """The plan's last row of a stage; {} if it has none."""
+        rows = {row["stage"]: row for row in self.forecast(*settings, **wanted)["stages"]}
+        return dict(rows.get(stage, {}))
+
+    def use_vllm(self, target: str = "vllm", **changes: Any) -> str:
+        """Put vLLM's base image into the registry and into the recipe; return its name."""
+        from tests.fakes.baking import push_base  # which imports this module
+
+        base, labels = f"{self.registry.host}/engines/vllm:1", {"dev.weightsmith.engine": "vllm"}
+        push_base(self.client, base, labels, VLLM)
+        image = {"repository": self.repository, "base": base}
+        self.write_recipe(**{"targets": [target], "image": image, **changes})
+        return base
+
     @contextmanager
     def sharing(self) -> Iterator[None]:
         """Put the store in front of the cache, as `wiring` does, if there is one."""
@@ -271,7 +308,7 @@ def _names(job: Job) -> list[str]:
 
 def memory_tools(
     folder: Path,
-    stages: Mapping[str, Stage] = STAGES,
+    stages: Mapping[str, Stage] = JOBS,
     registry: Registry | None = None,
     key: Path | None = None,
 ) -> Tools:
