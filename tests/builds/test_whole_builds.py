@@ -1,4 +1,9 @@
-"""Whole builds through the command line: the same bytes from every runner, and pushed once."""
+"""Whole builds through the command line: the same bytes from every runner, and pushed once.
+
+`make setup` installs all that they need: models run in the builders' environments.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -248,27 +253,6 @@ def test_single_commands_make_the_same_artifact(local, tmp_path: Path) -> None:
     assert score["score"] >= 0.9
 
 
-TWO = TINY.with_name("recipe-two.yaml")
-
-
-def test_each_adapters_own_task_is_held_against_that_adapter(local, tmp_path: Path) -> None:
-    """A merge that wins one task at the other's cost stops, before anything is quantized."""
-    store, _, _ = local
-    words = ("build", "--recipe", TWO, "--runner", "local", "--dist", tmp_path / "dist")
-    error = weightsmith(*words, "--set", "adapters.0.weight=0.3", store=store, expect=4)["error"]
-    refused = tmp_path / "dist" / "tiny-two" / "1.0.0" / "refused"
-    found = json.loads((refused / "build.json").read_text())
-    first, second = found["verdicts"], found["more_tasks"][0]["verdicts"]
-
-    assert error["message"].startswith("a v1: the merged model scores")
-    assert [found["task"]["name"], found["more_tasks"][0]["name"]] == ["a v1", "b v1"]
-    assert (first[0]["passed"], second[0]["passed"]) == (False, True)
-    assert first[0]["lost"] > 4
-    assert found["artifact"] is None
-    assert "Stopped: not published" in (refused / "report.html").read_text()
-    assert (refused / "junit.xml").is_file()
-
-
 def test_an_image_is_loaded_and_compared(local, tmp_path: Path) -> None:
     store, dist, built = local
     folder = dist / "tiny-capitals" / "1.0.0" / TARGET
@@ -325,3 +309,50 @@ def test_a_choice_is_made_alike_by_checkpoint_and_image(local, tmp_path: Path) -
     for one, other in zip(here["per_item"], there["per_item"], strict=True):
         assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=0.05)
         assert one["answer"] == other["answer"]
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that `make setup` would make: no torch."""
+    folder = tmp_path_factory.mktemp("light") / "env"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    subprocess.run([*pip, "--require-hashes", "-r", ROOT / "requirements.lock"], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", ROOT], check=True)
+    return python
+
+
+def run(python: Path, *words: object, store: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PATH"}
+    }
+    # PATH as a user's: the tests' environment, with its torch, is not on it.
+    path = f"{python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return subprocess.run(
+        [python, "-m", "weightsmith", *map(str, words)],
+        env={**environment, "PATH": path, "WEIGHTSMITH_STORE": str(store)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.full
+def test_nothing_heavy_is_installed(light):
+    listed = subprocess.run(
+        [light, "-m", "pip", "list"], capture_output=True, text=True, check=True
+    )
+    names = {line.split()[0].lower() for line in listed.stdout.splitlines()[2:]}
+    assert not names & {"torch", "transformers", "peft", "safetensors", "ml-dtypes"}
+
+
+@pytest.mark.full
+def test_a_light_install_builds_the_same_image(light, tiny_build: TinyBuild, tmp_path):
+    done = run(
+        light,
+        *("build", "--recipe", "examples/tiny/recipe.yaml", "--runner", "local"),
+        *("--dist", tmp_path / "dist", "--json"),
+        store=tmp_path / "store",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (facts,) = json.loads(done.stdout)["targets"].values()
+    assert facts["digest"] == tiny_build.told["digest"]
