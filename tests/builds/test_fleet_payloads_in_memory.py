@@ -128,8 +128,11 @@ def lose_blobs(cache: MemoryCache) -> None:
     cache.blobs.clear()
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["a copy here", "no copy here"])
-@pytest.mark.parametrize("lose", [lose_entries, lose_blobs])
+@pytest.mark.parametrize(
+    ("lose", "here"),
+    [(lose_entries, True), (lose_blobs, False)],
+    ids=["entries, with a copy here", "blobs, without one"],
+)
 def test_what_the_cache_has_lost_meanwhile_is_sent_again(
     two: Memory, lose: Callable[[MemoryCache], None], here: bool
 ) -> None:
@@ -168,10 +171,13 @@ def other_byte(data: bytes) -> bytes:
     return data[:600] + bytes([data[600] ^ 1]) + data[601:]
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["a copy here", "no copy here"])
 @pytest.mark.parametrize(
-    ("kind", "damage"),
-    [("memory", damage_memory), ("folder", damage_folder), ("s3", damage_bucket)],
+    ("kind", "damage", "here"),
+    [
+        ("memory", damage_memory, False),
+        pytest.param("folder", damage_folder, True, marks=pytest.mark.slow),
+        pytest.param("s3", damage_bucket, False, marks=pytest.mark.slow),
+    ],
     ids=["memory", "folder", "s3"],
 )
 def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
@@ -207,7 +213,10 @@ def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
 
 @pytest.mark.parametrize(
     ("names", "lie"),
-    [(("adapter_model.safetensors",), {}), (("a.jsonl", "b.jsonl"), {"stage": "merge"})],
+    [
+        (("adapter_model.safetensors",), {}),
+        pytest.param(("a.jsonl", "b.jsonl"), {"stage": "merge"}, marks=pytest.mark.slow),
+    ],
     ids=["adapters", "questions, as another stage's result"],
 )
 def test_another_document_under_a_payload_s_key_is_not_used(

@@ -56,6 +56,7 @@ def test_the_projector_is_served_recorded_and_in_every_form(seeing: Memory) -> N
         assert layer.size < 10_000  # alone in it
     types = [layer.media_type.rpartition(".")[2] for layer in forms["ollama"].layers]
     assert types[:2] == ["model", "projector"]
+    assert forms["ollama"].settings["model_families"][1:] == ["clip"]
     assert forms["modelpack"].settings["config"]["capabilities"]["inputTypes"] == ["text", "image"]
     manifest = (seeing.results() / "volume" / "kubernetes.yaml").read_text()
     assert f"/models/{PROJECTOR}" in manifest

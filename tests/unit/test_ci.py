@@ -24,14 +24,14 @@ def test_a_commit_draws_the_same_part_in_a_shallow_clone(tmp_path: Path) -> None
     run("git", "init", "-q", ".", cwd=whole)
     run("git", "add", ".", cwd=whole)
     drawn = set()
-    for number in range(30):
+    for number in range(10):
         run("git", *author, "commit", "-q", "--allow-empty", "-m", f"{number}", cwd=whole)
         drawn.add(run("bash", ".ci/draw", cwd=whole))
     run("git", "clone", "-q", "--depth=1", f"file://{whole}", tmp_path / "shallow", cwd=tmp_path)
 
     assert run("bash", ".ci/draw", cwd=tmp_path / "shallow") == run("bash", ".ci/draw", cwd=whole)
     assert drawn <= {str(part) for part in range(1, 13)}
-    assert len(drawn) > 6
+    assert len(drawn) > 2
 
 
 @pytest.mark.slow

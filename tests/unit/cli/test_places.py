@@ -277,15 +277,23 @@ def test_a_place_that_links_to_itself_is_reported(tmp_path, variable):
     assert "bug" not in done.err
 
 
+SERVER = "http://127.0.0.1:9"
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("plan", "--recipe", "/dev/zero"),
-        ("fleet", "--plan", "--file", "/dev/zero"),
-        ("push", "oci:none", "--to", "127.0.0.1:9/a:1", "--sign-key", "/dev/zero"),
-        ("evaluate", "--url", "http://127.0.0.1:9", "--data", "/dev/zero"),
-        ("evaluate", "--data", "DATA", "--url", "http://127.0.0.1:9", "--training", "/dev/zero"),
-        ("quantize", "--model", "BASE", "--out", "OUT", "--calibration", "/dev/zero"),
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (
+                ("fleet", "--plan", "--file", "/dev/zero"),
+                ("push", "oci:none", "--to", "127.0.0.1:9/a:1", "--sign-key", "/dev/zero"),
+                ("evaluate", "--url", SERVER, "--data", "/dev/zero"),
+                ("evaluate", "--data", "DATA", "--url", SERVER, "--training", "/dev/zero"),
+                ("quantize", "--model", "BASE", "--out", "OUT", "--calibration", "/dev/zero"),
+            )
+        ),
     ],
     ids=lambda words: f"{words[0]} {words[-2]}",
 )

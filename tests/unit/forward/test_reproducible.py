@@ -128,6 +128,7 @@ with torch.inference_mode(), reproducible(None):
 """
 
 
+@pytest.mark.slow
 def test_onednn_computes_no_activation() -> None:
     """Its loops are made for the CPU that they run on; it tells what it does."""
     done = subprocess.run(

@@ -75,6 +75,7 @@ def renamings(kind: str) -> list[list[str]]:
     return [[old.removeprefix(">"), new] for old, new in rules]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "rules_of"),
     [("renamed_tensors.json", renamings), ("split_tensors.json", splits)],

@@ -267,13 +267,13 @@ def test_a_jobs_shared_memory_is_within_its_limit(tmp_path):
         "try:\n"
         "    for _ in range(int(sys.argv[1])): file.write(bytes(1 << 20))\n"
         "except OSError as problem: print(problem.errno)\n"
-        "held = b'x' * (int(sys.argv[2]) << 20); print('held', flush=True); time.sleep(2)"
+        "held = b'x' * (int(sys.argv[2]) << 20); print('held', flush=True); time.sleep(int(sys.argv[3]))"
     )
     limits = process.ResourceLimits(resident_bytes=most, sandbox=sandbox)
 
     within, above, together = (
         process.run([BASE_PYTHON, "-I", "-S", "-c", code, *sizes], cwd=tmp_path, limits=limits)
-        for sizes in (("50", "50"), ("300", "0"), ("150", "100"))
+        for sizes in (("50", "50", "1"), ("300", "0", "0"), ("150", "100", "60"))
     )
 
     assert (within.returncode, within.tail) == (0, ("held",))

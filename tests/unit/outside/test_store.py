@@ -84,7 +84,7 @@ def test_a_digest_is_remembered_of_a_file_that_nobody_changed_since(
 def hold_many(root: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (96, 1024))
     store = FileStore(root)
-    keys = [key_of(number) for number in range(150)]
+    keys = [key_of(number) for number in range(110)]
     for key in keys:
         store.produce(key, {}, write("one"))
     raise SystemExit(sum(store.find(key) is None for key in keys))
@@ -92,7 +92,7 @@ def hold_many(root: Path) -> None:
 
 def test_more_results_are_held_than_files_may_be_open_at_first(tmp_path: Path) -> None:
     """A fleet of 500 adapters holds thousands, and most systems begin with 1024."""
-    process = multiprocessing.get_context("spawn").Process(target=hold_many, args=(tmp_path,))
+    process = multiprocessing.get_context("fork").Process(target=hold_many, args=(tmp_path,))
     process.start()
     process.join()
 

@@ -134,6 +134,7 @@ def request_for(folder: Path, *settings: str) -> BuildRequest:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.grid(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
