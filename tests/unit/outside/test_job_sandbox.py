@@ -267,7 +267,8 @@ def test_a_jobs_shared_memory_is_within_its_limit(tmp_path):
         "try:\n"
         "    for _ in range(int(sys.argv[1])): file.write(bytes(1 << 20))\n"
         "except OSError as problem: print(problem.errno)\n"
-        "held = b'x' * (int(sys.argv[2]) << 20); print('held', flush=True); time.sleep(int(sys.argv[3]))"
+        "held = b'x' * (int(sys.argv[2]) << 20); print('held', flush=True)\n"
+        "time.sleep(int(sys.argv[3]))"
     )
     limits = process.ResourceLimits(resident_bytes=most, sandbox=sandbox)
 
