@@ -69,9 +69,7 @@ def adapter_with(folder: Path, **settings: object) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_pattern_that_never_ends_is_refused_in_the_plan(
-    name: str, tmp_path: Path, impatient: None
-) -> None:
+def test_a_pattern_that_never_ends_is_refused_in_the_plan(name, tmp_path, impatient):
     """One of the configuration's regular expressions takes for ever on the base's names: refused
     from the process that the user started, with the field that holds it."""
     asked = {"layers_to_transform": [0]} if name == "layers_pattern" else {}
@@ -83,9 +81,7 @@ def test_a_pattern_that_never_ends_is_refused_in_the_plan(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["target_modules", "modules_to_save"])
-def test_a_pattern_that_never_ends_does_not_reach_peft(
-    name: str, tmp_path: Path, impatient: None
-) -> None:
+def test_a_pattern_that_never_ends_does_not_reach_peft(name, tmp_path, impatient):
     """PEFT would match it against every module of the model: the jobs that ask PEFT refuse it."""
     from weightsmith.forward.adapters import with_adapters
     from weightsmith.forward.network import skeleton
@@ -99,7 +95,7 @@ def test_a_pattern_that_never_ends_does_not_reach_peft(
         with_adapters(skeleton(BASE), [(adapter, 1.0)])
 
 
-def test_a_pattern_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+def test_a_pattern_nested_too_deeply_is_refused(tmp_path):
     """Python cannot even read the expression: refused, and no trace of it."""
     adapter = adapter_with(tmp_path, target_modules="(" * 5000 + ")" * 5000)
 
@@ -117,7 +113,7 @@ def gives_up(folder: Path) -> Path:
     return folder
 
 
-def test_a_tokenizer_whose_pattern_takes_too_many_steps_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_whose_pattern_takes_too_many_steps_is_refused(tmp_path):
     """Its library panics after some millions of steps, which is no Exception: refused, by name."""
     model = gives_up(tmp_path / "model")
 
@@ -125,7 +121,7 @@ def test_a_tokenizer_whose_pattern_takes_too_many_steps_is_refused(tmp_path: Pat
         _lengths(model, ["ab" * 40])
 
 
-def test_such_a_tokenizer_is_refused_from_a_copy_of_the_process(tmp_path: Path) -> None:
+def test_such_a_tokenizer_is_refused_from_a_copy_of_the_process(tmp_path):
     """The importance of inputs is measured in a copy, whose end says what became of it."""
     model = gives_up(tmp_path / "model")
     tokenizer = load_tokenizer(model)
@@ -138,9 +134,7 @@ def test_such_a_tokenizer_is_refused_from_a_copy_of_the_process(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_names_of_tensors_that_are_searched_for_ever_are_refused(
-    tmp_path: Path, impatient: None
-) -> None:
+def test_names_of_tensors_that_are_searched_for_ever_are_refused(tmp_path, impatient):
     """Each name of hundreds could be read in hundreds of ways, and none of them is right."""
     adapter = adapter_with(tmp_path)
     names = [f"base_model.model.{n}{'.lora_A' * 570}.." for n in range(300)]
@@ -205,7 +199,7 @@ def assert_harmless(text: str) -> None:
         assert not re.search(r"##\w*\[", line), line
 
 
-def test_a_key_of_an_adapter_fakes_no_line() -> None:
+def test_a_key_of_an_adapter_fakes_no_line():
     """A newline in a key begins no line of ours: what follows it is marked as a quotation.
 
     Escape sequences clear no screen and move no cursor: they are shown as text.
@@ -222,7 +216,7 @@ def test_a_key_of_an_adapter_fakes_no_line() -> None:
     assert all(line.startswith("  | ") for line in faked)
 
 
-def test_an_error_quotes_without_obeying(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_quotes_without_obeying(capsys):
     """A refusal that names a key: harmless on stderr, and the same text back from JSON."""
     print_error(REFUSED, as_json=True)
     told = capsys.readouterr()
@@ -235,7 +229,7 @@ def test_an_error_quotes_without_obeying(capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(told.out)["error"]["message"] == REFUSED.message
 
 
-def test_a_live_terminal_is_not_steered() -> None:
+def test_a_live_terminal_is_not_steered():
     """The same with bars: rich's own sequences are all that steers, and nothing is markup."""
     text = on_terminal(lambda: say(progress_for(), EVIL))
     for sequence in ("\x1b[2J", "\x1b]0;", "\x1b]8;", "\x07", "\x9b", "\u202e", "\u2028", "\x7f"):
@@ -248,7 +242,7 @@ def test_a_live_terminal_is_not_steered() -> None:
 
 @pytest.mark.slow
 @given(CHOSEN)
-def test_no_name_steers_a_terminal(name: str) -> None:
+def test_no_name_steers_a_terminal(name):
     """Whatever characters a name has, in progress and in errors."""
     stream = io.StringIO()
     say(PlainProgress(stream), name)
@@ -258,7 +252,7 @@ def test_no_name_steers_a_terminal(name: str) -> None:
 
 
 @given(CHOSEN)
-def test_no_name_adds_a_row(name: str) -> None:
+def test_no_name_adds_a_row(name):
     """Tables of `inspect`, `verify`, `plan` and others have the rows that they should."""
     wanted = {"reference": "r", "digest": "d", "scores": {name: 1.0}, "provenance": {name: name},
               "plan": {}, "layers": [{"digest": "sha256:" + "0" * 64, "size": 1, "file": name}],
@@ -281,7 +275,7 @@ def test_no_name_adds_a_row(name: str) -> None:
     assert_harmless(as_printed(plan_table(forecast)))
 
 
-def test_markup_in_a_plan_is_text() -> None:
+def test_markup_in_a_plan_is_text():
     """A recipe's or an adapter's name in a plan is no markup of rich's, nor ends it."""
     row = {"stage": "merge", "target": "t", "cached": False, "why": "[/] [bold]why :skull:",
            "read_bytes": 0, "write_bytes": 0, "peak_memory_bytes": 0}  # fmt: skip
@@ -326,7 +320,7 @@ def kinds_in(markdown: str) -> list[str]:
 
 
 @pytest.mark.parametrize("evil", [MARKUP, MARKUP + EVIL, "\n" + MARKUP[::-1]])
-def test_a_summary_has_no_markup_of_others(evil: str) -> None:
+def test_a_summary_has_no_markup_of_others(evil):
     """Every name, digest, verdict and check of report.md is text: its structure stays as it is."""
     harmless, hostile = (
         render_view(build_view(spoiled_build(text), (), None), "report.md.j2")
@@ -338,14 +332,14 @@ def test_a_summary_has_no_markup_of_others(evil: str) -> None:
 
 
 @pytest.mark.parametrize("evil", [MARKUP, MARKUP + EVIL])
-def test_a_report_page_has_no_markup_of_others(evil: str) -> None:
+def test_a_report_page_has_no_markup_of_others(evil):
     """report.html has the elements that it should, and no character that turns its text round."""
     tags = []
     for text in ("x", evil):
         page = render_view(build_view(spoiled_build(text), (), None), "report.html.j2")
         reader = HTMLParser()
         kept: list[tuple[str, list[str]]] = []
-        reader.handle_starttag = lambda tag, attrs, kept=kept: kept.append(  # type: ignore[method-assign, misc]
+        reader.handle_starttag = lambda tag, attrs, kept=kept: kept.append(
             (tag, [name for name, _ in attrs])
         )
         reader.feed(page)
@@ -355,7 +349,7 @@ def test_a_report_page_has_no_markup_of_others(evil: str) -> None:
 
 
 @given(CHOSEN)
-def test_json_is_the_same_and_obeyed_by_nobody(text: str) -> None:
+def test_json_is_the_same_and_obeyed_by_nobody(text):
     """`--json` gives back what was put in, and steers neither a terminal nor a CI system."""
     told = as_json({text: [text, {"a": "##vso[x]\x7f##[y]###" + text}]})
     assert json.loads(told) == {text: [text, {"a": "##vso[x]\x7f##[y]###" + text}]}

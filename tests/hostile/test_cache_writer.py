@@ -125,9 +125,7 @@ FORGERIES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
-def test_only_what_the_key_signed_is_used(
-    reader: Memory, honest: tuple[MemoryCache, Signer, str], forge: Callable[[bytes], bytes]
-) -> None:
+def test_only_what_the_key_signed_is_used(reader, honest, forge):
     """Every document is replaced: each is a miss with a warning, and the image is ours."""
     reader.cache.documents = {k: forge(data) for k, data in honest[0].documents.items()}
     (built,) = reader.build().values()
@@ -137,18 +135,14 @@ def test_only_what_the_key_signed_is_used(
     assert [w for w in reader.progress.warnings if "is not used" in w]
 
 
-def test_what_the_key_signed_is_used(
-    reader: Memory, honest: tuple[MemoryCache, Signer, str]
-) -> None:
+def test_what_the_key_signed_is_used(reader, honest):
     """The same without an attacker: the tests above would pass if nothing were ever used."""
     (built,) = reader.build().values()
 
     assert (built.published.digest, reader.jobs()) == (honest[2], [])
 
 
-def test_a_signed_result_of_another_key_is_refused(
-    reader: Memory, honest: tuple[MemoryCache, Signer, str]
-) -> None:
+def test_a_signed_result_of_another_key_is_refused(reader, honest):
     """A right signature over what was made of other inputs."""
     keys, documents = zip(*honest[0].documents.items(), strict=True)
     reader.cache.documents = dict(zip(keys, (*documents[1:], documents[0]), strict=True))
@@ -203,7 +197,7 @@ MALFORMED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_documents_are_refused(shared: MemoryCache, change: Change) -> None:
+def test_malformed_documents_are_refused(shared, change):
     """Names that leave the folder, sizes that do not fit: refused before anything is read."""
     document = changed(shared.documents[KEY], change)
     with pytest.raises(InputRefused):
@@ -217,7 +211,7 @@ NO_DOCUMENTS = (
 
 
 @pytest.mark.parametrize("document", NO_DOCUMENTS, ids=lambda data: repr(data[:12]))
-def test_what_is_no_document_is_refused(document: bytes) -> None:
+def test_what_is_no_document_is_refused(document):
     """Broken, deep, doubled or huge JSON."""
     with pytest.raises(InputRefused):
         read_document(document, KEY, check_by(new_signer().public))
@@ -238,9 +232,7 @@ SPOILED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_wrong_bytes_never_become_a_result(
-    shared: MemoryCache, tmp_path: Path, spoil: Callable[[bytes], bytes]
-) -> None:
+def test_wrong_bytes_never_become_a_result(shared, tmp_path, spoil):
     """A right document, other bytes: nothing is kept, and the result is not offered again."""
     shared.blobs = {digest: spoil(data) for digest, data in shared.blobs.items()}
     store, warnings = MemoryStore(tmp_path / "mine"), list[str]()
@@ -258,7 +250,7 @@ def test_wrong_bytes_never_become_a_result(
     assert both.produce(KEY, NOTE, two_files).tree.path("config.json").read_bytes() == b"{}" * 10
 
 
-def test_a_stream_of_wrong_bytes_never_ends(shared: MemoryCache, tmp_path: Path) -> None:
+def test_a_stream_of_wrong_bytes_never_ends(shared, tmp_path):
     """The last bytes of a file are passed on only if all of it was right."""
     shared.blobs = {d: data.replace(b"wwww", b"wwwx", 1) for d, data in shared.blobs.items()}
     both = SharedStore(
@@ -310,9 +302,7 @@ def folder() -> Iterator[FolderCache]:
 
 @pytest.mark.parametrize("put_there", NO_FILES.values(), ids=NO_FILES)
 @pytest.mark.parametrize("suffix", [".json", ".blobs"])
-def test_only_regular_files_of_a_shared_folder_are_read(
-    folder: FolderCache, put_there: Callable[[Path], object], suffix: str
-) -> None:
+def test_only_regular_files_of_a_shared_folder_are_read(folder, put_there, suffix):
     """In the place of a document, or of the list of its blobs: nothing hangs, fills memory or ends.
 
     Only that result is lost: the other is found, and cleaning goes on and removes what is odd.
@@ -338,9 +328,7 @@ def test_only_regular_files_of_a_shared_folder_are_read(
 
 
 @pytest.mark.parametrize("put_there", NO_FILES.values(), ids=NO_FILES)
-def test_only_regular_files_of_a_shared_folder_are_blobs(
-    folder: FolderCache, put_there: Callable[[Path], object]
-) -> None:
+def test_only_regular_files_of_a_shared_folder_are_blobs(folder, put_there):
     """One result is lost, and the cache is used on."""
     blob = blob_of(b"body")
     place = next((folder.root / "blobs").rglob(blob.digest.hex))
@@ -353,9 +341,7 @@ def test_only_regular_files_of_a_shared_folder_are_blobs(
     assert not shared.broken
 
 
-def test_a_link_in_the_place_of_a_blob_is_replaced_and_its_target_left_alone(
-    folder: FolderCache, tmp_path: Path
-) -> None:
+def test_a_link_in_the_place_of_a_blob_is_replaced_and_its_target_left_alone(folder, tmp_path):
     """It has the blob's size, and so would count as there; a writer's own file keeps its time."""
     blob, mine = blob_of(b"body"), tmp_path / "mine"
     mine.write_bytes(b"mine")
@@ -375,9 +361,7 @@ def test_a_link_in_the_place_of_a_blob_is_replaced_and_its_target_left_alone(
     ("tags", "link", "says"),
     [(5, "", "its tags are no list"), (["x"], '<again>; rel="next"', "more than 1000 pages")],
 )
-def test_a_list_of_tags_that_is_none_or_has_no_end_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tags: object, link: str, says: str
-) -> None:
+def test_a_list_of_tags_that_is_none_or_has_no_end_is_refused(monkeypatch, tags, link, says):
     headers = httpx.Headers({"link": link})
     reply = RegistryReply(
         200, headers, json.dumps({"tags": tags}).encode(), "https://registry/tags/list"
@@ -401,7 +385,7 @@ ROWS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_a_list_of_blobs_is_digests_and_sizes(folder: FolderCache, rows: bytes) -> None:
+def test_a_list_of_blobs_is_digests_and_sizes(folder, rows):
     """An entry with another list goes with the next cleaning, before the blobs that it may need."""
     (folder.root / "entries" / f"{KEY.hex}.blobs").write_bytes(rows)
 

@@ -98,9 +98,7 @@ OUTPUTS = {"out", "keep_adapter", "layout", "dist"}
         ("build", {"from_": "oci:image", "base": "base", "dist": "base/dist"}),
     ],
 )
-def test_an_output_in_a_folder_that_is_read(
-    read: Path, command: str, words: dict[str, Any]
-) -> None:
+def test_an_output_in_a_folder_that_is_read(read, command, words):
     """The output is put into an input, or a link leads there: refused before anything is made."""
     *_, (name, out) = ((n, o) for n, o in words.items() if n in OUTPUTS)
     assert f"--{name.replace('_', '-')} {out}" in refused(read, command, words)
@@ -109,7 +107,7 @@ def test_an_output_in_a_folder_that_is_read(
 @pytest.mark.parametrize(
     ("out", "keep_adapter"), [("new/model", "new"), ("new", "new/adapter"), ("new", "new")]
 )
-def test_an_output_in_another_output(read: Path, out: str, keep_adapter: str) -> None:
+def test_an_output_in_another_output(read, out, keep_adapter):
     words = {"base": "base", "adapter": ["adapter"], "out": out, "keep_adapter": keep_adapter}
     assert "give each its own folder" in refused(read, "merge", words)
 
@@ -123,13 +121,13 @@ def test_an_output_in_another_output(read: Path, out: str, keep_adapter: str) ->
         ("fleet", {}),
     ],
 )
-def test_results_without_a_folder(read: Path, command: str, words: dict[str, Any]) -> None:
+def test_results_without_a_folder(read, command, words):
     """A variable that is not set is an empty text, not the current folder."""
     assert "missing: --dist" in refused(read, command, {**words, "dist": ""})
 
 
 @pytest.mark.parametrize("place", ["", "a\0b"])
-def test_functions_take_no_path_that_is_none(read: Path, place: str) -> None:
+def test_functions_take_no_path_that_is_none(read, place):
     recipe = {"name": "x", "base": {"source": "base"}, "targets": ["vllm"]}
     calls = [
         lambda: library.build(recipe, dist=place),
@@ -144,7 +142,7 @@ def test_functions_take_no_path_that_is_none(read: Path, place: str) -> None:
             call()
 
 
-def test_a_key_that_nothing_is_checked_with(read: Path) -> None:
+def test_a_key_that_nothing_is_checked_with(read):
     assert "--from" in refused(read, "build", {"base": "base", "key": "key.pub"})
 
 
@@ -161,9 +159,7 @@ NAMES = ("Team/Model", "localhost:5000/team/model:1.0", f"model@sha256:{'0' * 64
         *((f"image.repository={name}", name) for name in NAMES),
     ],
 )
-def test_a_name_or_label_that_no_image_may_have(
-    read: Path, command: str, setting: str, said: str
-) -> None:
+def test_a_name_or_label_that_no_image_may_have(read, command, setting, said):
     assert said in refused(read, command, {"base": "base", "target": "vllm", "set": [setting]})
 
 
@@ -180,9 +176,7 @@ READERS = [
 
 
 @pytest.mark.parametrize(("command", "words"), READERS)
-def test_a_shared_cache_in_a_folder_that_is_read(
-    read: Path, command: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_cache_in_a_folder_that_is_read(read, command, words, monkeypatch):
     """The cache's folder is named by --cache or by the configuration."""
     assert "--cache" in refused(read, command, {**words, "cache": "base/shared"})
     (read / "config.yaml").write_text(f"cache: {read / 'base' / 'shared'}\n")
@@ -198,22 +192,14 @@ def test_a_shared_cache_in_a_folder_that_is_read(
     ("command", "words"),
     [*READERS, ("render", {"model": "base", "target": "vllm", "out": "new"})],
 )
-def test_a_store_or_cache_in_a_folder_that_is_read(
-    read: Path,
-    variable: str,
-    command: str,
-    words: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_store_or_cache_in_a_folder_that_is_read(read, variable, command, words, monkeypatch):
     """WEIGHTSMITH_STORE or WEIGHTSMITH_CACHE names a folder of the base's own folder."""
     monkeypatch.setenv(variable, str(read / "base" / "cache"))
     assert variable in refused(read, command, words)
 
 
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
-def test_a_hidden_store_or_cache_in_a_folder_that_is_read(
-    read: Path, variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hidden_store_or_cache_in_a_folder_that_is_read(read, variable, monkeypatch):
     """In CI, an adapter's repository is built from its root, and caches lie in the project: names
     that no reader looks at are no part of it. A link does not hide what it leads to."""
     for name in (".cache", ".cache/weightsmith", "sub/.cache"):
@@ -234,7 +220,7 @@ UNREADABLE = ["(" * 3000 + ")" * 3000, "a{99999999999999999999}", "(", "(?<=a+)b
 
 
 @pytest.mark.parametrize("pattern", UNREADABLE)
-def test_a_pattern_that_cannot_be_read(pattern: str) -> None:
+def test_a_pattern_that_cannot_be_read(pattern):
     recipe = {"name": "x", "base": {"source": "x"}}
     with pytest.raises(UsageError, match="tensor_types`: invalid regular expression"):
         check_recipe({**recipe, "quantize": {"tensor_types": {pattern: "q8_0"}}}, "test")
@@ -248,7 +234,7 @@ def test_a_pattern_that_cannot_be_read(pattern: str) -> None:
             check_metric(metric, [question])
 
 
-def test_a_schema_that_refers_to_itself() -> None:
+def test_a_schema_that_refers_to_itself():
     question = Item(
         messages=({"role": "user", "content": "?"},), expected=('{"$ref": "#"}',), line=7
     )
@@ -269,9 +255,7 @@ NEVER_ENDS = "(a+)+$"
         ("json-schema", json.dumps({"pattern": NEVER_ENDS}), json.dumps("a" * 60 + "!")),
     ],
 )
-def test_a_metric_that_never_ends_names_its_line(
-    metric: str, expected: str, answer: str, impatient: None
-) -> None:
+def test_a_metric_that_never_ends_names_its_line(metric, expected, answer, impatient):
     """The expected pattern takes for ever on what the model said: the build ends, and says which
     line of the questions it was."""
     question = Item(messages=({"role": "user", "content": "?"},), expected=(expected,), line=7)
@@ -280,7 +264,7 @@ def test_a_metric_that_never_ends_names_its_line(
         score_answers([answer], [question], metric)
 
 
-def test_an_answer_of_white_space_in_a_fence_is_judged_at_once(impatient: None) -> None:
+def test_an_answer_of_white_space_in_a_fence_is_judged_at_once(impatient):
     """The model fills a Markdown fence with blanks without end: judged, not searched for ever."""
     question = Item(messages=({"role": "user", "content": "?"},), expected=("{}",), line=1)
 
@@ -312,7 +296,7 @@ SECRETIVE = {
 }
 
 
-def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
+def test_arguments_of_the_judge_stay_here(tmp_path):
     """A key among the arguments of `evaluate.command` gets into no statement and no build.json."""
     recipe = check_recipe(SECRETIVE, "test")
     told = public_recipe(recipe)
@@ -353,18 +337,18 @@ def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
         ("http://h.example:80/a@b", "http://h.example:80/a@b"),
     ],
 )
-def test_passwords_in_addresses_are_not_told(address: str, shown: str) -> None:
+def test_passwords_in_addresses_are_not_told(address, shown):
     """An address with a password in it is told without: in labels, records and messages."""
     assert without_passwords({"a": [f"at {address}"]}) == {"a": [f"at {shown}"]}
 
 
-def test_a_label_that_is_json_stays_what_it_is() -> None:
+def test_a_label_that_is_json_stays_what_it_is():
     """A label holds JSON, with an address and, elsewhere, an @: it is JSON afterwards, too."""
     label = '{"u":"http://127.0.0.1:8000","m":"a@b","p":"http://ann:%s@h"}'
     assert without_passwords(label % KEY) == label.replace("ann:%s@", "")
 
 
-def test_a_text_of_many_colons_is_read_at_once() -> None:
+def test_a_text_of_many_colons_is_read_at_once():
     """A label is `://` and then forty thousand times `a:`, with no @ behind it."""
     began = time.process_time()
     text = "://" + "a:" * 40_000
@@ -372,7 +356,7 @@ def test_a_text_of_many_colons_is_read_at_once() -> None:
     assert time.process_time() - began < 1
 
 
-def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
+def test_a_password_in_the_address_of_a_server(tmp_path):
     """`--url http://ann:KEY@…` of a server that is not there: the message names it without."""
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
     words = ["evaluate", "--url", f"http://ann:{KEY}@127.0.0.1:9", "--data", "a.jsonl", "--json"]
@@ -384,7 +368,7 @@ def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "https://"])
-def test_a_password_in_a_reference(scheme: str) -> None:
+def test_a_password_in_a_reference(scheme):
     """`--push` to `ann:KEY@registry/…`: refused, with what to do, and without the key."""
     with pytest.raises(UsageError, match=r"r\.example") as caught:
         Reference.parse(f"{scheme}ann:{KEY}@r.example/team/app:1")

@@ -129,9 +129,7 @@ CASES: list[tuple[Callable[[Path], object], str, Any]] = [
     CASES,
     ids=[f"{reader.__name__} {name} {str(change)[:40]}" for reader, name, change in CASES],
 )
-def test_a_damaged_file_is_refused_by_name(
-    sound: Path, tmp_path: Path, reader: Callable[[Path], object], name: str, change: Any
-) -> None:
+def test_a_damaged_file_is_refused_by_name(sound, tmp_path, reader, name, change):
     folder = Path(shutil.copytree(sound, tmp_path / "case"))
     damaged(folder, name, change)
 

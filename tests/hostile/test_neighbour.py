@@ -36,7 +36,7 @@ from tests.fakes.deep import NOBODY, somebody_else
 
 
 @pytest.mark.root
-def test_another_users_results_do_not_stop_cleaning() -> None:
+def test_another_users_results_do_not_stop_cleaning():
     """A shared store holds results of a user who gave nobody the right to delete them."""
     with somebody_else() as home:
         mine, theirs = FileStore(home), key_of("theirs")
@@ -69,7 +69,7 @@ for _ in range(400):
 
 @pytest.mark.root
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare")
-def test_two_containers_on_one_volume_lose_and_mix_nothing(tmp_path: Path) -> None:
+def test_two_containers_on_one_volume_lose_and_mix_nothing(tmp_path):
     """Each writes the same file 400 times in a process namespace of its own, as process 1."""
     words = ["unshare", "--pid", "--fork", sys.executable, "-c", _TWO_CONTAINERS]
     writers = [subprocess.Popen([*words, letter, tmp_path / "lock"]) for letter in "ab"]
@@ -77,7 +77,7 @@ def test_two_containers_on_one_volume_lose_and_mix_nothing(tmp_path: Path) -> No
     assert [left.name for left in tmp_path.iterdir()] == ["lock"]
 
 
-def test_two_builds_at_once_keep_each_others_pins(tmp_path: Path) -> None:
+def test_two_builds_at_once_keep_each_others_pins(tmp_path):
     """Another build of the recipe pins its bases between our reading and our writing the lock."""
     (tmp_path / "recipe.yaml").write_text("name: x\nbase: {source: hf://a/b}\n")
     file = read_recipe(tmp_path / "recipe.yaml")
@@ -99,7 +99,7 @@ LEFT = f".weightsmith-{files._kernel()}89abcdef"
 """What a writer on this machine calls what is not finished."""
 
 
-def test_what_another_machine_is_writing_is_left_alone(tmp_path: Path) -> None:
+def test_what_another_machine_is_writing_is_left_alone(tmp_path):
     """Locks of folders do not leave a machine on network file systems: theirs look free to us."""
     theirs, forgotten = (tmp_path / f".weightsmith-{n * 16}" for n in "01")
     for folder in (theirs, forgotten):
@@ -112,7 +112,7 @@ def test_what_another_machine_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert not forgotten.exists()
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
     """A writer was killed with its file half-written; one that is alive keeps its own."""
     (tmp_path / LEFT).write_bytes(b"half")
     (tmp_path / ".weightsmith-notes").write_bytes(b"not ours")
@@ -139,7 +139,7 @@ with _token(Path(sys.argv[1])):
 """
 
 
-def test_what_a_killed_fleet_left_in_its_results_goes_with_the_next(tmp_path: Path) -> None:
+def test_what_a_killed_fleet_left_in_its_results_goes_with_the_next(tmp_path):
     """By this file, nodes know that they see the folder; that of a living fleet stays."""
     subprocess.run([sys.executable, "-c", _KILLED, tmp_path], check=False)
     assert len([*tmp_path.iterdir()]) == 1
@@ -150,7 +150,7 @@ def test_what_a_killed_fleet_left_in_its_results_goes_with_the_next(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["fleet.json"]
 
 
-def test_what_a_killed_container_left_in_the_cache_is_deleted(tmp_path: Path) -> None:
+def test_what_a_killed_container_left_in_the_cache_is_deleted(tmp_path):
     """A job's folder of a container that is gone; its process number may be anybody's here."""
     with private_folder(tmp_path) as alive:
         dead = tmp_path / "jobs" / LEFT
@@ -160,7 +160,7 @@ def test_what_a_killed_container_left_in_the_cache_is_deleted(tmp_path: Path) ->
             assert alive.is_dir()
 
 
-def test_a_link_with_the_name_of_something_unfinished_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_with_the_name_of_something_unfinished_is_not_followed(tmp_path):
     """A neighbour lays links where we sweep: what they lead to stays."""
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -176,9 +176,7 @@ def test_a_link_with_the_name_of_something_unfinished_is_not_followed(tmp_path: 
         assert made.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_file_system_without_locks_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_loses_nothing(tmp_path, monkeypatch):
     """A network volume refuses every lock: files are replaced as ever, and nothing is swept."""
 
     def refuse(_handle: int, _how: int) -> None:
@@ -192,7 +190,7 @@ def test_a_file_system_without_locks_loses_nothing(
     assert (tmp_path / LEFT).exists()
 
 
-def test_who_waits_for_a_folder_that_is_renamed_meanwhile_gets_no_other(tmp_path: Path) -> None:
+def test_who_waits_for_a_folder_that_is_renamed_meanwhile_gets_no_other(tmp_path):
     """Another merge finishes into the folder that we are about to write to."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -237,14 +235,14 @@ def open_places(folder: Path) -> set[str]:
     return {str(path) for path in inner if path.stat().st_mode & 0o077}
 
 
-def test_whatever_the_umask_others_do_not_see_the_cache(tmp_path: Path) -> None:
+def test_whatever_the_umask_others_do_not_see_the_cache(tmp_path):
     """The home is open to everybody, as on many machines, and the umask forbids nothing."""
     use(tmp_path)
     assert open_places(tmp_path / "cache") == set()
     assert (tmp_path / "cache" / "store" / "results").stat().st_mode & 0o777 == 0o700
 
 
-def test_what_an_earlier_version_left_open_is_closed(tmp_path: Path) -> None:
+def test_what_an_earlier_version_left_open_is_closed(tmp_path):
     """Cache and store are there, with the rights that a common umask gave them."""
     for name in ("cache/store/results", "cache/store/locks", "cache/logs", "cache/jobs"):
         (tmp_path / name).mkdir(parents=True)
@@ -254,7 +252,7 @@ def test_what_an_earlier_version_left_open_is_closed(tmp_path: Path) -> None:
     assert open_places(tmp_path / "cache") == set()
 
 
-def test_a_folder_that_holds_other_things_stays_open_itself(tmp_path: Path) -> None:
+def test_a_folder_that_holds_other_things_stays_open_itself(tmp_path):
     """WEIGHTSMITH_CACHE names a folder such as /var/cache: only what is ours in it is closed."""
     (tmp_path / "cache" / "apt").mkdir(parents=True)
     for path in (tmp_path / "cache", tmp_path / "cache" / "apt"):
@@ -264,7 +262,7 @@ def test_a_folder_that_holds_other_things_stays_open_itself(tmp_path: Path) -> N
     assert open_places(cache) == {str(cache), str(cache / "apt")}
 
 
-def test_a_store_that_a_group_shares_on_purpose_stays_shared(tmp_path: Path) -> None:
+def test_a_store_that_a_group_shares_on_purpose_stays_shared(tmp_path):
     """The owner gave it to a group (chmod g+rws): members build in it, and doctor says so."""
     store = tmp_path / "cache" / "store"
     store.mkdir(parents=True)
@@ -283,9 +281,7 @@ ANOTHERS = ("", "results", "digests", "locks")
 @pytest.mark.root
 @pytest.mark.parametrize("name", ANOTHERS)
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o2777])
-def test_a_store_that_belongs_to_another_user_is_not_used(
-    tmp_path: Path, name: str, mode: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_belongs_to_another_user_is_not_used(tmp_path, name, mode, monkeypatch):
     """They laid it where we will look: nothing in it is believed, and nothing is written to it."""
     store = tmp_path / "store"
     store.mkdir(mode=0o700)
@@ -305,7 +301,7 @@ def test_a_store_that_belongs_to_another_user_is_not_used(
 
 
 @pytest.mark.root
-def test_what_root_prepared_or_a_group_shares_is_used() -> None:
+def test_what_root_prepared_or_a_group_shares_is_used():
     """As a user: a store in an image is root's, and one with g+rws is for the group's members."""
     with somebody_else() as home:
         for owner, group, mode in ((0, 0, 0o755), (1, NOBODY, 0o2775)):
@@ -326,16 +322,14 @@ def test_what_root_prepared_or_a_group_shares_is_used() -> None:
             require_own(home / "store-1")
 
 
-def test_a_file_system_that_gives_all_files_one_owner_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_gives_all_files_one_owner_is_used(tmp_path, monkeypatch):
     """What we make there is not ours by name, as on NFS that maps users; so is what was made."""
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     assert private(tmp_path / "store", "results").is_dir()
     assert private(tmp_path / "store", "results").is_dir()
 
 
-def test_doctor_names_what_others_may_read(tmp_path: Path) -> None:
+def test_doctor_names_what_others_may_read(tmp_path):
     """Nothing ran since the folders were made open: doctor says which, and changes nothing."""
     (tmp_path / "logs").mkdir(mode=0o755)
     tmp_path.chmod(0o755)

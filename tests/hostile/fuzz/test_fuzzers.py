@@ -15,7 +15,7 @@ INPUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INPUTS)
-def test_inputs_changed_at_random_are_read_or_refused(name: str) -> None:
+def test_inputs_changed_at_random_are_read_or_refused(name):
     """Files of a model, layers, configurations and statements, each with some bytes changed."""
     for seed in range(INPUTS[name]):
         once(name, seed)

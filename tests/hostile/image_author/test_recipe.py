@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def scene(fake: FakeRegistry, client: Registry, tmp_path: Path) -> Scene:
     return Scene(fake, client, tmp_path)
 
 
-def test_a_stated_recipe_names_no_push_target_program_or_file(scene: Scene) -> None:
+def test_a_stated_recipe_names_no_push_target_program_or_file(scene):
     """A statement sets what is run, read or pushed here: none of it is taken, all is told."""
 
     def twist(recipe: dict[str, Any]) -> None:
@@ -66,7 +65,7 @@ def test_a_stated_recipe_names_no_push_target_program_or_file(scene: Scene) -> N
         assert key in said
 
 
-def test_gates_that_a_stated_recipe_opens_are_told(scene: Scene) -> None:
+def test_gates_that_a_stated_recipe_opens_are_told(scene):
     """A statement turns gates off: its makers may, for the same image, and nobody overlooks it."""
 
     def twist(recipe: dict[str, Any]) -> None:
@@ -79,7 +78,7 @@ def test_gates_that_a_stated_recipe_opens_are_told(scene: Scene) -> None:
     assert "quality.gate: false, quality.limits, evaluate.max_drop: 0.2" in said
 
 
-def test_options_of_the_server_that_reach_out_are_refused_by_name(scene: Scene) -> None:
+def test_options_of_the_server_that_reach_out_are_refused_by_name(scene):
     """A statement gives the server a path, a module or another model: each is named, exit 3."""
     reaching = {
         "media-path": "/",
@@ -126,7 +125,7 @@ def test_options_of_the_server_that_reach_out_are_refused_by_name(scene: Scene) 
         lambda recipe: recipe.update(quantize={"tensor_types": {"a{99999999999999999999}": "f16"}}),
     ],
 )
-def test_a_stated_recipe_of_other_types(scene: Scene, twist: Callable[[Any], None]) -> None:
+def test_a_stated_recipe_of_other_types(scene, twist):
     """Values of other types, and names that leave their folder: the image is refused, exit 3."""
     scene.publish(HUB, "hf://a/b", twist)
     with pytest.raises(InputRefused, match="recipe"):
@@ -144,7 +143,7 @@ def test_a_stated_recipe_of_other_types(scene: Scene, twist: Callable[[Any], Non
         ("contains", {"expected": [5]}),
     ],
 )
-def test_questions_that_nobody_can_ask(scene: Scene, metric: str, asked: dict[str, Any]) -> None:
+def test_questions_that_nobody_can_ask(scene, metric, asked):
     """The attached questions do not fit the metric, or Python cannot read a pattern: exit 3."""
     scene.publish(HUB, "hf://a/b", lambda recipe: recipe["evaluate"].update(metric=metric), asked)
     with pytest.raises(InputRefused, match="invalid questions"):
@@ -152,7 +151,7 @@ def test_questions_that_nobody_can_ask(scene: Scene, metric: str, asked: dict[st
 
 
 @pytest.mark.parametrize("pin", ["hf://a/b@main", f"hf://a/b@{'g' * 40}", "pypi://a==1", "/etc"])
-def test_a_stated_pin_that_is_none(scene: Scene, pin: str) -> None:
+def test_a_stated_pin_that_is_none(scene, pin):
     """A base whose pin is no commit and no SHA-256 is asked for, and not fetched."""
     scene.publish(pin, "hf://a/b")
     with pytest.raises(UsageError, match="base") as caught:

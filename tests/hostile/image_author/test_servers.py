@@ -34,7 +34,7 @@ def serving(answer: Callable[[socket.socket], None]) -> Iterator[Endpoint]:
         yield Endpoint(url=f"http://{host}", logs=lambda _: "", alive=lambda: True)
 
 
-def test_a_server_whose_headers_never_end_is_given_up() -> None:
+def test_a_server_whose_headers_never_end_is_given_up():
     """Each byte comes in time and the last never does: the question has one limit for all."""
     limits = SessionLimits(request_seconds=0.5, tries=1)
 
@@ -46,7 +46,7 @@ def test_a_server_whose_headers_never_end_is_given_up() -> None:
         session.get("/v1/models")
 
 
-def test_a_server_whose_health_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_whose_health_never_comes_is_given_up(monkeypatch):
     """It drips the headers of its health answer: the wait ends when its time is over."""
     monkeypatch.setattr(client, "_PROBE_SECONDS", 0.2)
 
@@ -114,7 +114,7 @@ def asked(session: ServerSession, kind: str) -> None:
     ("kind", "right"),
     [("/v1/chat/completions", CHAT), ("/v1/completions", ECHO), ("stream", STREAM), *LLAMA.items()],
 )
-def test_a_server_that_answers_with_something_else(kind: str, right: Any) -> None:
+def test_a_server_that_answers_with_something_else(kind, right):
     """Each part of a right answer is another value in turn: it is said, never a bug of ours."""
     said: dict[str, Any] = {}
 
@@ -137,7 +137,7 @@ def test_a_server_that_answers_with_something_else(kind: str, right: Any) -> Non
                         asked(session, kind)
 
 
-def test_a_server_is_healthy_whatever_its_health_answer_goes_on_to_say() -> None:
+def test_a_server_is_healthy_whatever_its_health_answer_goes_on_to_say():
     """Its body has no end: the status is what counts, and nobody reads on."""
     with serving(never_ends_its_body) as endpoint:
         assert wait_until_healthy(endpoint, "/health", 60) < 60

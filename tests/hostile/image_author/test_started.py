@@ -127,7 +127,7 @@ def what_it_found(endpoint: Endpoint) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("user", ["0", "", "7:8"])
-def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, user: str) -> None:
+def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path, user):
     """A program tries all that root could do; nothing succeeds, and the report has only that.
 
     Whoever runs the tests, root or not, and whatever user the image wants to be.
@@ -210,9 +210,7 @@ except WeightsmithError as error:
         ("-sys_admin,-sys_chroot", "5 oci:x was not started, because it would not be confined"),
     ],
 )
-def test_root_gives_its_rights_away_or_starts_nothing(
-    tmp_path: Path, lacking: str, said: str
-) -> None:
+def test_root_gives_its_rights_away_or_starts_nothing(tmp_path, lacking, said):
     """The tests' user is root without all of root's rights: an image must not get the rest."""
     command = ["setpriv", f"--bounding-set={lacking}", "--inh-caps=-all", sys.executable]
     command += ["-c", STARTED_BY_LESSER_ROOT, str(tmp_path)]
@@ -252,7 +250,7 @@ with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=
 """
 
 
-def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: Path) -> None:
+def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path):
     """As on machines that refuse them to ordinary users: the program runs as the user."""
     command, env = as_user()
     with tempfile.TemporaryDirectory() as home:  # below folders that another user may enter
@@ -360,7 +358,7 @@ with launcher.serve("oci:x", StartSpec(port=1, env={{}}, memory_bytes=1 << 30)) 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["apart", "host"])
 @pytest.mark.parametrize("caller", ["as we are", "as a user"])
-def test_a_program_gets_no_keys_and_no_rare_sockets_in_any_sandbox(caller: str, way: str) -> None:
+def test_a_program_gets_no_keys_and_no_rare_sockets_in_any_sandbox(caller, way):
     """The caller's session and user hold a key, as of Kerberos or an encrypted disk."""
     command, env = as_user()
     with tempfile.TemporaryDirectory() as home:
@@ -401,7 +399,7 @@ time.sleep(600)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shared", "/tmp", "/dev/shm"])
-def test_a_program_of_an_image_holds_no_memory_above_its_limit(tmp_path: Path, way: str) -> None:
+def test_a_program_of_an_image_holds_no_memory_above_its_limit(tmp_path, way):
     """Memory that processes share, and files in memory: the report says 256 MiB."""
 
     def attacker(layout: str, root: Path) -> StartInfo:
@@ -418,7 +416,7 @@ def test_a_program_of_an_image_holds_no_memory_above_its_limit(tmp_path: Path, w
     assert "refused" in said or f"its {memory_limit(spec) >> 20} MiB of memory" in said
 
 
-def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) -> None:
+def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path):
     """LD_DEBUG_OUTPUT and its like make a loader write files: this machine's must not see them."""
     folder = tmp_path / "debris"
     folder.mkdir(mode=0o777)
@@ -437,7 +435,7 @@ def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) ->
             assert list(folder.iterdir()) == []
 
 
-def test_links_in_an_image_lead_nowhere_on_the_machine(tmp_path: Path) -> None:
+def test_links_in_an_image_lead_nowhere_on_the_machine(tmp_path):
     """/dev, /proc, /sys, /tmp and /etc/passwd are links to folders and files of the machine."""
     theirs = tmp_path / "theirs"
     theirs.mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.recipes import _with_questions
@@ -34,20 +33,20 @@ WRAPPED = base64.b64encode(DEEP)
         (signing.BUNDLE_TYPE, b'{"dsseEnvelope": {"payload": "%s"}}' % WRAPPED),
     ],
 )
-def test_deep_statements_are_refused(kind: str, data: bytes) -> None:
+def test_deep_statements_are_refused(kind, data):
     """A statement, its envelope or what the envelope holds is nested 50,000 deep."""
     with pytest.raises(InputRefused):
         evidence.read_statement(AttachmentPart.of_bytes(data, kind), lambda *_: True)
 
 
-def test_a_deep_signature_is_nobodys() -> None:
+def test_a_deep_signature_is_nobodys():
     """A signature's payload is nested 50,000 deep: it is no signature of this key."""
     notes = {"dev.cosignproject.cosign/signature": "AAAA"}
     part = AttachmentPart.of_bytes(DEEP, signing.SIMPLE_SIGNING, **notes)
     assert signing.signed_digest(part, lambda *_: True) == ""
 
 
-def test_deep_labels_say_nothing() -> None:
+def test_deep_labels_say_nothing():
     """The labels that hold the plan and what was added to the base are nested 50,000 deep."""
     labels = {LAYERS: "base:1", ADDED: DEEP.decode(), "dev.weightsmith.plan": DEEP.decode()}
     image = foreign_image(tar_of((entry("a"), b"")), config={"Labels": labels})
@@ -56,7 +55,7 @@ def test_deep_labels_say_nothing() -> None:
         roles_of(image, "x")
 
 
-def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> None:
+def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path):
     """The questions that an image brings are numbers: the recipe gets none."""
     part = AttachmentPart.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
     recipe = {"evaluate": {"data": "x"}}
@@ -67,7 +66,7 @@ def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path: Path) -> None:
+def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path):
     """A downloaded model has a hidden folder as deep as its author likes: it is not read."""
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / ".git").mkdir()

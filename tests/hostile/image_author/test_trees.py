@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.recipes import _write
@@ -24,7 +23,7 @@ from tests.fakes.deep import NOBODY, closed_folders, nested, somebody_else
 from tests.fakes.images import entry, foreign_image, tar_of
 
 
-def test_a_layer_of_1500_nested_folders_is_refused(tmp_path: Path) -> None:
+def test_a_layer_of_1500_nested_folders_is_refused(tmp_path):
     """A layer nests its folders too deep for any program: refused before they are made."""
     deep = entry("/".join(["deep"] * 1500), tarfile.DIRTYPE)
     with pytest.raises(InputRefused, match="256"):
@@ -32,7 +31,7 @@ def test_a_layer_of_1500_nested_folders_is_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_folders_nested_through_links_are_refused(tmp_path: Path) -> None:
+def test_folders_nested_through_links_are_refused(tmp_path):
     """No path of the layer is long, but a link leads to where the last one ended."""
     links = [
         entry(f"link{n}", tarfile.SYMTYPE, to=f"link{n - 1}/" + "a/" * 99) for n in range(1, 9)
@@ -43,14 +42,14 @@ def test_folders_nested_through_links_are_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_name_that_no_file_system_holds_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_no_file_system_holds_is_refused(tmp_path):
     """A layer has a name of 300 bytes: the image is at fault, not this machine's disk."""
     with pytest.raises(InputRefused, match=r"n{80}"):
         unpack(foreign_image(tar_of(entry("n" * 300))), tmp_path / "work" / "root")
 
 
 @pytest.mark.slow
-def test_cleaning_gets_through_a_tree_of_any_depth(tmp_path: Path) -> None:
+def test_cleaning_gets_through_a_tree_of_any_depth(tmp_path):
     """A started image nested folders until it was killed: the next job cleans up and runs."""
     left = _new_name(tmp_path / "jobs")
     left.mkdir(parents=True)
@@ -63,7 +62,7 @@ def test_cleaning_gets_through_a_tree_of_any_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_cleaning_opens_folders_that_are_closed_to_their_owner() -> None:
+def test_cleaning_opens_folders_that_are_closed_to_their_owner():
     """A layer has folders without any right: whoever unpacked them can delete them."""
     with somebody_else() as home:
         closed_folders(home / "tree")
@@ -71,7 +70,7 @@ def test_cleaning_opens_folders_that_are_closed_to_their_owner() -> None:
         assert not list(home.iterdir())
 
 
-def test_cleaning_follows_no_link(tmp_path: Path) -> None:
+def test_cleaning_follows_no_link(tmp_path):
     """A tree links to folders outside it, which stay as they are."""
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -87,7 +86,7 @@ def test_cleaning_follows_no_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_what_cannot_be_deleted_stops_no_job() -> None:
+def test_what_cannot_be_deleted_stops_no_job():
     """Somebody else's file lies in a killed job's folder: it is passed over."""
     with somebody_else() as home:
         left = _new_name(home / "jobs")
@@ -102,7 +101,7 @@ def test_what_cannot_be_deleted_stops_no_job() -> None:
 
 
 @pytest.mark.root
-def test_a_deep_output_is_taken_back_from_its_container(tmp_path: Path) -> None:
+def test_a_deep_output_is_taken_back_from_its_container(tmp_path):
     """A job's container nests folders in its output: the hand-over reaches the last of them."""
     output = tmp_path / "out"
     output.mkdir()
@@ -115,7 +114,7 @@ def test_a_deep_output_is_taken_back_from_its_container(tmp_path: Path) -> None:
         discard(output)
 
 
-def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
+def test_an_attached_adapter_has_no_deep_names(tmp_path):
     """An image attaches an adapter whose file lies in a thousand folders: refused at once."""
     part = replace(AttachmentPart.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
     document = Attachment(artifact_type="", parts=(part,))
@@ -131,7 +130,7 @@ def tar_with(*headers: bytes) -> bytes:
 
 def pax(kind: bytes = tarfile.XHDTYPE, **facts: str) -> bytes:
     """Return an extended header that says these things of the next entry."""
-    return tarfile.TarInfo._create_pax_generic_header(facts, kind, "utf-8")  # type: ignore[attr-defined]
+    return tarfile.TarInfo._create_pax_generic_header(facts, kind, "utf-8")
 
 
 def layers_of(data: bytes, packed: bool = False) -> Layer:
@@ -153,7 +152,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_headers_that_unfold_are_refused(tmp_path: Path, case: str) -> None:
+def test_headers_that_unfold_are_refused(tmp_path, case):
     """Half a kilobyte is a file of terabytes, or a thousand headers stand before one file."""
     layer = tar_with(HEADERS[case])
     with pytest.raises(InputRefused):
@@ -165,7 +164,7 @@ def test_headers_that_unfold_are_refused(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_that_unfolds_into_gigabytes_is_refused(tmp_path: Path) -> None:
+def test_a_layer_that_unfolds_into_gigabytes_is_refused(tmp_path):
     """300 kB of gzip hold 300 MB of zeros: refused, and what was written is deleted."""
     layer = tar_of((entry("zeros"), bytes(300 << 20)))
     image = foreign_image(layer)
@@ -175,7 +174,7 @@ def test_a_layer_that_unfolds_into_gigabytes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("again", ["models/a", "./models/a", "models/x/../a"])
-def test_weights_that_are_there_twice_do_not_verify(again: str) -> None:
+def test_weights_that_are_there_twice_do_not_verify(again):
     """The layer has a file that is right, and after it another that an engine would read."""
     layer = tar_of((entry("models/a"), b"right"), (entry(again), b"other"))
     fault, _ = _read_layer(layers_of(layer), "x", look_inside=True)

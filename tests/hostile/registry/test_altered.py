@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import gzip
-from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import Altered, CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.connections import display_proxy
-from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.hub import HubReader
 from weightsmith.outside.store import FileStore
 
-from tests.fakes.hub import COMMIT, FakeHub
+from tests.fakes.hub import COMMIT
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
-from tests.fakes.registry import FakeRegistry, at
+from tests.fakes.registry import at
 
 
-def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) -> None:
+def test_an_altered_layer(fake, client, tmp_path):
     """A proxy changes a byte of a layer: the way is at fault, not the image."""
     client.push(tiny_image(tmp_path), at(fake))
     image = client.pull(at(fake), platform="linux/amd64")
@@ -30,7 +28,7 @@ def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) 
     assert "try again" in caught.value.hint
 
 
-def test_the_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_is_named(monkeypatch):
     """The hint about altered bytes names the proxy, and not the password that its address holds."""
     monkeypatch.setenv("HTTPS_PROXY", "http://ann:s3cr@t@proxy.example:3128")
     assert display_proxy("https://r.example/v2/") == "proxy.example:3128"
@@ -39,9 +37,7 @@ def test_the_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert display_proxy("https://127.0.0.1/v2/") == ""
 
 
-def test_an_altered_layer_that_unpacks_no_more(
-    fake: FakeRegistry, client: Registry, tmp_path: Path
-) -> None:
+def test_an_altered_layer_that_unpacks_no_more(fake, client, tmp_path):
     """A proxy changes bytes inside a compressed layer: what cannot be unpacked is not blamed."""
     content = tar_of((entry("a"), b"1" * 5000), (entry("../b"), b"2"))
     client.push(foreign_image(content), at(fake))
@@ -58,9 +54,7 @@ def test_an_altered_layer_that_unpacks_no_more(
 
 
 @pytest.mark.parametrize("part", ["/manifests/", "/blobs/"])
-def test_an_altered_manifest_or_configuration(
-    fake: FakeRegistry, client: Registry, tmp_path: Path, part: str
-) -> None:
+def test_an_altered_manifest_or_configuration(fake, client, tmp_path, part):
     """A mirror answers a digest with something else: exit 5, and to `verify` a failed check."""
     image = tiny_image(tmp_path)
     client.push(image, at(fake))
@@ -76,9 +70,7 @@ def test_an_altered_manifest_or_configuration(
 
 
 @pytest.mark.parametrize("part", ["/uploads/", "/manifests/"])
-def test_what_is_stored_is_something_else(
-    fake: FakeRegistry, client: Registry, tmp_path: Path, part: str
-) -> None:
+def test_what_is_stored_is_something_else(fake, client, tmp_path, part):
     """A registry keeps something else than was sent: exit 5, as nothing sent was wrong."""
     fake.faults = [("PUT", part, "digest")]
     with pytest.raises(EnvironmentFailure, match=fake.host):
@@ -86,7 +78,7 @@ def test_what_is_stored_is_something_else(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_mirror_changes_a_file(hub: FakeHub, tmp_path: Path, name: str) -> None:
+def test_a_mirror_changes_a_file(hub, tmp_path, name):
     """A mirror sends other bytes than the hub's list of the commit names; nothing of it stays."""
     reader = HubReader(FileStore(tmp_path / "store"))
     hub.sent[name] = bytes(len(hub.files[name]))
@@ -98,7 +90,7 @@ def test_a_mirror_changes_a_file(hub: FakeHub, tmp_path: Path, name: str) -> Non
     assert snapshot.tree.path(name).read_bytes() == hub.files[name]
 
 
-def test_the_cache_of_the_hub_was_changed(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_cache_of_the_hub_was_changed(hub, tmp_path):
     """Somebody writes into the hub's cache: what lies there is held against the list again."""
     reader = HubReader(FileStore(tmp_path / "store"))
     first = reader.fetch("hf://team/model", COMMIT, "", Silent())
@@ -111,8 +103,8 @@ def test_the_cache_of_the_hub_was_changed(hub: FakeHub, tmp_path: Path) -> None:
     assert again.digest == first.digest
 
 
-def test_a_hub_that_answers_nonsense(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_hub_that_answers_nonsense(hub, tmp_path):
     """A list of another shape than a hub's is the environment's fault, not a bug of ours."""
-    hub.row = lambda name: {"type": "file", "path": name}  # type: ignore[method-assign]
+    hub.row = lambda name: {"type": "file", "path": name}
     with pytest.raises(EnvironmentFailure, match="hf://team/model"):
         HubReader(FileStore(tmp_path / "store")).fetch("hf://team/model", COMMIT, "", Silent())

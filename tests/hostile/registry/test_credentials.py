@@ -50,7 +50,7 @@ class Wire(httpx.BaseTransport):
 
 
 @pytest.mark.parametrize("registry", ["localhost:5000", "registry.example"])
-def test_a_token_service_without_https_gets_no_password(registry: str) -> None:
+def test_a_token_service_without_https_gets_no_password(registry):
     """A registry, on loopback too, names a token service that is reached in clear: refused."""
     wire = Wire("http://tokens.example/token")
     why = wire.ask(registry)
@@ -59,7 +59,7 @@ def test_a_token_service_without_https_gets_no_password(registry: str) -> None:
     assert not wire.told("tokens.example")
 
 
-def test_token_services_that_may_be_asked() -> None:
+def test_token_services_that_may_be_asked():
     """By HTTPS anywhere, as Docker does; in clear on loopback for loopback, or with --insecure."""
     for registry, realm, insecure in (
         ("registry.example", "https://tokens.example/token", False),
@@ -78,21 +78,21 @@ def test_token_services_that_may_be_asked() -> None:
     "target",
     ["http://blobs.example/x", "http://registry.example/x", "http://169.254.169.254/latest/"],
 )
-def test_a_redirect_to_plain_http_is_refused(registry: str, target: str) -> None:
+def test_a_redirect_to_plain_http_is_refused(registry, target):
     """Neither a loopback registry nor one with HTTPS leads to another machine in clear."""
     wire = Wire(f"https://{registry}/token", blob=target)
     assert target.split("/")[2] in wire.ask(registry)
     assert not wire.in_clear()
 
 
-def test_a_registry_with_https_does_not_lead_to_this_machine_in_clear() -> None:
+def test_a_registry_with_https_does_not_lead_to_this_machine_in_clear():
     """What listens on loopback here is no business of a registry elsewhere."""
     wire = Wire("https://registry.example/token", blob="http://localhost:8080/admin")
     assert "http://localhost" in wire.ask("registry.example")
     assert not any("localhost" in url for url, _ in wire.seen)
 
 
-def test_a_redirect_to_another_host_takes_no_credentials_along() -> None:
+def test_a_redirect_to_another_host_takes_no_credentials_along():
     """The token goes to the registry alone: not to where it redirects, nor to another port."""
     for target in ("https://blobs.example/x", "https://registry.example:8443/x"):
         wire = Wire("https://registry.example/token", blob=target)
@@ -101,7 +101,7 @@ def test_a_redirect_to_another_host_takes_no_credentials_along() -> None:
         assert not wire.told(target.split("/")[2])
 
 
-def test_a_token_service_that_redirects_is_not_followed() -> None:
+def test_a_token_service_that_redirects_is_not_followed():
     """The password was meant for the service that the registry named, and for no other."""
 
     class Moved(Wire):
@@ -116,7 +116,7 @@ def test_a_token_service_that_redirects_is_not_followed() -> None:
 
 
 @pytest.mark.parametrize("registry", ["localhost:5000", "registry.example"])
-def test_an_upload_goes_on_nowhere_in_clear(registry: str) -> None:
+def test_an_upload_goes_on_nowhere_in_clear(registry):
     """Weights are not sent to an upload's place that is another machine without HTTPS."""
 
     class Opens(Wire):

@@ -33,7 +33,7 @@ from tests.fakes.journal import RecordingProgress
 from tests.hostile.registry.shop import Shop, passed
 
 
-def test_scores_of_another_image_are_no_evidence(shop: Shop) -> None:
+def test_scores_of_another_image_are_no_evidence(shop):
     """Signed scores of a good image are hung on a bad one of the same key: they do not count."""
     good, bad = shop.bake("good"), shop.bake("bad")
     told = passed(shop.blob(good))
@@ -48,7 +48,7 @@ def test_scores_of_another_image_are_no_evidence(shop: Shop) -> None:
         assert f"about another image ({shop.blob(good).digest.short})" in found
 
 
-def test_scores_of_two_images_at_once_are_of_neither(shop: Shop) -> None:
+def test_scores_of_two_images_at_once_are_of_neither(shop):
     """A statement of ours has one image as its subject: one that names several says nothing."""
     good, bad = shop.bake("good"), shop.bake("bad")
     for pair in ((good, bad), (bad, good)):
@@ -57,7 +57,7 @@ def test_scores_of_two_images_at_once_are_of_neither(shop: Shop) -> None:
     assert shop.rows(bad).get("gate", (False, ""))[0] is not True
 
 
-def test_a_failed_result_is_not_outvoted(shop: Shop) -> None:
+def test_a_failed_result_is_not_outvoted(shop):
     """Of an image that failed once, its failure hangs there too: no order makes it pass."""
     orders = (("PASSED", "FAILED"), ("FAILED", "PASSED"), ("WARNED", "FAILED"))
     for number, order in enumerate(orders):
@@ -67,7 +67,7 @@ def test_a_failed_result_is_not_outvoted(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("kind", ["merge", "quantize", "split", "bake", "rebase"])
-def test_steps_of_another_image_are_no_evidence(shop: Shop, kind: str) -> None:
+def test_steps_of_another_image_are_no_evidence(shop, kind):
     """Signed statements of another image's steps are a finding, and change no other answer."""
     name, other = shop.bake("app"), shop.bake("other")
     before = shop.rows(name)
@@ -80,7 +80,7 @@ def test_steps_of_another_image_are_no_evidence(shop: Shop, kind: str) -> None:
     assert after == before
 
 
-def test_a_scan_of_another_image_is_no_evidence(shop: Shop) -> None:
+def test_a_scan_of_another_image_is_no_evidence(shop):
     """What the key states in others' words of another image does not count here either."""
     name, other = shop.bake("app"), shop.bake("other")
     kind = "https://cosign.sigstore.dev/attestation/vuln/v1"
@@ -91,7 +91,7 @@ def test_a_scan_of_another_image_is_no_evidence(shop: Shop) -> None:
     assert shop.rows(name)["statement vuln/v1"][0] is False
 
 
-def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> None:
+def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop):
     """The result of the image that a rebase names counts; a later one's counts for no other."""
     name = shop.bake("app")
     shop.state(name, passed(shop.blob(name)))
@@ -104,7 +104,7 @@ def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> No
     assert shop.rows(plain).get("gate", (False, ""))[0] is not True
 
 
-def test_questions_of_somebody_else_are_not_asked_again(shop: Shop) -> None:
+def test_questions_of_somebody_else_are_not_asked_again(shop):
     """An evaluation that no statement names is a finding, and a scan by others is not."""
     name = shop.bake("app")
     for kind, title, wanted in (
@@ -125,7 +125,7 @@ def hung_otherwise(shop: Shop, name: str, changed: Callable[[Attachment], Attach
 
 
 @pytest.mark.parametrize("kind", ["x/y", EVALUATION_TYPE])
-def test_a_document_that_hangs_there_as_something_else(shop: Shop, kind: str) -> None:
+def test_a_document_that_hangs_there_as_something_else(shop, kind):
     """A signature covers what a document is: a bill under another type is not the one stated."""
     name = shop.bake("app")
 
@@ -138,7 +138,7 @@ def test_a_document_that_hangs_there_as_something_else(shop: Shop, kind: str) ->
     assert shop.rows(name)["document model.cdx.json"][0] is False
 
 
-def test_adapters_that_changed_places(shop: Shop) -> None:
+def test_adapters_that_changed_places(shop):
     """The order of adapters is signed, and so are two bills of the same name."""
     name = shop.bake("app")
     place, image = shop.place(name), shop.blob(name)
@@ -178,7 +178,7 @@ def test_adapters_that_changed_places(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("kind", [ADAPTER_TYPE, EVALUATION_TYPE, MEDIA_TYPE, "x/y"])
-def test_an_attachment_that_holds_nothing(shop: Shop, kind: str) -> None:
+def test_an_attachment_that_holds_nothing(shop, kind):
     """It is a finding where it takes the place of ours, and goes nowhere with the image."""
     name = shop.bake("app")
     shop.hang(name, kind, **{NUMBER: "\n../x"})
@@ -189,7 +189,7 @@ def test_an_attachment_that_holds_nothing(shop: Shop, kind: str) -> None:
     assert f"document {called}" not in shop.rows(shop.rebase(name))
 
 
-def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
+def test_results_on_an_index_are_of_no_image_in_it(shop):
     """Signed scores that hang on an index, or name it, are no evidence of what it lists."""
     name = shop.bake("app")
     image = shop.place(name).image("linux/amd64")
@@ -207,7 +207,7 @@ def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
     assert not any(check.endswith("gate") for check in rows)
 
 
-def test_a_recipe_of_another_image_is_not_built_from(shop: Shop) -> None:
+def test_a_recipe_of_another_image_is_not_built_from(shop):
     """`build --from --key` takes its recipe from statements about this image alone."""
     name, other = shop.bake("app"), shop.bake("other")
     digest = Digest.of(b"x")
@@ -226,7 +226,7 @@ def test_a_recipe_of_another_image_is_not_built_from(shop: Shop) -> None:
         recipe_of_image(name, "hf://evil/base", shop.public, shop.folder, shop.client, Silent())
 
 
-def test_what_lies_at_the_destination_gets_no_signature(shop: Shop) -> None:
+def test_what_lies_at_the_destination_gets_no_signature(shop):
     """Statements are planted where an image will be pushed: only what comes with it is signed."""
     source, (mine, _) = shop.bake("app"), make_key(shop.folder, "mallory")
     to = f"{shop.fake.host}/prod/app:1"
@@ -246,7 +246,7 @@ def test_what_lies_at_the_destination_gets_no_signature(shop: Shop) -> None:
     assert any("were already at the destination" in text for text in told_to_people.warnings)
 
 
-def test_statements_of_another_image_at_the_source_get_no_signature(shop: Shop) -> None:
+def test_statements_of_another_image_at_the_source_get_no_signature(shop):
     """What hangs on the source and is about another image is not signed on the way, nor silent."""
     source, other = shop.bake("app"), shop.bake("other")
     shop.plant(source, passed(shop.blob(other)))
@@ -259,7 +259,7 @@ def test_statements_of_another_image_at_the_source_get_no_signature(shop: Shop) 
 
 
 @pytest.mark.parametrize("command", ["bake", "rebase"])
-def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
+def test_no_command_signs_what_others_left(shop, command):
     """`bake` and `rebase` sign what they made, and what the old image's own statements name."""
     source, other = shop.bake("app"), shop.bake("other")
     mine, _ = make_key(shop.folder, "mallory")

@@ -13,7 +13,6 @@ from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import Sources
-from weightsmith.oci.registry import Registry
 from weightsmith.outside.hub import HubReader
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.recipe.file import read_recipe
@@ -23,11 +22,10 @@ from weightsmith.steps.step import Results
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import push_base
-from tests.fakes.hub import COMMIT, FakeHub
+from tests.fakes.hub import COMMIT
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.memory import memory_tools
 from tests.fakes.package_index import package_index, wheel_of
-from tests.fakes.registry import FakeRegistry
 
 
 def machine(folder: Path) -> Tools:
@@ -53,9 +51,7 @@ def resolved(request: BuildRequest, tools: Tools) -> Sources:
     return steps_of(request.pinned()).sources.run(Results(), tools).value
 
 
-def test_another_model_under_the_same_commit(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_model_under_the_same_commit(hub, tmp_path, monkeypatch):
     """A mirror lists other files, and sends them: the commit is what the lock has of it."""
     tools, request = machine(tmp_path), locked_request(tmp_path, "hf://team/model")
     honest = resolved(request, tools)
@@ -75,9 +71,7 @@ def test_another_model_under_the_same_commit(
 
 
 @pytest.mark.slow
-def test_another_wheel_under_the_same_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_wheel_under_the_same_version(tmp_path, monkeypatch):
     """An index offers another wheel under the version that the lock has: it is not taken."""
     here, another = machine(tmp_path / "here"), machine(tmp_path / "another")
     monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
@@ -97,9 +91,7 @@ def test_another_wheel_under_the_same_version(
         resolved(replace(request, update_lock=True), another)
 
 
-def test_a_base_image_that_the_lock_has_and_the_registry_lost(
-    fake: FakeRegistry, client: Registry, tmp_path: Path
-) -> None:
+def test_a_base_image_that_the_lock_has_and_the_registry_lost(fake, client, tmp_path):
     """A tag that moved takes no build along; --update-lock does, and says so."""
     name = f"{fake.host}/base/engine:1"
     engine = {"dev.weightsmith.engine": "llamacpp"}
@@ -119,7 +111,7 @@ def test_a_base_image_that_the_lock_has_and_the_registry_lost(
     assert was in told.warnings[-1]
 
 
-def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_extra_file_in_the_cache(hub, tmp_path):
     """A file that the commit does not hold may be its owner's: it is told, kept, and another
     source than the one that the lock has."""
     told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")

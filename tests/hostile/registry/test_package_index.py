@@ -61,9 +61,7 @@ LISTINGS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LISTINGS)
-def test_a_listing_of_another_shape_ends_without_a_trace(
-    reader: PypiReader, monkeypatch, case: str
-) -> None:
+def test_a_listing_of_another_shape_ends_without_a_trace(reader, monkeypatch, case):
     """An index answers with JSON that is no listing: an error that says so, whatever it is."""
     monkeypatch.setattr(Answering, "said", LISTINGS[case])
     with pytest.raises(WeightsmithError) as caught:
@@ -72,9 +70,7 @@ def test_a_listing_of_another_shape_ends_without_a_trace(
 
 
 @pytest.mark.slow
-def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
-    reader: PypiReader, monkeypatch
-) -> None:
+def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(reader, monkeypatch):
     """A megabyte of gzip is a gigabyte of listing: it was never asked for, and is not unfolded."""
     unfolding = zlib.compressobj(9, zlib.DEFLATED, 31)
     data = b"".join(unfolding.compress(bytes(1 << 20)) for _ in range(64)) + unfolding.flush()
@@ -85,7 +81,7 @@ def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
         reader.fetch("pypi://m==1", "", "", Silent())
 
 
-def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> None:
+def test_a_wheel_that_never_ends_is_cut_off(reader, monkeypatch):
     """An index sends far more than the size that it told: no more than that is written."""
     monkeypatch.setattr(Answering, "said", row(size=100))
     sizes: list[int] = []
@@ -95,9 +91,7 @@ def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> 
     assert not sizes
 
 
-def test_a_listing_whose_head_never_ends_is_given_up(
-    reader: PypiReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listing_whose_head_never_ends_is_given_up(reader, monkeypatch):
     """Each byte comes in time, and the last never does."""
     monkeypatch.setattr(network, "HEAD_SECONDS", 0.1)
     with answering(drips_its_head) as host:

@@ -62,7 +62,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("answer", ENDLESS)
 @pytest.mark.parametrize("through", ["directly", "a proxy"])
-def test_a_reply_that_never_ends_is_given_up(answer: Answer, through: str, hurried: None) -> None:
+def test_a_reply_that_never_ends_is_given_up(answer, through, hurried):
     """Each byte comes in time, and the last never does."""
     with answering(answer) as host:
         name, proxies = host, {}
@@ -76,7 +76,7 @@ def test_a_reply_that_never_ends_is_given_up(answer: Answer, through: str, hurri
             client.pull(Reference.parse(f"{name}/team/model:1"))
 
 
-def test_a_reply_in_time_is_read_though_others_come_before_it(hurried: None) -> None:
+def test_a_reply_in_time_is_read_though_others_come_before_it(hurried):
     """Two of them, in pieces, and lines that end as httpx accepts them too."""
 
     def answers(caller: socket.socket) -> None:
@@ -90,9 +90,7 @@ def test_a_reply_in_time_is_read_though_others_come_before_it(hurried: None) -> 
         assert client.get(f"http://{host}").text == "{}"
 
 
-def test_how_long_a_server_thinks_is_not_limited_by_the_pace(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_how_long_a_server_thinks_is_not_limited_by_the_pace(monkeypatch):
     """Half an hour until it begins; then an hour of a body at a good rate, and one that is slow."""
     now = [0.0]
     monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -124,7 +122,7 @@ def test_how_long_a_server_thinks_is_not_limited_by_the_pace(
     "Bearer" + " " * 16_000 + "x", "Bearer realm" + " " * 16_000, 'Bearer realm="' * 1_000,
     "bearer " * 2_000, "Basic" * 3_000,
 ])  # fmt: skip
-def test_a_challenge_of_16_kilobytes_is_read_at_once(header: str) -> None:
+def test_a_challenge_of_16_kilobytes_is_read_at_once(header):
     """Each header took seconds, for every request; what is longer than any challenge is cut."""
     found = parse_challenge([header])
     assert found is None or "evil" not in found.realm
@@ -133,10 +131,10 @@ def test_a_challenge_of_16_kilobytes_is_read_at_once(header: str) -> None:
     )
 
 
-def test_a_list_of_a_hundred_thousand_links_is_read_at_once() -> None:
+def test_a_list_of_a_hundred_thousand_links_is_read_at_once():
     """A Link header holds "<" a hundred thousand times: no next page, and no minutes."""
     reply = RegistryReply(200, httpx.Headers({"link": "<" * 100_000}), b"", "https://r.example/")
-    assert RegistrySession.next_page(None, reply) == ""  # type: ignore[arg-type]
+    assert RegistrySession.next_page(None, reply) == ""
 
 
 class Upload:
@@ -149,16 +147,16 @@ class Upload:
         return RegistryReply(204, httpx.Headers({"range": "0-" + "9" * 60_000}), b"", "")
 
 
-def test_a_range_of_sixty_thousand_digits_is_none() -> None:
+def test_a_range_of_sixty_thousand_digits_is_none():
     """A registry says that it has 10**60000 bytes of an upload: it is sent anew."""
-    assert _bytes_kept(Upload(), RegistryReply(200, httpx.Headers(), b"", "")) is None  # type: ignore[arg-type]
+    assert _bytes_kept(Upload(), RegistryReply(200, httpx.Headers(), b"", "")) is None
 
 
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
 
 
 @pytest.mark.parametrize("body", [DEEP, b'{"n": ' + b"9" * 5_000 + b"}", b'{"a":1,"a":2}', b"\xff"])
-def test_json_that_no_reader_survives_is_no_reply(body: bytes) -> None:
+def test_json_that_no_reader_survives_is_no_reply(body):
     """Manifests, lists, tokens and errors are nested, or say one thing twice."""
     with pytest.raises(InputRefused):
         read_json(body, "r.example/x")

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from tests.paths import ROOT
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lists_it", [True, False])
-def test_an_exchanged_package_is_not_installed(tmp_path: Path, lists_it: bool) -> None:
+def test_an_exchanged_package_is_not_installed(tmp_path, lists_it):
     """An index has another file under a locked version, and says so or does not: pip refuses it."""
     name = "annotated_types-0.8.0-py3-none-any.whl"
     text = (ROOT / "requirements.lock").read_text()
@@ -63,7 +63,7 @@ def setup(*words: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
+def test_the_tool_is_installed_by_hash_wherever_a_page_says_how():
     """`make setup`, README and the templates install the lock first, and nothing beside it."""
     pages = ["README.md", "docs/how-to/in-ci.md", "examples/ci/github-actions.yml"]
     pages += ["examples/ci/gitlab-ci.yml"]
@@ -75,7 +75,7 @@ def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
         assert "--no-deps --no-build-isolation" in rows[1]
 
 
-def test_a_folder_of_wheels_is_installed_from_by_hash_too() -> None:
+def test_a_folder_of_wheels_is_installed_from_by_hash_too():
     """`make setup WEIGHTSMITH_WHEELS=DIR` looks in the folder, and asks for the same hashes."""
     made = setup("WEIGHTSMITH_WHEELS=/some/wheels")
     rows = [row for row in made.splitlines() if "pip install" in row]
@@ -83,7 +83,7 @@ def test_a_folder_of_wheels_is_installed_from_by_hash_too() -> None:
     assert [row for row in rows if "--require-hashes -r requirements.lock" in row]
 
 
-def test_all_that_builders_and_engines_install_has_a_hash() -> None:
+def test_all_that_builders_and_engines_install_has_a_hash():
     """Each pinned package of images/ names its SHA-256, and each pip that installs asks for it."""
     files = sorted((ROOT / "images").rglob("requirements*.txt"))
     assert len(files) > 10
@@ -98,9 +98,7 @@ def test_all_that_builders_and_engines_install_has_a_hash() -> None:
         assert all("--require-hashes" in words for words in pips), file
 
 
-def test_the_local_runners_builders_are_installed_by_hash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_local_runners_builders_are_installed_by_hash(tmp_path, monkeypatch):
     """Whatever pip is started for a builder, it takes nothing but files with a pinned hash."""
     started: list[list[str]] = []
 
@@ -119,7 +117,7 @@ def test_the_local_runners_builders_are_installed_by_hash(
     assert all({"--require-hashes", "--no-deps"} <= set(words) for words in pips)
 
 
-def test_the_lock_is_what_the_tool_needs() -> None:
+def test_the_lock_is_what_the_tool_needs():
     """All that pyproject.toml asks for, and what that asks for, is locked, on every Python."""
     assert [*locked.faults()] == []
 
@@ -133,9 +131,7 @@ def test_the_lock_is_what_the_tool_needs() -> None:
         (lambda text: re.sub(r"(?m)^(idna==\S+)[^\\]*(\\\n[^\\\n]*)*", r"\1", text), "idna"),
     ],
 )
-def test_a_lock_that_lacks_something_is_noticed(
-    tmp_path: Path, change: Callable[[str], str], fault: str
-) -> None:
+def test_a_lock_that_lacks_something_is_noticed(tmp_path, change, fault):
     """A package left out, of another version, or without a hash: `make check` says which."""
     for name in ("requirements.lock", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())

@@ -1,7 +1,6 @@
 """What a model's files say of it: read once, refused when the numbers are asked for."""
 
 import json
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused
@@ -19,7 +18,7 @@ DEEPSEEK = {
 }
 
 
-def test_a_folder_is_read_with_two_keys_of_its_tokenizer(tmp_path: Path) -> None:
+def test_a_folder_is_read_with_two_keys_of_its_tokenizer(tmp_path):
     tokenizer = {"tokenizer_class": "TokenizersBackend", "model_max_length": 4096, "eos_token": 1}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), "utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
@@ -42,7 +41,7 @@ def test_a_folder_is_read_with_two_keys_of_its_tokenizer(tmp_path: Path) -> None
         ({"architectures": []}, "no architectures"),
     ],
 )
-def test_wrong_numbers_are_refused_when_they_are_asked_for(change: dict, says: str) -> None:
+def test_wrong_numbers_are_refused_when_they_are_asked_for(change, says):
     model = facts({**LLAMA_8B, **change})
 
     for part in ("shape", "matrices"):
@@ -51,7 +50,7 @@ def test_wrong_numbers_are_refused_when_they_are_asked_for(change: dict, says: s
     assert model.stated_dtype == "bfloat16"
 
 
-def test_experts_are_counted_by_layer_and_odd_numbers_leave_the_shape_as_it_is() -> None:
+def test_experts_are_counted_by_layer_and_odd_numbers_leave_the_shape_as_it_is():
     found = facts(DEEPSEEK).matrices
     assert (found.experts, found.sparse_layers, found.shared_experts) == (64, 29, 2)
 
@@ -69,7 +68,7 @@ def test_experts_are_counted_by_layer_and_odd_numbers_leave_the_shape_as_it_is()
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, False),
     ],
 )
-def test_the_text_models_part_counts_first(config: dict, tied: bool | None) -> None:
+def test_the_text_models_part_counts_first(config, tied):
     assert ModelFacts.of(config).tied_embeddings is tied
 
 
@@ -89,14 +88,14 @@ def test_the_text_models_part_counts_first(config: dict, tied: bool | None) -> N
         ),
     ],
 )
-def test_packed_weights_may_be_served_as_what_they_are(value: object, kinds: set[str]) -> None:
+def test_packed_weights_may_be_served_as_what_they_are(value, kinds):
     found = Packing.of(value)
 
     assert found is not None
     assert found.kinds == kinds
 
 
-def test_a_packing_of_odd_values_is_read_all_the_same() -> None:
+def test_a_packing_of_odd_values_is_read_all_the_same():
     odd = {"bits": "four", "group_size": None, "weight_block_size": 128, "quant_method": ["fp8"]}
     found = Packing.of(odd)
 
@@ -106,7 +105,7 @@ def test_a_packing_of_odd_values_is_read_all_the_same() -> None:
     )  # fmt: skip
 
 
-def test_positions_are_those_of_layers_that_see_everything() -> None:
+def test_positions_are_those_of_layers_that_see_everything():
     rope = {"full_attention": {"rope_type": "yarn", "factor": 8.0}, "sliding_attention": {}}
     positions = facts({**LLAMA_8B, "rope_parameters": rope}).positions
 
@@ -117,7 +116,7 @@ def test_positions_are_those_of_layers_that_see_everything() -> None:
 @pytest.mark.parametrize(
     ("end", "interval", "sparse"), [(-1, 1, 31), (None, 1, 31), (27, 1, 27), (27, 2, 14)]
 )
-def test_experts_of_ernie_are_counted(end: int | None, interval: int, sparse: int) -> None:
+def test_experts_of_ernie_are_counted(end, interval, sparse):
     ernie = {
         **LLAMA_8B, "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 64,
         "moe_num_shared_experts": 2, "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
@@ -129,7 +128,7 @@ def test_experts_of_ernie_are_counted(end: int | None, interval: int, sparse: in
 
 
 @pytest.mark.parametrize("end", [[1], {"a": 1}, -2, "x", 1.5])
-def test_a_last_layer_with_experts_that_is_no_number_is_refused(end: object) -> None:
+def test_a_last_layer_with_experts_that_is_no_number_is_refused(end):
     ernie = {**LLAMA_8B, "moe_num_experts": 64, "moe_layer_end_index": end}
 
     with pytest.raises(InputRefused, match="moe_layer_end_index"):

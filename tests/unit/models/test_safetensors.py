@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_reads_what_the_library_writes(file: Path) -> None:
+def test_reads_what_the_library_writes(file):
     arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((0, 4), np.int8)}
     save_file(arrays, file, {"format": "pt"})
 
@@ -45,7 +45,7 @@ def test_reads_what_the_library_writes(file: Path) -> None:
     assert data == arrays["b"].tobytes()
 
 
-def test_the_library_reads_what_we_build() -> None:
+def test_the_library_reads_what_we_build():
     values = np.arange(4, dtype=np.float32)
     header = build_header([("x", "F32", (4,)), ("ü", "I8", (0,))], {"format": "pt"})
 
@@ -53,7 +53,7 @@ def test_the_library_reads_what_we_build() -> None:
     assert np.array_equal(load(header + values.tobytes())["x"], values)
 
 
-def test_tensors_come_in_the_order_of_their_bytes(file: Path) -> None:
+def test_tensors_come_in_the_order_of_their_bytes(file):
     write(file, {"a": entry(offsets=(8, 16)), "z": entry()}, bytes(16))
     assert [info.name for info in read_header(file).tensors] == ["z", "a"]
 
@@ -91,7 +91,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused_with_the_reason(case: str, file: Path) -> None:
+def test_bad_files_are_refused_with_the_reason(case, file):
     table, length, said = BAD[case]
     write(file, table, length=length)
 
@@ -102,7 +102,7 @@ def test_bad_files_are_refused_with_the_reason(case: str, file: Path) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_files_too_short_for_a_header(file: Path) -> None:
+def test_files_too_short_for_a_header(file):
     with pytest.raises(InputRefused, match="cannot be read"):
         read_header(file)
     for size in (0, 7, 8):
@@ -112,9 +112,7 @@ def test_files_too_short_for_a_header(file: Path) -> None:
 
 
 @given(data=st.data())
-def test_no_damage_to_a_header_gets_through_silently(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_no_damage_to_a_header_gets_through_silently(data, tmp_path_factory):
     """One changed byte is refused, or read just as the safetensors library reads it."""
     path = tmp_path_factory.mktemp("damage") / "model.safetensors"
     good = build_header([("a", "F32", (2,)), ("b", "I16", (2, 1))], {}) + bytes(12)
@@ -138,7 +136,7 @@ def sharded(root: Path, weight_map: dict[str, str], shards: dict[str, list[str]]
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def test_shards_keep_their_order(tmp_path: Path) -> None:
+def test_shards_keep_their_order(tmp_path):
     sharded(tmp_path, {"b": TWO, "a": ONE}, {TWO: ["b"], ONE: ["a"]})
 
     index = open_checkpoint(tmp_path)
@@ -164,9 +162,7 @@ def test_shards_keep_their_order(tmp_path: Path) -> None:
         ({"a": ONE}, {ONE: ["a"], "model.safetensors": ["a"]}, "has both"),
     ],
 )
-def test_index_and_headers_must_agree(
-    weight_map: dict[str, str], shards: dict[str, list[str]], said: str, tmp_path: Path
-) -> None:
+def test_index_and_headers_must_agree(weight_map, shards, said, tmp_path):
     sharded(tmp_path, weight_map, shards)
 
     with pytest.raises(InputRefused) as caught:
@@ -174,7 +170,7 @@ def test_index_and_headers_must_agree(
     assert said in caught.value.message
 
 
-def test_a_single_file_may_have_an_index(tmp_path: Path) -> None:
+def test_a_single_file_may_have_an_index(tmp_path):
     with pytest.raises(InputRefused, match="has neither"):
         open_checkpoint(tmp_path)
     name = "model.safetensors"
@@ -187,7 +183,7 @@ def test_a_single_file_may_have_an_index(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_configs_may_hold_infinity(tmp_path: Path) -> None:
+def test_configs_may_hold_infinity(tmp_path):
     (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
 
     assert read_json(tmp_path / "config.json")["time_step_limit"][1] == float("inf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused
@@ -11,13 +10,13 @@ from weightsmith.models.templates import own_template, takes_parts
 
 
 @pytest.mark.parametrize("stated", ["", [], ["x"], [{"name": "tool", "template": "t"}], 7])
-def test_a_folder_without_a_usable_template_has_none(tmp_path: Path, stated: object) -> None:
+def test_a_folder_without_a_usable_template_has_none(tmp_path, stated):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stated}))
 
     assert own_template(tmp_path) is None
 
 
-def test_a_template_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
 
     with pytest.raises(InputRefused, match="chat_template"):
@@ -34,5 +33,5 @@ def test_a_template_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("{% for block in message.content | reverse %}", True),
     ],
 )
-def test_a_template_for_contents_in_parts_goes_through_them(template: str, taken: bool) -> None:
+def test_a_template_for_contents_in_parts_goes_through_them(template, taken):
     assert takes_parts(template) is taken

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-def test_parts_are_those_of_numpy(tmp_path: Path) -> None:
+def test_parts_are_those_of_numpy(tmp_path):
     save_file({"a": VALUES, "b": -VALUES}, tmp_path / "model.safetensors")
     tensors = CheckpointTensors(tmp_path)
 
@@ -31,7 +29,7 @@ def test_parts_are_those_of_numpy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_scalar_is_an_array(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_scalar_is_an_array(tmp_path, dtype):
     """Apertus has some in each layer."""
     torch_save({"a": torch.tensor(1.5, dtype=dtype)}, tmp_path / "model.safetensors")
     tensors = CheckpointTensors(tmp_path)
@@ -44,9 +42,7 @@ def test_a_scalar_is_an_array(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("signs", [(1, -1), (1,), (-1,)], ids=["both signs", "plus", "minus"])
-def test_the_largest_magnitude_is_that_of_plain_arithmetic(
-    dtype: str, signs: tuple[int, ...]
-) -> None:
+def test_the_largest_magnitude_is_that_of_plain_arithmetic(dtype, signs):
     random = np.random.default_rng(1)
     for size in (1, 2, 1000):
         values = np.abs(random.standard_normal(size)) * random.choice(signs, size)
@@ -59,7 +55,7 @@ def test_the_largest_magnitude_is_that_of_plain_arithmetic(
         assert str(found)[0] != "-"
 
 
-def test_nan_is_larger_than_all() -> None:
+def test_nan_is_larger_than_all():
     for nan in (np.nan, -np.nan):
         assert np.isnan(largest(np.array([1, nan, -np.inf], np.float32)))
 
@@ -77,7 +73,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("columns", [1, 2, 6])
-def test_rows_are_computed_once_for_all_their_columns(tmp_path: Path, columns: int) -> None:
+def test_rows_are_computed_once_for_all_their_columns(tmp_path, columns):
     file = tmp_path / "model.safetensors"
     file.write_bytes(build_header([("a", "F32", VALUES.shape)], NO_DATA))
     (header,) = open_checkpoint(tmp_path).shards

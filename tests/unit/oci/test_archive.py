@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import pytest
 from weightsmith.core.values import Digest
@@ -16,10 +15,10 @@ from tests.fakes.images import tiny_image
 
 def _names(data: bytes) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        return {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+        return {m.name: archive.extractfile(m).read() for m in archive}
 
 
-def test_layout_and_docker_manifest_in_one(tmp_path: Path) -> None:
+def test_layout_and_docker_manifest_in_one(tmp_path):
     image = tiny_image(tmp_path)
     found = _names(b"".join(docker_archive(image, Reference.parse("team/app:1"))))
     row = json.loads(found["manifest.json"])[0]
@@ -36,9 +35,7 @@ def test_layout_and_docker_manifest_in_one(tmp_path: Path) -> None:
     [(False, (0, 1, 3, 2), (2, 3)), (True, (0, 1, 2, 3), (0,))],
     ids=["another order", "a layer that comes again"],
 )
-def test_a_common_start_is_left_out(
-    tmp_path: Path, again: bool, held: tuple[int, ...], sent: tuple[int, ...]
-) -> None:
+def test_a_common_start_is_left_out(tmp_path, again, held, sent):
     image = tiny_image(tmp_path)
     layers = (*image.layers, *image.layers[: int(again)])
     skip = [image.layers[n].diff_id for n in held]

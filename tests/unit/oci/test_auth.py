@@ -11,7 +11,7 @@ def _auth(text: str) -> dict[str, str]:
     return {"auth": base64.b64encode(text.encode()).decode()}
 
 
-def test_docker_config() -> None:
+def test_docker_config():
     config = {
         "auths": {
             "r.example:5000": _auth("ann:a:b"),
@@ -37,7 +37,7 @@ def test_docker_config() -> None:
     assert find("team.example") == ("ann", "pw"), "the host itself comes before addresses with it"
 
 
-def test_helpers_come_first() -> None:
+def test_helpers_come_first():
     asked = []
 
     def helper(program: str, server: str) -> tuple[str, str] | None:
@@ -59,7 +59,7 @@ def test_helpers_come_first() -> None:
 
 
 @pytest.mark.parametrize("auth", ["c2VjcmV0*", 7, ["c2VjcmV0"]])
-def test_a_damaged_entry_is_not_shown(auth: object) -> None:
+def test_a_damaged_entry_is_not_shown(auth):
     for entry in ({"auth": auth}, auth):
         with pytest.raises(InputRefused, match=r"r\.example") as caught:
             credentials_in({"auths": {"r.example": entry}})("r.example")
@@ -71,13 +71,13 @@ def test_a_damaged_entry_is_not_shown(auth: object) -> None:
     ["r.example:5000", "https://r.example:5000", "http://r.example:5000/", "r.example:5000/team",
      "https://r.example:5000/v1/"],
 )  # fmt: skip
-def test_addresses_are_read_as_docker_reads_them(written: str) -> None:
+def test_addresses_are_read_as_docker_reads_them(written):
     find = credentials_in({"auths": {"other.example": _auth("x:y"), written: _auth("ann:pw")}})
     assert find("r.example:5000") == ("ann", "pw")
     assert find("r.example") is None
 
 
-def test_lists_where_tables_belong_hold_nothing() -> None:
+def test_lists_where_tables_belong_hold_nothing():
     find = credentials_in({"auths": ["r.example"], "credHelpers": ["r.example"]}, lambda *_: None)
     assert find("r.example") is None
 
@@ -96,5 +96,5 @@ def test_lists_where_tables_belong_hold_nothing() -> None:
         ([], None),
     ],
 )
-def test_challenges(headers: list[str], found: Challenge | None) -> None:
+def test_challenges(headers, found):
     assert parse_challenge(headers) == found

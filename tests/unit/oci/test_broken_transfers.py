@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.registry import Registry
 
-from tests.fakes.registry import FakeRegistry, at
+from tests.fakes.registry import at
 
 
 @pytest.mark.parametrize("then", ["503", "norange"])
-def test_a_broken_download_goes_on_where_it_stopped(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float], then: str
-) -> None:
+def test_a_broken_download_goes_on_where_it_stopped(fake, client, image, pauses, then):
     client.push(image, at(fake))
     pulled = client.pull(at(fake), platform="linux/amd64")
     fake.faults = [("GET", "/blobs/", "half"), ("GET", "/blobs/", then)]
@@ -27,9 +23,8 @@ def test_a_broken_download_goes_on_where_it_stopped(
 
 @pytest.mark.parametrize("chunk_min", [0, 20_000])
 def test_a_broken_upload_goes_on_where_the_registry_kept_it(
-    fake: FakeRegistry, client: Registry, image: Image, chunk_min: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    fake, client, image, chunk_min, monkeypatch
+):
     monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 20_000)
     fake.chunk_min = chunk_min
     method = "PATCH" if chunk_min else "PUT"
@@ -44,9 +39,7 @@ def test_a_broken_upload_goes_on_where_the_registry_kept_it(
         b"".join(layer.open())
 
 
-def test_a_registry_that_kept_something_else(
-    fake: FakeRegistry, client: Registry, image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registry_that_kept_something_else(fake, client, image, monkeypatch):
     """What it kept is not what was sent: the layer starts again, and comes whole."""
     fake.faults = [("PUT", "/uploads/", "keep:30000"), ("GET", "/uploads/", "spoil")]
     client.push(image, at(fake))
@@ -55,9 +48,7 @@ def test_a_registry_that_kept_something_else(
 
 
 @pytest.mark.parametrize("stays", [False, True])
-def test_a_registry_that_has_half_of_a_layer(
-    fake: FakeRegistry, client: Registry, image: Image, stays: bool
-) -> None:
+def test_a_registry_that_has_half_of_a_layer(fake, client, image, stays):
     """Pulp keeps what came of an upload that broke off under the digest of the whole."""
     layer = image.layers[0]
     fake.blobs["team/app", layer.digest] = b"".join(layer.open())[:30_000]
@@ -72,7 +63,7 @@ def test_a_registry_that_has_half_of_a_layer(
         assert len(fake.blobs["team/app", layer.digest]) == layer.size
 
 
-def test_a_large_blob_is_a_part_first(fake: FakeRegistry, client: Registry, tmp_path: Path) -> None:
+def test_a_large_blob_is_a_part_first(fake, client, tmp_path):
     """Of a broken whole some registries keep what came as if it were all."""
     (tmp_path / "w").write_bytes(bytes(2 << 20))
     layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
@@ -82,9 +73,7 @@ def test_a_large_blob_is_a_part_first(fake: FakeRegistry, client: Registry, tmp_
     assert not fake.faults
 
 
-def test_a_failed_layer_stops_the_others(
-    fake: FakeRegistry, client: Registry, tmp_path: Path
-) -> None:
+def test_a_failed_layer_stops_the_others(fake, client, tmp_path):
     before = threading.active_count()
     layers = tuple(
         TarLayer(members=(Member("/w", 5, 0o644, tmp_path / f"{n}"),)) for n in range(20)

@@ -40,12 +40,12 @@ END = "-----END CERTIFICATE-----\n"
         ("http://[::1]:5000/v2/", "", True),
     ],
 )
-def test_which_way(url: str, rules: str, direct: bool) -> None:
+def test_which_way(url, rules, direct):
     names = {"http": PROXY, "https": PROXY, "no": rules}
     assert proxy_of(httpx.URL(url), names) == ("" if direct else PROXY)
 
 
-def test_which_proxy() -> None:
+def test_which_proxy():
     url = httpx.URL("https://ghcr.io/")
     assert proxy_of(url, {"https": "proxy.corp:3128"}) == PROXY
     assert proxy_of(url, {"http": PROXY}) == ""
@@ -55,7 +55,7 @@ def test_which_proxy() -> None:
 @pytest.mark.parametrize(
     "proxy", ["socks5://u:hush@127.0.0.1:9", "ftp://u:hush@x", "http://u:hush@proxy:port", "x:y"]
 )
-def test_one_that_cannot_be_used_is_an_error_when_it_is_needed(proxy: str) -> None:
+def test_one_that_cannot_be_used_is_an_error_when_it_is_needed(proxy):
     way = ProxyTransport(ssl.create_default_context(), {"all": proxy})
     with httpx.Client(transport=way) as client, pytest.raises(EnvironmentFailure) as caught:
         client.get("https://registry.invalid/v2/")
@@ -70,7 +70,7 @@ def one(tmp_path: Path) -> Path:
     return path
 
 
-def test_clients_of_the_same_authorities_share_a_context(one: Path) -> None:
+def test_clients_of_the_same_authorities_share_a_context(one):
     first = trusted()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(one))
@@ -84,9 +84,7 @@ def test_clients_of_the_same_authorities_share_a_context(one: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_a_bundle_of_other_programs_is_trusted(
-    one: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_a_bundle_of_other_programs_is_trusted(one, monkeypatch, variable):
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(one))

@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.images import describe
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
-from weightsmith.oci.image import Image, Order, assemble, load_image
+from weightsmith.oci.image import Image, assemble, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 
@@ -20,14 +19,14 @@ def _layer(name: str) -> TarLayer:
     return TarLayer(members=(Member.of_bytes(name, name.encode()),), epoch=0)
 
 
-def test_golden_digest(tmp_path: Path) -> None:
+def test_golden_digest(tmp_path):
     assert (
         tiny_image(tmp_path).digest
         == "sha256:7b3420926eda747dfd93c1e3285f8e316bec9cc14c7e712db29495ae5c6872d8"
     )
 
 
-def test_an_archives_title_says_that_it_is_one(tmp_path: Path) -> None:
+def test_an_archives_title_says_that_it_is_one(tmp_path):
     """Programs that pull artifacts name the file that they write by it."""
     layer = TarLayer(members=(Member.of_bytes("/models/a.tar", b"a"),), epoch=0)
     image = assemble((), [layer], config=ImageConfig(), epoch=0)
@@ -38,7 +37,7 @@ def test_an_archives_title_says_that_it_is_one(tmp_path: Path) -> None:
     assert (back.file, dict(back.annotations)) == ("models/a.tar", row["annotations"])
 
 
-def test_configuration(tmp_path: Path) -> None:
+def test_configuration(tmp_path):
     image = tiny_image(tmp_path)
     document = json.loads(image.config_bytes)
     assert document["created"] == "1970-01-01T00:00:00Z"
@@ -63,7 +62,7 @@ def test_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["engine-first", "weights-first"])
-def test_a_volume_of_the_base_does_not_cover_the_weights(order: Order) -> None:
+def test_a_volume_of_the_base_does_not_cover_the_weights(order):
     """An engine would copy them into it whenever it starts a container."""
     volumes = {path: {} for path in ("/", "/models", "models/", "/models/w", "/data", "/mod")}
     base = foreign_image(tar_of((entry("bin/sh"), b"sh")), config={"Volumes": volumes})
@@ -71,7 +70,7 @@ def test_a_volume_of_the_base_does_not_cover_the_weights(order: Order) -> None:
     assert sorted(image.config["Volumes"]) == ["/data", "/mod"]
 
 
-def test_a_base_is_kept_and_overridden() -> None:
+def test_a_base_is_kept_and_overridden():
     base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
     said = {**base.config, "Healthcheck": {"Test": ["NONE"]}}
     base = replace(base, settings={**base.settings, "config": said})
@@ -93,7 +92,7 @@ def test_a_base_is_kept_and_overridden() -> None:
     assert json.loads(image.config_bytes)["rootfs"]["diff_ids"][0] == base.layers[0].diff_id
 
 
-def test_what_a_base_says_of_itself_alone_is_not_inherited() -> None:
+def test_what_a_base_says_of_itself_alone_is_not_inherited():
     """A base may be an image of ours, with the verdict on another model."""
     labels = {"dev.weightsmith.verdict": "passed", "org.opencontainers.image.version": "9"}
     base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
@@ -104,7 +103,7 @@ def test_what_a_base_says_of_itself_alone_is_not_inherited() -> None:
     assert "OnBuild" not in image.config
 
 
-def test_weights_below_the_base() -> None:
+def test_weights_below_the_base():
     base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
     weights, files = _layer("/w"), _layer("/c")
     image = assemble(
@@ -117,7 +116,7 @@ def test_weights_below_the_base() -> None:
     assert [row["created_by"] for row in history] == ["weightsmith: w", "base", "weightsmith: c"]
 
 
-def test_at_most_125_layers() -> None:
+def test_at_most_125_layers():
     layers = [_layer(f"/{n}") for n in range(125)]
     assemble(layers, config=ImageConfig())
     with pytest.raises(UsageError, match="126 layers") as caught:
@@ -125,7 +124,7 @@ def test_at_most_125_layers() -> None:
     assert caught.value.hint
 
 
-def test_described_from_the_image_alone(tmp_path: Path) -> None:
+def test_described_from_the_image_alone(tmp_path):
     image = tiny_image(tmp_path, annotations={"k": "v"})
     found = describe(image)
     assert json.loads(json.dumps(found)) == found
@@ -157,7 +156,7 @@ GOOD = json.loads(foreign_image(b"x").manifest_bytes)
         {"annotations": [1]},
     ],
 )
-def test_malformed_manifests_are_refused(change: dict[str, object]) -> None:
+def test_malformed_manifests_are_refused(change):
     good = foreign_image(b"x")
     with pytest.raises(InputRefused):
         load_image(
@@ -181,12 +180,12 @@ def test_malformed_manifests_are_refused(change: dict[str, object]) -> None:
         {"Volumes": ["/models"]},
     ],
 )
-def test_malformed_configurations_are_refused(config: dict[str, object]) -> None:
+def test_malformed_configurations_are_refused(config):
     with pytest.raises(InputRefused):
         foreign_image(b"x", config=config)
 
 
-def test_read_again_is_the_same(tmp_path: Path) -> None:
+def test_read_again_is_the_same(tmp_path):
     image = tiny_image(tmp_path)
     blobs = {blob.digest: b"".join(opener()) for blob, opener in image.blobs()}
     again: Image = load_image(

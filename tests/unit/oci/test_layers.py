@@ -5,7 +5,6 @@ import os
 import subprocess
 import tarfile
 import threading
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,7 +21,7 @@ def _bytes(layer: TarLayer) -> bytes:
     return b"".join(layer.open())
 
 
-def test_golden_digest_of_a_tiny_layer() -> None:
+def test_golden_digest_of_a_tiny_layer():
     layer = TarLayer(
         members=(Member.of_bytes("/a/b.txt", b"hello\n"), Member.of_bytes("a/run", b"x", 0o700)),
         epoch=0,
@@ -30,7 +29,7 @@ def test_golden_digest_of_a_tiny_layer() -> None:
     assert layer.digest == "sha256:aa2827f2910396eb898fa02b4c9ad66fd35967abfa7c9980ec0d7f86bda92a48"
 
 
-def test_size_digest_and_content_as_promised() -> None:
+def test_size_digest_and_content_as_promised():
     layer = TarLayer(
         members=(Member.of_bytes("/m/x", b"1" * 513), Member.of_bytes("/m/y", b"")), epoch=7
     )
@@ -46,9 +45,7 @@ def test_size_digest_and_content_as_promised() -> None:
     ]
 
 
-def test_nothing_of_the_machine_is_in_the_digest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_the_machine_is_in_the_digest(tmp_path, monkeypatch):
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     first = weight_layers(tree_of(tmp_path / "one", FILES), own_layer=50_000)
     old = os.umask(0o077)
@@ -69,14 +66,14 @@ def test_nothing_of_the_machine_is_in_the_digest(
         weight_layers(other)
 
 
-def test_the_members_order_does_not_count() -> None:
+def test_the_members_order_does_not_count():
     members = tuple(Member.of_bytes(path, path.encode()) for path in ("/b", "/a/x", "/a-"))
     one, other = TarLayer(members=members, epoch=0), TarLayer(members=members[::-1], epoch=0)
     assert (one.digest, one.key, one.file) == (other.digest, other.key, other.file)
     assert one.file == "a/x and 2 more"
 
 
-def test_a_layer_has_as_many_neighbours_as_fit_where_there_are_too_many(tmp_path: Path) -> None:
+def test_a_layer_has_as_many_neighbours_as_fit_where_there_are_too_many(tmp_path):
     """158 shards of 4.3 GB, DeepSeek-V3's: three are more than a registry's 10 GB."""
     digest = Digest.of(b"")
     files = [
@@ -89,7 +86,7 @@ def test_a_layer_has_as_many_neighbours_as_fit_where_there_are_too_many(tmp_path
     assert [len(layer.members) for layer in weight_layers(tree)] == [3] * 52 + [2]
 
 
-def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
+def test_large_files_alone_and_small_ones_together(tmp_path):
     layers = weight_layers(tree_of(tmp_path, FILES), own_layer=50_000)
     assert [layer.file for layer in layers] == [
         "models/model-00001-of-00002.safetensors",
@@ -102,11 +99,11 @@ def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
     ("model", "layer"),
     [(0, 5e8), (3e8, 5e8), (16e9, 5e8), (32e9, 1e9), (140e9, 4.375e9), (810e9, 10e9)],
 )
-def test_the_size_of_a_layer_grows_with_large_models_only(model: float, layer: float) -> None:
+def test_the_size_of_a_layer_grows_with_large_models_only(model, layer):
     assert fastest_layer(int(model)) == layer
 
 
-def test_long_and_foreign_names_are_read_back() -> None:
+def test_long_and_foreign_names_are_read_back():
     names = {"d/" * 60 + "f", "n" * 101, "é/ü.json", "x" * 100 + "/y", "p" * 300}
     names.add("a" * 150 + "/" + "b" * 100)
     members = tuple(Member.of_bytes(name, b"1") for name in names)
@@ -127,7 +124,7 @@ _NAMES = st.lists(_PARTS, min_size=1, max_size=4)
 
 
 @given(_NAMES, st.binary(max_size=1500), st.integers(0, 2**33 - 1))
-def test_python_reads_every_member(parts: list[str], data: bytes, epoch: int) -> None:
+def test_python_reads_every_member(parts, data, epoch):
     layer = TarLayer(members=(Member.of_bytes("/".join(parts), data),), epoch=epoch)
     whole = _bytes(layer)
     assert layer.size == len(whole)
@@ -140,23 +137,23 @@ def test_python_reads_every_member(parts: list[str], data: bytes, epoch: int) ->
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "", "/", "a//b", "a/./b", "a\0b", "a/.wh.b"])
-def test_paths_that_leave_or_hide_are_refused(path: str) -> None:
+def test_paths_that_leave_or_hide_are_refused(path):
     with pytest.raises(UsageError):
         TarLayer(members=(Member.of_bytes(path, b""),))
 
 
 @pytest.mark.parametrize("other", ["a", "a/b"])
-def test_a_path_twice_and_a_file_as_folder_are_refused(other: str) -> None:
+def test_a_path_twice_and_a_file_as_folder_are_refused(other):
     with pytest.raises(UsageError, match="twice"):
         TarLayer(members=(Member.of_bytes("/a", b""), Member.of_bytes(other, b"")))
 
 
-def test_names_that_are_not_text_are_refused() -> None:
+def test_names_that_are_not_text_are_refused():
     with pytest.raises(InputRefused, match="UTF-8"):
         TarLayer(members=(Member.of_bytes("a\udcff", b""),))
 
 
-def test_a_file_that_changes_is_named(tmp_path: Path) -> None:
+def test_a_file_that_changes_is_named(tmp_path):
     path = tmp_path / "w.bin"
     path.write_bytes(bytes(3 << 20))
     layer = TarLayer(members=(Member.of_file("/w.bin", path),))
@@ -179,14 +176,14 @@ def test_a_file_that_changes_is_named(tmp_path: Path) -> None:
         list(layer.open())
 
 
-def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
+def test_a_remembered_digest_is_not_worked_out_again(tmp_path):
     known: dict[str, str] = {}
     calls = []
 
     def memo(key: str, make: object) -> str:
         calls.append(key)
         if key not in known:
-            known[key] = make()  # type: ignore[operator]
+            known[key] = make()
         return known[key]
 
     tree = tree_of(tmp_path, FILES)
@@ -201,7 +198,7 @@ def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
     assert len(set(calls)) == 4
 
 
-def test_many_small_files() -> None:
+def test_many_small_files():
     members = tuple(Member.of_bytes(f"/models/{n % 100}/{n}", b"x") for n in range(20_000))
     layer = TarLayer(members=members, epoch=0)
     with subprocess.Popen(
@@ -221,14 +218,14 @@ def test_many_small_files() -> None:
     assert len(writes) < 200
 
 
-def test_the_header_above_8_gib_is_read_by_python(tmp_path: Path) -> None:
+def test_the_header_above_8_gib_is_read_by_python(tmp_path):
     path = tmp_path / "big.bin"
     with path.open("wb") as file:
         file.truncate((8 << 30) + 5)
     layer = TarLayer(members=(Member.of_file("/models/big.bin", path),), epoch=0)
     chunks = layer.open()
     head = next(chunks) + next(chunks)
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     with tarfile.open(fileobj=io.BytesIO(head)) as archive:
         archive.next()
         big = archive.next()

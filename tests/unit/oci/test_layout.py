@@ -26,7 +26,7 @@ def _edit(path: Path, change: Json) -> None:
     path.write_bytes(json.dumps({**json.loads(path.read_bytes()), **change}).encode())
 
 
-def test_written_and_read_back(folder: Path, image: Image) -> None:
+def test_written_and_read_back(folder, image):
     back = read_layout(folder)
     assert back.digest == image.digest
     for ours, theirs in zip(image.layers, back.layers, strict=True):
@@ -35,7 +35,7 @@ def test_written_and_read_back(folder: Path, image: Image) -> None:
     assert not list(folder.rglob(".new-*"))
 
 
-def test_right_blobs_stay_and_wrong_ones_go(folder: Path, image: Image) -> None:
+def test_right_blobs_stay_and_wrong_ones_go(folder, image):
     first, second = (folder / "blobs/sha256" / layer.digest.hex for layer in image.layers[:2])
     before = first.stat().st_ino
     second.write_bytes(bytes(second.stat().st_size))
@@ -46,7 +46,7 @@ def test_right_blobs_stay_and_wrong_ones_go(folder: Path, image: Image) -> None:
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_other_names_stay(folder: Path, image: Image, tmp_path: Path) -> None:
+def test_other_names_stay(folder, image, tmp_path):
     other = tiny_image(tmp_path / "model", annotations={"a": "b"})
     write_layout(other, folder, ref="other")
     assert read_layout(folder, "1.2.0").digest == image.digest
@@ -58,7 +58,7 @@ def test_other_names_stay(folder: Path, image: Image, tmp_path: Path) -> None:
     assert "1.2.0, other" in caught.value.hint
 
 
-def test_an_interrupted_write_leaves_no_image(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_no_image(tmp_path):
     broken = TarLayer(
         members=(Member("/w", 5, 0o644, tmp_path / "absent"),), known_digest=Digest.of(b"")
     )
@@ -68,7 +68,7 @@ def test_an_interrupted_write_leaves_no_image(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob(".new-*"))
 
 
-def test_a_platform_is_chosen(folder: Path, image: Image) -> None:
+def test_a_platform_is_chosen(folder, image):
     index = folder / "index.json"
     row = json.loads(index.read_bytes())["manifests"][0]
     arm = row | {
@@ -83,7 +83,7 @@ def test_a_platform_is_chosen(folder: Path, image: Image) -> None:
         read_layout(folder, platform="linux/riscv64")
 
 
-def test_a_nested_index_is_followed(folder: Path, image: Image) -> None:
+def test_a_nested_index_is_followed(folder, image):
     index = folder / "index.json"
     inner = index.read_bytes()
     digest = Digest.of(inner)
@@ -93,7 +93,7 @@ def test_a_nested_index_is_followed(folder: Path, image: Image) -> None:
     assert read_layout(folder, platform=AMD64).digest == image.digest
 
 
-def test_an_index_may_have_two_names(tmp_path: Path, image: Image) -> None:
+def test_an_index_may_have_two_names(tmp_path, image):
     other = tiny_image(tmp_path / "model", platform="linux/arm64")
     folder = tmp_path / "both"
     write_layout(Index(images=(image, other)), folder, ref="1")
@@ -105,7 +105,7 @@ def test_an_index_may_have_two_names(tmp_path: Path, image: Image) -> None:
         assert len(read_all(folder, ref)) == 2
 
 
-def test_a_layout_may_be_an_index_itself(tmp_path: Path, image: Image) -> None:
+def test_a_layout_may_be_an_index_itself(tmp_path, image):
     whole = Index(images=(image, tiny_image(tmp_path / "model", platform="linux/arm64")))
     folder = tmp_path / "both"
     write_layout(whole, folder)
@@ -119,7 +119,7 @@ def test_a_layout_may_be_an_index_itself(tmp_path: Path, image: Image) -> None:
     assert read_index(folder) is None, "two images, which is not to be guessed"
 
 
-def test_changed_blobs_are_noticed_on_use(folder: Path, image: Image) -> None:
+def test_changed_blobs_are_noticed_on_use(folder, image):
     layer = folder / "blobs/sha256" / image.layers[0].digest.hex
     layer.write_bytes(bytes(layer.stat().st_size))
     back = read_layout(folder)
@@ -132,7 +132,7 @@ def test_changed_blobs_are_noticed_on_use(folder: Path, image: Image) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "longer", "folder"])
-def test_blobs_must_be_plain_files(folder: Path, image: Image, tmp_path: Path, kind: str) -> None:
+def test_blobs_must_be_plain_files(folder, image, tmp_path, kind):
     manifest = folder / "blobs/sha256" / image.digest.hex
     data = manifest.read_bytes()
     manifest.rename(tmp_path / "elsewhere")
@@ -159,7 +159,7 @@ def test_blobs_must_be_plain_files(folder: Path, image: Image, tmp_path: Path, k
         {"mediaType": "application/vnd.docker.distribution.manifest.v1+json"},
     ],
 )
-def test_hostile_indexes_are_refused(folder: Path, change: Json) -> None:
+def test_hostile_indexes_are_refused(folder, change):
     index = folder / "index.json"
     row = json.loads(index.read_bytes())["manifests"][0]
     _edit(index, change if "manifests" in change else {"manifests": [{**row, **change}]})
@@ -168,13 +168,13 @@ def test_hostile_indexes_are_refused(folder: Path, change: Json) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"[" * 100_000, b"\xff", b" " * (5 << 20)])
-def test_indexes_that_are_no_objects(folder: Path, data: bytes) -> None:
+def test_indexes_that_are_no_objects(folder, data):
     (folder / "index.json").write_bytes(data)
     with pytest.raises(InputRefused):
         read_layout(folder)
 
 
-def test_not_a_layout(tmp_path: Path, image: Image) -> None:
+def test_not_a_layout(tmp_path, image):
     with pytest.raises(InputRefused, match="not an OCI layout"):
         read_layout(tmp_path)
     (tmp_path / "file").write_bytes(b"")

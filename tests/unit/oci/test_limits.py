@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import UsageError
@@ -17,7 +16,6 @@ from weightsmith.oci.registry import Registry
 from weightsmith.serving.memory import parse_size
 
 from tests.fakes.images import tiny_image
-from tests.fakes.registry import FakeRegistry
 
 MB = 10**6
 SLOW = RegistryLimits(name="Slow Registry", hosts="", upload_seconds=600, source="")
@@ -40,12 +38,12 @@ SLOW = RegistryLimits(name="Slow Registry", hosts="", upload_seconds=600, source
         ("ghcr.io.example.com", ""),
     ],
 )
-def test_known_by_its_host(host: str, name: str) -> None:
+def test_known_by_its_host(host, name):
     found = limits_of(host)
     assert (found.name if found else "") == name
 
 
-def test_a_layer_that_is_too_large_is_refused_first() -> None:
+def test_a_layer_that_is_too_large_is_refused_first():
     digest = Digest.of(b"x")
     blob = Blob(digest=digest, size=11 * 10**9, media_type="application/vnd.oci.image.layer.v1.tar")
     layer = BlobLayer(blob=blob, diff_id=digest, opener=lambda: iter(()), file="models/big")
@@ -63,13 +61,13 @@ def told(limits: RegistryLimits | None, size: int, rate: float) -> list[str]:
     said: list[str] = []
     deadline = UploadDeadline(limits, said.append, (n / rate for n in itertools.count()).__next__)
     for file in ("a.safetensors", "b.safetensors"):
-        sent = deadline.over(lambda: itertools.repeat(bytes(MB), size), size * MB, file)()  # type: ignore[return-value]
+        sent = deadline.over(lambda: itertools.repeat(bytes(MB), size), size * MB, file)()
         assert sum(map(len, sent)) == size * MB
     return said
 
 
 @pytest.mark.parametrize(("rate", "advised"), [(0.5, "240MB"), (0.25, "120MB"), (4.0, "1.9GB")])
-def test_too_slow_by_its_own_rate(rate: float, advised: str) -> None:
+def test_too_slow_by_its_own_rate(rate, advised):
     (said,) = told(SLOW, int(rate * 700), rate)
     assert f"a.safetensors will take about 12 minutes at {rate:.1f} MB/s" in said
     assert "Slow Registry ends uploads after 10" in said
@@ -77,24 +75,22 @@ def test_too_slow_by_its_own_rate(rate: float, advised: str) -> None:
     assert parse_size(advised) / MB / rate < 600
 
 
-def test_fast_enough_or_without_a_limit() -> None:
+def test_fast_enough_or_without_a_limit():
     cases = [(SLOW, 290), (SLOW, 10), (None, 400), (limits_of("registry.gitlab.com"), 400)]
     assert [told(limits, size, 0.5) for limits, size in cases] == [[]] * 4
 
 
-def test_warned_before_half_of_the_time_is_over() -> None:
+def test_warned_before_half_of_the_time_is_over():
     now: list[float] = [0.0]
     said: list[float] = []
     deadline = UploadDeadline(limits_of("ghcr.io"), lambda _: said.append(now[0]), lambda: now[0])
-    for _ in deadline.over(lambda: itertools.repeat(bytes(MB), 2000), 2000 * MB)():  # type: ignore[return-value]
+    for _ in deadline.over(lambda: itertools.repeat(bytes(MB), 2000), 2000 * MB)():
         now[0] += 1
     assert said
     assert said[0] < 60
 
 
-def test_a_push_tells_it(
-    fake: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_tells_it(fake, tmp_path, monkeypatch):
     monkeypatch.setattr("weightsmith.oci.registry.limits_of", lambda _: SLOW)
     image = tiny_image(tmp_path / "model")
     said: list[str] = []

@@ -42,7 +42,7 @@ def description(**facts: Any) -> ModelDescription:
     )
 
 
-def test_the_manifest_is_what_the_specification_requires(tree: Tree) -> None:
+def test_the_manifest_is_what_the_specification_requires(tree):
     """model-spec, docs/spec.md and docs/annotations.md; sha256 by hashlib, not by us."""
     document = json.loads(model_pack(tree, description(), {"a": "b"}).manifest_bytes)
 
@@ -70,7 +70,7 @@ def test_the_manifest_is_what_the_specification_requires(tree: Tree) -> None:
     }
 
 
-def test_the_configuration_is_what_the_schema_allows(tree: Tree) -> None:
+def test_the_configuration_is_what_the_schema_allows(tree):
     """schema/config-schema.json: no other keys, no empty ones, diffIds in the layers' order."""
     facts = description(
         family="llama", licenses=("apache-2.0",), parameters=134_515_008, precision="bfloat16"
@@ -95,14 +95,14 @@ def test_the_configuration_is_what_the_schema_allows(tree: Tree) -> None:
     ("count", "shown"),
     [(500, "500"), (1500, "1.5k"), (999_990, "1.0m"), (8_030_261_248, "8.0b"), (10**12, "1.0t")],
 )
-def test_a_number_of_parameters(tree: Tree, count: int, shown: str) -> None:
+def test_a_number_of_parameters(tree, count, shown):
     found = json.loads(model_pack(tree, description(parameters=count), {}).config_bytes)
 
     assert found["config"]["paramSize"] == shown
     assert re.fullmatch(r"[0-9]+(\.[0-9])?[kmbtq]?", shown, re.IGNORECASE)
 
 
-def test_it_is_read_back_from_a_layout(tree: Tree, tmp_path: Path) -> None:
+def test_it_is_read_back_from_a_layout(tree, tmp_path):
     image = model_pack(tree, description(), {"dev.weightsmith.format": "safetensors"})
     write_layout(image, tmp_path / "layout")
     found = read_layout(tmp_path / "layout")
@@ -115,7 +115,7 @@ def test_it_is_read_back_from_a_layout(tree: Tree, tmp_path: Path) -> None:
     assert "platform" not in row
 
 
-def test_a_file_that_changes_is_not_packed(tree: Tree, tmp_path: Path) -> None:
+def test_a_file_that_changes_is_not_packed(tree, tmp_path):
     image = model_pack(tree, description(), {})
     tree.path("config.json").write_bytes(b"[]")
 
@@ -124,6 +124,6 @@ def test_a_file_that_changes_is_not_packed(tree: Tree, tmp_path: Path) -> None:
     assert not (tmp_path / "layout" / "index.json").exists()
 
 
-def test_it_cannot_be_started(tree: Tree, tmp_path: Path) -> None:
+def test_it_cannot_be_started(tree, tmp_path):
     with pytest.raises(UsageError, match="no program"):
         unpack(model_pack(tree, description(), {}), tmp_path / "root")

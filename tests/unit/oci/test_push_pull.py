@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
@@ -20,7 +19,7 @@ from weightsmith.outside.registries import PushedLayers
 
 from tests.fakes.images import entry as tar_entry
 from tests.fakes.images import foreign_image, tar_of, tiny_image
-from tests.fakes.registry import FakeRegistry, at, fake_registry
+from tests.fakes.registry import at, fake_registry
 
 
 def about(image: Image, data: bytes = b"{}") -> Attachment:
@@ -28,7 +27,7 @@ def about(image: Image, data: bytes = b"{}") -> Attachment:
     return Attachment(artifact_type="a/b", subject=image.manifest_blob, parts=(part,))
 
 
-def test_pushed_and_pulled_whole(fake: FakeRegistry, client: Registry, image: Image) -> None:
+def test_pushed_and_pulled_whole(fake, client, image):
     seen: list[tuple[int, int]] = []
     done = client.push(image, at(fake), progress=lambda n, total: seen.append((n, total)))
     assert done.digest == image.digest
@@ -46,9 +45,7 @@ def test_pushed_and_pulled_whole(fake: FakeRegistry, client: Registry, image: Im
     assert puts == [f"/v2/team/app/manifests/{name}" for name in (image.digest, "1")]
 
 
-def test_what_is_there_is_not_sent_again(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_what_is_there_is_not_sent_again(fake, client, image):
     client.push(image, at(fake), also_tags=["1-again"])
     fake.log.clear()
     assert client.push(image, at(fake), also_tags=["1-again"]).uploaded_bytes == 0
@@ -58,9 +55,7 @@ def test_what_is_there_is_not_sent_again(
     assert set(fake.counts()) == {"HEAD", "GET"}
 
 
-def test_an_image_that_is_gone_is_sent_again(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_an_image_that_is_gone_is_sent_again(fake, client, image):
     """Without its tag everything is looked for; with it, only if that is asked for."""
     client.push(image, at(fake))
     layer = ("team/app", image.layers[0].digest)
@@ -71,7 +66,7 @@ def test_an_image_that_is_gone_is_sent_again(
     assert client.push(image, at(fake), force=True).uploaded_bytes == image.layers[0].size
 
 
-def test_requests_share_a_connection(fake: FakeRegistry, client: Registry, image: Image) -> None:
+def test_requests_share_a_connection(fake, client, image):
     client.push(image, at(fake))
     before = fake.connections
     for _ in range(5):
@@ -80,9 +75,7 @@ def test_requests_share_a_connection(fake: FakeRegistry, client: Registry, image
     assert fake.connections == before
 
 
-def test_a_tag_is_moved_only_by_force(
-    fake: FakeRegistry, client: Registry, image: Image, tmp_path: Path
-) -> None:
+def test_a_tag_is_moved_only_by_force(fake, client, image, tmp_path):
     client.push(image, at(fake))
     other = tiny_image(tmp_path / "model", annotations={"a": "b"})
     with pytest.raises(UsageError, match=r"team/app:1 ") as caught:
@@ -92,7 +85,7 @@ def test_a_tag_is_moved_only_by_force(
     assert client.digest_of(at(fake)) == other.digest
 
 
-def test_a_tag_that_may_be_set_once(fake: FakeRegistry, client: Registry, image: Image) -> None:
+def test_a_tag_that_may_be_set_once(fake, client, image):
     fake.immutable_tags = True
     for force in (False, True):
         client.push(image, at(fake), force=force)
@@ -100,9 +93,7 @@ def test_a_tag_that_may_be_set_once(fake: FakeRegistry, client: Registry, image:
 
 
 @pytest.mark.parametrize("status", ["415", "400"])
-def test_manifests_that_an_old_registry_does_not_know(
-    fake: FakeRegistry, client: Registry, image: Image, status: str
-) -> None:
+def test_manifests_that_an_old_registry_does_not_know(fake, client, image, status):
     fake.trouble, fake.faults = " MANIFEST_INVALID", [("PUT", "/manifests/", status)]
     with pytest.raises(EnvironmentFailure, match="bad moment") as caught:
         client.push(image, at(fake))
@@ -114,9 +105,7 @@ def test_manifests_that_an_old_registry_does_not_know(
     assert "subject" in caught.value.hint
 
 
-def test_what_is_attached_already_is_not_sent_again(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_what_is_attached_already_is_not_sent_again(fake, client, image):
     client.push(image, at(fake))
     old, new = about(image), about(image, b"[]")
     client.attach(at(fake), old)
@@ -135,9 +124,7 @@ def test_what_is_attached_already_is_not_sent_again(
     assert ("team/app", old.blob.digest) in fake.manifests
 
 
-def test_a_registry_that_fails_when_it_is_asked_for_a_list_gets_attachments(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_a_registry_that_fails_when_it_is_asked_for_a_list_gets_attachments(fake, client, image):
     client.push(image, at(fake))
     one = about(image)
     fake.faults = [("GET", "/referrers/", "500")] * 20
@@ -146,9 +133,7 @@ def test_a_registry_that_fails_when_it_is_asked_for_a_list_gets_attachments(
     assert [blob.digest for blob, _ in client.attached(at(fake), image.digest)] == [one.blob.digest]
 
 
-def test_layers_are_mounted_from_another_repository(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_layers_are_mounted_from_another_repository(fake, client, image):
     client.push(image, at(fake))
     fake.log.clear()
     done = client.push(image, at(fake, "team/other:1"), mount_from=["team/none", "team/app"])
@@ -160,7 +145,7 @@ def test_layers_are_mounted_from_another_repository(
     assert (done.mounted, done.uploaded_bytes > 140_000) == (0, True)
 
 
-def test_what_was_pushed_before_is_mounted(fake: FakeRegistry, tmp_path: Path) -> None:
+def test_what_was_pushed_before_is_mounted(fake, tmp_path):
     memory = PushedLayers(tmp_path / "cache")
     fake.auth = "bearer"
     (tmp_path / "w").write_bytes(bytes(2 << 20))
@@ -179,9 +164,7 @@ def test_what_was_pushed_before_is_mounted(fake: FakeRegistry, tmp_path: Path) -
     assert push("team/third:1") == (0, layer.size + image.config_blob.size)
 
 
-def test_a_pulled_base_is_mounted_or_copied(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_a_pulled_base_is_mounted_or_copied(fake, client, image):
     client.push(image, at(fake))
     pulled = client.pull(at(fake), platform="linux/amd64")
     assert client.push(pulled, at(fake, "else/app:1")).mounted == 4
@@ -191,7 +174,7 @@ def test_a_pulled_base_is_mounted_or_copied(
         assert second.manifests["team/app", "1"][1] == image.manifest_bytes
 
 
-def test_wrong_digests_are_noticed(fake: FakeRegistry, client: Registry, image: Image) -> None:
+def test_wrong_digests_are_noticed(fake, client, image):
     fake.faults = [("PUT", "/uploads/", "digest")]
     with pytest.raises(EnvironmentFailure, match="stored"):
         client.push(image, at(fake))
@@ -206,8 +189,8 @@ def test_wrong_digests_are_noticed(fake: FakeRegistry, client: Registry, image: 
 
 
 def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
-    fake: FakeRegistry, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    fake, client, tmp_path, monkeypatch
+):
     (tmp_path / "w").write_bytes(bytes(3000))
     layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
     known = TarLayer(members=layer.members, epoch=0, known_digest=layer.digest)
@@ -229,13 +212,7 @@ def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
 
 
 @pytest.mark.parametrize("limits", [(1000, 0), (0, 50_000)])
-def test_chunks_where_the_registry_asks(
-    fake: FakeRegistry,
-    client: Registry,
-    image: Image,
-    limits: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_chunks_where_the_registry_asks(fake, client, image, limits, monkeypatch):
     monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 20_000)
     fake.chunk_min, fake.largest_body = limits
     client.push(image, at(fake))
@@ -245,21 +222,15 @@ def test_chunks_where_the_registry_asks(
 
 @pytest.mark.parametrize("status", ["404", "405", "501"])
 def test_a_registry_that_takes_a_blob_in_one_request_alone(
-    fake: FakeRegistry,
-    client: Registry,
-    image: Image,
-    status: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    fake, client, image, status, monkeypatch
+):
     monkeypatch.setattr("weightsmith.oci.uploads._SMALL", 0)
     fake.faults = [("PATCH", "/uploads/", status)] * 9
     client.push(image, at(fake))
     assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
 
 
-def test_an_index_is_read_for_a_platform(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_an_index_is_read_for_a_platform(fake, client, image):
     client.push(image, at(fake))
     row = described(image.manifest_blob)
     here, arm = ({"os": "linux", "architecture": name} for name in ("amd64", "arm64"))
@@ -272,9 +243,7 @@ def test_an_index_is_read_for_a_platform(
     assert "linux/amd64, linux/arm64" in caught.value.hint
 
 
-def test_blobs_of_a_manifest_are_sent_beside_each_other(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_blobs_of_a_manifest_are_sent_beside_each_other(fake, client, image):
     both = threading.Barrier(2, timeout=60)
 
     def opener(blob: Blob) -> Iterator[bytes]:
@@ -295,7 +264,7 @@ def test_blobs_of_a_manifest_are_sent_beside_each_other(
     assert seen[-1] == (12_000, 12_000)
 
 
-def test_a_docker_base_keeps_its_layers(fake: FakeRegistry, client: Registry) -> None:
+def test_a_docker_base_keeps_its_layers(fake, client):
     base = foreign_image(tar_of((tar_entry("bin/sh"), b"sh")), docker=True)
     client.push(base, at(fake, "base/engine:1"))
     pulled = client.pull(at(fake, "base/engine:1"), platform="linux/amd64")
@@ -304,9 +273,7 @@ def test_a_docker_base_keeps_its_layers(fake: FakeRegistry, client: Registry) ->
     assert isinstance(pulled.layers[0], BlobLayer)
 
 
-def test_a_mounted_layer_whose_size_is_stated_wrongly(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_a_mounted_layer_whose_size_is_stated_wrongly(fake, client, image):
     """Cloudflare's registry tells HEAD the size of its own link, and GET the blob's."""
     client.push(image, at(fake))
     fake.faults = [("HEAD", "/blobs/", "short")] * 5

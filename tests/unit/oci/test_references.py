@@ -24,7 +24,7 @@ HEX = "a" * 64
         ("Registry/app", "Registry/app:latest"),
     ],
 )
-def test_spelled_in_full(text: str, full: str) -> None:
+def test_spelled_in_full(text, full):
     assert str(Reference.parse(text)) == full
     assert Reference.parse(full) == Reference.parse(text)
 
@@ -39,7 +39,7 @@ def test_spelled_in_full(text: str, full: str) -> None:
         "\uff41",
     ],
 )  # fmt: skip
-def test_refused_with_the_form_to_write(text: str) -> None:
+def test_refused_with_the_form_to_write(text):
     with pytest.raises(UsageError) as caught:
         Reference.parse(text)
     assert "repository" in caught.value.hint
@@ -55,12 +55,12 @@ def test_refused_with_the_form_to_write(text: str) -> None:
      ("127.0.0.1", True), ("127.9.9.9:1", True), ("[::1]:5", True),
      ("10.0.0.1", False), ("localhost.evil.example", False), ("127.0.0.1.evil.example", False)],
 )  # fmt: skip
-def test_loopback(registry: str, loopback: bool) -> None:
+def test_loopback(registry, loopback):
     assert Reference.parse(f"{registry}/a").is_loopback is loopback
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_read_or_refused(text):
     try:
         found = Reference.parse(text)
     except UsageError:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.session import RegistrySession
 
-from tests.fakes.registry import FakeRegistry, at, fake_registry
+from tests.fakes.registry import at, fake_registry
 
 
 @pytest.mark.parametrize("kind", ["reset", "429", "500", "503"])
 @pytest.mark.parametrize(
     "place", ["HEAD /blobs/", "POST /uploads/", "PUT /uploads/", "PUT /manifests/"]
 )
-def test_a_bad_moment_is_survived(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float], kind: str, place: str
-) -> None:
+def test_a_bad_moment_is_survived(fake, client, image, pauses, kind, place):
     method, path = place.split()
     fake.faults = [(method, path, kind)] * 2
     seen: list[int] = []
@@ -35,9 +32,7 @@ def test_a_bad_moment_is_survived(
 
 
 @pytest.mark.parametrize("status", ["405", "501"])
-def test_a_proxy_that_passes_no_head_on(
-    fake: FakeRegistry, client: Registry, image: Image, status: str
-) -> None:
+def test_a_proxy_that_passes_no_head_on(fake, client, image, status):
     """What HEAD would say is in GET's headers; no layer is read for it, and none is sent twice."""
     fake.faults = [("HEAD", "/", status)] * 100
     client.push(image, at(fake))
@@ -46,9 +41,7 @@ def test_a_proxy_that_passes_no_head_on(
     assert client.digest_of(Reference.parse(f"{fake.host}/team/app:none")) is None
 
 
-def test_patience_ends_and_a_full_registry_is_not_asked_again(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
-) -> None:
+def test_patience_ends_and_a_full_registry_is_not_asked_again(fake, client, image, pauses):
     fake.faults = [("PUT", "/uploads/", "full")] * 100
     with pytest.raises(EnvironmentFailure, match="HTTP 500") as caught:
         client.push(image, at(fake))
@@ -64,7 +57,7 @@ def test_patience_ends_and_a_full_registry_is_not_asked_again(
 
 
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
-def test_signed_in(fake: FakeRegistry, image: Image, kind: str) -> None:
+def test_signed_in(fake, image, kind):
     fake.auth = kind
     asked: list[str] = []
 
@@ -83,20 +76,20 @@ def test_signed_in(fake: FakeRegistry, image: Image, kind: str) -> None:
 
 
 @pytest.mark.parametrize("lasts", [300, 10**400])
-def test_an_anonymous_token(fake: FakeRegistry, client: Registry, image: Image, lasts: int) -> None:
+def test_an_anonymous_token(fake, client, image, lasts):
     fake.auth, fake.token_lasts = "bearer", lasts
     client.push(image, at(fake))
     assert fake.tokens_given == 1
 
 
-def test_an_identity_token(fake: FakeRegistry, image: Image) -> None:
+def test_an_identity_token(fake, image):
     fake.auth = "bearer"
     with Registry(credentials=lambda _: ("<token>", fake.password)) as client:
         client.push(image, at(fake))
     assert ("POST", "/token") in fake.log
 
 
-def test_a_token_that_ends_in_the_middle(fake: FakeRegistry, image: Image, tmp_path: Path) -> None:
+def test_a_token_that_ends_in_the_middle(fake, image, tmp_path):
     fake.auth = "bearer"
     (tmp_path / "w").write_bytes(bytes(3 << 20))
     layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),))
@@ -111,14 +104,12 @@ def test_a_token_that_ends_in_the_middle(fake: FakeRegistry, image: Image, tmp_p
             return layer.open()
 
     with Registry(pause=lambda _: None) as client:
-        client.push(Image(layers=(Slow(), *image.layers), settings=image.settings), at(fake))  # type: ignore[arg-type]
+        client.push(Image(layers=(Slow(), *image.layers), settings=image.settings), at(fake))
     assert fake.tokens_given == 2
 
 
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
-def test_a_wrong_password_is_named_but_not_shown(
-    fake: FakeRegistry, image: Image, kind: str
-) -> None:
+def test_a_wrong_password_is_named_but_not_shown(fake, image, kind):
     fake.auth = kind
     with Registry(credentials=lambda _: ("ann", "wr0ng")) as client:
         for act in (lambda: client.push(image, at(fake)), lambda: client.check_push(at(fake))):
@@ -128,9 +119,7 @@ def test_a_wrong_password_is_named_but_not_shown(
             assert "wr0ng" not in str(caught.value)
 
 
-def test_leave_to_push_is_asked_for_and_leaves_nothing(
-    fake: FakeRegistry, client: Registry
-) -> None:
+def test_leave_to_push_is_asked_for_and_leaves_nothing(fake, client):
     client.check_push(at(fake))
     client.check_push(at(fake, "team/other:1"))  # the same holds beside it
     assert [method for method, _ in fake.log] == ["POST", "DELETE"]
@@ -139,7 +128,7 @@ def test_leave_to_push_is_asked_for_and_leaves_nothing(
     assert not fake.uploads
 
 
-def test_a_first_look_is_short(client: Registry, image: Image, pauses: list[float]) -> None:
+def test_a_first_look_is_short(client, image, pauses):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         place = Reference.parse(f"127.0.0.1:{closed.getsockname()[1]}/a/b:1")
@@ -151,9 +140,7 @@ def test_a_first_look_is_short(client: Registry, image: Image, pauses: list[floa
 
 
 @pytest.mark.parametrize(("status", "kind"), [("403", EnvironmentFailure), ("404", InputRefused)])
-def test_refusals_name_host_and_status(
-    fake: FakeRegistry, client: Registry, status: str, kind: type[WeightsmithError]
-) -> None:
+def test_refusals_name_host_and_status(fake, client, status, kind):
     fake.faults = [("GET", "/manifests/", status)]
     with pytest.raises(kind, match=status) as caught:
         client.pull(at(fake))
@@ -161,7 +148,7 @@ def test_refusals_name_host_and_status(
     assert caught.value.hint
 
 
-def test_no_secret_in_a_message(fake: FakeRegistry, image: Image) -> None:
+def test_no_secret_in_a_message(fake, image):
     fake.auth = "bearer"
     fake.faults = [("PUT", "/uploads/", "403")] * 9
     with (
@@ -172,7 +159,7 @@ def test_no_secret_in_a_message(fake: FakeRegistry, image: Image) -> None:
     assert "hush" not in str(caught.value)
 
 
-def test_a_redirect_to_another_host_gets_no_authorization(fake: FakeRegistry, image: Image) -> None:
+def test_a_redirect_to_another_host_gets_no_authorization(fake, image):
     fake.auth = "basic"
     with (
         fake_registry() as other,
@@ -188,9 +175,7 @@ def test_a_redirect_to_another_host_gets_no_authorization(fake: FakeRegistry, im
         assert other.authorizations == [(path, "")]
 
 
-def test_a_proxy_is_not_asked_for_this_machine(
-    fake: FakeRegistry, image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_is_not_asked_for_this_machine(fake, image, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "localhost,::1,fd00::/8")
     with Registry(pause=lambda _: None) as client:
@@ -198,7 +183,7 @@ def test_a_proxy_is_not_asked_for_this_machine(
         client.push(image, Reference.parse(f"LocalHost:{fake.host[10:]}/team/app:2"))
 
 
-def test_a_proxy_is_asked_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_asked_for_others(monkeypatch):
     with fake_registry() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         with Registry(insecure=True, pause=lambda _: None) as client:
@@ -210,7 +195,7 @@ def test_a_proxy_is_asked_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "address", ["http://[/", "http://127.0.0.1:99999/", f"http://{'a' * 64}.localhost/"]
 )
-def test_invalid_urls(fake: FakeRegistry, client: Registry, image: Image, address: str) -> None:
+def test_invalid_urls(fake, client, image, address):
     fake.faults = [("GET", "/manifests/", f"redirect:{address}")]
     with pytest.raises(EnvironmentFailure, match="an invalid URL"):
         client.pull(at(fake))
@@ -219,9 +204,7 @@ def test_invalid_urls(fake: FakeRegistry, client: Registry, image: Image, addres
         client.push(image, at(fake))
 
 
-def test_redirects_are_followed_but_no_loops_and_other_schemes(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_redirects_are_followed_but_no_loops_and_other_schemes(fake, client, image):
     fake.faults = [("POST", "/uploads/", f"redirect:{fake.url}/v2/team/app/blobs/uploads/")]
     client.push(image, at(fake))
     fake.faults = [("GET", "/manifests/", f"redirect:{fake.url}/v2/team/app/manifests/1")] * 20
@@ -232,18 +215,18 @@ def test_redirects_are_followed_but_no_loops_and_other_schemes(
         client.pull(at(fake))
 
 
-def test_huge_manifests_are_not_read(fake: FakeRegistry, client: Registry) -> None:
+def test_huge_manifests_are_not_read(fake, client):
     fake.manifests["team/app", "1"] = ("application/json", b" " * (5 << 20))
     with pytest.raises(InputRefused, match="more than"):
         client.pull(at(fake))
 
 
-def test_https_unless_loopback_or_insecure() -> None:
+def test_https_unless_loopback_or_insecure():
     def root(text: str, **options: bool) -> str:
         reference = Reference.parse(text)
         return RegistrySession(
             None, reference, actions="pull", credentials=lambda _: None, **options
-        ).root  # type: ignore[arg-type]
+        ).root
 
     assert root("ubuntu") == "https://registry-1.docker.io"
     assert root("r.example/a") == "https://r.example"
@@ -251,9 +234,7 @@ def test_https_unless_loopback_or_insecure() -> None:
     assert root("r.example/a", insecure=True) == "http://r.example"
 
 
-def test_a_long_refusal_is_reported_by_its_beginning(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
+def test_a_long_refusal_is_reported_by_its_beginning(fake, client, image):
     """CUE Labs' server puts the whole blob into its message."""
     fake.trouble = "x" * (1 << 20)
     fake.faults = [("PUT", "/uploads/", "403")] * 9

@@ -24,7 +24,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "work" / "root"
 
 
-def test_our_own_image(tmp_path: Path, root: Path) -> None:
+def test_our_own_image(tmp_path, root):
     unpack(tiny_image(tmp_path / "model"), root)
     for name, data in FILES.items():
         assert (root / "models" / name).read_bytes() == data
@@ -32,7 +32,7 @@ def test_our_own_image(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_modes_links_and_whiteouts(root: Path, packed: bool) -> None:
+def test_modes_links_and_whiteouts(root, packed):
     lower = tar_of(
         entry("usr", DIR, 0o755),
         entry("usr/lib", DIR, 0o555),
@@ -76,15 +76,13 @@ def test_modes_links_and_whiteouts(root: Path, packed: bool) -> None:
         [entry("a", SYM, to="b"), entry("b", SYM, to="a"), (entry("a/x"), b"1")],
     ],
 )
-def test_escapes_are_refused(root: Path, entries: list[tarfile.TarInfo]) -> None:
+def test_escapes_are_refused(root, entries):
     with pytest.raises(InputRefused):
         unpack(foreign_image(tar_of(*entries)), root)
     assert list(root.parent.iterdir()) == [], "nothing is left behind"
 
 
-def test_more_files_than_any_image_has_are_refused(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_files_than_any_image_has_are_refused(root, monkeypatch):
     """In all layers together: each entry costs an inode, and an empty file nothing in the layer."""
     monkeypatch.setattr(unpacking, "_MOST_ENTRIES", 3)
     unpack(foreign_image(tar_of(entry("a"), entry("b")), tar_of(entry("c"))), root)
@@ -97,7 +95,7 @@ def test_more_files_than_any_image_has_are_refused(
 
 
 @pytest.mark.parametrize("to", ["..", "../../..", "/", "OUT"])
-def test_links_are_followed_only_inside(root: Path, tmp_path: Path, to: str) -> None:
+def test_links_are_followed_only_inside(root, tmp_path, to):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_bytes(b"kept")
@@ -117,7 +115,7 @@ def test_links_are_followed_only_inside(root: Path, tmp_path: Path, to: str) -> 
     assert (root / "abs/file").read_bytes() == b"3"
 
 
-def test_a_hard_link_to_a_link_does_not_reach_out(root: Path, tmp_path: Path) -> None:
+def test_a_hard_link_to_a_link_does_not_reach_out(root, tmp_path):
     (tmp_path / "secret").write_bytes(b"s")
     layer = tar_of(
         entry("l", SYM, to=str(tmp_path / "secret")), entry("h", LNK, to="l"), (entry("h"), b"x")
@@ -138,7 +136,7 @@ GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
 @pytest.mark.parametrize("harm", ["diff", "cut", "noise", "header"])
-def test_damaged_layers_are_refused(root: Path, harm: str) -> None:
+def test_damaged_layers_are_refused(root, harm):
     tar = tar_of((entry("a"), b"1" * 5000))
     data = gzip.compress(tar)
     data, diff = {
@@ -153,19 +151,19 @@ def test_damaged_layers_are_refused(root: Path, harm: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_huge_extended_headers_are_not_read(root: Path, kind: bytes) -> None:
+def test_huge_extended_headers_are_not_read(root, kind):
     with pytest.raises(InputRefused, match="extended header"):
         unpack(foreign_image(tar_of((entry("x", kind), bytes(2 << 20)))), root)
 
 
-def test_gzip_of_several_members(root: Path) -> None:
+def test_gzip_of_several_members(root):
     tar = tar_of((entry("a"), b"1" * 5000))
     data = gzip.compress(tar[:700]) + gzip.compress(tar[700:])
     unpack(_image(data, GZIP, Digest.of(tar)), root)
     assert (root / "a").read_bytes() == b"1" * 5000
 
 
-def test_zstd_is_refused_with_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zstd_is_refused_with_what_to_do(root, monkeypatch):
     monkeypatch.setattr("weightsmith.oci.streams.can_read_zstd", lambda: False)
     with pytest.raises(InputRefused, match="zstd") as caught:
         unpack(_image(b"x", ZSTD, Digest.of(b"x")), root)
@@ -185,7 +183,7 @@ needs_zstd = pytest.mark.skipif(not can_read_zstd(), reason="no libzstd")
 
 
 @needs_zstd
-def test_zstd_of_several_frames(root: Path) -> None:
+def test_zstd_of_several_frames(root):
     data = tar_of((entry("a"), b"1" * 5000), (entry("b"), bytes(4 << 20)))
     zeros = 4_100_000
     assert not any(data[-zeros:])
@@ -199,12 +197,12 @@ def test_zstd_of_several_frames(root: Path) -> None:
 
 @needs_zstd
 @pytest.mark.parametrize("packed", [b"", b"no zstd at all", _frame((0, b"x" * 600))[:-100]])
-def test_damaged_zstd_is_refused(root: Path, packed: bytes) -> None:
+def test_damaged_zstd_is_refused(root, packed):
     with pytest.raises(InputRefused, match="cannot be unpacked"):
         unpack(_image(packed, ZSTD, Digest.of(b"x")), root)
 
 
-def test_a_folder_in_use_is_left_alone(root: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_left_alone(root, tmp_path):
     root.mkdir(parents=True)
     (root / "mine").write_bytes(b"")
     with pytest.raises(UsageError, match="not empty"):

@@ -65,9 +65,7 @@ def made_with(folder: Path, details: dict[str, str], *, networked: bool = False)
 
 
 @pytest.mark.parametrize(("details", "networked"), [({}, False), ({"builder_image": IMAGE}, True)])
-def test_the_builder_of_a_merge_and_the_network_of_jobs(
-    details: dict[str, str], networked: bool, tmp_path: Path
-) -> None:
+def test_the_builder_of_a_merge_and_the_network_of_jobs(details, networked, tmp_path):
     made = made_with(tmp_path, details, networked=networked)
     told = {one.kind: one for one in evidence(made, ()).statements}
 
@@ -87,9 +85,7 @@ def test_the_builder_of_a_merge_and_the_network_of_jobs(
         ({}, "", ""),
     ],
 )
-def test_the_licence_is_the_recipes_or_the_bases(
-    recipe: dict[str, object], base: str, own: str, tmp_path: Path
-) -> None:
+def test_the_licence_is_the_recipes_or_the_bases(recipe, base, own, tmp_path):
     def licensed(name: str, license_: str) -> Snapshot:
         (folder := tmp_path / name).mkdir()
         (folder / "README.md").write_text(f"---\nlicense: {license_}\n---\n")
@@ -110,7 +106,7 @@ def test_the_licence_is_the_recipes_or_the_bases(
     assert license_in(bill.parts[0].read(), IMAGE) == ""
 
 
-def test_where_else_a_model_went_is_no_part_of_its_image() -> None:
+def test_where_else_a_model_went_is_no_part_of_its_image():
     plain = {"name": "x", "base": {"source": "hf://a/b"}}
     outputs = {"kinds": ["image", "volume"], "hub": "hf://acme/secret-project"}
 

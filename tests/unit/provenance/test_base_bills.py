@@ -90,7 +90,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Base]:
         yield Base(client, place, client.pull(place, platform="linux/amd64"))
 
 
-def test_attached_and_stated_ones_are_signed_with_the_image(base: Base, tmp_path: Path) -> None:
+def test_attached_and_stated_ones_are_signed_with_the_image(base, tmp_path):
     key, public = make_key(tmp_path)
     assert base.bills(base.place) == []
     base.attach(b'{"bomFormat":"CycloneDX"}')
@@ -105,7 +105,7 @@ def test_attached_and_stated_ones_are_signed_with_the_image(base: Base, tmp_path
     assert {"base.spdx.json", CYCLONEDX} <= set(documents["found"].split(", "))
 
 
-def test_a_base_of_ours_has_a_bill_of_another_model(base: Base, tmp_path: Path) -> None:
+def test_a_base_of_ours_has_a_bill_of_another_model(base, tmp_path):
     first, second = (f"{base.place.registry}/team/app:{number}" for number in "12")
     model = make_model(tmp_path / "model")
     bake(base.client, model, str(base.place), push=first)
@@ -118,11 +118,11 @@ def test_a_base_of_ours_has_a_bill_of_another_model(base: Base, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("statement", [b"[]", b"no JSON", b'{"predicate":[]}', b"{}"])
-def test_a_statement_that_says_nothing_is_no_bill(base: Base, statement: bytes) -> None:
+def test_a_statement_that_says_nothing_is_no_bill(base, statement):
     base.attach(BILL)
     assert base.bills(base.state(statement)) == [(CYCLONEDX, BILL)]
 
 
-def test_of_another_image_is_none_of_ours(base: Base) -> None:
+def test_of_another_image_is_none_of_ours(base):
     statement = json.dumps({"predicate": {"spdxVersion": "SPDX-2.3"}}).encode()
     assert base.bills(base.state(statement, about=Digest.of(b"another"))) == []

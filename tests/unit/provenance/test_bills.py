@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,7 +36,7 @@ def facts(**more: Json) -> BilledModel:
     return BilledModel(**given)
 
 
-def test_what_it_says() -> None:
+def test_what_it_says():
     bill = ml_bom(facts())
     model = bill["metadata"]["component"]
     assert model["type"] == "machine-learning-model"
@@ -54,12 +53,12 @@ def test_what_it_says() -> None:
     assert "licenses" not in ml_bom(facts(license=""))["metadata"]["component"]
 
 
-def test_the_same_model_has_the_same_bill() -> None:
+def test_the_same_model_has_the_same_bill():
     assert ml_bom(facts()) == ml_bom(facts())
     assert ml_bom(facts())["serialNumber"] != ml_bom(facts(version="2"))["serialNumber"]
 
 
-def test_an_engine_of_our_own() -> None:
+def test_an_engine_of_our_own():
     source = engine_source("llamacpp")
     bill = engine_bom("llamacpp", source, DIGEST)
     assert source["llama_cpp"]["commit"] in bill["metadata"]["component"]["purl"]
@@ -75,13 +74,13 @@ def test_an_engine_of_our_own() -> None:
         ("# no card", ""),
     ],
 )
-def test_a_licence_from_a_model_card(tmp_path: Path, text: str, found: str) -> None:
+def test_a_licence_from_a_model_card(tmp_path, text, found):
     (tmp_path / "README.md").write_text(text)
     assert license_of(tmp_path) == found
     assert license_of(tmp_path / "none") == ""
 
 
-def test_all_of_cyclonedx_is_kept() -> None:
+def test_all_of_cyclonedx_is_kept():
     """Held against the schema where the library that has it is installed."""
     validation = pytest.importorskip("cyclonedx.validation.json")
     schema = pytest.importorskip("cyclonedx.schema")

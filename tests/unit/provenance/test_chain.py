@@ -74,7 +74,7 @@ def wrong(image: Image, *stated: Statement) -> dict[str, str]:
     return {one.name: one.found for one in check_chain(image, stated, (), FILES) if one.ok is False}
 
 
-def test_what_was_stated_as_it_is_holds() -> None:
+def test_what_was_stated_as_it_is_holds():
     image = image_of(LABELS)
     checks = list(check_chain(image, (baked(image), *STEPS), (), FILES))
 
@@ -84,7 +84,7 @@ def test_what_was_stated_as_it_is_holds() -> None:
     }
 
 
-def test_a_statement_of_other_layers() -> None:
+def test_a_statement_of_other_layers():
     image = image_of(LABELS)
     layer, config = layer_resources(image)
     changed = Resource(name=layer.name, digest=OTHER)
@@ -101,14 +101,14 @@ def test_a_statement_of_other_layers() -> None:
 
 
 @pytest.mark.parametrize("name", ["artifact", "base", "adapter:0"])
-def test_a_label_that_names_another_source(name: str) -> None:
+def test_a_label_that_names_another_source(name):
     key = f"{PREFIX}{name.replace(':', '.')}.digest"
     image = image_of({**LABELS, key: OTHER})
 
     assert list(wrong(image, baked(image), *STEPS)) == [f"label {name}"]
 
 
-def test_a_base_that_is_served_as_it_is_and_is_another() -> None:
+def test_a_base_that_is_served_as_it_is_and_is_another():
     labels = {PREFIX + "artifact.digest": ARTIFACT}
     own = image_of({**labels, PREFIX + "base.digest": ARTIFACT})
     other = image_of({**labels, PREFIX + "base.digest": BASE})
@@ -117,13 +117,13 @@ def test_a_base_that_is_served_as_it_is_and_is_another() -> None:
     assert list(wrong(other, baked(other))) == ["base"]
 
 
-def test_scores_that_no_test_gave() -> None:
+def test_scores_that_no_test_gave():
     image = image_of({**LABELS, PREFIX + "score.image": "1.0000 contains n=33"})
 
     assert wrong(image, baked(image), *STEPS) == {"gate": "scores without a result"}
 
 
-def test_a_rebase_that_names_another_first_image() -> None:
+def test_a_rebase_that_names_another_first_image():
     image, first = image_of(LABELS), image_of({**LABELS, "version": "before"})
 
     def rebased(named: Digest) -> Statement:
@@ -134,7 +134,7 @@ def test_a_rebase_that_names_another_first_image() -> None:
     assert list(wrong(image, rebased(OTHER), baked(first), *STEPS)) == ["rebase"]
 
 
-def test_more_attachments_than_any_image_has_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_attachments_than_any_image_has_are_not_read(monkeypatch):
     monkeypatch.setattr(evidence, "_MOST_ATTACHED", 2)
     row = (Blob(digest=OTHER, size=1, media_type="x"), "")
 

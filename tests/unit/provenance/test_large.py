@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -38,7 +37,7 @@ class Key:
 
 
 @pytest.mark.slow
-def test_a_large_statement_is_read_and_signed_again_however_it_is_kept() -> None:
+def test_a_large_statement_is_read_and_signed_again_however_it_is_kept():
     key = Key()
     check = signing.check_by(key.public)
     envelope = signing.sign_statement(STATEMENT, key)
@@ -57,7 +56,7 @@ def test_a_large_statement_is_read_and_signed_again_however_it_is_kept() -> None
 
 
 @pytest.mark.slow
-def test_a_large_bill_beside_a_base_is_found() -> None:
+def test_a_large_bill_beside_a_base_is_found():
     part = AttachmentPart.of_bytes(
         STATEMENT.content,
         signing.STATEMENT_TYPE,
@@ -69,14 +68,14 @@ def test_a_large_bill_beside_a_base_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_a_large_attached_evaluation_keeps_its_questions() -> None:
+def test_a_large_attached_evaluation_keeps_its_questions():
     rows = [{"prompt": LARGE, "expected": "y"}]
     part = AttachmentPart.of_bytes(json.dumps({"items": rows}).encode(), evidence.EVALUATION_TYPE)
     assert _items(part) == rows
 
 
 @pytest.mark.slow
-def test_a_large_record_of_a_build_is_known_again(tmp_path: Path) -> None:
+def test_a_large_record_of_a_build_is_known_again(tmp_path):
     image = foreign_image(tar_of((entry("a"), b"")))
     layers = [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]
     recorded = {"reference": "", "digest": image.digest, "layers": layers}

@@ -1,7 +1,6 @@
 """The recipe: faults are named with the nearest right spelling, the schema is what is checked."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -16,7 +15,7 @@ SMALLEST = {"name": "bot", "base": {"source": "./base"}}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_examples_pass_the_published_schema(path: Path) -> None:
+def test_examples_pass_the_published_schema(path):
     schema = json.loads((ROOT / "docs/reference/recipe.schema.json").read_text())
     jsonschema.validate(yaml.safe_load(path.read_text()), schema)
 
@@ -58,7 +57,7 @@ def test_examples_pass_the_published_schema(path: Path) -> None:
         ({"quality": {"gate": "x"}}, ".yaml: `quality.gate`: expected true, false or 'measure'"),
     ],
 )
-def test_faults_are_named(change: dict, message: str) -> None:
+def test_faults_are_named(change, message):
     with pytest.raises(UsageError) as caught:
         check_recipe(SMALLEST | change, "recipe.yaml")
 
@@ -66,7 +65,7 @@ def test_faults_are_named(change: dict, message: str) -> None:
     assert caught.value.hint
 
 
-def test_settings_override_and_leave_the_original_alone() -> None:
+def test_settings_override_and_leave_the_original_alone():
     data = {"serve": {"gpu": "x"}}
     changed = with_settings(
         data, ["serve.max_model_len=4096", "serve.extra.flash-attn=on", "a=1.5"]
@@ -84,7 +83,7 @@ def test_settings_override_and_leave_the_original_alone() -> None:
     ["1.20", "2026-11-28", "0123", "1_000", "12:30", "1e5", "yes", "null", "a #b", "[x]",
      "{a: b}", ""],
 )  # fmt: skip
-def test_what_the_recipe_has_as_text_is_set_as_it_stands(text: str) -> None:
+def test_what_the_recipe_has_as_text_is_set_as_it_stands(text):
     """YAML would make a number, a date, a truth or a list of it, and cut a comment off."""
     settings = [f"image.labels.team={text}", f"base.revision={text}", f"adapters.0.run_id={text}"]
     data = SMALLEST | {"adapters": [{"source": "a"}]}
@@ -96,7 +95,7 @@ def test_what_the_recipe_has_as_text_is_set_as_it_stands(text: str) -> None:
     assert (quoted["version"], quoted["base"]["license"]) == ("1.2", "a: b")
 
 
-def test_a_label_is_set_by_its_name_which_has_dots() -> None:
+def test_a_label_is_set_by_its_name_which_has_dots():
     settings = ["image.labels.org.opencontainers.image.revision=0f3e", "image.labels.team=x"]
     settings += ["quantize.tensor_types.blk.0.attn_v=q8_0", "quality.limits.q8_0.top1=0.5"]
     recipe = check_recipe(with_settings(SMALLEST, settings), "here")
@@ -106,7 +105,7 @@ def test_a_label_is_set_by_its_name_which_has_dots() -> None:
     assert recipe.quality.limits["q8_0"].top1 == 0.5
 
 
-def test_keys_that_are_shared_in_the_file(tmp_path: Path) -> None:
+def test_keys_that_are_shared_in_the_file(tmp_path):
     """YAML's merge key: what stands beside it wins, as its specification says."""
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -121,7 +120,7 @@ def test_keys_that_are_shared_in_the_file(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_keys_that_the_mapping_around_them_shares(tmp_path: Path) -> None:
+def test_keys_that_the_mapping_around_them_shares(tmp_path):
     """A mapping is looked at as it is written, whatever was merged into it before."""
     path = tmp_path / "recipe.yaml"
     path.write_text("base: &one {<<: &any {source: ./a}, source: ./b}\n<<: [{name: x}, *one]\n")
@@ -138,7 +137,7 @@ def test_keys_that_the_mapping_around_them_shares(tmp_path: Path) -> None:
         ("image: {labels: {1: a, 1: b}}", "1"),
     ],
 )
-def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
+def test_a_key_that_is_there_twice(tmp_path, text, key):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"name: bot\n{text}\n")
     with pytest.raises(UsageError, match=f"line 2, column .*duplicate key {key}"):
@@ -146,7 +145,7 @@ def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(("version", "kind"), [("1.2", "a number"), ("on", "true or false")])
-def test_a_version_that_yaml_does_not_read_as_text(tmp_path: Path, version: str, kind: str) -> None:
+def test_a_version_that_yaml_does_not_read_as_text(tmp_path, version, kind):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"name: bot\nversion: {version}\nbase: {{source: ./base}}\n")
 
@@ -154,7 +153,7 @@ def test_a_version_that_yaml_does_not_read_as_text(tmp_path: Path, version: str,
         read_recipe(path)
 
 
-def test_a_date_is_text_as_it_stands(tmp_path: Path) -> None:
+def test_a_date_is_text_as_it_stands(tmp_path):
     """Not a type of its own, which no engine and no label could hold."""
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -182,9 +181,7 @@ PATHS = {
 """Settings that name `x` of the current folder."""
 
 
-def test_paths_of_a_setting_are_the_callers_and_those_of_the_file_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_of_a_setting_are_the_callers_and_those_of_the_file_its_own(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -222,7 +219,7 @@ def test_paths_of_a_setting_are_the_callers_and_those_of_the_file_its_own(
         ("base.license=mit", "mit"),
     ],
 )
-def test_what_is_no_path_stays(setting: str, value: str) -> None:
+def test_what_is_no_path_stays(setting, value):
     data = with_settings(SMALLEST | {"adapters": [{"source": "./a"}]}, [setting])
     for key in setting.split("=")[0].split("."):
         data = data[int(key) if key.isdecimal() else key]
@@ -237,7 +234,7 @@ def test_what_is_no_path_stays(setting: str, value: str) -> None:
         ("novalue", ""), ("=x", ""), ("name.first=x", ""),
     ],
 )  # fmt: skip
-def test_settings_that_are_none(setting: str, said: str) -> None:
+def test_settings_that_are_none(setting, said):
     with pytest.raises(UsageError, match=f"--set{said}"):
         with_settings(SMALLEST, [setting])
 

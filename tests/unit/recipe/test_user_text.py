@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +50,7 @@ DOORS: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("unfit", UNFIT)
-def test_a_value_that_is_not_jsons_is_refused(door: str, unfit: str) -> None:
+def test_a_value_that_is_not_jsons_is_refused(door, unfit):
     with pytest.raises(UsageError) as caught:
         DOORS[door](UNFIT[unfit])
 
@@ -78,9 +77,7 @@ YAML = {
 
 
 @pytest.mark.parametrize("unfit", YAML)
-def test_yaml_of_ours_that_is_not_jsons_is_refused(
-    unfit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_yaml_of_ours_that_is_not_jsons_is_refused(unfit, tmp_path, monkeypatch):
     """In a recipe, a fleet file and the configuration, by one rule."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "config.yaml"))
     text = YAML[unfit]
@@ -107,9 +104,7 @@ def test_yaml_of_ours_that_is_not_jsons_is_refused(
         "cache: {verify_key: a.pem}\ncache: s3://a/b\n",
     ],
 )
-def test_a_key_that_the_configuration_has_twice(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_that_the_configuration_has_twice(text, tmp_path, monkeypatch):
     """The second would silently switch off that only signed results are used."""
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -119,7 +114,7 @@ def test_a_key_that_the_configuration_has_twice(
         read_config()
 
 
-def test_what_passes_the_door_is_written_as_json() -> None:
+def test_what_passes_the_door_is_written_as_json():
     extra = {"a": [1, -1.5, True, None, "ä"], "b": {"c": (2, "")}}
     recipe = check_recipe(with_settings(SMALLEST | {"serve": {"extra": extra}}, []), "here")
 
@@ -128,6 +123,6 @@ def test_what_passes_the_door_is_written_as_json() -> None:
 
 
 @pytest.mark.parametrize("value", [b"a", dt.date(2026, 12, 1), object()])
-def test_what_json_has_not_is_never_written(value: object) -> None:
+def test_what_json_has_not_is_never_written(value):
     with pytest.raises(TypeError, match="no JSON form"):
         canonical({"a": [value]})
