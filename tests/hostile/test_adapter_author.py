@@ -37,7 +37,7 @@ from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.evaluating.pages import build_view, render_view
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.merging.plan import make_plan
-from weightsmith.outside.forked import forked
+from weightsmith.outside.process import forked
 from weightsmith.quantizers.quality.texts import _lengths
 from weightsmith.validating.result import Validation, finding
 

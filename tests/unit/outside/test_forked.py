@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.outside.forked import forked
+from weightsmith.outside.process import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -72,7 +72,7 @@ def test_it_ends_with_the_block():
 
 PROGRAM = """
 import os, sys, time
-from weightsmith.outside.forked import forked
+from weightsmith.outside.process import forked
 with forked(lambda: time.sleep(600), "counting") as copy:
     print(copy.pid, flush=True)
     time.sleep(600)

@@ -13,7 +13,6 @@ from weightsmith.core.platforms import host_platform, machine_of
 from weightsmith.core.ports import Runner
 from weightsmith.core.privacy import is_shared, owners
 from weightsmith.core.resources import engine_platforms, images
-from weightsmith.core.values import JsonValue
 from weightsmith.outside.confinement import confinement
 from weightsmith.outside.docker import DockerEngine, DockerRunner
 from weightsmith.outside.hardware import cores, gpu_names
@@ -117,7 +116,6 @@ def _disk(store: Path) -> Checkup:
 
 
 def _privacy(cache: Path, store: Path) -> Checkup:
-    """Check who else can read results, jobs and logs."""
     folders = [folder for folder in dict.fromkeys((cache, store)) if folder.is_dir()]
     shared = [folder for folder in folders if is_shared(folder)]
     found = [owners(folder) for folder in folders]
@@ -148,7 +146,8 @@ def _credentials() -> Checkup:
         config = docker_config()
     except WeightsmithError as error:
         return Checkup(error.message, todo=error.hint)
-    logins, helpers = _table(config, "auths"), _table(config, "credHelpers")
+    tables = (config.get(key) for key in ("auths", "credHelpers"))
+    logins, helpers = (table if isinstance(table, dict) else {} for table in tables)
     store = config.get("credsStore")
     hosts = sorted({*logins, *helpers})
     if hosts or store:
@@ -161,11 +160,6 @@ def _credentials() -> Checkup:
             )
         return Checkup(found, ok=True)
     return Checkup("none", todo="`docker login HOST` before pushing to a registry that asks")
-
-
-def _table(config: Mapping[str, JsonValue], key: str) -> Mapping[str, JsonValue]:
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def _hub() -> Checkup:
@@ -195,7 +189,6 @@ def _builders(engine: DockerEngine, cache: Path) -> Checkup:
 
 
 def _platforms(cache: Path) -> Checkup:
-    """Say what images can be made for, and which of these can be started here."""
     own = host_platform()
     engine = "llamacpp"
     others = [platform for platform in engine_platforms(engine) if platform != own]
@@ -210,7 +203,6 @@ def _platforms(cache: Path) -> Checkup:
 
 
 def _jobs() -> Checkup:
-    """Check what jobs of the local runner can reach."""
     found = confinement()
     left = found.left()
     todo = f"local jobs can still reach: {left}; with the docker runner they cannot"

@@ -127,10 +127,7 @@ class DockerEngine:
                 return {}
 
     def untag(self, reference: str) -> None:
-        """Remove a name, and with its last name the image.
-
-        A missing name is ignored, and so is one that another build's container still uses.
-        """
+        """Remove a name; ignore one that is missing or that another build's container uses."""
         with engine_errors(f"removing the name {reference}"), contextlib.suppress(ImageNotFound):
             try:
                 self.client.images.remove(reference, noprune=False)
@@ -191,10 +188,7 @@ class DockerEngine:
 
 
 class DockerRunner:
-    """Runs each job in a container of its builder's image, without network and privileges.
-
-    `cache` is for logs and for private copies of inputs that the container's user cannot read.
-    """
+    """Runs each job in a container of its builder's image, without network and privileges."""
 
     name = "docker"
     networked = False
@@ -202,6 +196,7 @@ class DockerRunner:
     def __init__(self, engine: DockerEngine, cache: Path) -> None:
         self._engine = engine
         self._cache = cache
+        """For logs, and for private copies of inputs that the container's user cannot read."""
 
     def prepare(self, builder: str, progress: Progress) -> None:
         """Build the builder's image if the engine does not have it; takes minutes, once."""
@@ -233,7 +228,18 @@ class DockerRunner:
         with contextlib.ExitStack() as stack:
             staging = stack.enter_context(private_folder(self._cache))
             tools = optional_toolsets(self._cache, job.builder)
-            files = _hand_over(job, staging, tools, by_others=root)
+            given = {f"in/{name}": one.path for name, one in job.inputs.items()}
+            places = {**given, "weightsmith": package(), **tools}
+            there = {n: readable(p, staging / n, by_others=root) for n, p in places.items()}
+            files = JobFiles(
+                inputs={name: there[f"in/{name}"] for name in job.inputs},
+                output=job.output.resolve(),
+                job_file=staging / "job.json",
+                package=there["weightsmith"],
+                tools={engine: there[engine] for engine in tools},
+            )
+            files.job_file.write_text(write_job(inside(job)), encoding="utf-8")
+            files.job_file.chmod(0o444)
             log = stack.enter_context(open_log(self._cache, job.kind))
             if root:
                 stack.enter_context(owned_by(job.output, user, group))
@@ -303,27 +309,6 @@ def _passes_gpus(info: Mapping[str, Any]) -> bool:
     )
 
 
-def _hand_over(job: Job, staging: Path, tools: Mapping[str, Path], *, by_others: bool) -> JobFiles:
-    """Prepare the container's files, readable for its user."""
-    inputs = {
-        name: readable(given.path, staging / "in" / name, by_others=by_others)
-        for name, given in job.inputs.items()
-    }
-    files = JobFiles(
-        inputs=inputs,
-        output=job.output.resolve(),
-        job_file=staging / "job.json",
-        package=readable(package(), staging / "weightsmith", by_others=by_others),
-        tools={
-            engine: readable(folder, staging / engine, by_others=by_others)
-            for engine, folder in tools.items()
-        },
-    )
-    files.job_file.write_text(write_job(inside(job)), encoding="utf-8")
-    files.job_file.chmod(0o444)
-    return files
-
-
 LAST_SECONDS = 15.0
 """Seconds that an interrupted command waits for an engine that is already unpacking."""
 
@@ -353,7 +338,7 @@ def load_in_order(
                 ArchiveUpload(connect, archive, reference, uploads[-1] if uploads else None)
             )
             if len(uploads) >= parallel:
-                uploads[-parallel].wait_until_sent()
+                uploads[-parallel].sent.wait()
             for before in uploads[:-parallel]:
                 before.finish()
             del uploads[:-parallel]
@@ -361,7 +346,7 @@ def load_in_order(
             last.finish()
     except BaseException:
         for upload in uploads:
-            upload.stop()
+            upload.given_up.set()
         for upload in uploads:
             upload.give_up()
         raise
@@ -383,8 +368,9 @@ class ArchiveUpload(threading.Thread):
         super().__init__(daemon=True)
         self._connect, self._archive, self._reference = connect, archive, reference
         self._before = before
-        self._given_up = threading.Event()
-        self._sent = threading.Event()
+        self.given_up = threading.Event()
+        self.sent = threading.Event()
+        """Set once all but the last chunk is sent, or it failed."""
         self._ended = threading.Event()
         """Set at the end: an interrupted `join` treats the thread as ended (Python 3.11, 3.12)."""
         self._problem: BaseException | None = None
@@ -410,32 +396,26 @@ class ArchiveUpload(threading.Thread):
             self._problem = problem
         finally:
             self._before = None  # else each would keep all previous ones in memory
-            self._sent.set()
+            self.sent.set()
             self._ended.set()
 
     def _chunks(self) -> Iterator[bytes]:
         kept = b""
         for chunk in self._archive:
-            self._check()
+            if self.given_up.is_set():
+                raise ConnectionError("given up")  # the engine drops incomplete archives
             if self._before is None:
                 yield chunk
                 continue
             if kept:
                 yield kept
             kept = chunk
-        self._sent.set()
+        self.sent.set()
         if self._before is not None:
             self._before.finish()
-            self._check()
+            if self.given_up.is_set():
+                raise ConnectionError("given up")
             yield kept
-
-    def _check(self) -> None:
-        if self._given_up.is_set():
-            raise ConnectionError("given up")  # the engine drops incomplete archives
-
-    def wait_until_sent(self) -> None:
-        """Wait until all but the last chunk is sent, or until it failed."""
-        self._sent.wait()
 
     def finish(self) -> None:
         """Wait for the end; raises the error, if any."""
@@ -443,13 +423,9 @@ class ArchiveUpload(threading.Thread):
         if self._problem is not None:
             raise self._problem
 
-    def stop(self) -> None:
-        """Send no more."""
-        self._given_up.set()
-
     def give_up(self) -> None:
         """Send no more, and wait until the engine has dropped the image or finished loading it."""
-        self.stop()
+        self.given_up.set()
         self._ended.wait(LAST_SECONDS)
 
 

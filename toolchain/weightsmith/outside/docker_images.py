@@ -105,7 +105,7 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
 
 
 def _only_said(done: process.Completed) -> process.Completed:
-    """Keep only what programs printed in a failed build, without BuildKit's own lines."""
+    # Of a failed build, what programs printed, without BuildKit's own lines.
     said = tuple(match[1] for line in done.tail if (match := _SAID.match(line)))
     errors = tuple(line for line in done.tail if line.startswith("ERROR"))
     return dataclasses.replace(done, tail=said[-8:] or errors or done.tail[-3:])

@@ -76,11 +76,28 @@ class DockerLauncher:
                 f"published: {_logs(container, 5)}",
                 hint="start the image by hand to see why: `docker run --rm IMAGE`",
             )
+
+        def alive() -> bool:
+            try:
+                container.reload()
+            except GONE:
+                return False
+            return bool(container.status == "running")
+
+        def stop(seconds: float) -> int | None:
+            # Only SIGTERM, as from an orchestrator.
+            with engine_errors("stopping the server"):
+                container.kill("SIGTERM")
+                try:
+                    return int(container.wait(timeout=seconds)["StatusCode"])
+                except RequestException:  # how the client library reports a timeout
+                    return None
+
         return Endpoint(
             url=url,
             logs=lambda count: _logs(container, count),
-            alive=lambda: _alive(container),
-            stop=lambda seconds: _stop(container, seconds),
+            alive=alive,
+            stop=stop,
             restart=lambda: self._started(container, image, spec, network),
             confinement=confinement(container.attrs or {}, network),
         )
@@ -145,21 +162,3 @@ def _logs(container: Container, count: int) -> str:
         return container.logs(tail=count).decode(errors="replace").rstrip("\n")
     except GONE as problem:
         return f"(no logs: {problem})"
-
-
-def _alive(container: Container) -> bool:
-    try:
-        container.reload()
-    except GONE:
-        return False
-    return bool(container.status == "running")
-
-
-def _stop(container: Container, seconds: float) -> int | None:
-    """Send only SIGTERM, and wait for the end."""
-    with engine_errors("stopping the server"):
-        container.kill("SIGTERM")
-        try:
-            return int(container.wait(timeout=seconds)["StatusCode"])
-        except RequestException:  # how the client library reports a timeout
-            return None

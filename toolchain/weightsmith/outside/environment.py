@@ -246,7 +246,6 @@ class _Installer:
         return process.run(load, env=process.scrubbed(), on_line=self._keep).returncode == 0
 
     def build(self, requirements: Path) -> None:
-        """Build and install pinned source packages with the installed build tools."""
         only = ["--only-binary", ":none:", "--no-build-isolation"]
         self._pip(requirements, only).require(
             f"building {requirements.parent.name}/{requirements.name}",
@@ -256,7 +255,6 @@ class _Installer:
         )
 
     def check(self, accepted: frozenset[str]) -> None:
-        """Check that the packages are compatible: they were installed without resolving."""
         asked = process.run(
             [self.python, "-m", "pip", "check"], env=self._env(), on_line=self._keep
         )
@@ -269,15 +267,6 @@ class _Installer:
     def _pip(self, requirements: Path, options: Sequence[str]) -> process.Completed:
         words = requirements.read_text("utf-8").splitlines()
         total = sum(1 for word in words if re.match(r"[A-Za-z0-9]", word))
-        seen = 0
-
-        def on_line(line: str) -> None:
-            nonlocal seen
-            self._keep(line)
-            if line.startswith("Collecting "):
-                seen += 1
-                self.progress.advance(min(seen, total), total, "packages")
-
         wheels = os.environ.get("WEIGHTSMITH_WHEELS")
         command: list[str | Path] = [
             *(self.python, "-m", "pip", "install", "--require-hashes", "--no-deps"),
@@ -288,8 +277,15 @@ class _Installer:
         ]
 
         def install() -> process.Completed:
-            nonlocal seen
             seen = 0
+
+            def on_line(line: str) -> None:
+                nonlocal seen
+                self._keep(line)
+                if line.startswith("Collecting "):
+                    seen += 1
+                    self.progress.advance(min(seen, total), total, "packages")
+
             return process.run(command, env=self._env(), on_line=on_line)
 
         return persistently(install, self.progress)

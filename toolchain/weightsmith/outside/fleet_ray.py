@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -90,7 +90,12 @@ class RayFleet:
                     "memory": float(work.memory_bytes),
                     "GPU": float(work.gpus if gpus else 0),
                 }
-                if lacking := _lacking(asks, [node["Resources"] for node in nodes]):
+                there = [node["Resources"] for node in nodes]
+                if not any(all(one.get(n, 0) >= v for n, v in asks.items()) for one in there):
+                    largest = {n: max((one.get(n, 0) for one in there), default=0) for n in asks}
+                    short = [n for n in asks if largest[n] < asks[n]] or [*asks]
+                    named = {"memory": "bytes of memory"}
+                    lacking = ", ".join(f"{asks[n]:,.0f} {named.get(n, n)}" for n in short)
                     why = f"no node of the cluster has {lacking}"
                     self._impossible.append(Ended(id=work.id, node="", text="", why=why))
                     continue
@@ -157,7 +162,6 @@ class RayFleet:
 
     @contextmanager
     def _cluster_errors(self) -> Iterator[None]:
-        """Turn what Ray raises without its cluster into an error of the environment."""
         try:
             yield
         except (self._ray.exceptions.RayError, OSError, RuntimeError) as error:
@@ -180,15 +184,6 @@ class RayFleet:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-
-
-def _lacking(asks: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
-    """Return which resource no node has enough of; empty if one node has enough of all."""
-    if any(all(node.get(n, 0) >= v for n, v in asks.items()) for node in nodes):
-        return ""
-    largest = {n: max((node.get(n, 0) for node in nodes), default=0) for n in asks}
-    short = [n for n in asks if largest[n] < asks[n]] or [*asks]
-    return ", ".join(f"{asks[n]:,.0f} {'bytes of memory' if n == 'memory' else n}" for n in short)
 
 
 def _connected(address: str) -> ModuleType:

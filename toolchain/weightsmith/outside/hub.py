@@ -346,7 +346,6 @@ def _failure(error: Exception, repository: str, what: str) -> WeightsmithError:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     name, place = f"hf://{repository}", hub_endpoint()
-    status = _status(error)
     said = f"{name}: {place} refused to let us {what} it"
     if isinstance(error, OfflineModeIsEnabled):
         return EnvironmentFailure(f"{name}: HF_HUB_OFFLINE is set", hint="unset it to publish")
@@ -356,40 +355,38 @@ def _failure(error: Exception, repository: str, what: str) -> WeightsmithError:
             f"{name}: {place} does not accept the model's card: {why}",
             hint="correct `card` in the recipe, for example its licence",
         )
-    if status == _UNAUTHORIZED:
-        return EnvironmentFailure(f"{said}: not signed in, or the token is not valid", hint=_TOKEN)
-    if status == _FORBIDDEN:
-        owner = repository.partition("/")[0]
+    if not (status := _status(error)):
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
         return EnvironmentFailure(
-            f"{said}: this account or its token may not do that",
-            hint=f"use a token with write access to {owner}, or another owner",
+            f"{name}: {place} could not be reached: {type(first).__name__}",
+            hint="check the network, HF_ENDPOINT and the proxy, and push again: what has arrived "
+            "is not sent twice",
         )
     if status == _ABSENT:
         return InputRefused(
             f"{name}: {place} has no such owner or repository",
             hint="check owner and name, and that the token may see them",
         )
-    if status in (_CONFLICT, _MOVED):
-        return EnvironmentFailure(
-            f"{name}: somebody else wrote to it at the same time", hint="push again"
-        )
-    if status == _TOO_MANY:
-        return EnvironmentFailure(
-            f"{said}: too many requests", hint="wait a few minutes, push again"
-        )
-    if status:
-        return EnvironmentFailure(
+    another = (f"{name}: somebody else wrote to it at the same time", "push again")
+    message, hint = {
+        _UNAUTHORIZED: (f"{said}: not signed in, or the token is not valid", _TOKEN),
+        _FORBIDDEN: (
+            f"{said}: this account or its token may not do that",
+            f"use a token with write access to {repository.partition('/')[0]}, or another owner",
+        ),
+        _CONFLICT: another,
+        _MOVED: another,
+        _TOO_MANY: (f"{said}: too many requests", "wait a few minutes, push again"),
+    }.get(
+        status,
+        (
             f"{said}: HTTP status {status}",
-            hint="try again later; if it happens again, check the name and the account's storage",
-        )
-    first: BaseException = error
-    while first.__cause__ is not None:
-        first = first.__cause__
-    return EnvironmentFailure(
-        f"{name}: {place} could not be reached: {type(first).__name__}",
-        hint="check the network, HF_ENDPOINT and the proxy, and push again: what has arrived is "
-        "not sent twice",
+            "try again later; if it happens again, check the name and the account's storage",
+        ),
     )
+    return EnvironmentFailure(message, hint=hint)
 
 
 def _status(error: BaseException) -> int:

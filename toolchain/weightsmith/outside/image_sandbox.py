@@ -125,7 +125,9 @@ def in_namespaces(settings: SandboxSettings) -> None:
         if not settings.as_root:
             map_ids(*settings.user)
         unshare(NEW_NETWORK | NEW_IPC | NEW_NAMES)
-        raise_loopback()
+        # In a new network namespace, `lo` is down.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
         end_relay = start_relay(*settings.relay, restrict_relay)
         unshare(NEW_PROCESSES)
         die_with_parent(settings.parent)
@@ -152,10 +154,14 @@ def _first_process(settings: SandboxSettings, answer: int, ask: int, ended: int)
         unshare(NEW_MOUNTS)
         root = Path(settings.root)
         furnish(root, settings.memory_bytes, settings.shm_bytes, gpu=settings.gpu)
-        change_root()
+        if libc.syscall(_PIVOT_ROOT.get(platform.machine(), -1), b".", b".") == 0:
+            check(libc.umount2(b".", _DETACH), "umount2")
+        else:  # the machine's root cannot be pivoted: it is an initial ramdisk
+            os.chroot(".")
+        os.chdir("/")
     _enter(settings)
     with _reporting(settings, "confine"):
-        seal()
+        _remount(Path("/"), _READ_ONLY | _NO_SETUID | _NO_DEVICES)
         if settings.as_root:
             _leave_root(settings.user, ask, answer)
         else:
@@ -213,7 +219,11 @@ def in_folder(settings: SandboxSettings) -> None:
     with _reporting(settings, "confine"):
         os.chroot(settings.root)
         os.chdir("/")
-        make_devices(Path("/dev"))
+        _make_folder(Path("/dev"))
+        for name, number in _MEMORY_DEVICES.items():
+            with suppress(OSError):  # root in a container may do this, but not everywhere
+                os.mknod(f"/dev/{name}", stat.S_IFCHR, os.makedev(1, number))
+                Path("/dev", name).chmod(0o666)
     _enter(settings)
     with _reporting(settings, "confine"):
         privileges.become_nobody()
@@ -354,33 +364,6 @@ def _furnish_devices(folder: Path, shm_bytes: int, *, gpu: bool) -> None:
     _remount(folder, _READ_ONLY)
 
 
-def make_devices(folder: Path) -> None:
-    """Create the devices that every program expects, if they cannot be mounted.
-
-    Root in a container may do this; what is not allowed is skipped.
-    """
-    _make_folder(folder)
-    for name, number in _MEMORY_DEVICES.items():
-        with suppress(OSError):
-            os.mknod(folder / name, stat.S_IFCHR, os.makedev(1, number))
-            (folder / name).chmod(0o666)
-
-
-def change_root() -> None:
-    """Make the working directory, a mount, the root; nothing else stays visible."""
-    pivot = _PIVOT_ROOT.get(platform.machine(), -1)
-    if libc.syscall(pivot, b".", b".") == 0:
-        check(libc.umount2(b".", _DETACH), "umount2")
-    else:  # the machine's root cannot be pivoted: it is an initial ramdisk
-        os.chroot(".")
-    os.chdir("/")
-
-
-def seal() -> None:
-    """Make the root read-only, without devices and set-user-id programs."""
-    _remount(Path("/"), _READ_ONLY | _NO_SETUID | _NO_DEVICES)
-
-
 def _remount(place: Path, flags: int) -> None:
     # Existing flags must be repeated, or the kernel refuses.
     present = os.statvfs(place).f_flag
@@ -393,12 +376,6 @@ _SET_FLAGS, _UP = 0x8914, 1
 """SIOCSIFFLAGS and IFF_UP, see netdevice(7)."""
 _LAST_WORDS = 5.0
 """Seconds for clients to read what a server sent before it ended."""
-
-
-def raise_loopback() -> None:
-    """Bring up `lo`, which is down in a new network namespace."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
 
 
 def start_relay(listening: int, port: int, reduce: Callable[[], None]) -> Callable[[], None]:

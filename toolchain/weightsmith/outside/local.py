@@ -16,7 +16,7 @@ from weightsmith.core.ports import Progress, Runner
 from weightsmith.core.resources import compiled_engines, package
 from weightsmith.core.values import JsonValue
 from weightsmith.outside import process
-from weightsmith.outside.confinement import Confinement, confinement, interpreter, job_sandbox
+from weightsmith.outside.confinement import confinement, interpreter, job_sandbox
 from weightsmith.outside.environment import (
     Pins,
     check_compiler,
@@ -25,7 +25,6 @@ from weightsmith.outside.environment import (
     make_environment,
 )
 from weightsmith.outside.hardware import cores, gpu_names
-from weightsmith.outside.job_sandbox import JobSandbox
 from weightsmith.outside.lines import RESULT
 from weightsmith.outside.memory_watchdog import lies_in_memory
 from weightsmith.outside.ownership import private_folder
@@ -84,10 +83,7 @@ class LocalRunner:
         try_toolsets(self._cache, builder, progress)
 
     def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure if its jobs would have network access, or it cannot be made.
-
-        It cannot be made if a package must be compiled and there is no compiler.
-        """
+        """Raise EnvironmentFailure if jobs would have network access, or a compiler is missing."""
         self._require_confinement()
         pins = _pins(builder)
         if not is_complete(environment_folder(self._cache, pins)):
@@ -110,18 +106,31 @@ class LocalRunner:
         self.prepare(job.builder, progress)
         here = {n: given.at(given.path.absolute()) for n, given in job.inputs.items()}
         job = job.at(here, job.output.absolute())
-        python = environment_folder(self._cache, _pins(job.builder)) / "bin" / "python"
+        environment = environment_folder(self._cache, _pins(job.builder))
+        python = environment / "bin" / "python"
+        tools = {name: toolset_folder(self._cache, name) for name in compiled_engines(job.builder)}
+        tools |= optional_toolsets(self._cache, job.builder)
         with (
             private_folder(self._cache) as folder,
             open_log(self._cache, job.kind) as log,
             Conversation(job=job, progress=progress, log=log).in_time() as conversation,
         ):
-            (folder / "tmp").mkdir()
-            (folder / "lib").mkdir()  # from which only our package is imported
-            (folder / "lib" / "weightsmith").symlink_to(package())
+            temporary, lib = folder / "tmp", folder / "lib"
+            temporary.mkdir()
+            lib.mkdir()  # from which only our package is imported
+            (lib / "weightsmith").symlink_to(package())
             (folder / "job.json").write_text(write_job(job), encoding="utf-8")
             found = confinement()
-            sandbox = self._sandbox(job, folder, found)
+            sandbox = job_sandbox(
+                found,
+                run=[environment, *interpreter(python), package(), *tools.values()],
+                read=[folder],
+                inputs=[given.path for given in job.inputs.values()],
+                write=[temporary, job.output],
+                gpu=job.use_gpu,
+                sockets=not found.network,
+                shared_bytes=job.memory_bytes,
+            )
             if left := found.left():
                 log.write(f"on this machine the job can reach {left}\n")
             if sandbox.sockets:
@@ -130,8 +139,8 @@ class LocalRunner:
                 self.networked = True
             done = process.run(
                 [python, "-m", "weightsmith.worker", folder / "job.json"],
-                cwd=folder / "tmp",
-                env=self._environment(job, folder),
+                cwd=temporary,
+                env=_environment(temporary, lib, tools),
                 on_line=conversation.on_line,
                 on_error_line=conversation.on_error_line,
                 longest_line=RESULT,
@@ -156,36 +165,20 @@ class LocalRunner:
                 hint=WAYS_OUT,
             )
 
-    def _tools(self, builder: str) -> dict[str, Path]:
-        compiled = {name: toolset_folder(self._cache, name) for name in compiled_engines(builder)}
-        return {**compiled, **optional_toolsets(self._cache, builder)}
 
-    def _sandbox(self, job: Job, folder: Path, found: Confinement) -> JobSandbox:
-        environment = environment_folder(self._cache, _pins(job.builder))
-        python, tools = environment / "bin" / "python", self._tools(job.builder).values()
-        return job_sandbox(
-            found,
-            run=[environment, *interpreter(python), package(), *tools],
-            read=[folder],
-            inputs=[given.path for given in job.inputs.values()],
-            write=[folder / "tmp", job.output],
-            gpu=job.use_gpu,
-            sockets=not found.network,
-            shared_bytes=job.memory_bytes,
-        )
-
-    def _environment(self, job: Job, folder: Path) -> dict[str, str]:
-        own = {
-            **worker_environment(),
-            "HOME": str(folder / "tmp"),
-            "TMPDIR": str(folder / "tmp"),
-            # Else a quantizer's library makes its cache in /tmp, which a job may not write to.
-            "HF_HOME": str(folder / "tmp" / "hub"),
-            "PYTHONPATH": str(folder / "lib"),
-            "PYTHONSAFEPATH": "1",
-        }
-        tools = self._tools(job.builder).items()
-        return process.scrubbed({**own, **{tools_variable(name): str(at) for name, at in tools}})
+def _environment(temporary: Path, lib: Path, tools: Mapping[str, Path]) -> dict[str, str]:
+    own = {
+        **worker_environment(),
+        "HOME": str(temporary),
+        "TMPDIR": str(temporary),
+        # Else a quantizer's library makes its cache in /tmp, which a job may not write to.
+        "HF_HOME": str(temporary / "hub"),
+        "PYTHONPATH": str(lib),
+        "PYTHONSAFEPATH": "1",
+    }
+    return process.scrubbed(
+        {**own, **{tools_variable(name): str(at) for name, at in tools.items()}}
+    )
 
 
 def _most_data(job: Job) -> int:

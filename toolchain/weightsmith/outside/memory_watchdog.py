@@ -45,13 +45,18 @@ def memory_limit(
     over, lock = threading.Event(), threading.Lock()
     group = _group(pid, most) if grouped else None
 
+    def was_enforced() -> bool:
+        counts = [group / name for name in ("memory.events", "memory.oom_control")] if group else ()
+        told = "".join(path.read_text() for path in counts if path.exists())
+        return re.search(r"^oom_kill [1-9]", told, re.MULTILINE) is not None
+
     def look() -> None:
         with lock:
             if over.is_set():
                 return
             # Counting pages once takes longer, so only if it may matter.
             held = all(_held(pid, once=once, shared=shared) > most for once in (False, True))
-            if held or (group and _was_enforced(group)):
+            if held or was_enforced():
                 over.set()
                 end()
 
@@ -102,13 +107,6 @@ def _group(pid: int, most: int) -> Path | None:
 def _set(path: Path, value: int) -> None:
     with path.open("r+") as file:  # never makes a file where there is no control group
         file.write(str(value))
-
-
-def _was_enforced(group: Path) -> bool:
-    """Say whether the kernel killed a process of the group."""
-    counts = [group / name for name in ("memory.events", "memory.oom_control")]
-    told = "".join(path.read_text() for path in counts if path.exists())
-    return re.search(r"^oom_kill [1-9]", told, re.MULTILINE) is not None
 
 
 def _remove(group: Path) -> None:

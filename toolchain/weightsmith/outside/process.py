@@ -1,4 +1,4 @@
-"""Starts programs; nothing else in the toolchain does.
+"""Starts programs, and copies of this process; nothing else in the toolchain does.
 
 Every program runs without a shell, with an environment made here, in its own process group. It
 ends, with all that it started, on an exception, on Ctrl-C, and when this process is killed: the
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,14 +27,22 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from weightsmith.core.errors import CheckFailed, EnvironmentFailure, too_many_processes
+from weightsmith.core.errors import (
+    CheckFailed,
+    EnvironmentFailure,
+    WeightsmithError,
+    from_code,
+    of_panic,
+    ran_out_of_memory,
+    too_many_processes,
+)
 from weightsmith.core.escape import passed_on
+from weightsmith.core.safe_parse import parse
 from weightsmith.core.waiting import locks_for_programs
-from weightsmith.outside import process
 from weightsmith.outside.job_sandbox import JobSandbox
 from weightsmith.outside.lines import LONGEST, Lines, pump
 from weightsmith.outside.memory_watchdog import memory_limit
-from weightsmith.outside.sandbox_launcher import END, STOP
+from weightsmith.outside.sandbox_launcher import END, SET_DEATH_SIGNAL, STOP, libc
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _NOT_STARTED = 125
@@ -224,14 +233,8 @@ class Server:
         return self.process.wait() if _exited(self.process, seconds) else None
 
     def note(self, line: str) -> None:
-        """Add a line of our own to its output."""
+        """Add a line to its output, such as one of our own."""
         self._lines.append(line)
-
-    def listen(self) -> None:
-        """Collect its output until it ends; runs on its own thread."""
-        with self.process.stdout or open(os.devnull, "rb") as stream:  # noqa: PTH123
-            for raw in stream:
-                self._lines.append(raw.decode(errors="replace").rstrip("\r\n"))
 
 
 @contextlib.contextmanager
@@ -248,18 +251,27 @@ def start(
     `inherited` are numbers of open files that it inherits. Raises EnvironmentFailure if the program
     is missing; the caller must check whether it serves.
     """
-    words = tuple(str(word) for word in argv)
-    with _stdin(None, hold=False) as stdin:
-        process = _spawn(
-            words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, inherited=inherited
-        )
+    process = _spawn(
+        tuple(str(word) for word in argv),
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        limits=limits,
+        merge=True,
+        inherited=inherited,
+    )
     server = Server(process)
 
     def kill() -> None:
         server.note(f"ended: it held more than its {limits.resident_bytes >> 20} MiB of memory")
         _end(process)
 
-    listener = threading.Thread(target=server.listen, daemon=True)
+    def listen() -> None:
+        with process.stdout or open(os.devnull, "rb") as stream:  # noqa: PTH123
+            for raw in stream:
+                server.note(raw.decode(errors="replace").rstrip("\r\n"))
+
+    listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         with _ended(process), _memory_limit(process, limits, kill) as server.look:
@@ -406,7 +418,7 @@ def run_command(
         lines.append(line)
 
     try:
-        done = process.run(
+        done = run(
             argv,
             env={**os.environ, **environment},
             input=stdin,
@@ -414,15 +426,90 @@ def run_command(
             on_error_line=lambda line: print(passed_on(line), file=sys.stderr, flush=True),  # noqa: T201
             timeout=seconds,
         )
-    except process.TookTooLong as error:
+    except TookTooLong as error:
         raise CheckFailed(error.message, hint="give it fewer questions") from None
     if done.returncode != 0:
         # Of a traceback, only the last line.
         lines = [line for line in done.tail if line.strip() and not line[0].isspace()]
         last = "\n".join(f"  {line}" for line in lines[-4:])
         raise CheckFailed(
-            f"{argv[0]} failed ({process.describe_exit(done.returncode)})"
-            + (f":\n{last}" if last else ""),
+            f"{argv[0]} failed ({describe_exit(done.returncode)})" + (f":\n{last}" if last else ""),
             hint="run it by hand; it must exit with 0 whatever the score",
         )
     return "\n".join(lines)
+
+
+_NO_MEMORY = "no memory"
+
+
+@dataclass(slots=True)
+class Forked:
+    """A copy of this process that does some work."""
+
+    pid: int
+    what: str
+    _answer: int
+    """Open file, at whose end the copy has ended; it has the work's error."""
+
+    def join(self) -> None:
+        """Wait until the work is done, once.
+
+        Raises the WeightsmithError that it raised, MemoryError if it lacked memory or was killed,
+        EnvironmentFailure if it ended otherwise; then its traceback is on standard error.
+        """
+        with os.fdopen(os.dup(self._answer), "rb") as answer:
+            said = answer.read().decode()
+        pid, self.pid = self.pid, 0
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == -signal.SIGKILL or said == _NO_MEMORY:
+            raise MemoryError(self.what)
+        if said:
+            message, hint = parse(said)
+            raise from_code(code, message, hint)
+        if code:
+            raise EnvironmentFailure(
+                f"{self.what} failed ({describe_exit(code)})",
+                hint="the job's log has the traceback",
+            )
+
+
+@contextlib.contextmanager
+def forked(work: Callable[[], object], what: str) -> Iterator[Forked]:
+    """Do `work` in a copy of this process, which ends with the block or with this process.
+
+    Call it before other threads are started: the copy has none of them, but their locks.
+    """
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if not pid:
+        code, said = 1, ""
+        try:
+            libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+            work()
+            code = 0
+        except WeightsmithError as error:
+            code, said = error.exit_code, json.dumps([error.message, error.hint])
+        except BaseException as error:  # noqa: BLE001 - nothing of the copy may run on
+            traceback.print_exc()
+            said = _NO_MEMORY if ran_out_of_memory(error) else ""
+            if refused := of_panic(error, what):
+                code, said = refused.exit_code, json.dumps([refused.message, refused.hint])
+        with contextlib.suppress(OSError):
+            os.write(writing, said.encode())
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    os.close(writing)
+    copy = Forked(pid, what, reading)
+    try:
+        yield copy
+    finally:
+        os.close(reading)
+        if copy.pid:
+            os.kill(copy.pid, signal.SIGKILL)
+            os.waitpid(copy.pid, 0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from weightsmith.core.cpus import flags
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError, too_many_processes
 from weightsmith.core.ports import Endpoint, Launcher, StartSpec
-from weightsmith.core.trees import walk
+from weightsmith.core.trees import give
 from weightsmith.outside import process
 from weightsmith.outside.image_sandbox import SandboxSettings
 from weightsmith.outside.ownership import private_folder
@@ -97,7 +97,7 @@ class RootfsLauncher:
                 raise no_program(image)
             if is_root():
                 try:
-                    give_to(root, NOBODY)
+                    give(root, NOBODY, NOBODY)
                 except OSError as problem:  # root in a namespace without other users
                     raise not_confined(image, problem.strerror or str(problem)) from None
             with contextlib.ExitStack() as servers:
@@ -219,12 +219,6 @@ def _reserved_port(spec: StartSpec) -> Iterator[int]:
             yield port
             return
     yield spec.port
-
-
-def give_to(root: Path, user: int) -> None:
-    """Make a user and its group the owner of a folder and everything in it."""
-    for step in walk(root):
-        os.chown(step.name, user, user, dir_fd=step.parent, follow_symlinks=False)
 
 
 def user_ids(root: Path, user: str) -> tuple[int, int]:

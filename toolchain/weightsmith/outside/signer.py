@@ -6,8 +6,7 @@ import base64
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -111,19 +110,14 @@ def _by_cosign(key: str) -> Signer:
         )
 
     def sign(text: bytes) -> bytes:
-        with _folder() as folder:
-            given, made = folder / "text", folder / "signature"
+        with tempfile.TemporaryDirectory(prefix="weightsmith-sign-") as folder:
+            given, made = Path(folder, "text"), Path(folder, "signature")
             given.write_bytes(text)
             words = ("--yes", "--tlog-upload=false", "--output-signature", made, given)
             cosign("sign-blob", *words)
             return base64.b64decode(made.read_bytes())
 
-    with _folder() as folder:
-        cosign("public-key", "--outfile", folder / "public")
-        return Signer(sign=sign, public=(folder / "public").read_bytes())
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="weightsmith-sign-") as folder:
-        yield Path(folder)
+        public = Path(folder, "public")
+        cosign("public-key", "--outfile", public)
+        return Signer(sign=sign, public=public.read_bytes())

@@ -59,11 +59,10 @@ def failure_marker(folder: Path) -> Path:
 def make_toolset(cache: Path, engine: str, progress: Progress, *, machine: str = "") -> Path:
     """Return the folder of the engine's compiled tools, and compile them if needed.
 
-    With `machine`, compiles the engine alone, for that machine.
-
-    `fetch.py` and `compile.py` of `images/engines/<engine>/` do the work, with compilers from
-    PyPI in a temporary environment; neither root nor a system compiler is needed. Raises
-    EnvironmentFailure if the sources cannot be downloaded or do not compile.
+    With `machine`, compiles the engine alone, for that machine. `fetch.py` and `compile.py` of
+    `images/engines/<engine>/` do the work, with compilers from PyPI in a temporary environment;
+    neither root nor a system compiler is needed. Raises EnvironmentFailure if the sources cannot
+    be downloaded or do not compile.
     """
     folder = toolset_folder(cache, engine, machine)
     what = f"{engine} for {machine}" if machine else f"{engine}'s tools"
@@ -122,16 +121,11 @@ def _compile(
     recipe = images() / "engines" / engine
     python = make_bare_environment(work / "env", recipe / "requirements.txt", log, progress)
 
-    def on_line(line: str) -> None:
-        log.write(line + "\n")
-        if step := _STEP.match(line):
-            progress.advance(int(step[1]), int(step[2]), "files")
-
     def run(script: str, *words: str | Path) -> process.Completed:
         return process.run(
             [python, recipe / script, *words],
             env=process.scrubbed(network=True, prefixes=("PIP_",)),
-            on_line=on_line,
+            on_line=_logged(log, progress, "files"),
         )
 
     def require(done: process.Completed, script: str) -> None:
@@ -151,6 +145,17 @@ def _compile(
         )
     # Complete before it appears under its own name.
     made.rename(folder)
+
+
+def _logged(log: TextIO, progress: Progress, unit: str) -> process.OnLine:
+    """Return what writes lines to the log, and reports those that begin with `[n/total]`."""
+
+    def on_line(line: str) -> None:
+        log.write(line + "\n")
+        if step := _STEP.match(line):
+            progress.advance(int(step[1]), int(step[2]), unit)
+
+    return on_line
 
 
 def make_engine_files(
@@ -175,18 +180,12 @@ def make_engine_files(
     wheels = os.environ.get("WEIGHTSMITH_WHEELS")
     find_links = ("--find-links", wheels) if wheels else ()
     with open_log(cache, f"engine-{engine}") as log:
-
-        def on_line(line: str) -> None:
-            log.write(line + "\n")
-            if step := _STEP.match(line):
-                progress.advance(int(step[1]), int(step[2]), "steps")
-
         process.run(
             [sys.executable, recipe, "--out", folder, "--arch", machine, *find_links],
             env=process.scrubbed(
                 network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")
             ),
-            on_line=on_line,
+            on_line=_logged(log, progress, "steps"),
         ).require(
             f"assembling the engine {engine}",
             hint="check that Debian's mirror (WEIGHTSMITH_DEBIAN_MIRROR sets another) and the "

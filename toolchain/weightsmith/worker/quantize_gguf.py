@@ -37,8 +37,8 @@ from weightsmith.core.safe_parse import parse, read_json
 from weightsmith.forward.libraries import import_models, load_torch_and_transformers
 from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.outside import process
-from weightsmith.outside.forked import forked
 from weightsmith.outside.hardware import cores
+from weightsmith.outside.process import forked
 from weightsmith.quantizers.convert import run
 from weightsmith.quantizers.gguf_header import GgufTensorInfo, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
