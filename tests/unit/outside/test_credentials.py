@@ -20,12 +20,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_none_and_an_empty_one(folder: Path) -> None:
-    assert docker_config() == {}
-    (folder / "config.json").write_bytes(b"\n")
-    assert docker_config() == {}
-
-
 def test_doctor_names_the_registries_and_no_secret(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +62,12 @@ def test_a_context_that_is_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{", b"\xff\xfe{}", b"[" * 100_000])
-def test_a_damaged_one(folder: Path, data: bytes) -> None:
+def test_none_and_an_empty_one_are_empty_and_a_damaged_one_is_refused(
+    folder: Path, data: bytes
+) -> None:
+    assert docker_config() == {}
+    (folder / "config.json").write_bytes(b"\n")
+    assert docker_config() == {}
     (folder / "config.json").write_bytes(data)
     with pytest.raises(InputRefused, match=r"config\.json is not a JSON object"):
         docker_config()
@@ -80,24 +79,23 @@ def test_one_that_cannot_be_read(folder: Path) -> None:
         docker_config()
 
 
-@pytest.mark.parametrize("said", ["[]", "7", '"x"', "", '{"Username": "a"}'])
-def test_a_helper_that_says_something_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
-) -> None:
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program `docker-credential-odd`, to be written."""
     program = tmp_path / "docker-credential-odd"
-    program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
-    program.chmod(0o755)
+    program.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return program
+
+
+@pytest.mark.parametrize("said", ["[]", "7", '"x"', "", '{"Username": "a"}'])
+def test_a_helper_that_says_something_else(helper: Path, said: str) -> None:
+    helper.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
     assert ask_helper("odd", "r.example") is None
 
 
-def test_a_helper_may_warn_on_standard_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_helper_may_warn_on_standard_error(helper: Path) -> None:
     """As gcloud's does, for example of a newer version."""
-    program = tmp_path / "docker-credential-odd"
     said = json.dumps({"ServerURL": "r.example", "Username": "ann", "Secret": "s3cret"}, indent=2)
-    program.write_text(f"#!/bin/sh\necho WARNING: old >&2\ncat <<END\n{said}\nEND\necho x >&2\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    helper.write_text(f"#!/bin/sh\necho WARNING: old >&2\ncat <<END\n{said}\nEND\necho x >&2\n")
     assert ask_helper("odd", "r.example") == ("ann", "s3cret")

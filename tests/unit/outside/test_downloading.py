@@ -38,20 +38,16 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("said", BROKEN)
-def test_a_broken_connection_is_tried_again_with_a_warning(pauses: list[float], said: str) -> None:
-    ends = iter([ended(1, said, "more"), ended(1, said), ended(0, said)])
+@pytest.mark.parametrize("last", [0, 2])  # patience ends
+def test_a_broken_connection_is_tried_again_with_a_warning(
+    pauses: list[float], said: str, last: int
+) -> None:
+    ends = iter([ended(1, said, "more"), ended(1, said), ended(last, said)])
     progress = RecordingProgress()
 
-    assert persistently(lambda: next(ends), progress).returncode == 0
+    assert persistently(lambda: next(ends), progress).returncode == last
     assert pauses == [5, 20]
     assert all(kind == "warn" and said[:50] in text for kind, text in progress.lines)
-
-
-def test_patience_ends(pauses: list[float]) -> None:
-    ends = iter([ended(1, BROKEN[0])] * 2 + [ended(2, BROKEN[0])])
-
-    assert persistently(lambda: next(ends), RecordingProgress()).returncode == 2
-    assert len(pauses) == 2
 
 
 @pytest.mark.parametrize("said", FINAL)

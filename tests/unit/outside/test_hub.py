@@ -64,25 +64,16 @@ def test_what_is_not_ours_to_read_is_refused(hub, reader, source: str, message: 
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("revision", [COMMIT, ""])
 def test_a_hub_that_is_down_is_an_environment_failure(
-    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch, revision: str
 ) -> None:
     hub.server.shutdown()
     hub.server.server_close()
     monkeypatch.setattr(time, "sleep", lambda _: None)  # half a minute between the client's tries
     with pytest.raises(EnvironmentFailure, match="could not be reached") as caught:
-        reader.fetch("hf://team/model", COMMIT, "", Silent())
+        reader.fetch("hf://team/model", revision, "", Silent())
     assert "HF_ENDPOINT" in caught.value.hint
-
-
-def test_the_hub_is_down_for_a_branch_too(
-    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.server.shutdown()
-    hub.server.server_close()
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    with pytest.raises(EnvironmentFailure, match="could not be reached"):
-        reader.fetch("hf://team/model", "", "", Silent())
 
 
 def test_what_is_in_the_cache_is_taken_where_the_hub_is_down(

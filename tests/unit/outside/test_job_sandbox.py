@@ -12,14 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.outside import landlock, local, process, seccomp
+from weightsmith.outside import landlock, process, seccomp
 from weightsmith.outside.confinement import Confinement, confinement, interpreter, job_sandbox
-from weightsmith.outside.job_sandbox import ALL, LEVELS, NONE
-from weightsmith.outside.local import FallbackRunner
-
-from tests.fakes.bare_builder import bare_builder, echo_job
-from tests.fakes.journal import RecordingProgress
+from weightsmith.outside.job_sandbox import ALL, LEVELS
 
 BASE_PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
 PIECES = str(Path(seccomp.__file__).parent)
@@ -149,11 +144,7 @@ def sandboxed(folder: Path, code: str) -> process.Completed:
 
 def test_a_program_ends_in_a_sandbox_as_it_does_outside(tmp_path):
     assert sandboxed(tmp_path, "raise SystemExit(7)").returncode == 7
-
-
-def test_a_crash_in_a_sandbox_is_told_as_one(tmp_path):
     crash = "import ctypes; ctypes.string_at(0)"
-
     assert sandboxed(tmp_path, crash).returncode == -signal.SIGSEGV
 
 
@@ -327,51 +318,3 @@ def test_a_model_of_links_is_readable_with_what_they_lead_to(tmp_path):
     assert str(blobs / "ab") in sandbox.read
     assert str(blobs) not in sandbox.read
     assert str(blobs / "cd") not in sandbox.read
-
-
-class Unable:
-    """A first runner whose builders cannot be made."""
-
-    name, networked = "docker", False
-
-    def prepare(self, builder, progress):
-        raise EnvironmentFailure("no base image")
-
-
-@pytest.fixture
-def nothing_holds(monkeypatch):
-    monkeypatch.setattr(local, "confinement", Confinement)
-
-
-def test_without_any_confinement_the_local_runner_refuses(nothing_holds, tmp_path):
-    runner, progress = local.LocalRunner(bare_builder(tmp_path)), RecordingProgress()
-
-    for refused in (
-        lambda: runner.check("merge"),
-        lambda: runner.prepare("merge", progress),
-        lambda: runner.run(echo_job(tmp_path), progress),
-        lambda: FallbackRunner(Unable(), runner).run(echo_job(tmp_path), progress),
-    ):
-        with pytest.raises(EnvironmentFailure, match="isolate jobs from the network") as caught:
-            refused()
-        assert "--allow-network-in-jobs" in caught.value.hint
-
-
-def test_whoever_allows_the_network_is_warned_once(nothing_holds, tmp_path):
-    runner = local.LocalRunner(bare_builder(tmp_path), allow_network=True)
-    either, progress = FallbackRunner(Unable(), runner), RecordingProgress()
-    assert not either.networked
-
-    results = [either.run(echo_job(tmp_path / name), progress) for name in ("a", "b")]
-
-    assert [result["network_in_jobs"] for result in results] == [True, True]
-    assert either.networked
-    warned = [line for line in progress.lines if "--allow-network-in-jobs" in line[-1]]
-    assert len(warned) == 1
-
-
-def test_the_confinement_of_nothing_says_so():
-    assert Confinement().namespaces == NONE
-    assert not Confinement().network
-    assert "the network" in Confinement().left()
-    assert Confinement().blocked() == ""

@@ -23,26 +23,21 @@ from weightsmith.steps import delivery
 from tests.fakes.journal import RecordingProgress
 
 
-def test_a_lock_that_is_free_says_nothing(tmp_path: Path) -> None:
-    told: list[str] = []
-
-    with locked(tmp_path / "lock", "works", told.append), locked(tmp_path / "b", "x", told.append):
+def test_a_lock_that_is_free_says_nothing_and_one_that_is_held_what_its_holder_does(
+    tmp_path: Path,
+) -> None:
+    lock, told = tmp_path / "lock", list[str]()
+    with locked(lock, "works", told.append), locked(tmp_path / "b", "x", told.append):
         assert told == []
-
-
-def test_a_lock_that_is_held_says_what_its_holder_does(tmp_path: Path) -> None:
-    holder = FileLock(tmp_path / "lock")
+    holder = FileLock(lock)
     holder.acquire()
-    told: list[str] = []
 
     def tell(text: str) -> None:
         told.append(text)
         holder.release()
 
-    with locked(tmp_path / "lock", "is compiling llamacpp's tools", tell):
-        assert told == [
-            f"another process is compiling llamacpp's tools: waiting for it ({tmp_path / 'lock'})"
-        ]
+    with locked(lock, "is compiling llamacpp's tools", tell):
+        assert told == [f"another process is compiling llamacpp's tools: waiting for it ({lock})"]
 
 
 def test_a_result_that_another_build_makes_is_waited_for_aloud(tmp_path: Path) -> None:

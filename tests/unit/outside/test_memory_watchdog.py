@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.outside import memory_watchdog, process
 
 FILL = "import time; held = b'x' * {size}; print('filled', flush=True); time.sleep(600 * {sleep})"
 IN_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_program_that_holds_too_much_is_killed(nested: bool) -> None:
-    code = FILL.format(size=400 << 20, sleep=1)
-    code = IN_CHILD.format(code=code) if nested else code
-    limits = process.ResourceLimits(resident_bytes=200 << 20)
-
-    done = process.run([sys.executable, "-c", code], limits=limits)
-
-    assert done.returncode == -9
 
 
 SHARED = """
@@ -32,34 +22,55 @@ print("filled", flush=True); time.sleep(600 * {sleep})
 """
 
 
-def test_memory_that_processes_may_share_counts_too() -> None:
-    limits = process.ResourceLimits(resident_bytes=200 << 20)
+def run(code: str, **limits: Any) -> tuple[int, tuple[str, ...]]:
+    """Run a program that may hold 200 MiB; return how it ended, and what it said."""
+    most = process.ResourceLimits(**{"resident_bytes": 200 << 20, **limits})
+    done = process.run([sys.executable, "-c", code], limits=most)
+    return done.returncode, done.tail
 
-    most = process.run([sys.executable, "-c", SHARED.format(size=50 << 20, sleep=0)], limits=limits)
-    more = process.run(
-        [sys.executable, "-c", SHARED.format(size=400 << 20, sleep=1)], limits=limits
+
+def test_a_program_that_holds_too_much_is_killed_and_one_that_holds_less_is_not() -> None:
+    """Memory that processes may share counts too, and what they start."""
+    code = FILL.format(size=400 << 20, sleep=1)
+    for large in (code, IN_CHILD.format(code=code), SHARED.format(size=400 << 20, sleep=1)):
+        assert run(large)[0] == -9
+    for small in (FILL, SHARED):
+        assert run(small.format(size=50 << 20, sleep=0)) == (0, ("filled",))
+
+
+def test_where_a_programs_files_lie_in_memory_what_it_maps_of_them_does_not_count() -> None:
+    code = SHARED.format(size=400 << 20, sleep=0)
+
+    assert run(code, shared=False) == (0, ("filled",))
+    assert memory_watchdog.lies_in_memory(Path("/dev/shm"))
+    assert not memory_watchdog.lies_in_memory(Path("/proc"))
+
+
+@pytest.mark.slow
+def test_pages_that_forked_children_share_count_once() -> None:
+    code = (
+        "import os, time; held = b'x' * (150 << 20)\n"
+        "for _ in range(2):\n"
+        "    if not os.fork():\n"
+        "        time.sleep(1.5); os._exit(0)\n"
+        "os.wait(); os.wait(); print('done')"
     )
 
-    assert (most.returncode, more.returncode) == (0, -9)
+    assert run(code, resident_bytes=250 << 20) == (0, ("done",))
 
 
 def test_the_kernel_holds_a_program_to_its_limit_between_two_looks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory_watchdog, "_SECONDS", 60)
-    for fill, seconds in ((SHARED, 0), (FILL, 0)):
+    for fill in (SHARED, FILL):
         with process.start(["/bin/sleep", "60"]) as probe:
             group = memory_watchdog._group(probe.process.pid, 200 << 20)
         if group is None:
             pytest.skip("no control group may be made here")
         memory_watchdog._remove(group)
         assert not group.exists()
-        code = fill.format(size=400 << 20, sleep=seconds)
-        limits = process.ResourceLimits(resident_bytes=200 << 20, grouped=True)
-
-        done = process.run([sys.executable, "-c", code], limits=limits)
-
-        assert (done.returncode, done.tail) == (-9, ())
+        assert run(fill.format(size=400 << 20, sleep=0), grouped=True) == (-9, ())
     assert not list(group.parent.glob("weightsmith-*"))
 
 
@@ -89,41 +100,3 @@ def test_the_last_of_a_long_chain_of_processes_counts_and_ends_too(tmp_path: Pat
     done = process.run(words, limits=limits, timeout=50)
 
     assert (done.returncode, done.tail) == (-9, ("filled",))
-
-
-def test_where_a_programs_files_lie_in_memory_what_it_maps_of_them_does_not_count() -> None:
-    limits = process.ResourceLimits(resident_bytes=200 << 20, shared=False)
-
-    done = process.run(
-        [sys.executable, "-c", SHARED.format(size=400 << 20, sleep=0)], limits=limits
-    )
-
-    assert (done.returncode, done.tail) == (0, ("filled",))
-    assert memory_watchdog.lies_in_memory(Path("/dev/shm"))
-    assert not memory_watchdog.lies_in_memory(Path("/proc"))
-
-
-@pytest.mark.slow
-def test_pages_that_forked_children_share_count_once() -> None:
-    code = (
-        "import os, time; held = b'x' * (150 << 20)\n"
-        "for _ in range(2):\n"
-        "    if not os.fork():\n"
-        "        time.sleep(1.5); os._exit(0)\n"
-        "os.wait(); os.wait(); print('done')"
-    )
-
-    done = process.run(
-        [sys.executable, "-c", code], limits=process.ResourceLimits(resident_bytes=250 << 20)
-    )
-
-    assert (done.returncode, done.tail) == (0, ("done",))
-
-
-def test_one_that_holds_less_runs_to_its_end() -> None:
-    code = FILL.format(size=50 << 20, sleep=0)
-    limits = process.ResourceLimits(resident_bytes=200 << 20)
-
-    done = process.run([sys.executable, "-c", code], limits=limits)
-
-    assert (done.returncode, done.tail) == (0, ("filled",))

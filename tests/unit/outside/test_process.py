@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.files import folder_lock
 from weightsmith.outside import process
 from weightsmith.outside.lines import Lines
@@ -41,21 +41,13 @@ def wait_until_gone(pid: int) -> bool:
     return not is_running(pid)
 
 
-def test_lines_of_both_streams_are_handed_on_in_order():
-    heard = []
+def test_lines_of_both_streams_are_handed_on_in_order_or_apart():
+    both, out, err = [], [], []
 
-    done = sh("echo one; echo two >&2; printf three", on_line=heard.append)
-
-    assert heard == ["one", "two", "three"]
-    assert done.returncode == 0
-
-
-def test_streams_can_be_told_apart():
-    out, err = [], []
-
+    assert sh("echo one; echo two >&2; printf three", on_line=both.append).returncode == 0
     sh("echo out; echo err >&2", on_line=out.append, on_error_line=err.append)
 
-    assert (out, err) == (["out"], ["err"])
+    assert (both, out, err) == (["one", "two", "three"], ["out"], ["err"])
 
 
 def test_the_exit_code_is_returned_and_required_on_demand():
@@ -74,33 +66,24 @@ def test_a_signal_is_named():
 
 
 def test_only_the_last_lines_are_kept():
-    done = sh("seq 1 1000")
-
-    assert done.tail[-1] == "1000"
-    assert len(done.tail) == 200
+    assert sh("seq 1 1000").tail == tuple(map(str, range(801, 1001)))
 
 
 def test_input_is_given_and_ends():
     assert process.run(["cat"], input=b"a\nb\n").tail == ("a", "b")
-
-
-def test_without_input_there_is_nothing_to_read():
     assert sh("cat; echo done").tail == ("done",)
 
 
-def test_a_missing_program_is_named():
-    with pytest.raises(EnvironmentFailure, match="no-such-program") as caught:
-        process.run(["no-such-program"])
-    assert "PATH" in caught.value.hint
-
-
-def test_a_file_that_is_no_program_is_named(tmp_path):
+def test_what_is_no_program_is_named(tmp_path):
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF nonsense")
     broken.chmod(0o755)
 
     with pytest.raises(EnvironmentFailure, match="broken could not be started"):
         process.run([broken])
+    with pytest.raises(EnvironmentFailure, match="no-such-program") as caught:
+        process.run(["no-such-program"])
+    assert "PATH" in caught.value.hint
 
 
 def test_a_timeout_ends_the_program_and_its_children():
@@ -123,7 +106,11 @@ def test_a_timeout_of_months_is_waited_for_in_turns():
     assert sh("echo done", timeout=1e8).tail == ("done",)
 
 
-def test_an_exception_of_a_listener_ends_the_program():
+@pytest.mark.parametrize(
+    "program", ["echo $$; sleep 600", "trap '' TERM; echo $$; while :; do sleep 0.1; done"]
+)
+def test_an_exception_of_a_listener_ends_the_program_whatever_it_ignores(monkeypatch, program):
+    monkeypatch.setattr(process, "_PATIENCE", 0.3)
     pids = []
 
     def hear(line):
@@ -131,21 +118,7 @@ def test_an_exception_of_a_listener_ends_the_program():
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        sh("echo $$; sleep 600", on_line=hear)
-    assert wait_until_gone(pids[0])
-
-
-def test_a_program_that_ignores_the_polite_signal_is_killed(monkeypatch):
-    monkeypatch.setattr(process, "_PATIENCE", 0.3)
-    pids = []
-
-    def hear(line):
-        pids.append(int(line))  # it ignores the signal by now
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        sh("trap '' TERM; echo $$; while :; do sleep 0.1; done", on_line=hear)
-
+        sh(program, on_line=hear)
     assert wait_until_gone(pids[0])
 
 
@@ -167,9 +140,8 @@ def test_secrets_do_not_reach_the_program(monkeypatch):
 
 def test_an_allocation_beyond_the_limit_fails():
     limits = process.ResourceLimits(memory_bytes=200 << 20)
-    wanted = [sys.executable, "-c", "bytearray(1 << 30)"]
 
-    done = process.run(wanted, limits=limits)
+    done = process.run([sys.executable, "-c", "bytearray(1 << 30)"], limits=limits)
 
     assert done.returncode == 1
     assert "MemoryError" in done.tail[-1]
@@ -179,12 +151,25 @@ PARENT = """
 from weightsmith.outside import process
 process.run(["/bin/sh", "-c", "echo $$; exec sleep 600"], on_line=lambda x: print(x, flush=True))
 """
+FORKING = """
+import time
+from weightsmith.outside.process import forked
+with forked(lambda: time.sleep(600), "counting") as copy:
+    print(copy.pid, flush=True)
+    time.sleep(600)
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_the_program_dies_with_us(number):
+@pytest.mark.parametrize(
+    ("code", "number"),
+    [
+        *((PARENT, number) for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)),
+        (FORKING, signal.SIGKILL),
+    ],
+)
+def test_what_we_started_dies_with_us(code, number):
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -257,23 +242,21 @@ def test_a_program_has_no_lock_of_ours_and_an_ended_block_holds_none(tmp_path):
     assert len(done.tail[0].split()) == 4  # the last is the listed folder
 
 
-def test_a_server_is_heard_and_stopped():
+def wait_until(there) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert there()
+
+
+def test_a_server_is_heard_and_stopped_or_ends_by_itself():
     with process.start(["/bin/sh", "-c", "echo up; sleep 600"]) as server:
-        deadline = time.monotonic() + PATIENCE
-        while "up" not in server.logs(5) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert server.logs(5) == "up"
+        wait_until(lambda: server.logs(5) == "up")
         assert server.alive()
     assert not server.alive()
-
-
-def test_a_server_that_ended_by_itself_is_not_alive():
-    with process.start(["/bin/sh", "-c", "echo sorry; exit 3"]) as server:
-        deadline = time.monotonic() + PATIENCE
-        while server.alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not server.alive()
-    assert server.logs(1) == "sorry"
+    with process.start(["/bin/sh", "-c", "echo sorry; exit 3"]) as ended:
+        wait_until(lambda: not ended.alive())
+    assert ended.logs(1) == "sorry"
 
 
 def test_a_line_without_an_end_does_not_grow_for_ever():
@@ -316,11 +299,57 @@ while True:
 def test_a_server_is_told_to_stop_and_its_workers_are_not():
     """As by a container engine: vLLM's workers would drop the requests that the server finishes."""
     with process.start([sys.executable, "-c", WITH_A_WORKER]) as server:
-        deadline = time.monotonic() + PATIENCE
-        while server.logs(9).count("ready") < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-
+        wait_until(lambda: server.logs(9).count("ready") == 2)
         assert server.stop(PATIENCE) == 3
         assert "worker was told" not in server.logs(9)
 
     assert "server was told" in server.logs(9)
+
+
+IN_A_COPY = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@IN_A_COPY
+def test_a_copy_has_what_this_process_has_and_works_beside_it(tmp_path):
+    found, here = {"a": 1}, os.getpid()
+    text = tmp_path / "b"
+    with process.forked(lambda: text.write_text(f"{found} {os.getpid()}"), "work") as copy:
+        pid = copy.pid
+        copy.join()
+
+    assert text.read_text() == f"{{'a': 1}} {pid}"
+    assert pid != here
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (InputRefused("no 'text' — here", hint="add some"), InputRefused, "no 'text' — here"),
+        (EnvironmentFailure("no kernels", hint="make them"), EnvironmentFailure, "no kernels"),
+        (MemoryError(), MemoryError, "counting"),
+        (KeyError("a"), EnvironmentFailure, "counting failed"),
+    ],
+)
+@IN_A_COPY
+def test_the_error_of_a_copy_is_raised_here(error, kind, said, capfd):
+    def work():
+        raise error
+
+    with pytest.raises(kind, match=said) as raised, process.forked(work, "counting") as copy:
+        copy.join()
+
+    if isinstance(error, InputRefused):
+        assert raised.value.hint == "add some"
+    assert ("KeyError" in capfd.readouterr().err) == isinstance(error, KeyError)
+
+
+@IN_A_COPY
+def test_a_copy_that_was_killed_lacked_memory_and_one_ends_with_its_block():
+    with process.forked(lambda: time.sleep(600), "counting") as copy:
+        os.kill(copy.pid, signal.SIGKILL)
+        with pytest.raises(MemoryError):
+            copy.join()
+    with process.forked(lambda: time.sleep(600), "counting") as copy:
+        pid = copy.pid
+
+    assert not is_running(pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import tempfile
@@ -20,6 +21,7 @@ from weightsmith.outside.rootfs import (
     RootfsLauncher,
     StartInfo,
     free_port,
+    memory_limit,
     relocated,
     user_ids,
 )
@@ -57,15 +59,9 @@ def need_namespaces(endpoint) -> None:
         pytest.skip("this kernel gives us no namespaces")
 
 
-def test_a_start_needs_no_room_in_the_temporary_folder(tmp_path, monkeypatch):
-    """Which is often a small file system of its own, and full before others are."""
+def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path, monkeypatch):
+    """And without room in the temporary folder, which is often a small file system of its own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
-    spec = StartSpec(port=free_port(), env={})
-    with RootfsLauncher(unpack, tmp_path / "cache").serve("oci:some-layout", spec) as endpoint:
-        assert wait_for_lines(endpoint, 4)[0] == "from the image"
-
-
-def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path):
     spec = StartSpec(port=free_port(), env={"GREETING": "from the caller"})
 
     with RootfsLauncher(unpack, tmp_path / "cache").serve("oci:some-layout", spec) as endpoint:
@@ -220,15 +216,14 @@ def test_a_working_directory_is_made_where_that_can_be(tmp_path, workdir):
     def elsewhere(layout: str, root: Path) -> StartInfo:
         return replace(unpack(layout, root), workdir=workdir)
 
+    is_file = workdir == "/models/name"
     launcher = RootfsLauncher(elsewhere, tmp_path / "cache")
-    if workdir == "/models/name":  # a file
-        with (
-            pytest.raises(CheckFailed, match="not in the image"),
-            launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint,
-        ):
-            need_namespaces(endpoint)
-        return
-    with launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint:
+    with (
+        pytest.raises(CheckFailed, match="not in the image")
+        if is_file
+        else contextlib.nullcontext(),
+        launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint,
+    ):
         need_namespaces(endpoint)
         assert wait_for_lines(endpoint, 4)[2] == workdir
 
@@ -271,11 +266,9 @@ def test_users_are_looked_up_in_the_image(tmp_path):
     (tmp_path / "etc" / "passwd").write_text("root:x:0:0::/:/bin/sh\napp:x:10:20::/:/bin/sh\n")
     (tmp_path / "etc" / "group").write_text("web:x:30:\n")
 
-    assert user_ids(tmp_path, "") == (0, 0)
-    assert user_ids(tmp_path, "app") == (10, 20)
-    assert user_ids(tmp_path, "10") == (10, 20)
-    assert user_ids(tmp_path, "app:web") == (10, 30)
-    assert user_ids(tmp_path, "65532:65533") == (65532, 65533)
+    known = {"": (0, 0), "app": (10, 20), "10": (10, 20), "app:web": (10, 30)}
+    for user, ids in {**known, "65532:65533": (65532, 65533)}.items():
+        assert user_ids(tmp_path, user) == ids
     for unknown in ("nobody", "app:nogroup", "4294967295", "7:99999999999"):
         with pytest.raises(CheckFailed, match="not in its /etc/passwd"):
             user_ids(tmp_path, unknown)
@@ -294,3 +287,10 @@ def test_two_servers_never_get_one_port(monkeypatch, tmp_path):
 
     with launcher.serve("oci:a", spec) as one, launcher.serve("oci:b", spec) as two:
         assert one.url != two.url
+
+
+@pytest.mark.parametrize(("cpus", "more"), [(2, 288 << 20), (16, 512 << 20), (64, 1280 << 20)])
+def test_a_server_has_room_for_the_stacks_of_its_threads(monkeypatch, cpus, more):
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    spec = StartSpec(port=1, env={}, memory_bytes=192 << 20)
+    assert memory_limit(spec) == (192 << 20) + more

@@ -93,28 +93,25 @@ def test_an_encrypted_pem_file(form: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert "COSIGN_PASSWORD" in caught.value.hint
 
 
-def test_a_curve_that_the_library_lacks(tmp_path: Path) -> None:
-    make = ["openssl", "ecparam", "-name", "sect163k1", "-genkey", "-noout"]
-    key = subprocess.run(make, check=True, capture_output=True).stdout
-    show = ["openssl", "ec", "-pubout"]
-    public = subprocess.run(show, input=key, check=True, capture_output=True).stdout
-    (tmp_path / "key.pem").write_bytes(key)
-    (tmp_path / "key.pub").write_bytes(public)
+@pytest.mark.parametrize(
+    ("make", "public_is"),
+    [
+        (["ecparam", "-name", "sect163k1", "-genkey", "-noout"], "not a public key"),
+        (["genpkey", "-algorithm", "X25519"], "neither ECDSA, RSA nor Ed25519"),
+    ],
+)
+def test_a_curve_that_the_library_lacks_and_a_key_that_signs_nothing(
+    tmp_path: Path, make: list[str], public_is: str
+) -> None:
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", *make, "-out", private], check=True, capture_output=True)
+    show = ["openssl", "pkey", "-in", private, "-pubout", "-out", public]
+    subprocess.run(show, check=True, capture_output=True)
 
     with pytest.raises(UsageError, match="not a private key of a supported kind"):
-        open_signer(str(tmp_path / "key.pem"))
-    with pytest.raises(UsageError, match="not a public key"):
-        read_public_key(tmp_path / "key.pub")
-
-
-def test_a_public_key_that_signs_nothing(tmp_path: Path) -> None:
-    make = ["openssl", "genpkey", "-algorithm", "X25519"]
-    key = subprocess.run(make, check=True, capture_output=True).stdout
-    show = ["openssl", "pkey", "-pubout"]
-    done = subprocess.run(show, input=key, check=True, capture_output=True)
-    (tmp_path / "key.pub").write_bytes(done.stdout)
-    with pytest.raises(UsageError, match="neither ECDSA, RSA nor Ed25519"):
-        read_public_key(tmp_path / "key.pub")
+        open_signer(str(private))
+    with pytest.raises(UsageError, match=public_is):
+        read_public_key(public)
 
 
 @needs_cosign

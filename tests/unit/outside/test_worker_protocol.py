@@ -46,67 +46,44 @@ def test_a_result_of_megabytes_arrives(conversation, megabytes):
     assert conversation.result(0) == {"answers": answers}
 
 
-def test_messages_become_progress(conversation):
-    conversation.on_line('{"progress": [1, 2, "bytes"]}')
-    conversation.on_line('{"note": "n"}')
-    conversation.on_line('{"warn": "w"}')
-
-    assert conversation.progress.lines == [
-        ("advance", "1", "2", "bytes"),
-        ("note", "n"),
-        ("warn", "w"),
-    ]
-
-
-def test_a_line_that_is_no_message_goes_to_the_log(conversation):
-    for line in ("no json", "[1]", '{"other": 1}', '{"progress": "soon"}'):
+def test_messages_become_progress_and_other_lines_go_to_the_log(conversation):
+    others = ["no json", "[1]", '{"other": 1}', '{"progress": "soon"}']
+    for line in ('{"progress": [1, 2, "bytes"]}', '{"note": "n"}', '{"warn": "w"}', *others):
         conversation.on_line(line)
 
-    assert conversation.log.getvalue().splitlines() == [
-        "no json",
-        "[1]",
-        '{"other": 1}',
-        '{"progress": "soon"}',
-    ]
+    told = [("advance", "1", "2", "bytes"), ("note", "n"), ("warn", "w")]
+    assert conversation.progress.lines == told
+    assert conversation.log.getvalue().splitlines() == others
     with pytest.raises(WeightsmithError, match="without a result"):
         conversation.result(0)
-
-
-def test_a_result_counts_only_with_exit_code_zero(conversation):
+    conversation.on_error_line("the last words")
+    with pytest.raises(WeightsmithError, match="the last words"):
+        conversation.result(0)
     conversation.on_line('{"result": {"a": 1}}')
-
     assert conversation.result(0) == {"a": 1}
     with pytest.raises(WeightsmithError, match="exit code 2"):
         conversation.result(2)
 
 
-def test_an_error_is_rebuilt_from_its_code(conversation):
-    conversation.on_line('{"error": {"message": "bad", "hint": "fix", "exit_code": 3}}')
+@pytest.mark.parametrize(
+    ("code", "kind", "hint"),
+    [(3, InputRefused, "see the log"), (1, WeightsmithError, "see the log: /logs/job.log")],
+)
+def test_an_error_is_rebuilt_from_its_code_and_an_unexpected_one_names_the_log(
+    conversation, code, kind, hint
+):
+    error = {"message": "bad", "hint": "see the log", "exit_code": code}
+    conversation.on_line(json.dumps({"error": error}))
 
-    with pytest.raises(InputRefused, match="bad") as caught:
-        conversation.result(3)
-    assert caught.value.hint == "fix"
-
-
-def test_an_unexpected_error_names_the_log(conversation):
-    conversation.on_line('{"error": {"message": "bad", "hint": "see the log", "exit_code": 1}}')
-
-    with pytest.raises(WeightsmithError) as caught:
-        conversation.result(1)
-    assert caught.value.hint == "see the log: /logs/job.log"
+    with pytest.raises(kind, match="bad") as caught:
+        conversation.result(code)
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize("code", [-9, 137])
 def test_a_killed_worker_most_likely_lacked_memory(conversation, code):
     with pytest.raises(EnvironmentFailure, match="memory ran out"):
         conversation.result(code)
-
-
-def test_silence_is_an_error_with_the_last_line(conversation):
-    conversation.on_error_line("the last words")
-
-    with pytest.raises(WeightsmithError, match="the last words"):
-        conversation.result(0)
 
 
 def test_a_job_that_was_ended_says_what_it_was_at(tmp_path):

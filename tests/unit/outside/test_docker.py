@@ -1,29 +1,32 @@
-"""What the container engine is asked for, as values."""
+"""What the container engine is asked for, and what is made of its answers."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from docker.errors import APIError
+from weightsmith.core.cpus import flags
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import ConvertAdaptersJob
 from weightsmith.core.ports import StartSpec
-from weightsmith.outside.docker import DockerEngine, _passes_gpus, engine_host
+from weightsmith.outside import docker
+from weightsmith.outside.docker import DockerEngine, _passes_gpus, engine_host, run_container
 from weightsmith.outside.docker_images import _only_said, base_reference, build_command
-from weightsmith.outside.docker_launcher import confinement
-from weightsmith.outside.docker_requests import (
-    Bounds,
-    JobFiles,
-    job_request,
-    server_request,
-)
+from weightsmith.outside.docker_launcher import DockerLauncher, confinement
+from weightsmith.outside.docker_requests import Bounds, JobFiles, job_request, server_request
 from weightsmith.outside.process import Completed
+from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 
 PLACE = JobFiles(
     inputs={"base": Path("/models/base"), "adapter0": Path("/models/lora")},
@@ -49,17 +52,27 @@ def request(*, gpu: bool = False, memory: int = 1 << 30):
 
 
 def test_a_job_has_no_network_no_rights_and_no_writable_root():
-    asked = request()
+    asked = request(memory=5 << 30)
 
-    assert asked["network_mode"] == "none"
-    assert asked["cap_drop"] == ["ALL"]
-    assert asked["security_opt"] == ["no-new-privileges"]
-    assert asked["read_only"] is True
-    assert asked["user"] == "1000:1001"
-    assert asked["tmpfs"] == {"/tmp": "rw,nosuid,nodev,mode=1777,noexec"}
-    assert asked["init"] is True
-    assert asked["auto_remove"] is True
+    assert (
+        asked.items()
+        >= {
+            "network_mode": "none",
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "read_only": True,
+            "user": "1000:1001",
+            "tmpfs": {"/tmp": "rw,nosuid,nodev,mode=1777,noexec"},
+            "init": True,
+            "auto_remove": True,
+            "labels": {"weightsmith.owner": "me", "weightsmith.job": "convert-adapters"},
+            "mem_limit": 5 << 30,
+            "memswap_limit": 5 << 30,  # no swap beside it
+        }.items()
+    )
     assert asked["pids_limit"] > 0
+    assert "device_requests" not in asked
+    assert "mem_limit" not in request(memory=0)
 
 
 def test_a_job_sees_its_inputs_read_only_and_writes_one_folder():
@@ -76,42 +89,34 @@ def test_a_job_sees_its_inputs_read_only_and_writes_one_folder():
     }
 
 
-def test_memory_is_limited_without_swap_beside_it():
-    asked = request(memory=5 << 30)
-
-    assert asked["mem_limit"] == asked["memswap_limit"] == 5 << 30
-    assert "mem_limit" not in request(memory=0)
-
-
-def test_the_owner_is_on_the_label():
-    assert request()["labels"] == {"weightsmith.owner": "me", "weightsmith.job": "convert-adapters"}
-
-
-def test_gpus_are_asked_for_only_when_there_are_any():
-    assert "device_requests" not in request()
-
-    (device,) = request(gpu=True)["device_requests"]
+def test_gpus_are_asked_for_where_there_are_any():
+    asked = request(gpu=True)
+    (device,) = asked["device_requests"]
 
     assert device["Count"] == -1
     assert device["Capabilities"] == [["gpu", "compute", "utility"]]
-    assert "exec" in request(gpu=True)["tmpfs"]["/tmp"].split(",")
+    assert "exec" in asked["tmpfs"]["/tmp"].split(",")
 
 
 def test_a_server_is_published_on_loopback_alone_and_keeps_its_user():
     spec = StartSpec(port=8080, env={"A": "b"}, memory_bytes=1 << 30)
 
     asked = server_request("image:1", spec, "me", gpu=False)
-    assert asked["pids_limit"] == 16384
 
-    assert asked["ports"] == {"8080/tcp": ("127.0.0.1", None)}
-    assert asked["environment"] == {"HOME": "/tmp", "A": "b"}
-    assert "user" not in asked
-    assert "network_mode" not in asked
-    assert asked["read_only"] is True
-    assert asked["cap_drop"] == ["ALL"]
-    assert "no-new-privileges" in asked["security_opt"]
-    assert asked["mem_limit"] == 1 << 30
-    assert asked["shm_size"] is None
+    assert (
+        asked.items()
+        >= {
+            "ports": {"8080/tcp": ("127.0.0.1", None)},
+            "environment": {"HOME": "/tmp", "A": "b"},
+            "read_only": True,
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "mem_limit": 1 << 30,
+            "pids_limit": 16384,
+            "shm_size": None,
+        }.items()
+    )
+    assert not {"user", "network_mode"} & asked.keys()
     shared = replace(spec, shm_bytes=1 << 28)
     assert server_request("image:1", shared, "me", gpu=False)["shm_size"] == 1 << 28
     assert server_request("image:1", shared, "me", gpu=True)["shm_size"] == 1 << 30
@@ -135,13 +140,12 @@ def test_the_build_command_names_everything_once_and_in_order():
     )
 
 
-@pytest.mark.parametrize("flavour", ["cpu", "cuda"])
-def test_builders_start_from_the_lock_by_default(flavour, monkeypatch):
+def test_builders_start_from_the_lock_by_default(monkeypatch):
     monkeypatch.delenv("WEIGHTSMITH_BUILDER_BASE", raising=False)
-    assert "docker.io/" in base_reference(flavour)
+    assert all("docker.io/" in base_reference(flavour) for flavour in ("cpu", "cuda"))
 
     monkeypatch.setenv("WEIGHTSMITH_BUILDER_BASE", "mirror/python:3.12")
-    assert base_reference(flavour) == "mirror/python:3.12"
+    assert base_reference("cpu") == "mirror/python:3.12"
 
 
 def test_of_a_failed_build_the_programs_own_words_are_shown():
@@ -225,3 +229,60 @@ def test_a_damaged_login_is_named(
             DockerEngine().answers()
     assert "docker login" in caught.value.hint
     assert auth not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "kernel", "here"),
+    [
+        ("unix:///var/run/docker.sock", os.uname().release, True),
+        ("unix:///var/run/docker.sock", "6.12.0-linuxkit", False),  # in a virtual machine
+        ("tcp://build.example.com:2376", os.uname().release, False),
+        ("ssh://build.example.com", os.uname().release, False),
+    ],
+)
+def test_an_engine_tells_its_cpu_only_under_this_machine_s_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str, kernel: str, here: bool
+) -> None:
+    monkeypatch.setattr(docker, "engine_host", lambda: host)
+    engine = DockerEngine()
+    client: Any = SimpleNamespace(info=lambda: {"KernelVersion": kernel}, close=lambda: None)
+    engine._opened = client
+    launcher = DockerLauncher(engine)
+    layouts = RootfsLauncher(lambda layout, root: StartInfo(argv=(), env={}), tmp_path)
+
+    assert launcher.cpu_flags() == (flags() if here else None)
+    assert EitherLauncher(launcher, layouts).cpu_flags() == launcher.cpu_flags()
+    assert layouts.cpu_flags() == flags()
+
+
+NOT_STARTED = "runc create failed: waiting for init preliminary setup: connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("failures", "starts"),
+    [([NOT_STARTED], 2), ([NOT_STARTED] * 2, 2), (["no such image"], 1)],
+)
+def test_a_container_that_could_not_be_started_is_started_once_more(failures, starts):
+    """Not twice, and not after another failure."""
+    left, removed = [*failures], []
+
+    def start() -> None:
+        if left:
+            raise APIError("500", explanation=left.pop(0))
+
+    def attach(_id: str, params: Any) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours
+
+    stub: Any = SimpleNamespace(
+        id="1", start=start, attach_socket=attach, wait=lambda *_: {"StatusCode": 0},
+        remove=lambda **_: removed.append(1),
+    )  # fmt: skip
+    stub.api, stub.containers = stub, SimpleNamespace(create=lambda **_: stub)
+    job = SimpleNamespace(seconds=0)
+    conversation: Any = SimpleNamespace(job=job, on_line=print, on_error_line=print)
+
+    with nullcontext() if failures == [NOT_STARTED] else pytest.raises(APIError):
+        assert run_container(stub, {}, conversation, None) == 0
+    assert (len(removed), left) == (starts, [])
