@@ -87,13 +87,7 @@ def fleet(
         update_lock=update_lock,
         dist=path_of(dist),
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            sign_key=sign_key,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
         ),
     )
     with shown(progress) as told:

@@ -107,13 +107,7 @@ def bake(
         layout=path_of(layout) if layout else None,
         force=force,
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            sign_key=sign_key,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
@@ -287,13 +281,7 @@ def plan(
         measure=measure,
         dist=path_of(dist),
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            sign_key=sign_key,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
         ),
     )
     return run_plan(request)
@@ -365,13 +353,7 @@ def build(
         update_lock=update_lock,
         dist=path_of(dist),
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            sign_key=sign_key,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
         ),
     )
     with shown(progress) as told:

@@ -99,12 +99,7 @@ def merge(
             quantized_base=quantized_base,
         ),
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, cache=cache, cache_from=cache_from
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -172,12 +167,7 @@ def validate(
         ),
         probes=path_of(probes) if probes else None,
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, cache=cache, cache_from=cache_from
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -243,12 +233,7 @@ def quantize(
         ),
         gate=gate,
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, cache=cache, cache_from=cache_from
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -393,12 +378,7 @@ def evaluate(
         max_drop=max_drop,
         answers=path_of(answers) if answers else None,
         run=RunOptions(
-            runner=runner,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
+            runner, allow_network_in_jobs, memory, insecure, cache=cache, cache_from=cache_from
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:

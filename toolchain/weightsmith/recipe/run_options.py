@@ -20,7 +20,7 @@ def _option(default: _T, description: str) -> _T:
     return field(default=default, metadata={"description": description})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunOptions:
     """How a command is run; empty texts stand for what environment and configuration say."""
 

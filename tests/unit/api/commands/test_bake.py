@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from weightsmith.api.commands.images import copy_image
-from weightsmith.api.commands.render import render_model
+from weightsmith.api.commands.render import render_folder
+from weightsmith.api.commands.requests import RenderCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
@@ -24,7 +25,6 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
-from weightsmith.serving.engine import ServeOptions
 
 from tests.fakes.baking import ENGINE, Bakery, bake, make_key, push_base
 from tests.fakes.tiny import write_model
@@ -278,13 +278,17 @@ def test_two_models_in_a_folder_are_not_served(bakery: Bakery) -> None:
     assert "give the .gguf file itself" in caught.value.hint
 
 
+def render(model: Path, out: Path, *settings: str, target: str = "llamacpp-q8_0") -> None:
+    render_folder(RenderCommand(model=model, target=target, out=out, name="bot", settings=settings))
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_configuration_is_for_the_file_that_is_baked(bakery: Bakery, parts: bool) -> None:
     """It may have been rendered before the checkpoint was quantized, when there was no file."""
     checkpoint, out = bakery.folder / "checkpoint", bakery.folder / "serving"
     checkpoint.mkdir()
     shutil.copy(bakery.model / "config.json", checkpoint)
-    render_model(checkpoint, "llamacpp-q8_0", "bot", ServeOptions(), out)
+    render(checkpoint, out)
     assert "LLAMA_ARG_MODEL=/models\n" in (out / "llamacpp.env").read_text()
 
     name = in_parts(bakery)[0].name if parts else "tiny.gguf"
@@ -317,7 +321,7 @@ def test_a_configuration_names_the_projector_that_is_baked(bakery: Bakery, sees:
     tower = {"architectures": ["InternVisionModel"], "hidden_size": 8, "num_hidden_layers": 1}
     (checkpoint / "config.json").write_text(json.dumps({**config, "vision_config": tower}))
     (checkpoint / "preprocessor_config.json").write_text("{}")
-    render_model(checkpoint, "llamacpp-q8_0", "bot", ServeOptions(), out)
+    render(checkpoint, out)
     assert "LLAMA_ARG_MMPROJ=/models\n" in (out / "llamacpp.env").read_text()
     if sees:
         shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj-model-f16.gguf")
@@ -331,7 +335,7 @@ def test_a_configuration_names_the_projector_that_is_baked(bakery: Bakery, sees:
 
 def test_a_configuration_without_the_projector_that_is_baked_is_refused(bakery: Bakery) -> None:
     out = bakery.folder / "serving"
-    render_model(bakery.model, "llamacpp-q8_0", "bot", ServeOptions(), out)
+    render(bakery.model, out)
     shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj-tiny.gguf")
     with pytest.raises(UsageError, match=r"rendered without mmproj-tiny\.gguf"):
         bakery.bake("team/app:1", config=out)
@@ -339,8 +343,8 @@ def test_a_configuration_without_the_projector_that_is_baked_is_refused(bakery: 
 
 def test_a_configuration_keeps_its_options(bakery: Bakery) -> None:
     out = bakery.folder / "serving"
-    options = ServeOptions(extra={"rope-scaling": "none", "reasoning-format": "none"})
-    render_model(bakery.model, "llamacpp-q8_0", "bot", options, out)
+    extra = ("serve.extra.rope-scaling=none", "serve.extra.reasoning-format=none")
+    render(bakery.model, out, *extra)
     bakery.bake("team/app:1", config=out)
     lines = ["LLAMA_ARG_ROPE_SCALING_TYPE=none", "LLAMA_ARG_THINK=none"]
     found = served(bakery.image("team/app:1"), *(line.partition("=")[0] for line in lines))
@@ -349,7 +353,7 @@ def test_a_configuration_keeps_its_options(bakery: Bakery) -> None:
 
 def test_a_configuration_of_another_engine_is_refused(bakery: Bakery) -> None:
     model, out = write_model(bakery.folder / "other"), bakery.folder / "serving"
-    render_model(model, "sglang", "bot", ServeOptions(gpu="nvidia-l4"), out)
+    render(model, out, "serve.gpu=nvidia-l4", target="sglang")
     with pytest.raises(UsageError, match="rendered for sglang, not for llamacpp-q8_0"):
         bakery.bake("team/app:1", config=out)
 

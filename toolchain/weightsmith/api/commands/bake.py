@@ -20,13 +20,7 @@ from weightsmith.api.commands.requests import BakeCommand
 from weightsmith.building.targets import target_of
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Progress, Store
-from weightsmith.core.values import (
-    SAFETENSORS,
-    Artifact,
-    FileEntry,
-    Published,
-    Tree,
-)
+from weightsmith.core.values import SAFETENSORS, Artifact, FileEntry, Published, Tree
 from weightsmith.models.folder import scan
 from weightsmith.models.gguf_config import gguf_file_type, gguf_tensor_types
 from weightsmith.models.gguf_names import gguf_models, model_name
@@ -48,7 +42,6 @@ from weightsmith.steps.bases import base_images, base_reference, data_base, publ
 from weightsmith.steps.delivery import ImageOutputs, check_layout
 from weightsmith.steps.tools import Tools
 
-_DEFAULT_NAME = "model"
 _MEMORY = 4 << 30
 _PLATFORM = re.compile(r"linux/[a-z0-9_]+")
 
@@ -117,7 +110,7 @@ def _name(path: Path) -> str:
         return model_name(path.name)
     files = gguf_models(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
     names = set(map(model_name, files))
-    return names.pop() if len(names) == 1 else _DEFAULT_NAME
+    return names.pop() if len(names) == 1 else "model"
 
 
 def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -> ServingConfig:
@@ -153,22 +146,9 @@ def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -
     return replace(config, env=env, image_files=files)
 
 
-def _planned(model: Model, target: Target, place: str, tools: Tools) -> ServingConfig:
-    """Return a new plan's configuration, else the engine's own defaults."""
-    # Derive the size from the model, not from this machine, so that the digest is reproducible.
-    options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
-    try:
-        return serving_config(model, target, options, place)
-    except (UsageError, InputRefused) as error:
-        tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
-        file = served_file(model, target)
-        return render_unplanned(target, model.name, file, model.weight_bytes, model.projector)
-
-
 def _inputs(
     request: BakeCommand, model: Model, target: Target, place: str, tools: Tools
 ) -> ImageInputs:
-    """Return the inputs of the images, with the base for each requested platform."""
     artifact = _artifact(model, target, tools.store, tools.progress)
     folder = artifact.tree
     if request.kind == "ollama":  # it has no place for other files
@@ -187,11 +167,19 @@ def _inputs(
         if request.config:
             config = _fitted(read_config(request.config), request.config, model, target)
         else:
-            config = _planned(model, target, place, tools)
+            # The size is of the model, not of this machine, so that the digest is reproducible.
+            options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
+            try:
+                config = serving_config(model, target, options, place)
+            except (UsageError, InputRefused) as error:
+                why = f"no memory plan: {error.message}"
+                tools.progress.warn(f"{why}; the engine's defaults are used")
+                file, size = served_file(model, target), model.weight_bytes
+                config = render_unplanned(target, model.name, file, size, model.projector)
         labels[PLAN] = plan_label(config.plan)
         engine, device = target.engine.name, config.plan.device
         base_name = base_reference(target.engine, device, request.image.base)
-    platforms, most = request.image.platforms, request.image.max_layer_size
+    platforms = request.image.platforms
     return ImageInputs(
         name=model.name,
         version="0",
@@ -204,7 +192,7 @@ def _inputs(
         kind=request.kind,
         labels=labels,
         order=request.image.order,
-        largest_layer=layer_limit(most),
+        largest_layer=layer_limit(request.image.max_layer_size),
         licensed=folder,
         parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,

@@ -51,14 +51,11 @@ def bench(request: BenchCommand, tools: Tools) -> Said:
     """
     place = ServerSource(image=request.image, url=request.url)
     if bool(place.image) == bool(place.url):
-        raise UsageError(
-            "give exactly one of --image and --url",
-            hint="--image REF starts an image, --url tests a running server",
-        )
+        hint = "--image REF starts an image, --url tests a running server"
+        raise UsageError("give exactly one of --image and --url", hint=hint)
     if request.out and not (request.out / "build.json").is_file():
-        raise UsageError(
-            f"{request.out} has no build.json", hint="give a target's result folder in dist/"
-        )
+        hint = "give a target's result folder in dist/"
+        raise UsageError(f"{request.out} has no build.json", hint=hint)
     questions = read_items(request.data) if request.data else _QUESTIONS
     runs, sent, most = [], request.requests, request.max_tokens
     with session_with(place, tools, SessionLimits(request_seconds=request.timeout)) as session:
@@ -148,15 +145,12 @@ def load_test(
     progress: Progress,
 ) -> Run:
     """Run `requests` questions, always `concurrency` at a time."""
-    done = 0
-    lock = threading.Lock()
+    lock, counter = threading.Lock(), itertools.count(1)
 
     def one(number: int) -> Sample:
-        nonlocal done
         sample = measure(session, served, questions[number % len(questions)], max_tokens)
         with lock:
-            done += 1
-            progress.advance(done, requests, "requests")
+            progress.advance(next(counter), requests, "requests")
         return sample
 
     began = time.monotonic()
@@ -220,7 +214,5 @@ def summary(samples: Sequence[Sample], concurrency: int, seconds: float) -> Run:
 
 def percentile(seconds: Sequence[float], share: float) -> float | None:
     """Return a percentile (nearest rank) in ms; `share` from 0 to 1."""
-    if not seconds:
-        return None
     rank = max(1, math.ceil(share * len(seconds) - 1e-9))
-    return round(1000 * sorted(seconds)[rank - 1], 3)
+    return round(1000 * sorted(seconds)[rank - 1], 3) if seconds else None

@@ -32,7 +32,6 @@ from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
 from weightsmith.steps.tools import Tools
 
-_PROGRAM = "lm_eval"
 _SECONDS = 24 * 3600.0
 _MAIN = ("exact_match", "acc_norm", "acc", "pass@1", "f1", "bleu")
 """A task's main measure is the first of these that it reports."""
@@ -62,7 +61,9 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
             )
         tools.runner.check(BUILDER)
     task = _task(asked, tools)
-    before = _earlier(asked.against) if isinstance(asked.against, str) else asked.against
+    before = asked.against or None
+    if isinstance(before, str):
+        before = _earlier(before)
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
     score = _score(task, asked, tools, kept)
     right = sum(bool(row["ok"]) for row in score.per_item)
@@ -116,12 +117,8 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
             )
         if leaks:
             tools.progress.warn(leaks)
-    return Task(
-        items=items,
-        metric=scoring.metric,
-        max_tokens=scoring.max_tokens,
-        command=scoring.command,
-    )
+    metric, most = scoring.metric, scoring.max_tokens
+    return Task(items=items, metric=metric, max_tokens=most, command=scoring.command)
 
 
 def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers | None) -> Score:
@@ -130,8 +127,8 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         weights = [1.0] * len(asked.adapters)
         sources = open_sources(asked.model, asked.adapters, weights, tools.store)
         subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
-        asking = reference_answers({"model": subject}, task, Unkept(tools), tools)
-        return score_task(task, asking["model"], tools.command)
+        answers = reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
+        return score_task(task, answers, tools.command)
     place = ServerSource(image=asked.image, url=asked.url)
     limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
     with session_with(place, tools, limits, modest=True) as session:
@@ -139,28 +136,18 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         count = asked.concurrency
         answers = ask_server(session, served, task, tools.progress, concurrency=count, kept=kept)
         # The server must still be running: the command may query it.
-        environment = {
-            "WEIGHTSMITH_URL": f"{session.endpoint.url}/v1",
-            "WEIGHTSMITH_MODEL": served.name,
-        }
+        url = f"{session.endpoint.url}/v1"
+        environment = {"WEIGHTSMITH_URL": url, "WEIGHTSMITH_MODEL": served.name}
         return score_task(task, answers, tools.command, environment)
 
 
-def _earlier(path: str) -> Score | None:
-    """Return the score from an earlier run's --json output, None without one."""
-    if not path:
-        return None
+def _earlier(path: str) -> Score:
+    """Return the score from an earlier run's --json output."""
     try:
         data = parse_file(Path(path), largest=TOKENIZER)
-        rows = tuple(
-            {**row, "prompt": row["prompt"], "ok": bool(row["ok"])} for row in data["per_item"]
-        )
-        return Score(
-            score=float(data["score"]),
-            n=int(data["n"]),
-            metric=str(data.get("metric", "")),
-            per_item=rows,
-        )
+        rows = [{**row, "prompt": row["prompt"], "ok": bool(row["ok"])} for row in data["per_item"]]
+        number, metric = int(data["n"]), str(data.get("metric", ""))
+        return Score(score=float(data["score"]), n=number, metric=metric, per_item=tuple(rows))
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{path} is not the output of `evaluate --json`"
         if isinstance(error, OSError):
@@ -171,11 +158,10 @@ def _earlier(path: str) -> Score | None:
 
 def check_same_questions(now: Score, before: Score) -> None:
     """Raise CheckFailed if the two runs used different questions."""
-    asked = [[row["prompt"] for row in score.per_item] for score in (now, before)]
-    if asked[0] != asked[1]:
+    first, second = ([row["prompt"] for row in score.per_item] for score in (now, before))
+    if first != second:
         raise CheckFailed(
-            "the two runs used different questions",
-            hint="compare runs on the same data file",
+            "the two runs used different questions", hint="compare runs on the same data file"
         )
 
 
@@ -232,7 +218,7 @@ def harness_command(request: EvaluateCommand, url: str, name: str, out: Path) ->
     arguments += ",max_retries=3"
     if request.tokenizer:
         arguments += f",tokenizer={request.tokenizer},tokenized_requests=False"
-    words = [_PROGRAM, "--model", kind, "--model_args", arguments, "--tasks", request.tasks]
+    words = ["lm_eval", "--model", kind, "--model_args", arguments, "--tasks", request.tasks]
     words += ["--output_path", str(out), "--seed", "0"]
     words += [] if request.tokenizer else ["--apply_chat_template"]
     words += ["--limit", str(request.limit)] if request.limit else []

@@ -15,12 +15,7 @@ from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, W
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layout import is_layout
-from weightsmith.oci.locations import (
-    ImageLocation,
-    RegistryLocation,
-    open_location,
-    reference_of,
-)
+from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location, reference_of
 from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
@@ -71,13 +66,12 @@ def copy_image(
             check_name(place)
         except UsageError as error:  # it may be a mirror that nobody pulls from
             progress.warn(error.message)
+    whole = image.manifest_blob
     published = registry.push(
         image,
         place,
         force=force,
-        before_tag=lambda: copy_attachments(
-            image.manifest_blob, origin, there, signer, progress.warn
-        ),
+        before_tag=lambda: copy_attachments(whole, origin, there, signer, progress.warn),
         progress=lambda done, total: progress.advance(done, total, "bytes"),
         warn=progress.warn,
     )
@@ -104,9 +98,7 @@ def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Sa
         subjects = [Digest.of(index), *(blob.digest for blob in below)]
     if not force:
         registry.check_tag(place, subjects[0])
-    same_registry = (
-        isinstance(origin, RegistryLocation) and origin.reference.registry == place.registry
-    )
+    same_registry = bool(_sources(origin, place))
     rows, lines, sent = list[Mapping[str, Writable]](), list[str](), 0
     for blob in dict.fromkeys(blobs):
         how = "there" if registry.has(place, blob) else "send"
@@ -129,6 +121,13 @@ def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Sa
     }, joined([first, *lines, last])
 
 
+def _sources(origin: ImageLocation, to: Reference) -> list[str]:
+    """Return the repository of the same registry that the registry can mount blobs from, if any."""
+    if isinstance(origin, RegistryLocation) and origin.reference.registry == to.registry:
+        return [origin.reference.repository]
+    return []
+
+
 def _copy_index(
     index: bytes,
     origin: ImageLocation,
@@ -140,9 +139,6 @@ def _copy_index(
 ) -> Published:
     """Copy an index and everything that it refers to; the digest does not change."""
     registry, to = there.registry, there.reference
-    sources = []
-    if isinstance(origin, RegistryLocation) and origin.reference.registry == to.registry:
-        sources = [origin.reference.repository]
     document = manifests.read_json(index, str(to))
     kind = str(document.get("mediaType") or manifests.OCI_INDEX)
     whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
@@ -152,24 +148,19 @@ def _copy_index(
     for row, blob in _listed(index, to):
         one = origin.read(blob)
         if manifests.platform_of(row.get("platform")) != _ASIDE:
-            layers |= {  # platforms share some
-                part.blob.digest: ImageLayer(
-                    digest=part.blob.digest, size=part.blob.size, file=part.title
-                )
-                for part in one.parts
-            }
-        place = Reference(to.registry, to.repository)
-        sent.append(
-            registry.push_manifest(
-                place,
-                one.manifest_bytes,
-                blob.media_type,
-                [*one.blobs()],
-                mount_from=sources,
-                progress=lambda done, total: progress.advance(done, total, "bytes"),
-                warn=progress.warn,
-            )
+            for part in one.parts:  # platforms share some
+                digest, size = part.blob.digest, part.blob.size
+                layers[digest] = ImageLayer(digest=digest, size=size, file=part.title)
+        pushed = registry.push_manifest(
+            Reference(to.registry, to.repository),
+            one.manifest_bytes,
+            blob.media_type,
+            [*one.blobs()],
+            mount_from=_sources(origin, to),
+            progress=lambda done, total: progress.advance(done, total, "bytes"),
+            warn=progress.warn,
         )
+        sent.append(pushed)
         copy_attachments(blob, origin, there, signer, progress.warn)
     last = registry.push_manifest(
         to,
@@ -241,9 +232,25 @@ def inspect_image(
     not have the image, reads it from the container engine.
     """
     platform = usual(platform)
-    attached = []
-    if not platform and (held := _held_by_engine(source, registry, engine)):
-        found = _described_by_engine(held)
+    attached, held = list[Mapping[str, Json]](), dict[str, Json]()
+    if not (platform or is_layout(source) or Path(source).is_dir()):
+        reference = reference_of(source)
+        held = dict(engine.inspect(source)) if engine.answers() else {}
+        # For a name without a registry, the engine comes first: `support-bot` is not on Docker Hub.
+        if held and reference.registry != DOCKER_HUB and registry.confirmed(reference):
+            held = {}
+    if held:
+        config = held.get("Config") or {}
+        ids = held.get("RootFS", {}).get("Layers") or ()
+        # Docker's own store keeps no manifest, containerd's no digest of the configuration.
+        by_manifest = any(str(name).endswith(held["Id"]) for name in held.get("RepoDigests") or ())
+        found: dict[str, Json] = {
+            "digest": held["Id"] if by_manifest else "",
+            "config_digest": "" if by_manifest else held["Id"],
+            "size": held.get("Size", 0),
+            "labels": config.get("Labels") or {},
+            "layers": [{"digest": i, "diff_id": i, "size": 0, "file": ""} for i in ids],
+        }
     else:
         place = open_location(source, registry)
         index = place.index()
@@ -254,7 +261,7 @@ def inspect_image(
                 f"{source} is for {image.platform}",
                 hint=f"there is no image for {platform}; remove --platform",
             )
-        found = describe(image)
+        found = _describe(image)
         if index:
             found |= {"index": Digest.of(index), "platforms": named}
         rows = read_attached(place, image.digest)
@@ -274,55 +281,22 @@ def inspect_image(
     }
 
 
-def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
-    """Return the engine's image of that name, or {} if the registry has it or the engine has none.
-
-    For a name without a registry, the engine comes first: `support-bot` is not on Docker Hub.
-    """
-    if is_layout(source) or Path(source).is_dir():
-        return {}
-    reference = reference_of(source)
-    held = engine.inspect(source) if engine.answers() else {}
-    if reference.registry == DOCKER_HUB or not held:
-        return held
-    return {} if registry.confirmed(reference) else held
-
-
-def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
-    """Return an engine's image with the keys of `describe`.
-
-    Docker's own store keeps no manifest, so `digest` is empty; in containerd's, `config_digest` is.
-    """
-    config = held.get("Config") or {}
-    ids = held.get("RootFS", {}).get("Layers") or ()
-    by_manifest = any(str(name).endswith(held["Id"]) for name in held.get("RepoDigests") or ())
-    return {
-        "digest": held["Id"] if by_manifest else "",
-        "config_digest": "" if by_manifest else held["Id"],
-        "size": held.get("Size", 0),
-        "labels": config.get("Labels") or {},
-        "layers": [{"digest": i, "diff_id": i, "size": 0, "file": ""} for i in ids],
-    }
-
-
 def inspect_text(found: Mapping[str, Json]) -> str:
     """Return the result of `inspect` as text."""
     identity = found["digest"] or f"{found['config_digest']} (image id)"
     lines = [f"{found['reference']}", f"  digest    {identity}"]
     if "index" in found:
         platforms = ", ".join(found["platforms"])
-        lines += [
-            f"  platform  {found['platform']}, one of {platforms}",
-            f"  index     {found['index']}",
-        ]
-    if stand_in := found["provenance"].get(TESTED_PLATFORM.removeprefix(PREFIX)):
+        lines.append(f"  platform  {found['platform']}, one of {platforms}")
+        lines.append(f"  index     {found['index']}")
+    stated = found["provenance"]
+    if stand_in := stated.get(TESTED_PLATFORM.removeprefix(PREFIX)):
         lines.append(f"  not started itself: the scores are those of the image for {stand_in}")
-    tested = found["provenance"].get(TESTED.removeprefix(PREFIX), "")
-    if tested and REBASED.removeprefix(PREFIX) in found["provenance"]:
+    tested = stated.get(TESTED.removeprefix(PREFIX), "")
+    if tested and REBASED.removeprefix(PREFIX) in stated:
         lines.append(f"  the scores are those of {tested[7:19]}, before its base was replaced")
     lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
-    own = {name: text for name, text in found["provenance"].items() if name != "config"}
-    lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]
+    lines += [f"  {name:<24} {text}" for name, text in sorted(stated.items()) if name != "config"]
     plan = found["plan"]
     if {"max_num_seqs", "max_model_len", "device"} <= plan.keys():
         lines.append(
@@ -337,31 +311,15 @@ def inspect_text(found: Mapping[str, Json]) -> str:
 
 
 _SUMMARY = {
-    "User": "user",
-    "Env": "env",
-    "Entrypoint": "entrypoint",
-    "Cmd": "cmd",
-    "WorkingDir": "working_dir",
-    "ExposedPorts": "ports",
-    "Healthcheck": "healthcheck",
-}
+    "User": "user", "Env": "env", "Entrypoint": "entrypoint", "Cmd": "cmd",
+    "WorkingDir": "working_dir", "ExposedPorts": "ports", "Healthcheck": "healthcheck",
+}  # fmt: skip
+_LAYER = ("digest", "diff_id", "size", "media_type", "file")
 
 
-def describe(image: Image) -> dict[str, Json]:
-    """Return digest, platform, labels, annotations, layers and configuration as plain JSON.
-
-    Sizes are bytes as stored; only the manifest and the configuration are read.
-    """
-    layers = [
-        {
-            "digest": layer.digest,
-            "diff_id": layer.diff_id,
-            "size": layer.size,
-            "media_type": layer.media_type,
-            "file": layer.file,
-        }
-        for layer in image.layers
-    ]
+def _describe(image: Image) -> dict[str, Json]:
+    # Sizes are bytes as stored; only the manifest and the configuration are read.
+    layers = [{key: getattr(layer, key) for key in _LAYER} for layer in image.layers]
     config = {ours: image.config[key] for key, ours in _SUMMARY.items() if key in image.config}
     if "ports" in config:
         config["ports"] = sorted(config["ports"] or ())

@@ -80,12 +80,10 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
 
 def _refuse_ignored(asked: QuantizeCommand, used: Collection[str]) -> None:
     for name, field in Quantize.model_fields.items():
-        wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
-        if wish not in (unasked, "auto", "off") and name not in used:
-            raise UsageError(
-                f"{spelling(Quantize, name)} does not apply to {asked.format}",
-                hint="remove the option",
-            )
+        unasked = (field.get_default(call_default_factory=True), "auto", "off")
+        if name not in used and getattr(asked.settings, name) not in unasked:
+            flag = spelling(Quantize, name)
+            raise UsageError(f"{flag} does not apply to {asked.format}", hint="remove the option")
 
 
 def _require_new(out: Path) -> None:

@@ -71,8 +71,19 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Diges
     for old in olds:
         roles, engine = roles_of(old, request.source), old.labels.get(ENGINE_LABEL, "")
         base = base_image(request.onto, engine, tools, platform=old.platform)
-        check_contract(old, roles, base, request.onto, tools)
-        new = exchange(old, roles, base, public_base(request.onto))
+        _check_contract(old, roles, base, request.onto, tools)
+        of_base = (BASE_NAME, BASE_DIGEST, ENGINE_VERSION)
+        kept = {key: text for key, text in roles.config.labels.items() if key not in of_base}
+        labels = {**kept, **moved_labels(old.labels, old.digest), REBASED: old.digest}
+        new = assemble_in_roles(
+            roles.weights,
+            roles.settings,
+            replace(roles.config, labels=labels),
+            base,
+            public_base(request.onto),
+            order="weights-first" if roles.weights_first else "engine-first",
+            version=engine_version(base.labels),
+        )
         moved.append(new)
         attachments.append(_evidence(old, new, base, request.onto, origin, tools))
     whole = index_of(moved)
@@ -85,23 +96,7 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Diges
     return replace(published, seconds=seconds), before
 
 
-def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
-    """Return the image on another base, with the same weights, settings and additions."""
-    of_base = (BASE_NAME, BASE_DIGEST, ENGINE_VERSION)
-    kept = {key: text for key, text in roles.config.labels.items() if key not in of_base}
-    moved = moved_labels(old.labels, old.digest)
-    return assemble_in_roles(
-        roles.weights,
-        roles.settings,
-        replace(roles.config, labels={**kept, **moved, REBASED: old.digest}),
-        base,
-        base_name,
-        order="weights-first" if roles.weights_first else "engine-first",
-        version=engine_version(base.labels),
-    )
-
-
-def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
+def _check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
     """Raise InputRefused if the image is incompatible with the new base.
 
     Engine and platform must be the same, and the engine's major version must be the one that the
@@ -163,8 +158,7 @@ def _evidence(
     old: Image, new: Image, base: Image, onto: str, origin: ImageLocation, tools: Tools
 ) -> Evidence:
     """Return the old image's evidence, and how the new image was derived from it."""
-    rows = gathered.limited(origin.attached(old.digest))
-    attachments = [origin.read(blob, tag) for blob, tag in rows]
+    attachments = gathered.read_attached(origin, old.digest)
     parts = gathered.statement_parts(attachments)
     attached = [gathered.read_statement(part, None) for part in parts]
     lineage = trace(old.digest, attached)
@@ -188,10 +182,7 @@ def _evidence(
     documents = (*own, *base_documents(base, name, tools.registry))
     statement = statements.provenance(
         "rebase",
-        [
-            statements.image_resource(new.manifest_blob),
-            *statements.layer_resources(new),
-        ],
+        [statements.image_resource(new.manifest_blob), *statements.layer_resources(new)],
         parameters={"first_image": lineage.images[-1]},
         dependencies=[
             statements.image_resource(old.manifest_blob),

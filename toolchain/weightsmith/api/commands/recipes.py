@@ -19,7 +19,7 @@ from weightsmith.core.trees import discard
 from weightsmith.core.values import FileEntry, JsonValue, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.oci.attachments import Attachment, AttachmentPart
+from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
@@ -100,8 +100,7 @@ def recipe_of_image(
     """
     place = open_location(source, registry)
     image = place.image()
-    rows = evidence.limited(place.attached(image.digest))
-    attachments = [place.read(blob, tag) for blob, tag in rows]
+    attachments = evidence.read_attached(place, image.digest)
     check = signing.read_public_key(key) if key else None
     found = (evidence.read_statement(p, check) for p in evidence.statement_parts(attachments))
     statements = [one for one in found if key is None or one.signed]
@@ -165,10 +164,8 @@ def _recipe(
             kept["adapters"] = adapters
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
             known = {*_KEPT_KEYS, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
-            if left := sorted(map(str, given - known)):
-                progress.warn(
-                    f"{source}: ignored these keys of its recipe: {', '.join(left)[:200]}"
-                )
+            if left := ", ".join(sorted(map(str, given - known))):
+                progress.warn(f"{source}: ignored these keys of its recipe: {left[:200]}")
             return kept, adapters
     raise InputRefused(
         f"{source} was made by `bake` from a finished model: it names no base and no adapters",
@@ -182,18 +179,11 @@ def _check(recipe: Mapping[str, JsonValue], source: str, progress: Progress) -> 
         whole = check_recipe(recipe, source)
     except UsageError as error:
         raise _malformed(source, error.message) from None
-    task, usual = whole.evaluate, Evaluate(data="x")
-    opened = [
-        name
-        for name, is_open in {
-            "quality.gate: false": whole.quality.gate is not True,
-            "quality.limits": bool(whole.quality.limits),
-            f"evaluate.max_drop: {task.max_drop if task else 0}": bool(
-                task and task.max_drop > usual.max_drop
-            ),
-        }.items()
-        if is_open
-    ]
+    task = whole.evaluate
+    opened = [] if whole.quality.gate is True else ["quality.gate: false"]
+    opened += ["quality.limits"] if whole.quality.limits else []
+    if task and task.max_drop > Evaluate(data="x").max_drop:
+        opened.append(f"evaluate.max_drop: {task.max_drop}")
     if opened:
         progress.warn(f"{source}: its recipe weakens checks: {', '.join(opened)}")
 
@@ -236,10 +226,9 @@ def _with_base(
             "the image's statement about the merge names no base",
             hint="do not use the image: every build records its base",
         )
-    row: dict[str, JsonValue] = {"source": base}
+    row: dict[str, JsonValue]
     if base:
-        if "://" not in base:
-            row["source"] = str(Path(base).absolute())
+        row = {"source": base if "://" in base else str(Path(base).absolute())}
     elif hub := _HUB.fullmatch(pin):
         row = {"source": hub["name"], "revision": hub["revision"]}
     elif wheel := _WHEEL.fullmatch(pin):
@@ -273,29 +262,22 @@ def _with_adapters(
                 f"adapter {number} of the image's statement is not attached, or was changed",
                 hint="do not use the image: its attachments do not match its statement",
             )
-        name = f"./adapters/{number}"
-        _write(document, folder / name)
-        row["source"] = name
-        files = [
-            FileEntry(path=p.title, size=p.blob.size, digest=p.blob.digest) for p in document.parts
-        ]
+        row["source"] = name = f"./adapters/{number}"
+        files = []
+        for part in document.parts:
+            if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
+                raise InputRefused(
+                    f"an attached adapter has an unsafe file name: {part.title[:200]!r}",
+                    hint="do not use the image: builds never attach such a file",
+                )
+            path = folder / name / part.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.writelines(part.open())
+            files.append(FileEntry(path=part.title, size=part.blob.size, digest=part.blob.digest))
         read = str(tree_digest(files))
         locked[name] = {"pin": read, "digest": read}
     return locked
-
-
-def _write(document: Attachment, folder: Path) -> None:
-    for part in document.parts:
-        if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
-            raise InputRefused(
-                f"an attached adapter has an unsafe file name: {part.title[:200]!r}",
-                hint="do not use the image: builds never attach such a file",
-            )
-        path = folder / part.title
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for chunk in part.open():
-                file.write(chunk)
 
 
 def _with_questions(
@@ -309,7 +291,14 @@ def _with_questions(
     if not isinstance(task, dict):
         return
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
-    items = _items(parts[0]) if parts else []
+    items: list[dict[str, JsonValue]] = []
+    try:
+        for item in parse(parts[0].read(), largest=PART)["items"] if parts else ():
+            keys = ["messages" if "messages" in item else "prompt", "expected"]
+            keys += ["choices"] if "choices" in item else []
+            items.append({key: item[key] for key in keys})
+    except (ValueError, LookupError, TypeError):  # one is invalid
+        items = []
     if not items or task.get("metric", "contains") not in _METRICS:
         progress.warn("the image's evaluation cannot be repeated: the new recipe has no `evaluate`")
         return
@@ -324,16 +313,3 @@ def _with_questions(
         ) from None
     kept = ("metric", "max_drop", "min_score", "max_tokens", "require")
     recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
-
-
-def _items(part: AttachmentPart) -> list[dict[str, JsonValue]]:
-    """Return the questions of an attached evaluation, or none if they are invalid."""
-    found = []
-    try:
-        for item in parse(part.read(), largest=PART)["items"]:
-            keys = ["messages" if "messages" in item else "prompt", "expected"]
-            keys += ["choices"] if "choices" in item else []
-            found.append({key: item[key] for key in keys})
-    except (ValueError, LookupError, TypeError):
-        return []
-    return found

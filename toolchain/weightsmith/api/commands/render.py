@@ -119,9 +119,8 @@ def serving_config(
     model: Model, target: Target, options: ServeOptions, image: str = ""
 ) -> ServingConfig:
     """Plan and render a target for a model; raises UsageError if it does not fit the memory."""
-    own = own_weights(model, target)
     size, projector = model.weight_bytes, model.projector
-    if not own:
+    if not own_weights(model, target):
         if can_make(target.format):
             of_format(target.format.name).check_input(target.format, model.facts)
         size = estimated_bytes(model.weight_bytes, target.format, model.facts)
@@ -175,10 +174,8 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
             f"{model.path} is GGUF, which {target.engine.name} does not load",
             hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
         )
-    if target.format == SAFETENSORS:
-        return own  # unchanged: the engine detects the packing
     kinds = model.facts.weight_kinds
-    if target.format.kind in kinds:
+    if target.format == SAFETENSORS or target.format.kind in kinds:  # an engine detects packing
         return own
     if "safetensors" not in kinds:
         packed = ", ".join(sorted(kinds)) or "in an unsupported format"
@@ -199,18 +196,12 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
 def render_folder(asked: RenderCommand) -> tuple[tuple[str, ...], ServingPlan]:
     """Write the serving files that a command asks for; return their paths and the plan."""
     options = serving_options(asked.serve, asked.settings)
-    return render_model(asked.model, asked.target, asked.name, options, asked.out)
-
-
-def render_model(
-    path: Path, target: str, name: str, options: ServeOptions, out: Path
-) -> tuple[tuple[str, ...], ServingPlan]:
-    """Write a target's serving files for a model; return their paths and the plan."""
-    config = serving_config(foresee_model(path, name), target_of(target), options)
+    model = foresee_model(asked.model, asked.name)
+    config = serving_config(model, target_of(asked.target), options)
     text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
     files = {**config.files, _CONFIG: text}
-    write_files(files, out)
-    return tuple(str(out / name) for name in sorted(files)), config.plan
+    write_files(files, asked.out)
+    return tuple(str(asked.out / name) for name in sorted(files)), config.plan
 
 
 def read_config(folder: Path) -> ServingConfig:

@@ -27,7 +27,6 @@ from weightsmith.steps.launch import idle_cpus, start
 from weightsmith.steps.tools import Tools
 
 _START_SECONDS = 900.0
-_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +64,7 @@ def session_with(
         labels = config.get("Labels") or {}
         target = all_targets().get(labels.get("dev.weightsmith.target", ""))
         named = (port.partition("/")[0] for port in config.get("ExposedPorts") or ())
-        ports = [int(port) for port in named if port.isdecimal() and 0 < int(port) <= _LAST_PORT]
+        ports = [int(port) for port in named if port.isdecimal() and 0 < int(port) < 1 << 16]
         spec = StartSpec(
             port=min(ports, default=8000),
             env=idle_cpus(target.engine.threads_variable) if target and modest else {},
@@ -75,9 +74,8 @@ def session_with(
             use_gpu=True,
         )
         path = target.engine.health_path if target else "/health"
-        with start(
-            image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
-        ) as session:
+        started = start(image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits)
+        with started as session:
             yield session
 
 

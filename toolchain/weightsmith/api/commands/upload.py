@@ -32,13 +32,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
-from weightsmith.stages.upload import (
-    CARD,
-    HubDestination,
-    changes,
-    repository_of,
-    upload,
-)
+from weightsmith.stages.upload import CARD, HubDestination, changes, repository_of, upload
 from weightsmith.steps.step import WEIGHTS
 from weightsmith.steps.tools import Tools
 
@@ -59,9 +53,8 @@ def hub_destination(asked: PushCommand) -> HubDestination | None:
     if asked.to.startswith("hf://"):
         if asked.run.sign_key:
             raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
-        return HubDestination(
-            repository=repository_of(asked.to), force=asked.force, public=asked.public
-        )
+        name = repository_of(asked.to)
+        return HubDestination(repository=name, force=asked.force, public=asked.public)
     if asked.public:
         raise UsageError("--public is only for a new repository on a hub", hint="leave it out")
     return None
@@ -85,27 +78,22 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
     with _opened(source, destination, tools) as (model, card):
         wanted = changes(model.tree, card, destination, tools.hub)
     sizes = {entry.path: entry.size for entry in model.tree.files} | {CARD: len(card.encode())}
-    files, sent = sorted(sizes.items()), sum(wanted.sizes.values())
+    sent, exists = sum(wanted.sizes.values()), wanted.held is not None
     kind = "public" if destination.public else "private"
-    there = "exists" if wanted.held is not None else f"would be a new {kind} repository"
-    lines = [
-        f"{destination.reference} {there}; nothing was changed",
-        *(
-            f"  {'send' if path in wanted.sent else 'there':<7} {path}  {human(size)}"
-            for path, size in files
-        ),
-        *(f"  {'delete':<7} {path}" for path in wanted.deleted),
-        f"{human(sent)} would be sent, with this {CARD}:",
-        *card.splitlines(),
-    ]
+    there = "exists" if exists else f"would be a new {kind} repository"
+    lines, files = [f"{destination.reference} {there}; nothing was changed"], []
+    for path, size in sorted(sizes.items()):
+        is_sent = path in wanted.sent
+        files.append({"path": path, "size": size, "sent": is_sent})
+        lines.append(f"  {'send' if is_sent else 'there':<7} {path}  {human(size)}")
+    lines += [f"  {'delete':<7} {path}" for path in wanted.deleted]
+    lines += [f"{human(sent)} would be sent, with this {CARD}:", *card.splitlines()]
     return {
         "reference": destination.reference,
         "dry_run": True,
-        "exists": wanted.held is not None,
-        "public": destination.public if wanted.held is None else None,
-        "files": [
-            {"path": path, "size": size, "sent": path in wanted.sent} for path, size in files
-        ],
+        "exists": exists,
+        "public": None if exists else destination.public,
+        "files": files,
         "deleted": wanted.deleted,
         "uploaded_bytes": sent,
         "card": card,
@@ -129,7 +117,7 @@ def _open(source: str, scratch: Path, tools: Tools) -> _Model:
             return _of_build(path, scratch, tools)
         if path.is_dir():
             card = ModelCard(name=path.resolve().name, license=license_of(path))
-            return _Model(_tree(path, _names(path), tools), card)
+            return _Model(_of_folder(path, tools), card)
         if path.suffix == ".gguf" and path.is_file():
             tree = _tree(path.parent, files_with(path), tools)
             return _Model(tree, ModelCard(name=model_name(path.name)))
@@ -139,7 +127,7 @@ def _open(source: str, scratch: Path, tools: Tools) -> _Model:
     return _of_image(source, scratch, tools)
 
 
-def _names(root: Path) -> list[str]:
+def _of_folder(root: Path, tools: Tools) -> Tree:
     """Return the files of a folder to publish; raises InputRefused for what must not be there."""
     if found := pickles_in(root):
         raise InputRefused(
@@ -147,10 +135,11 @@ def _names(root: Path) -> list[str]:
             hint="move them out of the folder, or convert them to safetensors",
         )
     names = scan(root, gguf=True)
-    if not any(name.endswith(".gguf") for name in names):
-        return check_model_folder(root)
-    check_no_code(root, names)
-    return names
+    if any(name.endswith(".gguf") for name in names):
+        check_no_code(root, names)
+    else:
+        names = check_model_folder(root)
+    return _tree(root, names, tools)
 
 
 def _tree(root: Path, names: Sequence[str], tools: Tools) -> Tree:
@@ -220,23 +209,18 @@ def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
         _copy_files(layers, root)
     else:
         unpack(Image(layers=tuple(map(_as_tar, layers)), settings={}), root)
-    marked = [
-        path
-        for path in below(root)
-        if path.is_file() and (path.name == "config.json" or path.suffix == ".gguf")
-    ]
+    files = [path for path in below(root) if path.is_file()]
+    marked = {p.parent for p in files if p.name == "config.json" or p.suffix == ".gguf"}
     if not marked:
         raise InputRefused(f"{source} has no model", hint="give an image with model weights")
-    root = min({path.parent for path in marked}, key=lambda path: (len(path.parts), path))
-    tree = _tree(root, _names(root), tools)
-    attached = read_attached(place, image.digest)
-    bills = [
-        part.read()
-        for one in attached
+    root = min(marked, key=lambda path: (len(path.parts), path))
+    tree = _of_folder(root, tools)
+    stated = [
+        license_in(part.read(), image.labels.get(ARTIFACT, ""))
+        for one in read_attached(place, image.digest)
         for part in one.parts
         if part.blob.media_type == MEDIA_TYPE and part.blob.size <= SMALL
     ]
-    stated = (license_in(bill, image.labels.get(ARTIFACT, "")) for bill in bills)
     context = plan_in(image.labels).get("max_model_len", 0)
     name = source.rpartition("/")[2].partition("@")[0].partition(":")[0]
     card = card_of_labels(
@@ -262,8 +246,7 @@ def _as_tar(layer: Layer) -> Layer:
 def _copy_files(layers: Sequence[Layer], root: Path) -> None:
     for layer in layers:
         path = PurePosixPath(layer.file)
-        parts = path.parts
-        if not parts or path.is_absolute() or ".." in parts or "\0" in layer.file:
+        if not (parts := path.parts) or path.is_absolute() or ".." in parts or "\0" in layer.file:
             raise InputRefused(
                 f"a file has the path {layer.file[:200]!r}, which leaves the model's folder",
                 hint="the artifact is damaged or hostile; do not use it",
@@ -280,8 +263,7 @@ def _copy_files(layers: Sequence[Layer], root: Path) -> None:
                 hint="the artifact is damaged or hostile; do not use it",
             ) from None
         with file:
-            for chunk in layer.open():
-                file.write(chunk)
+            file.writelines(layer.open())
 
 
 def _require_merged(format_: str, source: str) -> None:

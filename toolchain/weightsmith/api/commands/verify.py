@@ -73,7 +73,7 @@ def verify_image(
     """
     check = signing.read_public_key(key) if key else None
     place, found = open_location(source, registry), _Checked()
-    digest: str = ""
+    digest = ""
     try:
         index = place.index()
     except _WRONG as error:
@@ -81,13 +81,12 @@ def verify_image(
         found.say("manifest or configuration (labels)", False, error.message)
         index = None
     if index is not None:
-        whole = Digest.of(index)
-        digest = whole
+        digest = whole = Digest.of(index)
         twice = manifests.twice_in(index, source)
         several = f"several images for {', '.join(twice)[:200]}: engines differ in which they take"
         found.say("index", not twice, several if twice else digest)
         _attachments(place, whole, found)
-        _signature(whole, found.attachments, check, found)
+        _signature(whole, check, found)
         _statements(whole, check, found)
         for platform in manifests.platforms_in(index, source):
             one = _Checked(platform=platform, known=found.known)
@@ -132,7 +131,7 @@ def _one_image(
         found.say("manifest", True, f"{image.digest}, configuration {config}")
     if not _attachments(place, image.digest, found):
         found.say("attachments", None, _NONE)
-    _signature(image.digest, found.attachments, check, found)
+    _signature(image.digest, check, found)
     _statements(image.digest, check, found)
     _layers(image, source, found, progress)
     documents = []
@@ -186,14 +185,9 @@ def _attachments(place: ImageLocation, subject: Digest, found: _Checked) -> bool
     return bool(rows)
 
 
-def _signature(
-    digest: Digest,
-    attachments: list[Attachment],
-    check: signing.Check | None,
-    found: _Checked,
-) -> None:
+def _signature(digest: Digest, check: signing.Check | None, found: _Checked) -> None:
     try:
-        claims = evidence.claims_in(attachments, check)
+        claims = evidence.claims_in(found.attachments, check)
     except _WRONG as error:
         found.say("signature", False, error.message)
         return
@@ -212,7 +206,21 @@ def _signature(
 
 def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> None:
     """Read the statements, and check the signature and subject of each."""
-    rows = _read(found, check)
+    # Each counts once; the copy that this key signed is preferred.
+    unique: dict[bytes, tuple[AttachmentPart, Statement]] = {}
+    bundles = evidence.bundles_in(found.attachments)
+    for part in (*evidence.statement_parts(found.attachments), *bundles):
+        try:
+            read = evidence.read_statement(part, check)
+        except _WRONG as error:
+            # A third party's bundle may be of an unknown kind.
+            ok = None if evidence.is_bundle(part) else False
+            found.say(f"statement {_short_type(part)}", ok, error.message)
+            continue
+        known = unique.get(read.content)
+        if not evidence.is_claim(read) and (known is None or not known[1].signed):
+            unique[read.content] = part, read
+    rows = list(unique.values())
     found.stated += [read for _, read in rows if check is None or read.signed]
     lineage = trace(image, found.stated)
     for part, read in rows:
@@ -229,26 +237,6 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
             if envelope and not read.signed:
                 said += " by this key, or changed after signing"
             found.say(name, ok, said)
-
-
-def _read(found: _Checked, check: signing.Check | None) -> list[tuple[AttachmentPart, Statement]]:
-    """Return each statement once, preferring the copy that this key signed."""
-    unique: dict[bytes, tuple[AttachmentPart, Statement]] = {}
-    bundles = evidence.bundles_in(found.attachments)
-    for part in (*evidence.statement_parts(found.attachments), *bundles):
-        try:
-            read = evidence.read_statement(part, check)
-        except _WRONG as error:
-            # A third party's bundle may be of an unknown kind.
-            ok = None if evidence.is_bundle(part) else False
-            found.say(f"statement {_short_type(part)}", ok, error.message)
-            continue
-        if evidence.is_claim(read):
-            continue
-        known = unique.get(content := read.content)
-        if known is None or not known[1].signed:
-            unique[content] = part, read
-    return list(unique.values())
 
 
 def _short_type(part: AttachmentPart, kind: str = "") -> str:
@@ -291,21 +279,16 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
         if look_inside and layer.media_type in _TARS:
             files = _files(chunks)
             return "", {path.removeprefix("models/"): digest for path, digest in files}
-        if look_inside and layer.media_type.endswith((".raw", manifests.OLLAMA_MODEL)):
-            for _ in chunks:
-                pass
-            return "", {layer.file: layer.digest}
         for _ in chunks:
             pass
     except (*_WRONG, tarfile.TarError, ValueError, EOFError) as error:
-        said = str(error)
-        return f"{layer.file or layer.digest.short}: {said}", {}
-    return "", {}
+        return f"{layer.file or layer.digest.short}: {error}", {}
+    is_model = layer.media_type.endswith((".raw", manifests.OLLAMA_MODEL))
+    return "", {layer.file: layer.digest} if look_inside and is_model else {}
 
 
 def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
-    stream = ChunkFile(chunks)
-    seen: set[str] = set()
+    stream, seen = ChunkFile(chunks), set[str]()
     with tarfile.open(
         fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=TarEntry
     ) as archive:
