@@ -8,7 +8,8 @@ from functools import cached_property
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from weightsmith.api.commands.recipes import _items
+from weightsmith.api.commands.recipes import _with_questions
+from weightsmith.core.ports import Silent
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance import bills, evidence, signing
@@ -68,10 +69,13 @@ def test_a_large_bill_beside_a_base_is_found():
 
 
 @pytest.mark.slow
-def test_a_large_attached_evaluation_keeps_its_questions():
-    rows = [{"prompt": LARGE, "expected": "y"}]
-    part = AttachmentPart.of_bytes(json.dumps({"items": rows}).encode(), evidence.EVALUATION_TYPE)
-    assert _items(part) == rows
+def test_a_large_attached_evaluation_keeps_its_questions(tmp_path):
+    row, kind = {"prompt": LARGE, "expected": "y"}, evidence.EVALUATION_TYPE
+    part = AttachmentPart.of_bytes(json.dumps({"items": [row]}).encode(), kind)
+    subject = Blob(digest=Digest.of(b""), size=0, media_type="")
+    document = Attachment(artifact_type=kind, subject=subject, parts=(part,))
+    _with_questions({"evaluate": {}}, [document], tmp_path, Silent())
+    assert json.loads((tmp_path / "eval.jsonl").read_text("utf-8")) == row
 
 
 @pytest.mark.slow

@@ -261,7 +261,7 @@ def inspect_image(
                 f"{source} is for {image.platform}",
                 hint=f"there is no image for {platform}; remove --platform",
             )
-        found = _describe(image)
+        found = describe(image)
         if index:
             found |= {"index": Digest.of(index), "platforms": named}
         rows = read_attached(place, image.digest)
@@ -317,8 +317,8 @@ _SUMMARY = {
 _LAYER = ("digest", "diff_id", "size", "media_type", "file")
 
 
-def _describe(image: Image) -> dict[str, Json]:
-    # Sizes are bytes as stored; only the manifest and the configuration are read.
+def describe(image: Image) -> dict[str, Json]:
+    """Return all but the layers' content as plain JSON; sizes are bytes as stored."""
     layers = [{key: getattr(layer, key) for key in _LAYER} for layer in image.layers]
     config = {ours: image.config[key] for key, ours in _SUMMARY.items() if key in image.config}
     if "ports" in config:

@@ -16,7 +16,7 @@ from weightsmith.core.files import sibling_folder
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.trees import discard
-from weightsmith.core.values import FileEntry, JsonValue, tree_digest
+from weightsmith.core.values import Digest, FileEntry, JsonValue, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.oci.attachments import Attachment
@@ -263,21 +263,25 @@ def _with_adapters(
                 hint="do not use the image: its attachments do not match its statement",
             )
         row["source"] = name = f"./adapters/{number}"
-        files = []
-        for part in document.parts:
-            if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
-                raise InputRefused(
-                    f"an attached adapter has an unsafe file name: {part.title[:200]!r}",
-                    hint="do not use the image: builds never attach such a file",
-                )
-            path = folder / name / part.title
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.writelines(part.open())
-            files.append(FileEntry(path=part.title, size=part.blob.size, digest=part.blob.digest))
-        read = str(tree_digest(files))
+        read = str(_write(document, folder / name))
         locked[name] = {"pin": read, "digest": read}
     return locked
+
+
+def _write(document: Attachment, folder: Path) -> Digest:
+    files = []
+    for part in document.parts:
+        if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
+            raise InputRefused(
+                f"an attached adapter has an unsafe file name: {part.title[:200]!r}",
+                hint="do not use the image: builds never attach such a file",
+            )
+        path = folder / part.title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.writelines(part.open())
+        files.append(FileEntry(path=part.title, size=part.blob.size, digest=part.blob.digest))
+    return tree_digest(files)
 
 
 def _with_questions(
