@@ -39,9 +39,6 @@ def test_no_pass_reads_more_than_is_planned() -> None:
 
 def test_what_is_wrong_is_read_once() -> None:
     assert passes(TRUE, [99] * 64) == [16, *[0] * 63]
-
-
-def test_no_draft_reads_nothing() -> None:
     assert passes(TRUE, []) == [0] * 64
 
 

@@ -18,6 +18,10 @@ from tests.fakes.decoders import make_sparse
 from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model
 
 IDS = torch.arange(7, 47).reshape(2, 20)
+ON_EXPERTS = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 ALL_AT_ONCE = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 """They multiply the inputs with all experts."""
 
@@ -85,9 +89,7 @@ def test_an_adapter_on_stacked_parameters_adds_to_single_experts(
     from peft import PeftModel
 
     base = make_model(tmp_path / "base", kind)
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
-    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    adapter = make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
 
     found, alone = streamed(base, adapter), streamed(base)
 
@@ -101,9 +103,7 @@ def test_base_and_adapter_share_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_model(tmp_path / "base", "qwen3_moe")
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
-    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    adapter = make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
     lockstep, served = Lockstep(cpus=1), []
     own = lockstep._multiply
 
@@ -112,10 +112,7 @@ def test_base_and_adapter_share_what_is_read(
         own(requests)
 
     monkeypatch.setattr(lockstep, "_multiply", count)
-    views = {
-        "base": view(base, [], lockstep, 0),
-        "adapter": view(base, [(adapter, 1)], lockstep, 0),
-    }
+    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("lora", [(adapter, 1)]))}
 
     lockstep.run({name: lambda one=one: logits(one) for name, one in views.items()})
 

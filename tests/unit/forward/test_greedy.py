@@ -155,37 +155,6 @@ def test_views_of_one_checkpoint_read_each_matrix_once(
     assert shared.count(2) > 0.9 * len(shared)
 
 
-def test_a_draft_that_is_right_needs_no_step_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_model(tmp_path / "base")
-    true = generated(base)
-    seen: list[object] = []
-    multiply = Lockstep._multiply
-    monkeypatch.setattr(Lockstep, "_multiply", lambda *a: (seen.append(1), multiply(*a)))
-
-    assert answer(base, drafts=dict(enumerate(true))) == true
-    drafted = len(seen)
-    answer(base)
-
-    assert MOST * drafted <= len(seen) - drafted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_moe"])
-def test_an_adapter_on_both_parameters_of_experts_keeps_both_deltas(
-    tmp_path: Path, kind: str
-) -> None:
-    """PEFT nests one wrapper in another: each weight is filled once, before either changes it."""
-    base = make_model(tmp_path / "base", kind)
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    lora = make_adapter(
-        tmp_path / "lora", base, target_modules=["q_proj"], target_parameters=experts
-    )
-
-    assert answer(base, lora) == generated(base, lora)
-
-
 @pytest.mark.slow
 def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", num_key_value_heads=4, intermediate_size=64)
@@ -202,79 +171,58 @@ def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_
     assert found["adapter"].tokens == generated(base, lora)
 
 
-def multiplied_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the number of rows of each product."""
+def multiplied_rows(monkeypatch: pytest.MonkeyPatch, height: int = 0) -> list[int]:
+    """Return a list that gets the number of rows of each product, with such matrices alone."""
     found: list[int] = []
     multiply = Lockstep.multiply
 
     def counted(self: Lockstep, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
-        found.append(inputs[..., 0].numel())
+        found.extend([inputs[..., 0].numel()] * (height in {0, len(matrix)}))
         return multiply(self, key, inputs, matrix)
 
     monkeypatch.setattr(Lockstep, "multiply", counted)
     return found
 
 
-def test_a_draft_of_other_text_is_read_once(
+def test_a_draft_saves_the_steps_of_what_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each pass is a product with each of seven matrices in three layers, and with the head."""
     base = make_model(tmp_path / "base")
     true, rows = generated(base), multiplied_rows(monkeypatch)
     other = next(token for token in range(9, 99) if all(token not in row for row in true))
+    drafts = {
+        "none": {},
+        "right": dict(enumerate(true)),
+        "one wrong token": {n: [*row[:5], 499, *row[6:]] for n, row in enumerate(true)},
+        "another text": {n: [other] * 40 for n in range(len(PROMPTS))},
+    }
+    passes, read = {}, {}
+    for how, given in drafts.items():
+        rows.clear()
+        assert answer(base, drafts=given) == true
+        passes[how], read[how] = len(rows) // 22, sum(rows)
+        if how == "none":
+            tokens = sum(map(len, PROMPTS))
+            # In the last layer, only those with logits.
+            assert rows[:22] == [*([tokens] * 7 * 2), *([tokens] * 3), *([len(PROMPTS)] * 5)]
 
-    answer(base)
-    written = sum(rows)
-    assert answer(base, drafts={n: [other] * 40 for n in range(len(PROMPTS))}) == true
-
-    assert sum(rows) - 2 * written <= len(PROMPTS) * (MOST - 1) * 22
-
-
-def test_a_draft_fits_again_after_a_wrong_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_model(tmp_path / "base")
-    true, rows = generated(base), multiplied_rows(monkeypatch)
-    drafts = {n: [*row[:5], 499, *row[6:]] for n, row in enumerate(true)}
-
-    assert answer(base, drafts=drafts) == true
-    assert len(rows) == 2 * 22  # a row of each of seven matrices in three layers, and of the head
-
-
-def test_only_tokens_are_multiplied_and_in_the_last_layer_those_with_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_model(tmp_path / "base")
-    rows = multiplied_rows(monkeypatch)
-
-    answer(base)
-
-    tokens = sum(map(len, PROMPTS))
-    projections = [tokens] * 3
-    assert rows[:22] == [
-        *([tokens] * 7 * 2),
-        *projections,
-        *([len(PROMPTS)] * 4),
-        len(PROMPTS),
-    ]
+    assert passes == {"none": MOST, "right": 1, "one wrong token": 2, "another text": MOST}
+    assert read["another text"] - read["none"] <= len(PROMPTS) * (MOST - 1) * 22
 
 
 def test_drafts_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
-    model = view(base, [], lockstep := Lockstep(2), 0)
+    model = view(base, [], Lockstep(2), 0)
     beyond = {0: [10_000, 5], 1: [*generated(base)[1][:2], 10_000]}
 
     assert answer(base, drafts=beyond) == generated(base)
 
     empty = Questions(prompts=[[1], []], ends=[2], most=4, drafts={1: [7, 7]})
     assert greedy_module._usable_drafts(model, empty) == {}
-    del lockstep
-
-
-def test_positions_that_depend_on_the_length_take_no_draft(tmp_path: Path) -> None:
+    # Nor do positions that depend on the length of the text.
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    base = make_model(tmp_path / "base", rope_parameters=scaling)
-    model = view(base, [], Lockstep(2), 0)
-
+    model = view(make_model(tmp_path / "dynamic", rope_parameters=scaling), [], Lockstep(2), 0)
     assert greedy_module._usable_drafts(model, asked({0: [1, 2]})) == {}
 
 
@@ -292,25 +240,12 @@ def test_gemmas_scaled_embedding_reads_the_rows_that_are_used(tmp_path: Path) ->
     assert embed.weight.untyped_storage().nbytes() < 1000
 
 
-def largest_head_input(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the number of positions of each product with the head."""
-    found: list[int] = []
-    multiply = Lockstep.multiply
-
-    def counted(self: Lockstep, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
-        found.extend([inputs[..., 0].numel()] * (len(matrix) == 512))
-        return multiply(self, key, inputs, matrix)
-
-    monkeypatch.setattr(Lockstep, "multiply", counted)
-    return found
-
-
 @pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("kind", "options", "drafted", "positions"),
     [
         ("llama", {}, False, 100),
-        ("llama", {}, True, 100),
+        ("llama", {}, True, 3),
         ("gemma3", {"final_logit_softcapping": 5.0}, True, 3),
         ("granite", {"logits_scaling": 3.0}, True, 3),
     ],
@@ -330,7 +265,7 @@ def test_margins_are_those_of_a_forward_pass(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(heads, "LOGIT_BYTES", positions * 4 * 512)
-    most = largest_head_input(monkeypatch)
+    most = multiplied_rows(monkeypatch, 512)  # of the head
     root = make_model(tmp_path / "base", kind, **options)
     expected = generated(root)
     drafts = {n: [*row[:5], 5, *row[6:]] for n, row in enumerate(expected)} if drafted else {}
@@ -345,16 +280,6 @@ def test_margins_are_those_of_a_forward_pass(
             logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0]
         best = logits[len(prompt) - 1 : -1].topk(2).values
         assert margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-3)
-
-
-def test_logits_that_are_computed_in_pieces_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = make_model(tmp_path / "base")
-    true = generated(base)
-    monkeypatch.setattr(heads, "LOGIT_BYTES", 3 * 4 * 512)  # of three positions
-
-    assert answer(base, drafts={n: [*row[:7], 11, *row[8:]] for n, row in enumerate(true)}) == true
 
 
 def test_texts_with_states_that_mix_are_written_one_by_one() -> None:

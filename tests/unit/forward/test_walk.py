@@ -42,8 +42,12 @@ def ask(model: str, _: Any) -> str:
     return model
 
 
-def test_only_the_model_that_cannot_be_streamed_is_loaded(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base"))
+
+
+def test_only_the_model_that_cannot_be_streamed_is_loaded(base: Path) -> None:
     good, bad = Model(base, streams=True), Model(base, streams=False)
     told: list[Exception] = []
 
@@ -54,8 +58,8 @@ def test_only_the_model_that_cannot_be_streamed_is_loaded(tmp_path: Path) -> Non
     assert [str(error) for error in told] == ["the logits are not finite"]
 
 
-def test_a_model_that_does_not_run_in_memory_either_is_refused(tmp_path: Path) -> None:
-    bad = Model(make_model(tmp_path / "base"), streams=False)
+def test_a_model_that_does_not_run_in_memory_either_is_refused(base: Path) -> None:
+    bad = Model(base, streams=False)
 
     def fail(model: str, _: Any) -> str:
         raise ModelFails(f"{model} heads do not fit")
@@ -66,8 +70,8 @@ def test_a_model_that_does_not_run_in_memory_either_is_refused(tmp_path: Path) -
     assert str(bad.checkpoint) in caught.value.message
 
 
-def test_memory_that_runs_out_is_not_the_models_fault(tmp_path: Path) -> None:
-    bad = Model(make_model(tmp_path / "base"), streams=False)
+def test_memory_that_runs_out_is_not_the_models_fault(base: Path) -> None:
+    bad = Model(base, streams=False)
 
     def fail(model: str, _: Any) -> str:
         if model == "broken":
@@ -81,8 +85,8 @@ def test_memory_that_runs_out_is_not_the_models_fault(tmp_path: Path) -> None:
     assert not isinstance(caught.value, InputRefused)
 
 
-def test_a_mistake_of_ours_loads_no_model(tmp_path: Path) -> None:
-    good = Model(make_model(tmp_path / "base"), streams=True)
+def test_a_mistake_of_ours_loads_no_model(base: Path) -> None:
+    good = Model(base, streams=True)
 
     def mistaken(model: Any, _: Any) -> str:
         return str(model.heads)
@@ -94,18 +98,17 @@ def test_a_mistake_of_ours_loads_no_model(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_what_a_model_calls_is_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Transformers calls our linear layer, which calls a function that is none."""
-    base = make_model(tmp_path / "base")
     monkeypatch.setattr(views, "multiplied", None)
 
     with pytest.raises(TypeError, match="not callable"):
         answers({"": UnmergedModel(model=base)}, CHAT, 3)
 
 
-def test_only_what_weights_in_memory_may_cure_loads_a_model(tmp_path: Path) -> None:
-    good = Model(make_model(tmp_path / "base"), streams=True)
+def test_only_what_weights_in_memory_may_cure_loads_a_model(base: Path) -> None:
+    good = Model(base, streams=True)
 
     def fail(*_: Any) -> str:
         with running():
@@ -117,8 +120,7 @@ def test_only_what_weights_in_memory_may_cure_loads_a_model(tmp_path: Path) -> N
     assert not good.loaded
 
 
-def test_of_one_architecture_all_models_are_loaded(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
+def test_of_one_architecture_all_models_are_loaded(base: Path) -> None:
     both = {"good": Model(base, streams=True), "bad": Model(base, streams=False)}
 
     assert walk(both, dict.fromkeys(both, ask), alike=True) == {"good": "whole", "bad": "whole"}
