@@ -56,8 +56,8 @@ def read_items(path: Path) -> tuple[Item, ...]:
 def _read(path: Path, _content: bytes) -> tuple[Item, ...]:
     items: list[Item] = []
     asked: dict[str, int] = {}
-    for number, line in _lines(path):
-        item = _item(_parse(line, f"{path}:{number}"), number, f"{path}:{number}")
+    for number, value in _lines(path):
+        item = _item(value, number, f"{path}:{number}")
         asks = [[dict(message) for message in item.messages], item.choices]
         key = json.dumps(asks, sort_keys=True)
         if key in asked:
@@ -97,15 +97,16 @@ def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:
     Raises UsageError with file and line for invalid lines, and for a file without chats.
     """
     found = tuple(
-        _item({**_parse(line, f"{path}:{number}"), "expected": "-"}, number, f"{path}:{number}")
-        for number, line in _lines(path)
+        _item({**value, "expected": "-"}, number, f"{path}:{number}")
+        for number, value in _lines(path)
     )
     if not found:
         raise UsageError(f"{path} has no prompts", hint='a line is {"prompt": "…"}')
     return tuple(item.messages for item in found)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
+    """Yield the number of each line that is not blank, and its JSON object."""
     try:
         with path.open("rb") as stream:
             lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), b"")
@@ -122,22 +123,20 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise UsageError(
                         f"{where} is not UTF-8", hint="save the file as UTF-8"
                     ) from None
-                if text:
-                    yield number, text
+                if not text:
+                    continue
+                try:
+                    value = parse(text)
+                except ValueError as error:
+                    raise UsageError(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
+                if not isinstance(value, dict):
+                    kind = type(value).__name__
+                    raise UsageError(f"{where} is not a JSON object but a {kind}", hint=_SHAPE)
+                yield number, value
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}", hint="give the path of a JSON Lines file"
         ) from None
-
-
-def _parse(line: str, where: str) -> Mapping[str, JsonValue]:
-    try:
-        value = parse(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} is not a JSON object but a {type(value).__name__}", hint=_SHAPE)
-    return value
 
 
 def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
@@ -149,7 +148,14 @@ def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
         messages = ({"role": "user", "content": _text(value["prompt"], "prompt", where)},)
     else:
         messages = _messages(value["messages"], where)
-    choices = _choices(value, where)
+    listed = value.get("choices", [])
+    if not isinstance(listed, list):
+        raise UsageError(f"{where}: choices is not a list of strings", hint=_SHAPE)
+    choices = tuple(_text(choice, "a choice", where) for choice in listed)
+    if choices and len(set(choices)) < max(2, len(choices)):
+        raise UsageError(
+            f"{where}: fewer than two choices, or duplicates", hint="list each choice once"
+        )
     if "expected" not in value:
         raise UsageError(f"{where} has no expected", hint=_SHAPE)
     expected = value["expected"]
@@ -179,18 +185,6 @@ def _messages(value: JsonValue, where: str) -> tuple[dict[str, str], ...]:
         content = _text(message.get("content"), f"{name}.content", where)
         found.append({"role": role, "content": content})
     return tuple(found)
-
-
-def _choices(value: Mapping[str, JsonValue], where: str) -> tuple[str, ...]:
-    choices = value.get("choices", [])
-    if not isinstance(choices, list):
-        raise UsageError(f"{where}: choices is not a list of strings", hint=_SHAPE)
-    texts = tuple(_text(choice, "a choice", where) for choice in choices)
-    if texts and len(set(texts)) < max(2, len(texts)):
-        raise UsageError(
-            f"{where}: fewer than two choices, or duplicates", hint="list each choice once"
-        )
-    return texts
 
 
 def _answer(answer: JsonValue, choices: tuple[str, ...], where: str) -> str:

@@ -108,14 +108,19 @@ def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] 
 
 
 def _by_echo(session: ServerSession, served: Served, item: Item, choice: str) -> float:
-    if not item.plain:
-        return _by_ids(session, served, item, choice)
     context = item.prompt
     whole = context + spaced(context, choice)
-    scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served.name, whole))))
-    if scored is None:
+    asked: str | list[int] = whole
+    if not item.plain:  # messages by token ids: vLLM's /tokenize applies the chat template
+        before = _tokenized(session, served, served.question(item))
+        reply = _tokenized(session, served, {"prompt": choice, "add_special_tokens": False})
+        asked = [*before, *reply]
+    scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served.name, asked))))
+    if scored is None or (not item.plain and len(scored[1]) < len(asked)):
         raise session.failed(_COMPLETIONS, "the response has no log-probabilities of the prompt")
     tokens, scores, offsets = scored
+    if not item.plain:
+        return sum(score for score in scores[len(before) : len(asked)] if score is not None)
     # A begin token may precede the text, with or without text of its own.
     shift = offsets[0]
     total = 0.0
@@ -124,19 +129,6 @@ def _by_echo(session: ServerSession, served: Served, item: Item, choice: str) ->
         if begins < len(whole) and begins + len(token) > len(context) and score is not None:
             total += score
     return total
-
-
-def _by_ids(session: ServerSession, served: Served, item: Item, choice: str) -> float:
-    """Score a reply to messages by token ids: vLLM's /tokenize applies the chat template."""
-    context = _tokenized(session, served, served.question(item))
-    reply = _tokenized(session, served, {"prompt": choice, "add_special_tokens": False})
-    scored = _token_scores(
-        json.dumps(session.post(_COMPLETIONS, _echo(served.name, [*context, *reply])))
-    )
-    if scored is None or len(scored[1]) < len(context) + len(reply):
-        raise session.failed(_COMPLETIONS, "the response has no log-probabilities of the prompt")
-    scores = scored[1][len(context) : len(context) + len(reply)]
-    return sum(score for score in scores if score is not None)
 
 
 def _tokenized(session: ServerSession, served: Served, what: Mapping[str, JsonValue]) -> list[int]:

@@ -132,12 +132,21 @@ def score_answers(
             hint="the evaluation was cut short; run it again",
         )
     check_metric(metric, items)
-    rows: list[Mapping[str, JsonValue]] = []
+    rows: list[dict[str, JsonValue]] = []
     seconds = time_limits.FOREIGN_SECONDS + len(items) * _SECONDS_EACH
     try:  # with a time limit: patterns and schemas may take forever
         with cpu_limit(seconds):
             for item, answer in zip(items, answers, strict=True):
-                rows.append(_row(item, answer, metric))
+                row: dict[str, JsonValue] = {
+                    "prompt": item.prompt,
+                    **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),
+                    "expected": list(item.expected),
+                    **({"choices": list(item.choices)} if item.choices else {}),
+                    **({"answer": answer} if isinstance(answer, str) else answer),
+                }
+                if metric != "command":
+                    row["ok"] = judge(metric, item.expected, str(row["answer"]))
+                rows.append(row)
     except TooLong:
         raise UsageError(
             f"line {items[len(rows)].line}: metric {metric} exceeded {seconds:g} s of CPU time",
@@ -146,20 +155,6 @@ def score_answers(
     right = sum(bool(row["ok"]) for row in rows)
     share = right / len(rows) if rows else 0.0
     return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
-
-
-def _row(item: Item, answer: str | Mapping[str, JsonValue], metric: str) -> Mapping[str, JsonValue]:
-    facts: Mapping[str, JsonValue] = {"answer": answer} if isinstance(answer, str) else answer
-    return {
-        "prompt": item.prompt,
-        **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),
-        "expected": list(item.expected),
-        **({"choices": list(item.choices)} if item.choices else {}),
-        **facts,
-        "ok": facts["ok"]
-        if metric == "command"
-        else judge(metric, item.expected, str(facts["answer"])),
-    }
 
 
 def _loose(text: str) -> str:

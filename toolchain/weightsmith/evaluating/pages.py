@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeAlias
 from xml.etree import ElementTree as ET
 
 from jinja2 import (
@@ -46,6 +45,7 @@ from weightsmith.evaluating.card import ModelCard
 from weightsmith.evaluating.gate import compare
 from weightsmith.serving.memory import human
 
+_AGAIN = "build it again; cached stages are not repeated"
 _BENCH = "bench.json"
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
 """Characters that are Markdown markup, anywhere or at the start of a line."""
@@ -71,15 +71,10 @@ def read_as_facts(path: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputRefused(
-            f"{path} is damaged: {type(error).__name__}: {error}"[:300],
-            hint="build it again; cached stages are not repeated",
-        ) from error
+        text = f"{path} is damaged: {type(error).__name__}: {error}"[:300]
+        raise InputRefused(text, hint=_AGAIN) from error
     except TemplateError as error:
-        raise InputRefused(
-            f"{path} is damaged: {error.message}",
-            hint="build it again; cached stages are not repeated",
-        ) from error
+        raise InputRefused(f"{path} is damaged: {error.message}", hint=_AGAIN) from error
 
 
 def write_report(build: BuildRecord, folder: Path, *, anew: bool = True) -> Written:
@@ -124,7 +119,16 @@ def _is_current(written: Written, folder: Path) -> bool:
 
 def write_comparison(first: Path, second: Path, folder: Path) -> Written:
     """Write compare.html and compare.md of two builds' folders; raises what `read_json` raises."""
-    view = _comparison_view(_side(first), _side(second))
+    (a, view_of_a), (b, view_of_b) = _side(first), _side(second)
+    questions = views.shared_questions(a, b)
+    rows = views.answer_rows(questions, {"adapter": "A", "image": "B"})
+    view = {
+        "sides": [{**view_of_a, "letter": "A"}, {**view_of_b, "letter": "B"}],
+        "verdict": _compared(questions),
+        "facts": views.fact_rows(a, b),
+        "answers": rows,
+        "counts": views.counts(rows),
+    }
     names = ("compare.html", "compare.md")
     _write({name: render_view(view, f"{name}.j2") for name in names}, folder)
     return Written(html=folder / "compare.html", markdown=folder / "compare.md")
@@ -176,27 +180,12 @@ def _bench_view(folder: Path) -> dict[str, object] | None:
     return {**bench, "rows": rows}
 
 
-_Side: TypeAlias = tuple[BuildRecord, dict[str, object]]
-"""A build and its view."""
-
-
-def _side(place: Path) -> _Side:
+def _side(place: Path) -> tuple[BuildRecord, dict[str, object]]:
+    """Return a build and its view."""
     folder = place.parent if place.name == FILE else place
     with read_as_facts(folder / FILE):
         build = BuildRecord.from_json(read_json(folder / FILE))
         return build, build_view(build, (), _bench_view(folder))
-
-
-def _comparison_view(first: _Side, second: _Side) -> dict[str, object]:
-    questions = views.shared_questions(first[0], second[0])
-    rows = views.answer_rows(questions, {"adapter": "A", "image": "B"})
-    return {
-        "sides": [{**first[1], "letter": "A"}, {**second[1], "letter": "B"}],
-        "verdict": _compared(questions),
-        "facts": views.fact_rows(first[0], second[0]),
-        "answers": rows,
-        "counts": views.counts(rows),
-    }
 
 
 def _compared(questions: Sequence[views.Asked]) -> dict[str, object]:
@@ -234,9 +223,7 @@ def read_json(path: Path) -> dict[str, Json]:
             hint="give a folder that `build` wrote, such as dist/NAME/VERSION/TARGET",
         ) from None
     except ValueError as error:
-        raise InputRefused(
-            f"{path} is damaged: {error}", hint="build it again; cached stages are not repeated"
-        ) from None
+        raise InputRefused(f"{path} is damaged: {error}", hint=_AGAIN) from None
     if not isinstance(found, dict):
         raise InputRefused(f"{path} is damaged: not a JSON object", hint="build it again")
     return found
@@ -314,7 +301,9 @@ def _environment(folder: Path, page: str) -> Environment:
         verbatim=lambda value: Markup(upright(str(value))),  # noqa: S704
         pretty=partial(json.dumps, indent=1, sort_keys=True, ensure_ascii=False),
         seconds=lambda value: f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min",
-        spread=_spread,
+        spread=lambda value: " / ".join(
+            "-" if value[k] is None else f"{value[k]:.1f}" for k in ("p50", "p95")
+        ),
         capital=lambda text: text[:1].upper() + text[1:],
         day=_day,
     )
@@ -347,10 +336,6 @@ def _cell(value: object) -> Markup:
     flat = " ".join(upright(str(value)).split())
     flat = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", flat))
     return Markup(flat)  # noqa: S704 - it was just escaped
-
-
-def _spread(value: Mapping[str, float | None]) -> str:
-    return " / ".join("-" if value[k] is None else f"{value[k]:.1f}" for k in ("p50", "p95"))
 
 
 def _day(created: str) -> str:
