@@ -34,12 +34,9 @@ def test_the_same_question_in_other_letters_is_found(tmp_path):
 
 def test_a_long_question_within_a_text_is_found_and_a_short_one_is_not(tmp_path):
     path = write(tmp_path, {"text": "Yes or no? And which port does the gateway use? 7481."})
+    asked = [item("Which port does the gateway use?", 1), item("Yes or no?", 2)]
 
-    found = find_contamination(
-        [item("Which port does the gateway use?", 1), item("Yes or no?", 2)], path
-    )
-
-    assert [leak.line for leak in found] == [1]
+    assert [leak.line for leak in find_contamination(asked, path)] == [1]
 
 
 def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_path, monkeypatch):

@@ -132,10 +132,6 @@ def gate(image: Score, reference: Score | None, max_drop: float, min_score: floa
 def test_a_drop_of_exactly_what_is_allowed_passes() -> None:
     gate(score(1, 2), score(1, 2), 0.0, 0.5)
     gate(score(7, 10), score(8, 10), 0.1)
-
-
-def test_one_question_of_many_beyond_what_is_allowed_fails() -> None:
-    """Of 1000, ten may be lost, and not eleven."""
     gate(score(990, 1000), score(1000, 1000), 0.01)
 
     with pytest.raises(CheckFailed, match=r"0\.011 below.*at most 0\.010 is allowed"):
@@ -158,26 +154,20 @@ def test_a_low_score_fails_even_where_the_reference_is_as_low() -> None:
         gate(score(1, 2), None, 1.0, 0.9)
 
     assert "'q0' now gives" in caught.value.hint
-
-
-def test_scores_without_answers_fail_with_what_to_do_next() -> None:
-    """A harness states scores alone."""
+    # A harness states scores alone.
     with pytest.raises(CheckFailed) as caught:
         gate(Score(score=0.5, n=0, metric="acc"), Score(score=0.9, n=0, metric="acc"), 0.1)
 
     assert "train the adapter further" in caught.value.hint
 
 
-def test_a_loss_is_reported_with_its_uncertainty() -> None:
+def test_a_verdict_says_how_certain_it_is_and_how_many_questions_would_do() -> None:
     verdict = gate(score(29, 30), score(30, 30), 0.05)
 
     assert "0.033 below" in verdict.reason
     assert "may be chance (p=1)" in verdict.reason
     assert (verdict.facts["lost"], verdict.facts["won"], verdict.facts["p"]) == (1, 0, 1.0)
     assert verdict.facts["interval"][0] < 1 / 30 < verdict.facts["interval"][1]
-
-
-def test_too_few_questions_are_reported_with_how_many_would_do() -> None:
     few = too_few(gate(score(33, 33), score(33, 33), 0.05), 0.05)
 
     assert "33 questions are too few" in few

@@ -83,12 +83,10 @@ class Echoing:
 @pytest.mark.parametrize(
     "how", [{}, {"offsets": False}, {"extra": False}, {"begin": "<s>"}], ids=str
 )
-def test_a_prompt_is_scored_by_its_echo(serve, how):
+def test_an_echo_is_scored_and_messages_go_through_the_servers_template(serve, how):
     assert scores(serve(Echoing(**how)), PLAIN) == [-0.5, -3.0]
-
-
-def test_messages_go_through_the_servers_template(serve):
-    assert scores(serve(Echoing()), CHAT) == [-0.25, -2.5]
+    if "begin" not in how:
+        assert scores(serve(Echoing(**how)), CHAT) == [-0.25, -2.5]
 
 
 def test_messages_need_a_server_that_applies_its_template(serve):
@@ -128,18 +126,13 @@ class Stepping:
         return 200, {"completion_probabilities": [{"top_logprobs": rows[: body["n_probs"]]}]}
 
 
-def test_a_prompt_is_scored_step_by_step(serve):
+def test_a_choice_is_scored_step_by_step(serve):
     stepping = Stepping()
 
     assert scores(serve(stepping), PLAIN) == [-0.5, -3.0]
     assert max(stepping.asked) > 300 > min(stepping.asked)  # the rare token needs a longer list
-
-
-def test_messages_are_scored_step_by_step(serve):
     # "…<|assistant|>Yes" is another last word than "…<|assistant|>": it is what is scored.
-    found = scores(serve(Stepping()), CHAT)
-
-    assert found[1] == pytest.approx(-0.01 - 1.5)
+    assert scores(serve(Stepping()), CHAT)[1] == pytest.approx(-0.01 - 1.5)
 
 
 def test_a_server_that_can_neither_is_refused(serve):
@@ -148,11 +141,8 @@ def test_a_server_that_can_neither_is_refused(serve):
     assert "--model" in caught.value.hint
 
 
-def test_the_likeliest_choice_is_the_answer():
+def test_the_likeliest_choice_is_the_answer_and_one_space_stands_before_it():
     assert choose(PLAIN, [-2.0, -1.0]) == {"answer": "green", "log_likelihoods": [-2.0, -1.0]}
-
-
-def test_one_space_stands_between():
     assert spaced("The sky is", "blue") == " blue"
     assert spaced("The sky is ", "blue") == "blue"
     assert spaced("The sky is", " blue") == " blue"

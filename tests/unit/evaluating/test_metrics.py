@@ -48,9 +48,6 @@ def test_scores_answers_beside_their_questions():
     assert (score.score, score.n, score.metric) == (0.5, 2, "contains")
     assert [row["ok"] for row in score.per_item] == [True, False]
     assert score.per_item[1]["expected"] == ["x", "y"]
-
-
-def test_answers_must_be_as_many_as_questions():
     with pytest.raises(CheckFailed, match="0 answers for 1"):
         score_answers([], [item("a", "x")], "exact")
 

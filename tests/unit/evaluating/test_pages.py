@@ -37,12 +37,8 @@ def test_every_fact_is_shown(template):
     )  # fmt: skip
 
     assert [fact for fact in facts if fact not in text] == []
-
-
-@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
-def test_a_build_without_scores_or_image_has_a_report(template):
+    # Without scores or image, too.
     text = render_report(SMALLEST, template).replace("\\", "")
-
     assert "support-smol" in text
     assert "Built, not proven" in text
 
@@ -58,6 +54,9 @@ def test_the_page_is_self_contained_and_escapes_what_models_say():
 
     assert f"script-src 'sha256-{digest}'" in page
     assert "default-src 'none'" in page
+    # The memory bar is whole.
+    widths = [float(width) for width in re.findall(r'class="c-\w+" style="width: ([\d.]+)%', page)]
+    assert widths == [40.0, 20.0, 10.0, 30.0]
 
 
 def test_markdown_tables_keep_their_columns():
@@ -110,22 +109,13 @@ def test_an_image_that_was_tried_without_a_picture_says_so(template, unproven):
     assert said not in banner(takes_pictures=True, started="linux/amd64")
 
 
-def test_the_memory_bar_is_whole():
-    page = render_report(BUILD, "report.html.j2")
-    widths = [float(width) for width in re.findall(r'class="c-\w+" style="width: ([\d.]+)%', page)]
-
-    assert widths == [40.0, 20.0, 10.0, 30.0]
-
-
 @pytest.mark.parametrize("length", [40, 4000])
 def test_a_thousand_questions_fit_in_a_megabyte(length):
     page = render_report(many(1000, length), "report.html.j2")
 
     assert len(page.encode()) <= 1_000_000
     assert "question 999 why" in page
-
-
-def test_long_answers_are_whole_where_there_is_room():
+    # Where there is room, long answers are whole.
     assert "because " * 100 in render_report(many(20, 800), "report.html.j2")
 
 
@@ -216,15 +206,9 @@ def test_builds_that_cannot_be_read_are_reported(tmp_path):
     with pytest.raises(InputRefused, match=r"build\.json"):
         write_comparison(tmp_path / "b", tmp_path / "b", tmp_path)
 
-
-def test_missing_facts_are_named():
     with pytest.raises(ValueError, match=r"base\.source"):
         render_report({**SMALLEST, "base": {}}, "report.html.j2")
-
-
-def test_a_folder_that_cannot_be_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
-
     with pytest.raises(EnvironmentFailure, match="file"):
         write_report(BuildRecord.from_json(BUILD), tmp_path / "file")
 
@@ -244,27 +228,18 @@ def test_junit_has_gates_checks_and_questions():
         "the image lost too much"
     )
     assert "no | idea" in bad.find(".//testcase[@classname='weightsmith.question']/failure").text
-
-
-def test_what_is_not_proven_is_a_skipped_gate():
     doubtful = read_junit({**BUILD, "unproven": ["8 questions are too few"]})
-
     case = doubtful.find(".//testcase[@name='proven 1']/skipped")
     assert case.get("message") == "not proven: 8 questions are too few"
     assert doubtful[0].get("failures") == "0"
 
 
-def test_a_question_lost_within_what_is_allowed_is_no_failure():
+def test_junit_skips_what_was_lost_as_is_allowed_and_survives_what_xml_cannot_hold():
     build = failing()
     build["verdicts"][0]["passed"] = True
     tree = read_junit(build)
-
     assert [suite.get("skipped") for suite in tree] == ["0", "1"]
     assert tree.find(".//failure") is None
-
-
-def test_junit_survives_what_xml_cannot_hold():
-    build = failing()
     build["items"][0]["prompt"] = "bell \x07 and half a pair \ud800 \ufffe ]]></testcase>"
 
     assert read_junit(build).find(".//testcase[@classname='weightsmith.question']") is not None

@@ -178,6 +178,7 @@ def test_a_good_server_passes_and_what_was_seen_is_kept(server):
         ({"text": " "}, "chat", "empty answer"),
         ({"events": ()}, "streaming", "no text"),
         ({"done": False}, "streaming", r"no \[DONE\]"),
+        ({"alive": False}, "streaming", "the server stopped"),
         ({"long_status": 200}, "context limit", "HTTP 200 instead of an error"),
         ({"long_status": 500}, "context limit", "HTTP 500 instead of an error"),
         ({"long_error": "nope"}, "context limit", "does not say why"),
@@ -191,13 +192,6 @@ def test_a_broken_promise_is_named_with_the_servers_last_words(server, change, c
     with pytest.raises(CheckFailed, match=f"'{check}' failed: .*{says}") as caught:
         look(server)
     assert "the last words of the server" in caught.value.message
-
-
-def test_a_server_that_dies_over_a_stream_is_reported(server):
-    server.alive = False
-
-    with pytest.raises(CheckFailed, match="'streaming' failed: the server stopped"):
-        look(server)
 
 
 def test_what_is_reported_and_no_failure(server):
@@ -254,18 +248,14 @@ def test_an_end_that_is_none_or_loses_a_request_is_reported(server, promise, cha
 
 
 def test_a_server_that_answers_nothing_after_its_restart_is_reported(server):
+    server.text = ""
+    with pytest.raises(CheckFailed, match=r"'restart' failed: .*empty answer"):
+        life(server)
     server._restart = lambda: Endpoint(
         url="http://127.0.0.1:9", logs=lambda n: "cannot bind", alive=lambda: False
     )
 
     with pytest.raises(CheckFailed, match=r"'restart' failed: the server stopped[^$]*cannot bind"):
-        life(server)
-
-
-def test_a_server_that_is_up_after_its_restart_and_says_nothing_is_reported(server):
-    server.text = ""
-
-    with pytest.raises(CheckFailed, match=r"'restart' failed: .*empty answer"):
         life(server)
 
 
@@ -290,16 +280,13 @@ def test_a_model_that_sees_gets_a_picture(server):
 
 
 def test_a_picture_may_be_refused_but_nothing_may_fail(server):
+    """With a chat template for text alone, vLLM answers HTTP 500 for some models."""
     sees = replace(PROMISE, sees=True)
     server.picture_status = 400
     assert look(server, sees)["picture"].startswith("refused with HTTP 400")
     server.picture_status, server.crowd = 500, None
     with pytest.raises(CheckFailed, match=r"'picture' failed: .*HTTP 500"):
         look(server, sees)
-
-
-def test_a_chat_template_for_text_refuses_pictures_with_any_error(server):
-    """vLLM answers HTTP 500 then, for some models."""
-    server.picture_status = 500
-    seen = look(server, replace(PROMISE, sees=True, parts=False))["picture"]
+    server.crowd = None
+    seen = look(server, replace(sees, parts=False))["picture"]
     assert seen == "refused with HTTP 500: the chat template is for text alone"

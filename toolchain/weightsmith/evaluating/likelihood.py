@@ -111,6 +111,7 @@ def _by_echo(session: ServerSession, served: Served, item: Item, choice: str) ->
     context = item.prompt
     whole = context + spaced(context, choice)
     asked: str | list[int] = whole
+    before: list[int] = []
     if not item.plain:  # messages by token ids: vLLM's /tokenize applies the chat template
         before = _tokenized(session, served, served.question(item))
         reply = _tokenized(session, served, {"prompt": choice, "add_special_tokens": False})
