@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -190,6 +191,8 @@ def _spare_no_more() -> None:
 
 
 def _serve() -> None:
+    for name in ("docker", "weightsmith.api.commands.images", "weightsmith.api.commands.merge"):
+        import_module(name)  # each child would do that anew, which takes most of its time
     import tests.fakes.memory  # noqa: F401 - the same
 
     gc.freeze()

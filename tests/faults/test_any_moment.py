@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ from tests.faults.workshop import check_layout
 
 SEED = 20261127
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def moments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moments]:
-    with Moments(tmp_path_factory.mktemp("moments")) as process:
-        yield process
 
 
 def chosen(whole: int, count: int) -> list[int]:

@@ -25,12 +25,6 @@ SPARE = (1, 2, 3, 4, 6, 8, 12)
 """Files that may be opened besides those that are open: none gets far with the first of these."""
 
 
-@pytest.fixture(scope="module")
-def moments(tmp_path_factory: pytest.TempPathFactory):
-    with Moments(tmp_path_factory.mktemp("moments")) as process:
-        yield process
-
-
 def check(moments: Moments, made: Callable[[], bool], operation: str, **words: object) -> None:
     """Check that what an operation makes is there, whole, where it succeeds, and nowhere else."""
     codes = []
@@ -79,7 +73,8 @@ def test_a_merge(moments: Moments, tmp_path: Path) -> None:
 
 
 @pytest.mark.builders
-@pytest.mark.parametrize("most", [8, 12])
+@pytest.mark.grid(2)
+@pytest.mark.parametrize("most", [12, 8])
 def test_a_build(workshop: Workshop, digest: str, most: int) -> None:
     """In all; the control plane starts with 4, and a job needs more than it."""
     workshop.forget("quantize", "smoke", "trial")

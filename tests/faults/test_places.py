@@ -15,13 +15,17 @@ pytestmark = pytest.mark.builders
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("stage", ["merge", "quantize", "bake"])
+@pytest.mark.grid(3)
+@pytest.mark.parametrize("stage", ["quantize", "merge", "bake"])
 def test_a_disk_that_fills_during_a_stage(
-    empty: Workshop, digest: str, stage: str, tmp_path: Path, reference: object
+    empty: Workshop, digest: str, stage: str, reference: Workshop
 ) -> None:
     with mounted(empty.store, "-t", "tmpfs", "-o", "size=200m"):
         for _ in range(5):
-            fill_store(empty, reference, stage)
+            # The reference's results, but for those from the stage on.
+            shutil.copytree(reference.store, empty.store, dirs_exist_ok=True)
+            empty.forget("base" if stage == "bake" else stage)
+            shutil.rmtree(empty.store / "memos", ignore_errors=True)
             running = empty.start_build()
             running.wait_for(f"{stage}:")
             fill(empty.store / "filler")
@@ -36,15 +40,6 @@ def test_a_disk_that_fills_during_a_stage(
         remount(empty.store, "size=400m")
         empty.check_intact(digest)
         assert not list(empty.store.glob("partial/*"))
-
-
-def fill_store(workshop: Workshop, reference: object, stage: str) -> None:
-    """Put the reference's results in the store, but for those from a stage on."""
-    source = reference.workshop.store  # type: ignore[attr-defined]
-    shutil.copytree(source, workshop.store, dirs_exist_ok=True)
-    names = {"merge": ("merge",), "quantize": ("quantize",), "bake": ("base",)}[stage]
-    workshop.forget(*names)
-    shutil.rmtree(workshop.store / "memos", ignore_errors=True)
 
 
 def fill(path: Path) -> None:

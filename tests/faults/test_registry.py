@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from weightsmith.oci.references import Reference
@@ -29,11 +28,11 @@ def test_a_registry_that_is_down(workshop: Workshop, digest: str, tmp_path: Path
 
 
 def test_a_push_that_is_killed(
-    workshop: Workshop, reference: Any, digest: str, tmp_path: Path
+    workshop: Workshop, reference: Workshop, digest: str, tmp_path: Path
 ) -> None:
     with real_registry(tmp_path) as host, Registry() as client:
         place = Reference.parse(f"{host}/{NAME}:1.0.0-llamacpp-q4_k_m")
-        push = ("push", str(reference.workshop.results / "image"), "--to", str(place))
+        push = ("push", str(reference.results / "image"), "--to", str(place))
         running = workshop.start(*push)
         running.wait_for("push:")
         running.process.kill()

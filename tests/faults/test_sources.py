@@ -36,10 +36,6 @@ def link_out(path: Path) -> None:
     path.symlink_to(outside)
 
 
-def cut_header(path: Path) -> None:
-    path.write_bytes(b"\xff" * 7 + b"\x7f" + path.read_bytes()[8:])
-
-
 def not_json(path: Path) -> None:
     path.write_text('{"peft_type": "LORA", ')
 
@@ -47,17 +43,10 @@ def not_json(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        ("base/model.safetensors", cut, ["model.safetensors", "download"]),
-        ("base/model.safetensors", cut_header, ["model.safetensors"]),
         (ADAPTER, cut, ["adapter_model.safetensors"]),
         ("base/model.safetensors", to_pickle, ["pickle", "pytorch_model.bin", "convert"]),
-        (ADAPTER, to_pickle, ["pickle", "adapter_model.bin", "convert"]),
         ("base/model.safetensors", link_out, ["link to a file outside", "outside"]),
-        (ADAPTER, link_out, ["link to a file outside", "outside"]),
-        ("base/config.json", add_code, ["config.json", "auto_map"]),
         ("base/tokenizer_config.json", add_code, ["tokenizer_config.json", "auto_map"]),
-        ("base/config.json", not_json, ["config.json", "JSON"]),
-        ("base/config.json", Path.unlink, ["config.json"]),
         ("adapters/a/adapter_config.json", not_json, ["adapter_config.json", "JSON"]),
         ("adapters/a/adapter_config.json", Path.unlink, ["adapter_config.json"]),
     ],
@@ -97,30 +86,10 @@ def test_a_folder_link_out_of_a_source(workshop: Workshop) -> None:
 def test_a_recipe_may_reach_a_source_beside_it(workshop: Workshop, digest: str) -> None:
     """`..` in the recipe is the user's own word; inside a model it is refused."""
     (workshop.tiny / "base").rename(workshop.folder / "base")
-
-    workshop.edit({"base": {"source": "../base"}})
+    recipe = workshop.tiny / "recipe.yaml"
+    recipe.write_text(recipe.read_text("utf-8").replace("./base", "../base"))
 
     assert workshop.build().digest == digest
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
-    [
-        ("recipe.yaml", "adapters:", "adaptors:", ["unknown key `adaptors`", "did you mean"]),
-        ("recipe.yaml", "max_num_seqs: 4}", "max_num_seqs: 4", ["not valid YAML", "line"]),
-        ("eval-a.jsonl", "}\n", ', "expected": \n', ["invalid JSON"]),
-    ],
-    ids=["near-miss", "not-yaml", "not-json"],
-)
-def test_a_faulty_file(workshop: Workshop, file: str, old: str, new: str, said: list[str]) -> None:
-    path = workshop.tiny / file
-    text = path.read_text("utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-    workshop.build().refused(2, str(path), *said)
-
-    workshop.check_unharmed()
 
 
 @pytest.mark.parametrize(
@@ -128,8 +97,6 @@ def test_a_faulty_file(workshop: Workshop, file: str, old: str, new: str, said: 
     [
         (["--set", "serve.max_num_seqs"], ["--set serve.max_num_seqs", "key.path=value"]),
         (["--set", "adapters.1.weight=0.5"], ["adapters", "no element 1"]),
-        (["--target", "llamacpp-q4_k_n"], ["llamacpp-q4_k_n", "llamacpp-q4_k_m"]),
-        (["--set", "serve.gpu=nvidia-l44"], ["nvidia-l44", "nvidia-l4"]),
         (["--set", "serve.gpu_memory=1GiB", "--set", "serve.max_model_len=500000000"],
          ["500", "max_model_len"]),
     ],
