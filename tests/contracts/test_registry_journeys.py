@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
-from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError, WeightsmithError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image, Index
@@ -24,11 +25,13 @@ from weightsmith.oci.registry import Registry
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
+from tests.fakes.images import tiny_image
 from tests.fakes.memory import memory_tools
 from tests.fakes.other_registries import Given
 from tests.fakes.registry import fake_registry
 
 AMD64 = "linux/amd64"
+REPAIRABLE = ("reset", "cut", "429", "500", "503", "delay")
 ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
 
 
@@ -156,3 +159,28 @@ def test_cut_within_a_layer(broken: tuple[Given, Faults], client: Registry, tmp_
     (back,) = client.pull(way, platform="").layers
     faults.plan = [("GET", "/blobs/", "truncate")]
     assert b"".join(back.open()) == b"".join(layer.open())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_push_and_a_pull_through_a_storm(
+    there: Given, broken: tuple[Given, Faults], client: Registry, tmp_path: Path, seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What networks do, each once: nothing is half-visible, and nothing is lost."""
+    way, faults = broken
+    if seed % 2:  # send small layers as large ones are sent: a part, and then its end
+        monkeypatch.setattr("weightsmith.oci.uploads._SMALL", 0)
+    image, source = tiny_image(tmp_path / "model"), random.Random(seed)
+    places = [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PATCH PUT", "/uploads/"), ("GET", "/"),
+              ("HEAD", "/manifests/"), ("PUT", "/manifests/")]  # fmt: skip
+    faults.plan = [(*source.choice(places), source.choice(REPAIRABLE)) for _ in range(10)]
+    directly, place = (Reference.parse(f"{x.place}/storm/{seed}:1") for x in (there, way))
+    while client.digest_of(directly) != image.digest:
+        try:
+            client.push(image, place)
+        except WeightsmithError:
+            # Patience ended: nothing may be visible, and the next push goes on.
+            assert client.digest_of(directly) is None
+    back = client.pull(place, platform=AMD64)
+    for ours, theirs in zip(image.layers, back.layers, strict=True):
+        assert b"".join(ours.open()) == b"".join(theirs.open())

@@ -124,13 +124,6 @@ def test_a_job_reads_its_input_and_writes_its_output(runner, tmp_path, progress)
     assert result["text"] == "grüße\n"
     assert (job.output / "echo.txt").read_text("utf-8") == "grüße\n"
     assert ("advance", "1", "1", "items") in progress.lines
-
-
-def test_the_output_belongs_to_the_caller(runner, tmp_path, progress):
-    job = echo_job(tmp_path)
-
-    runner.run(job, progress)
-
     for path in (job.output, job.output / "echo.txt"):
         assert (path.stat().st_uid, path.stat().st_gid) == (os.getuid(), os.getgid())
 
@@ -147,6 +140,9 @@ def test_a_crash_of_the_job_is_an_unexpected_error(runner, tmp_path, progress):
         runner.run(echo_job(tmp_path, crash="boom"), progress)
 
     assert caught.value.exit_code == 1
+    if runner.name in ("local", "docker"):
+        log = Path(caught.value.hint.rpartition(": ")[2])
+        assert "Traceback" in log.read_text("utf-8")
 
 
 def test_a_job_that_needs_more_memory_than_it_may_use_ends_with_an_error(
@@ -254,14 +250,6 @@ def test_an_input_that_differs_from_its_reference_is_not_used(tiny, tmp_path, pr
     assert not any(job.output.iterdir())
 
 
-def test_a_crash_leaves_its_traceback_in_the_log(real_runner, tmp_path, progress):
-    with pytest.raises(WeightsmithError) as caught:
-        real_runner.run(echo_job(tmp_path, crash="boom"), progress)
-
-    log = Path(caught.value.hint.rpartition(": ")[2])
-    assert "Traceback" in log.read_text("utf-8")
-
-
 def test_a_job_has_no_network_and_no_secrets(real_runner, tmp_path, progress, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
 
@@ -269,18 +257,13 @@ def test_a_job_has_no_network_and_no_secrets(real_runner, tmp_path, progress, mo
 
     assert result["network"] is False
     assert result["secrets"] == []
-
-
-def test_what_a_stage_prints_does_not_disturb_the_protocol(real_runner, tmp_path, progress):
-    real_runner.run(echo_job(tmp_path), progress)
-
     assert ("note", "echo begins") in progress.lines
     assert not any("printed by the stage" in line for line in progress.lines)
 
 
 def test_a_job_that_hangs_is_ended_and_the_next_one_runs(real_runner, tmp_path, progress):
     # On a busy machine a job may need longer than the shortest of these to begin.
-    for seconds in (5, 30, 180):
+    for seconds in (3, 30, 180):
         with pytest.raises(
             EnvironmentFailure, match=f"echo job was ended after {seconds}"
         ) as caught:
@@ -315,22 +298,16 @@ def test_a_job_that_another_thread_stops_is_killed(real_runner, tmp_path, moment
 @pytest.mark.docker
 @pytest.mark.builders
 def test_a_container_can_write_nothing_but_its_output(tmp_path, progress):
+    """And inputs that others cannot read are handed over to it."""
     wanted = ("/in/x", "/weightsmith/x", "/opt/x", "/etc/x", "/root/x", "/out/x")
+    job = echo_job(tmp_path, try_to_write=wanted)
+    job.text.path.chmod(0o600)
 
-    result = make_runner("docker").run(echo_job(tmp_path, try_to_write=wanted), progress)
+    result = make_runner("docker").run(job, progress)
 
     assert result["writable"] == ["/out/x"]
     assert result["input_writable"] is False
     assert result["uid"] != 0
-
-
-@pytest.mark.docker
-@pytest.mark.builders
-def test_inputs_that_others_cannot_read_are_handed_over(tmp_path, progress):
-    job = echo_job(tmp_path)
-    job.text.path.chmod(0o600)
-
-    result = make_runner("docker").run(job, progress)
     assert result["text"] == "grüße\n"
     assert result["builder_image"].startswith("sha256:")
     assert job.text.path.stat().st_mode & 0o777 == 0o600

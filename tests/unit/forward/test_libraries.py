@@ -41,7 +41,8 @@ assert torch.distributed.is_available()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [[], ["beside"]])
+@pytest.mark.grid(2)
+@pytest.mark.parametrize("words", [["beside"], []])
 def test_the_compiler_is_imported_only_by_who_uses_it(words):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, TINY, *words], check=False, capture_output=True, text=True

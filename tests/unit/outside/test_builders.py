@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,13 @@ def test_tools_are_compiled_once_with_progress_and_nothing_left(images, tmp_path
     assert toolset.make_toolset(cache, "toy", progress) == folder
 
 
-@pytest.mark.slow
+@pytest.fixture
+def compiling(monkeypatch):
+    """Compile by this Python: an environment of its own, which is tested above, takes seconds."""
+    monkeypatch.setattr(toolset, "make_bare_environment", lambda *_: Path(sys.executable))
+
+
+@pytest.mark.usefixtures("compiling")
 def test_tools_that_do_not_compile_leave_nothing_that_looks_ready(images, tmp_path):
     (images / "engines" / "toy" / "compile.py").write_text("raise SystemExit('no compiler')")
 
@@ -245,7 +252,7 @@ def test_an_index_with_a_password_is_not_written_into_the_image(monkeypatch):
     assert "PIP_INDEX_URL" not in docker_images._arguments("cpu", "b")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 def test_an_engine_for_another_machine_is_compiled_apart(images, tmp_path):
     (images / "engines" / "toy" / "compile.py").write_text(
         "import pathlib, sys\n"
@@ -288,7 +295,7 @@ def optional(images):
     return images / "engines" / "toy"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 def test_tools_that_only_speed_up_are_no_part_of_the_pins(optional, tmp_path):
     pins, progress = builder_pins("tiny"), RecordingProgress()
     (optional / "more.c").write_text("")
@@ -302,7 +309,7 @@ def test_tools_that_only_speed_up_are_no_part_of_the_pins(optional, tmp_path):
     assert not progress.warnings
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 def test_jobs_run_without_tools_that_only_speed_up(optional, tmp_path):
     (optional / "compile.py").write_text("raise SystemExit('no compiler')")
     progress = RecordingProgress()
