@@ -112,24 +112,16 @@ class SharedCache:
             return False
         return True
 
-    def fail(self, error: Exception) -> None:
-        """Do not use the cache any more, and say so once."""
-        with self._lock:
-            said, self.broken, self.closed = self.broken or self.closed, True, True
-        if not said:
-            self._warn(
-                f"the cache {self.where} cannot be used; the build goes on without it: "
-                f"{_why(error)}"
-            )
-
-    def close(self, error: Exception) -> None:
-        """Do not write to the cache any more, and say so once."""
+    def fail(self, error: Exception, *, writing: bool = False) -> None:
+        """Do not use the cache any more, or only not write to it, and say so once."""
         with self._lock:
             said, self.closed = self.closed, True
+            self.broken |= not writing
+        what = "cannot be used; the build goes on without it"
+        if writing:
+            what = "cannot be written; results are not shared"
         if not said:
-            self._warn(
-                f"the cache {self.where} cannot be written; results are not shared: {_why(error)}"
-            )
+            self._warn(f"the cache {self.where} {what}: {_why(error)}")
 
 
 def lost(where: str, why: str) -> CacheLost:

@@ -119,14 +119,11 @@ def read_document(data: bytes, key: Digest, check: signing.Check | None) -> Shar
     """
     try:
         found = _read(data, key, check)
+        _check(found)
     except WeightsmithError as error:
         raise InputRefused(error.message, hint=_HINT) from None
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise InputRefused(f"it is malformed: {error}", hint=_HINT) from None
-    try:
-        _check(found)
-    except WeightsmithError as error:
-        raise InputRefused(error.message, hint=_HINT) from None
     return found
 
 
@@ -142,33 +139,32 @@ def _read(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
         raise ValueError("it is of another key")
     about = read.predicate
     if not all(isinstance(about[name], dict) for name in ("note", "meta")):
-        raise InputRefused("note and meta are not objects", hint=_HINT)
+        raise InputRefused("note and meta are not objects")
     return SharedEntry(
         key=key,
         note=about["note"],
         meta=about["meta"],
         files=tuple(
-            FileEntry(
-                path=str(f["path"]),
-                size=_size(f["size"], _LARGEST_FILE),
-                digest=Digest(f["digest"]),
-            )
+            FileEntry(path=str(f["path"]), size=_size(f["size"]), digest=Digest(f["digest"]))
             for f in about["files"]
         ),
         programs=frozenset(map(str, about["programs"])),
         epoch=_size(about["epoch"], LARGEST_TIME),
         packing=next(name for name in FOLDERS if name == about["packing"]),
-        layers=tuple(_blob(row, _LARGEST_FILE) for row in about["layers"]),
-        headers={str(p): _blob(row, _LARGEST_HEADER) for p, row in about["headers"].items()},
+        layers=tuple(
+            Blob(digest=Digest(digest), size=_size(size), media_type=LAYER_TAR)
+            for digest, size in about["layers"]
+        ),
+        headers={
+            str(path): Blob(
+                digest=Digest(digest), size=_size(size, _LARGEST_HEADER), media_type=LAYER_TAR
+            )
+            for path, (digest, size) in about["headers"].items()
+        },
     )
 
 
-def _blob(row: Json, most: int) -> Blob:
-    digest, size = row
-    return Blob(digest=Digest(digest), size=_size(size, most), media_type=LAYER_TAR)
-
-
-def _size(value: object, most: int) -> int:
+def _size(value: object, most: int = _LARGEST_FILE) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"{value!r} is not a size")
     return value
@@ -177,15 +173,15 @@ def _size(value: object, most: int) -> int:
 def _check(entry: SharedEntry) -> None:
     # The key is the digest of the note, and a note of content names it.
     if key_of(entry.note) != entry.key:
-        raise InputRefused("it was made of other things than its key says", hint=_HINT)
+        raise InputRefused("it was made of other things than its key says")
     if entry.note.get("stage") == _CONTENT and content_inputs(entry.files).key != entry.key:
-        raise InputRefused("its files are others than its key says", hint=_HINT)
+        raise InputRefused("its files are others than its key says")
     names = [file.path for file in entry.files]
     for name in names:
         parts = name.split("/")
         if any(part in {"", ".", ".."} for part in parts) or "\0" in name or not name.isprintable():
-            raise InputRefused(f"it names a file outside its folder: {name!r}", hint=_HINT)
+            raise InputRefused(f"it names a file outside its folder: {name!r}")
     if len(set(names)) != len(names) or not {*entry.programs, *entry.headers} <= set(names):
-        raise InputRefused("it names a file twice, or one that it does not have", hint=_HINT)
+        raise InputRefused("it names a file twice, or one that it does not have")
     if [layer.size for layer in layers_of(entry)] != [blob.size for blob in entry.layers]:
-        raise InputRefused("its layers cannot hold its files", hint=_HINT)
+        raise InputRefused("its layers cannot hold its files")

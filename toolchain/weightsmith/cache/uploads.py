@@ -6,6 +6,7 @@ import errno
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,10 @@ T = TypeVar("T")
 
 Remember = Callable[[str, str, Sequence[Digest]], None]
 """(registry, repository, digests): images can mount these layers from there."""
+_Task: TypeAlias = tuple[Digest, Mapping[str, Writable], StoreEntry, bool]
+Opener: TypeAlias = Callable[[], Iterator[bytes]]
+_HEADER_TYPE = "application/vnd.weightsmith.cache.header.v1"
+_LARGEST_HEADER = 64 << 20
 _TRIES = 3
 _PAUSE_SECONDS = 2.0
 _FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
@@ -50,15 +55,13 @@ class Uploads:
         signer: Signer | None = None,
         remember: Remember = nowhere,
     ) -> None:
-        self._shared = shared
+        self.shared = shared
+        """Where results go; other caches are only read."""
         self._memo = memo
         self._signer = signer
         self._check: Check | None = check_by(signer.public) if signer else None
         self._remember = remember
-        self._tasks: queue.SimpleQueue[
-            tuple[Digest, Mapping[str, Writable], StoreEntry, bool] | None
-        ]
-        self._tasks = queue.SimpleQueue()
+        self._tasks = queue.SimpleQueue[_Task | None]()
         self._seen: set[Digest] = set()
         self._left = 0
         self._counting = threading.Lock()
@@ -68,10 +71,6 @@ class Uploads:
         self.sent = 0
         """Bytes sent so far."""
 
-    def fill(self, shared: SharedCache) -> bool:
-        """Return whether results go into this cache, which others are only read."""
-        return shared is self._shared
-
     def add(
         self, key: Digest, note: Mapping[str, Writable], entry: StoreEntry, *, again: bool = False
     ) -> None:
@@ -80,7 +79,7 @@ class Uploads:
         With `again`, also if it has one: that could not be used, because it lacks a blob.
         """
         with self._counting:
-            if key in self._seen or self._shared.closed:
+            if key in self._seen or self.shared.closed:
                 return
             self._seen.add(key)
             self._left += 1
@@ -97,20 +96,20 @@ class Uploads:
         self._tasks.put(None)
         self._thread.join(seconds)
         self._stopped.set()
-        return 0 if self._shared.closed else self._left
+        return 0 if self.shared.closed else self._left
 
     def _work(self) -> None:
         while task := self._tasks.get():
             if self._stopped.is_set():
                 return
             try:
-                if not self._shared.closed:
+                if not self.shared.closed:
                     self.upload(*task)
             except (InputRefused, UsageError):
                 pass  # a file that cannot be in a layer: this result stays here
             except Exception as error:  # noqa: BLE001 - a fault of a cache never ends a build
                 if not self._stopped.is_set():
-                    self._shared.close(error)
+                    self.shared.fail(error, writing=True)
             with self._counting:
                 self._left -= 1
 
@@ -124,40 +123,30 @@ class Uploads:
         Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
         for files that cannot be in a layer.
         """
-        cache, layers = self._shared.cache, None if again else self._held(key)
+        cache = self.shared.cache
+        layers: Sequence[Digest] | None = None
+        with suppress(InputRefused):  # an entry that others would not use
+            found = None if again else self._tried(lambda: cache.find(key))
+            if found is not None:
+                layers = [blob.digest for blob in read_document(found, key, self._check).layers]
         sending = layers is None
         if layers is None:
             document, blobs, layers = prepared(key, note, entry, self._memo, self._signer)
-            wanted = [(blob, self._while_wanted(opener)) for blob, opener in blobs]
+            wanted = [(blob, partial(self._while_wanted, opener)) for blob, opener in blobs]
             self.sent += self._tried(lambda: cache.write(key, document, wanted))
         if cache.origin[0]:
             self._remember(*cache.origin, layers)
         return sending
 
-    def _while_wanted(self, opener: Opener) -> Opener:
-        """Return an opener whose bytes end with an error once the upload is given up.
+    def _while_wanted(self, opener: Opener) -> Iterator[bytes]:
+        """Yield the opener's bytes; ends with an error once the upload is given up.
 
         Some clients send in threads of their own, and a process waits for them at its end.
         """
-
-        def chunks() -> Iterator[bytes]:
-            for chunk in opener():
-                if self._stopped.is_set():
-                    raise EnvironmentFailure("the upload was given up", hint="run it again")
-                yield chunk
-
-        return chunks
-
-    def _held(self, key: Digest) -> Sequence[Digest] | None:
-        """Return the layers of the cache's entry; None if there is none that others would use."""
-        cache = self._shared.cache
-        try:
-            document = self._tried(lambda: cache.find(key))
-            if document is None:
-                return None
-            return [blob.digest for blob in read_document(document, key, self._check).layers]
-        except InputRefused:
-            return None
+        for chunk in opener():
+            if self._stopped.is_set():
+                raise EnvironmentFailure("the upload was given up", hint="run it again")
+            yield chunk
 
     def _tried(self, call: Callable[[], T]) -> T:
         for number in range(1, _TRIES):
@@ -169,11 +158,6 @@ class Uploads:
                 if self._stopped.wait(_PAUSE_SECONDS * number):
                     raise
         return call()
-
-
-Opener: TypeAlias = Callable[[], Iterator[bytes]]
-_HEADER_TYPE = "application/vnd.weightsmith.cache.header.v1"
-_LARGEST_HEADER = 64 << 20
 
 
 def prepared(
@@ -199,20 +183,17 @@ def prepared(
         programs=frozenset(f.path for f in tree.files if tree.mode(f.path) & 0o100),
         packing=packing_of(note),
     )
-    layers = layers_of(plain, tree, memo)
-    blobs = tuple(Blob(digest=x.digest, size=x.size, media_type=LAYER_TAR) for x in layers)
-    heads = {f.path: _header(tree.path(f.path)) for f in tree.files if f.path.endswith(".gguf")}
-    headers = {
-        path: (Blob(digest=Digest.of(head), size=len(head), media_type=_HEADER_TYPE), head)
-        for path, head in heads.items()
-        if head
-    }
-    shared = replace(plain, layers=blobs, headers={path: one for path, (one, _) in headers.items()})
-    bodies = [
-        (blob, checked_opener(layer, blob)) for blob, layer in zip(blobs, layers, strict=True)
-    ]
-    bodies += [(blob, partial(iter, (head,))) for blob, head in headers.values()]
-    return to_document(shared, signer), bodies, [blob.digest for blob in blobs]
+    bodies: list[tuple[Blob, Opener]] = []
+    for layer in layers_of(plain, tree, memo):
+        blob = Blob(digest=layer.digest, size=layer.size, media_type=LAYER_TAR)
+        bodies.append((blob, checked_opener(layer, blob)))
+    blobs, headers = tuple(blob for blob, _ in bodies), dict[str, Blob]()
+    for name in (file.path for file in tree.files if file.path.endswith(".gguf")):
+        if head := _header(tree.path(name)):
+            headers[name] = Blob(digest=Digest.of(head), size=len(head), media_type=_HEADER_TYPE)
+            bodies.append((headers[name], partial(iter, (head,))))
+    document = to_document(replace(plain, layers=blobs, headers=headers), signer)
+    return document, bodies, [blob.digest for blob in blobs]
 
 
 def _header(path: Path) -> bytes:
