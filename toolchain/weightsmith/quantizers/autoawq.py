@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.trees import discard, remove
+from weightsmith.core.trees import discard
 from weightsmith.core.values import Format
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import Options, Quantizer
 
 _SAMPLED_TOKENS = 512
 _GRID, _STEPS = 20, 10
@@ -43,13 +43,6 @@ def _options(format_: Format, requested: Options) -> Options:
     return {"group_size": checkpoints.group_option(requested)}
 
 
-def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    title = f"quantizing to {request.format.name} by AutoAWQ"
-    return running.python_step(
-        __name__, request, title, group_size=checkpoints.in_groups(request).group_size
-    )
-
-
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = running.read_settings()
@@ -60,9 +53,8 @@ def main() -> None:
     library: Any = importlib.import_module("awq")
     patch_searches(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    joined = running.equal_length(
-        running.samples(running.texts(settings["calibration"]), running.encoder(tokenizer))
-    )
+    texts = running.texts(settings["calibration"])
+    joined = running.equal_length(running.samples(texts, tokenizer))
     gpu = torch.cuda.is_available()
     loaded = library.AutoAWQForCausalLM.from_pretrained(
         str(model),
@@ -70,12 +62,8 @@ def main() -> None:
         device_map="cuda" if gpu else "cpu",
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
-    config = {
-        "zero_point": True,
-        "q_group_size": settings["group_size"],
-        "w_bit": 4,
-        "version": "GEMM",
-    }
+    group = settings["group_size"]
+    config = {"zero_point": True, "q_group_size": group, "w_bit": 4, "version": "GEMM"}
     # AutoAWQ concatenates and splits the samples again; it silently drops samples that are longer
     # than its limit, and an incomplete last one.
     loaded.quantize(
@@ -83,10 +71,7 @@ def main() -> None:
         max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    checkpoints.finish(
-        model, raw, Path(settings["out"]), checkpoints.awq_config(settings["group_size"])
-    )
-    remove(raw)
+    checkpoints.finish(model, raw, Path(settings["out"]), checkpoints.awq_config(group))
 
 
 def patch_searches(search: Any) -> None:
@@ -141,7 +126,9 @@ QUANTIZER = Quantizer(
     formats=(AWQ_AUTOAWQ,),
     recipe_number=5,
     check_input=lambda _format, model: checkpoints.check_grouped(model, LLAMAS),
-    steps=_steps,
+    steps=lambda request: checkpoints.grouped_step(
+        __name__, request, f"quantizing to {request.format.name} by AutoAWQ"
+    ),
     check=lambda request: checked(request, checkpoints.in_groups(request), "autoawq"),
     peak_disk=checkpoints.peak_disk,
     options=_options,

@@ -22,7 +22,8 @@ import numpy as np
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import Format, Json, JsonValue
+from weightsmith.core.trees import remove
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.architectures import (
@@ -35,7 +36,8 @@ from weightsmith.quantizers.architectures import (
 )
 from weightsmith.quantizers.matrices import FUSED, Matrix
 from weightsmith.quantizers.packed import PARTS, PackedLayout
-from weightsmith.quantizers.quantizer import Options, QuantizeRequest
+from weightsmith.quantizers.quantizer import BuilderCommand, Options, QuantizeRequest
+from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import Scheme
 from weightsmith.quantizers.writing import TensorGroup, copied, whole, write_checkpoint
 
@@ -115,7 +117,8 @@ def check_grouped(model: ModelFacts, known: Collection[str]) -> None:
 
 def check_group(model: ModelFacts, options: Options) -> None:
     """Refuse a requested group size that does not divide every row."""
-    group_size(model, options.get("group_size"))
+    if "group_size" in options:
+        group_size(model, options["group_size"])
 
 
 def group_size(model: ModelFacts, requested: JsonValue) -> int:
@@ -131,14 +134,10 @@ def group_size(model: ModelFacts, requested: JsonValue) -> int:
         size = int(str(requested))
     if size in fitting:
         return size
-    name, row = (
-        next((n, r) for n, r in rows.items() if r % size)
-        if any(r % size for r in rows.values())
-        else ("every matrix", size)
-    )
+    odd = [(name, row) for name, row in rows.items() if row % size]
     raise InputRefused(
-        f"group size {size} does not divide the {row} inputs of {name}"
-        if row % size
+        f"group size {size} does not divide the {odd[0][1]} inputs of {odd[0][0]}"
+        if odd
         else f"no engine supports group size {size}",
         hint=f"choose --group-size {' or '.join(map(str, fitting))}"
         if fitting
@@ -154,6 +153,12 @@ def in_groups(request: QuantizeRequest) -> PackedLayout:
     size = group_size(read_facts(request.model), request.options.get("group_size"))
     method = request.format.kind
     return PackedLayout(method=method, bits=4, group_size=size, symmetric=method == "gptq")
+
+
+def grouped_step(module: str, request: QuantizeRequest, title: str) -> tuple[BuilderCommand]:
+    """Return the step that runs `module` offline for a format with groups."""
+    size, method = in_groups(request).group_size, request.format.kind
+    return python_step(module, request, title, method=method, group_size=size, keep=request.keep)
 
 
 def row_lengths(model: ModelFacts) -> dict[str, int]:
@@ -222,7 +227,7 @@ def finish(model: Path, raw: Path, out: Path, quantization: Mapping[str, JsonVal
 
     Tokenizer, template and configuration are copied from the checkpoint, because engines rewrite
     them in forms that servers cannot read. Unquantized tensors get the checkpoint's dtype, so those
-    that the engine did not change equal the checkpoint's.
+    that the engine did not change equal the checkpoint's. The engine's output is deleted.
     """
     made, source = CheckpointTensors(raw), CheckpointTensors(model)
     works: list[TensorGroup] = []
@@ -238,6 +243,7 @@ def finish(model: Path, raw: Path, out: Path, quantization: Mapping[str, JsonVal
             works.append(whole(name, own.dtype, own.shape, partial(in_original_dtype, name)))
     write_checkpoint(out, works)
     write_companions(model, out, quantization)
+    remove(raw)
 
 
 def write_companions(model: Path, out: Path, quantization: Mapping[str, JsonValue]) -> None:
@@ -252,13 +258,13 @@ def write_companions(model: Path, out: Path, quantization: Mapping[str, JsonValu
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def with_cache_scheme(config: Mapping[str, Json]) -> dict[str, Json]:
+def with_cache_scheme(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return a configuration that says that the checkpoint has scales of an 8-bit KV cache.
 
     As compressed-tensors says it, and vLLM reads it (CompressedTensorsKVCacheMethod).
     """
     weights = config.get("quantization_config") or _UNPACKED
-    return {**config, "quantization_config": {**weights, "kv_cache_scheme": dict(_CACHE_SCHEME)}}
+    return {**config, "quantization_config": {**weights, "kv_cache_scheme": _CACHE_SCHEME}}
 
 
 def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, JsonValue]:
@@ -269,11 +275,15 @@ def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, JsonValue]:
     }  # fmt: skip
 
 
-def gptq_config(group: int, keep: Sequence[str], kept: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the quantization_config of GPTQ's first layout.
+def grouped_config(
+    method: str, group: int, keep: Sequence[str], kept: Sequence[str]
+) -> dict[str, JsonValue]:
+    """Return the quantization_config of AutoAWQ's GEMM layout, or of GPTQ's first layout.
 
     `kept` are all modules that stay in 16 bits, by `keep` or for other reasons.
     """
+    if method == "awq":
+        return awq_config(group, kept)
     found: dict[str, JsonValue] = {
         "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True,
         "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
@@ -389,21 +399,21 @@ def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
             f" {scheme.format.name}",
             hint=what_works(model),
         )
-    if scheme.tile[0] > 1 and model.architecture in LLAMA4:
+    height, width = scheme.tile
+    if height > 1 and model.architecture in LLAMA4:
         # vLLM 0.33, models/llama4.py permute_qk_weight_for_rotary
         raise InputRefused(
             f"vLLM cannot load {scheme.format.name} weights of {model.architecture}: it reorders"
             " the rows of Q and K, and a block has one scale for several rows",
             hint="choose fp8, which has a scale per row",
         )
-    if scheme.tile[0] > 1 and model.architecture in SCANNING:
+    if height > 1 and model.architecture in SCANNING:
         # vLLM 0.33, layers/mamba/mamba_mixer2.py
         raise InputRefused(
             f"{scheme.format.name} has blocks of rows, and vLLM splits {model.architecture}'s"
             " mamba.in_proj inside them",
             hint="choose fp8, which has a scale per row",
         )
-    width, height = scheme.tile[1], scheme.tile[0]
     for name, outputs, inputs in dimensions(model):
         if scheme.packed and inputs % width:
             raise InputRefused(
@@ -442,9 +452,26 @@ def dimensions(model: ModelFacts) -> Iterator[tuple[str, int, int]]:
 def check_kept(model: ModelFacts, chosen: Options) -> None:
     """Refuse names that a model lacks, and to keep only some matrices of a layer's experts."""
     keep = _listed(chosen.get("keep"))
+    if not keep:
+        return
+    layers = model.shape.layers
+    lacked, why = _LACKED.get(model.architecture, (frozenset(), ""))
+    if model.shape.kv_lora_rank:
+        lacked, why = _QKV, "makes Q, K and V in several steps"
     for end in sorted(keep):
-        _check_there(model, end)
-    if keep and model.architecture in STACKED_MXFP4:
+        layer = _LAYER.search(end)
+        if layer and layers and int(layer[1]) >= layers:
+            raise InputRefused(
+                f"keep: no matrix has a name that ends in {end!r}: the model has {layers} layers",
+                hint=f"name a layer from 0 to {layers - 1}",
+            )
+        if end.rpartition(".")[2] in lacked:
+            others = "" if "o_proj" in lacked else "; o_proj and down_proj can be kept"
+            raise InputRefused(
+                f"keep: no matrix has a name that ends in {end!r}: {model.architecture} {why}",
+                hint=f"remove it, and what engines fuse with it{others}",
+            )
+    if model.architecture in STACKED_MXFP4:
         raise InputRefused(
             f"keep: vLLM loads all experts of {model.architecture} in MXFP4, and attention is never"
             " quantized",
@@ -467,22 +494,3 @@ def check_kept(model: ModelFacts, chosen: Options) -> None:
 
 def _listed(keep: JsonValue) -> set[str]:
     return {*map(str, keep)} if isinstance(keep, Sequence) else set()
-
-
-def _check_there(model: ModelFacts, end: str) -> None:
-    layer = _LAYER.search(end)
-    if layer and model.shape.layers and int(layer[1]) >= model.shape.layers:
-        raise InputRefused(
-            f"keep: no matrix has a name that ends in {end!r}: the model has"
-            f" {model.shape.layers} layers",
-            hint=f"name a layer from 0 to {model.shape.layers - 1}",
-        )
-    lacked, why = _LACKED.get(model.architecture, (frozenset(), ""))
-    if model.shape.kv_lora_rank:
-        lacked, why = _QKV, "makes Q, K and V in several steps"
-    if end.rpartition(".")[2] in lacked:
-        others = "" if "o_proj" in lacked else "; o_proj and down_proj can be kept"
-        raise InputRefused(
-            f"keep: no matrix has a name that ends in {end!r}: {model.architecture} {why}",
-            hint=f"remove it, and what engines fuse with it{others}",
-        )

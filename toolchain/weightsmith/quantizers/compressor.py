@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.trees import discard, remove
+from weightsmith.core.trees import discard
 from weightsmith.core.values import Format, JsonValue
-from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.facts import read_facts
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import Options, Quantizer, QuantizeRequest
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
 AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
@@ -32,24 +32,6 @@ def _options(format_: Format, requested: Options) -> Options:
             "zero_point": bool(requested.get("zero_point", True)),
         }
     return found
-
-
-def _check_options(model: ModelFacts, chosen: Options) -> None:
-    if "group_size" in chosen:
-        checkpoints.check_group(model, chosen)
-
-
-def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    layout = _layout(request)
-    return running.python_step(
-        __name__,
-        request,
-        f"quantizing to {request.format.name} by llm-compressor",
-        format=request.format.name,
-        keep=request.keep,
-        group_size=layout.group_size,
-        symmetric=layout.symmetric,
-    )
 
 
 def _layout(request: QuantizeRequest) -> PackedLayout:
@@ -81,7 +63,7 @@ def main() -> None:
         cache.pin_memory = lambda *_args, **_named: None
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = running.samples(running.texts(settings["calibration"]), running.encoder(tokenizer))
+    read = running.samples(running.texts(settings["calibration"]), tokenizer)
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in read]
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
@@ -113,7 +95,6 @@ def main() -> None:
     network.save_pretrained(raw, save_compressed=True)
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
     checkpoints.finish(model, raw, out, saved)
-    remove(raw)
 
 
 QUANTIZER = Quantizer(
@@ -122,11 +103,19 @@ QUANTIZER = Quantizer(
     formats=(FP8_STATIC, AWQ_COMPRESSED),
     recipe_number=4,
     check_input=lambda _format, model: checkpoints.check_config(model, LLAMAS),
-    steps=_steps,
+    steps=lambda request: running.python_step(
+        __name__,
+        request,
+        f"quantizing to {request.format.name} by llm-compressor",
+        format=request.format.name,
+        keep=request.keep,
+        group_size=_layout(request).group_size,
+        symmetric=_layout(request).symmetric,
+    ),
     check=lambda request: checked(request, _layout(request), "llm-compressor"),
     peak_disk=checkpoints.peak_disk,
     options=_options,
-    check_options=_check_options,
+    check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,
 )

@@ -11,15 +11,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.trees import discard, remove
+from weightsmith.core.trees import discard
 from weightsmith.core.values import Format
-from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.facts import read_facts
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import DENSE
 from weightsmith.quantizers.autoawq import best_clip
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import Quantizer
 
 AWQ_GPTQMODEL = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
 GPTQ_GPTQMODEL = Format(name="gptq-gptqmodel", kind="gptq", bits_per_weight=4.16)
@@ -30,21 +30,6 @@ _WIDE = 3072
 """Row length from which GPTQ uses several threads: its steps, one column each, are too small below.
 Measured with one and two threads: 64 s and 114 s for rows of 576 and 1536 weights; 59 s and 49 s
 for 2048 and 5632."""
-
-
-def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    return running.python_step(
-        __name__,
-        request,
-        f"quantizing to {request.format.name} by GPTQModel",
-        method=request.format.kind,
-        group_size=checkpoints.in_groups(request).group_size,
-        keep=request.keep,
-    )
-
-
-def _check_input(format_: Format, model: ModelFacts) -> None:
-    checkpoints.check_grouped(model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE)
 
 
 def main() -> None:
@@ -59,13 +44,7 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, below
     _quantize(method, model, raw, settings["calibration"], group, keep)
     kept = checkpoints.kept_modules(model, keep)
-    config = (
-        checkpoints.awq_config(group, kept)
-        if method == "awq"
-        else checkpoints.gptq_config(group, keep, kept)
-    )
-    checkpoints.finish(model, raw, out, config)
-    remove(raw)
+    checkpoints.finish(model, raw, out, checkpoints.grouped_config(method, group, keep, kept))
 
 
 def _quantize(
@@ -76,7 +55,7 @@ def _quantize(
     library: Any = importlib.import_module("gptqmodel")
     configs: Any = importlib.import_module("gptqmodel.quantization.config")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = running.samples(running.texts(calibration), running.encoder(tokenizer))
+    read = running.samples(running.texts(calibration), tokenizer)
     if method == "awq":
         # With samples of different lengths, GPTQModel silently uses only the last
         # (looper/awq_processor.py, _layer_input_features).
@@ -126,8 +105,12 @@ QUANTIZER = Quantizer(
     builder="gptqmodel",
     formats=(AWQ_GPTQMODEL, GPTQ_GPTQMODEL),
     recipe_number=9,
-    check_input=_check_input,
-    steps=_steps,
+    check_input=lambda format_, model: checkpoints.check_grouped(
+        model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE
+    ),
+    steps=lambda request: checkpoints.grouped_step(
+        __name__, request, f"quantizing to {request.format.name} by GPTQModel"
+    ),
     check=lambda request: checked(request, checkpoints.in_groups(request), "gptqmodel"),
     peak_disk=checkpoints.peak_disk,
     options=checkpoints.group_options,

@@ -6,11 +6,10 @@ what calibration does not send to one may reach it in use.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.values import Format
+from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.architectures import WALKED
@@ -18,7 +17,7 @@ from weightsmith.quantizers.checkpoints import check_config, check_kept, check_r
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.quantizers.rounded import options, quantize
 from weightsmith.quantizers.running import python_step, read_settings, refusals, texts
 from weightsmith.quantizers.schemes import NVFP4
@@ -29,21 +28,16 @@ def _check_input(_format: Format, model: ModelFacts) -> None:
     check_rounded(NVFP4, model)
 
 
-def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    title = "rounding to nvfp4, with scales of inputs"
-    return python_step(__name__, request, title, keep=request.keep)
-
-
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
-    libraries: Any = importlib.import_module("weightsmith.forward.libraries")
-    libraries.import_for_good()
-    walk: Any = importlib.import_module("weightsmith.quantizers.layerwise.maxima")
+    import_for_good()
+    from weightsmith.quantizers.layerwise.maxima import input_maxima
+
     model, out = Path(settings["model"]), Path(settings["out"])
     with refusals():
         found = matrices(CheckpointTensors(model), model)
-        inputs = walk.input_maxima(model, texts(settings["calibration"]), found)
+        inputs = input_maxima(model, texts(settings["calibration"]), found)
         quantize(NVFP4, model, out, settings["keep"], inputs)
 
 
@@ -53,7 +47,9 @@ QUANTIZER = Quantizer(
     formats=(NVFP4.format,),
     recipe_number=1,
     check_input=_check_input,
-    steps=_steps,
+    steps=lambda request: python_step(
+        __name__, request, "rounding to nvfp4, with scales of inputs", keep=request.keep
+    ),
     check=lambda request: checked(request, PackedLayout.of_scheme(NVFP4), "observed"),
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
     options=options,

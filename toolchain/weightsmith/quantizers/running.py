@@ -12,15 +12,19 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue
+from weightsmith.forward.libraries import OFFLINE
 from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Tokenizer
 
 BLOCK = 512
 """Maximum tokens of a calibration sample."""
@@ -31,6 +35,8 @@ PROGRESS = re.compile(r"weightsmith: (\d+) of (\d+) (\w+)")
 """A line by which a program of ours says how far it is."""
 RAW = ".engine"
 """Subfolder of the output for the engine's own output."""
+FACTS = ".calibrated.json"
+"""What our own walk found out, for the check to report."""
 
 
 def python_step(
@@ -45,22 +51,21 @@ def python_step(
         "calibration": str(request.calibration) if request.calibration else "",
         **settings,
     }
-    step = BuilderCommand(
-        title=title,
-        argv=(request.python, "-m", module, str(file)),
-        env={
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            # Spinning threads take CPU time from the thread that they wait for.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        },
-        writes={file: json.dumps(contents, sort_keys=True)},
-        removes=(file,),
+    return (
+        BuilderCommand(
+            title=title,
+            argv=(request.python, "-m", module, str(file)),
+            env={
+                **OFFLINE,
+                "HF_DATASETS_OFFLINE": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                # Spinning threads take CPU time from the thread that they wait for.
+                "OMP_WAIT_POLICY": "PASSIVE",
+            },
+            writes={file: json.dumps(contents, sort_keys=True)},
+            removes=(file,),
+        ),
     )
-    return (step,)
 
 
 def read_settings() -> Mapping[str, Json]:
@@ -103,13 +108,14 @@ def texts(calibration: str) -> list[str]:
     return found
 
 
-def samples(lines: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+def samples(lines: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Return each text's tokens, split into pieces of at most BLOCK tokens.
 
     Texts are not concatenated, because in use a model also starts at position 0, where activations
     are largest. Raises InputRefused for too few tokens.
     """
-    read = [encode(line) for line in lines]
+    # The chat template already adds special tokens.
+    read: list[list[int]] = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in lines]
     if (count := sum(map(len, read))) < _MIN_TOKENS:
         raise InputRefused(
             f"the calibration text has {count} tokens, but at least {_MIN_TOKENS} are needed",
@@ -129,13 +135,3 @@ def equal_length(pieces: Iterable[list[int]]) -> list[list[int]]:
     size = -(-len(ids) // count)
     ids += ids[: count * size - len(ids)]
     return [ids[start : start + size] for start in range(0, len(ids), size)]
-
-
-def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Return a function that tokenizes; the chat template already adds special tokens."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return encode

@@ -7,20 +7,15 @@ the actual bytes.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import AWQ, GPTQ
+from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import GROUPED
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
-
-FACTS = ".calibrated.json"
-"""What the walk found out, for the check to report."""
+from weightsmith.quantizers.quantizer import Options, Quantizer, QuantizeRequest
 
 
 def _check_options(model: ModelFacts, chosen: Options) -> None:
@@ -28,20 +23,9 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
     checkpoints.check_kept(model, chosen)
 
 
-def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    return running.python_step(
-        __name__,
-        request,
-        f"calibrating {request.format.name}, layer by layer",
-        method=request.format.kind,
-        group_size=checkpoints.in_groups(request).group_size,
-        keep=request.keep,
-    )
-
-
 def _check(request: QuantizeRequest) -> Options:
     found = checked(request, checkpoints.in_groups(request), "walked")
-    told = request.output / FACTS
+    told = request.output / running.FACTS
     more = read_json(told) if told.is_file() else {}
     told.unlink(missing_ok=True)
     return {**found, **more}
@@ -50,11 +34,11 @@ def _check(request: QuantizeRequest) -> Options:
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = running.read_settings()
-    libraries: Any = importlib.import_module("weightsmith.forward.libraries")
-    libraries.import_for_good()
-    walk: Any = importlib.import_module("weightsmith.quantizers.layerwise.quantizing")
+    import_for_good()
+    from weightsmith.quantizers.layerwise.quantizing import quantize
+
     with running.refusals():
-        walk.quantize(settings)
+        quantize(settings)
 
 
 QUANTIZER = Quantizer(
@@ -63,7 +47,9 @@ QUANTIZER = Quantizer(
     formats=(AWQ, GPTQ),
     recipe_number=1,
     check_input=lambda _format, model: checkpoints.check_grouped(model, GROUPED),
-    steps=_steps,
+    steps=lambda request: checkpoints.grouped_step(
+        __name__, request, f"calibrating {request.format.name}, layer by layer"
+    ),
     check=_check,
     # The finished layers, and the folder made of them.
     peak_disk=lambda size, kept, format_, _options: (

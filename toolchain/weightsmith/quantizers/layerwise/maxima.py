@@ -20,7 +20,7 @@ from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
 from weightsmith.quantizers.layerwise.observing import Experts, Routed, is_experts
 from weightsmith.quantizers.matrices import Matrix
-from weightsmith.quantizers.running import encoder, samples
+from weightsmith.quantizers.running import samples
 
 Progress = Callable[[int, int], object]
 
@@ -38,7 +38,7 @@ def input_maxima(model: Path, lines: Sequence[str], found: Sequence[Matrix]) -> 
     tensor.
     """
     torch.set_num_threads(all_but_one())
-    layers = Layers(model, samples(list(lines), encoder(load_tokenizer(model))))
+    layers = Layers(model, samples(lines, load_tokenizer(model)))
     own = {matrix.tensor: matrix.module for matrix in found if ".experts." not in matrix.module}
     most: dict[str, float] = {}
     for number, path in enumerate(layers.paths):
@@ -103,7 +103,7 @@ def cache_scales(
     for layers that put no keys and values into a cache.
     """
     torch.set_num_threads(all_but_one())
-    layers = Layers(model, samples(list(lines), encoder(load_tokenizer(model))))
+    layers = Layers(model, samples(lines, load_tokenizer(model)))
     found: dict[str, tuple[float, float]] = {}
     for number, path in enumerate(layers.paths):
         attention, largest = "", _Largest()

@@ -40,7 +40,6 @@ from weightsmith.quantizers.layerwise.observing import (
     SharedInputGroup,
 )
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
-from weightsmith.quantizers.walked import FACTS
 from weightsmith.quantizers.writing import copied, write_checkpoint
 
 _EXPERT = re.compile(r".*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
@@ -72,7 +71,7 @@ def quantize(settings: Mapping[str, Json]) -> None:
     torch.set_num_threads(all_but_one())
     model, out, group = Path(settings["model"]), Path(settings["out"]), settings["group_size"]
     lines = running.texts(settings["calibration"])
-    read = running.samples(lines, running.encoder(load_tokenizer(model)))
+    read = running.samples(lines, load_tokenizer(model))
     source = CheckpointTensors(model)
     known = matrices(source, model)
     found = checkpoints.without_kept(known, settings["keep"])
@@ -95,11 +94,7 @@ def quantize(settings: Mapping[str, Json]) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
     _assemble(walk, out, made)
     kept = unquantized(source, known, found)
-    config = (
-        checkpoints.awq_config(group, kept)
-        if awq
-        else checkpoints.gptq_config(group, settings["keep"], kept)
-    )
+    config = checkpoints.grouped_config(settings["method"], group, settings["keep"], kept)
     checkpoints.write_companions(model, out, config)
     discard(out / running.RAW)
 
@@ -292,7 +287,7 @@ def _assemble(walk: _Walk, out: Path, made: _Finished) -> None:
                 f"all tokens of their layer ({len(few)}: {named}); more calibration text helps"
             )
         ]
-    (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    (out / running.FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 _BLOCK = 64
