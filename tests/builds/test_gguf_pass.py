@@ -19,7 +19,6 @@ from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
     GgufSource,
-    Wanted,
     finish,
     read_targets,
     write_files,
@@ -245,8 +244,8 @@ def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list
 
     lines = (printed.stdout + printed.stderr).splitlines()
     source = GgufSource(header=header, rows=rows, stored=lambda *_: np.zeros(0))
-    wanted = Wanted(file_type=15, key=key)
-    write_files(source, [GgufOutput(path=out, targets=read_targets(lines), wanted=wanted)], 2)
+    output = GgufOutput(path=out, targets=read_targets(lines), file_type=15, key=key)
+    write_files(source, [output], 2)
     finish([out])
     return read
 

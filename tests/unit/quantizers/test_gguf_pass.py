@@ -14,7 +14,6 @@ from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
     GgufSource,
     TypeChange,
-    Wanted,
     read_targets,
     write_files,
 )
@@ -56,8 +55,7 @@ def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
     header = GgufHeader(values={}, tensors={NAME: entry}, size=32)
     source = GgufSource(header=header, rows=None, stored=lambda *_: np.zeros(0))
     changes = [TypeChange(name=name, kind=kind, target=to) for name, kind, to in targets]
-    wanted = Wanted(file_type=file_type)
-    output = GgufOutput(path=tmp_path / "demo.gguf", targets=changes, wanted=wanted)
+    output = GgufOutput(path=tmp_path / "demo.gguf", targets=changes, file_type=file_type)
 
     with pytest.raises((InputRefused, ValueError), match=says):
         write_files(source, [output], 1)

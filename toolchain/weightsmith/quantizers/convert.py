@@ -58,7 +58,6 @@ _LONGEST = 300
 """Characters of an error that are shown."""
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _MODEL, _TOKENIZER, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-_UNKNOWN = "<unk>"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MOST, _LONGEST_PIECE = 4_000_000, 4096
 """Pieces, and characters of one; the largest vocabularies have a million and some hundred."""
@@ -83,16 +82,13 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
         return ""
     by_words = last.get("use_regex", True)  # GPT-2's expression
     match before:
-        case []:
-            name = "gpt-2" if by_words else ""
-        case [{"type": "Digits", "individual_digits": True}]:
-            name = "smollm" if by_words else ""
+        case [] if by_words:
+            return "gpt-2"
+        case [{"type": "Digits", "individual_digits": True}] if by_words:
+            return "smollm"
         case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(found)}} as split]:
-            known = not by_words and not split.get("invert")
-            name = _BY_EXPRESSION.get(found, "") if known else ""
-        case _:
-            name = ""
-    return name
+            return "" if by_words or split.get("invert") else _BY_EXPRESSION.get(found, "")
+    return ""
 
 
 Write = Callable[[Any], None]
@@ -255,7 +251,15 @@ def with_pieces(model: Path) -> Iterator[Path]:
     This is the model's folder if none are missing. Raises NotImplementedError for BPE with byte
     fallback that is not a SentencePiece model, which llama.cpp does not support.
     """
-    files = _missing(model)
+    tokenizer, has_pieces = _read(model / _TOKENIZER), (model / _MODEL).exists()
+    kind, files = tokenizer.get("model") or {}, dict[str, bytes]()
+    if has_pieces or (kind.get("type") == "BPE" and kind.get("byte_fallback")):
+        if not has_pieces:
+            files[_MODEL] = sentence_pieces(tokenizer)
+        config = _read(model / _CONFIG)
+        if tokenizer and "added_tokens_decoder" not in config:
+            added = {str(token["id"]): token for token in tokenizer.get("added_tokens", ())}
+            files[_CONFIG] = json.dumps({**config, "added_tokens_decoder": added}).encode()
     if not files:
         yield model
         return
@@ -268,21 +272,6 @@ def with_pieces(model: Path) -> Iterator[Path]:
         for name, data in files.items():
             (view / name).write_bytes(data)
         yield view
-
-
-def _missing(model: Path) -> dict[str, bytes]:
-    tokenizer = _read(model / _TOKENIZER)
-    files = {}
-    if not (model / _MODEL).exists():
-        kind = tokenizer.get("model") or {}
-        if kind.get("type") != "BPE" or not kind.get("byte_fallback"):
-            return {}
-        files[_MODEL] = sentence_pieces(tokenizer)
-    config = _read(model / _CONFIG)
-    if tokenizer and "added_tokens_decoder" not in config:
-        added = {str(token["id"]): token for token in tokenizer.get("added_tokens", ())}
-        files[_CONFIG] = json.dumps({**config, "added_tokens_decoder": added}).encode()
-    return files
 
 
 def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
@@ -298,7 +287,7 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     special = {t["content"] for t in tokenizer.get("added_tokens", ()) if t.get("special")}
     added = {t["content"] for t in tokenizer.get("added_tokens", ())}
-    unknown = tokenizer["model"].get("unk_token") or _UNKNOWN
+    unknown = tokenizer["model"].get("unk_token") or "<unk>"
     _check_vocabulary(vocabulary)
     places = _places(tokenizer["model"], added)
     if unknown not in vocabulary:
@@ -314,10 +303,8 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
             kind = kinds.UNKNOWN
         elif _BYTE.fullmatch(text):
             kind = kinds.BYTE
-        elif text in special:
-            kind = kinds.CONTROL
         elif text in added:
-            kind = kinds.USER_DEFINED
+            kind = kinds.CONTROL if text in special else kinds.USER_DEFINED
         # Single characters come after all merged pieces, as in SentencePiece's trainer.
         score = float(-places.get(text, len(places) + number))
         made.pieces.add(piece=text, score=score if kind == kinds.NORMAL else 0.0, type=kind)
@@ -333,12 +320,13 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
 
 
 def _check_vocabulary(vocabulary: Mapping[str, int]) -> None:
-    odd = (n for n in vocabulary.values() if type(n) is not int or not 0 <= n < _MOST)
-    for number in odd:
-        raise InputRefused(
-            f"{_TOKENIZER} gives a piece the number {str(number)[:40]}",
-            hint="compare the file with the base's: numbers of pieces are those of embedding rows",
-        )
+    for number in vocabulary.values():
+        if type(number) is not int or not 0 <= number < _MOST:
+            raise InputRefused(
+                f"{_TOKENIZER} gives a piece the number {str(number)[:40]}",
+                hint="compare the file with the base's: numbers of pieces are those of embedding "
+                "rows",
+            )
     if (longest := max(map(len, vocabulary), default=0)) > _LONGEST_PIECE:
         raise InputRefused(
             f"{_TOKENIZER} has a piece of {longest} characters",

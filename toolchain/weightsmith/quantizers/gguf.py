@@ -105,23 +105,6 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
         check_walk(model)
 
 
-def _fits_one_pass(
-    _format: Format,
-    chosen: Options,
-    _other: Format,
-    others: Options,
-) -> bool:
-    """Return whether one pass over the weights can make another file beside the first.
-
-    Parts depend on the type, and there is one importance matrix.
-    """
-    return (
-        not ("split_max_size" in chosen or "split_max_size" in others)
-        and chosen.get("about") == others.get("about")
-        and others.get("imatrix") in ("off", chosen.get("imatrix"))
-    )
-
-
 # Metadata that the converter would guess from folder names and `_name_or_path`; null omits it, so
 # that the bytes do not depend on the path (gguf-py/gguf/metadata.py).
 _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
@@ -158,7 +141,19 @@ def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     split = str(request.options.get("split_max_size", ""))
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
-    files, projectors = tuple(map(_file, requests)), gguf_check.places_of(request)
+    files = tuple(
+        PassFile(
+            out=str(output_file(each)),
+            format=each.format.name,
+            direct=kind.direct,
+            tensor_types=dict(each.options.get("tensor_types", {})),
+            # Relative, because it is written to the file.
+            importance="" if each.options.get("imatrix", "off") == "off" else gguf_check.IMATRIX,
+            overrides={"general.license": name} if (name := _about(each).get("license")) else {},
+        )
+        for each, kind in zip(requests, kinds, strict=True)
+    )
+    projectors = gguf_check.places_of(request)
     if all(kind.direct for kind in kinds):
         return (_pass(request, files, "", _converter(request, ""), projectors),)
     config = config_of(request.model)
@@ -186,10 +181,8 @@ def _middle(request: QuantizeRequest, between: str) -> Path:
     return request.output / f".{request.name}.{between}.gguf"
 
 
-def _peak_disk(checkpoint_bytes: int, kept: int, format_: Format, chosen: Options) -> int:
-    output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3) + kept
-    # llama-imatrix measures on a file of the whole model.
-    return output + (checkpoint_bytes if chosen.get("imatrix") == "auto" else 0)
+def _about(request: QuantizeRequest) -> dict[str, str]:
+    return dict(request.options.get("about") or {})
 
 
 def _converter(request: QuantizeRequest, split: str) -> tuple[str, ...]:
@@ -224,8 +217,8 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Buil
 
 def _metadata(request: QuantizeRequest) -> str:
     """Return the file's metadata as JSON; keys that the converter would guess are null."""
-    about = dict(request.options.get("about") or {})
-    found = {f"general.{key}": None for key in _FROM_PATHS}
+    about = _about(request)
+    found: dict[str, str | None] = {f"general.{key}": None for key in _FROM_PATHS}
     found |= {f"general.{key}": value for key, value in about.items()}
     if "license" in about:  # the converter reads this key only from a model card
         found["general.license.name"] = about["license"]
@@ -307,20 +300,6 @@ def _pass(
     )
 
 
-def _file(request: QuantizeRequest) -> PassFile:
-    matrix = request.options.get("imatrix", "off") != "off"
-    license_ = dict(request.options.get("about") or {}).get("license")
-    return PassFile(
-        out=str(output_file(request)),
-        format=request.format.name,
-        direct=FILE_TYPES[request.format.name].direct,
-        tensor_types=dict(request.options.get("tensor_types", {})),
-        # Relative, because it is written to the file.
-        importance=gguf_check.IMATRIX if matrix else "",
-        overrides={"general.license": license_} if license_ else {},
-    )
-
-
 QUANTIZER = Quantizer(
     name="gguf",
     builder="gguf",
@@ -337,12 +316,22 @@ QUANTIZER = Quantizer(
     walked=_is_walked,
     steps=_steps,
     check=gguf_check.check,
-    peak_disk=_peak_disk,
+    # llama-imatrix measures on a file of the whole model.
+    peak_disk=lambda size, kept, format_, chosen: (
+        int(size * format_.bits_per_weight / 16 * 1.3)
+        + kept
+        + (size if chosen.get("imatrix") == "auto" else 0)
+    ),
     view=open_view,
     default="q4_k_m",
     computed=True,
     statistics=gguf_check.IMATRIX,
     check_imports=("weightsmith.models.gguf_reader",),
     check_statistics=check_imatrix,
-    one_pass=_fits_one_pass,
+    # Parts depend on the type, and there is one importance matrix.
+    one_pass=lambda _format, chosen, _other, others: (
+        not ("split_max_size" in chosen or "split_max_size" in others)
+        and chosen.get("about") == others.get("about")
+        and others.get("imatrix") in ("off", chosen.get("imatrix"))
+    ),
 )

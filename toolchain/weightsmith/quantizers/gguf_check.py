@@ -294,7 +294,22 @@ def _check_tokenizer(read: GGUFModel, model: Path) -> int:
             hint="check the checkpoint's tokenizer files",
         )
     if tokenizer := _read(model / "tokenizer.json"):
-        _check_tokens(tokens, tokenizer)
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+        added = {int(t["id"]): str(t["content"]) for t in tokenizer.get("added_tokens", ())}
+        plain = [(number, text) for text, number in vocabulary.items() if number not in added]
+        for number, text in (*plain, *added.items()):
+            there = tokens[number] if number < len(tokens) else text
+            same = there == text
+            if number in added:
+                same = there.replace("▁", " ") == text.replace("▁", " ")
+            if not same:
+                named = "the added token" if number in added else "token"
+                raise CheckFailed(
+                    f"{named} {number} is {there!r} in the file, but {text!r} in tokenizer.json",
+                    hint=_HINT,
+                )
         known, found = tokenizer.get("model", {}).get("merges"), read.get("tokenizer.ggml.merges")
         # A SentencePiece vocabulary has scores instead of merges.
         if known and found is not None and len(found) != len(known):
@@ -313,26 +328,6 @@ def _check_tokenizer(read: GGUFModel, model: Path) -> int:
     if ids["eos"] is None and None not in (expected if isinstance(expected, list) else [expected]):
         raise CheckFailed("the file does not have the checkpoint's eos_token_id", hint=_HINT)
     return len(tokens)
-
-
-def _check_tokens(tokens: list[str], tokenizer: Mapping[str, Json]) -> None:
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-        vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-    added = {int(t["id"]): str(t["content"]) for t in tokenizer.get("added_tokens", ())}
-    for text, number in vocabulary.items():
-        if number not in added and number < len(tokens) and tokens[number] != text:
-            raise CheckFailed(
-                f"token {number} is {tokens[number]!r} in the file, but {text!r} in tokenizer.json",
-                hint=_HINT,
-            )
-    for number, text in added.items():
-        if number < len(tokens) and tokens[number].replace("▁", " ") != text.replace("▁", " "):
-            raise CheckFailed(
-                f"the added token {number} is {tokens[number]!r} in the file, but {text!r} in "
-                "tokenizer.json",
-                hint=_HINT,
-            )
 
 
 def _read(path: Path) -> Mapping[str, Json]:

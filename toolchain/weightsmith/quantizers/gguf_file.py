@@ -37,12 +37,12 @@ class GGUFModel:
         self.files, self._readers = tuple(files), []
         for path in files:
             try:
-                self._readers.append(GGUFReader(path))
+                reader = GGUFReader(path)
             except (OSError, ValueError) as error:
                 raise CheckFailed(
                     f"{path.name} is not a valid GGUF file: {error}", hint=_HINT
                 ) from None
-        for path, reader in zip(files, self._readers, strict=True):
+            self._readers.append(reader)
             spans = [(int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors]
             end = sum(max(spans, default=(0, 0)))
             padded = -(-end // reader.alignment) * reader.alignment
@@ -91,6 +91,7 @@ def model_files(folder: Path) -> list[Path]:
 # The converter's changes per architecture (conversion/*.py of llama.cpp).
 _PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
 """Rows of Q and K are permuted from halves of a head to neighbouring pairs (LlamaModel.permute)."""
+_Q_OR_K = re.compile(r"\.self_attn\.(.*\.)?(?P<name>[qk])_proj\.")
 _NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
 _UNCHANGED = frozenset(
     {
@@ -154,9 +155,11 @@ class GGUFView:
         place, expert = self._places[name]
         found = self._read.tensors[place]
         data = found.data if expert is None else found.data[expert]
-        heads = self._permuted_heads(name)
-        if heads:
-            pairs = np.arange(len(data)).reshape(heads, -1, 2)
+        if self._arch in _PERMUTED and (which := _Q_OR_K.search(name)):
+            heads = self._read.value(f"{self._arch}.attention.head_count")
+            if which["name"] == "k":
+                heads = self._read.get(f"{self._arch}.attention.head_count_kv") or heads
+            pairs = np.arange(len(data)).reshape(int(heads), -1, 2)
             data = data[pairs.swapaxes(1, 2).reshape(-1)[start:stop]]
         else:
             data = data[start:stop]
@@ -167,15 +170,6 @@ class GGUFView:
                 f"the gguf package cannot dequantize {found.tensor_type.name}",
                 hint="use the task score instead",
             ) from None
-        if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
-            return values - 1
-        return values
-
-    def _permuted_heads(self, name: str) -> int:
-        """Return the number of heads whose rows are permuted in a tensor: in Q and K, else 0."""
-        if self._arch not in _PERMUTED or not re.search(r"\.self_attn\.(.*\.)?[qk]_proj\.", name):
-            return 0
-        heads = self._read.value(f"{self._arch}.attention.head_count")
-        if ".k_proj." in name:
-            heads = self._read.get(f"{self._arch}.attention.head_count_kv") or heads
-        return int(heads)
+        return (
+            values - 1 if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight") else values
+        )

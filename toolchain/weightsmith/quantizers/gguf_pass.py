@@ -131,24 +131,17 @@ class GgufSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What to write."""
+class GgufOutput:
+    """A file to write, and the types of its tensors in llama-quantize's order."""
 
+    path: Path
+    targets: Sequence[TypeChange]
     file_type: int
     importance: Importance = field(default_factory=Importance)
     overrides: Mapping[str, str | int] = field(default_factory=dict)
     """Keys of the user's, before those of the importance matrix."""
     key: str = ""
     """Identifies the inputs: an unfinished file is continued only if it is the same."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufOutput:
-    """A file to write, and the types of its tensors in llama-quantize's order."""
-
-    path: Path
-    targets: Sequence[TypeChange]
-    wanted: Wanted
     start: bytes = b""
     """The file's own bytes before the data; empty: as llama-quantize makes them."""
     whole: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
@@ -200,23 +193,23 @@ class _File:
 @contextmanager
 def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
     """Begin a file, or open it again with the tensors that it has."""
-    tensors, targets, wanted = header.tensors, output.targets, output.wanted
+    tensors, targets = header.tensors, output.targets
     if different := {t.name for t in targets} ^ tensors.keys():
         raise ValueError(f"the header and llama-quantize --dry-run differ in {sorted(different)}")
     start, sized = output.start, dict[str, tuple[int, int]]()
-    if not start:
-        _check(targets, wanted)
     for target in targets:
+        if not start:
+            _check(target, output)
         entry = tensors[target.name]
         size = quants.row_bytes(target.target, entry.columns) * entry.rows
         sized[target.name] = quants.number(target.target), size
     offsets = placed(sized, len(start))
     if not start:
-        changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
+        changes = changed_values(output.file_type, {**output.overrides, **output.importance.about})
         start, offsets = quantized(header, sized, changes)
     last = targets[-1].name
     partial, journal = _unfinished(output.path)
-    key = hashlib.sha256(start + wanted.key.encode()).hexdigest()
+    key = hashlib.sha256(start + output.key.encode()).hexdigest()
     spans = {name: (offsets[name], bytes_) for name, (_, bytes_) in sized.items()}
     done = _reached(journal, key, partial, spans)
     with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
@@ -284,21 +277,22 @@ def _finished(line: str, file: IO[bytes], spans: Mapping[str, tuple[int, int]]) 
     return "" if left else str(name)
 
 
-def _check(targets: Sequence[TypeChange], wanted: Wanted) -> None:
-    measured = (*_MEASURED, "Q2_K") if wanted.file_type == _Q2_K_S else _MEASURED
-    for target in targets:
-        if target.kind != target.target and target.kind not in _FLOATS:
-            raise InputRefused(
-                f"{target.name} is already quantized ({target.kind})",
-                hint="use a 16-bit model, or leave this tensor's type as it is (tensor_types)",
-            )
-        needed = target.target in measured and target.name not in _NEVER_MEASURED
-        if needed and target.kind != target.target and target.name not in wanted.importance.values:
-            raise InputRefused(
-                f"{target.name} has no importance, which {target.target} needs",
-                hint="set imatrix to auto or to a file that has this tensor, or choose another "
-                "type (tensor_types)",
-            )
+def _check(one: TypeChange, output: GgufOutput) -> None:
+    if one.kind == one.target:
+        return
+    if one.kind not in _FLOATS:
+        raise InputRefused(
+            f"{one.name} is already quantized ({one.kind})",
+            hint="use a 16-bit model, or leave this tensor's type as it is (tensor_types)",
+        )
+    measured = (*_MEASURED, "Q2_K") if output.file_type == _Q2_K_S else _MEASURED
+    needed = one.target in measured and one.name not in _NEVER_MEASURED
+    if needed and one.name not in output.importance.values:
+        raise InputRefused(
+            f"{one.name} has no importance, which {one.target} needs",
+            hint="set imatrix to auto or to a file that has this tensor, or choose another "
+            "type (tensor_types)",
+        )
 
 
 class _Writer:
@@ -360,7 +354,7 @@ class _Writer:
         important = [
             None
             if one.kind == one.target
-            else file.output.wanted.importance.of(entry.name, entry.columns, matrices)
+            else file.output.importance.of(entry.name, entry.columns, matrices)
             for file, one in zip(files, changes, strict=True)
         ]
         places = [
@@ -370,7 +364,12 @@ class _Writer:
 
         def quantize(start: int, end: int, matrix: int) -> _Written:
             block, written = rows(start, end), _Written()
-            if not _all_finite(block):
+            flat = block.reshape(-1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                # If no weight is NaN or infinite, neither is the sum of their squares, as a rule:
+                # that takes half the time of looking at each.
+                squares = np.dot(flat, flat)
+            if not np.isfinite(squares) and not np.isfinite(block).all():
                 raise _not_finite(f"{entry.name} has NaN or infinite weights")
             for one, own, (out, at, size) in zip(changes, important, places, strict=True):
                 importance = None if own is None else own[matrix]
@@ -413,17 +412,6 @@ class _Writer:
                 raise self._lost
             pieces = sorted(block[file.out] for block in written if file.out in block)
             os.write(file.log, json.dumps([name, *pieces]).encode() + b"\n")
-
-
-def _all_finite(rows: np.ndarray) -> bool:
-    """Return whether no weight is NaN or infinite: then so is the sum of their squares, as a rule.
-
-    That takes half the time of looking at each.
-    """
-    flat = rows.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.dot(flat, flat)
-    return bool(np.isfinite(squares)) or bool(np.isfinite(rows).all())
 
 
 def _not_finite(message: str) -> InputRefused:

@@ -22,7 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -49,7 +49,6 @@ from weightsmith.quantizers.gguf_pass import (
     PassFile,
     PassSettings,
     TypeChange,
-    Wanted,
     finish,
     read_targets,
     write_files,
@@ -206,42 +205,44 @@ def _quantize(
     """
     stats = [(path.name, path.stat()) for path in weights]
     key = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    made = [_wanted(settings, file, files[0], key, direct) for file in settings.files]
+    made = [
+        _output(settings, file, files[0], key, direct.get(file.format)) for file in settings.files
+    ]
     outs, count = [Path(file.out) for file in settings.files], len(sources)
     parts = [[out] for out in outs]
     if settings.split:
         numbers = [f"{n:05d}-of-{count:05d}" for n in range(1, count + 1)]
         parts = [[out.with_name(f"{out.stem}-{n}.gguf") for n in numbers] for out in outs]
     for number, source in enumerate(sources):
+        inside = source.header.tensors
         outputs = [
-            GgufOutput(
-                path=paths[number],
-                targets=[target for target in targets if target.name in source.header.tensors],
-                wanted=wanted,
-                start=own.start if own else b"",
-                whole=own.whole if own else {},
-            )
-            for paths, (wanted, targets, own) in zip(parts, made, strict=True)
+            replace(one, path=paths[number], targets=[t for t in one.targets if t.name in inside])
+            for paths, one in zip(parts, made, strict=True)
         ]
         write_files(source, outputs, settings.threads or cores())
     finish([path for paths in parts for path in paths])
 
 
-def _wanted(
-    settings: PassSettings, file: PassFile, first: Path, key: str, direct: Mapping[str, _Direct]
-) -> tuple[Wanted, list[TypeChange], _Direct | None]:
-    """Return what a file should be, the types of all tensors, and what is the converter's own."""
+def _output(
+    settings: PassSettings, file: PassFile, first: Path, key: str, own: _Direct | None
+) -> GgufOutput:
+    """Return what a file should be, whatever its parts; `own` is what the converter would write."""
     importance, overrides = Importance(), dict(file.overrides)
     if file.importance:
         importance = read_importance(Path(file.importance))
         with Path(file.importance).open("rb") as matrix:
             digest = hashlib.file_digest(matrix, "sha256").hexdigest()
         overrides = {DIGEST_KEY: f"sha256:{digest}", **overrides}
-    number = FILE_TYPES[file.format].number
-    wanted = Wanted(file_type=number, importance=importance, overrides=overrides, key=key)
-    if own := direct.get(file.format):
-        return wanted, own.targets, own
-    return wanted, read_targets(_dry_run(settings, file, first)), None
+    return GgufOutput(
+        path=Path(file.out),
+        targets=own.targets if own else read_targets(_dry_run(settings, file, first)),
+        file_type=FILE_TYPES[file.format].number,
+        importance=importance,
+        overrides=overrides,
+        key=key,
+        start=own.start if own else b"",
+        whole=own.whole if own else {},
+    )
 
 
 def _dry_run(settings: PassSettings, file: PassFile, first: Path) -> list[str]:
