@@ -90,15 +90,11 @@ def layout_of(config: Mapping[str, Json]) -> PackedLayout:
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method", "")
     if method in {"awq", "gptq"} and quantization.get("bits") == 4:
-        symmetric = (
-            quantization.get("sym", True)
-            if method == "gptq"
-            else not quantization.get("zero_point", True)
-        )
-        group = int(quantization.get("group_size") or 0)
-        return PackedLayout(
-            method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric)
-        )
+        symmetric = quantization.get("sym", True)
+        if method == "awq":
+            symmetric = not quantization.get("zero_point", True)
+        size = max(0, int(quantization.get("group_size") or 0))
+        return PackedLayout(method=method, bits=4, group_size=size, symmetric=bool(symmetric))
     if method == "mxfp4":
         return PackedLayout(method=method, bits=4, group_size=32, symmetric=True)
     if method == "compressed-tensors":
@@ -177,9 +173,8 @@ class PackedView:
 
         Only these are dequantized.
         """
-        others = {"awq": _awq, "gptq": _gptq, "pack-quantized": _packed}
-        if self.layout.method in others:
-            return others[self.layout.method](self.tensors, module, start, stop)
+        if reader := _INTEGERS.get(self.layout.method):
+            return reader(self.tensors, module, start, stop)
         skipped = start % self.layout.outputs
         return self.tiles(module, start - skipped, stop).rows()[skipped:]
 
@@ -190,30 +185,40 @@ class PackedView:
         stack, W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e.
         """
         tensors, layout = self.tensors, self.layout
+        last = None if stop is None else -(-stop // layout.outputs)
+        scales = self.scales(module, slice(start // layout.outputs, last))
         if module in self._experts:
             matrix = self._experts[module]
             blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
-            stored = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
-            codes, tile = blocks.reshape(len(blocks), -1), (1, 2 * blocks.shape[-1])
-            dtype, scales = "U8", _powers_of_two(stored)
+            codes, dtype, tile = blocks.reshape(len(blocks), -1), "U8", (1, 2 * blocks.shape[-1])
         else:
             name = f"{module}.weight_packed" if layout.method in FLOAT4 else f"{module}.weight"
             dtype, codes = tensors.info(name).dtype, tensors.array(name)[start:stop]
-            last = None if stop is None else -(-stop // layout.outputs)
-            scales = scales_of(tensors, module, layout, slice(start // layout.outputs, last))
             high = max(1, len(codes)) if len(scales) == 1 else layout.outputs  # 1: one for all
             tile = high, layout.group_size or codes.shape[1]
         return QuantizedTiles(dtype=dtype, codes=codes.view(np.uint8), scales=scales, tile=tile)
 
-    def scales(self, module: str) -> Floats:
-        """Return what a module's codes are multiplied by, as `scales_of`."""
-        if self.layout.method in {"awq", "gptq"}:
-            return self.tensors.f32(f"{module}.scales")
+    def scales(self, module: str, where: slice = slice(None)) -> Floats:
+        """Return what a module's codes are multiplied by: [tiles of outputs, tiles of inputs].
+
+        `where` picks tiles of outputs. AWQ and GPTQ have groups of inputs first, and all of them.
+        """
+        tensors, method, name = self.tensors, self.layout.method, f"{module}.weight_scale"
+        if method in {"awq", "gptq"}:
+            return tensors.f32(f"{module}.scales")
         if module in self._experts:
             matrix = self._experts[module]
-            stored = self.tensors.array(f"{matrix.tensor}_scales")[matrix.expert]
+            stored = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, where]
             return _powers_of_two(stored).reshape(len(stored), -1)
-        return scales_of(self.tensors, module, self.layout)
+        if method == "mxfp4-pack-quantized":
+            return _powers_of_two(tensors.array(name)[where])
+        if math.prod(tensors.info(name).shape) == 1:
+            where = slice(None)  # one for the whole matrix
+        scales = tensors.part(name, (where,)) if tensors.info(name).shape else tensors.f32(name)
+        scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
+        if method == "nvfp4-pack-quantized":
+            return np.asarray(scales / tensors.f32(f"{module}.weight_global_scale"), np.float32)
+        return scales
 
     def _stack(self, parts: Sequence[Matrix]) -> Floats:
         """Return all experts as one tensor, as the checkpoint has them."""
@@ -297,22 +302,9 @@ def _packed(tensors: CheckpointTensors, module: str, start: int, stop: int | Non
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
 
 
+_INTEGERS = {"awq": _awq, "gptq": _gptq, "pack-quantized": _packed}
+
+
 def _powers_of_two(stored: npt.NDArray[np.generic]) -> Floats:
     """Return the powers whose exponents, plus 127, are stored."""
     return np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32)
-
-
-def scales_of(
-    tensors: CheckpointTensors, module: str, layout: PackedLayout, where: slice = slice(None)
-) -> Floats:
-    """Return what codes are multiplied by: float32 [tiles of outputs, tiles of inputs]."""
-    name = f"{module}.weight_scale"
-    if layout.method == "mxfp4-pack-quantized":
-        return _powers_of_two(tensors.array(name)[where])
-    if math.prod(tensors.info(name).shape) == 1:
-        where = slice(None)  # one for the whole matrix
-    scales = tensors.part(name, (where,)) if tensors.info(name).shape else tensors.f32(name)
-    scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
-    if layout.method == "nvfp4-pack-quantized":
-        return np.asarray(scales / tensors.f32(f"{module}.weight_global_scale"), np.float32)
-    return scales

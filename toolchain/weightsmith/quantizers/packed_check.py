@@ -66,19 +66,22 @@ def check_checkpoint(
     errors = {}
     for module, matrix in sorted(found.items()):
         _check_scales(view, matrix)
-        errors[module] = _check_near(view, source, matrix, expected)
+        errors[module] = _check_near(view, source, matrix)
     _check_fused_scales(view, found.values())
     for name in sorted(source.names - {matrix.tensor for matrix in found.values()}):
-        _check_rest(view, source, name, expected)
-    stored = sum(view.tensors.info(n).size for n in view.tensors.names if n.endswith(PARTS))
-    stored += sum(
-        view.tensors.info(f"{m}.weight").size
-        for m in view.modules
-        if f"{m}.weight" in view.tensors.names
-    )
+        _check_rest(view, source, name)
+    codes = {f"{module}.weight" for module in view.modules}
+    parts = (n for n in view.tensors.names if n.endswith(PARTS) or n in codes)
     elements = sum(matrix.outputs * matrix.inputs for matrix in found.values())
-    bits = stored * 8 / elements
-    _check_size(bits, view, source, expected)
+    bits = sum(view.tensors.info(name).size for name in parts) * 8 / elements
+    # A scale and a zero point per group, and an index per input in GPTQ's layout.
+    most = expected.bits + (32 / expected.group_size if expected.group_size else 0) + 1
+    if bits > most or view.tensors.size >= source.size:
+        raise CheckFailed(
+            f"the quantized matrices have {bits:.2f} bits per weight (limit {most:.2f}); the "
+            f"checkpoint has {source.size} bytes, the result {view.tensors.size}",
+            hint=_HINT,
+        )
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
     total = sum(math.prod(source.info(name).shape) for name in source.names)
     return {
@@ -105,15 +108,14 @@ def checked(request: QuantizeRequest, layout: PackedLayout, engine: str) -> dict
 def _check_expected(source: CheckpointTensors, model: Path, known: Iterable[Matrix]) -> None:
     """Raise CheckFailed if the writer's rule and the check's differ about this checkpoint."""
     wanted, written = expected(source, read_facts(model)), {matrix.tensor for matrix in known}
-    if wanted == written:
-        return
-    odd = min(wanted ^ written)
-    what = "stays in 16 bits" if odd in wanted else "is quantized"
-    raise CheckFailed(
-        f"{odd} {what}, against what is known of this architecture",
-        hint="this is a defect of weightsmith, not of the model: report it, and serve it in 16 bits"
-        " (target vllm) until then",
-    )
+    if different := wanted ^ written:
+        odd = min(different)
+        what = "stays in 16 bits" if odd in wanted else "is quantized"
+        raise CheckFailed(
+            f"{odd} {what}, against what is known of this architecture",
+            hint="this is a defect of weightsmith, not of the model: report it, and serve it in 16 "
+            "bits (target vllm) until then",
+        )
 
 
 def _worst_experts(errors: Mapping[str, float]) -> Mapping[str, JsonValue]:
@@ -170,10 +172,8 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
                 )
 
 
-def _check_near(
-    view: PackedView, source: CheckpointTensors, matrix: Matrix, layout: PackedLayout
-) -> float:
-    module = matrix.module
+def _check_near(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
+    layout = view.layout
     if layout.method in _MAY_RESCALE:
         error, limit = _rescaled_error(view, source, matrix), _MOST_CLIPPED
     else:
@@ -181,8 +181,8 @@ def _check_near(
         limit = _MOST_FLOAT4 if layout.method in FLOAT4 else _MOST_ERROR[layout.bits]
     if not error <= limit:
         raise CheckFailed(
-            f"{module} has a relative error of {error:.2f}, more than rounding to {layout.bits} "
-            f"bits gives (limit {limit})",
+            f"{matrix.module} has a relative error of {error:.2f}, more than rounding to "
+            f"{layout.bits} bits gives (limit {limit})",
             hint="the weights are damaged or packed in another order; " + _HINT,
         )
     return error
@@ -190,16 +190,14 @@ def _check_near(
 
 def _error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     """Return the relative error of a matrix, a few rows at a time where the layout allows it."""
+    wrong = norm = 0.0
+    step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
     if not view.layout.tiled:
-        found, before = view.matrix(matrix.module), matrix.rows(source, 0, matrix.outputs)
-        _check_values(found, before, matrix.module)
+        found, before = _values(view, source, matrix)
         norm = float(np.vdot(before, before))
         found -= before
         wrong = float(np.vdot(found, found))
-        return math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
-    wrong = norm = 0.0
-    step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
-    for start in range(0, matrix.outputs, step):
+    for start in range(0, matrix.outputs, step) if view.layout.tiled else ():
         stop = min(start + step, matrix.outputs)
         rows = matrix.stored(source, start, stop)
         try:
@@ -212,35 +210,33 @@ def _error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float
 
 def _rescaled_error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     """Return the relative error that remains after the best scale per input."""
-    found, before = view.matrix(matrix.module), matrix.rows(source, 0, matrix.outputs)
-    _check_values(found, before, matrix.module)
+    found, before = _values(view, source, matrix)
     free = matrix.module.endswith(_BEFORE_A_MATRIX)
     before = rescaled(before, found, outputs=free)
-    if not free:
-        _check_gains(before, found, matrix.module)
+    if not free:  # nothing after the outputs would undo their scales
+        power = (before * before).sum(1)
+        there = power > 1e-30  # an output of zeros has no gain
+        gains = (before * found).sum(1)[there] / power[there]
+        off = float(((gains < _GAINS[0]) | (gains > _GAINS[1])).sum()) / len(power)
+        if off > _MAX_OFF:
+            raise CheckFailed(
+                f"{matrix.module}: {off:.0%} of its outputs are scaled by less than {_GAINS[0]} or "
+                f"more than {_GAINS[1]}",
+                hint="its scales are in another order; " + _HINT,
+            )
     norm = float(np.linalg.norm(before))
     return float(np.linalg.norm(found - before)) / norm if norm else float(np.abs(found).max())
 
 
-def _check_values(found: Floats, before: Floats, module: str) -> None:
+def _values(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> tuple[Floats, Floats]:
+    """Return a whole matrix as it is read back, and as it was; raises CheckFailed."""
+    found, before = view.matrix(matrix.module), matrix.rows(source, 0, matrix.outputs)
     if found.shape != before.shape:
-        raise CheckFailed(f"{module} has shape {found.shape}, not {before.shape}", hint=_HINT)
+        shapes = f"shape {found.shape}, not {before.shape}"
+        raise CheckFailed(f"{matrix.module} has {shapes}", hint=_HINT)
     if not bool(np.isfinite(found).all()):
-        raise CheckFailed(f"{module} has NaN or infinite weights", hint=_HINT)
-
-
-def _check_gains(before: Floats, found: Floats, module: str) -> None:
-    """Raise CheckFailed if outputs were scaled, which nothing after them would undo."""
-    power = (before * before).sum(1)
-    there = power > 1e-30  # an output of zeros has no gain
-    gains = (before * found).sum(1)[there] / power[there]
-    off = float(((gains < _GAINS[0]) | (gains > _GAINS[1])).sum()) / len(power)
-    if off > _MAX_OFF:
-        raise CheckFailed(
-            f"{module}: {off:.0%} of its outputs are scaled by less than {_GAINS[0]} or more than "
-            f"{_GAINS[1]}",
-            hint="its scales are in another order; " + _HINT,
-        )
+        raise CheckFailed(f"{matrix.module} has NaN or infinite weights", hint=_HINT)
+    return found, before
 
 
 def rescaled(before: Floats, found: Floats, *, outputs: bool) -> Floats:
@@ -259,9 +255,7 @@ def rescaled(before: Floats, found: Floats, *, outputs: bool) -> Floats:
     return np.asarray(near, np.float32)
 
 
-def _check_rest(
-    view: PackedView, source: CheckpointTensors, name: str, layout: PackedLayout
-) -> None:
+def _check_rest(view: PackedView, source: CheckpointTensors, name: str) -> None:
     made, own = view.tensors, source.info(name)
     found = made.info(name)
     if (found.dtype, found.shape) != (own.dtype, own.shape):
@@ -271,8 +265,8 @@ def _check_rest(
     parts = (made.f32(one) for one in (name,))
     if len(own.shape) > 1:  # a few rows at a time
         step = max(1, _BLOCK // max(1, math.prod(own.shape[1:])))
-        spans = (slice(start, start + step) for start in range(0, own.shape[0], step))
-        parts = (made.part(name, (span,)) for span in spans)
+        starts = range(0, own.shape[0], step)
+        parts = (made.part(name, (slice(start, start + step),)) for start in starts)
     if not all(bool(np.isfinite(part).all()) for part in parts):
         raise CheckFailed(f"{name} has NaN or infinite weights", hint=_HINT)
     # AWQ moves scales into norms, biases and kept matrices. Embeddings and head must not change,
@@ -282,30 +276,15 @@ def _check_rest(
         for at in range(0, own.size, _BLOCK)
     ):
         return
-    may = layout.method in _MAY_RESCALE
+    may = view.layout.method in _MAY_RESCALE
     if may and ("norm" in name or name.endswith(".bias")):
         return
     if may and LINEAR.search(name):
-        before, after = source.f32(name), view.tensors.f32(name)
-        before = rescaled(
-            before, after, outputs=name.removesuffix(".weight").endswith(_BEFORE_A_MATRIX)
-        )
+        after, free = made.f32(name), name.removesuffix(".weight").endswith(_BEFORE_A_MATRIX)
+        before = rescaled(source.f32(name), after, outputs=free)
         if float(np.linalg.norm(after - before)) <= _MOST_KEPT * float(np.linalg.norm(before)):
             return
     raise CheckFailed(f"{name} was unexpectedly changed", hint=_HINT)
-
-
-def _check_size(
-    bits: float, view: PackedView, source: CheckpointTensors, expected: PackedLayout
-) -> None:
-    # A scale and a zero point per group, and an index per input in GPTQ's layout.
-    most = expected.bits + (32 / expected.group_size if expected.group_size else 0) + 1
-    if bits > most or view.tensors.size >= source.size:
-        raise CheckFailed(
-            f"the quantized matrices have {bits:.2f} bits per weight (limit {most:.2f}); the "
-            f"checkpoint has {source.size} bytes, the result {view.tensors.size}",
-            hint=_HINT,
-        )
 
 
 _LAYER = re.compile(r"(?P<above>.*?)\blayers\.(?P<number>\d+)\.(?P<within>.+)")
