@@ -10,7 +10,7 @@ they weigh.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.architectures import STACKED_MXFP4
 
@@ -101,38 +101,31 @@ def matrices(source: CheckpointTensors, model: Path) -> tuple[Matrix, ...]:
     Not among them are routers, gates of shared experts, the projections of latent attention, layers
     that predict further tokens, embeddings and the head.
     """
-    facts = read_facts(model)
-    found: list[Matrix] = []
+    facts, found = read_facts(model), list[Matrix]()
+    # Of these, only experts are quantized, whose gate and up alternate.
+    whole = facts.architecture in STACKED_MXFP4
     for name in source.names:
-        match = _LAYER.fullmatch(name)
-        if match and (not facts.layers or int(match["layer"]) < facts.layers):
-            found += _of(name, source.info(name).shape, facts)
-    return tuple(sorted(found, key=lambda matrix: matrix.module))
-
-
-def _of(name: str, shape: tuple[int, ...], model: ModelFacts) -> Iterator[Matrix]:
-    """Yield the matrices in a tensor: none, itself, or one or two for each expert."""
-    whole = model.architecture in STACKED_MXFP4  # only experts, whose gate and up alternate
-    plain = _PLAIN.fullmatch(name)
-    if plain and len(shape) == 2 and plain["name"] not in _LATENT and not whole:
-        module = name.removesuffix(".weight")
-        yield Matrix(module=module, tensor=name, outputs=shape[0], inputs=shape[1])
-    stacked = _STACKED.fullmatch(name)
-    if not stacked or len(shape) != 3:
-        return
-    turned = False  # whether it is [experts, inputs, outputs]
-    if stacked["name"] in {"gate_up_proj", "down_proj"}:
-        turned = model.architecture in _TRANSPOSED
-        if model.architecture in _EITHER:
-            turned = shape[2 if stacked["name"] == "gate_up_proj" else 1] != model.hidden
-    count, outputs, inputs = (shape[0], shape[2], shape[1]) if turned else shape
-    parts: tuple[str, ...] = ("down_proj",)
-    if stacked["name"] in {"gate_up_proj", "input_linear.weight"}:
-        parts = ("gate_up_proj",) if whole else ("gate_proj", "up_proj")
-    place = stacked["parent"].removesuffix(".experts") + ".experts"
-    for expert in range(count):
-        for number, part in enumerate(parts):
-            yield Matrix(
+        match, shape = _LAYER.fullmatch(name), source.info(name).shape
+        if not match or (facts.layers and int(match["layer"]) >= facts.layers):
+            continue
+        plain, stacked = _PLAIN.fullmatch(name), _STACKED.fullmatch(name)
+        if plain and len(shape) == 2 and plain["name"] not in _LATENT and not whole:
+            module = name.removesuffix(".weight")
+            found.append(Matrix(module=module, tensor=name, outputs=shape[0], inputs=shape[1]))
+        if not stacked or len(shape) != 3:
+            continue
+        turned = False  # whether it is [experts, inputs, outputs]
+        if stacked["name"] in {"gate_up_proj", "down_proj"}:
+            turned = facts.architecture in _TRANSPOSED
+            if facts.architecture in _EITHER:
+                turned = shape[2 if stacked["name"] == "gate_up_proj" else 1] != facts.hidden
+        count, outputs, inputs = (shape[0], shape[2], shape[1]) if turned else shape
+        parts: tuple[str, ...] = ("down_proj",)
+        if stacked["name"] in {"gate_up_proj", "input_linear.weight"}:
+            parts = ("gate_up_proj",) if whole else ("gate_proj", "up_proj")
+        place = stacked["parent"].removesuffix(".experts") + ".experts"
+        found += [
+            Matrix(
                 module=f"{place}.{expert}.{part}",
                 tensor=name,
                 outputs=outputs // len(parts),
@@ -141,6 +134,10 @@ def _of(name: str, shape: tuple[int, ...], model: ModelFacts) -> Iterator[Matrix
                 first=number * outputs // len(parts),
                 transposed=turned,
             )
+            for expert in range(count)
+            for number, part in enumerate(parts)
+        ]
+    return tuple(sorted(found, key=lambda matrix: matrix.module))
 
 
 def unquantized(

@@ -31,11 +31,10 @@ from weightsmith.quantizers import checkpoints, running, writing
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import Options, Quantizer
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 
-_PROGRAM = "weightsmith.worker.quantize_rounded"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _BLOCK = 1 << 20
 """Weights that are rounded at a time: few enough for the CPU's cache."""
@@ -47,19 +46,6 @@ billion weights in bfloat16."""
 def options(_format: Format, requested: Options) -> Options:
     """Return the recipe's options that affect the output."""
     return {"keep": checkpoints.keep_option(requested)}
-
-
-def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    name = request.format.name
-    return running.python_step(
-        _PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep
-    )
-
-
-def _check(request: QuantizeRequest) -> Options:
-    architecture = read_facts(request.model).architecture
-    layout = PackedLayout.of_scheme(stored_as(SCHEMES[request.format.name], architecture))
-    return checked(request, layout, "rounded")
 
 
 def quantize(
@@ -107,14 +93,14 @@ def _input_scales(
     scheme: Scheme, found: Sequence[Matrix], inputs: Mapping[str, float]
 ) -> Iterator[writing.TensorGroup]:
     """Yield the scales of inputs: one for matrices that engines fuse, and for all experts."""
-    most: dict[str, float] = {}
+    sharing: dict[str, list[str]] = {}
     for matrix in found:
-        key = _EXPERT.sub(".experts.", matrix.fused)
-        most[key] = max(most.get(key, 0.0), inputs[matrix.module])
-    for matrix in found:
-        scale = fused_scale(most[_EXPERT.sub(".experts.", matrix.fused)], scheme)
-        name = f"{matrix.module}.input_global_scale"
-        yield writing.whole(name, "F32", (1,), partial(np.full, 1, scale, array_type("F32")))
+        sharing.setdefault(_EXPERT.sub(".experts.", matrix.fused), []).append(matrix.module)
+    for modules in sharing.values():
+        scale = fused_scale(max(inputs[module] for module in modules), scheme)
+        make = partial(np.full, 1, scale, array_type("F32"))
+        for module in modules:
+            yield writing.whole(f"{module}.input_global_scale", "F32", (1,), make)
 
 
 class _FusedRows:
@@ -214,13 +200,10 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> writing.TensorGro
     codes = f"{weight}_packed" if scheme.packed else weight
     count, columns = matrix.outputs, matrix.inputs
     height, width = scheme.tile[0], scheme.tile[1] or columns
+    tiles = -(-count // height), -(-columns // width)
     outputs = [
-        writing.OutputTensor(
-            codes, scheme.codes, (count, columns // 2 if scheme.packed else columns)
-        ),
-        writing.OutputTensor(
-            f"{weight}_scale", scheme.scales, (-(-count // height), -(-columns // width))
-        ),
+        writing.OutputTensor(codes, scheme.codes, (count, columns // (2 if scheme.packed else 1))),
+        writing.OutputTensor(f"{weight}_scale", scheme.scales, tiles),
     ]
     if scheme.fused_scale:
         outputs.append(writing.OutputTensor(f"{weight}_global_scale", "F32", (1,)))
@@ -258,8 +241,20 @@ QUANTIZER = Quantizer(
     formats=tuple(scheme.format for scheme in SCHEMES.values()),
     recipe_number=1,
     check_input=lambda format_, model: checkpoints.check_rounded(SCHEMES[format_.name], model),
-    steps=_steps,
-    check=_check,
+    steps=lambda request: running.python_step(
+        "weightsmith.worker.quantize_rounded",
+        request,
+        f"rounding to {request.format.name}",
+        method=request.format.name,
+        keep=request.keep,
+    ),
+    check=lambda request: checked(
+        request,
+        PackedLayout.of_scheme(
+            stored_as(SCHEMES[request.format.name], read_facts(request.model).architecture)
+        ),
+        "rounded",
+    ),
     peak_disk=lambda size, kept, format_, _options: checkpoints.output_bytes(size, kept, format_),
     options=options,
     check_options=checkpoints.check_kept,

@@ -190,8 +190,8 @@ def _rounded(
         whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
         gram = None if whole else moments.gram
         grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq))
-    joined = torch.cat(list(weights.values()))
-    values = compensated(joined, moments.gram, Grid.joined(grids))
+    grid = Grid(torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids]))
+    values = compensated(torch.cat(list(weights.values())), moments.gram, grid)
     made: dict[str, torch.Tensor] = {}
     pack = packed_awq if walk.awq else packed_gptq
     parts = torch.split(values, [len(weight) for weight in weights.values()])
@@ -211,9 +211,13 @@ def _scaled(
     layers, path = walk.layers, walk.layers.paths[number]
     names = {id(module): name for name, module in layer.named_modules()}
 
-    def stored(module: nn.Module) -> torch.dtype:
+    def vector_of(module: nn.Module) -> tuple[str, str]:
+        """Return which of a module's parameters is a vector, and the tensor that it comes from."""
         part = "weight" if module.get_parameter("weight").dim() == 1 else "bias"
-        info = layers.weights.infos[layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")]
+        return part, layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")
+
+    def stored(module: nn.Module) -> torch.dtype:
+        info = layers.weights.infos[vector_of(module)[1]]
         return {"BF16": torch.bfloat16, "F16": torch.float16}.get(info.dtype, torch.float32)
 
     before = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
@@ -229,10 +233,8 @@ def _scaled(
         return {}
     made = {}
     for module in changed:
-        part = "weight" if module.get_parameter("weight").dim() == 1 else "bias"
-        vector = getattr(module, part)
-        if vector is not None:
-            tensor = layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")
+        part, tensor = vector_of(module)
+        if (vector := getattr(module, part)) is not None:
             # A copy: the layer's own vectors are dropped before these are written.
             made[tensor] = vector.detach().to(stored(module), copy=True)
     return made
@@ -358,7 +360,12 @@ def best_factors(
 
     weights [outputs, inputs] share their inputs, of which `size` share a scale.
     """
-    sizes = _relative_sizes(weights, size)
+    total = torch.zeros(weights[0].shape[1])
+    for weight in weights:
+        parts = weight.abs().reshape(len(weight), -1, size)
+        total += (parts / (parts.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(0)
+    # Each input's mean |weight|, relative to the largest of its group.
+    sizes = total / sum(len(weight) for weight in weights)
     mean = moments.magnitude / max(1, moments.tokens)
     tried = {0.0: _error(weights, moments, size, None)}
     for ratio in _COARSE:
@@ -368,15 +375,6 @@ def best_factors(
         tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
     best = min(tried, key=tried.__getitem__)
     return factors_of(mean, sizes, best) if best else None
-
-
-def _relative_sizes(weights: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Return each input's mean |weight|, relative to the largest of its group."""
-    total = torch.zeros(weights[0].shape[1])
-    for weight in weights:
-        parts = weight.abs().reshape(len(weight), -1, size)
-        total += (parts / (parts.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(0)
-    return total / sum(len(weight) for weight in weights)
 
 
 def factors_of(mean: torch.Tensor, sizes: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -416,7 +414,13 @@ def scale_layer(
     # per architecture, are where its known errors are.
     by_name = {name: module for group in groups for name, module in group.linears.items()}
     for group in groups:
-        before = _before(group, by_name)
+        before: nn.Linear | None = None  # whose outputs are the group's only inputs
+        if len(group.linears) == 1:
+            ((name, linear),) = group.linears.items()
+            parent, _, last = name.rpartition(".")
+            before = by_name.get(f"{parent}.{_BEFORE.get(last, '')}")
+            if before is not None and before.out_features != linear.in_features:
+                before = None
         scaled = before or group.norm
         if scaled is None:
             continue
@@ -433,16 +437,6 @@ def scale_layer(
             module.weight.data = module.weight * factors
         group.moments.scale(factors)
         yield scaled
-
-
-def _before(group: SharedInputGroup, by_name: Mapping[str, nn.Linear]) -> nn.Linear | None:
-    """Return the matrix whose outputs are a group's only inputs, or None."""
-    if len(group.linears) > 1:
-        return None
-    ((name, linear),) = group.linears.items()
-    parent, _, last = name.rpartition(".")
-    found = by_name.get(f"{parent}.{_BEFORE.get(last, '')}")
-    return found if found is not None and found.out_features == linear.in_features else None
 
 
 def _divide_norm(norm: nn.Module, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -482,11 +476,6 @@ class Grid:
     scale: torch.Tensor
     zero: torch.Tensor
 
-    @classmethod
-    def joined(cls, grids: Sequence[Grid]) -> Grid:
-        """Return the grid of matrices that are joined along their outputs."""
-        return cls(torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids]))
-
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the nearest values to a weight [outputs, inputs]."""
         size = weight.shape[1] // self.scale.shape[1]
@@ -502,7 +491,6 @@ class Grid:
 
 
 def _nearest(parts: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Return the nearest values on grids, in place of new ones."""
     made = (parts / scale).round_()
     made = torch.minimum(torch.maximum(made, -zero, out=made), _LARGEST - zero, out=made)
     return made.mul_(scale)

@@ -92,14 +92,13 @@ def refusal(format_: Format, quality: QualityResult, larger: Sequence[str]) -> C
     hint = tries.get(format_.kind, "more calibration text")
     if larger:
         hint = f"a format with more bits ({', '.join(larger)}), {hint}"
-    much = "; ".join(quality.exceeded)
+    hint = f"try {hint}; quality.limits.{format_.name} sets the limits"
     if quality.loss and quality.loss.damaged:
-        return CheckFailed(
-            f"{format_.name} differs too much from the merged model: {much}{where}",
-            hint="no rounding explains this: quantize again, and check disk and memory if it "
-            "happens again; `quality: {gate: measure}` refuses nothing",
+        hint = (
+            "no rounding explains this: quantize again, and check disk and memory if it "
+            "happens again; `quality: {gate: measure}` refuses nothing"
         )
+    much = "; ".join(quality.exceeded)
     return CheckFailed(
-        f"{format_.name} differs too much from the merged model: {much}{where}",
-        hint=f"try {hint}; quality.limits.{format_.name} sets the limits",
+        f"{format_.name} differs too much from the merged model: {much}{where}", hint=hint
     )
