@@ -263,7 +263,8 @@ def with_cache_scheme(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
     As compressed-tensors says it, and vLLM reads it (CompressedTensorsKVCacheMethod).
     """
-    weights = config.get("quantization_config") or _UNPACKED
+    told = config.get("quantization_config")
+    weights = told if isinstance(told, Mapping) and told else _UNPACKED
     return {**config, "quantization_config": {**weights, "kv_cache_scheme": _CACHE_SCHEME}}
 
 

@@ -88,7 +88,8 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
             return "smollm"
         case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(found)}} as split]:
             return "" if by_words or split.get("invert") else _BY_EXPRESSION.get(found, "")
-    return ""
+        case _:
+            return ""
 
 
 Write = Callable[[Any], None]
