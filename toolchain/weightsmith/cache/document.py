@@ -139,7 +139,7 @@ def _read(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
         raise ValueError("it is of another key")
     about = read.predicate
     if not all(isinstance(about[name], dict) for name in ("note", "meta")):
-        raise InputRefused("note and meta are not objects")
+        raise InputRefused("note and meta are not objects", hint=_HINT)
     return SharedEntry(
         key=key,
         note=about["note"],
@@ -173,15 +173,15 @@ def _size(value: object, most: int = _LARGEST_FILE) -> int:
 def _check(entry: SharedEntry) -> None:
     # The key is the digest of the note, and a note of content names it.
     if key_of(entry.note) != entry.key:
-        raise InputRefused("it was made of other things than its key says")
+        raise InputRefused("it was made of other things than its key says", hint=_HINT)
     if entry.note.get("stage") == _CONTENT and content_inputs(entry.files).key != entry.key:
-        raise InputRefused("its files are others than its key says")
+        raise InputRefused("its files are others than its key says", hint=_HINT)
     names = [file.path for file in entry.files]
     for name in names:
         parts = name.split("/")
         if any(part in {"", ".", ".."} for part in parts) or "\0" in name or not name.isprintable():
-            raise InputRefused(f"it names a file outside its folder: {name!r}")
+            raise InputRefused(f"it names a file outside its folder: {name!r}", hint=_HINT)
     if len(set(names)) != len(names) or not {*entry.programs, *entry.headers} <= set(names):
-        raise InputRefused("it names a file twice, or one that it does not have")
+        raise InputRefused("it names a file twice, or one that it does not have", hint=_HINT)
     if [layer.size for layer in layers_of(entry)] != [blob.size for blob in entry.layers]:
-        raise InputRefused("its layers cannot hold its files")
+        raise InputRefused("its layers cannot hold its files", hint=_HINT)
