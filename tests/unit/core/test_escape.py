@@ -28,14 +28,11 @@ def test_what_cannot_be_seen_is_spelled_out(text: str, spelled: str) -> None:
     assert joined(["x", text]) == f"x\n{spelled}"
 
 
-def test_further_lines_of_a_message_are_marked() -> None:
-    assert (
-        quoted("it ended:\r\n  a log\n\nlast\x07") == "it ended:\n  |   a log\n  | \n  | last\\x07"
-    )
-
-
-def test_printed_text_keeps_its_lines_and_tabs() -> None:
+def test_further_lines_of_a_message_are_marked_and_those_of_printed_text_stay() -> None:
+    said = quoted("it ended:\r\n  a log\n\nlast\x07")
+    assert said == "it ended:\n  |   a log\n  | \n  | last\\x07"
     assert printed("a\tb\n\x1bc\n") == "a\tb\n\\x1bc\n"
+    assert passed_on("\x1b[31;1mred\x1b[0m \x1b[2J") == r"red \x1b[2J"
 
 
 @pytest.mark.parametrize(
@@ -51,21 +48,13 @@ def test_no_line_is_a_command_to_ci(text: str, said: str) -> None:
     assert printed(text) == said
 
 
-def test_colours_of_another_program_are_left_out() -> None:
-    assert passed_on("\x1b[31;1mred\x1b[0m \x1b[2J") == r"red \x1b[2J"
-
-
-def test_json_keeps_its_values() -> None:
+def test_json_keeps_its_values_and_has_null_for_what_is_no_number() -> None:
     value = {"##vso[a]": ["\x7f\x1b", "####[", "é"]}
     assert json.loads(as_json(value)) == value
     assert "##" not in as_json(value)
-
-
-def test_json_has_null_for_what_is_no_number() -> None:
-    value = {"a": [float("nan"), {"b": float("-inf")}, 1.5], "c": "NaN"}
-    assert json.loads(as_json(value), parse_constant=pytest.fail) == {
-        "a": [None, {"b": None}, 1.5], "c": "NaN",
-    }  # fmt: skip
+    odd = {"a": [float("nan"), {"b": float("-inf")}, 1.5], "c": "NaN"}
+    plain = {"a": [None, {"b": None}, 1.5], "c": "NaN"}
+    assert json.loads(as_json(odd), parse_constant=pytest.fail) == plain
 
 
 def test_a_page_keeps_what_languages_need() -> None:

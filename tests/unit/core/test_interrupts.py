@@ -50,21 +50,17 @@ def test_it_ends_at_once_while_python_imports(start, module, number):
     strike = STRIKE.format(module=module, number=number, program=start, start=STARTS[start])
     done = run(AWAKE + strike)
 
-    assert done.returncode == 130
-    assert done.stderr == (
-        "error: interrupted before it began\n  hint: run the same command again\n"
-    )
-    assert done.stdout == ""
+    said = "error: interrupted before it began\n  hint: run the same command again\n"
+    assert (done.returncode, done.stderr, done.stdout) == (130, said, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGINT", "SIGHUP"])
 def test_a_background_job_stays_deaf(number):
     """As a shell's `&` and `nohup` start it."""
+    start = {"program": "weightsmith", "start": STARTS["weightsmith"]}
     done = run(
-        STRIKE.format(
-            module="invoke", number=number, program="weightsmith", start=STARTS["weightsmith"]
-        ),
+        STRIKE.format(module="invoke", number=number, **start),
         preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_IGN),
     )
 

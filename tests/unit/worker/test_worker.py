@@ -19,13 +19,8 @@ from tests.paths import ROOT
 
 def echo(tmp_path: Path, seconds: int = 0, **wishes: Any) -> Job:
     (tmp_path / "text").write_text("hello", encoding="utf-8")
-    return EchoJob(
-        builder="merge",
-        text=Input(path=tmp_path / "text"),
-        output=tmp_path,
-        seconds=seconds,
-        **wishes,
-    )
+    text = Input(path=tmp_path / "text")
+    return EchoJob(builder="merge", text=text, output=tmp_path, seconds=seconds, **wishes)
 
 
 def worker(job: Job | str, tmp_path: Path) -> subprocess.Popen[str]:
@@ -54,8 +49,7 @@ def test_a_job_says_progress_notes_and_its_result(tmp_path):
 
     messages, err = ended(process)
 
-    assert messages[0] == {"note": "echo begins"}
-    assert messages[1] == {"progress": [1, 1, "items"]}
+    assert messages[:2] == [{"note": "echo begins"}, {"progress": [1, 1, "items"]}]
     assert messages[2]["result"]["text"] == "hello"
     assert process.returncode == 0
     assert "printed by the stage" in err
