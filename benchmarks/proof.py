@@ -101,7 +101,7 @@ assert found.passed, found.findings
 """,
     "reference and validation": """
 import tempfile
-from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Input
 from weightsmith.core.jobs import (AskedModel, AskedTask, AskedWalk, ProofJob, Question,
                                    ReferenceJob,
                               ValidateJob)

@@ -50,7 +50,7 @@ OURS = """
 import sys
 from pathlib import Path
 from weightsmith.outside.local import LocalRunner
-from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Input
 from weightsmith.core.ports import Silent
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts

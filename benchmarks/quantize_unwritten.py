@@ -29,7 +29,7 @@ MERGE = """
 import json, sys
 from pathlib import Path
 from weightsmith.outside.local import LocalRunner
-from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Input
 from weightsmith.core.jobs import MergeJob
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Silent
@@ -48,7 +48,7 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from weightsmith.outside.local import LocalRunner
-from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import Input, Virtual
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Silent
 from weightsmith.quantizers import formats

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import Input, Virtual
 from weightsmith.core.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.outside.local import LocalRunner

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import ConvertAdaptersJob
+from weightsmith.core.jobs import ConvertAdaptersJob, Input
 from weightsmith.core.ports import Silent
 from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers.gguf_lora import FILE

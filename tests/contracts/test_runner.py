@@ -19,8 +19,7 @@ import pytest
 from weightsmith.building.runners import WithinMemory
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import Job, MergeJob, read_job, write_job
+from weightsmith.core.jobs import Input, Job, MergeJob, read_job, write_job
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Progress, Runner, Silent
 from weightsmith.core.values import Digest, FileEntry, Json

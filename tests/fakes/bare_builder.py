@@ -7,7 +7,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Input
 from weightsmith.core.resources import optional_engines
 from weightsmith.outside.environment import environment_folder
 from weightsmith.outside.local import LocalRunner, _pins

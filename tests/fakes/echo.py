@@ -20,7 +20,7 @@ from typing import Any
 
 from weightsmith.core import jobs
 from weightsmith.core.errors import from_code
-from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Input
 from weightsmith.outside.sandbox_probe import attempts
 from weightsmith.worker import jobs as worker
 from weightsmith.worker.wire import note

@@ -24,8 +24,7 @@ from transformers import (
     SmolLM3Config,
 )
 from weightsmith.building.wiring import cache_folder
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import SiblingFormat
+from weightsmith.core.jobs import Input, SiblingFormat
 from weightsmith.core.values import Json
 from weightsmith.outside.local import LocalRunner
 from weightsmith.outside.toolset import tools_variable, toolset_folder

@@ -30,8 +30,7 @@ from weightsmith.building.progress import PlainProgress, progress_for
 from weightsmith.cli.command import print_error
 from weightsmith.cli.commands import _verdict
 from weightsmith.core.errors import InputRefused, WeightsmithError
-from weightsmith.core.escape import as_json
-from weightsmith.core.lines import put_line
+from weightsmith.core.escape import as_json, put_line
 from weightsmith.core.ports import Progress
 from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.evaluating.pages import build_view, render_view

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.core.job_inputs import Input, Virtual
 from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
@@ -19,6 +18,7 @@ from weightsmith.core.jobs import (
     DequantizedJob,
     ExportEngineJob,
     ImportGgufJob,
+    Input,
     Job,
     LayerTimeJob,
     MergeJob,
@@ -28,6 +28,7 @@ from weightsmith.core.jobs import (
     Question,
     ReferenceJob,
     ValidateJob,
+    Virtual,
     read_job,
     write_job,
 )

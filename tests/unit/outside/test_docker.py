@@ -17,8 +17,7 @@ import pytest
 from docker.errors import APIError
 from weightsmith.core.cpus import flags
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import ConvertAdaptersJob
+from weightsmith.core.jobs import ConvertAdaptersJob, Input
 from weightsmith.core.ports import StartSpec
 from weightsmith.outside import docker
 from weightsmith.outside.docker import DockerEngine, _passes_gpus, engine_host, run_container

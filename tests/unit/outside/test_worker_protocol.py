@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import Job
+from weightsmith.core.jobs import Input, Job
 from weightsmith.outside.lines import RESULT, Lines
 from weightsmith.outside.process import TookTooLong
 from weightsmith.outside.worker_protocol import Conversation, open_log

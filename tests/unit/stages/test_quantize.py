@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import QuantizeJob, SiblingFormat
+from weightsmith.core.jobs import Input, QuantizeJob, SiblingFormat
 from weightsmith.core.resources import compiled_engines
 from weightsmith.core.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.quantizers import formats, of_format

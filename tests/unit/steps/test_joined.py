@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import AskedWalk, ReferenceJob, ValidateJob
+from weightsmith.core.jobs import AskedWalk, Input, ReferenceJob, ValidateJob
 from weightsmith.core.ports import Silent
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.steps.joined import JoinedJob

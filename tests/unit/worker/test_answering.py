@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, Question, ReferenceJob
+from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, Input, Question, ReferenceJob
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.merging import reference

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import DequantizedJob, Question
+from weightsmith.core.jobs import DequantizedJob, Input, Question
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.packed import view_of
 from weightsmith.stages.quantize import QuantizeOptions, job_of

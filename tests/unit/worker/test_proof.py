@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
     AskedWalk,
+    Input,
     ProofJob,
     Question,
     ReferenceJob,

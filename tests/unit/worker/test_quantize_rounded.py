@@ -13,8 +13,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import CacheScalesJob, DequantizedJob, QualityJob, QuantizeJob, Question
+from weightsmith.core.jobs import (
+    CacheScalesJob,
+    DequantizedJob,
+    Input,
+    QualityJob,
+    QuantizeJob,
+    Question,
+    Virtual,
+)
 from weightsmith.core.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers import formats

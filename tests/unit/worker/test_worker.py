@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import Job, write_job
+from weightsmith.core.jobs import Input, Job, write_job
 
 from tests.fakes.echo import EchoJob, package
 from tests.paths import ROOT

@@ -39,7 +39,7 @@ from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
-from weightsmith.core.lines import pinned
+from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.core.values import Digest, Json, Published, Uploaded, plain
 from weightsmith.provenance.chain import Check

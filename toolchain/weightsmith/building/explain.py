@@ -14,8 +14,7 @@ from weightsmith.building.graph import foresee, peak_memory, temporary_bytes
 from weightsmith.building.pipeline import BuildSteps, TargetSteps, steps_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import LayerTimeJob
+from weightsmith.core.jobs import Input, LayerTimeJob
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import JsonValue, Sources
 from weightsmith.evaluating.build_record import read_build

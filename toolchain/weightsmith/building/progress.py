@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from weightsmith.core.escape import escaped, printed, quoted
-from weightsmith.core.lines import clock, put_line
+from weightsmith.core.escape import clock, escaped, printed, put_line, quoted
 from weightsmith.core.ports import Progress, Silent
 
 _PLAIN_EVERY_S = 10.0

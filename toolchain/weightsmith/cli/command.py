@@ -29,8 +29,8 @@ from weightsmith.core.errors import (
     of_limits,
     of_machine,
 )
+from weightsmith.core.escape import put_line
 from weightsmith.core.interrupts import ignore_it, raise_it
-from weightsmith.core.lines import put_line
 from weightsmith.core.values import JsonValue, plain
 
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)

@@ -30,8 +30,7 @@ from weightsmith.api.commands.requests import (
     VerifyCommand,
 )
 from weightsmith.cli.command import command
-from weightsmith.core.escape import escaped, joined
-from weightsmith.core.lines import pinned
+from weightsmith.core.escape import escaped, joined, pinned
 from weightsmith.core.values import Writable, plain
 
 if TYPE_CHECKING:

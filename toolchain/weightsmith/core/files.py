@@ -37,10 +37,9 @@ def write_whole(path: Path, data: bytes, *, lasting: bool = True) -> None:
     Raises OSError if it cannot be written; then the old file stays and nothing else is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, (data,), lasting=lasting)
     if lasting:
-        replace_file(path, (data,))
-    else:
-        _replace(path, (data,), lasting=False)
+        sync_folder(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -50,22 +49,19 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     `write_whole` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    changed = {name: data for name, data in files.items() if not _has(folder / name, data)}
-    for name, data in changed.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _replace(folder / name, (data,))
-    for parent in {(folder / name).parent for name in changed}:
+    parents = set[Path]()
+    for name, data in files.items():
+        path = folder / name
+        with suppress(OSError):
+            status = path.lstat()
+            same = stat.S_ISREG(status.st_mode) and status.st_size == len(data)
+            if same and path.read_bytes() == data:
+                continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, (data,))
+        parents.add(path.parent)
+    for parent in parents:
         sync_folder(parent)
-
-
-def _has(path: Path, data: bytes) -> bool:
-    """Return whether there is a regular file with this content."""
-    try:
-        status = path.lstat()
-        same = stat.S_ISREG(status.st_mode) and status.st_size == len(data)
-        return same and path.read_bytes() == data
-    except OSError:
-        return False
 
 
 def replace_file(path: Path, chunks: Iterable[bytes], mode: int | None = None) -> None:
@@ -149,9 +145,10 @@ def sweep(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_unfinished(entry.name)]
         for name in names:
+            path, of_this_kernel = folder / name, name[len(".weightsmith-") :].startswith(_kernel())
             with suppress(OSError):
-                if _is_of_this_kernel(name) or _is_old(folder / name):
-                    _delete_dead(folder / name)
+                if of_this_kernel or time.time() - path.lstat().st_mtime > _FORGOTTEN:
+                    _delete_dead(path)
 
 
 def is_unfinished(name: str) -> bool:
@@ -236,14 +233,6 @@ def _kernel() -> str:
     """Return eight hexadecimal digits that identify the running kernel, also in its containers."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     return hashlib.sha256(boot).hexdigest()[:8]
-
-
-def _is_of_this_kernel(name: str) -> bool:
-    return name.removeprefix(".weightsmith-").startswith(_kernel())
-
-
-def _is_old(path: Path) -> bool:
-    return time.time() - path.lstat().st_mtime > _FORGOTTEN
 
 
 def _lock(handle: int) -> bool:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
@@ -23,6 +24,9 @@ from typing import (
 )
 
 from weightsmith.core.values import JsonValue, plain
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Measured: TypeAlias = Annotated[float, "null is not a number"]
 """A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
@@ -46,7 +50,8 @@ class JsonObject:
 
         Unknown keys are ignored. A field with a default may be missing or null.
         """
-        return cls(**_fields_of(cls, value, ""))
+        kind: Any = cls
+        return cast("Self", kind(**_fields_of(kind, value, "")))
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the JSON object; numbers that are not finite become null."""
@@ -80,13 +85,13 @@ def is_omitted(one: Field[object]) -> bool:
 
 
 @cache
-def types_of(kind: Any) -> Mapping[str, object]:
+def types_of(kind: type[object]) -> Mapping[str, object]:
     """Return a dataclass's fields by name with their types."""
     return get_type_hints(kind, include_extras=True)
 
 
 @cache
-def _fields(kind: Any) -> tuple[Field[object], ...]:
+def _fields(kind: type[DataclassInstance]) -> tuple[Field[object], ...]:
     return fields(kind)
 
 
@@ -104,7 +109,7 @@ def _written(value: object) -> JsonValue:
 
 
 def _fields_of(
-    kind: Any, value: JsonValue, place: str, *, exact: bool = False
+    kind: type[DataclassInstance], value: JsonValue, place: str, *, exact: bool = False
 ) -> dict[str, object]:
     """Return the arguments of a dataclass from a JSON object."""
     if not isinstance(value, dict):

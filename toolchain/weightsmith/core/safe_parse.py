@@ -14,10 +14,10 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core.errors import InputRefused
+
 if TYPE_CHECKING:
     import yaml
-
-from weightsmith.core.errors import InputRefused
 
 SMALL = 16 << 20
 """Bytes of a configuration; the largest seen have 1 MiB."""

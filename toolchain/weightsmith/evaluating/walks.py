@@ -14,8 +14,7 @@ from functools import reduce
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, ReferenceJob
+from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, Input, ReferenceJob, Virtual
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from weightsmith.core.escape import printed, quoted
-from weightsmith.core.lines import clock, put_line
+from weightsmith.core.escape import clock, printed, put_line, quoted
 from weightsmith.fleets.page import ANSWERED, left_seconds, table
 from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows
 from weightsmith.fleets.running import Changed

@@ -23,10 +23,10 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 NEW_USER, NEW_NETWORK = 0x1000_0000, 0x4000_0000
 SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES, _ADOPT_ORPHANS = 1, 38, 36
@@ -169,22 +169,28 @@ def limit(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes,) * 2)
 
 
-def prepare(settings: dict[str, Any]) -> None:
+def prepare(
+    *,
+    parent: int,
+    locks: Sequence[int],
+    inherited: Sequence[int],
+    memory_bytes: int,
+    sandbox: Mapping[str, object] | None,
+) -> None:
     """Apply all settings, the death signal last; for jobs enter their sandbox."""
-    ours = settings["parent"], settings["locks"], settings["inherited"]
-    if not settings["sandbox"]:
-        guard(*ours)
-        limit(settings["memory_bytes"])
+    if not sandbox:
+        guard(parent, locks, inherited)
+        limit(memory_bytes)
         return
-    sandbox, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
-    wanted = sandbox.JobSandbox(**settings["sandbox"])
+    jobs, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
+    wanted = jobs.JobSandbox(**sandbox)
     with contextlib.suppress(OSError):  # as on machines whose system calls are not known
         seccomp.leave_keys()
-    sandbox.enter(wanted)
-    guard(*ours)
-    sandbox.furnish(wanted)
-    limit(settings["memory_bytes"])
-    sandbox.restrict(wanted, landlock, seccomp)
+    jobs.enter(wanted)
+    guard(parent, locks, inherited)
+    jobs.furnish(wanted)
+    limit(memory_bytes)
+    jobs.restrict(wanted, landlock, seccomp)
     # The kernel cleared it with the capabilities.
     check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
 
@@ -200,5 +206,5 @@ def attempt(what: str, action: Callable[[], object]) -> None:
 
 if __name__ == "__main__":
     program = sys.argv[2:]
-    attempt(f"prepare for {program[0]}", lambda: prepare(json.loads(sys.argv[1])))
+    attempt(f"prepare for {program[0]}", lambda: prepare(**json.loads(sys.argv[1])))
     attempt(f"start {program[0]}", lambda: os.execvp(program[0], program))  # noqa: S606

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import CacheScalesJob
+from weightsmith.core.jobs import CacheScalesJob, Input, Virtual
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import job_seconds

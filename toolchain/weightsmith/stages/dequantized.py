@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import DequantizedJob
+from weightsmith.core.jobs import DequantizedJob, Input, Virtual
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds

@@ -10,8 +10,7 @@ from math import prod
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import MergeJob
+from weightsmith.core.jobs import Input, MergeJob
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.resources import builder_pins

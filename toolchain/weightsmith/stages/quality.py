@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import QualityJob
+from weightsmith.core.jobs import Input, QualityJob, Virtual
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (

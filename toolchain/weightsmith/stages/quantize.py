@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import QuantizeJob, SiblingFormat
+from weightsmith.core.jobs import Input, QuantizeJob, SiblingFormat, Virtual
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
 from weightsmith.core.trees import discard

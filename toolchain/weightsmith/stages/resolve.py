@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import ImportGgufJob
+from weightsmith.core.jobs import ImportGgufJob, Input
 from weightsmith.core.ports import SourceReader
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import ConvertAdaptersJob
+from weightsmith.core.jobs import ConvertAdaptersJob, Input
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.trees import discard

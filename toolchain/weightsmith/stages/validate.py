@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import CombinationRule, ValidateJob
+from weightsmith.core.jobs import CombinationRule, Input, ValidateJob, Virtual
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds

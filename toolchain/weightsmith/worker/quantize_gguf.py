@@ -7,7 +7,7 @@ llama.cpp's converter plans the tensors and computes them, one after the other; 
 with a hole in place of the data. Types that the converter writes itself are planned by it, too,
 once for each, since it alone knows their headers.
 
-Importance is measured in a copy of this program (`forked.py`) while it starts: both need torch and
+Importance is measured in a copy of this program (`forked`) while it starts: both need torch and
 transformers, 1.3 CPU seconds, and the walk leaves one of two CPUs idle. The copy ends with the
 program. It alone runs torch's loops for AVX2: powers, of which the converter makes Llama 3's rotary
 factors, have other last bits there than with AVX-512.
