@@ -13,8 +13,6 @@ from weightsmith.core.errors import InputRefused
 from tests.unit.merging.models import model_class
 from tests.unit.merging.oracle import MakeBase, answers, merged, run
 
-INITS = ["pissa", "pissa_niter_4", "olora"]
-
 
 @pytest.fixture
 def train(tmp_path: Path, bases: MakeBase) -> Any:
@@ -42,42 +40,26 @@ def train(tmp_path: Path, bases: MakeBase) -> Any:
         yield make
 
 
-def compare(base: Path, adapter: Path, out: Path, wanted: torch.Tensor) -> None:
-    run(base, adapter, out)
-    # Conversion adds and subtracts the start, in the adapter's float32.
-    torch.testing.assert_close(merged(out, "llama"), wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("init", INITS)
-def test_a_converted_adapter_is_plain_lora(init: str, train: Any, tmp_path: Path) -> None:
-    base, tuned, start = train(init)
-    adapter = tmp_path / "converted"
-    tuned.save_pretrained(adapter, path_initial_model_for_weight_conversion=str(start))
-
-    compare(base, adapter, tmp_path / "out", answers(tuned, "llama"))
-
-
-@pytest.mark.parametrize("init", INITS)
-def test_the_residual_base_takes_the_adapter_as_it_is(
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_converted_or_on_the_residual_base_it_is_plain_lora(
     init: str, train: Any, tmp_path: Path
 ) -> None:
-    """Saved as PEFT's guide for PiSSA says: init_lora_weights is true, the base what is left."""
-    _, tuned, _ = train(init)
+    """The residual base is saved as PEFT's guide for PiSSA says: init_lora_weights is true."""
+    base, tuned, start = train(init)
+    wanted, converted = answers(tuned, "llama"), tmp_path / "converted"
+    tuned.float().save_pretrained(tmp_path / "original")
+    tuned.save_pretrained(converted, path_initial_model_for_weight_conversion=str(start))
     tuned.peft_config["default"].init_lora_weights = True
     tuned.save_pretrained(tmp_path / "adapter")
-    wanted = answers(tuned, "llama")
-    tuned.unload().float().save_pretrained(tmp_path / "residual")
-
-    compare(tmp_path / "residual", tmp_path / "adapter", tmp_path / "out", wanted)
-
-
-@pytest.mark.parametrize("init", INITS)
-def test_on_the_original_base_it_is_refused(init: str, train: Any, tmp_path: Path) -> None:
-    base, tuned, _ = train(init)
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.unload().save_pretrained(tmp_path / "residual")
 
     with pytest.raises(InputRefused, match="init_lora_weights") as refused:
-        run(base, tmp_path / "adapter", tmp_path / "out")
+        run(base, tmp_path / "original", tmp_path / "out")
 
     assert "path_initial_model_for_weight_conversion" in refused.value.hint
     assert "residual base" in refused.value.hint
+    for onto, adapter in ((base, converted), (tmp_path / "residual", tmp_path / "adapter")):
+        out = tmp_path / f"out-{adapter.name}"
+        run(onto, adapter, out)
+        # Conversion adds and subtracts the start, in the adapter's float32.
+        torch.testing.assert_close(merged(out, "llama"), wanted, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,5 @@
 """A merge that writes no weights: the same digests, and the same bytes where they are read."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -121,18 +120,6 @@ def test_a_wrong_computation_is_noticed(make_model, make_adapter, monkeypatch):
     with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj"):
         merged(base, adapters, "unwritten", headers_only=True)
     assert not list((base.parent / "unwritten").glob("*.safetensors"))
-
-
-def test_a_killed_run_is_done_again(make_model, make_adapter):
-    base = make_model(dtype=torch.bfloat16)
-    adapters = ((make_adapter(base), 1.0),)
-    folder, first = merged(base, adapters, "unwritten", headers_only=True)
-    (folder / ".merge-journal.json").write_text(json.dumps({"key": "another"}))
-
-    request = MergeRequest(
-        base=base, adapters=adapters, out=folder, headers_only=True, own_out=True
-    )
-    assert engine.merge(request)["shards"] == first["shards"]
 
 
 KILLED = """

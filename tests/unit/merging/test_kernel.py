@@ -15,13 +15,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging import kernel, rounding, torch_kernel
-from weightsmith.merging.kernel import (
-    PreparedAddition,
-    Space,
-    finish_rows,
-    merge_rows,
-    prepare,
-)
+from weightsmith.merging.kernel import PreparedAddition, Space, finish_rows, merge_rows, prepare
 from weightsmith.merging.repair import LowRankUpdate
 from weightsmith.merging.rounding import BF16, F16, F32, round_dyadic, round_once
 from weightsmith.merging.torch_kernel import as_tensor
@@ -251,12 +245,9 @@ def ties() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float], torch
     return weight, left, torch.ones(2, columns), [1.0, 1.0], torch.bfloat16
 
 
-def test_near_ties_are_decided_by_the_exact_sum() -> None:
-    check(*ties())
-
-
-def test_without_the_error_bound_the_same_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_ties_are_decided_by_the_exact_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is what makes the kernel exact: leave it out and the ties go wrong."""
+    check(*ties())
     monkeypatch.setattr(kernel, "_bound", lambda left, *_: np.zeros_like(left))
     monkeypatch.setattr(kernel, "SLACK", 0)
 

@@ -92,7 +92,7 @@ MUTATIONS: list[tuple[str, Mutate]] = [
     ("tokens", wrapped(blocks, "patched", lambda own, patches, files, weight, first: weight)),
     ("kasa", kasa_that_keeps_the_base),
     ("bdlora-b", wrapped(lora, "_blocks", lambda own, view, group: (1, 1))),
-    ("replication", wrapped(plan, "replicate", lambda own, some, rows: own(some, rows[::-1]))),
+    ("replication", wrapped(plan, "replicate", lambda own, b, c, rows: own(b, c, rows[::-1]))),
     (
         "tied-embedding",
         wrapped(plan, "claims_of", lambda own, view: [replace(c, both=True) for c in own(view)]),

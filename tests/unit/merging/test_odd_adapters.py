@@ -14,16 +14,7 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.peft_patterns import check_peft_keys
 
-from tests.unit.merging.oracle import (
-    Case,
-    MakeBase,
-    case,
-    check,
-    merged,
-    run,
-    train,
-    unmerged,
-)
+from tests.unit.merging.oracle import Case, MakeBase, case, check, merged, run, train, unmerged
 
 TIED = {"tie_word_embeddings": True}
 BIASED = {"attention_bias": True, "mlp_bias": True}

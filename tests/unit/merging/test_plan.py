@@ -127,25 +127,25 @@ def test_estimate_counts_bytes_and_memory(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "module", "rank", "scaling"),
+    ("values", "rank", "scaling"),
     [
-        ({}, Q, 4, 1.5),
-        ({"use_rslora": True}, Q, 4, 6 / math.sqrt(4)),
-        ({"rank_pattern": {"q_proj": 2}}, Q, 2, 3.0),
-        ({"rank_pattern": {"proj": 2}}, Q, 4, 1.5),
-        ({"rank_pattern": {r"layers\.0\..*": 3, "q_proj": 2}}, Q, 3, 2.0),
-        ({"alpha_pattern": {"self_attn.q_proj": 1}, "use_rslora": True}, Q, 4, 0.5),
+        ({}, 4, 1.5),
+        ({"use_rslora": True}, 4, 6 / math.sqrt(4)),
+        ({"rank_pattern": {"q_proj": 2}}, 2, 3.0),
+        ({"rank_pattern": {"proj": 2}}, 4, 1.5),
+        ({"rank_pattern": {r"layers\.0\..*": 3, "q_proj": 2}}, 3, 2.0),
+        ({"alpha_pattern": {"self_attn.q_proj": 1}, "use_rslora": True}, 4, 0.5),
     ],
 )
 def test_ranks_and_scalings_are_pefts(
-    values: dict[str, Any], module: str, rank: int, scaling: float, tmp_path: Path
+    values: dict[str, Any], rank: int, scaling: float, tmp_path: Path
 ) -> None:
     raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]} | values
     (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
 
     config = read_adapter_config(tmp_path)
 
-    assert (config.rank(module), config.scaling(module)) == (rank, scaling)
+    assert (config.rank(Q), config.scaling(Q)) == (rank, scaling)
 
 
 TARGETS = [
@@ -199,6 +199,8 @@ def test_targets_are_pefts(values: dict[str, Any], tmp_path: Path) -> None:
         ({"target_modules": "("}, "not a valid LoRA configuration"),
         ({"use_rslora": "yes"}, "use_rslora must be"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"r": 8}, "has rank 4 in lora_A and 4 in lora_B, but 8"),
+        ({"fan_in_fan_out": True}, "is square"),
     ],
 )
 def test_configurations_that_cannot_be_merged_are_refused(
@@ -209,7 +211,7 @@ def test_configurations_that_cannot_be_merged_are_refused(
     error = refusal(pair)
 
     assert said in error.message
-    assert "adapter_config.json" in error.message
+    assert "adapter_config.json" in error.message + error.hint
 
 
 def test_unknown_fields_are_a_finding(pair: tuple[Path, Path], edit: Callable[..., None]) -> None:
@@ -275,12 +277,6 @@ def test_an_adapter_of_another_model_shows_both_shapes(
     assert "base [64, 64], adapter [32, 32]" in error.message
 
 
-def test_wrong_rank_is_refused(pair: tuple[Path, Path], edit: Callable[..., None]) -> None:
-    edit(pair[1] / "adapter_config.json", r=8)
-
-    assert "has rank 4 in lora_A and 4 in lora_B, but 8" in refusal(pair).message
-
-
 @pytest.mark.parametrize(
     "new",
     [
@@ -335,14 +331,6 @@ def test_quantized_bases_are_refused(
 def test_weights_must_be_finite(pair: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="weight"):
         plan(pair, weight=math.nan)
-
-
-def test_square_fan_in_fan_out_is_no_guess(
-    pair: tuple[Path, Path], edit: Callable[..., None]
-) -> None:
-    edit(pair[1] / "adapter_config.json", fan_in_fan_out=True)
-
-    assert "is square" in refusal(pair).message
 
 
 @pytest.mark.parametrize(

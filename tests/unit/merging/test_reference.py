@@ -105,14 +105,13 @@ def test_the_base_is_asked_in_the_adapters_words(base: Path, make_adapter: Any) 
     assert not speaker(subjects["base"]).chat_template
 
 
-def test_dialogues_need_a_template(base: Path) -> None:
+def test_a_dialogue_without_a_template_and_a_question_without_tokens_are_refused(
+    base: Path,
+) -> None:
     dialogue = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 
     with pytest.raises(InputRefused, match="no chat template"):
         answer(base, [], [dialogue], 4)
-
-
-def test_a_question_without_tokens_is_refused(base: Path) -> None:
     with pytest.raises(InputRefused, match=f"no tokens by the tokenizer of {base}"):
         answer(base, [], items("w1", ""), 4)
 

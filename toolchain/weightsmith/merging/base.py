@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.names import is_conv1d
-from weightsmith.merging.outputs import Files, StoredTensor, TensorSource
+from weightsmith.merging.outputs import StoredTensor, TensorSource
 from weightsmith.merging.quantized.layout import Packed, quantization_of, read_layout
 from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from weightsmith.merging.stream import OpenFiles
 
 _LAYER = re.compile(
     r"(?P<before>(?:.*\.)?(?:layers|h|encoder\.layer))\.(?P<number>\d+)\.(?P<after>.+)"
@@ -70,11 +72,14 @@ def stored_tensors(index: CheckpointIndex) -> BaseTensors:
     )
 
 
-def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
-    """Return a base with the layers of the given ranges, renumbered.
+def replicate(
+    base: BaseTensors, config: Mapping[str, JsonValue], layers: Layers
+) -> tuple[BaseTensors, dict[str, JsonValue]]:
+    """Return a base with the layers of the given ranges, renumbered, and its changed settings.
 
     PEFT shares the weights of replicas; here each has its own name, so that each can be changed
-    separately. Same order as `replicate_layers` in PEFT's tuners_utils.py.
+    separately. Same order as `replicate_layers` in PEFT's tuners_utils.py. The settings are
+    config.json's layer counts and per-layer lists.
     """
     old = [number for first, end in layers for number in range(first, end)]
     found = {int(m["number"]) for name in base.sources if (m := _LAYER.fullmatch(name))}
@@ -96,25 +101,20 @@ def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
             if match
             else [name]
         )
-    return BaseTensors(
+    tensors = BaseTensors(
         sources={new: base.sources[name] for name, some in copies.items() for new in some},
         layout=tuple(
             (shard, tuple(new for name in names for new in copies[name]))
             for shard, names in base.layout
         ),
     )
-
-
-def replicated_settings(config: Mapping[str, JsonValue], layers: Layers) -> dict[str, JsonValue]:
-    """Return config.json's settings for replicated layers: layer counts and per-layer lists."""
-    old = [number for first, end in layers for number in range(first, end)]
     names = ("num_hidden_layers", "n_layer", "num_layers")
     settings: dict[str, JsonValue] = {name: len(old) for name in names if name in config}
     count = next((config[name] for name in names if name in config), 0)
     for name, value in config.items():
         if isinstance(value, list) and len(value) == count and name.endswith(("types", "layers")):
             settings[name] = [value[number] for number in old]
-    return settings
+    return tensors, settings
 
 
 def same_layers(configured: Sequence[Any]) -> Layers:
@@ -264,17 +264,17 @@ class ComputedSource:
     shape: tuple[int, ...]
     held_bytes: int
     """Memory that computing it takes; the last two are kept."""
-    make: Callable[[Files], np.ndarray]
+    make: Callable[[OpenFiles], np.ndarray]
     """Computes the whole weight."""
 
-    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
         whole = files.once(self, lambda: self.make(files))
         return whole.reshape(-1, columns)[first : first + count]
 
 
 def _decoded_weight(weight: Packed, paths: Mapping[str, Path]) -> ComputedSource:
-    def make(files: Files) -> np.ndarray:
+    def make(files: OpenFiles) -> np.ndarray:
         from weightsmith.merging.quantized.decode import decode
 
         parts = {
@@ -290,7 +290,7 @@ def _decoded_weight(weight: Packed, paths: Mapping[str, Path]) -> ComputedSource
 
 def _rounded_weight(source: StoredTensor, *, double: bool) -> ComputedSource:
 
-    def make(files: Files) -> np.ndarray:
+    def make(files: OpenFiles) -> np.ndarray:
         from weightsmith.merging.quantized.decode import round_trip
 
         return round_trip(files.array(source.path, source.info), double=double)

@@ -84,6 +84,10 @@ class AdapterView:
         """Return one of the adapter's tensors."""
         return StoredTensor(path=self.file, info=self.keys[key])
 
+    def matrix(self, info: TensorInfo) -> MatrixView:
+        """Return one of the adapter's tensors as a matrix whose rows are its first axis."""
+        return MatrixView(stored=StoredTensor(path=self.file, info=info), height=info.shape[0])
+
     def source(self, target: str) -> TensorSource:
         """Return a target's values before the merge; for a tied head, its embedding's."""
         tied = self.tie and target == self.tie.head

@@ -235,24 +235,21 @@ def _wrapped(view: AdapterView) -> dict[str, list[str]]:
     """Return the keys by the name of the module that PEFT would wrap for them."""
     found: dict[str, list[str]] = {}
     for key in view.keys:
-        if raw := _wrapped_module(view, key):
-            found.setdefault(raw.partition(".base_layer")[0], []).append(key)
+        name = module_key(key)
+        parts = name.split(".")
+        if any(part in parts for part in _WHOLE):
+            continue
+        if "base_layer" in parts:
+            raw = name.partition(".base_layer")[0]
+        elif view.config.kind == "LORA":
+            raw = lora.module_of(name).partition(".base_layer")[0]
+        else:
+            names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+            raw = next((module for module in names if view.find(module)), "")
+            raw = "" if name in (f"{raw}.weight", f"{raw}.bias") else raw
+        if raw:
+            found.setdefault(raw, []).append(key)
     return found
-
-
-def _wrapped_module(view: AdapterView, key: str) -> str:
-    """Return a key's module with the wrappers in its name, or "" for a key without a wrapper."""
-    name = module_key(key)
-    parts = name.split(".")
-    if any(part in parts for part in _WHOLE):
-        return ""
-    if "base_layer" in parts:
-        return name
-    if view.config.kind == "LORA":
-        return lora.module_of(name)
-    names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
-    module = next((module for module in names if view.find(module)), "")
-    return "" if name in (f"{module}.weight", f"{module}.bias") else module
 
 
 def _is_targeted(view: AdapterView, module: str) -> bool:

@@ -11,11 +11,7 @@ from weightsmith.core.safe_parse import TOKENIZER, json_object, read_json
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.plan import MergePlan
-from weightsmith.models.templates import (
-    TEMPLATE_FILES,
-    TOKENIZER_FILES,
-    is_named_template,
-)
+from weightsmith.models.templates import TEMPLATE_FILES, TOKENIZER_FILES, is_named_template
 
 _GENERATION, _CONFIG = "generation_config.json", "tokenizer_config.json"
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -225,21 +225,20 @@ def _rules(config: Mapping[str, object], table: str = _RENAMED) -> list[_Rule]:
     kinds = [str(kind) for kind in listed] if isinstance(listed, list) else []
     kinds.append(str(config.get("model_type", "")))
     own = next((kind for kind in kinds if kind in _table(table)), "")
-    rules = list(_of(table, own))
-    for key, value in config.items():
-        if isinstance(value, dict) and value.get("model_type") != config.get("model_type"):
-            rules += _of(table, str(value.get("model_type", "")), key.removesuffix("_config"))
+    parts = [(own, "")] + [
+        (str(value.get("model_type", "")), key.removesuffix("_config"))
+        for key, value in config.items()
+        if isinstance(value, dict) and value.get("model_type") != config.get("model_type")
+    ]
+    rules = []
+    for kind, part in parts:
+        word = _NAMED.get(part, re.escape(part))
+        below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.") if part else None
+        # Some checkpoints have the text model at the top.
+        everywhere = part in ("", "text")
+        for pattern, targets, equal in _table(table).get(kind, ()):
+            rules.append(_Rule(re.compile(pattern), tuple(targets), equal, below, everywhere))
     return rules
-
-
-def _of(table: str, kind: str, part: str = "") -> Iterator[_Rule]:
-    """Yield a class's or type's rules, if it is the model or a part of it."""
-    word = _NAMED.get(part, re.escape(part))
-    below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.") if part else None
-    # Some checkpoints have the text model at the top.
-    everywhere = part in ("", "text")
-    for pattern, targets, equal in _table(table).get(kind, ()):
-        yield _Rule(re.compile(pattern), tuple(targets), equal, below, everywhere)
 
 
 @cache

@@ -16,27 +16,11 @@ from weightsmith.models.safetensors import BITS, TensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
+    from weightsmith.merging.stream import OpenFiles
+
 _PIECE = 1 << 24
 Rows = Callable[[int, int], "np.ndarray"]
 """(first, count) -> rows of a tensor viewed as a matrix, (count, columns); thread-safe."""
-
-
-class Files(Protocol):
-    """The open input files of a merge; thread-safe. Implemented by `stream.OpenFiles`."""
-
-    def rows(
-        self, path: Path, info: TensorInfo, first: int, count: int, columns: int
-    ) -> np.ndarray:
-        """Return rows of a stored tensor viewed as a matrix, in its own dtype."""
-
-    def array(self, path: Path, info: TensorInfo) -> np.ndarray:
-        """Return a whole stored tensor of any dtype, in its own shape."""
-
-    def matrix(self, part: MatrixView) -> np.ndarray:
-        """Return a factor as float32; raise InputRefused if it is not finite."""
-
-    def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the cached result of `make` for the key."""
 
 
 class TensorSource(Protocol):
@@ -50,7 +34,7 @@ class TensorSource(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
 
-    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
 
 
@@ -71,7 +55,7 @@ class StoredTensor:
         """The tensor's shape."""
         return self.info.shape
 
-    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
         return files.rows(self.path, self.info, first, count, columns)
 
@@ -194,7 +178,7 @@ class Change(Protocol):
     def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory, for the plan."""
 
-    def begin(self, output: MergedTensor, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
         """Return a function that computes rows of the result in float64.
 
         Raises InputRefused for values that are not finite.

@@ -32,7 +32,6 @@ from weightsmith.merging.base import (
     ComputedSource,
     base_view,
     replicate,
-    replicated_settings,
     same_layers,
     simulates,
 )
@@ -138,7 +137,7 @@ def make_plan(
     tensors, config = based.tensors, based.config
     settings: dict[str, JsonValue] = {}
     if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in read]):
-        tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
+        tensors, settings = replicate(tensors, config, layers)
     loaded = loaded_names(config, tensors.sources)
     tie = find_tie(config, tensors.sources, loaded)
     apart = tie if tie and read and stored_apart(tie, tensors.sources) else None

@@ -224,46 +224,28 @@ def test_nvfp4(decode_file: Decode) -> None:
             assert decoded["m.weight"][i, j] == pytest.approx(value, rel=1e-6)
 
 
+WORDS = {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)}
+FP8 = torch.zeros(40, 2).to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     ("tensors", "told", "what"),
     [
         ({"m.weight": torch.zeros(2, 2)}, {"quant_method": "aqlm"}, "'aqlm', which cannot"),
-        (
-            {"m.weight": torch.zeros(2, 2, dtype=torch.int8)},
-            {"quant_method": "gptq"},
-            r"m\.weight \(I8\)",
-        ),
-        ({"m.qweight": torch.zeros(2, 2, dtype=torch.int32)}, {"quant_method": "awq"}, "missing"),
-        (
-            {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)},
-            {"quant_method": "awq", "version": "marlin"},
-            "marlin",
-        ),
-        (
-            {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)},
-            {"quant_method": "gptq", "checkpoint_format": "marlin"},
-            "marlin",
-        ),
-        (
-            {"m.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)},
-            {"quant_method": "fp8"},
-            "no scale",
-        ),
+        ({"m.weight": torch.zeros(2, 2).char()}, {"quant_method": "gptq"}, r"m\.weight \(I8\)"),
+        (WORDS, {"quant_method": "awq"}, "missing"),
+        (WORDS, {"quant_method": "awq", "version": "marlin"}, "marlin"),
+        (WORDS, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "marlin"),
+        ({"m.weight": FP8}, {"quant_method": "fp8"}, "no scale"),
         (
             # Three blocks over 40 rows may be 14, 15 or 16 high.
-            {
-                "m.weight": torch.zeros(40, 2).to(torch.float8_e4m3fn),
-                "m.weight_scale_inv": torch.ones(3, 1),
-            },
+            {"m.weight": FP8, "m.weight_scale_inv": torch.ones(3, 1)},
             {"quant_method": "fp8"},
             r"m\.weight cannot be dequantized",
         ),
         (
-            {
-                "m.qweight": torch.zeros(2, 8, dtype=torch.int32),
-                "m.qzeros": torch.zeros(1, 3, dtype=torch.int32),
-                "m.scales": torch.zeros(1, 8).half(),
-            },
+            {"m.qweight": torch.zeros(2, 8).int(), "m.qzeros": torch.zeros(1, 3).int()}
+            | {"m.scales": torch.zeros(1, 8).half()},
             {"quant_method": "gptq", "bits": 4, "group_size": 16},
             r"m\.weight cannot be dequantized",
         ),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim
-from weightsmith.merging.outputs import MatrixView, Term
+from weightsmith.merging.outputs import Term
 from weightsmith.models.safetensors import TensorInfo
 
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -161,20 +161,12 @@ def _terms(
     _check_rank(view, name, rank)
     found: dict[str, list[Term]] = {}
     for expert in range(experts):
-        a = MatrixView(
-            stored=view.stored(pair.a.name),
-            height=pair.a.shape[0],
-            rows=slice(expert * rank, (expert + 1) * rank),
-        )
+        a = replace(view.matrix(pair.a), rows=slice(expert * rank, (expert + 1) * rank))
         first = 0
         for target in (stack.tensor,) if stack.tensor else stack.pieces[expert]:
             height = pair.b.shape[0] if stack.tensor else view.shape(target)[0]
-            b = MatrixView(
-                stored=view.stored(pair.b.name),
-                height=pair.b.shape[0],
-                rows=slice(first, first + height),
-                columns=slice(expert, None, experts),
-            )
+            rows, columns = slice(first, first + height), slice(expert, None, experts)
+            b = replace(view.matrix(pair.b), rows=rows, columns=columns)
             first += height
             left, right = (b, a) if orientation == "straight" else (a.transpose, b.transpose)
             place = expert * left.shape[0] if stack.tensor else 0
@@ -206,10 +198,8 @@ def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Fact
             hint="the adapter was trained on another model",
         )
     _check_rank(view, module, pair.a.shape[0])
-    a = MatrixView(stored=view.stored(pair.a.name), height=pair.a.shape[0])
-    b = MatrixView(stored=view.stored(pair.b.name), height=pair.b.shape[0])
-    first = number * shape[1] + part * height
-    term = view.term(b, a, view.config.scaling(module), first)
+    first, scaling = number * shape[1] + part * height, view.config.scaling(module)
+    term = view.term(view.matrix(pair.b), view.matrix(pair.a), scaling, first)
     keys = (pair.a.name, pair.b.name)
     return Claim(keys=keys, module=module, target=tensor, columns=shape[2], terms=(term,))
 

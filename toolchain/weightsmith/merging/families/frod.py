@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.names import is_conv1d, module_key
-from weightsmith.merging.outputs import Files, MergedTensor, Rows, StoredTensor
+from weightsmith.merging.outputs import MergedTensor, Rows, StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from weightsmith.merging.stream import OpenFiles
 
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 _OWN = ("frod_lambda_l", "frod_lambda_s_values")
@@ -120,7 +122,7 @@ class Frod:
         width = output.rows if self.transposed else output.columns
         return 3 * output.rows * output.columns + 3 * width * width
 
-    def begin(self, output: MergedTensor, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
         """Return a function that computes rows."""
         import numpy as np
 

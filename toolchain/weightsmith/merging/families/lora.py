@@ -25,7 +25,6 @@ from weightsmith.merging.names import (
     plain_module,
 )
 from weightsmith.merging.outputs import (
-    Files,
     MatrixView,
     MergedTensor,
     Rows,
@@ -37,6 +36,8 @@ from weightsmith.merging.tying import has_head, is_embedding, is_head
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from weightsmith.merging.stream import OpenFiles
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_diag"
@@ -264,8 +265,8 @@ def _oriented(
 ) -> tuple[MatrixView, MatrixView]:
     a, b, module = pair.a, pair.b, group.module
     a_blocks, b_blocks = _blocks(view, group)
-    right = MatrixView(stored=view.stored(a.name), height=a.shape[0], blocks=a_blocks)
-    left = MatrixView(stored=view.stored(b.name), height=b.shape[0], blocks=b_blocks)
+    right = replace(view.matrix(a), blocks=a_blocks)
+    left = replace(view.matrix(b), blocks=b_blocks)
     rank = view.config.rank(view.config.pattern_name(module))
     if not right.shape[0] == left.shape[1] == rank:
         raise InputRefused(
@@ -341,7 +342,7 @@ def _bias(view: AdapterView, group: ModuleKeys, scaling: float) -> Claim:
             hint="PEFT cannot merge this either: serve the adapter unmerged, or train it without "
             "lora_bias",
         )
-    term = view.term(MatrixView(stored=view.stored(key), height=shape[0]), None, scaling)
+    term = view.term(view.matrix(view.keys[key]), None, scaling)
     return Claim(keys=(key,), module=group.module, target=target, columns=1, terms=(term,))
 
 
@@ -389,9 +390,8 @@ def _pieces(view: AdapterView, pairs: Mapping[str, FactorPair], roles: set[str])
                 f"{module} (lora_A {list(a.shape)}, lora_B {list(b.shape)}, rank {rank}) does not "
                 f"fit {piece.tensor} [{rows}, {columns}]",
             )
-        left = MatrixView(stored=view.stored(b.name), height=b.shape[0])
-        right = MatrixView(stored=view.stored(a.name), height=a.shape[0])
-        term = view.term(left, right, config.scaling(config.pattern_name(module)), first)
+        scaling = config.scaling(config.pattern_name(module))
+        term = view.term(view.matrix(b), view.matrix(a), scaling, first)
         yield Claim(
             keys=(a.name, b.name),
             module=module,
@@ -440,7 +440,7 @@ class Dora:
         """Return the peak number of float64 elements in memory."""
         return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
 
-    def begin(self, output: MergedTensor, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
         """Return a function that computes rows; column norms need a pass over the tensor first."""
         width = output.columns if self.by_column else output.rows
         count = math.prod(self.magnitude.shape)
@@ -473,7 +473,7 @@ class Dora:
         return rows
 
 
-def _sum(output: MergedTensor, files: Files, add: Adder, first: int, count: int) -> np.ndarray:
+def _sum(output: MergedTensor, files: OpenFiles, add: Adder, first: int, count: int) -> np.ndarray:
     total = output.source.rows(files, first, count, output.columns).astype("float64")
     add(total, first)
     return total
@@ -495,7 +495,7 @@ class Kasa:
         """Return the peak number of float64 elements in memory."""
         return 5 * output.rows * output.columns
 
-    def begin(self, output: MergedTensor, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
         """Return a function that computes rows."""
         from numpy.linalg import svd
 

@@ -13,18 +13,13 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.names import is_conv1d, module_key, plain_key
-from weightsmith.merging.outputs import (
-    BaseLayer,
-    Files,
-    MergedTensor,
-    Rows,
-    StoredTensor,
-    TensorSource,
-)
+from weightsmith.merging.outputs import BaseLayer, MergedTensor, Rows, StoredTensor, TensorSource
 from weightsmith.merging.tying import is_embedding
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from weightsmith.merging.stream import OpenFiles
 
 _OWN = {
     "ADALORA": "AdaLoRA",
@@ -253,11 +248,11 @@ class Tuned:
         own = sum(stored.info.size for stored in self.keys) // 8
         return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
 
-    def begin(self, output: MergedTensor, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
         """Return a function that computes rows, or the whole tensor."""
         return self._whole(output, files) if self.whole else self._by_rows(output, files)
 
-    def _by_rows(self, output: MergedTensor, files: Files) -> Rows:
+    def _by_rows(self, output: MergedTensor, files: OpenFiles) -> Rows:
         parts, kept = _BY_ROWS[self._kind], {}
         cut: dict[str, StoredTensor] = {}
         for stored in self.keys:
@@ -281,7 +276,7 @@ class Tuned:
 
         return rows
 
-    def _whole(self, output: MergedTensor, files: Files) -> Rows:
+    def _whole(self, output: MergedTensor, files: OpenFiles) -> Rows:
         def rows(first: int, count: int) -> np.ndarray:
             from weightsmith.merging.peft_layers import merge_layer, merge_shared_layer
 
@@ -308,7 +303,7 @@ class Tuned:
         return rows
 
 
-def _array(source: TensorSource, files: Files) -> np.ndarray:
+def _array(source: TensorSource, files: OpenFiles) -> np.ndarray:
     if isinstance(source, StoredTensor):
         return files.array(source.path, source.info)
     count, columns = math.prod(source.shape[:-1]), source.shape[-1]

@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
@@ -68,6 +69,20 @@ class _Stored:
         stated = self.config.get("dtype", self.config.get("torch_dtype", nested))
         return DTYPES.get(str(stated).removeprefix("torch."), fallback)
 
+    def packed(
+        self,
+        name: str,
+        scheme: str,
+        shape: tuple[int, ...],
+        parts: Mapping[str, TensorInfo],
+        options: Mapping[str, object] = MappingProxyType({}),
+        fallback: str = "BF16",
+    ) -> Packed:
+        dtype = self.dtype(fallback)
+        return Packed(
+            name=name, scheme=scheme, shape=shape, dtype=dtype, parts=parts, options=options
+        )
+
 
 def _undecodable(what: str) -> InputRefused:
     return InputRefused(f"the quantized base cannot be dequantized: {what}", hint=HINT)
@@ -91,20 +106,13 @@ def _compressed(stored: _Stored) -> Iterator[Packed]:
         if packed.dtype == "I32":
             data = stored.read(stored.part(f"{module}.weight_shape"))
             shape = struct.unpack(f"<{len(data) // 8}q", data[: len(data) // 8 * 8])
-            scheme, options = "ct-packed", {"bits": _bits(packed.shape[-1], shape[-1], module)}
+            bits = {"bits": _bits(packed.shape[-1], shape[-1], module)}
+            yield stored.packed(f"{module}.weight", "ct-packed", shape, parts, bits)
         elif packed.dtype == "U8" and scale.dtype == "F8_E4M3" and "global_scale" in parts:
             shape = (*packed.shape[:-1], packed.shape[-1] * 2)
-            scheme, options = "nvfp4", {}
+            yield stored.packed(f"{module}.weight", "nvfp4", shape, parts)
         else:
             raise _undecodable(f"{packed.name} has the unsupported packed dtype {packed.dtype}")
-        yield Packed(
-            name=f"{module}.weight",
-            scheme=scheme,
-            shape=shape,
-            dtype=stored.dtype(),
-            parts=parts,
-            options=options,
-        )
     groups = (settings.get("config_groups") or {}).values()
     weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
     block = next((w["block_structure"] for w in weights if w.get("block_structure")), None)
@@ -138,13 +146,9 @@ def _scaled(
     if scale is None:
         raise _undecodable(f"{name} ({info.dtype}) has no scale")
     more = stored.some(module, zeros="weight_zero_point", groups="weight_g_idx")
-    return Packed(
-        name=name,
-        scheme="scaled",
-        shape=info.shape,
-        dtype=stored.dtype(),
-        parts={"weight": info, "scale": scale} | more,
-        options={"block": list(block) if block else None},
+    parts = {"weight": info, "scale": scale} | more
+    return stored.packed(
+        name, "scaled", info.shape, parts, {"block": list(block) if block else None}
     )
 
 
@@ -155,13 +159,8 @@ def _mxfp4(stored: _Stored) -> Iterator[Packed]:
         if len(shape) != 4 or shape[:3] != scale.shape:
             raise _undecodable(f"{name}_blocks has the unexpected shape {list(shape)}")
         # transformers stores experts as (expert, in, out).
-        yield Packed(
-            name=name,
-            scheme="mxfp4",
-            shape=(shape[0], shape[2] * shape[3] * 2, shape[1]),
-            dtype=stored.dtype(),
-            parts={"weight": weight, "scale": scale},
-        )
+        whole = (shape[0], shape[2] * shape[3] * 2, shape[1])
+        yield stored.packed(name, "mxfp4", whole, {"weight": weight, "scale": scale})
 
 
 def _gptq(stored: _Stored) -> Iterator[Packed]:
@@ -169,24 +168,19 @@ def _gptq(stored: _Stored) -> Iterator[Packed]:
     form = str(settings.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2"):
         raise _undecodable(f"unsupported GPTQ format {form!r}, packed for one kernel")
+    options = {
+        "bits": bits,
+        "group_size": int(settings.get("group_size", -1)),
+        # The first format stores zero points minus one.
+        "zero_offset": 1 if form == "gptq" else 0,
+    }
     for module in stored.modules(".qweight"):
         parts = _integer_parts(stored, module)
         if "groups" not in parts and settings.get("desc_act"):
             raise _undecodable(f"{module} has no g_idx, but the configuration sets desc_act")
         rows, columns = parts["weight"].shape
-        yield Packed(
-            name=f"{module}.weight",
-            scheme="gptq",
-            shape=(columns, rows * 32 // bits),
-            dtype=stored.dtype(parts["scale"].dtype),
-            parts=parts,
-            options={
-                "bits": bits,
-                "group_size": int(settings.get("group_size", -1)),
-                # The first format stores zero points minus one.
-                "zero_offset": 1 if form == "gptq" else 0,
-            },
-        )
+        shape, fallback = (columns, rows * 32 // bits), parts["scale"].dtype
+        yield stored.packed(f"{module}.weight", "gptq", shape, parts, options, fallback)
 
 
 def _awq(stored: _Stored) -> Iterator[Packed]:
@@ -206,14 +200,8 @@ def _awq(stored: _Stored) -> Iterator[Packed]:
             raise _undecodable(
                 f"{module} has {shape[1]} inputs, not a multiple of the group size {size}"
             )
-        yield Packed(
-            name=f"{module}.weight",
-            scheme=f"awq-{form}",
-            shape=shape,
-            dtype=stored.dtype(parts["scale"].dtype),
-            parts=parts,
-            options={"bits": bits, "group_size": size},
-        )
+        options, fallback = {"bits": bits, "group_size": size}, parts["scale"].dtype
+        yield stored.packed(f"{module}.weight", f"awq-{form}", shape, parts, options, fallback)
 
 
 def _integer_parts(stored: _Stored, module: str) -> dict[str, TensorInfo]:
@@ -236,13 +224,8 @@ def _bitsandbytes(stored: _Stored) -> Iterator[Packed]:
             form = stored.some(module, format="weight_format")
             if form and any(stored.read(form["format"])[:1]):
                 raise _undecodable(f"{module}.weight has another row order than plain int8")
-            yield Packed(
-                name=weight.name,
-                scheme="bnb-int8",
-                shape=weight.shape,
-                dtype=stored.dtype("F16"),
-                parts={"weight": weight, "scale": info} | form,
-            )
+            parts = {"weight": weight, "scale": info} | form
+            yield stored.packed(weight.name, "bnb-int8", weight.shape, parts, fallback="F16")
 
 
 def _bnb_4bit(name: str, state: TensorInfo, stored: _Stored) -> Packed:
@@ -265,12 +248,7 @@ def _bnb_4bit(name: str, state: TensorInfo, stored: _Stored) -> Packed:
     if codes - math.prod(shape) not in (0, 1) or options["kind"] not in ("nf4", "fp4"):
         raise _undecodable(f"{name} has {codes} codes for shape {list(shape)}")
     return Packed(
-        name=name,
-        scheme="bnb-4bit",
-        shape=shape,
-        dtype=dtype,
-        parts=parts,
-        options=options,
+        name=name, scheme="bnb-4bit", shape=shape, dtype=dtype, parts=parts, options=options
     )
 
 
