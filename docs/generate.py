@@ -318,7 +318,7 @@ def _adapters() -> Iterator[str]:
         f"the reason; {UNMERGED}.\n"
     )
     yield "| adapter | merged | how, or why not |\n|---|---|---|"
-    merged = [(one.name, one.how) for family in families() for one in family.variants]
+    merged = [row for family in families() for row in family.variants.items()]
     refused = [(f"`{name}`", why) for name, why in (SETTINGS | REFUSED).items()]
     for rows, is_merged in ((merged, "yes"), (refused, "no")):
         for why, alike in _by(rows).items():

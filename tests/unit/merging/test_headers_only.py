@@ -1,5 +1,7 @@
 """A merge that writes no weights: the same digests, and the same bytes where they are read."""
 
+from __future__ import annotations
+
 import signal
 import subprocess
 import sys
@@ -194,3 +196,22 @@ def test_a_wrong_row_is_found_by_the_proof(both, monkeypatch):
     monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
     with opened(folder, base, adapters, Merge()):
         assert not validate(ValidationRequest(base=base, adapters=adapters, merged=folder)).passed
+
+
+@pytest.mark.parametrize("order", [list, reversed, lambda names: names[::2], lambda _: ()])
+def test_what_is_computed_again_is_compared_with_what_was_merged(make_model, make_adapter, order):
+    base = make_model(dtype=torch.bfloat16, shard="20KB")
+    folder, made = merged(base, ((make_adapter(base), 1.0),), "out", headers_only=True)
+    digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
+
+    def read_back(adapter):
+        with opened(folder, base, ((adapter, 1.0),), Merge(), digests):
+            tensors = CheckpointTensors(folder)
+            for name in order(sorted(tensors.names)):
+                tensors.array(name)
+
+    read_back(base.parent / "adapter")
+    another = make_adapter(base, "another", seed=9)
+    with pytest.raises(InputRefused, match="not those that were merged") as found:
+        read_back(another)
+    assert "build again" in found.value.hint

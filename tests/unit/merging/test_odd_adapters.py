@@ -9,12 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.peft_patterns import check_peft_keys
 
-from tests.unit.merging.oracle import Case, MakeBase, case, check, merged, run, train, unmerged
+from tests.unit.merging.models import model_class
+from tests.unit.merging.oracle import (
+    Case,
+    MakeBase,
+    answers,
+    case,
+    check,
+    merged,
+    run,
+    train,
+    unmerged,
+)
 
 TIED = {"tie_word_embeddings": True}
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -272,3 +283,40 @@ def test_vocabularies_that_cannot_be_weighed_are_refused(bases: MakeBase, tmp_pa
 
     assert "other adapters" not in str(refused.value)
     assert "at weight 1" in refused.value.hint
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.filterwarnings("ignore")
+def test_converted_or_on_the_residual_base_it_is_plain_lora(
+    init: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    """The residual base is saved as PEFT's guide for PiSSA says: init_lora_weights is true."""
+    base, start, converted = bases("llama"), tmp_path / "start", tmp_path / "converted"
+    torch.manual_seed(1)
+    model = model_class("llama").from_pretrained(base, dtype=torch.float32)
+    # Another scaling than 1, which conversion has to keep.
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=init)
+    tuned = get_peft_model(model, config)
+    tuned.peft_config["default"].init_lora_weights = True
+    tuned.save_pretrained(start)
+    tuned.peft_config["default"].init_lora_weights = init
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    tuned.save_pretrained(tmp_path / "original")
+    tuned.save_pretrained(converted, path_initial_model_for_weight_conversion=str(start))
+    wanted = answers(tuned, "llama")
+    tuned.float().peft_config["default"].init_lora_weights = True
+    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.unload().save_pretrained(tmp_path / "residual")
+
+    with pytest.raises(InputRefused, match="init_lora_weights") as refused:
+        run(base, tmp_path / "original", tmp_path / "out")
+
+    assert "path_initial_model_for_weight_conversion" in refused.value.hint
+    assert "residual base" in refused.value.hint
+    for onto, adapter in ((base, converted), (tmp_path / "residual", tmp_path / "adapter")):
+        out = tmp_path / f"out-{adapter.name}"
+        run(onto, adapter, out)
+        # Conversion adds and subtracts the start, in the adapter's float32.
+        torch.testing.assert_close(merged(out, "llama"), wanted, rtol=1e-4, atol=1e-4)

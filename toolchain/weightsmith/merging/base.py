@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.names import is_conv1d
-from weightsmith.merging.outputs import StoredTensor, TensorSource
+from weightsmith.merging.outputs import Files, StoredTensor, TensorSource
 from weightsmith.merging.quantized.layout import Packed, quantization_of, read_layout
 from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from weightsmith.merging.stream import OpenFiles
 
 _LAYER = re.compile(
     r"(?P<before>(?:.*\.)?(?:layers|h|encoder\.layer))\.(?P<number>\d+)\.(?P<after>.+)"
@@ -264,21 +262,21 @@ class ComputedSource:
     shape: tuple[int, ...]
     held_bytes: int
     """Memory that computing it takes; the last two are kept."""
-    make: Callable[[OpenFiles], np.ndarray]
+    make: Callable[[Files], np.ndarray]
     """Computes the whole weight."""
 
-    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
         whole = files.once(self, lambda: self.make(files))
         return whole.reshape(-1, columns)[first : first + count]
 
 
 def _decoded_weight(weight: Packed, paths: Mapping[str, Path]) -> ComputedSource:
-    def make(files: OpenFiles) -> np.ndarray:
+    def make(files: Files) -> np.ndarray:
         from weightsmith.merging.quantized.decode import decode
 
         parts = {
-            part: files.array(paths[info.name], info)
+            part: files.array(StoredTensor(path=paths[info.name], info=info))
             for part, info in weight.parts.items()
             if part not in ("state", "shape", "format")
         }
@@ -290,10 +288,10 @@ def _decoded_weight(weight: Packed, paths: Mapping[str, Path]) -> ComputedSource
 
 def _rounded_weight(source: StoredTensor, *, double: bool) -> ComputedSource:
 
-    def make(files: OpenFiles) -> np.ndarray:
+    def make(files: Files) -> np.ndarray:
         from weightsmith.merging.quantized.decode import round_trip
 
-        return round_trip(files.array(source.path, source.info), double=double)
+        return round_trip(files.array(source), double=double)
 
     held = 4 * source.info.size  # input and output, of which two are kept
     return ComputedSource(dtype=source.dtype, shape=source.shape, held_bytes=held, make=make)

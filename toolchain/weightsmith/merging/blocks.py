@@ -23,7 +23,7 @@ from weightsmith.merging.kernel import (
 from weightsmith.merging.outputs import Band, MergedTensor, Patch, Rows, StoredTensor, bands
 from weightsmith.merging.proof import Sketch
 from weightsmith.merging.repair import LowRankUpdate, Repairs
-from weightsmith.merging.rounding import F32, F64, round_once
+from weightsmith.merging.rounding import F64, round_once
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles
 
 BLOCK = 1 << 20
@@ -145,7 +145,7 @@ class RowMaker:
         for term in band.terms:
             start = band.first - term.first
             left = self.files.matrix(term.left)[start : start + band.end - band.first]
-            right = np.ones((1, 1), F32) if term.right is None else self.files.matrix(term.right)
+            right = self.files.matrix(term.right)
             if not left.any() or not right.any():
                 silent = self._tally.silent.setdefault(term.adapter, [])
                 if output.name not in silent:

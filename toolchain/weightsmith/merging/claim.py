@@ -195,17 +195,6 @@ def read_adapter(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """A row of the reference page's table of mergeable adapters."""
-
-    name: str
-    """The name shown to users."""
-    how: str
-    """How it is merged, or why not and what to do instead."""
-    merged: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One kind of adapter weights; defined as `FAMILY` in a file of `families/`."""
 
@@ -214,6 +203,7 @@ class Family:
     """The `peft_type`s that it handles."""
     claim: Callable[[AdapterView], Iterable[Claim]]
     """Yields claims for its keys; raises InputRefused for invalid ones."""
-    variants: tuple[Variant, ...] = ()
+    variants: Mapping[str, str]
+    """Rows of the reference page's table of mergeable adapters: name -> how it is merged."""
     every: bool = False
     """True if adapters of all other kinds may also have such keys."""

@@ -16,11 +16,25 @@ from weightsmith.models.safetensors import BITS, TensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
-    from weightsmith.merging.stream import OpenFiles
-
 _PIECE = 1 << 24
 Rows = Callable[[int, int], "np.ndarray"]
 """(first, count) -> rows of a tensor viewed as a matrix, (count, columns); thread-safe."""
+
+
+class Files(Protocol):
+    """The open input files of a merge; thread-safe. Implemented by `stream.OpenFiles`."""
+
+    def rows(self, stored: StoredTensor, first: int, count: int, columns: int) -> np.ndarray:
+        """Return rows of a stored tensor viewed as a matrix, in its own dtype."""
+
+    def array(self, stored: StoredTensor) -> np.ndarray:
+        """Return a whole stored tensor of any dtype, in its own shape."""
+
+    def matrix(self, part: MatrixView | None) -> np.ndarray:
+        """Return a factor as float32, None as a single 1; raise InputRefused if not finite."""
+
+    def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the cached result of `make` for the key."""
 
 
 class TensorSource(Protocol):
@@ -34,7 +48,7 @@ class TensorSource(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
 
-    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
 
 
@@ -55,9 +69,9 @@ class StoredTensor:
         """The tensor's shape."""
         return self.info.shape
 
-    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
-        return files.rows(self.path, self.info, first, count, columns)
+        return files.rows(self, first, count, columns)
 
     def same_bytes(self, other: StoredTensor) -> bool:
         """Return whether two tensors are equal byte for byte: tied layers are saved twice."""
@@ -178,7 +192,7 @@ class Change(Protocol):
     def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory, for the plan."""
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the result in float64.
 
         Raises InputRefused for values that are not finite.

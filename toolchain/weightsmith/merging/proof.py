@@ -37,7 +37,6 @@ ROWS = 16
 BLOCK = 1 << 19
 """Elements read and checked at once: they stay in the second-level cache."""
 _COPY = 1 << 20
-ONE = np.ones((1, 1))
 _SIGMAS = 6.0
 """Deviation of a row's projection, in standard deviations of rounding, to be recomputed."""
 _VECTORS = 2
@@ -245,8 +244,7 @@ def _project(written: Tested, sketch: Sketch) -> bool:
     # Only now, since the sketch may have been filled piece by piece as well.
     expected, files = sketch.products.copy(), written.files
     factors = [
-        _Factors(term, files.matrix(term.left), files.matrix(term.right) if term.right else ONE)
-        for term in output.terms
+        _Factors(term, files.matrix(term.left), files.matrix(term.right)) for term in output.terms
     ]
     for some in factors:
         some.projected(sketch.signs.T.astype(F64), expected)

@@ -18,7 +18,7 @@ from weightsmith.core.files import sync_folder
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.libc import reserve
 from weightsmith.merging.native import sum_words
-from weightsmith.merging.outputs import MatrixView
+from weightsmith.merging.outputs import MatrixView, StoredTensor
 from weightsmith.merging.rounding import BF16, F16, F32, F64
 from weightsmith.models.safetensors import BITS, TensorInfo
 from weightsmith.models.tensors import array_type
@@ -87,15 +87,14 @@ class OpenFiles:
         self._kept.clear()
         self._made.clear()
 
-    def rows(
-        self, path: Path, info: TensorInfo, first: int, count: int, columns: int
-    ) -> np.ndarray:
+    def rows(self, stored: StoredTensor, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of a stored tensor, see `Reader.rows`."""
-        return self.reader(path).rows(info, first, count, columns)
+        return self.reader(stored.path).rows(stored.info, first, count, columns)
 
-    def array(self, path: Path, info: TensorInfo) -> np.ndarray:
-        """Return a whole stored tensor of any type, in its own shape."""
-        data = self.reader(path).read_into(np.empty(info.size, np.uint8), info.start)
+    def array(self, stored: StoredTensor) -> np.ndarray:
+        """Return a whole tensor of any type, in its own shape."""
+        info, reader = stored.info, self.reader(stored.path)
+        data = reader.read_into(np.empty(info.size, np.uint8), info.start)
         array: np.ndarray = data.view(array_type(info.dtype)).reshape(info.shape)
         return array
 
@@ -111,11 +110,13 @@ class OpenFiles:
                     self._made.popitem(last=False)
             return self._made[key]
 
-    def matrix(self, part: MatrixView) -> np.ndarray:
+    def matrix(self, part: MatrixView | None) -> np.ndarray:
         """Return a factor as float32, which represents every supported dtype exactly.
 
-        Raises InputRefused if it is not finite.
+        None is a single 1. Raises InputRefused if a factor is not finite.
         """
+        if part is None:
+            return np.ones((1, 1), F32)
         path, info = part.stored.path, part.stored.info
         # Sliced tensors are kept for the next part.
         key = (path, info.name, part.height, part.blocks)
@@ -124,7 +125,7 @@ class OpenFiles:
             if tensor is not None:
                 self._kept.move_to_end(key)
         if tensor is None:
-            tensor = self.rows(path, info, 0, part.height, part.width).astype(F32, copy=False)
+            tensor = part.stored.rows(self, 0, part.height, part.width).astype(F32, copy=False)
             if not np.isfinite(tensor).all():
                 raise InputRefused(
                     f"{path}: {info.name} has NaN or infinite values",

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import Claim
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.outputs import Band, MergedTensor, Rows, TensorSource, Term, bands
+from weightsmith.merging.outputs import Band, Files, MergedTensor, Rows, TensorSource, Term, bands
 
 if TYPE_CHECKING:
     import numpy as np
 
     from weightsmith.merging.combining.methods import Factors, LowRankDelta
-    from weightsmith.merging.stream import OpenFiles
 
 Adder = Callable[["np.ndarray", int], None]
 """Adds to rows in place; the number is that of the first row."""
@@ -62,7 +61,7 @@ class Mixture:
                 held += share.claim.change.held_elements(output)
         return held
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the sum."""
         plain = replace(output, change=None)
         changed = [
@@ -103,7 +102,7 @@ class Mixture:
         return rows
 
 
-def adder(term: Term, files: OpenFiles) -> Adder:
+def adder(term: Term, files: Files) -> Adder:
     """Return a function that adds a term's part to the rows from `first` on, in float64."""
     left = files.matrix(term.left).astype("float64") * term.factor
     right = files.matrix(term.right).astype("float64") if term.right else None
@@ -138,7 +137,7 @@ class Combined:
         more = 2 * output.rows * output.columns if self.combination.truncates else 0
         return factors + deltas + more
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the result."""
         made: list[tuple[int, np.ndarray, np.ndarray]] = []
         deltas: list[np.ndarray] = []
@@ -202,7 +201,7 @@ class Combined:
             return min(self.combination.rank or max(ranks, default=width), width)
         return sum(ranks) if self.combination.method == "cat" else max(ranks)
 
-    def factors(self, output: MergedTensor, band: Band, files: OpenFiles) -> Factors:
+    def factors(self, output: MergedTensor, band: Band, files: Files) -> Factors:
         """Return the combined (left, right) of a band in float32; their product is the delta."""
         from weightsmith.merging.combining.methods import (
             combine,
@@ -221,7 +220,7 @@ class Combined:
         whole = combine(deltas, self._weights, self.combination)
         return to_float32(truncate_whole(whole, rank), output.name)
 
-    def _deltas(self, output: MergedTensor, files: OpenFiles) -> list[np.ndarray]:
+    def _deltas(self, output: MergedTensor, files: Files) -> list[np.ndarray]:
         """Return each adapter's pruned delta of the whole tensor at weight 1, in float32."""
         from weightsmith.merging.combining.methods import prune
 
@@ -233,7 +232,7 @@ class Combined:
             prune(some, self.combination, name, names)
         return deltas
 
-    def _delta(self, output: MergedTensor, adapter: int, files: OpenFiles) -> np.ndarray:
+    def _delta(self, output: MergedTensor, adapter: int, files: Files) -> np.ndarray:
         import numpy as np
 
         shares = []
@@ -252,7 +251,7 @@ class Combined:
             delta[first : first + count] = changed(first, count) - base.astype(np.float64)
         return delta
 
-    def _combined_factors(self, name: str, band: Band, files: OpenFiles) -> Factors:
+    def _combined_factors(self, name: str, band: Band, files: Files) -> Factors:
         import numpy as np
 
         from weightsmith.merging.combining.methods import Factor, combine_factors
@@ -261,8 +260,7 @@ class Combined:
         for share in self.shares:
             term = share.claim.terms[0]
             if term in band.terms:
-                left = files.matrix(term.left)
-                right = files.matrix(term.right) if term.right else np.ones((1, 1), np.float32)
+                left, right = files.matrix(term.left), files.matrix(term.right)
                 # The left factor is A transposed if the base stores (in, out).
                 a, b = (left.T, right.T) if term.left.transposed else (right, left)
                 factors.append(
@@ -306,16 +304,13 @@ def combined(name: str, shares: Sequence[AdapterShare], combination: Combination
     return made
 
 
-def pair(term: Term, band: Band, files: OpenFiles) -> LowRankDelta:
+def pair(term: Term, band: Band, files: Files) -> LowRankDelta:
     """Return a term's factors for the rows of a band, with weight · scaling as the gain."""
-    import numpy as np
-
     from weightsmith.merging.combining.methods import LowRankDelta
 
     start = band.first - term.first
-    right = np.ones((1, 1), np.float32) if term.right is None else files.matrix(term.right)
     left = files.matrix(term.left)[start : start + band.end - band.first]
-    return LowRankDelta(left=left, right=right, gain=term.factor)
+    return LowRankDelta(left=left, right=files.matrix(term.right), gain=term.factor)
 
 
 def adapter_digest(root: Path) -> str:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
+from weightsmith.merging.claim import AdapterView, Claim, Family
 from weightsmith.merging.names import is_conv1d, module_key
-from weightsmith.merging.outputs import MergedTensor, Rows, StoredTensor
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from weightsmith.merging.stream import OpenFiles
 
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 _OWN = ("frod_lambda_l", "frod_lambda_s_values")
@@ -87,12 +85,9 @@ FAMILY = Family(
     name="frod",
     kinds=frozenset({"FROD"}),
     claim=_claim,
-    variants=(
-        Variant(
-            name="FRoD",
-            how="float64 in the adapter's basis, rounded once; needs `save_projection`",
-        ),
-    ),
+    variants={
+        "FRoD": "float64 in the adapter's basis, rounded once; needs `save_projection`",
+    },
 )
 
 
@@ -122,14 +117,14 @@ class Frod:
         width = output.rows if self.transposed else output.columns
         return 3 * output.rows * output.columns + 3 * width * width
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows."""
         import numpy as np
 
         def rows(first: int, count: int) -> np.ndarray:
             weight = output.source.rows(files, 0, output.rows, output.columns).astype("float64")
             weight = weight.T if self.transposed else weight
-            basis = files.array(self.basis.path, self.basis.info).astype("float64")
+            basis = files.array(self.basis).astype("float64")
             try:
                 coordinates = np.linalg.solve(basis, weight.T).T
             except np.linalg.LinAlgError as error:
@@ -140,14 +135,14 @@ class Frod:
             norms = np.sqrt(np.einsum("ij,ij->j", coordinates, coordinates))
             kept = norms > _SMALLEST
             coordinates = np.where(kept, coordinates, 0.0) / np.where(kept, norms, 1.0)
-            inner = np.diag(files.array(self.lengths.path, self.lengths.info).astype("float64"))
-            at = files.array(self.places.path, self.places.info).astype("int64")
+            inner = np.diag(files.array(self.lengths).astype("float64"))
+            at = files.array(self.places).astype("int64")
             if at.size and not (at.min() >= 0 and at.max() < len(inner)):
                 raise InputRefused(
                     f"{self.places.info.name} has indices outside of {list(inner.shape)}",
                     hint="the adapter's file is damaged; export it again with save_pretrained",
                 )
-            new = files.array(self.values.path, self.values.info).astype("float64")
+            new = files.array(self.values).astype("float64")
             np.add.at(inner, (at[0], at[1]), new)
             changed = coordinates @ inner @ basis.T
             changed = changed.T if self.transposed else changed

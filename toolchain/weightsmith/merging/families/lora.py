@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import SHOWN, AdapterView, Claim, Family, Variant
+from weightsmith.merging.claim import SHOWN, AdapterView, Claim, Family
 from weightsmith.merging.combining.changes import Adder, adder
 from weightsmith.merging.families import experts
 from weightsmith.merging.families.experts import FactorPair
@@ -25,6 +25,7 @@ from weightsmith.merging.names import (
     plain_module,
 )
 from weightsmith.merging.outputs import (
+    Files,
     MatrixView,
     MergedTensor,
     Rows,
@@ -36,8 +37,6 @@ from weightsmith.merging.tying import has_head, is_embedding, is_head
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from weightsmith.merging.stream import OpenFiles
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_diag"
@@ -106,25 +105,23 @@ FAMILY = Family(
     name="lora",
     kinds=frozenset({"LORA"}),
     claim=_claim,
-    variants=(
-        Variant(name="LoRA on linear layers", how="exact: W + s·BA, rounded once"),
-        Variant(name="LoRA on transposed layers (Conv1D, `fan_in_fan_out`)", how="exact"),
-        Variant(name="LoRA on Conv1d, Conv2d, Conv3d", how="exact; not with groups > 1"),
-        Variant(name="LoRA on embeddings and heads", how="exact; tied ones are untied if needed"),
-        Variant(name="LoRA on MultiheadAttention", how="exact: in_proj and out_proj"),
-        Variant(
-            name="`target_parameters`: matrices and stacked experts",
-            how="exact, also for bases with one tensor per expert",
-        ),
-        Variant(name="LoRA on layers that the base stores in one tensor", how="exact; LoRA alone"),
-        Variant(name="`layer_replication`", how="exact: every replica is written out"),
-        Variant(name="`rank_pattern`, `alpha_pattern`, `use_rslora`", how="exact"),
-        Variant(name="`lora_bias`", how="exact: b + s·bias; the base must have a bias"),
-        Variant(name="MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal", how="exact, like plain LoRA"),
-        Variant(name="BD-LoRA", how="exact, as block-diagonal factors"),
-        Variant(name="DoRA", how="float64, rounded once"),
-        Variant(name="KaSA", how="float64 singular values, rounded once"),
-    ),
+    variants={
+        "LoRA on linear layers": "exact: W + s·BA, rounded once",
+        "LoRA on transposed layers (Conv1D, `fan_in_fan_out`)": "exact",
+        "LoRA on Conv1d, Conv2d, Conv3d": "exact; not with groups > 1",
+        "LoRA on embeddings and heads": "exact; tied ones are untied if needed",
+        "LoRA on MultiheadAttention": "exact: in_proj and out_proj",
+        "`target_parameters`: matrices and stacked experts": "exact, also for bases with one "
+        "tensor per expert",
+        "LoRA on layers that the base stores in one tensor": "exact; LoRA alone",
+        "`layer_replication`": "exact: every replica is written out",
+        "`rank_pattern`, `alpha_pattern`, `use_rslora`": "exact",
+        "`lora_bias`": "exact: b + s·bias; the base must have a bias",
+        "MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal": "exact, like plain LoRA",
+        "BD-LoRA": "exact, as block-diagonal factors",
+        "DoRA": "float64, rounded once",
+        "KaSA": "float64 singular values, rounded once",
+    },
 )
 
 
@@ -440,11 +437,11 @@ class Dora:
         """Return the peak number of float64 elements in memory."""
         return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows; column norms need a pass over the tensor first."""
         width = output.columns if self.by_column else output.rows
         count = math.prod(self.magnitude.shape)
-        magnitude = files.rows(self.magnitude.path, self.magnitude.info, 0, 1, count)[0]
+        magnitude = self.magnitude.rows(files, 0, 1, count)[0]
         if len(magnitude) != width:
             raise InputRefused(
                 f"{self.magnitude.info.name} has {len(magnitude)} elements, but {output.name} "
@@ -473,7 +470,7 @@ class Dora:
         return rows
 
 
-def _sum(output: MergedTensor, files: OpenFiles, add: Adder, first: int, count: int) -> np.ndarray:
+def _sum(output: MergedTensor, files: Files, add: Adder, first: int, count: int) -> np.ndarray:
     total = output.source.rows(files, first, count, output.columns).astype("float64")
     add(total, first)
     return total
@@ -495,7 +492,7 @@ class Kasa:
         """Return the peak number of float64 elements in memory."""
         return 5 * output.rows * output.columns
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows."""
         from numpy.linalg import svd
 
@@ -505,7 +502,7 @@ class Kasa:
                 f"KaSA's rank {rank} is not below that of {output.name}",
                 hint="the adapter was trained on another model",
             )
-        stored = files.rows(self.diagonal.path, self.diagonal.info, 0, 1, rank)[0]
+        stored = self.diagonal.rows(files, 0, 1, rank)[0]
         gains = stored.astype("float64") * self.term.factor
         left = files.matrix(self.term.left).astype("float64") * gains
         other = files.matrix(right).astype("float64")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import TASKS, AdapterView, Claim, Family, Variant
+from weightsmith.merging.claim import TASKS, AdapterView, Claim, Family
 from weightsmith.merging.names import module_key, plain_module
 from weightsmith.merging.outputs import StoredTensor
 from weightsmith.merging.tying import Tie, is_embedding, is_head
@@ -34,18 +34,14 @@ FAMILY = Family(
     kinds=frozenset({"LORA", "TRAINABLE_TOKENS"}),
     every=True,
     claim=_claim,
-    variants=(
-        Variant(name="`modules_to_save`", how="the adapter's tensor replaces the base's"),
-        Variant(name="`bias` all or lora_only", how="the adapter's bias replaces the base's"),
-        Variant(
-            name="heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
-            how="the head is added; `architectures` and labels in config.json are updated",
-        ),
-        Variant(
-            name="resized vocabularies",
-            how="the adapter's embeddings replace the base's; `vocab_size` is updated",
-        ),
-    ),
+    variants={
+        "`modules_to_save`": "the adapter's tensor replaces the base's",
+        "`bias` all or lora_only": "the adapter's bias replaces the base's",
+        "heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)": "the head "
+        "is added; `architectures` and labels in config.json are updated",
+        "resized vocabularies": "the adapter's embeddings replace the base's; `vocab_size` is "
+        "updated",
+    },
 )
 
 

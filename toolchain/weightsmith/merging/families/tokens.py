@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
+from weightsmith.merging.claim import AdapterView, Claim, Family
 from weightsmith.merging.names import module_key, plain_module
 from weightsmith.merging.outputs import Patch
 from weightsmith.merging.tying import is_embedding, is_head
@@ -34,12 +34,10 @@ FAMILY = Family(
     name="tokens",
     kinds=frozenset({"LORA", "TRAINABLE_TOKENS"}),
     claim=_claim,
-    variants=(
-        Variant(
-            name="`trainable_token_indices`, trainable tokens",
-            how="the adapter's rows replace the base's, also in a tied head",
-        ),
-    ),
+    variants={
+        "`trainable_token_indices`, trainable tokens": "the adapter's rows replace the base's, "
+        "also in a tied head",
+    },
 )
 
 

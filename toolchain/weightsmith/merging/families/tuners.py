@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
+from weightsmith.merging.claim import AdapterView, Claim, Family
 from weightsmith.merging.names import is_conv1d, module_key, plain_key
-from weightsmith.merging.outputs import BaseLayer, MergedTensor, Rows, StoredTensor, TensorSource
+from weightsmith.merging.outputs import (
+    BaseLayer,
+    Files,
+    MergedTensor,
+    Rows,
+    StoredTensor,
+    TensorSource,
+)
 from weightsmith.merging.tying import is_embedding
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from weightsmith.merging.stream import OpenFiles
 
 _OWN = {
     "ADALORA": "AdaLoRA",
@@ -198,14 +203,9 @@ FAMILY = Family(
     name="tuners",
     kinds=frozenset({*_OWN, *_SHARED, _NORM}),
     claim=_claim,
-    variants=(
-        *(Variant(name=name, how=_ALONE) for name in _OWN.values()),
-        *(
-            Variant(name=name, how=_TOGETHER + _WIDER * (kind == "RANDLORA"))
-            for kind, name in _SHARED.items()
-        ),
-        Variant(name="LayerNorm tuning", how="the adapter's tensor replaces the base's"),
-    ),
+    variants=dict.fromkeys(_OWN.values(), _ALONE)
+    | {name: _TOGETHER + _WIDER * (kind == "RANDLORA") for kind, name in _SHARED.items()}
+    | {"LayerNorm tuning": "the adapter's tensor replaces the base's"},
 )
 
 
@@ -248,11 +248,11 @@ class Tuned:
         own = sum(stored.info.size for stored in self.keys) // 8
         return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
 
-    def begin(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows, or the whole tensor."""
         return self._whole(output, files) if self.whole else self._by_rows(output, files)
 
-    def _by_rows(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def _by_rows(self, output: MergedTensor, files: Files) -> Rows:
         parts, kept = _BY_ROWS[self._kind], {}
         cut: dict[str, StoredTensor] = {}
         for stored in self.keys:
@@ -267,7 +267,7 @@ class Tuned:
             from weightsmith.merging.peft_layers import merge_layer
 
             adapter = kept | {
-                key: files.rows(stored.path, stored.info, first, count, stored.shape[1])
+                key: stored.rows(files, first, count, stored.shape[1])
                 for key, stored in cut.items()
             }
             layer = replace(self.layer, shape=(count, output.columns), bias=False)
@@ -276,7 +276,7 @@ class Tuned:
 
         return rows
 
-    def _whole(self, output: MergedTensor, files: OpenFiles) -> Rows:
+    def _whole(self, output: MergedTensor, files: Files) -> Rows:
         def rows(first: int, count: int) -> np.ndarray:
             from weightsmith.merging.peft_layers import merge_layer, merge_shared_layer
 
@@ -303,8 +303,8 @@ class Tuned:
         return rows
 
 
-def _array(source: TensorSource, files: OpenFiles) -> np.ndarray:
+def _array(source: TensorSource, files: Files) -> np.ndarray:
     if isinstance(source, StoredTensor):
-        return files.array(source.path, source.info)
+        return files.array(source)
     count, columns = math.prod(source.shape[:-1]), source.shape[-1]
     return source.rows(files, 0, count, columns).reshape(source.shape)
