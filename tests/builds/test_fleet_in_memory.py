@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
-from weightsmith.fleets.foresight import plan_of, text_of
+from weightsmith.fleets.graph import plan_of, text_of
 from weightsmith.fleets.ordering import foreseen, ordered
 from weightsmith.oci.registry import Registry
 from weightsmith.quantizers import of_format

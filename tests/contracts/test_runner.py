@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
-from weightsmith.building.runners import WithinMemory
+from weightsmith.building.prefetch import WithinMemory
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.jobs import Input, Job, MergeJob, read_job, write_job

@@ -195,7 +195,6 @@ OTHER_MEANINGS = {
     ("fleets/payloads.py", "quantize"): "a section of the recipe",
     ("fleets/node.py", "dequantized"): "who answered",
     ("fleets/page.py", "dequantized"): "who answered",
-    ("fleets/terminal.py", "dequantized"): "who answered",
 }
 
 

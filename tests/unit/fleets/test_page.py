@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.fleets.page import FILE, PAGE, Page, left_seconds, table
+from weightsmith.fleets.page import FILE, PAGE, Page, left_seconds, summary, table
 from weightsmith.fleets.rows import ENDED, NOT_MADE, RUNNING, CellRow, FleetRows, SharedRow
-from weightsmith.fleets.terminal import summary
 
 REFRESH = '<meta http-equiv="refresh" content="5">'
 DONE = CellRow(adapter="a", target="vllm", verdict="passed", state=ENDED)

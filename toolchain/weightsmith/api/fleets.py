@@ -13,12 +13,11 @@ from weightsmith.building.progress import shown
 from weightsmith.cache.address import of_nodes
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.core.values import Json, JsonValue
-from weightsmith.fleets.foresight import plan_of
+from weightsmith.fleets.graph import plan_of
 from weightsmith.fleets.ordering import Ordered, foreseen, ordered
 from weightsmith.fleets.ordering import run_fleet as run_all
-from weightsmith.fleets.rows import CellRow, FleetRows, SharedRow
-from weightsmith.fleets.running import Changed
-from weightsmith.fleets.terminal import watcher
+from weightsmith.fleets.page import watcher
+from weightsmith.fleets.rows import CellRow, Changed, FleetRows, SharedRow
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.user_config import read_config
 

@@ -23,16 +23,17 @@ def keep_apart(
     project.
     """
     for flag, out in {**outputs, **(own or {})}.items():
-        if out and _is_circle(Path(out)):
-            raise UsageError(
-                f"{flag} {out}: symbolic links lead in a circle",
-                hint="correct the symbolic links, or give another path",
-            )
-    folders = [
-        place.resolve()
-        for text in inputs
-        if text and "://" not in str(text) and (place := _folder_of(text)).is_dir()
-    ]
+        try:  # since Python 3.13, `resolve` does not say so
+            Path(out or ".").stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UsageError(
+                    f"{flag} {out}: symbolic links lead in a circle",
+                    hint="correct the symbolic links, or give another path",
+                ) from None
+    local = [str(text) for text in inputs if text and "://" not in str(text)]
+    places = (locate(text)[0] if is_layout(text) else Path(text) for text in local)
+    folders = [place.resolve() for place in places if place.is_dir()]
     for flag, out in outputs.items():
         for folder, _ in _parts_inside(out, folders) if out else ():
             raise _inside(flag, out or "", folder, f"give {flag} a path outside it")
@@ -41,15 +42,6 @@ def keep_apart(
             if not any(part.startswith(".") for part in parts):
                 hint = f"set {variable} to a path outside it, or in a hidden folder inside it"
                 raise _inside(variable, out, folder, hint)
-
-
-def _is_circle(path: Path) -> bool:
-    """Say whether links lead in a circle; since Python 3.13, `resolve` does not."""
-    try:
-        path.stat()
-    except OSError as error:
-        return error.errno == errno.ELOOP
-    return False
 
 
 def not_nested(first: tuple[str, str], second: tuple[str, str]) -> None:
@@ -77,7 +69,3 @@ def _inside(flag: str, out: str | Path, folder: Path, hint: str) -> UsageError:
     return UsageError(
         f"{flag} {out} is inside the input folder {folder}, which must not change", hint=hint
     )
-
-
-def _folder_of(source: str | Path) -> Path:
-    return locate(str(source))[0] if is_layout(str(source)) else Path(source)

@@ -10,7 +10,7 @@ from weightsmith.building.pipeline import BuildSteps
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.core.ports import Progress, Runner, Silent
+from weightsmith.core.ports import Runner, Silent
 from weightsmith.core.values import Sources
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.results import say_samples
@@ -22,7 +22,6 @@ from weightsmith.oci.weights import LARGEST_ANYWHERE
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import texts_of
-from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
@@ -72,7 +71,16 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
         if target.engine.legacy:
             tools.progress.warn(target.engine.legacy)
     if any(target.format.packed for target in request.targets):
-        warn_of_texts(file, tools.progress)
+        # The texts are read now, and a user is told if they are general or few.
+        texts = texts_of(file)
+        if file.recipe.calibration is None:
+            count = len(texts.calibration) + len(texts.held_out)
+            tools.progress.warn(
+                f"the recipe has no `calibration`: {count} general texts are used (never the "
+                "evaluation questions: calibrating on them would hide losses on other text)"
+            )
+        elif texts.warning():
+            tools.progress.warn(texts.warning())
     require_memory(steps, seen)
     if not everything_cached(steps, seen):
         for target in request.targets:
@@ -111,19 +119,6 @@ def everything_cached(steps: BuildSteps, seen: Foresight) -> bool:
     return all(row.cached for row in rows)
 
 
-def warn_of_texts(file: RecipeFile, progress: Progress) -> None:
-    """Read the texts now, and warn if they are general or few."""
-    texts = texts_of(file)
-    if file.recipe.calibration is None:
-        count = len(texts.calibration) + len(texts.held_out)
-        progress.warn(
-            f"the recipe has no `calibration`: {count} general texts are used (never the evaluation"
-            " questions: calibrating on them would hide losses on other text)"
-        )
-    elif texts.warning():
-        progress.warn(texts.warning())
-
-
 def require_builder(target: Target, runner: Runner) -> None:
     """Raise EnvironmentFailure if the target's builder cannot be made; suggest one that can."""
     try:
@@ -141,28 +136,24 @@ def require_builder(target: Target, runner: Runner) -> None:
 
 
 def check_places(request: BuildRequest) -> None:
-    """Raise UsageError for names and folders that nothing can be published to.
+    """Raise UsageError for names, labels and folders that nothing can be published to.
 
     Reads no source and asks no registry.
     """
-    check_image_names(request.file.recipe)
-    for target in request.targets:
-        check_layout(request.outputs_of(target).layout)
-        for kind in request.forms_of(target):
-            check_layout(request.outputs_of_form(target, kind).layout)
-            if kind == "ollama":
-                check_name(Reference.parse(f"{reference(request.file.recipe, target.name)}-{kind}"))
-        request.hub_of(target)
-
-
-def check_image_names(recipe: Recipe) -> None:
-    """Raise UsageError for a repository that is none, and for labels that only we set."""
+    recipe = request.file.recipe
     repository_of(recipe)
     if own := [name for name in recipe.image.labels if name.startswith(PREFIX)]:
         raise UsageError(
             f"image.labels sets {own[0]}, which only the build itself may set",
             hint="choose another name, such as com.example.team",
         )
+    for target in request.targets:
+        check_layout(request.outputs_of(target).layout)
+        for kind in request.forms_of(target):
+            check_layout(request.outputs_of_form(target, kind).layout)
+            if kind == "ollama":
+                check_name(Reference.parse(f"{reference(recipe, target.name)}-{kind}"))
+        request.hub_of(target)
 
 
 def repository_of(recipe: Recipe) -> Reference:
@@ -178,9 +169,10 @@ def repository_of(recipe: Recipe) -> Reference:
 
 
 def check_layer_sizes(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
-    """Raise UsageError for a weight file that is too large for a layer, by its estimated size.
+    """Raise UsageError for weights that do not fit layers, by their estimated size.
 
-    The image's actual sizes are checked again before it is pushed.
+    For a file that is too large for one, and for more layers than an engine takes in sizes that
+    every registry accepts. The image's actual sizes are checked again before it is pushed.
     """
     recipe, tree = request.file.recipe, seen[steps.sources].base.tree
     own_limit = layer_limit(recipe.image.max_layer_size)
@@ -191,40 +183,23 @@ def check_layer_sizes(request: BuildRequest, steps: BuildSteps, seen: Foresight)
         if target.format.suffix == ".gguf":
             projector = projector_bytes(weights.model)
             size = max(weights.weight_bytes - projector, projector)
-            most, key = (
-                min(filter(None, (own_limit, registry_limit)), default=0),
-                "quantize.split_max_size",
-            )
-            fits = bool(recipe.quantize.split_max_size)
+            most = min(filter(None, (own_limit, registry_limit)), default=0)
+            key, fits = "quantize.split_max_size", bool(recipe.quantize.split_max_size)
         else:
             size = max((file.size for file in tree.files), default=0)
-            most, key, fits = (
-                registry_limit,
-                "image.max_layer_size",
-                own_limit != 0 or target.format.packed,
-            )
+            most, key = registry_limit, "image.max_layer_size"
+            fits = own_limit != 0 or target.format.packed
         if most and size > most and not fits:
             raise UsageError(
                 f"{target.name}: a file of about {human(size)} would be one layer, and the limit "
                 f"for a layer is {human(most)}",
                 hint=f"set {key} in the recipe to split the file",
             )
-
-
-def check_layer_count(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
-    """Raise UsageError for weights that no engine takes in layers that every registry accepts.
-
-    By their estimated size, hours before the image would be refused for its layers.
-    """
-    if layer_limit(request.file.recipe.image.max_layer_size) is not None:
-        return
-    for one in steps.targets:
-        target, size = one.of.target, seen[one.weights].weight_bytes
-        layers = -(-size // LARGEST_ANYWHERE)
-        if target.format.suffix != ".gguf" and layers > MOST_LAYERS - 2:
+        layers = -(-weights.weight_bytes // LARGEST_ANYWHERE)
+        if own_limit is None and target.format.suffix != ".gguf" and layers > MOST_LAYERS - 2:
             raise UsageError(
-                f"{target.name}: weights of about {human(size)} would be {layers} layers or more,"
-                f" and engines support at most {MOST_LAYERS} layers in an image",
+                f"{target.name}: weights of about {human(weights.weight_bytes)} would be {layers} "
+                f"layers or more, and engines support at most {MOST_LAYERS} layers in an image",
                 hint="set image.max_layer_size to a larger size, such as 40GB, and push to a"
                 " registry that accepts such layers",
             )
@@ -281,7 +256,6 @@ def check_assembly(request: BuildRequest, steps: BuildSteps, seen: Foresight) ->
     Raises UsageError for layers that are too large or too many, and what `check_base` raises.
     """
     check_layer_sizes(request, steps, seen)
-    check_layer_count(request, steps, seen)
     settings = request.file.recipe.image
     for one in steps.targets:
         target = one.of.target

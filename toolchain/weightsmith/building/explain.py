@@ -141,23 +141,16 @@ def forecast(
         "peak_disk_bytes": written + temporary_bytes(todo),
     }
     if measure:
-        layer = _measured_layer_time(sources, tools)
-        timed = [
-            {**row.to_json(), "seconds": None if row.cached else _seconds(step, seen, layer)}
-            for step in steps
-            for row in seen.rows(step)
-        ]
+        layer, timed = _measured_layer_time(sources, tools), []
+        for step in steps:
+            rows, seconds = seen.rows(step), None
+            if any(not row.cached for row in rows):
+                with suppress(InputRefused):  # the dimensions are not known
+                    seconds = step.seconds(layer, seen)
+            known = None if seconds is None else round(seconds, 1)
+            timed += [{**row.to_json(), "seconds": None if row.cached else known} for row in rows]
         found |= {"stages": timed, "layer_time": layer.to_json()}
     return found
-
-
-def _seconds(step: AnyStep, seen: Foresight, layer: LayerTime) -> float | None:
-    """Return how long a step takes; None if it does not run the model."""
-    try:
-        found = step.seconds(layer, seen)
-    except InputRefused:  # the dimensions are not known
-        return None
-    return None if found is None else round(found, 1)
 
 
 def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, JsonValue]]:

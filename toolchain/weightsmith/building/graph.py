@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Self, TypeVar
 
 from weightsmith.building.pipeline import BuildSteps
-from weightsmith.building.prefetch import Prefetch, Shares
-from weightsmith.building.runners import WithinMemory
+from weightsmith.building.prefetch import Prefetch, Shares, WithinMemory
 from weightsmith.core.values import JsonValue, Sources
 from weightsmith.evaluating.build_record import StageRecord
 from weightsmith.models.facts import read_facts
@@ -148,23 +147,20 @@ def peak_memory(steps: BuildSteps, seen: Foresight) -> int:
         (row.peak_memory_bytes for step in todo for row in seen.rows(step) if not row.cached),
         default=0,
     )
-    both = todo.intersection(_allowing_prefetch(steps)) and todo.intersection(_prefetchable(steps))
+    beside = any(step.allows_prefetch for step in todo.intersection(steps.shared))
+    both = beside and todo.intersection(_prefetchable(steps))
     return max(largest, sum(_sides(steps, seen))) if both and shares(steps, seen) else largest
 
 
 def _sides(steps: BuildSteps, seen: Foresight) -> tuple[int, int]:
     """Return the peaks of both sides in bytes; the first is 0 if nothing comes before."""
-    now, ahead = _peak(seen, _allowing_prefetch(steps)), _prefetchable(steps)
+    now = _peak(seen, (step for step in steps.shared if step.allows_prefetch))
     # The weights of other targets may be made in the same pass.
-    alike = {(step.name, step.builders()) for step in ahead}
+    alike = {(step.name, step.builders()) for step in _prefetchable(steps)}
     others = (step for one in steps.targets for step in one.steps)
     return now and now + _LEFT, _peak(
         seen, (step for step in others if (step.name, step.builders()) in alike)
     )
-
-
-def _allowing_prefetch(steps: BuildSteps) -> tuple[AnyStep, ...]:
-    return tuple(step for step in steps.shared if step.allows_prefetch)
 
 
 def _prefetchable(steps: BuildSteps) -> tuple[AnyStep, ...]:

@@ -40,14 +40,12 @@ class BuildRequest:
 
     def outputs_of(self, target: Target) -> ImageOutputs:
         """Return one target's outputs; of several targets, each gets its own layout folder."""
-        layout = self.outputs.layout
+        layout, load = self.outputs.layout, self.outputs.load
         if layout is not None and len(self.targets) > 1:
             layout = layout / target.name
-        if not (layout or self.outputs.load or self.outputs.push):
+        if not (layout or load or self.outputs.push):
             layout = None if self.engine_answers else self.folder(target) / "image"
             load = self.engine_answers
-        else:
-            load = self.outputs.load
         return replace(self.outputs, load=load, layout=layout)
 
     def forms_of(self, target: Target) -> tuple[str, ...]:
@@ -115,17 +113,12 @@ class BuildRequest:
 
     def of(self, target: Target) -> TargetBuild:
         """Return one target with the places of its results."""
+        folder, outputs = self.folder(target), self.outputs_of(target)
         return TargetBuild(
             file=self.file,
             target=target,
-            folder=self.folder(target),
-            outputs=self.outputs_of(target),
-            candidate_layout=self.candidate_layout(target),
+            folder=folder,
+            outputs=outputs,
+            candidate_layout=None if self.engine_answers else outputs.layout or folder / "image",
             update_lock=self.update_lock,
         )
-
-    def candidate_layout(self, target: Target) -> Path | None:
-        """Return None to start the image in the engine, else the layout next to which it starts."""
-        if self.engine_answers:
-            return None
-        return self.outputs_of(target).layout or self.folder(target) / "image"

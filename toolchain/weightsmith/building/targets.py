@@ -39,15 +39,14 @@ def chosen_targets(
 
 
 def target_of(name: str) -> Target:
-    """Return the target of that name, or an engine's default; UsageError if there is none."""
+    """Return the target of that name; UsageError if there is none.
+
+    An engine's name alone is that of its default: `llamacpp` means `llamacpp-q4_k_m`.
+    """
     known = all_targets()
-    return serving_targets.find(_whole_name(name, known), known)
-
-
-def _whole_name(name: str, known: Mapping[str, Target]) -> str:
-    """Return a target's full name: `llamacpp` means `llamacpp-q4_k_m`, the engine's default."""
     defaults = (f"{name}-{quantizer.default}" for quantizer in quantizers().values())
-    return name if name in known else next((d for d in defaults if d in known), name)
+    whole = name if name in known else next((one for one in defaults if one in known), name)
+    return serving_targets.find(whole, known)
 
 
 def can_make(format_: Format) -> bool:

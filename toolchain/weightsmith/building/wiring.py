@@ -15,7 +15,7 @@ from typing import Any
 import platformdirs
 
 from weightsmith.building.apart import keep_apart
-from weightsmith.building.runners import WithinMemory
+from weightsmith.building.prefetch import WithinMemory
 from weightsmith.cache.address import Address, Sharing, chosen, required
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore

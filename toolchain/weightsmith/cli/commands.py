@@ -122,10 +122,9 @@ def plan(asked: PlanCommand) -> Said:
 def fleet(asked: FleetCommand) -> Said:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
     from weightsmith.api.fleets import ordered_of, plan_fleet, run_fleet
-    from weightsmith.fleets.foresight import text_of
+    from weightsmith.fleets.graph import text_of
     from weightsmith.fleets.matrix import matrix_of
-    from weightsmith.fleets.page import PAGE, table
-    from weightsmith.fleets.terminal import watcher
+    from weightsmith.fleets.page import PAGE, table, watcher
 
     found = ordered_of(asked)
     if asked.print_:

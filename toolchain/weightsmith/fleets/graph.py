@@ -1,4 +1,4 @@
-"""The graph of a fleet: the union of its cells' graphs, in which equal steps are one task.
+"""The graph of a fleet, and its plan: the union of its cells' graphs; equal steps are one task.
 
 Steps are told apart by their derivations, so that equal ones are known before anything is fetched.
 What several cells wait for is a task of its own: first their base (fetched, with its answers to
@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from weightsmith.building.explain import BuildPlan, plan_of
+from weightsmith.building import explain
+from weightsmith.building.explain import BuildPlan
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.values import JsonValue, key_of, plain
@@ -24,6 +26,7 @@ from weightsmith.fleets.requests import BASE, CELL, Failure
 from weightsmith.recipe.file import check_section
 from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.devices import CPU, is_cpu
+from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.step import AnyStep, Foresight, PlanRow
@@ -138,7 +141,7 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
                 engine_answers=tools.images_in_engine,
             )
             try:
-                planned.append((build, target, cell, plan_of(request, tools)))
+                planned.append((build, target, cell, explain.plan_of(request, tools)))
             except WeightsmithError as error:
                 planned.append((build, target, cell, Failure.of(error)))
     shared = _shared(builds, planned)
@@ -307,3 +310,85 @@ def _needs(rows: Iterable[PlanRow], gpus: int) -> Needs:
         disk_bytes=written + max(0, intermediate),
         gpus=gpus,
     )
+
+
+def plan_of(graph: Graph) -> dict[str, JsonValue]:
+    """Return the plan of a fleet; sizes in bytes.
+
+    `total` is over what is still to do: `cpus` and `gpus` if all cells ran at once, the memory of
+    the largest task and of all at once, and the disk that all results take.
+    """
+    todo = [task for task in graph.tasks if not task.cached and not task.failure]
+    cells = [task for task in todo if task.kind == CELL]
+    return {
+        "cells": [
+            {
+                "adapter": task.cells[0].adapter,
+                "target": task.targets[0].name,
+                **_facts(task),
+                "stages": [
+                    {"stage": row.stage, "cached": row.cached, "why": row.why} for row in task.rows
+                ],
+                "error": task.failure.message if task.failure else None,
+            }
+            for task in graph.cells
+        ],
+        "shared": [
+            {"task": task.name, "kind": task.kind, "cells": len(task.cells), **_facts(task)}
+            for task in graph.shared
+        ],
+        "total": {
+            "cells": len(graph.cells),
+            "cached": sum(task.cached for task in graph.cells),
+            "refused": sum(task.failure is not None for task in graph.cells),
+            "shared": len(graph.shared),
+            "cpus": sum(task.needs.cpus for task in cells),
+            "peak_memory_bytes": max((task.needs.memory_bytes for task in todo), default=0),
+            "memory_bytes": sum(task.needs.memory_bytes for task in cells),
+            "disk_bytes": sum(task.needs.disk_bytes for task in todo),
+            "gpus": sum(task.needs.gpus for task in cells),
+        },
+    }
+
+
+def _facts(task: FleetTask) -> dict[str, JsonValue]:
+    needs = task.needs
+    return {
+        "key": task.id,
+        "after": list(task.after),
+        "cached": task.cached,
+        "cpus": needs.cpus,
+        "memory_bytes": needs.memory_bytes,
+        "disk_bytes": needs.disk_bytes,
+        "gpus": needs.gpus,
+    }
+
+
+def text_of(plan: Mapping[str, Any]) -> str:
+    """Return the plan for people."""
+
+    def state(row: Mapping[str, Any]) -> str:
+        if row.get("error"):
+            return f"refused: {row['error']}"
+        if row["cached"]:
+            return "cached"
+        left = [stage["stage"] for stage in row.get("stages", ()) if not stage["cached"]]
+        what = f"to do ({', '.join(left)})" if left else "to do"
+        return f"{what}; {row['cpus']} CPUs, {human(row['memory_bytes'])}"
+
+    lines = [
+        f"shared  {row['task']} (for {row['cells']} cells): {state(row)}" for row in plan["shared"]
+    ]
+    lines += [f"cell    {row['adapter']} x {row['target']}: {state(row)}" for row in plan["cells"]]
+    total = plan["total"]
+    lines.append(
+        f"{total['cells']} cells, {total['cached']} cached, {total['refused']} refused by the plan;"
+        f" {total['shared']} shared tasks"
+    )
+    gpus = f", {total['gpus']} GPUs" if total["gpus"] else ""
+    lines.append(
+        f"at once: {total['cpus']} CPUs{gpus}, {human(total['memory_bytes'])} of memory "
+        f"({human(total['peak_memory_bytes'])} for the largest task), "
+        f"{human(total['disk_bytes'])} of disk"
+    )
+    return "\n".join(lines)

@@ -42,8 +42,8 @@ def matrix_of(
         each = -(-len(names) // limit)
         rows = [_row(names[start : start + each], []) for start in range(0, len(names), each)]
         note = (
-            f"{cells} cells are more than the {limit} jobs of one matrix: each of {len(rows)} jobs "
-            "builds several adapters with all of their targets"
+            f"# {cells} cells are more than the {limit} jobs of one matrix: each of {len(rows)} "
+            "jobs builds several adapters with all of their targets\n"
         )
     facts: dict[str, Writable] = {
         "system": system,
@@ -90,7 +90,7 @@ def _gitlab(rows: Sequence[Mapping[str, str]], file: str, note: str) -> str:
             for number, cell in enumerate(cells, 1)
         }
         jobs = {".build": job, **each}
-    return _commented(note) + yaml.safe_dump(jobs, sort_keys=False, width=1000)
+    return note + yaml.safe_dump(jobs, sort_keys=False, width=1000)
 
 
 def _argo(rows: Sequence[Mapping[str, str]], file: str, note: str) -> str:
@@ -130,11 +130,7 @@ def _argo(rows: Sequence[Mapping[str, str]], file: str, note: str) -> str:
             ],
         },
     }
-    return _commented(note) + yaml.safe_dump(workflow, sort_keys=False, width=1000)
-
-
-def _commented(note: str) -> str:
-    return f"# {note}\n" if note else ""
+    return note + yaml.safe_dump(workflow, sort_keys=False, width=1000)
 
 
 _TEXTS = {"github": _github, "gitlab": _gitlab, "argo": _argo}

@@ -107,7 +107,13 @@ def answer(request: TaskRequest, tools: Tools) -> TaskReply:
 
 def _do(request: TaskRequest, home: Path, result: _Result, tools: Tools) -> None:
     tools = replace(tools, two_at_once=lambda: False)  # other tasks use the other CPUs and memory
-    file, given = _written(request, home, tools), request.outputs
+    unpack(request, home, tools)
+    # Its recipe is checked as a user's, and has the fleet's lock beside it.
+    recipe, path = check_recipe(request.recipe, request.adapter), home / "recipe.yaml"
+    lock = {"sources": {}, "bases": {}, **request.lock}
+    path.with_suffix(".lock").write_text(json.dumps(lock), "utf-8")
+    file = RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
+    given = request.outputs
     layout, push = given.get("layout"), bool(given.get("push"))
     asked = BuildRequest(
         file=file,
@@ -140,8 +146,8 @@ def _do(request: TaskRequest, home: Path, result: _Result, tools: Tools) -> None
             result.stages |= records
         if request.questions:
             result.stages |= _answered(request, file, tools)
-    lock = read_lock(file)
-    result.lock = {"sources": lock.sources, "bases": lock.bases}
+    pins = read_lock(file)
+    result.lock = {"sources": pins.sources, "bases": pins.bases}
     result.files = _reports(asked.dist) if asked.dist != Path(request.dist) else {}
 
 
@@ -178,17 +184,6 @@ def _left_to_cells(tools: Tools, *kinds: type[WeightsmithError]) -> Iterator[Non
         yield
     except kinds as error:
         tools.progress.warn(f"{error.message}; the cells that need it will say so")
-
-
-def _written(request: TaskRequest, home: Path, tools: Tools) -> RecipeFile:
-    """Write the lock of a recipe and what it names into a folder, and check it as a user's."""
-    unpack(request, home, tools)
-    recipe = check_recipe(request.recipe, request.adapter)
-    path = home / "recipe.yaml"
-    path.with_suffix(".lock").write_text(
-        json.dumps({"sources": {}, "bases": {}, **request.lock}), "utf-8"
-    )
-    return RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
 
 
 def _dist(request: TaskRequest, home: Path) -> Path:

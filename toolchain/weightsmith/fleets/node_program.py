@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from dataclasses import replace
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from weightsmith.core.interrupts import leave_quietly, raise_it
@@ -44,7 +43,7 @@ def main() -> int:
     raise_it()
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         reply = _answer(request)
     except KeyboardInterrupt:
@@ -98,10 +97,6 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)
     os._exit(130)
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

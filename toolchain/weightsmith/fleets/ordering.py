@@ -16,8 +16,8 @@ from weightsmith.fleets.cells import AdapterBuild, builds_of, lock_of
 from weightsmith.fleets.file import Fleet, check_fleet, read_fleet
 from weightsmith.fleets.graph import Graph, graph_of
 from weightsmith.fleets.page import Page
-from weightsmith.fleets.rows import FleetRows
-from weightsmith.fleets.running import Changed, FleetRun, Order
+from weightsmith.fleets.rows import Changed, FleetRows
+from weightsmith.fleets.running import FleetRun, Order
 from weightsmith.steps.lock import Lock
 from weightsmith.steps.tools import Tools
 

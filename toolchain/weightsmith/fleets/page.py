@@ -1,13 +1,17 @@
-"""The fleet's page and its JSON, beside the folders of its builds."""
+"""How a fleet goes: page and JSON beside the folders of its builds, and lines or a table."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
+from weightsmith.core.escape import clock, printed, put_line, quoted
 from weightsmith.core.files import write_whole
 from weightsmith.core.values import JsonValue, canonical
 from weightsmith.evaluating.pages import render_view
@@ -18,6 +22,7 @@ from weightsmith.fleets.rows import (
     RUNNING,
     WAITING,
     CellRow,
+    Changed,
     FleetRows,
     SharedRow,
 )
@@ -153,3 +158,88 @@ def table(rows: FleetRows) -> str:
         "  ".join([*(f"{text:<{w}}" for text, w in zip(line, widths, strict=False)), line[-1]])
         for line in lines
     )
+
+
+_SUMMARY_EVERY = 10.0
+"""Seconds between two plain summaries."""
+
+
+@contextmanager
+def watcher(*, live: bool, silent: bool = False) -> Iterator[Changed]:
+    """Yield what is told of every change; `live` keeps a table up where there is a terminal."""
+    if silent:
+        yield lambda _: None
+    elif live and sys.stderr.isatty():
+        with _live() as changed:
+            yield changed
+    else:
+        yield _Lines(sys.stderr, summaries=live).changed
+
+
+@dataclass(slots=True)
+class _Lines:
+    """One line for each task that ends, and with `summaries` how far it is every few seconds."""
+
+    stream: TextIO
+    summaries: bool
+    _seen: set[str] = field(default_factory=set)
+    _told: float = field(default_factory=time.monotonic)
+
+    def changed(self, rows: FleetRows) -> None:
+        for shared in rows.shared:
+            if shared.state == ENDED and f"shared {shared.task}" not in self._seen:
+                self._seen.add(f"shared {shared.task}")
+                took = "cached" if shared.cached else f"done ({shared.seconds:.1f} s)"
+                end = f"failed: {shared.error}" if shared.error else took
+                self._put(f"  {shared.task}: {end}")
+        for row in rows.cells:
+            name = f"{row.adapter} x {row.target}"
+            if row.state == ENDED and name not in self._seen:
+                self._seen.add(name)
+                names = (f"{one.adapter} x {one.target}" for one in rows.cells)
+                count = sum(one in self._seen for one in names)
+                self._put(f"[{count}/{len(rows.cells)}] {name}: {_of_cell(row)}")
+        if self.summaries and time.monotonic() - self._told >= _SUMMARY_EVERY:
+            self._told = time.monotonic()
+            self._put("  " + summary(rows))
+
+    def _put(self, text: str) -> None:
+        put_line(quoted(text), self.stream)
+
+
+def _of_cell(row: CellRow) -> str:
+    if row.error:
+        return f"{row.verdict}: {row.error}"
+    whose = f" ({ANSWERED[row.answered]})" if row.answered == "dequantized" else ""
+    score = "" if row.score is None else f", score {row.score:.3f}{whose}"
+    took = "cached" if row.cached else f"{row.seconds:.1f} s"
+    return f"{row.verdict}{score}, {took}" + (f" on {row.node}" if row.node else "")
+
+
+def summary(rows: FleetRows) -> str:
+    """Return in one line how many cells have ended and run, the rate, and the time left."""
+    states = [row.state for row in rows.cells] + [row.state for row in rows.shared]
+    running = states.count(RUNNING)
+    text = f"{rows.ended} of {len(rows.cells)} cells, {running} tasks run"
+    if rows.ended and rows.seconds:
+        text += f", {60 * rows.ended / rows.seconds:.1f} cells a minute"
+    if (left := left_seconds(rows)) is not None:
+        text += f", about {clock(left)} left"
+    return text
+
+
+@contextmanager
+def _live() -> Iterator[Changed]:
+    # Imported here: only a terminal needs it.
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    with Live(console=console, transient=True, refresh_per_second=2) as live:
+
+        def changed(rows: FleetRows) -> None:
+            text = f"{summary(rows)}\n{table(rows)}"
+            live.update(Text("\n".join(printed(quoted(line)) for line in text.splitlines())))
+
+        yield changed

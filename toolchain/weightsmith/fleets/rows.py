@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from weightsmith.building.pipeline import ASSEMBLY
@@ -108,6 +108,10 @@ class FleetRows(JsonObject):
         hint = first.hint or "the page of the fleet has every reason"
         kind = EnvironmentFailure if made else CheckFailed
         return kind(text, hint=hint, details=self.to_json())
+
+
+Changed = Callable[[FleetRows], None]
+"""Is told how the fleet stands, whenever that changes."""
 
 
 def of_reply(row: CellRow, reply: TaskReply) -> CellRow:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from weightsmith.fleets.rows import (
     RUNNING,
     WAITING,
     CellRow,
+    Changed,
     FleetRows,
     SharedRow,
     Spent,
@@ -46,9 +47,6 @@ _UPLOAD = 3600.0
 """Seconds that a shared task waits for its uploads."""
 _TURN = 1.0
 """Seconds between two looks at what runs."""
-
-Changed = Callable[[FleetRows], None]
-"""Is told how the fleet stands, whenever that changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +92,17 @@ class FleetRun:
         What is cached is finished here, without the engine. Raises EnvironmentFailure if the
         engine fails; an interrupt ends all tasks. What was finished is kept in either case.
         """
-        self._begin()
+        for task in self.graph.tasks:
+            if task.kind == CELL:
+                row = CellRow(adapter=task.cells[0].adapter, target=task.cells[0].target)
+                self._rows[task.id] = failed(row, task.failure) if task.failure else row
+            else:
+                self._rows[task.id] = SharedRow(
+                    task=task.name, kind=task.kind, cells=len(task.cells)
+                )
+            if task.failure:
+                self._done.add(task.id)
+        self._tell()
         try:
             self._finish_cached()
             if not self._is_over():
@@ -103,7 +111,7 @@ class FleetRun:
                 self._submit()
                 for ended in self.engine.wait(_TURN):
                     self._take(ended)
-                self._look()
+                self._say_what_runs()
         finally:
             try:
                 self.engine.close()
@@ -125,19 +133,6 @@ class FleetRun:
             seconds=round(time.monotonic() - self._began, 3),
             stages={name: dict(row) for name, row in self._spent.stages.items()},
         )
-
-    def _begin(self) -> None:
-        for task in self.graph.tasks:
-            if task.kind == CELL:
-                row = CellRow(adapter=task.cells[0].adapter, target=task.cells[0].target)
-                self._rows[task.id] = failed(row, task.failure) if task.failure else row
-            else:
-                self._rows[task.id] = SharedRow(
-                    task=task.name, kind=task.kind, cells=len(task.cells)
-                )
-            if task.failure:
-                self._done.add(task.id)
-        self._tell()
 
     def _finish_cached(self) -> None:
         """Finish what needs no stage to be run: nothing is given to the engine for it."""
@@ -263,7 +258,12 @@ class FleetRun:
         for name, platforms in pinned.get("bases", {}).items():
             bases[name] = {**platforms, **bases.get(name, {})}
         self._lock = replace(before, sources={**sources, **before.sources}, bases=bases)
-        self._put_reports(reply)
+        try:  # a node with a folder of its own has sent its reports: they go where the user's are
+            reports = {name: base64.b64decode(text) for name, text in reply.files.items()}
+            if reports:  # all at once: the disk is waited for once for each folder
+                write_folder(self.order.dist, reports)
+        except ValueError as error:
+            self.tools.progress.warn(f"the reports of {reply.node} did not arrive whole: {error}")
         row, failure = self._rows[task.id], reply.error
         if isinstance(row, CellRow):
             row = of_reply(row, reply)
@@ -294,18 +294,7 @@ class FleetRun:
             self._change(task, state=ENDED, error=failure.message)
         self._tell()
 
-    def _put_reports(self, reply: TaskReply) -> None:
-        """Put the reports of a node with a folder of its own where the user's are."""
-        try:
-            inside = {name: base64.b64decode(text) for name, text in reply.files.items()}
-        except ValueError as error:
-            self.tools.progress.warn(f"the reports of {reply.node} did not arrive whole: {error}")
-            return
-        if inside:  # all at once: the disk is waited for once for each folder
-            write_folder(self.order.dist, inside)
-
-    def _look(self) -> None:
-        """Say which tasks run now."""
+    def _say_what_runs(self) -> None:
         running, before = self.engine.running(), dict(self._rows)
         for task in self.graph.tasks:
             if task.id in self._given and task.id not in self._done:
