@@ -64,9 +64,7 @@ def test_a_reply_that_no_table_could_show_is_a_failure_of_its_node(row: Any) -> 
 
 
 def test_a_row_comes_back_as_it_went() -> None:
-    built = CellSummary(
-        verdict="not proven", score=0.5, interval=(0.25, 0.75), digest="sha256:1", n=3
-    )
+    built = CellSummary(verdict="not proven", score=0.5, interval=(0.25, 0.75), digest="sha256:1")
     reply = TaskReply(id="1", node="far", seconds=1.0, cpu_seconds=1.0, row=built)
 
     assert _read(Ended(id="1", node="far", text=json.dumps(reply.to_json()))) == reply

@@ -69,7 +69,7 @@ def test_kubernetes_takes_the_deployment_and_its_service(config, version):
 
 
 def test_the_pod_is_asked_for_what_was_planned(config):
-    deployment, service = documents(config, "kubernetes.yaml")
+    deployment, ours = documents(config, "kubernetes.yaml")
     template = deployment["spec"]["template"]
     (container,) = template["spec"]["containers"]
     plan = config.plan
@@ -81,6 +81,11 @@ def test_the_pod_is_asked_for_what_was_planned(config):
     assert int(container["resources"]["limits"]["memory"]) == plan.memory_limit_bytes
     gpus = [value for key, value in container["resources"]["limits"].items() if "gpu" in key]
     assert gpus == ([plan.gpus] if plan.gpus else [])
+    # NVIDIA's hook, which brings the GPU in, writes to the container's root.
+    assert container["securityContext"]["readOnlyRootFilesystem"] is not bool(plan.gpus)
+    compose = documents(config, "compose.yaml")[0]["services"]["model"]
+    assert compose["read_only"] is True
+    assert ("deploy" in compose) == any("nvidia" in key for key in container["resources"]["limits"])
     probe = container["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
     assert template["spec"]["securityContext"]["runAsNonRoot"] is True
@@ -88,7 +93,7 @@ def test_the_pod_is_asked_for_what_was_planned(config):
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert "/tmp" in mounted
     assert ("/dev/shm" in mounted) == (plan.shm_bytes > 0)
-    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+    assert ours["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
 
 
 def test_kserve_takes_its_documents(config):
@@ -215,10 +220,8 @@ def test_production_stack_takes_its_values(target):
 
 
 def test_only_vllm_has_values_for_vllms_chart(config):
-    assert ("production-stack.yaml" in config.files) == config.target.startswith("vllm")
-    assert ("production-stack.yaml" in config.files["README.md"]) == config.target.startswith(
-        "vllm"
-    )
+    for places in (config.files, config.files["README.md"]):
+        assert ("production-stack.yaml" in places) == config.target.startswith("vllm")
 
 
 VOLUME = f"registry.example.com:5000/ml/support:1.0-vllm-volume@{Digest.of(b'weights')}"
@@ -313,15 +316,26 @@ def test_compose_takes_its_file(config, tmp_path):
 
 
 @pytest.mark.grid(4)
-@pytest.mark.parametrize("name", ['a: b"', "#x", "${HOME}", "$(x)", "{{ name }}", "ümläut 🦙"])
+@pytest.mark.parametrize(
+    "name",
+    ['a: b"', "back\\slash", "#x", "${HOME} $$ $(x)", "{{ name }} - [x] {y}", "ümläut 🦙",
+     "'; rm -rf / #"],
+)  # fmt: skip
 @pytest.mark.parametrize("target", CASES)
 def test_no_name_breaks_a_manifest(target, name):
-    config = rendered(target, name=name, image=f"example.com/{name}")
+    image = f"example.com/{name}"
+    config = rendered(target, name=name, image=image)
 
     for file in (name for name in config.files if name.endswith(".yaml")):
         assert documents(config, file)
-    for document in documents(config, "kubernetes.yaml"):
+    deployment, service = documents(config, "kubernetes.yaml")
+    for document in (deployment, service):
         kubernetes_validate.validate(document, "1.35", strict=True)
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == image
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", deployment["metadata"]["name"])
+    # Compose itself reads `$$` as one dollar sign.
+    (compose,) = documents(config, "compose.yaml")
+    assert compose["services"]["model"]["image"].replace("$$", "$") == image
 
 
 def test_the_readme_says_how_to_ask(config):

@@ -55,6 +55,7 @@ def wanted(name="q4_k_m", texts=TEXTS):
 
 
 def test_a_second_type_takes_the_importance_matrix_of_the_first(checkpoint, tools):
+    """Nothing is made again, and other texts are measured anew."""
     first = quantize(checkpoint, wanted("q4_k_m"), InStore(tools.store), tools).value
     second = quantize(checkpoint, wanted("iq4_xs"), InStore(tools.store), tools).value
 
@@ -62,14 +63,11 @@ def test_a_second_type_takes_the_importance_matrix_of_the_first(checkpoint, tool
     assert second.details["given"] == "measured"
     assert [file.path for file in first.tree.files] == ["demo.gguf"]
 
-
-def test_other_texts_measure_again(checkpoint, tools):
-    quantize(checkpoint, wanted(), InStore(tools.store), tools)
+    quantize(checkpoint, wanted("q4_k_m"), InStore(tools.store), tools)
+    assert len(tools.runner.jobs) == 2
     fewer = replace(TEXTS, calibration=TEXTS.calibration[:-1])
-
-    again = quantize(checkpoint, wanted("iq4_xs", fewer), InStore(tools.store), tools).value
-
-    assert again.details["given"] == ""
+    other = quantize(checkpoint, wanted("iq4_xs", fewer), InStore(tools.store), tools).value
+    assert other.details["given"] == ""
 
 
 def test_importance_of_a_walk_is_measured_again_with_other_kernels(monkeypatch):
@@ -97,19 +95,6 @@ def test_a_walk_is_kept_under_a_key_of_its_own(checkpoint, tools):
 
     assert [made.details["given"] for made in (first, again)] == ["", "measured"]
     assert tools.store.find(stage.walked_inputs(checkpoint.digest, TEXTS).key)
-
-
-def test_the_same_wish_is_not_quantized_again(checkpoint, tools):
-    quantize(checkpoint, wanted(), InStore(tools.store), tools)
-    quantize(checkpoint, wanted(), InStore(tools.store), tools)
-
-    assert len(tools.runner.jobs) == 1
-
-
-def test_calibration_text_changes_nothing_for_a_type_that_measures_nothing(checkpoint, tools):
-    quantize(checkpoint, wanted("q8_0", None), InStore(tools.store), tools)
-
-    assert of_format("q8_0").calibrated(formats()["q8_0"], wanted("q8_0").options) is False
 
 
 def test_one_pass_begins_with_the_same_format_whichever_is_asked_for_first(checkpoint, tools):
@@ -179,6 +164,8 @@ def test_a_killed_quantization_does_not_repeat_what_it_finished(request_):
 
     assert (request_.output / "first").read_text() == "x"
     assert (request_.output / "second").read_text() == "x"
+    run((python(add("first") + "  "),), request_)  # another command
+    assert (request_.output / "first").read_text() == "xx"
 
 
 def test_what_was_done_is_forgotten_by_one_deletion(request_):
@@ -202,13 +189,6 @@ def test_a_converters_exception_is_about_its_input(request_, ends, error, withou
         run((python(ends, reads="the model"),), request_)
     with pytest.raises(without_input):
         run((python(ends),), request_)
-
-
-def test_a_step_of_another_command_is_run_again(request_):
-    run((python(add("first")),), request_)
-    run((python(add("first") + "  "),), request_)
-
-    assert (request_.output / "first").read_text() == "xx"
 
 
 def test_what_a_step_needs_no_more_is_removed_after_it(request_):
@@ -243,7 +223,6 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
             jobs.STAGES["quantize"](job, lambda *_: None)
 
     assert (request_.output / "first").read_text() == "xx"
-    assert Path(request_.output).is_dir()
 
 
 def job_of(request_, *siblings):

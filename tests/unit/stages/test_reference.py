@@ -65,6 +65,10 @@ TWO = {"base": EvaluatedModel(model=Tree(root=Path("base"), files=()))}
 TWO["adapter"] = EvaluatedModel(model=Tree(root=Path("base"), files=()), weights=(0.5,))
 
 
+def tools_of(runner: Runner) -> Any:
+    return SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
+
+
 def one_question() -> Task:
     item = Item(messages=({"role": "user", "content": "2 + 2?"},), expected=("4",), line=1)
     return Task(items=(item,), metric="contains", max_tokens=4)
@@ -72,7 +76,7 @@ def one_question() -> Task:
 
 def test_an_interrupted_job_leaves_what_the_next_one_goes_on_with(tmp_path: Path) -> None:
     runner, store = Runner(), FileStore(tmp_path)
-    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
+    tools = tools_of(runner)
     runner.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         answers(TWO, one_question(), InStore(store), tools)
@@ -116,7 +120,7 @@ def several(count: int) -> dict[str, EvaluatedModel]:
 def test_what_a_job_has_finished_is_not_asked_again(tmp_path: Path, error: BaseException) -> None:
     """Also of other recipes: all but the first one's, which stay in its folder."""
     runner, store = Half(error), FileStore(tmp_path)
-    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
+    tools = tools_of(runner)
     five, task = several(5), one_question()
     with pytest.raises(type(error)):
         answers(five, task, InStore(store), tools)
@@ -136,7 +140,7 @@ def test_what_a_killed_build_has_left_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, store = Half(KeyboardInterrupt()), FileStore(tmp_path)
-    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
+    tools = tools_of(runner)
     five, task = several(5), one_question()
     monkeypatch.setattr("weightsmith.stages.reference._keep", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):

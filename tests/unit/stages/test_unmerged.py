@@ -48,6 +48,14 @@ def snapshot(folder: Path) -> Snapshot:
     return Snapshot(tree=tree, source=str(folder), pin="", pinned=True)
 
 
+def changed(folder: Path, **changes: Any) -> Sources:
+    """The base with a copy of the first adapter, whose configuration is another one."""
+    shutil.copytree(TINY / "adapters" / "a", folder, dirs_exist_ok=True)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return sources(AdapterSnapshot(snapshot=snapshot(folder)))
+
+
 def sources(*adapters: AdapterSnapshot) -> Sources:
     return Sources(base=snapshot(TINY / "base"), adapters=adapters)
 
@@ -56,15 +64,16 @@ A = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "a"))
 B = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "b"), version="v2")
 
 
-def rendered(made: Sources, **wishes):
+def rendered(made: Sources, target: str = "vllm-lora", **wishes):
+    gguf = target.startswith("llamacpp")
     return render(
-        target=all_targets()["vllm-lora"],
+        target=all_targets()[target],
         name="capitals",
         version="1",
         model=facts(json.loads((TINY / "base" / "config.json").read_text())),
-        model_file="",
+        model_file="capitals.gguf" if gguf else "",
         weight_bytes=unmerged(made).tree.size,
-        options=ServeOptions(adapters=served_adapters(made), **wishes),
+        options=ServeOptions(adapters=served_adapters(made, gguf=gguf), **wishes),
         image="",
         made_from=(),
     )
@@ -81,14 +90,15 @@ def test_base_and_adapters_lie_side_by_side_and_nothing_is_copied():
     for entry in tree.files:
         data = tree.path(entry.path).read_bytes()
         assert entry.digest.hex == hashlib.sha256(data).hexdigest()
+    base = (TINY / "base" / "model.safetensors").stat().st_size
+    assert base_weight_bytes(artifact) == base
 
 
 def test_an_adapters_size_is_what_its_engine_loads(tmp_path):
     """llama.cpp, which has them in float32, said `LoRA buffer size = 0.69 MiB` of 56 tensors."""
-    shutil.copytree(TINY / "adapters" / "a", tmp_path, dirs_exist_ok=True)
+    changed(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    half = {name: tensor.half() for name, tensor in load_file(path).items()}
-    save_file(half, path)
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
     made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
 
     (gguf,), (vllm,) = served_adapters(made, gguf=True), served_adapters(made)
@@ -98,8 +108,7 @@ def test_an_adapters_size_is_what_its_engine_loads(tmp_path):
 
 def test_the_experts_of_a_layer_are_one_matrix(tmp_path):
     """llama.cpp's converter stacks them."""
-    config = (TINY / "adapters" / "a" / "adapter_config.json").read_text()
-    (tmp_path / "adapter_config.json").write_text(config)
+    changed(tmp_path)
     modules = [
         f"layers.0.mlp.experts.{n}.{part}_proj" for n in range(64) for part in ("up", "down")
     ]
@@ -114,12 +123,7 @@ def test_the_experts_of_a_layer_are_one_matrix(tmp_path):
     assert (one.matrices, one.weight_bytes) == (2, 256 * 64 * 4)
 
 
-def test_the_bases_weights_are_told_apart_from_the_adapters():
-    base = (TINY / "base" / "model.safetensors").stat().st_size
-    assert base_weight_bytes(unmerged(sources(A, B))) == base
-
-
-def test_a_single_adapter_is_served_under_the_models_name():
+def test_a_single_adapter_is_served_under_the_models_name_and_several_under_their_own():
     config = rendered(sources(A), gpu="nvidia-l4")
     told = yaml.safe_load(config.files["vllm.yaml"])
 
@@ -128,8 +132,6 @@ def test_a_single_adapter_is_served_under_the_models_name():
     assert told["lora-modules"] == ["capitals=/models/adapters/a"]
     assert (told["enable-lora"], told["max-loras"], told["max-lora-rank"]) == (True, 1, 8)
 
-
-def test_several_adapters_keep_their_names():
     told = yaml.safe_load(rendered(sources(A, B), gpu="nvidia-l4").files["vllm.yaml"])
 
     assert told["served-model-name"] == "capitals"
@@ -145,12 +147,8 @@ def test_adapters_take_memory_of_their_own():
     kv = config["num_key_value_heads"] * config["head_dim"]
 
     # Inputs and outputs of seven linear layers, of rank 8 and two bytes each.
-    each = (
-        8
-        * 2
-        * config["num_hidden_layers"]
-        * (4 * hidden + 2 * heads + 2 * kv + 3 * (hidden + inner))
-    )
+    of_a_layer = 8 * 2 * (4 * hidden + 2 * heads + 2 * kv + 3 * (hidden + inner))
+    each = config["num_hidden_layers"] * of_a_layer
     assert two.overhead_bytes - one.overhead_bytes == each
 
 
@@ -168,43 +166,22 @@ def test_adapters_take_memory_of_their_own():
     ],
 )
 def test_what_engines_do_not_add_at_run_time_is_refused(tmp_path, change, says):
-    config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
-
     with pytest.raises(InputRefused, match=says):
-        served_adapters(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))))
+        served_adapters(changed(tmp_path, **change))
 
 
 def test_the_largest_rank_counts_and_has_a_limit(tmp_path):
-    shutil.copytree(TINY / "adapters" / "a", tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "r": 65}))
-    made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
+    made = changed(tmp_path, r=65)
     assert served_adapters(made)[0].rank == 65
     assert rendered(made, gpu="nvidia-l4").plan.settings["max-lora-rank"] == 128
 
-    path.write_text(json.dumps({**config, "r": 1024}))
     with pytest.raises(UsageError, match="rank 1024"):
-        rendered(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gpu="nvidia-l4")
+        rendered(changed(tmp_path, r=1024), gpu="nvidia-l4")
 
 
 def test_llamacpp_adds_one_adapter_always_and_of_several_none():
     def command(*adapters):
-        made = sources(*adapters)
-        return render(
-            target=all_targets()["llamacpp-lora"],
-            name="capitals",
-            version="1",
-            model=facts(json.loads((TINY / "base" / "config.json").read_text())),
-            model_file="capitals.gguf",
-            weight_bytes=8 << 20,
-            options=ServeOptions(
-                adapters=served_adapters(made, gguf=True), host_memory_bytes=1 << 33
-            ),
-            image="",
-            made_from=(),
-        ).command
+        return rendered(sources(*adapters), "llamacpp-lora", host_memory_bytes=1 << 33).command
 
     assert command(A) == ("--lora", "/models/adapters/a.gguf")
     both = "/models/adapters/a.gguf,/models/adapters/b-v2.gguf"
@@ -212,16 +189,11 @@ def test_llamacpp_adds_one_adapter_always_and_of_several_none():
 
 
 def test_llamacpp_reads_ranks_and_no_other_scaling(tmp_path):
-    shutil.copytree(TINY / "adapters" / "a", tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "rank_pattern": {"q_proj": 16}}))
-    made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
+    made = changed(tmp_path, rank_pattern={"q_proj": 16})
     assert served_adapters(made, gguf=True)[0].rank == 16
 
-    path.write_text(json.dumps({**config, "use_rslora": True}))
     with pytest.raises(InputRefused, match="use_rslora"):
-        served_adapters(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gguf=True)
+        served_adapters(changed(tmp_path, rank_pattern={}, use_rslora=True), gguf=True)
 
 
 def test_weights_and_double_names_are_refused():

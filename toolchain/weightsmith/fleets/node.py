@@ -227,13 +227,10 @@ def _row_of(record: BuildRecord, report: Path, reference: str) -> CellSummary:
         score=score.score if score else None,
         answered=answered,
         interval=score.interval if score else None,
-        n=score.n if score else 0,
         drop=drops[0].drop if drops else None,
         size=record.artifact.size if record.artifact else None,
         digest=image.digest if image and not record.refused else None,
         image=reference,
         report=str(report),
-        created=record.created,
         uploaded_bytes=image.uploaded_bytes if image else 0,
-        mounted=image.mounted if image else 0,
     )

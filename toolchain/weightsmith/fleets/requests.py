@@ -83,17 +83,12 @@ class CellSummary(JsonObject):
     score: float | None = None
     answered: str = ""
     interval: tuple[float, ...] | None = None
-    n: int = 0
-    """Questions."""
     drop: float | None = None
     size: int | None = None
     digest: str | None = None
     image: str = ""
     report: str = ""
-    created: str = ""
     uploaded_bytes: int = 0
-    mounted: int = 0
-    """Layers."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a verdict that there is not."""

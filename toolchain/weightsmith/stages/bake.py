@@ -178,10 +178,20 @@ def _made(
     settings = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
+    added = ImageConfig(user=USER, labels=labels)
+    if config:
+        added = replace(
+            added,
+            env=dict(sorted(config.env.items())),  # an order that survives the label
+            entrypoint=config.entrypoint or None,
+            cmd=config.command,
+            ports=(config.port,),
+            healthcheck=Healthcheck(command=config.healthcheck) if config.healthcheck else None,
+        )
     image = assemble_in_roles(
         weights,
         (TarLayer(members=settings),) if settings else (),
-        _added(config, labels),
+        added,
         base,
         inputs.base_name,
         order=inputs.order,
@@ -276,20 +286,6 @@ def _licenses(tree: Tree) -> tuple[str, ...]:
     names = [file.path for file in tree.files if _LICENSE.fullmatch(file.path)]
     small = [name for name in sorted(names) if tree.path(name).stat().st_size <= _LARGEST_LICENSE]
     return tuple(tree.path(name).read_text("utf-8", "replace") for name in small)
-
-
-def _added(config: ServingConfig | None, labels: Mapping[str, str]) -> ImageConfig:
-    if config is None:
-        return ImageConfig(user=USER, labels=labels)
-    return ImageConfig(
-        user=USER,
-        env=dict(sorted(config.env.items())),  # an order that survives the label
-        entrypoint=config.entrypoint or None,
-        cmd=config.command,
-        ports=(config.port,),
-        healthcheck=Healthcheck(command=config.healthcheck) if config.healthcheck else None,
-        labels=labels,
-    )
 
 
 Images = tuple[ImageMaterials, ...]

@@ -99,32 +99,6 @@ class ImageEvaluation:
             },
         )
 
-    @property
-    def spec(self) -> StartSpec:
-        """How to start the image."""
-        return StartSpec(
-            port=self.config.port,
-            env=idle_cpus(self.engine.threads_variable),
-            port_variable=self.engine.port_variable,
-            host_variable=self.engine.host_variable,
-            memory_bytes=self.config.plan.memory_limit_bytes,
-            shm_bytes=self.config.plan.shm_bytes,
-            use_gpu=not is_cpu(self.config.plan.device),
-        )
-
-    @property
-    def promise(self) -> Promise:
-        """What the checks require from the server."""
-        return Promise(
-            served=Served(name=self.config.served_name, chat=self.chat),
-            health_path=self.config.health_path,
-            max_model_len=self.config.plan.max_model_len,
-            max_num_seqs=self.config.plan.max_num_seqs,
-            start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
-            sees=takes_pictures(self.artifact),
-            parts=self.parts,
-        )
-
 
 def takes_pictures(artifact: Artifact) -> bool:
     """Return whether the started engine takes pictures: not of a GGUF file without a projector."""
@@ -146,12 +120,30 @@ def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, JsonValue]]:
 
 def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> None:
     """Start the image, check it, and ask every question without a cached answer."""
-    smoke, promise = Smoke(), evaluation.promise
-    if evaluation.engine.lets_requests_end(evaluation.config.plan) or has_own_engine(image.labels):
+    config, engine, smoke = evaluation.config, evaluation.engine, Smoke()
+    spec = StartSpec(
+        port=config.port,
+        env=idle_cpus(engine.threads_variable),
+        port_variable=engine.port_variable,
+        host_variable=engine.host_variable,
+        memory_bytes=config.plan.memory_limit_bytes,
+        shm_bytes=config.plan.shm_bytes,
+        use_gpu=not is_cpu(config.plan.device),
+    )
+    seconds = max(_START_SECONDS, evaluation.artifact.tree.size / _SLOWEST_DISK)
+    promise = Promise(
+        served=Served(name=config.served_name, chat=evaluation.chat),
+        health_path=config.health_path,
+        max_model_len=config.plan.max_model_len,
+        max_num_seqs=config.plan.max_num_seqs,
+        start_seconds=seconds,
+        sees=takes_pictures(evaluation.artifact),
+        parts=evaluation.parts,
+    )
+    if engine.lets_requests_end(config.plan) or has_own_engine(image.labels):
         promise = replace(promise, grace_seconds=GRACE_SECONDS)
-    health, seconds = promise.health_path, promise.start_seconds
     with start(
-        name, evaluation.spec, tools, health_path=health, seconds=seconds, smoke=smoke
+        name, spec, tools, health_path=config.health_path, seconds=seconds, smoke=smoke
     ) as session:
         check_serving(smoke, session, promise)
         for question in evaluation.questions:
@@ -227,7 +219,8 @@ class EvaluateStep(UnforeseenStep[Trial]):
                 " /v1/completions, as its users should do"
             )
         if missing := what_is_missing(image, tools):
-            pictures = "; no picture was tried either" if evaluation.promise.sees else ""
+            sees = takes_pictures(evaluation.artifact)
+            pictures = "; no picture was tried either" if sees else ""
             tools.progress.warn(why_not_started(image, tools) + pictures)
             unasked = tuple(replace(question.result, not_started=missing) for question in questions)
             return timer.done(Trial(results=unasked), cached=False)

@@ -58,6 +58,10 @@ def inputs(
     sources: Sources, options: Merge, checkpoint: Digest, items: Sequence[Messages]
 ) -> StageInputs:
     """Return everything that the result of a validation depends on."""
+    keyed: Mapping[str, JsonValue] | None = None
+    if rule := mixture(options.method, options.space, options.density, options.rank):
+        keyed = {"gain": rule.gain, "mean": rule.mean}
+        keyed = {"truncates": True, "rank": rule.rank} if rule.truncates else keyed
     return StageInputs(
         stage="validate",
         recipe_number=RECIPE_NUMBER,
@@ -66,9 +70,7 @@ def inputs(
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
             "scope": scope(options.method, options.space, options.quantized_base),
-            "mixture": _keyed(
-                mixture(options.method, options.space, options.density, options.rank)
-            ),
+            "mixture": keyed,
             "checkpoint": checkpoint,
             "probes": key_of([[dict(message) for message in item] for item in items]),
             "builder": builder_pins(BUILDER),
@@ -100,12 +102,6 @@ def mixture(
         return None
     gain = 1 / density if density and method.startswith("dare") else 1.0
     return CombinationRule(gain=gain, mean=method.endswith("ties"))
-
-
-def _keyed(rule: CombinationRule | None) -> Mapping[str, JsonValue] | None:
-    if rule and rule.truncates:
-        return {"truncates": True, "rank": rule.rank}
-    return {"gain": rule.gain, "mean": rule.mean} if rule else None
 
 
 def validate(

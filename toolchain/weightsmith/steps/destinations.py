@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import folder_lock, sync_folder, write_folder
@@ -47,34 +46,6 @@ class StoredDocument:
     cached: bool
 
 
-class Documents(Protocol):
-    """Stores results that are one JSON document."""
-
-    def document(
-        self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False
-    ) -> StoredDocument:
-        """Return the JSON from `make(folder)`; a store saves it as the file `name`.
-
-        With `resume`, the folder has the temporary files that an interrupted run left, if any.
-        """
-
-    def find(self, inputs: Inputs) -> Tree | None:
-        """Return the stored result for these inputs, or None."""
-
-
-class Destination(Documents, Protocol):
-    """Stores a stage's result; the stage does not know where."""
-
-    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> StoreEntry:
-        """Return the files; call `make(folder)` if they do not exist.
-
-        With `resume`, the folder has the files that an interrupted run left.
-        """
-
-    def keep(self, inputs: Inputs, file: Path) -> None:
-        """Store a stage's by-product for other stages, if this destination stores any."""
-
-
 @dataclass(frozen=True, slots=True)
 class InStore:
     """Saves results in the store, with their inputs as the key."""
@@ -82,14 +53,20 @@ class InStore:
     store: Store
 
     def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> StoreEntry:
-        """Return the store's entry; make it if it does not exist."""
+        """Return the files; call `make(folder)` if they do not exist.
+
+        With `resume`, the folder has the files that an interrupted run left.
+        """
         stage = inputs()
         return self.store.produce(stage.key, stage.note, make, resume=resume)
 
     def document(
         self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False
     ) -> StoredDocument:
-        """Return the document of the store's entry; make it if it does not exist."""
+        """Return the JSON from `make(folder)`, which the store saves as the file `name`.
+
+        With `resume`, the folder has the temporary files that an interrupted run left, if any.
+        """
 
         def written(folder: Path) -> Mapping[str, JsonValue]:
             text = json.dumps(make(folder), ensure_ascii=False)
@@ -165,6 +142,12 @@ class InFolder(Unkept):
 
     def keep(self, _inputs: Inputs, _file: Path) -> None:
         """Do nothing: by-products are not stored."""
+
+
+Documents = InStore | Unkept
+"""Where a stage's result goes that is one JSON document; the stage does not know."""
+Destination = InStore | InFolder
+"""The same of files."""
 
 
 @contextmanager
