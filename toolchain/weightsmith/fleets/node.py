@@ -107,13 +107,7 @@ def answer(request: TaskRequest, tools: Tools) -> TaskReply:
 
 def _do(request: TaskRequest, home: Path, result: _Result, tools: Tools) -> None:
     tools = replace(tools, two_at_once=lambda: False)  # other tasks use the other CPUs and memory
-    unpack(request, home, tools)
-    # Its recipe is checked as a user's, and has the fleet's lock beside it.
-    recipe, path = check_recipe(request.recipe, request.adapter), home / "recipe.yaml"
-    lock = {"sources": {}, "bases": {}, **request.lock}
-    path.with_suffix(".lock").write_text(json.dumps(lock), "utf-8")
-    file = RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
-    given = request.outputs
+    file, given = _written(request, home, tools), request.outputs
     layout, push = given.get("layout"), bool(given.get("push"))
     asked = BuildRequest(
         file=file,
@@ -184,6 +178,15 @@ def _left_to_cells(tools: Tools, *kinds: type[WeightsmithError]) -> Iterator[Non
         yield
     except kinds as error:
         tools.progress.warn(f"{error.message}; the cells that need it will say so")
+
+
+def _written(request: TaskRequest, home: Path, tools: Tools) -> RecipeFile:
+    """Write what a recipe names into a folder, and the lock; check the recipe as a user's."""
+    unpack(request, home, tools)
+    recipe, path = check_recipe(request.recipe, request.adapter), home / "recipe.yaml"
+    lock = {"sources": {}, "bases": {}, **request.lock}
+    path.with_suffix(".lock").write_text(json.dumps(lock), "utf-8")
+    return RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
 
 
 def _dist(request: TaskRequest, home: Path) -> Path:
