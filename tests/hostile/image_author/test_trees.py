@@ -139,6 +139,9 @@ def layers_of(data: bytes, packed: bool = False) -> Layer:
 
 HEADERS = {
     "2,000 extended headers": pax(comment="x") * 2000 + entry("a").tobuf(),
+    "2 MB of an extended header": tar_of((entry("x", tarfile.XHDTYPE), bytes(2 << 20))),
+    "2 MB of a global header": tar_of((entry("x", tarfile.XGLTYPE), bytes(2 << 20))),
+    "2 MB of a long name": tar_of((entry("x", tarfile.GNUTYPE_LONGNAME), bytes(2 << 20))),
     "2,000 long names": (entry("././@LongLink", tarfile.GNUTYPE_LONGNAME).tobuf()) * 2000,
     "2,000 global headers": pax(tarfile.XGLTYPE, comment="x") * 2000,
     "a size below nothing": pax(size="-1024") + entry("a").tobuf(),

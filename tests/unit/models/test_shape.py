@@ -13,26 +13,35 @@ LLAMA_8B = {name: value for name, value in configs.LLAMA_8B.items() if name != "
 LLAMA_8B |= {"torch_dtype": "bfloat16"}  # as transformers 4 spells it
 
 
-def test_reads_a_llama_config():
-    shape = shape_of(LLAMA_8B)
-
-    assert (shape.layers, shape.kv_heads, shape.head_dim, shape.v_head_dim) == (32, 8, 128, 128)
-    assert (shape.max_positions, shape.vocab, shape.dtype) == (131072, 128256, "bfloat16")
-    assert shape.sliding_layers == 0
-
-
-def test_reads_the_nested_text_config_of_a_multimodal_model():
-    inner = {key: value for key, value in LLAMA_8B.items() if key != "architectures"}
-
-    shape = shape_of({"architectures": ["Gemma3"], "text_config": inner})
-
-    assert (shape.architecture, shape.layers) == ("Gemma3", 32)
+INNER = {key: value for key, value in LLAMA_8B.items() if key != "architectures"}
+SLIDING = {"sliding_window": 1024, "layer_types": ["sliding_attention", "full_attention"] * 16}
+LATENT = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
 
 
-def test_heads_without_groups_are_their_own_and_head_dim_wins_over_the_quotient():
-    shape = shape_of({**LLAMA_8B, "num_key_value_heads": None, "head_dim": 256})
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        (LLAMA_8B, {"layers": 32, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128}),
+        (LLAMA_8B, {"max_positions": 131072, "vocab": 128256, "dtype": "bfloat16"}),
+        (LLAMA_8B, {"sliding_layers": 0}),
+        ({"architectures": ["Gemma3"], "text_config": INNER}, {"architecture": "Gemma3"}),
+        ({"architectures": ["Gemma3"], "text_config": INNER}, {"layers": 32}),
+        (LLAMA_8B | {"num_key_value_heads": None, "head_dim": 256}, {"kv_heads": 32}),
+        (LLAMA_8B | {"num_key_value_heads": None, "head_dim": 256}, {"head_dim": 256}),
+        (LLAMA_8B | SLIDING, {"sliding_layers": 16}),
+        (LLAMA_8B | SLIDING | {"use_sliding_window": False}, {"sliding_layers": 0}),
+        (LLAMA_8B | LATENT, {"kv_lora_rank": 512, "rope_head_dim": 64, "head_dim": 192}),
+    ],
+)
+def test_what_a_config_says(config, read):
+    shape = shape_of(config)
 
-    assert (shape.kv_heads, shape.head_dim) == (32, 256)
+    assert {name: getattr(shape, name) for name in read} == read
 
 
 def test_feed_forward_networks_may_differ_in_width():
@@ -50,21 +59,6 @@ def test_a_model_of_states_alone_is_refused_by_its_kind(kind):
 
     with pytest.raises(InputRefused, match="states instead of attention"):
         shape_of(config | {"architectures": [f"{kind}ForCausalLM"]})
-
-
-def test_counts_sliding_layers():
-    kinds = ["sliding_attention", "full_attention"] * 16
-    config = {**LLAMA_8B, "sliding_window": 1024, "layer_types": kinds}
-
-    assert shape_of(config).sliding_layers == 16
-    assert shape_of({**config, "use_sliding_window": False}).sliding_layers == 0
-
-
-def test_latent_attention_has_its_ranks():
-    ranks = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
-    shape = shape_of({**LLAMA_8B, **ranks, "v_head_dim": 128})
-
-    assert (shape.kv_lora_rank, shape.rope_head_dim, shape.head_dim) == (512, 64, 192)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 from weightsmith.api.commands.images import describe
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Digest
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
-from weightsmith.oci.image import Image, assemble, load_image
+from weightsmith.oci.image import assemble, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 
@@ -183,17 +182,3 @@ def test_malformed_manifests_are_refused(change):
 def test_malformed_configurations_are_refused(config):
     with pytest.raises(InputRefused):
         foreign_image(b"x", config=config)
-
-
-def test_read_again_is_the_same(tmp_path):
-    image = tiny_image(tmp_path)
-    blobs = {blob.digest: b"".join(opener()) for blob, opener in image.blobs()}
-    again: Image = load_image(
-        image.manifest_bytes,
-        image.media_type,
-        read=lambda blob: blobs[blob.digest],
-        opener=lambda blob: lambda: iter((blobs[blob.digest],)),
-        where="x",
-    )
-    assert again.digest == image.digest == Digest.of(image.manifest_bytes)
-    assert describe(again) == describe(image)

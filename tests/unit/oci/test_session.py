@@ -159,22 +159,6 @@ def test_no_secret_in_a_message(fake, image):
     assert "hush" not in str(caught.value)
 
 
-def test_a_redirect_to_another_host_gets_no_authorization(fake, image):
-    fake.auth = "basic"
-    with (
-        fake_registry() as other,
-        Registry(credentials=lambda _: (fake.user, fake.password)) as client,
-    ):
-        client.push(image, at(fake))
-        layer = image.layers[0]
-        path = f"/v2/team/app/blobs/{layer.digest}"
-        other.blobs["team/app", layer.digest] = b"".join(layer.open())
-        pulled = client.pull(at(fake), platform="linux/amd64")
-        fake.faults = [("GET", path, f"redirect:{other.url}{path}?signature=abc")]
-        assert b"".join(pulled.layers[0].open()) == b"".join(layer.open())
-        assert other.authorizations == [(path, "")]
-
-
 def test_a_proxy_is_not_asked_for_this_machine(fake, image, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "localhost,::1,fd00::/8")

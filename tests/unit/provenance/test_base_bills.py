@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.ports import Silent
-from weightsmith.core.values import Digest, canonical
+from weightsmith.core.values import Blob, Digest, canonical
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
+from weightsmith.oci.manifests import described
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.bills import read_bills
@@ -51,22 +52,17 @@ class Base:
                 b'{"predicate":{}}', kind, **{predicate: "https://slsa.dev/provenance/v1"}
             ),
         ]
-        config, *layers = [
-            _row(p.blob.digest, p.blob.size, p.blob.media_type, annotations=dict(p.annotations))
-            for p in parts
-        ]
+        config, *layers = [described(part.blob, part.annotations) for part in parts]
         document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers}
         told = canonical(document)
         bare = Reference(self.place.registry, self.place.repository)
         self.client.push_manifest(bare, told, MANIFEST, [(p.blob, p.open) for p in parts])
         notes = {"vnd.docker.reference.type": "attestation-manifest",
                  "vnd.docker.reference.digest": about or self.image.digest}  # fmt: skip
-        rows = [
-            _row(self.image.digest, self.image.manifest_blob.size, MANIFEST,
-                 platform={"os": "linux", "architecture": "amd64"}),
-            _row(Digest.of(told), len(told), MANIFEST, annotations=notes,
-                 platform={"os": "unknown", "architecture": "unknown"}),
-        ]  # fmt: skip
+        blob = Blob(digest=Digest.of(told), size=len(told), media_type=MANIFEST)
+        here = {"platform": {"os": "linux", "architecture": "amd64"}}
+        nowhere = {"platform": {"os": "unknown", "architecture": "unknown"}}
+        rows = [described(self.image.manifest_blob) | here, described(blob, notes) | nowhere]
         index = canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": rows})
         name = Reference(self.place.registry, self.place.repository, "stated")
         self.client.push_manifest(name, index, INDEX)
@@ -75,10 +71,6 @@ class Base:
     def bills(self, place: Reference) -> list[tuple[str, bytes]]:
         found = read_bills(place, self.image, self.client)
         return [(document.artifact_type, document.parts[0].read()) for document in found]
-
-
-def _row(digest: str, size: int, media_type: str, **more: object) -> dict[str, object]:
-    return {"mediaType": media_type, "digest": digest, "size": size, **more}
 
 
 @pytest.fixture

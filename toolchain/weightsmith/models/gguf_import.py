@@ -296,7 +296,10 @@ def tokenizer_files(
         )
     names = _special_tokens(facts, tokens)
     add_bos = bool(facts.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"))
-    added = _added_tokens(tokens, _numbers_of(facts, "tokenizer.ggml.token_type"))
+    types = facts.get("tokenizer.ggml.token_type", [])
+    if not isinstance(types, list) or not all(type(item) is int for item in types):
+        raise _invalid("tokenizer.ggml.token_type", types)
+    added = _added_tokens(tokens, types)
     settings: dict[str, JsonValue] = {
         "add_bos_token": add_bos,
         "add_prefix_space": False,
@@ -430,14 +433,6 @@ def _token_id(facts: Mapping[str, JsonValue], name: str) -> int | None:
 def _texts_of(facts: Mapping[str, JsonValue], key: str) -> list[str]:
     value = facts[key]
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise _invalid(key, value)
-    return value
-
-
-def _numbers_of(facts: Mapping[str, JsonValue], key: str) -> list[int]:
-    """Return a list of integers, [] if missing; raise InputRefused if invalid."""
-    value = facts.get(key, [])
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise _invalid(key, value)
     return value
 

@@ -46,10 +46,15 @@ def gguf_models(names: Iterable[str]) -> list[str]:
 def files_with(path: Path) -> tuple[str, ...]:
     """Return the names of a GGUF model's parts, and of the projector beside them if there is one.
 
-    Raises InputRefused if a part is missing, or if one of the files beside `path` is a link out of
-    its folder.
+    `path` is the file of a whole model, or of any part. Raises InputRefused if a part is missing,
+    or if one of the files beside `path` is a link out of its folder.
     """
-    names, projector = files_of(path), projector_name(path.name)
+    names, projector = parts_of(path.name), projector_name(path.name)
+    if lost := [part for part in names if not (path.parent / part).is_file()]:
+        raise InputRefused(
+            f"{path} is one of {len(names)} parts, and {lost[0]} is not beside it",
+            hint="give a model whose parts are all in its folder",
+        )
     names = (*names, projector) if (path.parent / projector).is_file() else names
     check_links(path.parent, (name for name in names if name != path.name))
     return names
@@ -68,20 +73,6 @@ def parts_of(name: str) -> tuple[str, ...]:
     if not found or not 0 < int(found[2]) <= int(found[3]):
         return (name,)
     return tuple(f"{found[1]}-{n:05}-of-{found[3]}.gguf" for n in range(1, int(found[3]) + 1))
-
-
-def files_of(path: Path) -> tuple[str, ...]:
-    """Return the names of all files of a GGUF model in its folder; InputRefused if one is missing.
-
-    `path` is the file of a whole model, or of any part.
-    """
-    names = parts_of(path.name)
-    if lost := [part for part in names if not (path.parent / part).is_file()]:
-        raise InputRefused(
-            f"{path} is one of {len(names)} parts, and {lost[0]} is not beside it",
-            hint="give a model whose parts are all in its folder",
-        )
-    return names
 
 
 def model_name(name: str) -> str:

@@ -17,6 +17,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.safe_parse import INDEX as LARGEST_INDEX
@@ -41,7 +42,8 @@ _SPARE = 64 << 10, 4 << 10
 
 _CHUNK = 1 << 20
 
-Memo = Callable[[str, Callable[[], str]], str]
+Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
+"""`memo(key, make)` returns the text cached under the key, or calls `make` and caches that."""
 
 
 @dataclass(frozen=True, slots=True)

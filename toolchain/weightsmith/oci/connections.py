@@ -50,8 +50,20 @@ class ProxyTransport(httpx.BaseTransport):
         """Send one request; raises EnvironmentFailure for an unusable proxy."""
         proxy = proxy_of(request.url, self._proxies)
         with self._lock:
-            if proxy not in self._transports:
-                self._transports[proxy] = self._open(proxy)
+            try:
+                if proxy not in self._transports:
+                    own = self._verify if proxy.startswith("https:") else None
+                    server = httpx.Proxy(proxy, ssl_context=own) if proxy else None
+                    self._transports[proxy] = pace(
+                        httpx.HTTPTransport(verify=self._verify, limits=_LIMITS, proxy=server)
+                    )
+            except (ValueError, httpx.InvalidURL, ImportError):
+                # The message leaves out its URL, which may contain a password.
+                raise EnvironmentFailure(
+                    "the proxy that the environment sets cannot be used",
+                    hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY to http://HOST:PORT; for a "
+                    "socks5:// one, pip install 'httpx[socks]'; or name the registry in NO_PROXY",
+                ) from None
             transport = self._transports[proxy]
         return transport.handle_request(request)
 
@@ -59,19 +71,6 @@ class ProxyTransport(httpx.BaseTransport):
         """Close the connections."""
         for transport in self._transports.values():
             transport.close()
-
-    def _open(self, proxy: str) -> httpx.HTTPTransport:
-        try:
-            verify = self._verify if proxy.startswith("https:") else None
-            server = httpx.Proxy(proxy, ssl_context=verify) if proxy else None
-            return pace(httpx.HTTPTransport(verify=self._verify, limits=_LIMITS, proxy=server))
-        except (ValueError, httpx.InvalidURL, ImportError):
-            # The message leaves out its URL, which may contain a password.
-            raise EnvironmentFailure(
-                "the proxy that the environment sets cannot be used",
-                hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY to http://HOST:PORT; for a "
-                "socks5:// one, pip install 'httpx[socks]'; or name the registry in NO_PROXY",
-            ) from None
 
 
 def proxy_of(url: httpx.URL, proxies: Mapping[str, str]) -> str:

@@ -314,11 +314,6 @@ class Index:
         size = len(self.manifest_bytes)
         return Blob(digest=self.digest, size=size, media_type=self.media_type)
 
-    @property
-    def host_image(self) -> Image:
-        """The image for this machine's platform, else the first."""
-        return next((i for i in self.images if is_for_host(i)), self.images[0])
-
 
 ImageOrIndex: TypeAlias = Image | Index
 """What a name resolves to: an image, or an index of one image per platform."""
@@ -335,8 +330,9 @@ def images_of(whole: ImageOrIndex) -> tuple[Image, ...]:
 
 
 def host_image(whole: ImageOrIndex) -> Image:
-    """Return the image itself, or an index's image for this machine."""
-    return whole.host_image if isinstance(whole, Index) else whole
+    """Return the image itself, or an index's image for this machine, else its first."""
+    images = images_of(whole)
+    return next(filter(is_for_host, images), images[0])
 
 
 def is_for_host(image: Image) -> bool:

@@ -246,11 +246,6 @@ def read_blob(folder: Path, blob: Blob) -> bytes:
     return b"".join(open_blob(folder, blob))
 
 
-def has_blob(folder: Path, blob: Blob) -> bool:
-    """Say whether a layout has a blob, without reading it."""
-    return os.path.lexists(folder / "blobs" / "sha256" / blob.digest.hex)
-
-
 def open_blob(folder: Path, blob: Blob) -> Iterator[bytes]:
     """Yield a blob in chunks; raises InputRefused at the end if it does not match its digest."""
     path = folder / "blobs" / "sha256" / blob.digest.hex
@@ -306,7 +301,8 @@ def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
     index, own = _rows(folder), _listed_here(folder)
     rows = [*own, *filter(is_attachment, index)]
     blobs = [manifests.descriptor(x, str(folder), kinds, manifests.LARGEST_MANIFEST) for x in rows]
-    if lost := sum(not has_blob(folder, blob) for blob in blobs[: len(own)]):
+    store = folder / "blobs" / "sha256"
+    if lost := sum(not os.path.lexists(store / one.digest.hex) for one in blobs[: len(own)]):
         raise InputRefused(
             f"{lost} of {len(own)} attachments in {folder / LIST} are gone; programs that know"
             " only index.json delete them, as `umoci gc` does",

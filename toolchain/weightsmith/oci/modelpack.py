@@ -130,19 +130,12 @@ def _layer(entry: FileEntry, source: FileSource) -> FileLayer:
         "mtime": "1970-01-01T00:00:00Z",
         "typeflag": 0,
     }
-    return FileLayer(
-        file=entry.path,
-        size=entry.size,
-        digest=entry.digest,
-        source=source,
-        media_type=MODEL_LAYER.format(kind=_kind(entry.path), form="raw"),
-        annotations={
-            FILE_PATH: entry.path,
-            _METADATA: canonical(metadata).decode(),
-            _UNTESTED: "false",
-            TITLE: entry.path,
-        },
-    )
+    notes = {
+        FILE_PATH: entry.path,
+        _METADATA: canonical(metadata).decode(),
+        _UNTESTED: "false",
+    }
+    return _file_layer(entry, source, MODEL_LAYER.format(kind=_kind(entry.path), form="raw"), notes)
 
 
 def _kind(path: str) -> str:
@@ -186,7 +179,11 @@ def ollama_model(
     files = [("model", weights), *([("projector", projector)] if projector else [])]
     layers = [
         *(
-            _ollama_layer(kind, one, (contents or {}).get(one.path, tree.source(one.path)))
+            _file_layer(
+                one,
+                (contents or {}).get(one.path, tree.source(one.path)),
+                OLLAMA_LAYER.format(kind),
+            )
             for kind, one in files
         ),
         *(_text("license", f"LICENSE.{n}", text) for n, text in enumerate(licenses)),
@@ -246,21 +243,23 @@ def modelfile(sources: Sequence[str], context: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ollama_layer(kind: str, file: FileEntry, source: FileSource) -> FileLayer:
+def _file_layer(
+    file: FileEntry, source: FileSource, media_type: str, notes: Mapping[str, str] | None = None
+) -> FileLayer:
     return FileLayer(
         file=file.path,
         size=file.size,
         digest=file.digest,
         source=source,
-        media_type=OLLAMA_LAYER.format(kind),
-        annotations={TITLE: file.path},
+        media_type=media_type,
+        annotations={**(notes or {}), TITLE: file.path},
     )
 
 
 def _text(kind: str, name: str, text: str) -> FileLayer:
     data = text.encode()
     file = FileEntry(path=name, size=len(data), digest=Digest.of(data))
-    return _ollama_layer(kind, file, (data,))
+    return _file_layer(file, (data,), OLLAMA_LAYER.format(kind))
 
 
 def _count(parameters: int) -> str:

@@ -189,37 +189,33 @@ def _apply(tree: _Tree, layer: Layer) -> None:
     made: set[Path] = set()
     with opened(layer) as (archive, stream):
         while (entry := archive.next()) is not None:
-            _apply_entry(tree, archive, entry, made)
+            tree.entries += 1
+            if tree.entries > _MOST_ENTRIES:
+                raise hostile(f"the image has more than {_MOST_ENTRIES} files")
+            target = tree.place(entry.name)
+            if target is None:
+                pass
+            elif target.name == _OPAQUE:
+                for child in list(target.parent.iterdir()):
+                    # Files of this same layer stay: a whiteout hides only lower layers.
+                    if child not in made and not any(child in path.parents for path in made):
+                        tree.remove(child)
+            elif target.name.startswith(_WHITEOUT):
+                hidden = target.name.removeprefix(_WHITEOUT)
+                if hidden in ("", ".", ".."):
+                    raise hostile(
+                        f"a layer has the whiteout {entry.name[:200]!r}, which names no file"
+                    )
+                tree.remove(target.with_name(hidden))
+            else:
+                made.add(target)
+                tree.write(entry, archive, target)
             archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
     if stream.digest != layer.diff_id:
         raise InputRefused(
             f"the layer {layer.digest.short} cannot be unpacked: it does not match its diff id",
             hint="the image is damaged; pull or build it again",
         )
-
-
-def _apply_entry(
-    tree: _Tree, archive: tarfile.TarFile, entry: tarfile.TarInfo, made: set[Path]
-) -> None:
-    tree.entries += 1
-    if tree.entries > _MOST_ENTRIES:
-        raise hostile(f"the image has more than {_MOST_ENTRIES} files")
-    target = tree.place(entry.name)
-    if target is None:
-        return
-    if target.name == _OPAQUE:
-        for child in list(target.parent.iterdir()):
-            # Files of this same layer stay: a whiteout hides only lower layers.
-            if child not in made and not any(child in path.parents for path in made):
-                tree.remove(child)
-    elif target.name.startswith(_WHITEOUT):
-        hidden = target.name.removeprefix(_WHITEOUT)
-        if hidden in ("", ".", ".."):
-            raise hostile(f"a layer has the whiteout {entry.name[:200]!r}, which names no file")
-        tree.remove(target.with_name(hidden))
-    else:
-        made.add(target)
-        tree.write(entry, archive, target)
 
 
 def _touch(path: Path, entry: tarfile.TarInfo) -> None:
