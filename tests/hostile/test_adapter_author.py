@@ -102,29 +102,20 @@ def test_a_pattern_nested_too_deeply_is_refused(tmp_path):
         make_plan(BASE, [(adapter, 1.0)])
 
 
-def gives_up(folder: Path) -> Path:
-    """Return a model whose tokenizer cuts words by a pattern of too many steps."""
-    shutil.copytree(BASE, folder)
-    file = folder / "tokenizer.json"
+def test_a_tokenizer_whose_pattern_takes_too_many_steps_is_refused(tmp_path):
+    """Its library panics after some millions of steps, which is no Exception: refused, by name.
+
+    The importance of inputs is measured in a copy, whose end says what became of it.
+    """
+    model = Path(shutil.copytree(BASE, tmp_path / "model"))
+    file = model / "tokenizer.json"
     pattern = {"type": "Split", "pattern": {"Regex": "(?:a|a|b|b)+$c"}, "behavior": "Isolated"}
     told = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps(told | {"pre_tokenizer": pattern | {"invert": False}}))
-    return folder
-
-
-def test_a_tokenizer_whose_pattern_takes_too_many_steps_is_refused(tmp_path):
-    """Its library panics after some millions of steps, which is no Exception: refused, by name."""
-    model = gives_up(tmp_path / "model")
 
     with pytest.raises(InputRefused, match=r"tokenizer\.json: a library gave up"):
         _lengths(model, ["ab" * 40])
-
-
-def test_such_a_tokenizer_is_refused_from_a_copy_of_the_process(tmp_path):
-    """The importance of inputs is measured in a copy, whose end says what became of it."""
-    model = gives_up(tmp_path / "model")
     tokenizer = load_tokenizer(model)
-
     with (
         pytest.raises(InputRefused, match="measuring: a library gave up"),
         forked(lambda: tokenizer("ab" * 40), "measuring") as copy,

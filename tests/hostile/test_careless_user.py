@@ -216,6 +216,11 @@ def test_a_hidden_store_or_cache_in_a_folder_that_is_read(read, variable, monkey
 
 # Patterns that Python cannot read: too deep for it, or a number that it has no room for.
 
+
+def question(expected: str) -> Item:
+    return Item(messages=({"role": "user", "content": "?"},), expected=(expected,), line=7)
+
+
 UNREADABLE = ["(" * 3000 + ")" * 3000, "a{99999999999999999999}", "(", "(?<=a+)b"]
 
 
@@ -229,17 +234,13 @@ def test_a_pattern_that_cannot_be_read(pattern):
         ("json-schema", json.dumps({"pattern": pattern})),
         ("json-schema", json.dumps({"patternProperties": {pattern: {}}})),
     ):
-        question = Item(messages=({"role": "user", "content": "?"},), expected=(expected,), line=7)
         with pytest.raises(UsageError, match="line 7"):
-            check_metric(metric, [question])
+            check_metric(metric, [question(expected)])
 
 
 def test_a_schema_that_refers_to_itself():
-    question = Item(
-        messages=({"role": "user", "content": "?"},), expected=('{"$ref": "#"}',), line=7
-    )
     with pytest.raises(UsageError, match="refers to itself"):
-        score_answers(["{}"], [question], "json-schema")
+        score_answers(["{}"], [question('{"$ref": "#"}')], "json-schema")
 
 
 # Metrics that never end.
@@ -258,19 +259,14 @@ NEVER_ENDS = "(a+)+$"
 def test_a_metric_that_never_ends_names_its_line(metric, expected, answer, impatient):
     """The expected pattern takes for ever on what the model said: the build ends, and says which
     line of the questions it was."""
-    question = Item(messages=({"role": "user", "content": "?"},), expected=(expected,), line=7)
-
     with pytest.raises(UsageError, match="line 7"):
-        score_answers([answer], [question], metric)
+        score_answers([answer], [question(expected)], metric)
 
 
 def test_an_answer_of_white_space_in_a_fence_is_judged_at_once(impatient):
     """The model fills a Markdown fence with blanks without end: judged, not searched for ever."""
-    question = Item(messages=({"role": "user", "content": "?"},), expected=("{}",), line=1)
-
-    score = score_answers(["```json\n" + "\n" * 1_000_000 + "x"], [question], "json-schema")
-
-    assert score.score == 0.0
+    answer = "```json\n" + "\n" * 1_000_000 + "x"
+    assert score_answers([answer], [question("{}")], "json-schema").score == 0.0
 
 
 # Secrets in a recipe, and in addresses.
@@ -338,7 +334,6 @@ def test_arguments_of_the_judge_stay_here(tmp_path):
     ],
 )
 def test_passwords_in_addresses_are_not_told(address, shown):
-    """An address with a password in it is told without: in labels, records and messages."""
     assert without_passwords({"a": [f"at {address}"]}) == {"a": [f"at {shown}"]}
 
 
@@ -349,7 +344,6 @@ def test_a_label_that_is_json_stays_what_it_is():
 
 
 def test_a_text_of_many_colons_is_read_at_once():
-    """A label is `://` and then forty thousand times `a:`, with no @ behind it."""
     began = time.process_time()
     text = "://" + "a:" * 40_000
     assert without_passwords(text) == text

@@ -235,21 +235,21 @@ def open_places(folder: Path) -> set[str]:
     return {str(path) for path in inner if path.stat().st_mode & 0o077}
 
 
-def test_whatever_the_umask_others_do_not_see_the_cache(tmp_path):
-    """The home is open to everybody, as on many machines, and the umask forbids nothing."""
+@pytest.mark.parametrize(
+    "left_open", [(), ("cache/store/results", "cache/store/locks", "cache/logs", "cache/jobs")]
+)
+def test_whatever_the_umask_others_do_not_see_the_cache(tmp_path, left_open):
+    """The home is open to everybody, as on many machines, and the umask forbids nothing.
+
+    Or cache and store are there, with the rights that an earlier version left them.
+    """
+    for name in left_open:
+        (tmp_path / name).mkdir(parents=True)
+        for folder in (tmp_path / "cache", tmp_path / name):
+            folder.chmod(0o755)
     use(tmp_path)
     assert open_places(tmp_path / "cache") == set()
     assert (tmp_path / "cache" / "store" / "results").stat().st_mode & 0o777 == 0o700
-
-
-def test_what_an_earlier_version_left_open_is_closed(tmp_path):
-    """Cache and store are there, with the rights that a common umask gave them."""
-    for name in ("cache/store/results", "cache/store/locks", "cache/logs", "cache/jobs"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "cache").chmod(0o755)
-    use(tmp_path)
-    assert open_places(tmp_path / "cache") == set()
 
 
 def test_a_folder_that_holds_other_things_stays_open_itself(tmp_path):

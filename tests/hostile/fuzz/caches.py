@@ -101,13 +101,11 @@ def laid_out(data: bytes) -> dict[str, bytes]:
 
 
 def read_folder_entry(data: bytes, folder: Path) -> None:
-    """Use and clean a cache in a folder that has it."""
     put(folder / "cache", laid_out(data))
     used(FolderCache(folder / "cache"), folder)
 
 
 def read_bucket_entry(data: bytes, folder: Path) -> None:
-    """Use and clean a cache in a bucket that has it."""
     there = S3Cache("bucket/team")
     there._files = files = fsspec.filesystem("memory")
     files.store.clear()
@@ -139,7 +137,6 @@ def changed_manifest(random: Random) -> bytes:
 
 
 def read_manifest_entry(data: bytes, folder: Path) -> None:
-    """Use and clean a cache in a registry that has it."""
     with fake_registry() as registry, Registry(pause=lambda _: None) as client:
         manifests, blobs = pushed()
         registry.blobs.update(blobs)
@@ -185,7 +182,6 @@ REQUEST = {
 
 
 def changed_request(random: Random) -> bytes:
-    """Change what a fleet sends to a node."""
     payloads = dict.fromkeys(REQUEST["payloads"], str(filled().key))
     return json.dumps(json_changed(random, {**REQUEST, "payloads": payloads})).encode()
 

@@ -132,7 +132,6 @@ def changed_config(random: Random) -> bytes:
 
 
 def read_config(data: bytes, folder: Path) -> None:
-    """Weigh, plan and render the model for the target."""
     asked = json.loads(data)
     (folder / "config.json").write_text(json.dumps(asked["config"]))
     model = read_facts(folder)
@@ -169,14 +168,12 @@ def read_report(data: bytes, folder: Path) -> None:
 
 @cache
 def image_parts() -> dict[str, object]:
-    """Return manifest and configuration of a small image."""
     labels = {"dev.weightsmith.layers": "base:1", "dev.weightsmith.config": '{"user": "1"}'}
     image = foreign_image(tar_of((entry("a"), b"")), config={"Labels": labels})
     return {"manifest": json.loads(image.manifest_bytes), "config": dict(image.settings)}
 
 
 def changed_image(random: Random) -> bytes:
-    """Change the manifest, the configuration or both."""
     parts, both = image_parts(), random.choice((("manifest",), ("config",), ("manifest", "config")))
     changed = {name: json_changed(random, parts[name]) for name in both}
     return json.dumps({**parts, **changed}).encode()

@@ -47,7 +47,6 @@ def test_a_server_whose_headers_never_end_is_given_up():
 
 
 def test_a_server_whose_health_never_comes_is_given_up(monkeypatch):
-    """It drips the headers of its health answer: the wait ends when its time is over."""
     monkeypatch.setattr(client, "_PROBE_SECONDS", 0.2)
 
     with serving(drips_its_head) as endpoint, pytest.raises(CheckFailed, match=r"0\.5 s"):

@@ -34,20 +34,17 @@ WRAPPED = base64.b64encode(DEEP)
     ],
 )
 def test_deep_statements_are_refused(kind, data):
-    """A statement, its envelope or what the envelope holds is nested 50,000 deep."""
     with pytest.raises(InputRefused):
         evidence.read_statement(AttachmentPart.of_bytes(data, kind), lambda *_: True)
 
 
 def test_a_deep_signature_is_nobodys():
-    """A signature's payload is nested 50,000 deep: it is no signature of this key."""
     notes = {"dev.cosignproject.cosign/signature": "AAAA"}
     part = AttachmentPart.of_bytes(DEEP, signing.SIMPLE_SIGNING, **notes)
     assert signing.signed_digest(part, lambda *_: True) == ""
 
 
 def test_deep_labels_say_nothing():
-    """The labels that hold the plan and what was added to the base are nested 50,000 deep."""
     labels = {LAYERS: "base:1", ADDED: DEEP.decode(), "dev.weightsmith.plan": DEEP.decode()}
     image = foreign_image(tar_of((entry("a"), b"")), config={"Labels": labels})
     assert plan_in(image.labels) == {}

@@ -24,7 +24,6 @@ from tests.fakes.images import entry, foreign_image, tar_of
 
 
 def test_a_layer_of_1500_nested_folders_is_refused(tmp_path):
-    """A layer nests its folders too deep for any program: refused before they are made."""
     deep = entry("/".join(["deep"] * 1500), tarfile.DIRTYPE)
     with pytest.raises(InputRefused, match="256"):
         unpack(foreign_image(tar_of(deep)), tmp_path / "work" / "root")
@@ -71,7 +70,6 @@ def test_cleaning_opens_folders_that_are_closed_to_their_owner():
 
 
 def test_cleaning_follows_no_link(tmp_path):
-    """A tree links to folders outside it, which stay as they are."""
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").write_bytes(b"kept")
@@ -102,7 +100,6 @@ def test_what_cannot_be_deleted_stops_no_job():
 
 @pytest.mark.root
 def test_a_deep_output_is_taken_back_from_its_container(tmp_path):
-    """A job's container nests folders in its output: the hand-over reaches the last of them."""
     output = tmp_path / "out"
     output.mkdir()
     nested(output, 1500)
@@ -115,17 +112,11 @@ def test_a_deep_output_is_taken_back_from_its_container(tmp_path):
 
 
 def test_an_attached_adapter_has_no_deep_names(tmp_path):
-    """An image attaches an adapter whose file lies in a thousand folders: refused at once."""
     part = replace(AttachmentPart.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
     document = Attachment(artifact_type="", parts=(part,))
     with pytest.raises(InputRefused, match="a/a/a/"):
         _write(document, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def tar_with(*headers: bytes) -> bytes:
-    """Return a tar of headers and content as given, which no writer would write."""
-    return b"".join(headers) + bytes(1024)
 
 
 def pax(kind: bytes = tarfile.XHDTYPE, **facts: str) -> bytes:
@@ -157,7 +148,7 @@ HEADERS = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers_that_unfold_are_refused(tmp_path, case):
     """Half a kilobyte is a file of terabytes, or a thousand headers stand before one file."""
-    layer = tar_with(HEADERS[case])
+    layer = HEADERS[case] + bytes(1024)
     with pytest.raises(InputRefused):
         unpack(foreign_image(layer, packed=False), tmp_path / "work" / "root")
     with pytest.raises(InputRefused):

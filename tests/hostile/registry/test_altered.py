@@ -55,7 +55,6 @@ def test_an_altered_layer_that_unpacks_no_more(fake, client, tmp_path):
 
 @pytest.mark.parametrize("part", ["/manifests/", "/blobs/"])
 def test_an_altered_manifest_or_configuration(fake, client, tmp_path, part):
-    """A mirror answers a digest with something else: exit 5, and to `verify` a failed check."""
     image = tiny_image(tmp_path)
     client.push(image, at(fake))
     name = at(fake).at(image.digest)
@@ -79,7 +78,6 @@ def test_what_is_stored_is_something_else(fake, client, tmp_path, part):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_mirror_changes_a_file(hub, tmp_path, name):
-    """A mirror sends other bytes than the hub's list of the commit names; nothing of it stays."""
     reader = HubReader(FileStore(tmp_path / "store"))
     hub.sent[name] = bytes(len(hub.files[name]))
     with pytest.raises(Altered, match=name):

@@ -34,7 +34,6 @@ from tests.hostile.registry.shop import Shop, passed
 
 
 def test_scores_of_another_image_are_no_evidence(shop):
-    """Signed scores of a good image are hung on a bad one of the same key: they do not count."""
     good, bad = shop.bake("good"), shop.bake("bad")
     told = passed(shop.blob(good))
     shop.state(good, told)
@@ -49,7 +48,6 @@ def test_scores_of_another_image_are_no_evidence(shop):
 
 
 def test_scores_of_two_images_at_once_are_of_neither(shop):
-    """A statement of ours has one image as its subject: one that names several says nothing."""
     good, bad = shop.bake("good"), shop.bake("bad")
     for pair in ((good, bad), (bad, good)):
         one, other = map(shop.blob, pair)
@@ -58,7 +56,6 @@ def test_scores_of_two_images_at_once_are_of_neither(shop):
 
 
 def test_a_failed_result_is_not_outvoted(shop):
-    """Of an image that failed once, its failure hangs there too: no order makes it pass."""
     orders = (("PASSED", "FAILED"), ("FAILED", "PASSED"), ("WARNED", "FAILED"))
     for number, order in enumerate(orders):
         name = shop.bake(f"app{number}")
