@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Digest, FileEntry, Tree
+from weightsmith.core.values import Tree
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.unpack import unpack
+
+from tests.fakes.images import tree_of
 
 FILES = {
     "README.md": b"# Model\n",
@@ -27,13 +29,7 @@ FILES = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    entries = []
-    for name, data in FILES.items():
-        path = tmp_path / "model" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        entries.append(FileEntry(path=name, size=len(data), digest=Digest.of(data)))
-    return Tree(root=tmp_path / "model", files=tuple(entries))
+    return tree_of(tmp_path / "model", FILES)
 
 
 def description(**facts: Any) -> ModelDescription:

@@ -17,7 +17,6 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.safe_parse import INDEX as LARGEST_INDEX
@@ -42,8 +41,7 @@ _SPARE = 64 << 10, 4 << 10
 
 _CHUNK = 1 << 20
 
-Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
-"""`memo(key, make)` returns the text cached under the key, or calls `make` and caches that."""
+Memo = Callable[[str, Callable[[], str]], str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,9 +158,12 @@ class CheckpointTensors:
                 shape, where = (last - first, *shape[1:]), (slice(None), *where[1:])
                 break
             start, size, shape, where = start + where[0] * step, step, shape[1:], where[1:]
-        key, last = (name, start, start + size), self._last
-        if last is None or last[0] != key or len(where) < 2:
-            last = (key, self.raw(*key))
-        if len(where) > 1:  # other columns of the same rows come next
-            self._last = last
-        return last[1].view(kind).reshape(shape)[where]
+        read = self._remembered_bytes if len(where) > 1 else self.raw
+        return read(name, start, start + size).view(kind).reshape(shape)[where]
+
+    def _remembered_bytes(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, and keep them: other columns of the same rows come next."""
+        key, last = (name, start, stop), self._last
+        if last is None or last[0] != key:
+            self._last = last = (key, self.raw(name, start, stop))
+        return last[1]

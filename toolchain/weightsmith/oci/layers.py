@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Blob, Digest, Pieces, Stream, key_of
-from weightsmith.models.reshard import Memo, read_file, read_pieces
+from weightsmith.models.reshard import read_file, read_pieces
 from weightsmith.oci import tar
 from weightsmith.oci.references import Reference
 
@@ -33,6 +33,9 @@ TAR_RECIPE = 1
 FileSource: TypeAlias = Path | Pieces | Stream
 Source: TypeAlias = FileSource | bytes
 """Where a file's bytes come from."""
+Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
+"""`memo(key, make)` returns the text cached under the key, or calls `make` and caches that."""
+
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with bytes done and total bytes; from any thread, never from two at once."""
 
