@@ -17,7 +17,7 @@ from weightsmith.evaluating.client import ask, find_served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.outside.toolset import toolset_folder
-from weightsmith.serving.llamacpp_cache import padded
+from weightsmith.serving.llamacpp_plan import padded
 
 from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
 from tests.fakes.started import at_once, free_port, started, weightsmith

@@ -7,8 +7,8 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving import llamacpp_plan
 from weightsmith.serving.engine import ServedAdapter, ServedModel, ServeOptions
 from weightsmith.serving.llamacpp import command, env
-from weightsmith.serving.llamacpp_cache import padded
 from weightsmith.serving.llamacpp_options import ENVIRONMENT, extra_options
+from weightsmith.serving.llamacpp_plan import padded
 from weightsmith.serving.memory import GIB, MIB
 
 from tests.fakes.configs import LLAMA_8B, SMOL, facts

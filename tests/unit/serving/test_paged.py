@@ -89,7 +89,7 @@ def test_bytes_per_token(config, element, per_token):
 def test_fifteen_gib_hold_fifteen_requests_by_vllms_figure_and_one_less_for_sure():
     cache = pool(LLAMA_8B)
 
-    assert cache.concurrency(15 * GIB, 8192, 16384) == 15.0
+    assert cache.number(15 * GIB) / cache.blocks(8192, 16384) == 15.0
     # The null block is reserved, so the fifteenth request would lack one.
     assert (cache.number(15 * GIB) - 1) // cache.blocks(8192, 16384) == 14
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from weightsmith.serving.llamacpp_cache import attention_layers, kv_cache_bytes, kv_layer_bytes
+from weightsmith.serving.llamacpp_plan import attention_layers, kv_cache_bytes, kv_layer_bytes
 from weightsmith.serving.paged_capacity import paged_cache
 
 from tests.fakes.configs import QWEN3_NEXT, shape_of

@@ -41,8 +41,6 @@ _NO_PATHS = {
 }
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals of a scheduler, and of a terminal that is closed; `nohup` ignores the latter."""
-_SHOWN = 200
-"""Characters of a path that is too long."""
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
 """Invoke's own first argument, which no command uses."""
 
@@ -97,7 +95,7 @@ def command(
         run.__signature__ = own.replace(parameters=[*given.values()])  # type: ignore[attr-defined]
         made: Callable[..., None] = task(
             positional=list(positional),
-            iterable=list(flags.many()) if flags else [],
+            iterable=flags.many() if flags else [],
             auto_shortflags=False,
             help={name: text for name, text in texts.items() if name in given},
         )(run)
@@ -164,7 +162,7 @@ def _refused(error: Exception) -> Exception | None:
     if isinstance(error, OSError):
         if error.errno in _NO_PATHS:
             name = str(error.filename or "a path")
-            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+            shown = name if len(name) <= 200 else f"{name[:200]}…"
             return UsageError(f"{shown}: {error.strerror}", hint=_NO_PATHS[error.errno])
         from weightsmith.building.wiring import require_folders
 
@@ -186,10 +184,8 @@ def _refused(error: Exception) -> Exception | None:
         if str(error).startswith("Symlink loop from"):
             return UsageError(str(error), hint=_NO_PATHS[errno.ELOOP])
         if str(error) == "Could not determine home directory.":
-            return UsageError(
-                "a path begins with ~ and the name of a user who has no home folder",
-                hint="write the folder in full",
-            )
+            said = "a path begins with ~ and the name of a user who has no home folder"
+            return UsageError(said, hint="write the folder in full")
     return None
 
 
@@ -218,11 +214,7 @@ def print_error(error: WeightsmithError, *, as_json: bool) -> None:
     if sys.getfilesystemencoding() == "ascii" and not error.message.isascii():
         hint = f"set LC_ALL=C.UTF-8 and not PYTHONUTF8=0, else names must be ASCII; or {hint}"
     if as_json:
-        report: dict[str, JsonValue] = {
-            "message": error.message,
-            "hint": hint,
-            "exit_code": error.exit_code,
-        }
+        report = {"message": error.message, "hint": hint, "exit_code": error.exit_code}
         put_line(escape.as_json({**plain(error.details), "error": report}), sys.stdout)
     text = f"error: {escape.quoted(error.message)}"
     text += f"\n  hint: {escape.quoted(hint)}" if hint else ""

@@ -64,6 +64,9 @@ def build(asked: BuildCommand) -> Said:
     return {"targets": {built.target.name: _facts(built) for built in made}}, joined(lines)
 
 
+_OF_A_FORM = ("reference", "digest", "uploaded_bytes", "mounted")
+
+
 def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
     return {
         "image": built.published.reference,
@@ -74,12 +77,7 @@ def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
         "sameness": built.sameness,
         "verdicts": [v.facts for result in built.results for v in result.verdicts],
         "forms": {
-            kind: {
-                "reference": form.reference,
-                "digest": form.digest,
-                "uploaded_bytes": form.uploaded_bytes,
-                "mounted": form.mounted,
-            }
+            kind: {key: getattr(form, key) for key in _OF_A_FORM}
             for kind, form in built.forms.items()
         },
         "platforms": {
@@ -326,22 +324,18 @@ def targets() -> Said:
     """List all targets: the engines, and the formats that each can load."""
     from weightsmith.building.targets import all_targets
 
-    found = all_targets()
+    found, facts, lines = all_targets(), dict[str, Writable](), list[str]()
     width = max(map(len, found), default=0)
-    lines = [
-        f"{name:<{width}}  {target.engine.name} with {target.format.name} weights, "
-        f"about {target.format.bits_per_weight:g} bits each"
-        for name, target in found.items()
-    ]
-    facts = {
-        name: {
-            "engine": target.engine.name,
-            "format": target.format.name,
-            "bits_per_weight": target.format.bits_per_weight,
-            "legacy": target.engine.legacy,
+    for name, target in found.items():
+        engine, format_, bits = target.engine, target.format.name, target.format.bits_per_weight
+        facts[name] = {
+            "engine": engine.name,
+            "format": format_,
+            "bits_per_weight": bits,
+            "legacy": engine.legacy,
         }
-        for name, target in found.items()
-    }
+        said = f"{engine.name} with {format_} weights, about {bits:g} bits each"
+        lines.append(f"{name:<{width}}  {said}")
     return {"targets": facts}, joined(lines)
 
 

@@ -64,9 +64,9 @@ class Flags(FlagFields):
             found[parameter] = f"{text}; repeat for several" if _is_many(field) else text
         return found
 
-    def many(self) -> tuple[str, ...]:
+    def many(self) -> list[str]:
         """Return the flags that may be repeated."""
-        return tuple(parameter for parameter, field, _ in self.fields() if _is_many(field))
+        return [parameter for parameter, field, _ in self.fields() if _is_many(field)]
 
     def positional(self) -> tuple[str, ...]:
         """Return what has no flag."""
@@ -77,9 +77,7 @@ class Flags(FlagFields):
 
         Raises UsageError naming the flag.
         """
-        given: dict[str, JsonValue] = {}
-        texts = {}
-        missing = []
+        given, texts, missing = dict[str, JsonValue](), dict[str, JsonValue](), list[str]()
         for name, field in self._own():
             if part := _part(field):
                 given[name] = part.read(arguments)
@@ -101,11 +99,10 @@ class Flags(FlagFields):
                     raise UsageError(f"{flag} {value}: {error}", hint=_described(field)) from None
             choices = {str(choice): choice for choice in _choices(field.annotation)}
             given[name] = choices.get(value, value) if isinstance(value, str) else value
-        missing += [
-            name
-            for name, field in self._own()
-            if (needed := flag_of(field).needed) and name not in texts and needed(texts)
-        ]
+        for name, field in self._own():
+            needed = flag_of(field).needed
+            if needed and name not in texts and needed(texts):
+                missing.append(name)
         if missing:
             flags = ", ".join(spelling(self.section, name) for name in missing)
             raise UsageError(f"missing: {flags}", hint="`--help COMMAND` lists every flag")

@@ -5,8 +5,8 @@ A server is asked by several clients, so the longest request that fits alone is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from weightsmith.core.values import JsonValue
 
@@ -17,14 +17,30 @@ _SHORTEST = 1024
 _ROWS = 6
 
 
-class Fitting(Protocol):
+class Fitting(ABC):
     """A model on a machine: what fits there."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """Tokens: lengths below the wanted one are multiples of it."""
+
+    @abstractmethod
+    def fits(self, tokens: int, requests: int) -> bool:
+        """Say whether so many requests of that length are in the cache together."""
 
     def longest(self, requests: int, most: int) -> int:
         """Return the longest request up to `most` of which so many fit; 0: none."""
+        if self.fits(most, requests):
+            return most
+        step = self.step
+        return step * largest(lambda n: self.fits(n * step, requests), -(-most // step) - 1)
 
     def most_requests(self, tokens: int, limit: int) -> int:
         """Return how many requests of that length fit, up to `limit`; 0: none."""
+        return largest(lambda number: self.fits(tokens, number), limit)
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:

@@ -48,13 +48,13 @@ def check_support(
             f" (target {engine.name})",
         )
     if lacks := _lacks_experts(row, device, model):
-        others = sorted(
+        good = sorted(
             kind
             for kind, other in rows.items()
             if other.amx_experts
             and not (_lacks(other, device) or _lacks_experts(other, device, model))
         )
-        formats = f"{' or '.join(others)}, " if others else ""
+        formats = f"{' or '.join(good)}, " if good else ""
         raise InputRefused(
             f"{format_.name} weights of a model with experts: {version} {lacks}"
             f" ({row.cpu_experts})",

@@ -84,7 +84,7 @@ def as_environment(settings: Mapping[str, JsonValue]) -> dict[str, str]:
     llama-server reads true/1/on/enabled and false/0/off/disabled; a variable of a plain switch
     takes effect only when it is true (common/arg.cpp).
     """
-    found = ((ENVIRONMENT.get(option), text(value)) for option, value in settings.items())
+    found = ((ENVIRONMENT.get(option), _text(value)) for option, value in settings.items())
     return {name: value for name, value in found if name}
 
 
@@ -96,7 +96,7 @@ def as_arguments(settings: Mapping[str, JsonValue]) -> tuple[str, ...]:
         if takes_value is None:
             continue
         if takes_value:
-            argv += [f"--{option}", text(value)]
+            argv += [f"--{option}", _text(value)]
         elif value:
             argv.append(f"--{option}")
         elif f"no-{option}" in COMMAND_LINE:
@@ -104,11 +104,8 @@ def as_arguments(settings: Mapping[str, JsonValue]) -> tuple[str, ...]:
     return tuple(argv)
 
 
-def text(value: JsonValue) -> str:
-    """Return a setting as llama-server reads it."""
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    return str(value)
+def _text(value: JsonValue) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _option(key: str) -> str:

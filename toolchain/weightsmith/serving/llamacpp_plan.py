@@ -10,23 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts, Vision
-from weightsmith.models.shape import ModelShape
+from weightsmith.models.shape import CacheLayers, ModelShape
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.auto import choices, choose_length, largest, rule, usable
+from weightsmith.serving.auto import Fitting, choices, choose_length, rule, usable
 from weightsmith.serving.devices import CPU, named_gpu
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.llamacpp_cache import (
-    KV_PADDING,
-    growth_bytes,
-    kv_cache_bytes,
-    kv_layer_bytes,
-    padded,
-    require_attention,
-    sliding_layers,
-)
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import MIB, host_memory, human
 from weightsmith.serving.plan import ServingPlan
@@ -69,9 +60,13 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     fit, with the nearest that do.
     """
     shape = model.shape
-    require_attention(shape)
+    if shape.layer_types and not any("attention" in kind for kind in shape.layer_types):
+        raise InputRefused(
+            f"{shape.architecture} has no attention layer: its cache cannot be planned",
+            hint="choose a decoder with attention",
+        )
     extra = _with_options(extra_options(options.extra), options)
-    capacity = make_capacity(model, weight_bytes, options, extra)
+    capacity = _capacity(model, weight_bytes, options, extra)
     said = check_architecture(model)
     limit = _length_limit(shape, options, extra)
     tokens, slots = _choose(capacity, options, limit)
@@ -147,14 +142,12 @@ def _choose(capacity: LlamaCppCapacity, options: ServeOptions, limit: int) -> tu
     """Return (tokens, slots): the options, and for `auto` the most that fits."""
     tokens = options.max_model_len
     if tokens is None:
-        slots = options.max_num_seqs
-        tokens = (
-            capacity.longest(slots, limit) if slots else choose_length(capacity, limit, _AUTO_SLOTS)
-        )
-        # A GPU that cannot hold everything is used for as many layers as it can.
-        useful = min(_SPLIT_LENGTH, limit)
-        if capacity.machine.gpus and tokens < useful:
-            tokens = useful
+        if slots := options.max_num_seqs:
+            tokens = capacity.longest(slots, limit)
+        else:
+            tokens = choose_length(capacity, limit, _AUTO_SLOTS)
+        if capacity.machine.gpus:  # one that cannot hold everything has as many layers as it can
+            tokens = max(tokens, min(_SPLIT_LENGTH, limit))
         tokens = usable(tokens, limit)
     slots = options.max_num_seqs or capacity.most_requests(tokens, _AUTO_SLOTS) or 1
     return tokens, slots
@@ -288,17 +281,12 @@ class PooledMachine:
 
     device: str
     gpus: int
-    total: int
+    usable: int
     held_back: int
-
-    @property
-    def usable(self) -> int:
-        """What a plan may take."""
-        return self.total - self.held_back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaCppCapacity:
+class LlamaCppCapacity(Fitting):
     """A model on a machine, with the options that change what it weighs."""
 
     shape: ModelShape
@@ -391,26 +379,19 @@ class LlamaCppCapacity:
         """Return weights, cache and all else."""
         return self.weights + self.kv(tokens, slots) + self.overhead(tokens, slots)
 
+    @property
+    def step(self) -> int:
+        """What llama.cpp rounds lengths up to."""
+        return KV_PADDING
+
     def fits(self, tokens: int, slots: int) -> bool:
         """Say whether so many requests of that length run together."""
         return self.needs(tokens, slots) <= self.machine.usable
 
-    def longest(self, slots: int, most: int) -> int:
-        """Return the largest length up to `most` that fits, a multiple of 256 below it; 0: none."""
-        if self.fits(most, slots):
-            return most
-        last = -(-most // KV_PADDING) - 1
-        return KV_PADDING * largest(lambda n: self.fits(n * KV_PADDING, slots), last)
 
-    def most_requests(self, tokens: int, limit: int) -> int:
-        """Return how many requests of that length fit, up to `limit`; 0: none."""
-        return largest(lambda number: self.fits(tokens, number), limit)
-
-
-def make_capacity(
+def _capacity(
     model: ModelFacts, weights: int, options: ServeOptions, extra: Mapping[str, JsonValue]
 ) -> LlamaCppCapacity:
-    """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
     shape, projector = model.shape, options.projector_bytes
     flash = str(extra.get("flash-attn", "on")).lower() not in {"off", "false", "0", "disabled"}
     type_v = str(extra.get("cache-type-v", "f16"))
@@ -420,7 +401,6 @@ def make_capacity(
         )
     if str(extra.get("swa-full", "off")).lower() not in {"off", "false", "0", "disabled"}:
         shape = replace(shape, sliding_window=0)
-    host_cache = _whole(extra, "cache-ram", 0, least=0)
     return LlamaCppCapacity(
         shape=shape,
         weights=weights,
@@ -429,7 +409,7 @@ def make_capacity(
         type_v=type_v,
         ubatch=_whole(extra, "ubatch-size", _UBATCH, least=1),
         flash=flash,
-        host_cache=host_cache * MIB,
+        host_cache=_whole(extra, "cache-ram", 0, least=0) * MIB,
         projector=projector,
         tower=model.matrices.vision if projector else Vision(),
         adapted=sum(adapter.matrices for adapter in options.adapters),
@@ -450,9 +430,11 @@ def _machine(options: ServeOptions) -> PooledMachine:
         held = total // _MARGIN
         if options.gpu_memory_utilization:
             held = total - int(total * options.gpu_memory_utilization)
-        return PooledMachine(device=device, gpus=options.gpu_count, total=total, held_back=held)
+        gpus, usable = options.gpu_count, total - held
+        return PooledMachine(device=device, gpus=gpus, usable=usable, held_back=held)
     total = options.host_memory_bytes or host_memory()
-    return PooledMachine(device=options.gpu or CPU, gpus=0, total=total, held_back=total // _MARGIN)
+    held, device = total // _MARGIN, options.gpu or CPU
+    return PooledMachine(device=device, gpus=0, usable=total - held, held_back=held)
 
 
 def _whole(extra: Mapping[str, JsonValue], option: str, default: int, *, least: int) -> int:
@@ -494,3 +476,149 @@ def _ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str,
     key = "gpu_memory" if capacity.machine.gpus else "memory"
     found.append({"text": memory + (" each" if gpus > 1 else ""), key: -(-needed // gpus)})
     return found
+
+
+_KV_TYPES: dict[str, tuple[int, int]] = {
+    "f32": (4, 1),
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "q8_0": (34, 32),
+    "q5_0": (22, 32),
+    "q5_1": (24, 32),
+    "q4_0": (18, 32),
+    "q4_1": (20, 32),
+    "iq4_nl": (18, 32),
+}
+"""Cache type -> (bytes, elements) of one block; ggml/src/ggml-common.h of llama.cpp."""
+
+KV_PADDING = 256
+"""llama.cpp rounds the context of a slot up to this many tokens (src/llama-context.cpp)."""
+
+# Models whose sliding layers get the small cache in llama.cpp (src/models/*.cpp set swa_type), and
+# the period by which every last layer is full whatever config.json lists, since its converter
+# writes none down; for all others every layer is planned at full length, never too little.
+_PERIODS = {
+    "Cohere2ForCausalLM": 4,
+    "Gemma2ForCausalLM": 2,
+    "Gemma3ForCausalLM": 6,
+    "Gemma3ForConditionalGeneration": 6,
+    "GptOssForCausalLM": 2,
+}
+
+_LISTED = ("Gemma4For", "Gemma4UnifiedFor")
+"""Beginnings of models whose sliding layers llama.cpp takes from config.json's list; their heads
+may differ from those of full layers, and layers that share another's cache have none."""
+
+
+def padded(tokens: int) -> int:
+    """Return the tokens that llama.cpp allocates for a slot of that length."""
+    return -(-tokens // KV_PADDING) * KV_PADDING
+
+
+def kv_layer_bytes(
+    shape: ModelShape, type_k: str, type_v: str, layer: CacheLayers | None = None
+) -> int:
+    """Return the bytes that one token takes in one layer of llama.cpp's cache.
+
+    `layer` says which layers, where these differ.
+
+    `kv_heads * (head_dim * k + v_head_dim * v)`, with the bytes per element of the two types;
+    for multi-head latent attention one row of `kv_lora_rank + rope_head_dim` and no values
+    (src/llama-kv-cache.cpp). Raises UsageError for a type that does not divide the heads.
+    """
+    if shape.latent_cache:
+        return _row(shape.kv_lora_rank + shape.rope_head_dim, type_k, "K")
+    own, width = (layer.kv_heads, layer.head_dim) if layer else (0, 0)
+    heads = own or shape.kv_heads
+    keys = heads * _row(width or shape.head_dim, type_k, "K")
+    return keys + heads * _row(width or shape.v_head_dim, type_v, "V")
+
+
+def kv_cache_bytes(
+    shape: ModelShape, tokens: int, slots: int, types: tuple[str, str], ubatch: int
+) -> int:
+    """Return llama.cpp's whole cache for `slots` requests of up to `tokens` each.
+
+    `types` are those of keys and of values.
+
+    Full layers hold every token of a slot; sliding layers hold window + ubatch
+    (src/llama-kv-cache-iswa.cpp); both are padded to 256. Recurrent layers hold a state in float32
+    for each slot (src/llama-memory-recurrent.cpp).
+    """
+    window = padded(min(padded(tokens), shape.sliding_window + ubatch))
+    kept = {"sliding": window, "full": padded(tokens)}
+    return slots * (
+        sum(
+            part.layers * kept[part.kind] * kv_layer_bytes(shape, *types, part)
+            for part in _parts(shape)
+        )
+        + _state_bytes(shape)
+    )
+
+
+def growth_bytes(shape: ModelShape, types: tuple[str, str]) -> int:
+    """Return the bytes that a request grows by with each token."""
+    return sum(
+        part.layers * kv_layer_bytes(shape, *types, part)
+        for part in _parts(shape)
+        if part.kind == "full"
+    )
+
+
+def _parts(shape: ModelShape) -> list[CacheLayers]:
+    """Return the layers with a cache as llama.cpp keeps them, each full or sliding."""
+    if shape.architecture.startswith(_LISTED):
+        return [part for part in shape.cache if part.kind in {"full", "sliding"}]
+    sliding = sliding_layers(shape)
+    full = attention_layers(shape) - sliding
+    return [CacheLayers(kind="full", layers=full), CacheLayers(kind="sliding", layers=sliding)]
+
+
+def attention_layers(shape: ModelShape) -> int:
+    """Return the layers that keep tokens; all of them where a state's size is not known."""
+    if not _state_bytes(shape):
+        return shape.layers
+    return sum(part.layers for part in shape.cache if part.kind != "state")
+
+
+def _state_bytes(shape: ModelShape) -> int:
+    """Return what all recurrent layers keep for one slot; 0 without any, or if it is not known."""
+    states = [part for part in shape.cache if part.kind == "state"]
+    return 4 * sum(part.layers * (part.convolved + part.recurrent) for part in states)
+
+
+def sliding_layers(shape: ModelShape) -> int:
+    """Return the layers that have the small cache in llama.cpp.
+
+    Raises InputRefused for a model whose layers slide otherwise than llama.cpp computes them.
+    """
+    if shape.architecture.startswith(_LISTED):
+        return sum(part.layers for part in shape.cache if part.kind == "sliding")
+    period = _PERIODS.get(shape.architecture)
+    if not period or not shape.sliding_window:
+        return 0
+    slides = [layer % period < period - 1 for layer in range(shape.layers)]
+    listed = [kind == "sliding_attention" for kind in shape.layer_types]
+    if listed and not any(listed):
+        return 0
+    if listed and listed != slides:
+        raise InputRefused(
+            f"config.json: layer_types of {shape.architecture} are not {period - 1} sliding and one"
+            " full in turn, and llama.cpp computes no others",
+            hint="choose a target of vLLM",
+        )
+    return sum(slides)
+
+
+def _row(elements: int, kind: str, which: str) -> int:
+    if kind not in _KV_TYPES:
+        hint = f"one of: {', '.join(_KV_TYPES)}"
+        raise UsageError(f"unknown cache type {kind!r} for {which}", hint=hint)
+    size, block = _KV_TYPES[kind]
+    if elements % block:
+        raise UsageError(
+            f"cache type {kind} packs {block} elements, which does not divide this model's"
+            f" {which} head of {elements}",
+            hint="choose f16 or bf16",
+        )
+    return elements // block * size

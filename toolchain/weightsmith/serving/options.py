@@ -36,13 +36,9 @@ _SECRET = re.compile(
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _ARGUMENT = re.compile(r"-+[A-Za-z]")
 
+_STATED_FILE = Path(__file__).with_name("stated_options.json")
 STATED: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        option: frozenset(words)
-        for option, words in json.loads(
-            Path(__file__).with_name("stated_options.json").read_text("utf-8")
-        ).items()
-    }
+    {name: frozenset(words) for name, words in json.loads(_STATED_FILE.read_text("utf-8")).items()}
 )
 """Options that name no file, address, module or program -> the words or keys they take; empty: any.
 
@@ -142,7 +138,7 @@ def require_fitting(option: str, value: JsonValue, words: Sequence[str], *, numb
     """Raise UsageError for a value that the engine's own parser refuses, if that is known."""
     if number and (isinstance(value, bool) or not _NUMBER.fullmatch(str(value))):
         raise UsageError(
-            f"serve.extra.{option} is {shortened(value)}", hint="it takes a number: give one"
+            f"serve.extra.{option} is {_shortened(value)}", hint="it takes a number: give one"
         )
     spelled = {_spelled(word) for word in words}
     if {"on", "off"} <= spelled and str(value).lower() in _SWITCHED:
@@ -151,7 +147,7 @@ def require_fitting(option: str, value: JsonValue, words: Sequence[str], *, numb
         near = difflib.get_close_matches(_spelled(value), words, n=3, cutoff=0.6)
         guess = f"did you mean {', '.join(near)}? " if near else ""
         raise UsageError(
-            f"serve.extra.{option} is {shortened(value)}, which the engine does not know",
+            f"serve.extra.{option} is {_shortened(value)}, which the engine does not know",
             hint=f"{guess}it takes one of: {', '.join(words)}",
         )
 
@@ -160,8 +156,7 @@ def _spelled(word: JsonValue) -> str:
     return str(word).lower().replace("-", "_")
 
 
-def shortened(value: JsonValue) -> str:
-    """Return a value for a message."""
+def _shortened(value: JsonValue) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 

@@ -18,7 +18,7 @@ from typing import Literal
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import CacheLayers, Kind, ModelShape
-from weightsmith.serving.auto import largest
+from weightsmith.serving.auto import Fitting
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import Machine, dtype_bytes
 from weightsmith.serving.memory import GIB, MIB
@@ -125,7 +125,7 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PagedCapacity:
+class PagedCapacity(Fitting):
     """A model on a machine under an engine's rules."""
 
     rules: Rules
@@ -185,10 +185,8 @@ class PagedCapacity:
 
     def batched(self, tokens: int, requests: int) -> int:
         """Return max_num_batched_tokens: the option, else the engine's, no more than can come."""
-        wanted = self.options.max_num_batched_tokens
-        chosen = wanted or max(
-            requests, min(self.rules.batched_tokens(self.machine), requests * tokens)
-        )
+        usual = min(self.rules.batched_tokens(self.machine), requests * tokens)
+        chosen = self.options.max_num_batched_tokens or max(requests, usual)
         return chosen if self.switches.chunked_prefill else max(chosen, tokens)
 
     def inflight(self, tokens: int, requests: int) -> int:
@@ -217,10 +215,9 @@ class PagedCapacity:
         # too (0.32, layers/vocab_parallel_embedding.py, dispatch_cpu_unquantized_gemm).
         fixed = _CPU_PROGRAM + 2 * shape.vocab * shape.hidden * size
         if machine.gpus:
-            graphs = (
-                min(1536 * MIB, 300 * MIB + 15 * MIB * shape.layers) if self.switches.graphs else 0
-            )
-            fixed = GIB + (GIB // 2 if tensor > 1 else 0) + graphs
+            fixed = GIB + (GIB // 2 if tensor > 1 else 0)
+            if self.switches.graphs:
+                fixed += min(1536 * MIB, 300 * MIB + 15 * MIB * shape.layers)
         return activations + logits + fixed + self.switches.adapter_bytes
 
     def budget(self, tokens: int, requests: int) -> tuple[int, int, float]:
@@ -247,24 +244,18 @@ class PagedCapacity:
         margin = asked // _MARGIN
         return asked - margin - used, margin, fraction
 
+    @property
+    def step(self) -> int:
+        """A block, of at least 16 tokens."""
+        return max(16, self.cache.block)
+
     def fits(self, tokens: int, requests: int) -> bool:
         """Say whether so many requests of that length are in the cache together."""
         blocks = self.cache.number(self.budget(tokens, requests)[0]) - self.rules.null_block
         return 0 < self.blocks(tokens, requests) * requests <= blocks
 
-    def longest(self, requests: int, most: int) -> int:
-        """Return the longest request up to `most` that fits, in whole blocks below it; 0: none."""
-        if self.fits(most, requests):
-            return most
-        step = max(16, self.cache.block)
-        return step * largest(lambda n: self.fits(n * step, requests), -(-most // step) - 1)
 
-    def most_requests(self, tokens: int, limit: int) -> int:
-        """Return how many requests of that length fit, up to `limit`; 0: none."""
-        return largest(lambda number: self.fits(tokens, number), limit)
-
-
-SPARSE_MLA_BYTES = 656
+_SPARSE_MLA_BYTES = 656
 """Bytes of a token in one layer with `fp8_ds_mla`, whatever the ranks."""
 
 
@@ -323,10 +314,6 @@ class PagedCache:
         """Return the blocks that fit into so many bytes."""
         return max(0, available) // self.bytes_per_block
 
-    def concurrency(self, available: int, tokens: int, inflight: int) -> float:
-        """Return vLLM's own figure, "Maximum concurrency for N tokens per request"."""
-        return self.number(available) / self.blocks(tokens, inflight)
-
 
 def token_bytes(
     shape: ModelShape,
@@ -343,9 +330,8 @@ def token_bytes(
     has at least one key-value head.
     """
     if shape.latent_cache:
-        if sparse:
-            return SPARSE_MLA_BYTES
-        return int((shape.kv_lora_rank + shape.rope_head_dim) * element)
+        row = int((shape.kv_lora_rank + shape.rope_head_dim) * element)
+        return _SPARSE_MLA_BYTES if sparse else row
     total, width = (layer.kv_heads, layer.head_dim) if layer else (0, 0)
     heads = max(1, (total or shape.kv_heads) // tensor_parallel)
     # Where latent attention is expanded (MiniCPM 3), values are padded to the width of keys.

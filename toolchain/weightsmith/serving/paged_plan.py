@@ -36,7 +36,7 @@ def plan_paged(
     weight_bytes: int,
     options: ServeOptions,
     rules: Rules,
-    switches: Switches | None = None,
+    switches: Switches,
 ) -> tuple[ServingPlan, PagedCapacity]:
     """Return a model's plan, without the engine's settings, and its capacity.
 
@@ -45,7 +45,7 @@ def plan_paged(
     Raises InputRefused for numbers in config.json that are wrong, and UsageError for options that
     do not fit, with the nearest that do.
     """
-    capacity = make_capacity(model, weight_bytes, options, rules, switches or Switches())
+    capacity = _capacity(model, weight_bytes, options, rules, switches)
     tokens = _tokens(capacity)
     limit = rules.most_requests(capacity.machine)
     requests = options.max_num_seqs or capacity.most_requests(tokens, limit) or 1
@@ -66,14 +66,9 @@ def plan_paged(
     return plan, capacity
 
 
-def make_capacity(
-    model: ModelFacts,
-    weight_bytes: int,
-    options: ServeOptions,
-    rules: Rules,
-    switches: Switches,
+def _capacity(
+    model: ModelFacts, weight_bytes: int, options: ServeOptions, rules: Rules, switches: Switches
 ) -> PagedCapacity:
-    """Return the checked capacity; raises as `plan_paged`."""
     shape = model.shape
     machine = machine_for(options, shape)
     if not machine.gpus and not rules.runs_on_cpu:
@@ -169,12 +164,10 @@ def _tokens(capacity: PagedCapacity) -> int:
     """Return max_model_len: the option, else the longest that fits and is of use."""
     wanted, limit = capacity.options.max_model_len, capacity.limit
     if wanted is None:
-        requests = capacity.options.max_num_seqs
-        found = (
-            capacity.longest(requests, limit.default)
-            if requests
-            else choose_length(capacity, limit.default, _AUTO_REQUESTS)
-        )
+        if requests := capacity.options.max_num_seqs:
+            found = capacity.longest(requests, limit.default)
+        else:
+            found = choose_length(capacity, limit.default, _AUTO_REQUESTS)
         return usable(found, limit.default)
     if wanted > limit.most:
         raise UsageError(
@@ -192,6 +185,8 @@ def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
     overhead = capacity.overhead(tokens, requests)
     inflight = capacity.inflight(tokens, requests)
     growth, notes = cache.growth, capacity.notes
+    # vLLM's own figure, "Maximum concurrency for N tokens per request".
+    concurrency = cache.number(room) / cache.blocks(tokens, inflight)
     if machine.pipeline_parallel > 1:  # in the layers of all stages
         whole = replace(capacity, machine=replace(machine, pipeline_parallel=1))
         growth = whole.cache.growth
@@ -214,7 +209,7 @@ def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
         max_model_len=tokens,
         max_num_seqs=requests,
         max_num_batched_tokens=capacity.batched(tokens, requests),
-        max_concurrency=math.floor(cache.concurrency(max(0, room), tokens, inflight) * 100) / 100,
+        max_concurrency=math.floor(concurrency * 100) / 100,
         weight_bytes=weights,
         weights_bytes_per_gpu=capacity.weights_each,
         kv_bytes_per_token=growth * tensor,
@@ -236,20 +231,21 @@ def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
 
 
 def _too_much(capacity: PagedCapacity, plan: ServingPlan) -> UsageError:
-    ways = alternatives(capacity, plan)
-    refused = replace(plan, nearest=ways)
-    where = f"{plan.device}" + (f" x {plan.gpus}" if plan.gpus > 1 else "")
+    # In this order: a shorter request, fewer at once, a smaller cache type, smaller weights, more
+    # GPUs, another GPU, or without any more memory. What changes nothing enough is left out.
+    tokens, requests = plan.max_model_len, plan.max_num_seqs
+    ways = (*_smaller(capacity, tokens, requests), *_larger(capacity, tokens, requests))
     gpus = max(1, plan.gpus)
-    each = " per GPU" if plan.gpus > 1 else ""
+    where = f"{plan.device} x {gpus} per GPU" if gpus > 1 else plan.device
     return UsageError(
-        f"max_model_len {plan.max_model_len} x max_num_seqs {plan.max_num_seqs} does not fit on"
-        f" {where}{each}: weights {human(plan.weights_bytes_per_gpu)}, other"
+        f"max_model_len {tokens} x max_num_seqs {requests} does not fit on"
+        f" {where}: weights {human(plan.weights_bytes_per_gpu)}, other"
         f" {human(plan.overhead_bytes // gpus)}, {human(plan.kv_cache_bytes)} are left for a cache"
         f" of {human(plan.kv_bytes_total // gpus)}",
         hint=f"nearest that fits: {'; or '.join(texts)}"
         if (texts := [str(way["text"]) for way in ways])
         else "nothing near fits, up to 16 GPUs of this kind: choose a smaller model",
-        details={"plan": refused},
+        details={"plan": replace(plan, nearest=ways)},
     )
 
 
@@ -258,21 +254,10 @@ _FOUR_BITS = 4.25
 """Four bits and a 16-bit scale and 4-bit zero per 128 weights, nearly (AWQ, GPTQ)."""
 
 
-def alternatives(capacity: PagedCapacity, plan: ServingPlan) -> tuple[Mapping[str, JsonValue], ...]:
-    """Return changes of one option each that fit: `text` for people, the rest as `serve` keys.
-
-    In this order: a shorter request, fewer at once, a smaller cache type, smaller weights, more
-    GPUs, another GPU, or without any more memory. One that changes nothing enough is left out; the
-    list may be empty.
-    """
-    tokens, requests = plan.max_model_len, plan.max_num_seqs
-    return (*_smaller(capacity, tokens, requests), *_larger(capacity, tokens, requests))
-
-
 def _smaller(
     capacity: PagedCapacity, tokens: int, requests: int
 ) -> Iterator[Mapping[str, JsonValue]]:
-    """Yield what fits on the same machine."""
+    """Yield options that fit on the same machine: `text` for people, the rest as `serve` keys."""
     rules, card = capacity.rules, capacity.machine.gpu
     both: Mapping[str, JsonValue] = {"max_model_len": tokens, "max_num_seqs": requests}
     shorter = capacity.longest(requests, tokens)

@@ -30,9 +30,9 @@ def targets(formats: Iterable[Format]) -> Mapping[str, Target]:
     found = {
         name: Target(name=name, engine=engine, format=format_)
         for engine in engines().values()
-        for format_ in (SAFETENSORS, *(f for f in formats if f != SAFETENSORS))
+        for format_ in (SAFETENSORS, *formats)
         if format_.kind in engine.accepts
-        for name in [_name(engine, format_)]
+        for name in [engine.name if format_ == SAFETENSORS else f"{engine.name}-{format_.name}"]
     }
     return MappingProxyType(dict(sorted(found.items())))
 
@@ -46,7 +46,3 @@ def find(name: str, known: Mapping[str, Target]) -> Target:
     raise UsageError(
         f"unknown target {name!r}", hint=f"{guess}the targets are: {', '.join(known) or 'none'}"
     )
-
-
-def _name(engine: Engine, format_: Format) -> str:
-    return engine.name if format_ == SAFETENSORS else f"{engine.name}-{format_.name}"

@@ -164,8 +164,7 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonVa
         "dtype": capacity.dtype,
         "cuda-memory-fraction": planned.gpu_memory_utilization,
     }
-    cache = capacity.options.kv_cache_dtype
-    if cache:
+    if cache := capacity.options.kv_cache_dtype:
         settings["kv-cache-dtype"] = "fp8_e4m3fn" if cache in {"fp8", "fp8_e4m3"} else cache
     return settings
 
@@ -180,12 +179,9 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
         "huggingface-hub-cache": "/tmp/hub",  # noqa: S108
         **plan.settings,
     }
-    texts = {
-        key.upper().replace("-", "_"): str(value).lower() if isinstance(value, bool) else str(value)
-        for key, value in served.items()
-    }
+    texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in served.items()}
     return {
-        **texts,
+        **{key.upper().replace("-", "_"): text for key, text in texts.items()},
         "HF_HUB_OFFLINE": "1",
         "HOME": "/tmp",  # noqa: S108
         "HF_HOME": "/tmp/hub",  # noqa: S108

@@ -10,13 +10,7 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
-from weightsmith.serving.engine import (
-    OFFLINE,
-    Engine,
-    EngineBase,
-    ServedModel,
-    ServeOptions,
-)
+from weightsmith.serving.engine import OFFLINE, Engine, EngineBase, ServedModel, ServeOptions
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged

@@ -15,7 +15,6 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, Packing
-from weightsmith.models.shape import ModelShape
 from weightsmith.serving.compatibility import check_blocks
 from weightsmith.serving.devices import AMX, CPU, is_cpu
 from weightsmith.serving.engine import (
@@ -164,14 +163,8 @@ RULES = Rules(
     small_target="vllm-awq",
     batched_tokens=_batched_tokens,
     most_requests=_most_requests,
-    cache_dtypes={
-        "float16": 2,
-        "bfloat16": 2,
-        "fp8": 1,
-        "fp8_e4m3": 1,
-        "fp8_e5m2": 1,
-        "fp8_ds_mla": 1,
-    },
+    cache_dtypes={"float16": 2, "bfloat16": 2}
+    | dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_ds_mla"), 1),
     runs_on_cpu=True,
 )
 
@@ -206,7 +199,13 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         # Latent attention there takes a prompt as a whole (platforms/cpu.py).
         chosen = replace(chosen, chunked_prefill=False)
     if options.adapters:
-        chosen = replace(chosen, adapter_bytes=_adapter_bytes(model.shape, options))
+        # vLLM has buffers for the largest rank and for A and B of all seven linear layers, whatever
+        # an adapter has.
+        shape = model.shape
+        width = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+        ends = 4 * shape.hidden + width + 3 * (shape.hidden + shape.intermediate)
+        each = 2 * _lora_rank(options) * shape.layers * ends
+        chosen = replace(chosen, adapter_bytes=len(options.adapters) * each)
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
     check_blocks(model, options.format, planned.tensor_parallel_size)
     notes = (*own, *planned.notes, *check_packing(model.packing, capacity.machine))
@@ -253,16 +252,6 @@ def _lora_rank(options: ServeOptions) -> int:
             f"an adapter of rank {largest}: vLLM serves up to {_RANKS[-1]}", hint="merge it"
         )
     return min(rank for rank in _RANKS if rank >= largest)
-
-
-def _adapter_bytes(shape: ModelShape, options: ServeOptions) -> int:
-    """Return the bytes of vLLM's buffers for adapters: every linear layer's A and B, per adapter.
-
-    They are for the largest rank and for all seven linear layers, whatever an adapter has.
-    """
-    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    ends = 4 * shape.hidden + 2 * heads + 2 * kv + 3 * (shape.hidden + shape.intermediate)
-    return 2 * len(options.adapters) * _lora_rank(options) * shape.layers * ends
 
 
 def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonValue]:
