@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 from weightsmith.core.errors import UsageError
-from weightsmith.serving.auto import choices, choose_length
+from weightsmith.serving.auto import Fitting, choices, choose_length
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp import ENGINE as LLAMACPP
 from weightsmith.serving.plan import summary
@@ -19,16 +19,14 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Fitting):
     """Holds requests as long as their tokens together are no more than its own."""
 
     tokens: int
+    step = 1
 
-    def longest(self, requests: int, most: int) -> int:
-        return min(most, self.tokens // requests)
-
-    def most_requests(self, tokens: int, limit: int) -> int:
-        return min(limit, self.tokens // tokens)
+    def fits(self, tokens: int, requests: int) -> bool:
+        return tokens * requests <= self.tokens
 
 
 def tried(pool: Pool, own: int, wanted: int) -> int:

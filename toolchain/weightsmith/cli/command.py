@@ -214,7 +214,8 @@ def print_error(error: WeightsmithError, *, as_json: bool) -> None:
     if sys.getfilesystemencoding() == "ascii" and not error.message.isascii():
         hint = f"set LC_ALL=C.UTF-8 and not PYTHONUTF8=0, else names must be ASCII; or {hint}"
     if as_json:
-        report = {"message": error.message, "hint": hint, "exit_code": error.exit_code}
+        code = error.exit_code
+        report: dict[str, JsonValue] = {"message": error.message, "hint": hint, "exit_code": code}
         put_line(escape.as_json({**plain(error.details), "error": report}), sys.stdout)
     text = f"error: {escape.quoted(error.message)}"
     text += f"\n  hint: {escape.quoted(hint)}" if hint else ""
