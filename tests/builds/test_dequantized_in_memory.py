@@ -16,7 +16,7 @@ from weightsmith.fleets.ordering import foreseen, ordered
 from weightsmith.serving.devices import AMX_FLAGS
 from weightsmith.steps.tools import JobMemory
 
-from tests.fakes.fleet_runs import run, write_fleet
+from tests.fakes.fleet import run, write_fleet
 from tests.fakes.memory import QUESTIONS, Memory, questions
 
 TARGET, GGUF, ON_AMX = "vllm-fp8", "llamacpp-q4_k_m", "vllm-w8a8"

@@ -36,11 +36,11 @@ from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.user_config import read_config
 
 from tests.clusters import Cluster, has_ended
-from tests.fakes.awake import hear_interrupts
-from tests.fakes.debian_registry import real_registry, start_again, stop_registry
 from tests.fakes.fleet_home import ADAPTERS, TARGETS
 from tests.fakes.journal import RecordingProgress
+from tests.fakes.real_registries import real_registry, start_again, stop_registry
 from tests.fakes.s3_server import S3Server
+from tests.fakes.started import hear_interrupts
 from tests.paths import ROOT
 
 NODE = "tests.fakes.held_node"
@@ -259,7 +259,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         with self._out.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fakes.held_fleet", "fleet", *words],
+                [sys.executable, "-m", "tests.fakes.held_node", "fleet", *words],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, cwd=ROOT,
                 env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store"), "TERM": "xterm",
                      "COLUMNS": "160"},

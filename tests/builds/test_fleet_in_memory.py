@@ -15,8 +15,7 @@ from weightsmith.fleets.ordering import foreseen, ordered
 from weightsmith.oci.registry import Registry
 from weightsmith.quantizers import of_format
 
-from tests.fakes.fleet import MemoryFleet, by_tools
-from tests.fakes.fleet_runs import GOOD, Q4, Q5, facts, run, write_fleet
+from tests.fakes.fleet import GOOD, Q4, Q5, MemoryFleet, by_tools, facts, run, write_fleet
 from tests.fakes.memory import Memory, in_memory
 from tests.fakes.records import as_of_old
 

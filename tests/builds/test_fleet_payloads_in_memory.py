@@ -27,8 +27,7 @@ from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.cache import MemoryCache
-from tests.fakes.fleet import MemoryFleet, by_tools
-from tests.fakes.fleet_runs import GOOD, Q4, run, write_fleet
+from tests.fakes.fleet import GOOD, Q4, MemoryFleet, by_tools, run, write_fleet
 from tests.fakes.memory import Memory
 from tests.fakes.s3_server import s3_server
 from tests.fakes.store import MemoryStore

@@ -17,7 +17,7 @@ from weightsmith.building.graph import BuildRun
 from weightsmith.fleets import node
 from weightsmith.steps.step import ForeseenWeights
 
-from tests.fakes import fleet_runs
+from tests.fakes import fleet
 from tests.fakes.memory import Memory
 
 CASES: dict[str, tuple[list[str], list[str]]] = {
@@ -160,7 +160,7 @@ def test_a_stage_is_added_in_one_file_and_one_line(memory: Memory) -> None:
 
 @pytest.mark.usefixtures("counting")
 def test_a_fleet_knows_an_added_stage(two: Memory) -> None:
-    result, _ = fleet_runs.run(two, fleet_runs.write_fleet(two))
+    result, _ = fleet.run(two, fleet.write_fleet(two))
 
     assert result.stages["count-files"] == {"run": 4, "cached": 0}
     (page,) = two.folder.rglob("fleet.html")

@@ -19,8 +19,8 @@ from weightsmith.oci.weights import weight_layers
 from weightsmith.outside.registries import PushedLayers
 
 from tests.fakes.cache import MemoryCache
-from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import Memory, in_memory
+from tests.fakes.real_registries import real_registry
 
 HUGE = 140 * 10**9
 SMALL_DISK = 10**9

@@ -21,7 +21,7 @@ from gguf import GGUFReader
 from weightsmith.oci.layout import read_layout
 
 from tests.conftest import TinyBuild
-from tests.fakes.debian_registry import real_registry
+from tests.fakes.real_registries import real_registry
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"

@@ -11,8 +11,13 @@ import pytest
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
-from tests.fakes.debian_registry import real_registry
-from tests.fakes.other_registries import KINDS, Given, given_registries, other_registry
+from tests.fakes.real_registries import (
+    KINDS,
+    Given,
+    given_registries,
+    other_registry,
+    real_registry,
+)
 from tests.fakes.registry import fake_registry
 
 REGISTRIES = [

@@ -20,7 +20,7 @@ from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.s3_cache import S3Cache
 
 from tests.fakes.cache import MemoryCache
-from tests.fakes.debian_registry import real_registry
+from tests.fakes.real_registries import real_registry
 from tests.fakes.s3_server import s3_server
 
 KEY, OTHER = key_of("one"), key_of("other")

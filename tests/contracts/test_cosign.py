@@ -32,8 +32,8 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import evidence
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
-from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import memory_tools
+from tests.fakes.real_registries import real_registry
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.registry

@@ -21,10 +21,10 @@ from weightsmith.outside.docker_requests import LABEL_OWNER
 from weightsmith.outside.ownership import is_dead, owner_token
 
 from tests.contracts.test_runner import CACHE
-from tests.fakes.awake import hear_interrupts, until
 from tests.fakes.bare_builder import echo_job
 from tests.fakes.echo import let_runners_start_it
 from tests.fakes.journal import RecordingProgress
+from tests.fakes.started import hear_interrupts, until
 from tests.faults.relay import way_to_engine
 
 PATIENCE = 120

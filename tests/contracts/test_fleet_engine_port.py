@@ -22,8 +22,8 @@ from weightsmith.outside.fleet_ray import RayFleet
 from weightsmith.outside.fleet_slurm import SlurmFleet
 
 from tests.clusters import has_ended
-from tests.fakes.awake import until
 from tests.fakes.fleet import MemoryFleet
+from tests.fakes.started import until
 from tests.paths import ROOT
 
 PATIENCE = 300.0

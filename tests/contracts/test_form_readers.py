@@ -27,8 +27,8 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.weights import weight_layers
 
-from tests.fakes.debian_registry import real_registry
 from tests.fakes.images import tree_of
+from tests.fakes.real_registries import real_registry
 
 pytestmark = pytest.mark.registry
 WEIGHTS = b"GGUF" + bytes(range(256)) * 5000

@@ -22,9 +22,9 @@ from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.docker_images import base_reference
 from weightsmith.outside.docker_launcher import DockerLauncher
 
-from tests.fakes.awake import until
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.launcher import MemoryLauncher
+from tests.fakes.started import until
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),

@@ -24,8 +24,8 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
 
-from tests.fakes.debian_registry import real_registry
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image, tree_of
+from tests.fakes.real_registries import real_registry
 
 AMD64 = "linux/amd64"
 PACK = ModelDescription(name="tiny", version="1", format="safetensors")

@@ -27,7 +27,7 @@ from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.images import tiny_image
 from tests.fakes.memory import memory_tools
-from tests.fakes.other_registries import Given
+from tests.fakes.real_registries import Given
 from tests.fakes.registry import fake_registry
 
 AMD64 = "linux/amd64"

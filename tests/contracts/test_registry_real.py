@@ -20,9 +20,8 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_server
-from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import tiny_image
-from tests.fakes.other_registries import Given
+from tests.fakes.real_registries import Given, real_registry, stop_registry
 from tests.faults.relay import pass_on
 
 AMD64 = "linux/amd64"

@@ -29,11 +29,11 @@ from weightsmith.outside.folders import read_tree
 from weightsmith.outside.local import LocalRunner
 from weightsmith.worker.jobs import STAGES
 
-from tests.fakes.awake import hear_interrupts, until
 from tests.fakes.bare_builder import echo_job
 from tests.fakes.echo import let_runners_start_it
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.runner import MemoryRunner
+from tests.fakes.started import hear_interrupts, until
 from tests.fakes.store import MemoryStore
 from tests.paths import ROOT
 

@@ -1,17 +1,24 @@
-"""A fleet's engine in this process: tasks are done one after another, by the tools of a test."""
+"""Fleets of a user's folder in memory: their engine, a file, and a run of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import yaml
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Ended, NodeTask
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import canonical
 from weightsmith.fleets.node import answer
+from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
 from weightsmith.fleets.requests import TaskRequest
+from weightsmith.fleets.rows import FleetRows
 from weightsmith.steps.tools import Tools
+
+from tests.fakes.memory import Memory
 
 
 def by_tools(tools: Tools) -> Callable[[str], str]:
@@ -21,7 +28,7 @@ def by_tools(tools: Tools) -> Callable[[str], str]:
 
 @dataclass
 class MemoryFleet:
-    """Two nodes; one task is done each time that somebody waits."""
+    """An engine of two nodes; one task is done each time that somebody waits."""
 
     do: Callable[[str], str]
     """Takes a request, and returns the reply."""
@@ -66,3 +73,42 @@ class MemoryFleet:
     def close(self) -> None:
         self.closed = True
         self._queue.clear()
+
+
+Q4, Q5 = "llamacpp-q4_k_m", "llamacpp-q5_k_m"
+GOOD = "not proven"
+"""The verdict of all that goes well: eight questions prove little."""
+
+
+def write_fleet(memory: Memory, **changes: Any) -> Path:
+    """Write fleet.yaml: both adapters, each with its own questions, for two targets."""
+    fleet = {
+        "recipe": "recipe.yaml",
+        "adapters": ["./a", {"source": "./b", "evaluate": {"data": "b.jsonl"}}],
+        "targets": [Q4, Q5],
+        **changes,
+    }
+    path = memory.home / "fleet.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in fleet.items() if value}))
+    return path
+
+
+def run(
+    memory: Memory, path: Path, engine: MemoryFleet | None = None, **choices: Any
+) -> tuple[FleetRows, MemoryFleet]:
+    """Run a fleet with the tools of a test; its journal then tells of this run alone."""
+    memory.journal.events.clear()
+    memory.runner.jobs.clear()
+    engine = engine or MemoryFleet(by_tools(memory.tools))
+    outputs, tools = choices.pop("outputs", {}), choices.pop("tools", memory.tools)
+    fleet = ordered(path, **choices)
+    graph = foreseen(fleet, memory.dist, tools)
+    rows = run_fleet(
+        fleet, graph, engine, tools,
+        dist=memory.dist, outputs=outputs, options={}, cpus=0, changed=lambda _: None,
+    )  # fmt: skip
+    return rows, engine
+
+
+def facts(rows: FleetRows) -> list[tuple[str, str, str]]:
+    return [(row.adapter, row.target, row.verdict) for row in rows.cells]

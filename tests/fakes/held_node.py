@@ -1,8 +1,12 @@
 """A node's program for tests of clusters: `python -m tests.fakes.held_node`.
 
-It does every task as any node does. But where the folder of the clusters has the file `hold`, with
-a node's name and `merge` or `push`, that node stays in the middle of its next one of these, until
-it is killed or the file `go` is there. A hold is for one node, once: `held` is then its process.
+With words, such as `fleet --file …`, it is the command line, whose nodes are such programs; what
+failed because of its machine is tried again at once.
+
+A node does every task as any node does. But where the folder of the clusters has the file `hold`,
+with a node's name and `merge` or `push`, that node stays in the middle of its next one of these,
+until it is killed or the file `go` is there. A hold is for one node, once: `held` is then its
+process.
 """
 
 from __future__ import annotations
@@ -77,5 +81,15 @@ def main() -> int:
     return node.main()
 
 
+def command_line() -> None:
+    from weightsmith.building import wiring
+    from weightsmith.cli import program
+    from weightsmith.fleets import running
+
+    wiring.NODE = (sys.executable, "-m", "tests.fakes.held_node")
+    running._PAUSES = (1.0, 1.0)
+    program.main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line() if sys.argv[1:] else main())

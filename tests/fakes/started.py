@@ -1,8 +1,9 @@
-"""A server program, started as its image would start it, and asked until it is ready."""
+"""Programs that are started, and what is sure to come of them."""
 
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -69,3 +70,16 @@ def _wait(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
             pass
         time.sleep(0.5)
     raise AssertionError(log.read_text()[-3000:])
+
+
+def hear_interrupts() -> None:
+    """Take the default handler: a run under `nohup`, cron or `&` ignores it, with all it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def until(there: Callable[[], object], patience: float = 120.0) -> None:
+    """Wait until this is true, however busy the machine is."""
+    end = time.monotonic() + patience
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.05)

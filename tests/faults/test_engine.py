@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.awake import until
+from tests.fakes.started import until
 from tests.faults.relay import way_to_engine
 from tests.faults.workshop import PATIENCE, Running, Workshop
 

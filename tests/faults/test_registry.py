@@ -8,7 +8,7 @@ import pytest
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
-from tests.fakes.debian_registry import real_registry, stop_registry
+from tests.fakes.real_registries import real_registry, stop_registry
 from tests.faults.workshop import Workshop
 
 pytestmark = [pytest.mark.builders, pytest.mark.registry]

@@ -19,8 +19,8 @@ from unittest.mock import patch
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.escape import quoted
 
-from tests.fakes.awake import hear_interrupts, until
 from tests.fakes.command_line import weightsmith
+from tests.fakes.started import hear_interrupts, until
 from tests.paths import TINY
 
 PROGRAM = Path(sys.executable).with_name("weightsmith")

@@ -30,7 +30,7 @@ from weightsmith.outside.worker_protocol import open_log
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.lock import read_lock, write_lock
 
-from tests.fakes.deep import NOBODY, somebody_else
+from tests.fakes.users import NOBODY, somebody_else
 
 # Other users' files.
 

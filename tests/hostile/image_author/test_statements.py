@@ -15,8 +15,8 @@ from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import ADDED, LAYERS, plan_in, roles_of
 
-from tests.fakes.deep import nested
 from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.users import nested
 
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
 WRAPPED = base64.b64encode(DEEP)

@@ -19,8 +19,8 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.permissions import owned_by
 
-from tests.fakes.deep import NOBODY, closed_folders, nested, somebody_else
 from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.users import NOBODY, closed_folders, nested, somebody_else
 
 
 def test_a_layer_of_1500_nested_folders_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from weightsmith.core.files import folder_lock
 from weightsmith.outside import process
 from weightsmith.outside.lines import Lines
 
-from tests.fakes.awake import hear_interrupts
+from tests.fakes.started import hear_interrupts
 from tests.paths import ROOT
 
 

@@ -23,8 +23,8 @@ from weightsmith.provenance.signing import (
 )
 from weightsmith.provenance.statements import Statement
 
+from tests.fakes.auth_server import key_service
 from tests.fakes.baking import make_key
-from tests.fakes.key_service import key_service
 
 TEXT = b"what is signed"
 STATEMENT = Statement({"_type": "https://in-toto.io/Statement/v1", "subject": []})

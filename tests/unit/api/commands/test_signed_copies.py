@@ -18,7 +18,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.outside.signer import open_signer
 
 from tests.fakes.baking import bake, make_key
-from tests.fakes.debian_registry import real_registry
+from tests.fakes.real_registries import real_registry
 from tests.unit.api.commands.conftest import Scene
 
 
