@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -232,19 +233,24 @@ class TinyBuild:
 
 @pytest.fixture(scope="session")
 def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> TinyBuild:
-    """The tiny example, built by the local runner."""
-    folder = tmp_path_factory.mktemp("tiny")
-    store, dist = folder / "store", folder / "dist"
-    recipe = TINY / "recipe.yaml"
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe", recipe,
-         "--runner", "local", "--dist", dist, "--json"],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    (told,) = json.loads(done.stdout)["targets"].values()
-    return TinyBuild(store=store, dist=dist, told=told)
+    """The tiny example, built by the local runner: once for all processes of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny"
+    folder.mkdir(exist_ok=True)
+    store, dist, told = (folder / name for name in ("store", "dist", "told.json"))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            done = subprocess.run(
+                [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe",
+                 TINY / "recipe.yaml", "--runner", "local", "--dist", dist, "--json"],
+                env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
+                cwd=ROOT, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            told.write_text(done.stdout)
+    (target,) = json.loads(told.read_text())["targets"].values()
+    return TinyBuild(store=store, dist=dist, told=target)
 
 
 @pytest.fixture(scope="session")

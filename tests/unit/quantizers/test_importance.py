@@ -173,6 +173,7 @@ def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: s
         assert parts & {"ffn_down", "ffn_down_exps"}
 
 
+@pytest.mark.slow
 def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path: Path, monkeypatch) -> None:
     model = make_any(tmp_path / "model", "LlamaForCausalLM")
     whole = importance(model, LINES, tokens_of(model))

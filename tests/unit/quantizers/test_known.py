@@ -73,7 +73,7 @@ def test_each_is_quantized_or_refused_with_what_works(architecture: str, name: s
     assert ("GGUF" in refused.value.hint) == (architecture in gguf_architectures())
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(15)
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: str) -> None:
     model, scheme = models(architecture), SCHEMES[name]
@@ -103,7 +103,7 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
     assert 0 < found.layer_error < MOST[name]
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(15)
 @pytest.mark.parametrize("architecture", sorted(WALKED.intersection(BY_RULE)))
 def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture: str) -> None:
     model = models(architecture)
@@ -168,7 +168,7 @@ def as_key(weight: torch.Tensor) -> bytes:
     return weight.detach().bfloat16().contiguous().view(torch.int16).numpy().tobytes()
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(15)
 @pytest.mark.parametrize("architecture", sorted(NAMED | JOINED))
 def test_what_a_model_lacks_cannot_be_kept(models, architecture: str) -> None:
     """Also not what engines fuse with it: `keep_option` wants all of those."""

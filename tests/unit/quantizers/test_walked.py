@@ -58,7 +58,7 @@ def layout(method: str) -> PackedLayout:
     return PackedLayout(method=method, bits=4, group_size=32, symmetric=method == "gptq")
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(15)
 @pytest.mark.parametrize(("architecture", "method"), CELLS)
 def test_a_model_of_this_architecture_becomes_this_format(
     models, tmp_path: Path, architecture: str, method: str

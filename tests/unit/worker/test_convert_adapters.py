@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from weightsmith.quantizers.running import REFUSED
 
 CONVERTER = """
 import logging, sys
 from pathlib import Path
+
+import pytest
 
 folder, _, base, _, out = sys.argv[1:6]
 logging.basicConfig(level=logging.INFO)
@@ -24,6 +27,7 @@ Path(out).write_text(base)
 """
 
 
+@pytest.mark.slow
 def test_a_refusal_names_its_adapter_and_the_log_has_the_converters_words(tmp_path: Path) -> None:
     converter = tmp_path / "convert.py"
     converter.write_text(CONVERTER)
