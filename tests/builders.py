@@ -16,7 +16,8 @@ from weightsmith.building.progress import progress_for
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import EnvironmentFailure, WeightsmithError
 from weightsmith.core.ports import Progress, Runner
-from weightsmith.outside.docker import DockerEngine, DockerRunner
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.docker_containers import DockerRunner
 from weightsmith.outside.local import LocalRunner
 
 from tests import vllm_parts

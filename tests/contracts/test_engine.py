@@ -14,10 +14,9 @@ import httpx
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Silent, StartSpec
-from weightsmith.outside.docker import ArchiveUpload, DockerEngine, DockerRunner, engine_host
+from weightsmith.outside.docker import LABEL_OWNER, ArchiveUpload, DockerEngine, engine_host
+from weightsmith.outside.docker_containers import DockerLauncher, DockerRunner
 from weightsmith.outside.docker_images import base_reference
-from weightsmith.outside.docker_launcher import DockerLauncher
-from weightsmith.outside.docker_requests import LABEL_OWNER
 from weightsmith.outside.ownership import is_dead, owner_token
 
 from tests.contracts.test_runner import CACHE

@@ -19,8 +19,8 @@ from weightsmith.oci.image import assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.docker_containers import DockerLauncher
 from weightsmith.outside.docker_images import base_reference
-from weightsmith.outside.docker_launcher import DockerLauncher
 
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.launcher import MemoryLauncher

@@ -23,8 +23,8 @@ from weightsmith.core.jobs import Input, Job, MergeJob, read_job, write_job
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Progress, Runner, Silent
 from weightsmith.core.values import Digest, FileEntry, Json
-from weightsmith.outside.docker import DockerEngine, DockerRunner
-from weightsmith.outside.docker_requests import LABEL_JOB
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.docker_containers import LABEL_JOB, DockerRunner
 from weightsmith.outside.folders import read_tree
 from weightsmith.outside.local import LocalRunner
 from weightsmith.worker.jobs import STAGES

@@ -111,6 +111,6 @@ def package() -> Path:
 
 def let_runners_start_it() -> None:
     """Let the runners in this process start workers that know the job."""
-    from weightsmith.outside import docker, local
+    from weightsmith.outside import docker_containers, local
 
-    docker.package = local.package = package  # type: ignore[attr-defined]
+    docker_containers.package = local.package = package  # type: ignore[attr-defined]

@@ -20,10 +20,16 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import ConvertAdaptersJob, Input
 from weightsmith.core.ports import StartSpec
 from weightsmith.outside import docker
-from weightsmith.outside.docker import DockerEngine, _passes_gpus, engine_host, run_container
+from weightsmith.outside.docker import DockerEngine, _passes_gpus, engine_host
+from weightsmith.outside.docker_containers import (
+    DockerLauncher,
+    JobFiles,
+    confinement,
+    job_request,
+    run_container,
+    server_request,
+)
 from weightsmith.outside.docker_images import _only_said, base_reference, build_command
-from weightsmith.outside.docker_launcher import DockerLauncher, confinement
-from weightsmith.outside.docker_requests import Bounds, JobFiles, job_request, server_request
 from weightsmith.outside.process import Completed
 from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 
@@ -46,8 +52,9 @@ def request(*, gpu: bool = False, memory: int = 1 << 30):
         memory_bytes=memory,
         use_gpu=gpu,
     )
-    bounds = Bounds(user=1000, group=1001, owner="me", gpu=gpu)
-    return job_request(job, "builder:1", PLACE, bounds, {"OMP_NUM_THREADS": "2"})
+    return job_request(
+        job, "builder:1", PLACE, {"OMP_NUM_THREADS": "2"}, user="1000:1001", owner="me", gpu=gpu
+    )
 
 
 def test_a_job_has_no_network_no_rights_and_no_writable_root():

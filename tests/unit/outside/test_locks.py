@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 from weightsmith.core.values import key_of
 from weightsmith.core.waiting import stopped_by
 from weightsmith.outside.environment import locked
@@ -29,12 +28,12 @@ def test_a_lock_that_is_free_says_nothing_and_one_that_is_held_what_its_holder_d
     lock, told = tmp_path / "lock", list[str]()
     with locked(lock, "works", told.append), locked(tmp_path / "b", "x", told.append):
         assert told == []
-    holder = FileLock(lock)
-    holder.acquire()
+    holder = os.open(lock, os.O_RDWR)
+    fcntl.flock(holder, fcntl.LOCK_EX)
 
     def tell(text: str) -> None:
         told.append(text)
-        holder.release()
+        os.close(holder)
 
     with locked(lock, "is compiling llamacpp's tools", tell):
         assert told == [f"another process is compiling llamacpp's tools: waiting for it ({lock})"]

@@ -31,8 +31,8 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.checkup import MachineReport, examine_machine
-from weightsmith.outside.docker import DockerEngine, DockerRunner
-from weightsmith.outside.docker_launcher import DockerLauncher
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.docker_containers import DockerLauncher, DockerRunner
 from weightsmith.outside.fleet_local import LocalFleet, local_room
 from weightsmith.outside.fleet_ray import RayFleet
 from weightsmith.outside.fleet_slurm import SlurmFleet

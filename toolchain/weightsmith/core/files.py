@@ -215,7 +215,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def _claim(folder: Path) -> tuple[int, Path]:
-    """Create a file with a new name and lock it; return both."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         path = _new_name(folder)

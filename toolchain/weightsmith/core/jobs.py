@@ -140,7 +140,6 @@ class Job:
         return replace(self, output=output, virtual=virtual, **moved)
 
     def _given(self, name: str) -> Iterator[tuple[str, Input]]:
-        """Yield the inputs of one field with their names."""
         value = getattr(self, name)
         if isinstance(value, Job):
             yield from ((f"{name}_{inner}", each) for inner, each in value.inputs.items())

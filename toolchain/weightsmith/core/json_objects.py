@@ -111,7 +111,6 @@ def _written(value: object) -> JsonValue:
 def _fields_of(
     kind: type[DataclassInstance], value: JsonValue, place: str, *, exact: bool = False
 ) -> dict[str, object]:
-    """Return the arguments of a dataclass from a JSON object."""
     if not isinstance(value, dict):
         raise _another(value, "an object", place)
     if exact and (wrong := {one.name for one in _fields(kind)} ^ set(value)):

@@ -14,7 +14,8 @@ from weightsmith.core.ports import Runner
 from weightsmith.core.privacy import is_shared, owners
 from weightsmith.core.resources import engine_platforms, images
 from weightsmith.outside.confinement import confinement
-from weightsmith.outside.docker import DockerEngine, DockerRunner
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.docker_containers import DockerRunner
 from weightsmith.outside.hardware import cores, gpu_names
 from weightsmith.outside.hub import hub_endpoint
 from weightsmith.outside.local import WAYS_OUT, LocalRunner

@@ -1,49 +1,29 @@
-"""The container engine: runs jobs in builder containers and loads image archives."""
+"""The container engine itself: whether it answers, and what images it has and loads."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from socket import AF_UNIX, SHUT_RDWR
-from socket import socket as Socket  # noqa: N812 - docker names its own values `socket`
 from typing import Any
 
 import docker
 from docker.context import ContextAPI
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
-from docker.utils.socket import SocketError, frames_iter
+from docker.utils.socket import SocketError
 from requests.exceptions import RequestException
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.jobs import Job, write_job
-from weightsmith.core.ports import CANDIDATES, Progress
-from weightsmith.core.resources import package
+from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.values import Json, JsonValue
-from weightsmith.outside.docker_images import build_image, image_tag
-from weightsmith.outside.docker_requests import (
-    INPUTS,
-    LABEL_OWNER,
-    NOBODY,
-    Bounds,
-    JobFiles,
-    inside,
-    job_request,
-)
 from weightsmith.outside.hardware import gpu_names
-from weightsmith.outside.lines import RESULT, Lines, when_readable
-from weightsmith.outside.local import worker_environment
-from weightsmith.outside.ownership import is_dead, owner_token, private_folder
-from weightsmith.outside.permissions import owned_by, readable
-from weightsmith.outside.process import TookTooLong
-from weightsmith.outside.toolset import optional_toolsets, try_toolsets
-from weightsmith.outside.worker_protocol import Conversation, open_log
+from weightsmith.outside.ownership import is_dead, owner_token
 
+LABEL_OWNER = "weightsmith.owner"
 _UNPACK_SECONDS = 24 * 3600
 """Seconds; the engine sends nothing while it unpacks a large layer."""
 
@@ -187,75 +167,6 @@ class DockerEngine:
                         network.remove()
 
 
-class DockerRunner:
-    """Runs each job in a container of its builder's image, without network and privileges."""
-
-    name = "docker"
-    networked = False
-
-    def __init__(self, engine: DockerEngine, cache: Path) -> None:
-        self._engine = engine
-        self._cache = cache
-        """For logs, and for private copies of inputs that the container's user cannot read."""
-
-    def prepare(self, builder: str, progress: Progress) -> None:
-        """Build the builder's image if the engine does not have it; takes minutes, once."""
-        self._engine.reap()
-        if not self.ready(builder):
-            build_image(builder, self._flavour(), engine_host(), self._cache, progress)
-        try_toolsets(self._cache, builder, progress)
-
-    def check(self, builder: str) -> None:
-        """Check nothing in advance: building the image needs nothing from this machine."""
-
-    def ready(self, builder: str) -> bool:
-        """Say whether the engine has the builder's image."""
-        return self._engine.holds(image_tag(builder, self._flavour()))
-
-    def run(
-        self, job: Job, progress: Progress, *, stop: int | None = None
-    ) -> Mapping[str, JsonValue]:
-        """Run the job; raises the job's own error, or EnvironmentFailure if it died.
-
-        InterruptedError once the open file `stop` can be read. `builder_image` in the result is
-        the digest of its image.
-        """
-        self.prepare(job.builder, progress)
-        root = os.getuid() == 0
-        user, group = (NOBODY, NOBODY) if root else (os.getuid(), os.getgid())
-        gpu = job.use_gpu and self._engine.has_gpu()
-        bounds = Bounds(user=user, group=group, owner=owner_token(), gpu=gpu)
-        with contextlib.ExitStack() as stack:
-            staging = stack.enter_context(private_folder(self._cache))
-            tools = optional_toolsets(self._cache, job.builder)
-            given = {f"in/{name}": one.path for name, one in job.inputs.items()}
-            places = {**given, "weightsmith": package(), **tools}
-            there = {n: readable(p, staging / n, by_others=root) for n, p in places.items()}
-            files = JobFiles(
-                inputs={name: there[f"in/{name}"] for name in job.inputs},
-                output=job.output.resolve(),
-                job_file=staging / "job.json",
-                package=there["weightsmith"],
-                tools={engine: there[engine] for engine in tools},
-            )
-            files.job_file.write_text(write_job(inside(job)), encoding="utf-8")
-            files.job_file.chmod(0o444)
-            log = stack.enter_context(open_log(self._cache, job.kind))
-            if root:
-                stack.enter_context(owned_by(job.output, user, group))
-            image = image_tag(job.builder, self._flavour())
-            request = job_request(job, image, files, bounds, worker_environment())
-            conversation = Conversation(job=job, progress=progress, log=log, inside=INPUTS)
-            stack.enter_context(conversation.in_time())
-            with engine_errors(f"running the {job.kind} job"):
-                returncode = run_container(self._engine.client, request, conversation, stop)
-            ran_in = self._engine.inspect(image).get("Id", "")
-            return {**conversation.result(returncode), "builder_image": ran_in}
-
-    def _flavour(self) -> str:
-        return "cuda" if self._engine.has_gpu() else "cpu"
-
-
 @contextlib.contextmanager
 def engine_errors(doing: str) -> Iterator[None]:
     """Turn the client library's exceptions into an EnvironmentFailure that says what to do."""
@@ -285,7 +196,7 @@ def _connect(timeout: int) -> docker.DockerClient:
     scheme, _, path = engine_host().partition("://")
     try:
         if scheme == "unix":  # docker-py leaks its socket where nobody listens
-            with Socket(AF_UNIX) as trial:
+            with socket.socket(socket.AF_UNIX) as trial:
                 trial.settimeout(ANSWER_SECONDS)
                 trial.connect("/" + path.lstrip("/"))
         return docker.from_env(environment=environment, timeout=timeout)
@@ -433,101 +344,6 @@ GONE = (DockerException, RequestException, OSError)
 """What the client library raises if the engine is not running or stops."""
 ANSWER_SECONDS = 120
 """After which an engine that says nothing counts as gone."""
-_NOT_STARTED = "waiting for init preliminary setup"
-"""runc says so of a container that ended before its program: on a busy machine, now and then."""
-
-
-def run_container(
-    client: docker.DockerClient,
-    request: Mapping[str, object],
-    conversation: Conversation,
-    stop: int | None,
-) -> int:
-    """Start a job's container, process its output until it ends, and return its exit code.
-
-    A container that the engine could not start is started once more. Raises TookTooLong after the
-    job's time limit, InterruptedError once the open file `stop` can be read; the container is
-    removed in any case.
-    """
-    try:
-        return _run_once(client, request, conversation, stop)
-    except APIError as problem:
-        if _NOT_STARTED not in str(problem.explanation):
-            raise
-    return _run_once(client, request, conversation, stop)
-
-
-def _run_once(
-    client: docker.DockerClient,
-    request: Mapping[str, object],
-    conversation: Conversation,
-    stop: int | None,
-) -> int:
-    api: Any = client.api
-    containers: Any = client.containers
-    frames: Any = frames_iter
-    container = containers.create(**request)
-    seconds = conversation.job.seconds
-    patience = seconds + ANSWER_SECONDS if seconds else None
-    listeners = {1: (Lines(RESULT), conversation.on_line), 2: (Lines(), conversation.on_error_line)}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-            attached = api.attach_socket(container.id, params=streams)
-            # The client library's file does not close the socket below it.
-            below: Socket = getattr(attached, "_sock", attached)
-            with (
-                contextlib.closing(attached),
-                contextlib.closing(below),
-                _ended_early(seconds, stop, container, below),
-            ):
-                # Attached before it starts: the container is removed as soon as it ends.
-                ended = pool.submit(api.wait, container.id, patience, "removed")
-                container.start()
-                for number, chunk in frames(attached, tty=False):
-                    lines, on_line = listeners.get(number, listeners[2])
-                    for line in lines.feed(chunk):
-                        on_line(line)
-                for lines, on_line in listeners.values():
-                    for line in lines.feed(b""):
-                        on_line(line)
-                return int(ended.result()["StatusCode"])
-        finally:
-            remove(container)
-
-
-@contextlib.contextmanager
-def _ended_early(
-    seconds: int, stop: int | None, container: Container, socket: Socket
-) -> Iterator[None]:
-    """Remove the container after its time limit, and raise TookTooLong then; 0 for no limit.
-
-    And once the file `stop` can be read, with InterruptedError.
-    """
-    why: list[Exception] = []
-
-    def end(reason: Exception) -> None:
-        why.append(reason)
-        remove(container)
-        # A hanging engine does not report the container's end; do not wait for it.
-        with contextlib.suppress(*GONE):
-            socket.shutdown(SHUT_RDWR)
-
-    over = TookTooLong("the container exceeded its time limit", hint="see the job's log")
-    timer = threading.Timer(seconds, end, [over])
-    timer.daemon = True
-    if seconds:
-        timer.start()
-    try:
-        with when_readable(stop, lambda: end(InterruptedError())):
-            yield
-    except (*GONE, EnvironmentFailure):
-        if not why:
-            raise
-    finally:
-        timer.cancel()
-    if why:
-        raise why[0]
 
 
 def remove(container: Container) -> None:

@@ -7,6 +7,7 @@ installs but does not import, for want of a newer C library, is skipped.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import re
@@ -14,13 +15,12 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import httpx
-from filelock import FileLock, Timeout
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.network import paced
@@ -29,7 +29,7 @@ from weightsmith.core.privacy import private
 from weightsmith.core.resources import images
 from weightsmith.core.trees import discard
 from weightsmith.core.values import Writable, key_of
-from weightsmith.core.waiting import PAUSE, check_stopped, holder
+from weightsmith.core.waiting import take
 from weightsmith.outside import process
 from weightsmith.outside.downloading import persistently
 from weightsmith.outside.worker_protocol import open_log
@@ -300,16 +300,9 @@ class _Installer:
 @contextmanager
 def locked(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
     """Hold a file's lock while the block runs; `what` says what its holder is doing."""
-    lock = FileLock(path)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        tell(f"{holder(path)} {what}: waiting for it ({path})")
-        while not lock.is_locked:
-            check_stopped()
-            with suppress(Timeout):
-                lock.acquire(timeout=PAUSE)
-    try:
+        take(handle, fcntl.LOCK_EX, lambda who: tell(f"{who} {what}: waiting for it ({path})"))
         yield
     finally:
-        lock.release()
+        os.close(handle)

@@ -187,7 +187,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _connected(address: str) -> ModuleType:
-    """Return Ray's module, connected to the cluster."""
     # Without this, Ray warns of its own future at each start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

@@ -156,7 +156,6 @@ class SlurmFleet:
             time.sleep(min(_POLL, left))
 
     def _lost(self) -> Iterator[Ended]:
-        """Yield the tasks that the controller has given up without a reply."""
         states = self._states()
         for key, given in list(self._given.items()):
             state = states.get(f"{given.job}_{given.number}", "gone")
@@ -170,7 +169,6 @@ class SlurmFleet:
                 yield Ended(id=key, node=given.node, text="", why=why)
 
     def _states(self) -> Mapping[str, str]:
-        """Return the state of each element that the controller knows."""
         jobs = ",".join(dict.fromkeys(given.job for given in self._given.values()))
         try:
             text = self._run(

@@ -113,7 +113,11 @@ class FolderCache:
             except (FileNotFoundError, InputRefused):  # unknown blobs: it goes before them
                 for odd in (path, path.with_suffix(".blobs")):
                     remove(odd)
-        young = self._now() - _BEING_WRITTEN
+        young = 0.0
+        if self.root.is_dir():
+            # By the clock that stamps files here, which may be a file server's.
+            with marked(self.root) as mark:
+                young = (self.root / mark).stat().st_mtime - _BEING_WRITTEN
         for path in _files(self.root / "blobs"):
             with suppress(FileNotFoundError):  # another one cleans too
                 status = path.stat()
@@ -122,13 +126,6 @@ class FolderCache:
                     path.unlink()
                     freed += status.st_size
         return freed
-
-    def _now(self) -> float:
-        """Return the time by the clock that stamps files here, which may be a file server's."""
-        if not self.root.is_dir():
-            return 0.0
-        with marked(self.root) as name:
-            return (self.root / name).stat().st_mtime
 
     def _is_lost(self) -> bool:
         """Say whether even the folder is missing that the cache would be made in."""

@@ -37,7 +37,6 @@ def free_memory() -> int:
 
 
 def _number(path: Path, pattern: str) -> int:
-    """Return the number that a pattern finds in a file, 0 if it finds none."""
     try:
         found = re.search(pattern, path.read_text("ascii"))
     except OSError:

@@ -342,7 +342,6 @@ def _explained(repository: str, what: str) -> Iterator[None]:
 
 
 def _failure(error: Exception, repository: str, what: str) -> WeightsmithError:
-    """Return what a failure of the client means, and what to do."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     name, place = f"hf://{repository}", hub_endpoint()

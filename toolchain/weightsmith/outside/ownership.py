@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from weightsmith.core.files import sibling_folder
@@ -43,14 +42,12 @@ def is_dead(token: str) -> bool:
     return now != started
 
 
-@contextmanager
-def private_folder(cache: Path) -> Iterator[Path]:
+def private_folder(cache: Path) -> AbstractContextManager[Path]:
     """Create a folder below the cache that only we can enter; deleted when the block ends.
 
     Folders left by killed processes are deleted first.
     """
-    with sibling_folder(private(cache, "jobs") / "job") as folder:
-        yield folder
+    return sibling_folder(private(cache, "jobs") / "job")
 
 
 def _realm() -> str:

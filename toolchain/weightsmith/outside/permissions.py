@@ -59,7 +59,6 @@ def _closed(path: Path) -> bool:
 
 
 def _give(real: Path, target: Path) -> Path:
-    """Link a file, or copy it, sharing its blocks if the file system can."""
     if real.stat().st_mode & stat.S_IROTH:
         with suppress(OSError):  # another file system, or a file that we may not link
             os.link(real, target)

@@ -297,7 +297,6 @@ def _spawn(
     merge: bool,
     inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start the sandbox launcher, which executes the program."""
     environment = dict(scrubbed() if env is None else env)
     if shutil.which(words[0], path=environment.get("PATH")) is None:
         raise EnvironmentFailure(
@@ -368,7 +367,6 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have the launcher end the program and all that it started."""
     if process.returncode is None:
         os.kill(process.pid, END)
 

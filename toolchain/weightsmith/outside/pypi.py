@@ -139,7 +139,6 @@ class _Wheel:
 
 
 def _wheels(name: str, version: str, pip: PipSettings) -> list[_Wheel]:
-    """Return the index's pure wheels of one version, newest tag first."""
     index = (pip.get("index-url") or "https://pypi.org/simple").rstrip("/")
     url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
     headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}

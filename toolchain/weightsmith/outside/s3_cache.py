@@ -139,7 +139,6 @@ class S3Cache:
             self._files.rm_file(path)
 
     def _keys(self) -> dict[Digest, tuple[int, float]]:
-        """Return the size of each entry's document, and when it was written."""
         found = {}
         for path, row in self._files.find(f"{self._place}/entries", detail=True).items():
             name = path.rpartition("/")[2]
@@ -150,7 +149,6 @@ class S3Cache:
         return found
 
     def _forget(self, key: Digest) -> int:
-        """Delete an entry, and return its bytes."""
         freed = 0
         for path in (self._entry(key), self._named(key)):
             freed += self._size(path) or 0

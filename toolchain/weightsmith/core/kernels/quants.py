@@ -82,7 +82,6 @@ def check_rows(kind: str, rows: np.ndarray) -> None:
 
 @cache
 def _numbers() -> Mapping[str, int]:
-    """Return llama.cpp's number of each tensor type."""
     ggml = library.ggml()
     named = ((ggml.ggml_type_name(n), n) for n in range(ggml.ggml_rows_types()))
     return {name.decode().upper(): n for name, n in named if name}
