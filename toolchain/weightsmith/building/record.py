@@ -8,7 +8,7 @@ six waits for the disk for each cell of a fleet.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +25,6 @@ from weightsmith.evaluating.build_record import (
     FILE,
     NO_TASK,
     AdapterRecord,
-    AnsweredTask,
     ArtifactRecord,
     BuildRecord,
     CheckRecord,
@@ -35,6 +34,7 @@ from weightsmith.evaluating.build_record import (
     ScoreRecord,
     SourceRecord,
     StageRecord,
+    SuiteRecord,
     TaskRecord,
     VerdictRecord,
     read_build,
@@ -42,9 +42,16 @@ from weightsmith.evaluating.build_record import (
 )
 from weightsmith.evaluating.gate import wilson
 from weightsmith.evaluating.pages import write_report
-from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
+from weightsmith.evaluating.results import (
+    Result,
+    main_scores,
+    unproven,
+    unproven_of,
+    verdict_of,
+    verdicts_of,
+)
 from weightsmith.oci.image import Image, host_image
-from weightsmith.provenance.attest import index_of_materials, side_by_side
+from weightsmith.provenance.attest import index_of_materials, items_of
 from weightsmith.provenance.bills import license_of
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.serving.plan import ServingConfig
@@ -209,8 +216,8 @@ class Record:
         checkpoint, artifact = have[self.steps.checkpoint], None
         if target:
             artifact = have.get(target.served) or have.get(target.weights)
-        answered = tuple(map(_answered, trial.results))
-        first = answered[0] if answered else None
+        suites = _suites(trial.results)
+        first = suites[0] if suites else None
         base, merged, served = sources.base, checkpoint.details, None
         if published:
             pictures = bool(artifact and takes_pictures(artifact))
@@ -257,9 +264,9 @@ class Record:
             task=first.task if first else NO_TASK,
             scores=first.scores if first else {},
             verdicts=first.verdicts if first else (),
-            items=first.items if first else (),
+            items=tuple(items_of(trial.results)),
             sameness=first.sameness if first else {},
-            more_tasks=answered[1:],
+            suites=suites,
             checks=tuple(
                 map(CheckRecord.from_json, checks_of(image.digest, self.tools) if image else ())
             ),
@@ -331,14 +338,22 @@ def _image(published: Form) -> ImageRecord:
     )
 
 
-def _answered(result: Result) -> AnsweredTask:
-    task = result.task.task
-    return AnsweredTask(
+def _suites(results: Sequence[Result]) -> tuple[SuiteRecord, ...]:
+    """Return what is recorded of suites."""
+    each = zip(results, verdicts_of(results), unproven(results), strict=True)
+    return tuple(_suite(*one) for one in each)
+
+
+def _suite(result: Result, verdict: str, reasons: tuple[str, ...]) -> SuiteRecord:
+    task, rule = result.task.task, result.task.rule
+    return SuiteRecord(
         name=task.name,
         task=TaskRecord(
             name=task.name,
             metric=task.metric,
-            max_drop=result.task.settings.max_drop,
+            max_drop=rule.max_drop,
+            against=rule.against,
+            min_score=rule.min_score,
             sample_of=result.task.of,
         ),
         scores={
@@ -349,6 +364,7 @@ def _answered(result: Result) -> AnsweredTask:
             for low, high in [wilson(round(s.score * s.n), s.n)]
         },
         verdicts=tuple(VerdictRecord.from_json(dict(one.facts)) for one in result.verdicts),
-        items=tuple(side_by_side(result.scores)),
+        verdict=verdict,
+        unproven=() if verdict == "failed" else reasons,
         sameness=result.sameness,
     )

@@ -68,6 +68,8 @@ _OF_A_FORM = ("reference", "digest", "uploaded_bytes", "mounted")
 
 
 def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
+    from weightsmith.evaluating.results import verdicts_of
+
     return {
         "image": built.published.reference,
         "digest": built.published.digest,
@@ -75,6 +77,14 @@ def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
         "unproven": built.unproven,
         "scores": {name: score.score for name, score in built.scores.items()},
         "sameness": built.sameness,
+        "suites": [
+            {
+                "name": one.task.task.name,
+                "verdict": verdict,
+                "scores": {who: score.score for who, score in one.scores.items()},
+            }
+            for one, verdict in zip(built.results, verdicts_of(built.results), strict=True)
+        ],
         "verdicts": [v.facts for result in built.results for v in result.verdicts],
         "forms": {
             kind: {key: getattr(form, key) for key in _OF_A_FORM}
@@ -91,6 +101,8 @@ def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
 
 
 def _lines(built: BuiltTarget) -> Iterator[str]:
+    from weightsmith.evaluating.results import verdicts_of
+
     image = built.published
     yield f"{built.target.name}: {image.reference}@{image.digest}"
     for platform, digest in image.platforms.items() if len(image.platforms) > 1 else ():
@@ -98,8 +110,10 @@ def _lines(built: BuiltTarget) -> Iterator[str]:
         yield f"  {platform}: {digest}, {tested}"
     for kind, form in built.forms.items():
         yield f"  {kind}: {form.reference}@{form.digest}"
-    if scores := ", ".join(f"{who} {found.score:.3f}" for who, found in built.scores.items()):
-        yield f"  scores: {scores}"
+    for one, verdict in zip(built.results, verdicts_of(built.results), strict=True):
+        scores = ", ".join(f"{who} {found.score:.3f}" for who, found in one.scores.items())
+        several = len(built.results) > 1
+        yield f"  {one.task.task.name}: {scores}: {verdict}" if several else f"  scores: {scores}"
     if same := ", ".join(f"{who} {share:.3f}" for who, share in built.sameness.items()):
         yield f"  answers equal to the reference's: {same}"
     yield from (f"  NOT PROVEN: {reason}" for reason in built.unproven)

@@ -114,6 +114,9 @@ class TaskRecord(JsonObject):
     name: str
     metric: str
     max_drop: float
+    against: str = field(default="adapter", metadata=OMITTED)
+    """`base` where what the base could do must stay; empty where `min_score` alone counts."""
+    min_score: float = field(default=0.0, metadata=OMITTED)
     sample_of: int = field(default=0, metadata=OMITTED)
     """Questions in the data, if only a sample of them was asked."""
 
@@ -145,6 +148,8 @@ class DropRecord(JsonObject):
     n: int
     p: float
     """McNemar's exact test."""
+    p_adjusted: float | None = field(default=None, metadata=OMITTED)
+    """The same, adjusted by Holm's method for the other suites."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,14 +190,16 @@ class SamenessRecord(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnsweredTask(JsonObject):
-    """A further task, an adapter's own."""
+class SuiteRecord(JsonObject):
+    """A suite: what was asked, how it was answered, and its own verdict."""
 
     name: str
     task: TaskRecord
     scores: Mapping[str, ScoreRecord]
     verdicts: tuple[VerdictRecord, ...]
-    items: tuple[Mapping[str, Json], ...]
+    verdict: str
+    """`passed`, `not proven` or `failed`."""
+    unproven: tuple[str, ...] = ()
     sameness: Mapping[str, SamenessRecord] = field(default_factory=dict)
 
 
@@ -238,16 +245,18 @@ class BuildRecord(JsonObject):
     forms: Mapping[str, ImageRecord] = field(default_factory=dict)
     """What else was published of the same weights, by kind: volume, modelpack, hub and so on."""
     task: TaskRecord = NO_TASK
-    """The first task."""
+    """The first suite, as are `scores`, `verdicts` and `sameness`."""
     scores: Mapping[str, ScoreRecord] = field(default_factory=dict)
     """`base`, `adapter` (base with adapters, unmerged), `merged`, and `image` or, where it was not
     started, `dequantized`: its weights in transformers."""
     verdicts: tuple[VerdictRecord, ...] = ()
     items: tuple[Mapping[str, Json], ...] = ()
-    """Each question: expected answers, every model's answer, and which are right (`ok`)."""
+    """Each question of each suite: the suite's name, if it has one (`suite`), expected answers,
+    every model's answer, and which are right (`ok`)."""
     sameness: Mapping[str, SamenessRecord] = field(default_factory=dict)
     """`merged` and `image`: how many answers are the reference's to the letter."""
-    more_tasks: tuple[AnsweredTask, ...] = ()
+    suites: tuple[SuiteRecord, ...] = ()
+    """Every suite, the first one and the adapters' own too."""
     checks: tuple[CheckRecord, ...] = ()
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     inputs: Mapping[str, Json] = field(default_factory=dict)
@@ -275,18 +284,9 @@ class BuildRecord(JsonObject):
         """Name, version and target."""
         return f"{self.name} {self.version} {self.target}".strip()
 
-    @property
-    def tasks(self) -> tuple[AnsweredTask, ...]:
-        """Every task that was asked, the first one too."""
-        first = AnsweredTask(
-            name=self.task.name,
-            task=self.task,
-            scores=self.scores,
-            verdicts=self.verdicts,
-            items=self.items,
-            sameness=self.sameness,
-        )
-        return (first, *self.more_tasks) if self.scores else self.more_tasks
+    def items_of(self, suite: SuiteRecord) -> tuple[Mapping[str, Json], ...]:
+        """Return a suite's questions."""
+        return tuple(item for item in self.items if item.get("suite", "") == suite.name)
 
 
 def read_build(folder: Path) -> BuildRecord:

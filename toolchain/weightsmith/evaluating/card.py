@@ -17,7 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord
+from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.safe_parse import parse
+from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord, SuiteRecord
 from weightsmith.evaluating.gate import wilson
 from weightsmith.models.gguf_names import gguf_models, projector_of
 
@@ -53,6 +55,31 @@ class Parent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CardSuite(JsonObject):
+    """A suite's verdict, and the score of the last that was asked; as JSON in an image's label."""
+
+    name: str
+    verdict: str
+    who: str
+    score: float
+    n: int
+    metric: str
+    against: str = "adapter"
+
+    @property
+    def said(self) -> str:
+        """The score in words."""
+        right, who = round(self.score * self.n), LABELS.get(self.who, self.who)
+        than = ", held against the base" if self.against == "base" else ""
+        return f"{self.score:.3f} {self.metric}: {right} of {self.n} by {who}{than}"
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, Wilson."""
+        return wilson(round(self.score * self.n), self.n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """Everything that a card says of a model; what is not known is empty."""
 
@@ -70,7 +97,9 @@ class ModelCard:
     verdict: str = ""
     unproven: tuple[str, ...] = ()
     scores: Mapping[str, ScoreRecord] = field(default_factory=dict)
-    """`base`, `adapter`, `merged` and `image`."""
+    """`base`, `adapter`, `merged` and `image`, of the first suite."""
+    suites: tuple[CardSuite, ...] = ()
+    """Every suite, if there are several."""
     checks: tuple[str, ...] = ()
     """How it was checked, one sentence each."""
     image: str = ""
@@ -131,6 +160,7 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         verdict=build.verdict,
         unproven=build.unproven,
         scores=build.scores,
+        suites=tuple(map(_suite, build.suites)) if len(build.suites) > 1 else (),
         checks=tuple(_checks(build)),
         image=build.image.digest if build.image and build.image.started else "",
         context=int((build.plan or {}).get("max_model_len", 0)),
@@ -179,7 +209,30 @@ def card_of_labels(
         unproven=(_MOVED,) if moved else (),
         image=(own.get("tested.image", "") or image) if asked or moved else "",
         scores={who: scores[who] for who in LABELS if who in scores},
+        suites=_labelled_suites(own.get("suites", "[]")),
         context=context,
+    )
+
+
+def _labelled_suites(text: str) -> tuple[CardSuite, ...]:
+    """Return the suites of a label; () if it is not one that a build writes."""
+    try:
+        return tuple(map(CardSuite.from_json, parse(text)))
+    except (ValueError, TypeError):
+        return ()
+
+
+def _suite(suite: SuiteRecord) -> CardSuite:
+    who = [who for who in LABELS if who in suite.scores][-1]
+    score, rule = suite.scores[who], suite.task
+    return CardSuite(
+        name=suite.name or "questions",
+        verdict=suite.verdict,
+        who=who,
+        score=score.score,
+        n=score.n,
+        metric=score.metric,
+        against=rule.against,
     )
 
 
@@ -200,7 +253,7 @@ def _checks(build: BuildRecord) -> Iterator[str]:
     if build.checks:
         names = ", ".join(check.name for check in build.checks)
         yield f"The image with these weights was started and passed: {names}"
-    for verdict in build.verdicts:
+    for verdict in (verdict for suite in build.suites for verdict in suite.verdicts):
         if verdict.binding and verdict.subject in {"dequantized", "image"}:
             yield verdict.reason[:1].upper() + verdict.reason[1:]
 

@@ -9,7 +9,7 @@ one in forty such gains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsmith.core.errors import CheckFailed
@@ -18,6 +18,8 @@ from weightsmith.core.values import JsonValue, Score, Scores
 _Z = 1.96
 """Standard normal quantile of a two-sided 95 % interval."""
 _CHANCE = 0.05
+_ONE_SIDED = math.erfc(_Z / math.sqrt(2)) / 2
+"""The same confidence for one end of an interval: 0.025."""
 _NEAR_ZERO = 0.05
 """A reference's score up to which there is next to nothing to lose."""
 _MOST_SHOWN = 3
@@ -73,10 +75,27 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     """
     if n == 0:
         return -1.0, 1.0
+    middle, deviation = _paired(lost, won, n)
+    return max(-1.0, middle - _Z * deviation), min(1.0, middle + _Z * deviation)
+
+
+def _paired(lost: int, won: int, n: int) -> tuple[float, float]:
+    """Return the middle of `paired_interval` and its standard error."""
     lost_share, won_share = (lost + 1) / (n + 2), (won + 1) / (n + 2)
     middle = lost_share - won_share
-    half = _Z * math.sqrt((lost_share + won_share - middle**2) / (n + 2))
-    return max(-1.0, middle - half), min(1.0, middle + half)
+    return middle, math.sqrt((lost_share + won_share - middle**2) / (n + 2))
+
+
+def holm(chances: Sequence[float]) -> tuple[float, ...]:
+    """Return p values of hypotheses that are tested together, adjusted, in the same order.
+
+    Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    adjusted, largest = [1.0] * len(chances), 0.0
+    for rank, place in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        largest = max(largest, min(1.0, (len(chances) - rank) * chances[place]))
+        adjusted[place] = largest
+    return tuple(adjusted)
 
 
 def items_needed(max_drop: float) -> int:
@@ -138,11 +157,14 @@ def comparison_of(now: Score, before: Score | None) -> PairedComparison | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DropLimit:
-    """Allowed loss of score, from 0 to 1."""
+class Rule:
+    """How much worse than its reference a subject may score; scores are from 0 to 1."""
 
     max_drop: float
     min_score: float = 0.0
+    against: str = "adapter"
+    """Whose score it is held against: base + adapter's (the base's without any), the base's (what
+    it could do must stay), or nobody's (empty): then `min_score` alone counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +180,8 @@ class Verdict:
     hint: str = ""
     """Up to three lost items; "" if a score has none, such as a harness's."""
     comparison: PairedComparison | None = None
+    p: float | None = None
+    """The comparison's p value if it is adjusted, because several suites are judged together."""
     needed: int = 0
     """Number of items needed to show the requested `max_drop`; 0 if there are enough."""
     binding: bool = True
@@ -182,6 +206,8 @@ class Verdict:
                 "n": self.comparison.n,
                 "p": round(self.comparison.p, 6),
             }
+            if self.p is not None:
+                facts["p_adjusted"] = round(self.p, 6)
         if self.needed:
             facts["items_needed"] = self.needed
         return facts
@@ -193,30 +219,35 @@ class Verdict:
 
 
 def judge_drop(
-    subject: str, now: Score, against: str, before: Score | None, limit: DropLimit
+    subject: str,
+    now: Score,
+    against: str,
+    before: Score | None,
+    rule: Rule,
+    p: float | None = None,
 ) -> Verdict:
     """Judge a score by `min_score` and by its drop from another score.
 
     Scores without items, such as a harness's, are compared without an interval. A drop of exactly
-    `max_drop` passes.
+    `max_drop` passes. `p` is the comparison's p value if it is adjusted for other suites.
     """
     comparison = comparison_of(now, before)
-    if now.score < limit.min_score:
+    reason = f"{NAMES[subject]} scores {shown(now)}"
+    if now.score < rule.min_score:
         return Verdict(
             subject=subject,
             against=against if before else "",
             passed=False,
-            reason=f"{NAMES[subject]} scores {shown(now)}, below the minimum score of"
-            f" {limit.min_score:.3f}",
+            reason=f"{reason}, below the minimum score of {rule.min_score:.3f}",
             hint=changed(now, before) or changed(now, None),
             comparison=comparison,
+            p=p,
         )
-    reason = f"{NAMES[subject]} scores {shown(now)}"
     if before is None:
         return Verdict(subject=subject, against="", passed=True, reason=reason)
     drop = before.score - now.score
     # A drop of exactly max_drop passes, despite rounding of floats.
-    passed = drop <= limit.max_drop + 1e-9
+    passed = drop <= rule.max_drop + 1e-9
     loss = f"{drop:.3f} below" if drop > 0 else f"{-drop:.3f} above" if drop < 0 else "the same as"
     reason += f", {loss} {NAMES[against]}, {shown(before)}"
     needed = 0
@@ -224,16 +255,18 @@ def judge_drop(
         low, high = comparison.interval
         reason += f"; the drop is {low:.3f} to {high:.3f} with 95 % confidence"
         if drop > 0:
-            chance = "may be" if comparison.p > _CHANCE else "is not"
-            reason += f" and {chance} chance (p={comparison.p:.2g})"
-        needed = items_needed(limit.max_drop)
+            chance = comparison.p if p is None else p
+            might = "may be" if chance > _CHANCE else "is not"
+            reason += f" and {might} chance (p={chance:.2g})"
+        needed = items_needed(rule.max_drop)
     return Verdict(
         subject=subject,
         against=against,
         passed=passed,
-        reason=reason if passed else f"{reason}; at most {limit.max_drop:.3f} is allowed",
+        reason=reason if passed else f"{reason}; at most {rule.max_drop:.3f} is allowed",
         hint="" if passed else changed(now, before),
         comparison=comparison,
+        p=p,
         needed=needed if comparison and needed > comparison.n else 0,
     )
 
@@ -288,21 +321,73 @@ def sampled(n: int, of: int) -> str:
     )
 
 
-def inconclusive_reasons(scores: Scores, limit: DropLimit) -> tuple[str, ...]:
-    """Return why these scores do not show that the image does what its reference does.
+def reference_of(against: str, asked: Container[str]) -> str:
+    """Return who of those that were asked is held against; empty for nobody."""
+    wanted = ("adapter", "base") if against == "adapter" else (against,)
+    return next((who for who in wanted if who in asked), "")
+
+
+Chances = Mapping[str, float]
+"""What is tested of a suite -> its p value. `shown`: that no more was lost than its rule allows;
+`learned`: that base + adapter is better than the base; a subject: that it is better than its
+reference."""
+
+
+def chances(scores: Scores, rule: Rule) -> Chances:
+    """Return the p values of one suite's scores, those that there are."""
+    reference, found = scores.get(reference_of(rule.against, scores)), dict[str, float]()
+    if (last := scores.get("image") or scores.get("merged")) and last.n:
+        if not rule.against:
+            # The test that Wilson's interval inverts.
+            error = math.sqrt(max(rule.min_score * (1 - rule.min_score), 1e-12) / last.n)
+            found["shown"] = _tail((last.score - rule.min_score) / error)
+        elif change := comparison_of(last, reference):
+            middle, error = _paired(change.lost, change.won, change.n)
+            found["shown"] = _tail((rule.max_drop - middle + 1e-9) / error)
+    for who in _JUDGED:
+        if who in scores and (change := comparison_of(scores[who], reference)):
+            found[who] = change.p
+    if "adapter" in scores and (change := comparison_of(scores["adapter"], scores.get("base"))):
+        found["learned"] = change.p
+    return found
+
+
+def _tail(z: float) -> float:
+    """Return the standard normal distribution's mass above z."""
+    return math.erfc(z / math.sqrt(2)) / 2
+
+
+def adjusted(suites: Sequence[Chances]) -> tuple[Chances, ...]:
+    """Return the p values of suites that are judged together, each kind adjusted over them."""
+    found: list[dict[str, float]] = [{} for _ in suites]
+    for kind in {kind for one in suites for kind in one}:
+        places = [place for place, one in enumerate(suites) if kind in one]
+        for place, p in zip(places, holm([suites[n][kind] for n in places]), strict=True):
+            found[place][kind] = p
+    return tuple(found)
+
+
+def inconclusive_reasons(scores: Scores, rule: Rule, p: Chances | None = None) -> tuple[str, ...]:
+    """Return why these scores do not show that the image does what its rule asks.
 
     One sentence each; () if they show, with 95 % confidence, that at most `max_drop` was lost. Of a
-    task that the image was not asked yet, what the other scores already say.
+    task that the image was not asked yet, what the other scores already say. `p` has the p values
+    if they are adjusted for other suites.
     """
-    reference = scores.get("adapter", scores.get("base"))
-    if reference is None:
-        return ()
+    p = chances(scores, rule) if p is None else p
     judged = {who: scores[who] for who in _JUDGED if who in scores}
+    answered = scores.get("adapter", scores.get("base"))
+    if answered is None:
+        return ()
+    asked = tuple(_asked_otherwise(answered, judged))
+    if not rule.against:
+        return (*asked, *_too_few_for_bar(judged, rule.min_score, p))
+    reference = scores[reference_of(rule.against, scores)]
     return (
-        *_asked_otherwise(reference, judged),
-        *_nothing_to_lose(scores, reference, limit.max_drop),
-        *_gains(reference, judged),
-        *_too_few(reference, scores.get("image"), scores.get("merged"), limit.max_drop),
+        *asked,
+        *_nothing_to_lose(scores, reference, rule, p),
+        *_gains(reference, judged, p),
+        *_too_few(reference, scores.get("image"), scores.get("merged"), rule.max_drop, p),
     )
 
 
@@ -324,37 +409,37 @@ def _asked_otherwise(reference: Score, judged: Scores) -> Iterator[str]:
             )
 
 
-def _nothing_to_lose(scores: Scores, reference: Score, max_drop: float) -> Iterator[str]:
+def _nothing_to_lose(scores: Scores, reference: Score, rule: Rule, p: Chances) -> Iterator[str]:
     """Yield why the base, or an image that knows nothing, would pass too."""
     base = scores.get("base")
-    if reference.score <= max(_NEAR_ZERO, max_drop):
+    if reference.score <= max(_NEAR_ZERO, rule.max_drop):
         yield f"the reference scores {shown(reference)}: an image without a right answer would pass"
     elif base is None or base is reference:
         return
-    elif base.score >= reference.score - max_drop:
+    elif base.score >= reference.score - rule.max_drop:
         yield (
             f"the base alone scores {shown(base)} and would pass, because base + adapter scores"
             f" {shown(reference)}"
         )
-    elif (gain := comparison_of(reference, base)) and gain.p > _CHANCE:
+    elif (chance := p.get("learned", 0.0)) > _CHANCE:
         yield (
             f"base + adapter scores {shown(reference)}, not significantly more than the base alone,"
-            f" {shown(base)} (p={gain.p:.2g})"
+            f" {shown(base)} (p={chance:.2g})"
         )
 
 
-def _gains(reference: Score, judged: Scores) -> Iterator[str]:
+def _gains(reference: Score, judged: Scores, p: Chances) -> Iterator[str]:
     for who, score in judged.items():
         change = comparison_of(score, reference)
-        if change and change.won > change.lost and change.p <= _CHANCE:
+        if change and change.won > change.lost and p[who] <= _CHANCE:
             yield (
                 f"{NAMES[who]} scores {shown(score)}, significantly more than the reference,"
-                f" {shown(reference)} (p={change.p:.2g}): check whether it was asked the same"
+                f" {shown(reference)} (p={p[who]:.2g}): check whether it was asked the same"
             )
 
 
 def _too_few(
-    reference: Score, image: Score | None, merged: Score | None, max_drop: float
+    reference: Score, image: Score | None, merged: Score | None, max_drop: float, p: Chances
 ) -> Iterator[str]:
     """Yield that the questions do not show a drop of at most `max_drop`.
 
@@ -368,8 +453,19 @@ def _too_few(
         yield "there is no result per question, so chance cannot be excluded"
     elif max_drop <= 0 or needed > change.n:
         yield _few(change.n, max_drop, needed)
-    elif image is not None and change.interval[1] > max_drop + 1e-9:
+    elif image is not None and p["shown"] > _ONE_SIDED:
+        said = f"{change.n} questions do not show that the drop is at most {max_drop:g}"
+        if change.interval[1] > max_drop + 1e-9:
+            yield f"{said}: with 95 % confidence it is at most {change.interval[1]:.3f}"
+        else:
+            yield f"{said}, judged together with the other suites (p={p['shown']:.2g})"
+
+
+def _too_few_for_bar(judged: Scores, min_score: float, p: Chances) -> Iterator[str]:
+    image = judged.get("image")
+    if image is not None and p.get("shown", 1.0) > _ONE_SIDED:
+        low, _ = wilson(round(image.score * image.n), image.n)
         yield (
-            f"{change.n} questions do not show that the drop is at most {max_drop:g}: with 95 %"
-            f" confidence it is at most {change.interval[1]:.3f}"
+            f"{image.n} questions do not show a score of at least {min_score:g}: with 95 %"
+            f" confidence it is at least {low:.3f}"
         )

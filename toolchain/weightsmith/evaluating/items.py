@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,8 @@ _KEPT = 4 << 20
 """Bytes of a file whose questions stay in memory for who asks next."""
 _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
+TOLERANCE = re.compile(r"\d+(\.\d+)?([eE]-?\d+)?%?", re.ASCII)
+"""A number, or a share of the expected one."""
 _SHAPE = (
     'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"};'
     ' metric choice also needs "choices": ["…", "…"]'
@@ -33,6 +36,8 @@ class Item:
     line: int
     choices: tuple[str, ...] = ()
     """The options of metric `choice`."""
+    tolerance: str = ""
+    """For metric `numeric`: how far this answer may be off; empty: as far as the suite says."""
     plain: bool = False
     """True for a single prompt: metric `choice` continues it without a chat template."""
 
@@ -42,22 +47,23 @@ class Item:
         return self.messages[-1]["content"]
 
 
-def read_items(path: Path) -> tuple[Item, ...]:
+def read_items(path: Path, metric: str = "contains") -> tuple[Item, ...]:
     """Return the questions of a data file in order; blank lines are skipped.
 
+    What may be expected depends on the metric: numbers for `numeric`, else text.
     Raises UsageError with file and line for invalid lines and duplicate questions, and for a file
     without questions.
     """
     data = small_file(path, _KEPT)
-    return _read(path, data) if data else _read.__wrapped__(path, data)
+    return _read(path, metric, data) if data else _read.__wrapped__(path, metric, data)
 
 
 @lru_cache(maxsize=4)  # a build asks for them ten times
-def _read(path: Path, _content: bytes) -> tuple[Item, ...]:
+def _read(path: Path, metric: str, _content: bytes) -> tuple[Item, ...]:
     items: list[Item] = []
     asked: dict[str, int] = {}
     for number, value in _lines(path):
-        item = _item(value, number, f"{path}:{number}")
+        item = _item(value, number, f"{path}:{number}", metric)
         asks = [[dict(message) for message in item.messages], item.choices]
         key = json.dumps(asks, sort_keys=True)
         if key in asked:
@@ -139,7 +145,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
         ) from None
 
 
-def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
+def _item(
+    value: Mapping[str, JsonValue], number: int, where: str, metric: str = "contains"
+) -> Item:
     if ("prompt" in value) == ("messages" in value):
         found = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
         raise UsageError(f"{where} has {found}", hint=_SHAPE)
@@ -160,6 +168,9 @@ def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
         raise UsageError(f"{where} has no expected", hint=_SHAPE)
     expected = value["expected"]
     answers = expected if isinstance(expected, list) else [expected]
+    if metric == "numeric":
+        numbers = (int, float)
+        answers = [json.dumps(a) if type(a) in numbers else a for a in answers]
     if not answers:
         raise UsageError(f"{where}: expected is an empty list", hint=_SHAPE)
     return Item(
@@ -167,6 +178,7 @@ def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
         expected=tuple(_answer(answer, choices, where) for answer in answers),
         line=number,
         choices=choices,
+        tolerance=_tolerance(value.get("tolerance", ""), where),
         plain="prompt" in value,
     )
 
@@ -185,6 +197,16 @@ def _messages(value: JsonValue, where: str) -> tuple[dict[str, str], ...]:
         content = _text(message.get("content"), f"{name}.content", where)
         found.append({"role": role, "content": content})
     return tuple(found)
+
+
+def _tolerance(value: JsonValue, where: str) -> str:
+    text = value if isinstance(value, str) else "" if isinstance(value, bool) else json.dumps(value)
+    if value != "" and not TOLERANCE.fullmatch(text):
+        raise UsageError(
+            f"{where}: tolerance {str(value)[:60]!r} is not one",
+            hint="give how far the answer may be off: a number such as 0.5, or a share, as '2%'",
+        )
+    return text
 
 
 def _answer(answer: JsonValue, choices: tuple[str, ...], where: str) -> str:

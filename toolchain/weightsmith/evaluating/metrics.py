@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from weightsmith.core import time_limits
@@ -13,19 +14,26 @@ from weightsmith.core.time_limits import TooLong, cpu_limit
 from weightsmith.core.values import JsonValue, Score
 from weightsmith.evaluating.items import Item
 
-METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
+METRICS = ("contains", "exact", "regex", "choice", "numeric", "json-schema", "command")
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}\b)?",
+    re.ASCII,
+)
+"""A number in a text, with or without commas between thousands."""
 _SECONDS_EACH = 0.1
 """Additional CPU time per answer; a schema takes some milliseconds."""
 
 
-def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
+def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: str = "0") -> bool:
     """Return whether an answer is right; several expected answers are alternatives.
 
     contains: the answer contains the expected text, ignoring case and the amount of white space.
     exact: the answer is the expected text, ignoring surrounding white space. regex: `re.search`
-    finds the pattern in the answer. choice: the answer, the most likely of the item's choices, is
-    an expected one. json-schema: the answer, which may be in a Markdown fence, is JSON that matches
+    finds the pattern in the answer; of `{"not": [pattern, …]}`, none. numeric: the answer's last
+    number is at most `tolerance` from the expected one: an amount, or a share as in `2%`. choice:
+    the answer, the most likely of the item's choices, is an expected one. json-schema: the answer, which may be in a Markdown fence, is JSON that matches
     the schema. command: judged elsewhere, by the user's program.
     """
     alternatives = (expected,) if isinstance(expected, str) else expected
@@ -35,7 +43,9 @@ def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
         case "exact" | "choice":
             return any(text.strip() == answer.strip() for text in alternatives)
         case "regex":
-            return any(re.search(text, answer) is not None for text in alternatives)
+            return any(_matches(text, answer) for text in alternatives)
+        case "numeric":
+            return any(_is_near(text, answer, tolerance) for text in alternatives)
         case "json-schema":
             return any(_is_valid(text, answer) for text in alternatives)
         case _:
@@ -60,13 +70,56 @@ def check_metric(metric: str, items: Iterable[Item]) -> None:
             if metric == "json-schema":
                 _check_schema(expected, where)
             elif metric == "regex":
-                try:
-                    check_pattern(expected)
-                except ValueError as error:
-                    raise UsageError(
-                        f"{where}: invalid regular expression {expected[:60]!r}: {error}",
-                        hint="escape special characters with a backslash, or use metric contains",
-                    ) from None
+                for pattern in (expected, *_forbidden(expected)):
+                    _check_pattern(pattern, where)
+            elif metric == "numeric" and not _NUMBER.fullmatch(expected.strip()):
+                raise UsageError(
+                    f"{where}: expected {expected[:60]!r} is not a number",
+                    hint='give a number, as in "expected": 12.5, "tolerance": 0.1',
+                )
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    try:
+        check_pattern(pattern)
+    except ValueError as error:
+        raise UsageError(
+            f"{where}: invalid regular expression {pattern[:60]!r}: {error}",
+            hint="escape special characters with a backslash, or use metric contains",
+        ) from None
+
+
+def _forbidden(expected: str) -> tuple[str, ...]:
+    """Return the patterns of `{"not": pattern}` or `{"not": [pattern, …]}`; () if it is not one."""
+    if not expected.startswith('{"not": '):
+        return ()
+    try:
+        value = parse(expected)
+    except ValueError:
+        return ()
+    found = value.get("not") if isinstance(value, dict) and len(value) == 1 else None
+    patterns = [found] if isinstance(found, str) else found
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        return ()
+    return tuple(patterns)
+
+
+def _matches(expected: str, answer: str) -> bool:
+    if forbidden := _forbidden(expected):
+        return not any(re.search(pattern, answer) for pattern in forbidden)
+    return re.search(expected, answer) is not None
+
+
+def _is_near(expected: str, answer: str, tolerance: str) -> bool:
+    """Return whether an answer's last number is near enough; exact, so that 0.1 + 0.2 is 0.3."""
+    numbers = _NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
+    if not numbers:
+        return False
+    wanted, found = (Decimal(text.replace(",", "")) for text in (expected.strip(), numbers[-1]))
+    allowed = Decimal(tolerance.removesuffix("%"))
+    if tolerance.endswith("%"):
+        allowed *= abs(wanted) / 100
+    return abs(found - wanted) <= allowed
 
 
 def _check_schema(schema: str, where: str) -> None:
@@ -119,7 +172,10 @@ def _is_valid(schema: str, answer: str) -> bool:
 
 
 def score_answers(
-    answers: Sequence[str | Mapping[str, JsonValue]], items: Sequence[Item], metric: str
+    answers: Sequence[str | Mapping[str, JsonValue]],
+    items: Sequence[Item],
+    metric: str,
+    tolerance: str = "0",
 ) -> Score:
     """Return the score of answers in the items' order.
 
@@ -142,10 +198,12 @@ def score_answers(
                     **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),
                     "expected": list(item.expected),
                     **({"choices": list(item.choices)} if item.choices else {}),
+                    **({"tolerance": item.tolerance} if item.tolerance else {}),
                     **({"answer": answer} if isinstance(answer, str) else answer),
                 }
                 if metric != "command":
-                    row["ok"] = judge(metric, item.expected, str(row["answer"]))
+                    said, near = str(row["answer"]), item.tolerance or tolerance
+                    row["ok"] = judge(metric, item.expected, said, near)
                 rows.append(row)
     except TooLong:
         raise UsageError(

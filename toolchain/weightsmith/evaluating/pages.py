@@ -40,7 +40,7 @@ from weightsmith.core.resources import templates
 from weightsmith.core.safe_parse import RECORD, parse_file
 from weightsmith.core.values import Json
 from weightsmith.evaluating import views
-from weightsmith.evaluating.build_record import FILE, AnsweredTask, BuildRecord, read_build
+from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard
 from weightsmith.evaluating.gate import compare
 from weightsmith.serving.memory import human
@@ -139,8 +139,8 @@ def build_view(
 ) -> dict[str, object]:
     """Return what the templates show of a build; `targets` are all targets of the version."""
     tasks = []
-    for task in build.tasks:
-        answers = views.answer_rows(views.asked(task.items))
+    for task in build.suites:
+        answers = views.answer_rows(views.asked(build.items_of(task)))
         tasks.append(
             {
                 **task.to_json(),
@@ -157,6 +157,7 @@ def build_view(
         # The verdict already shows these.
         "warnings": [w for w in build.warnings if not w.startswith(_IN_VERDICT)],
         "tasks": tasks,
+        "suite_rows": views.suite_rows(build),
         "flow": views.flow(build),
         "differences": views.differences(build.validation),
         "memory": views.memory(build),
@@ -358,22 +359,22 @@ def junit(build: BuildRecord) -> str:
     """
     root = ET.Element("testsuites", name=_clean(build.title))
     _gates(root, build)
-    stopped = any(not v.passed and v.binding for task in build.tasks for v in task.verdicts)
-    for task in build.tasks:
-        _questions(root, task, stopped=stopped)
-    for suite in root:
-        kinds = [child.tag for case in suite for child in case]
-        suite.set("tests", str(len(suite)))
-        suite.set("failures", str(kinds.count("failure")))
-        suite.set("skipped", str(kinds.count("skipped")))
-        suite.set("errors", "0")
+    stopped = any(not v.passed and v.binding for suite in build.suites for v in suite.verdicts)
+    for suite in build.suites:
+        _questions(root, suite.name, build.items_of(suite), stopped=stopped)
+    for made in root:
+        kinds = [child.tag for case in made for child in case]
+        made.set("tests", str(len(made)))
+        made.set("failures", str(kinds.count("failure")))
+        made.set("skipped", str(kinds.count("skipped")))
+        made.set("errors", "0")
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def _gates(root: ET.Element, build: BuildRecord) -> None:
     suite = ET.SubElement(root, "testsuite", name="checks", timestamp=_clean(build.created[:19]))
-    for task in build.tasks:
+    for task in build.suites:
         for verdict in task.verdicts:
             if not verdict.binding:
                 continue
@@ -391,9 +392,11 @@ def _gates(root: ET.Element, build: BuildRecord) -> None:
         ET.SubElement(case, "system-out").text = _clean(check.seen)
 
 
-def _questions(root: ET.Element, task: AnsweredTask, *, stopped: bool) -> None:
-    suite = ET.SubElement(root, "testsuite", name=_clean(f"questions {task.name}".strip()))
-    for row in views.answer_rows(views.asked(task.items)):
+def _questions(
+    root: ET.Element, name: str, items: Sequence[Mapping[str, Json]], *, stopped: bool
+) -> None:
+    suite = ET.SubElement(root, "testsuite", name=_clean(f"questions {name}".strip()))
+    for row in views.answer_rows(views.asked(items)):
         case = _case(suite, "question", f"{row.number}. {row.prompt}"[:200])
         if row.lost:
             text = "\n".join(

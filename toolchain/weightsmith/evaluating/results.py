@@ -1,69 +1,112 @@
-"""The tasks of a recipe: read and checked, and with their scores and verdicts."""
+"""The suites of a recipe: read and checked, and with their scores and verdicts.
+
+Several suites are judged together: each by its own rule, and p values are adjusted by Holm's method
+so that ten suites give no more false alarms and no more false proofs than one.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
+from pathlib import Path
 
-from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Progress
 from weightsmith.core.values import Json, JsonValue, Score, Scores
 from weightsmith.evaluating.build_record import DifferenceRecord, SamenessRecord
 from weightsmith.evaluating.contamination import describe, find_contamination
 from weightsmith.evaluating.gate import (
-    DropLimit,
+    Rule,
     Verdict,
+    adjusted,
+    chances,
+    comparison_of,
+    holm,
     inconclusive_reasons,
     judge_drop,
+    reference_of,
     sampled,
 )
 from weightsmith.evaluating.items import read_items, read_prompts, sample
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.recipe.schema import Evaluate
+from weightsmith.recipe.schema import Suite
 
 NOT_PROVEN = "not proven"
 """The verdict on an image that was published although its gates could not have failed."""
+_SERVED = frozenset({"dequantized", "image"})
+_STEPS = {
+    "adapter": "the adapter itself",
+    "merged": "merging",
+    "dequantized": "quantizing",
+    "image": "quantizing and serving",
+}
+"""Subject -> what made it of the one before."""
+_RETAIN = (
+    "mix general examples into the training, train less, lower the adapter's weight, or allow more"
+    " with max_drop"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeTask:
-    """A task of a build, its reference, and the allowed drop."""
+    """A suite of a build: its questions, its reference, and the allowed drop."""
 
     task: Task
-    settings: Evaluate
+    settings: Suite
     of: int = 0
     """Number of questions in the data, if only a sample of them is asked."""
     adapter: int | None = None
-    """Index of the adapter whose task it is; None for all adapters together."""
+    """Index of the adapter whose suite it is; None for all adapters together."""
 
     @property
-    def limit(self) -> DropLimit:
-        """The allowed drop of merged model and image."""
-        return DropLimit(max_drop=self.settings.max_drop, min_score=self.settings.min_score)
+    def rule(self) -> Rule:
+        """What merged model and image must keep to."""
+        settings = self.settings
+        if settings.is_bar:
+            return Rule(max_drop=1.0, min_score=settings.min_score, against="")
+        return Rule(
+            max_drop=settings.allowed_drop,
+            min_score=settings.min_score,
+            against=settings.against,
+        )
 
 
 def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
-    """Return the recipe's task and those of its adapters, () if none; raises UsageError."""
-    recipe, found = file.recipe, []
-    if recipe.evaluate is not None:
-        found.append(task_of(file, recipe.evaluate))
+    """Return the suites of a recipe and of its adapters, () if none; raises UsageError."""
+    recipe, found = file.recipe, _named_suites(file.recipe.evaluate)
+    tasks = [task_of(file, suite, name) for name, suite in found.items()]
     for number, adapter in enumerate(recipe.adapters):
-        if adapter.evaluate is not None:
-            short = adapter.source.rstrip("/").rpartition("/")[2] or adapter.source
-            name = f"{short} {adapter.version}".strip()
-            found.append(task_of(file, adapter.evaluate, name, number))
-    return tuple(found)
+        short = adapter.source.rstrip("/").rpartition("/")[2] or adapter.source
+        own = f"{short} {adapter.version}".strip()
+        if any(task.task.name.startswith(own) for task in tasks):
+            own = f"{own} ({number + 1})"
+        for name, suite in _named_suites(adapter.evaluate).items():
+            tasks.append(task_of(file, suite, f"{own} {name}".strip(), number))
+    return tuple(tasks)
+
+
+def _named_suites(suites: Sequence[Suite]) -> Mapping[str, Suite]:
+    """Return suites by name: by default nothing for the only one, else its data file's name."""
+    found: dict[str, Suite] = {}
+    for suite in suites:
+        name = suite.name or (Path(suite.data).stem if len(suites) > 1 else "")
+        if name in found:
+            raise UsageError(
+                f"two suites of `evaluate` are called {name}", hint="give each its own `name`"
+            )
+        found[name] = suite
+    return found
 
 
 def task_of(
-    file: RecipeFile, settings: Evaluate, name: str = "", adapter: int | None = None
+    file: RecipeFile, settings: Suite, name: str = "", adapter: int | None = None
 ) -> RecipeTask:
-    """Return one task with its questions; raises UsageError."""
-    everything = read_items(file.folder / settings.data)
+    """Return one suite with its questions; raises UsageError."""
+    everything = read_items(file.folder / settings.data, settings.metric)
     check_metric(settings.metric, everything)
     items = sample(everything, settings.limit)
     task = Task(
@@ -71,6 +114,7 @@ def task_of(
         metric=settings.metric,
         max_tokens=settings.max_tokens,
         command=settings.command,
+        tolerance=settings.tolerance,
         name=name,
     )
     of = len(everything) if len(items) < len(everything) else 0
@@ -105,15 +149,17 @@ def check_contamination(
 
 def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
     """Return the probe chats for validation, () for the built-in ones; raises UsageError."""
-    options, questions = file.recipe.validation, file.recipe.evaluate
-    if options.probes:
-        return read_prompts(file.folder / options.probes)
-    return tuple(i.messages for i in read_items(file.folder / questions.data)) if questions else ()
+    if probes := file.recipe.validation.probes:
+        return read_prompts(file.folder / probes)
+    suites = file.recipe.evaluate[:1]
+    return tuple(
+        i.messages for one in suites for i in read_items(file.folder / one.data, one.metric)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A task's scores and verdicts."""
+    """A suite's scores and verdicts."""
 
     task: RecipeTask
     scores: Scores
@@ -123,21 +169,9 @@ class Result:
     not_started: str = ""
     """What the image is for that the building machine is not or has not."""
 
-    def scored(self, subject: str, score: Score) -> Result:
-        """Return it with another subject's score, compared with the adapter's, or the base's."""
-        against = "adapter" if "adapter" in self.scores else "base"
-        verdict = judged(self.task, subject, score, against, self.scores[against], self.task.limit)
-        scores = {**self.scores, subject: score}
-        return replace(self, scores=scores, verdicts=(*self.verdicts, verdict))
-
-    def require(self) -> None:
-        """Raise CheckFailed with the first verdict that failed."""
-        for verdict in self.verdicts:
-            verdict.require()
-
     @property
     def reference(self) -> Score | None:
-        """The score that others are compared with: the adapter's, or the base's without one."""
+        """The score of what the image should be: base + adapter, or the base without one."""
         return self.scores.get("adapter", self.scores.get("base"))
 
     @property
@@ -152,34 +186,102 @@ class Result:
         return sameness(self.scores)
 
     @property
-    def unproven(self) -> tuple[str, ...]:
-        """Why passing the gate shows nothing; () if it shows that at most `max_drop` was lost."""
-        missing = []
-        if "image" not in self.scores:
-            missing.append("the image was not asked")
-            if self.not_started:
-                missing[0] += f", since it is {self.not_started}"
-            if "dequantized" in self.scores:
-                missing[0] += "; its dequantized weights were, in transformers"
-        return tuple(named(self.task, text) for text in (*missing, *self.inconclusive_reasons))
+    def failed(self) -> bool:
+        """Whether a verdict that binds is not passed."""
+        return any(one.binding and not one.passed for one in self.verdicts)
 
-    @property
-    def inconclusive_reasons(self) -> tuple[str, ...]:
-        """The same for the subjects that were asked so far."""
-        return inconclusive_reasons(self.scores, self.task.limit)
+
+def scored(
+    results: Sequence[Result], subject: str, scores: Sequence[Score | None]
+) -> tuple[Result, ...]:
+    """Return suites with a subject's scores, each judged by its rule; None leaves one as it is."""
+    pairs = zip(results, scores, strict=True)
+    now = [replace(r, scores={**r.scores, subject: s}) if s else r for r, s in pairs]
+    compared: dict[int, float] = {}
+    for place, one in enumerate(now):
+        against = reference_of(one.task.rule.against, one.scores)
+        if scores[place] and (c := comparison_of(one.scores[subject], one.scores.get(against))):
+            compared[place] = c.p
+    several = len(compared) > 1
+    p = dict(zip(compared, holm(list(compared.values())), strict=True)) if several else {}
+    return tuple(
+        _judged(one, subject, p.get(place)) if scores[place] else one
+        for place, one in enumerate(now)
+    )
+
+
+def _judged(one: Result, subject: str, p: float | None) -> Result:
+    """Return a suite with the verdicts on a subject; `p` is adjusted for the other suites."""
+    rule, served = one.task.rule, subject in _SERVED
+    against = reference_of(rule.against, one.scores)
+    verdicts = []
+    if against != subject:  # the reference cannot fall below itself
+        # Only what is served must reach a minimum, unless that is all that counts.
+        own = rule if served or not against else replace(rule, min_score=0.0)
+        verdicts.append(_verdict(one, subject, against, own, p))
+    if subject == "image" and "merged" in one.scores:
+        # What quantizing and serving changed; only reported.
+        loss = _verdict(one, subject, "merged", rule, None)
+        verdicts.append(replace(loss, binding=False))
+    return replace(one, verdicts=(*one.verdicts, *verdicts))
+
+
+def _verdict(one: Result, subject: str, against: str, rule: Rule, p: float | None) -> Verdict:
+    scores = one.scores
+    found = judge_drop(subject, scores[subject], against, scores.get(against), rule, p)
+    reason, hint = found.reason, found.hint
+    if against == "base" and "adapter" in scores:
+        reason = f"{reason}: {_who_lost(scores, subject)}"
+        hint = f"{_RETAIN}; {hint}" if hint else hint
+    return replace(found, reason=named(one.task, reason), hint=hint)
+
+
+def _who_lost(scores: Scores, subject: str) -> str:
+    """Return how many answers were right of the base and are wrong of what came after it."""
+    chain = [who for who in ("base", "adapter", "merged", subject) if who in scores]
+    chain = list(dict.fromkeys(chain))
+    found = []
+    for before, after in pairwise(chain):
+        change = comparison_of(scores[after], scores[before])
+        if change:
+            lost = f"{change.lost} of {change.n}" if change.lost else "none"
+            found.append(f"{_STEPS[after]} lost {lost}")
+    return ", ".join(found)
+
+
+def unproven(results: Sequence[Result], *, tested: bool = True) -> tuple[tuple[str, ...], ...]:
+    """Return for each suite why passing shows nothing; () if it shows what its rule asks.
+
+    `tested`: the images were to be asked by now.
+    """
+    p = adjusted([chances(one.scores, one.task.rule) for one in results])
+    found = []
+    for one, mine in zip(results, p, strict=True):
+        missing = [_not_asked(one)] if tested and "image" not in one.scores else []
+        reasons = (*missing, *inconclusive_reasons(one.scores, one.task.rule, mine))
+        found.append(tuple(named(one.task, text) for text in reasons))
+    return tuple(found)
+
+
+def _not_asked(one: Result) -> str:
+    text = "the image was not asked"
+    if one.not_started:
+        text += f", since it is {one.not_started}"
+    if "dequantized" in one.scores:
+        text += "; its dequantized weights were, in transformers"
+    return text
 
 
 def require(results: Sequence[Result], *, tested: bool) -> None:
-    """Raise CheckFailed if a score dropped too much, or a task that must be proven is not.
+    """Raise CheckFailed if a score dropped too much, or a suite that must be proven is not.
 
     `tested`: the image was to be asked by now.
     """
     for result in results:
-        result.require()
-    for result in results:
-        if result.task.settings.require != "proven":
-            continue
-        if reasons := result.unproven if tested else result.inconclusive_reasons:
+        for verdict in result.verdicts:
+            verdict.require()
+    for result, reasons in zip(results, unproven(results, tested=tested), strict=True):
+        if reasons and result.task.settings.require == "proven":
             raise CheckFailed(
                 f"not proven: {reasons[0]}",
                 hint="ask more or harder questions, train the adapter further, or set"
@@ -188,7 +290,7 @@ def require(results: Sequence[Result], *, tested: bool) -> None:
 
 
 def main_scores(results: Sequence[Result]) -> Scores:
-    """Return the scores of the first task, which stand for a build where one line must do."""
+    """Return the scores of the first suite, which stand for a build where one line must do."""
     return results[0].scores if results else {}
 
 
@@ -196,7 +298,7 @@ def unproven_of(results: Sequence[Result]) -> tuple[str, ...]:
     """Return why passing a build's gates shows nothing; () if each shows what it should."""
     if not results:
         return ("the recipe has no `evaluate`",)
-    return tuple(reason for result in results for reason in result.unproven)
+    return tuple(reason for reasons in unproven(results) for reason in reasons)
 
 
 def verdict_of(results: Sequence[Result]) -> str:
@@ -204,12 +306,12 @@ def verdict_of(results: Sequence[Result]) -> str:
     return NOT_PROVEN if unproven_of(results) else "passed"
 
 
-def judged(
-    task: RecipeTask, subject: str, now: Score, against: str, before: Score, limit: DropLimit
-) -> Verdict:
-    """Return whether a score is within its limit of another; the reason names the task."""
-    verdict = judge_drop(subject, now, against, before, limit)
-    return replace(verdict, reason=named(task, verdict.reason))
+def verdicts_of(results: Sequence[Result]) -> tuple[str, ...]:
+    """Return each suite's verdict: `passed`, `not proven` or `failed`."""
+    return tuple(
+        "failed" if one.failed else NOT_PROVEN if reasons else "passed"
+        for one, reasons in zip(results, unproven(results), strict=True)
+    )
 
 
 def named(task: RecipeTask, text: str) -> str:

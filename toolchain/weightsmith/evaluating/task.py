@@ -35,6 +35,8 @@ class Task:
     max_tokens: int = 64
     command: tuple[str, ...] = ()
     """The program of metric `command`, with its arguments."""
+    tolerance: str = "0"
+    """How far a number may be off, for metric `numeric`: `0.5` or `2%`."""
     name: str = ""
     """The task's name, if a build has several."""
 
@@ -109,7 +111,7 @@ def score_task(
     Raises CheckFailed for a program that fails or prints no valid result.
     """
     if task.metric != "command":
-        return score_answers(answers, task.items, task.metric)
+        return score_answers(answers, task.items, task.metric, task.tolerance)
     output = run(
         task.command, environment or {}, question_lines(task.items, answers), _COMMAND_SECONDS
     )

@@ -15,12 +15,13 @@ from typing import TypeVar
 from weightsmith.core.values import Json
 from weightsmith.evaluating.build_record import (
     LABELS,
-    AnsweredTask,
     ArtifactRecord,
     BuildRecord,
     ImageRecord,
     MergeRecord,
+    SuiteRecord,
 )
+from weightsmith.evaluating.gate import reference_of
 from weightsmith.serving.memory import human
 from weightsmith.validating.result import Validation
 
@@ -36,7 +37,7 @@ _Number = TypeVar("_Number", int, float)
 
 def verdict(build: BuildRecord) -> dict[str, object]:
     """Return `state` (passed, failed, untested), a `headline`, and the reasons behind it."""
-    binding = [v for task in build.tasks for v in task.verdicts if v.binding]
+    binding = [v for suite in build.suites for v in suite.verdicts if v.binding]
     failed = [v.reason for v in binding if not v.passed] + _earlier_failures(build)
     failed = failed or [text for text in (build.refused,) if text]
     if failed:
@@ -97,7 +98,7 @@ def platforms(image: ImageRecord | None) -> list[dict[str, str]]:
     ]
 
 
-def sameness(task: AnsweredTask) -> list[dict[str, object]]:
+def sameness(task: SuiteRecord) -> list[dict[str, object]]:
     """Return each subject's sameness, with the known margins in nats, from the smallest on."""
     rows: list[dict[str, object]] = []
     for who, same in task.sameness.items():
@@ -107,7 +108,7 @@ def sameness(task: AnsweredTask) -> list[dict[str, object]]:
     return rows
 
 
-def score_rows(task: AnsweredTask) -> list[dict[str, object]]:
+def score_rows(task: SuiteRecord) -> list[dict[str, object]]:
     """Return each subject's score and interval, in percent of the axis from 0 to 1."""
     rows: list[dict[str, object]] = []
     for path in _PATHS:
@@ -131,15 +132,40 @@ def score_rows(task: AnsweredTask) -> list[dict[str, object]]:
     return rows
 
 
-def floor(task: AnsweredTask) -> float | None:
+def suite_rows(build: BuildRecord) -> list[dict[str, object]]:
+    """Return a row per suite: its rule, the last score, its interval and the verdict."""
+    rows: list[dict[str, object]] = []
+    for suite in build.suites:
+        scores = score_rows(suite)
+        last = next((v for v in reversed(suite.verdicts) if v.binding and v.comparison), None)
+        rule = suite.task
+        than = "the base" if rule.against == "base" else "base + adapter"
+        allowed = f"at most {rule.max_drop:g} below {than}"
+        rows.append(
+            {
+                **scores[-1],
+                "name": suite.name or "questions",
+                "metric": rule.metric,
+                "rule": allowed if rule.against else f"at least {rule.min_score:g}",
+                "drop": last.comparison.drop if last and last.comparison else None,
+                "drop_interval": last.comparison.interval if last and last.comparison else None,
+                "verdict": suite.verdict,
+            }
+        )
+    return rows
+
+
+def floor(task: SuiteRecord) -> float | None:
     """Return the score below which the image, or its weights, fail; None if neither was asked.
 
     In percent of the axis.
     """
-    reference = task.scores.get("adapter", task.scores.get("base"))
-    if reference is None or not {"image", "dequantized"} & task.scores.keys():
+    if not {"image", "dequantized"} & task.scores.keys():
         return None
-    return _percent(max(0.0, reference.score - task.task.max_drop))
+    lowest = task.task.min_score
+    if reference := task.scores.get(reference_of(task.task.against, task.scores)):
+        lowest = max(lowest, reference.score - task.task.max_drop)
+    return _percent(max(0.0, lowest))
 
 
 def flow(build: BuildRecord) -> list[list[dict[str, str]]]:

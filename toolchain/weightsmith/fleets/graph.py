@@ -24,7 +24,7 @@ from weightsmith.evaluating.results import task_of
 from weightsmith.fleets.cells import AdapterBuild, Cell
 from weightsmith.fleets.requests import BASE, CELL, Failure
 from weightsmith.recipe.file import check_section
-from weightsmith.recipe.schema import Evaluate
+from weightsmith.recipe.schema import Suite
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
@@ -169,9 +169,8 @@ def _shared(
             one.of_one_format = bool(steps) and steps[-1].of is not None
             one.cells.append(cell)
             one.targets[target.name] = target
-            asked = _asked(build) if kind == BASE and count[_questions_key(build)] > 1 else None
-            if asked and asked not in one.questions:
-                one.questions = (*one.questions, asked)
+            if kind == BASE and count[_questions_key(build)] > 1:
+                one.questions += tuple(s for s in _asked(build) if s not in one.questions)
             after = (*after, key)
     several = {key: one for key, one in found.items() if len(one.cells) > 1}
     for key, one in list(several.items()):
@@ -206,9 +205,10 @@ def _id(value: JsonValue) -> str:
     return key_of(value).short
 
 
-def _asked(build: AdapterBuild) -> Mapping[str, JsonValue] | None:
-    evaluate = build.file.recipe.evaluate
-    return plain(evaluate.model_dump(mode="json", by_alias=True)) if evaluate else None
+def _asked(build: AdapterBuild) -> tuple[Mapping[str, JsonValue], ...]:
+    """Return the recipe's suites, as JSON."""
+    suites = build.file.recipe.evaluate
+    return tuple(plain(one.model_dump(mode="json", by_alias=True)) for one in suites)
 
 
 def _questions_key(build: AdapterBuild) -> str:
@@ -247,7 +247,7 @@ def _is_answered(one: _Shared, seen: Foresight, tools: Tools) -> bool:
     sources = replace(seen[one.plan.steps.sources], adapters=())
     base = references.subjects(sources, None)["base"]
     tasks = (
-        task_of(one.build.file, check_section(Evaluate, asked, "evaluate")).task
+        task_of(one.build.file, check_section(Suite, asked, "evaluate")).task
         for asked in one.questions
     )
     return all(tools.store.find(references.inputs(base, task).key) for task in tasks)

@@ -31,7 +31,7 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.trees import below
 from weightsmith.core.values import JsonValue
-from weightsmith.evaluating.build_record import BuildRecord, StageRecord, read_build
+from weightsmith.evaluating.build_record import BuildRecord, StageRecord, SuiteRecord, read_build
 from weightsmith.evaluating.results import task_of
 from weightsmith.evaluating.walks import inputs as answer_inputs
 from weightsmith.evaluating.walks import subjects
@@ -40,6 +40,7 @@ from weightsmith.fleets.requests import (
     BASE,
     CELL,
     DIFFERENT,
+    CellSuite,
     CellSummary,
     Failure,
     TaskReply,
@@ -47,7 +48,7 @@ from weightsmith.fleets.requests import (
     version,
 )
 from weightsmith.recipe.file import RecipeFile, check_recipe, check_section
-from weightsmith.recipe.schema import Evaluate
+from weightsmith.recipe.schema import Suite
 from weightsmith.stages.reference import answers
 from weightsmith.stages.resolve import known
 from weightsmith.steps.delivery import ImageOutputs
@@ -164,7 +165,7 @@ def _answered(request: TaskRequest, file: RecipeFile, tools: Tools) -> Mapping[s
     asked, cached, began = subjects(sources, None), True, time.monotonic()
     for settings in request.questions:
         with _left_to_cells(tools, UsageError, InputRefused, CheckFailed):
-            task = task_of(file, check_section(Evaluate, settings, "evaluate")).task
+            task = task_of(file, check_section(Suite, settings, "evaluate")).task
             cached &= tools.store.find(answer_inputs(asked["base"], task).key) is not None
             answers(asked, task, InStore(tools.store), tools)
     seconds = round(time.monotonic() - began, 3)
@@ -231,9 +232,20 @@ def _row_of(record: BuildRecord, report: Path, reference: str) -> CellSummary:
         answered=answered,
         interval=score.interval if score else None,
         drop=drops[0].drop if drops else None,
+        suites=tuple(map(_suite, record.suites)) if len(record.suites) > 1 else (),
         size=record.artifact.size if record.artifact else None,
         digest=image.digest if image and not record.refused else None,
         image=reference,
         report=str(report),
         uploaded_bytes=image.uploaded_bytes if image else 0,
+    )
+
+
+def _suite(suite: SuiteRecord) -> CellSuite:
+    last = next((v for v in reversed(suite.verdicts) if v.binding and v.comparison), None)
+    return CellSuite(
+        name=suite.name,
+        verdict=suite.verdict,
+        score=suite.scores[list(suite.scores)[-1]].score,
+        drop=last.comparison.drop if last and last.comparison else None,
     )

@@ -131,6 +131,7 @@ def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, JsonValue]:
     report = os.path.relpath(row.report, dist) if row.report else ""
     return {
         **row.to_json(),
+        "suites": [suite.to_json() for suite in row.suites],
         "shown": row.verdict or _state(row, stopped=stopped),
         "answered": ANSWERED.get(row.answered, ""),
         "mark": mark,

@@ -76,6 +76,16 @@ class Failure(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CellSuite(JsonObject):
+    """One of a cell's suites: its verdict, the last score, and what was lost, from 0 to 1."""
+
+    name: str
+    verdict: str
+    score: float
+    drop: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CellSummary(JsonObject):
     """What the fleet's table shows of a cell's build; see CellRow."""
 
@@ -84,6 +94,8 @@ class CellSummary(JsonObject):
     answered: str = ""
     interval: tuple[float, ...] | None = None
     drop: float | None = None
+    suites: tuple[CellSuite, ...] = ()
+    """Every suite, if there are several."""
     size: int | None = None
     digest: str | None = None
     image: str = ""

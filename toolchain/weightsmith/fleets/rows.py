@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from weightsmith.building.pipeline import ASSEMBLY
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
-from weightsmith.core.json_objects import JsonObject
-from weightsmith.fleets.requests import CellSummary, Failure, TaskReply
+from weightsmith.core.json_objects import OMITTED, JsonObject
+from weightsmith.fleets.requests import CellSuite, CellSummary, Failure, TaskReply
 
 REFUSED, NOT_MADE = "refused", "not made"
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
@@ -38,6 +38,8 @@ class CellRow(JsonObject):
     """95 %, of the score."""
     drop: float | None = None
     """Loss of score against base and adapter."""
+    suites: tuple[CellSuite, ...] = field(default=(), metadata=OMITTED)
+    """Every suite, if there are several; `score` and `drop` are the first one's."""
     size: int | None = None
     """Bytes of the weights."""
     image: str = ""
@@ -129,6 +131,7 @@ def of_reply(row: CellRow, reply: TaskReply) -> CellRow:
         and all(was for name, was in reply.stages.items() if name not in ASSEMBLY),
         interval=built.interval,
         drop=built.drop,
+        suites=built.suites,
         size=built.size,
         image=built.image,
         report=built.report,

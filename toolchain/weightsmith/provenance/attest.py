@@ -21,7 +21,7 @@ from weightsmith.core.values import (
     plain,
     without_passwords,
 )
-from weightsmith.evaluating.results import Result, main_scores, unproven_of
+from weightsmith.evaluating.results import Result, main_scores, named, unproven_of, verdicts_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.models.reshard import Resharded
@@ -138,17 +138,16 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Attachment]) -> Evid
     `base_documents` are the bills of materials of the base.
     """
     documents = [titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made))), *base_documents]
-    if made.scores:
-        documents.append(titled(EVALUATION_TYPE, "evaluation.json", evaluation(made.scores)))
+    if made.results:
+        documents.append(titled(EVALUATION_TYPE, "evaluation.json", evaluation(made.results)))
     documents += _adapters(made.inputs.sources)
     found = [*_made(made), _baked(made, documents)]
-    recipe = made.inputs.recipe
-    if recipe and (wanted := recipe.evaluate) and "image" in made.scores:
+    if any("image" in one.scores for one in made.results):
         found.append(
             statements.statement(
                 [statements.image_resource(made.image.manifest_blob)],
                 statements.TEST_RESULT,
-                test_result(made.scores, wanted.max_drop, wanted.min_score, made.unproven),
+                test_result(made.results, made.unproven),
             )
         )
     return Evidence(statements=tuple(found), documents=tuple(documents))
@@ -309,7 +308,7 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
     return [
         {
             "prompt": row[0]["prompt"],
-            **{key: row[0][key] for key in ("messages", "choices") if key in row[0]},
+            **{key: row[0][key] for key in ("messages", "choices", "tolerance") if key in row[0]},
             "expected": row[0]["expected"],
             **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
             "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
@@ -318,29 +317,49 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
     ]
 
 
-def evaluation(scores: Scores) -> dict[str, JsonValue]:
-    """Return the whole evaluation: scores, questions and answers."""
+def items_of(results: Sequence[Result]) -> list[dict[str, JsonValue]]:
+    """Return all questions of a build's suites, each with its suite's name, if that has one."""
+    return [
+        {**({"suite": name} if name else {}), **row}
+        for one in results
+        for name in [one.task.task.name]
+        for row in side_by_side(one.scores)
+    ]
+
+
+def evaluation(results: Sequence[Result]) -> dict[str, JsonValue]:
+    """Return the whole evaluation: the suites' scores, questions and answers."""
     return {
         "schema": 1,
-        "scores": {
-            name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()
-        },
-        "items": side_by_side(scores),
+        "scores": _scores(results[0].scores),
+        "suites": [
+            {"name": one.task.task.name, "verdict": verdict, "scores": _scores(one.scores)}
+            for one, verdict in zip(results, verdicts_of(results), strict=True)
+        ],
+        "items": items_of(results),
     }
 
 
-def test_result(
-    scores: Scores, max_drop: float, min_score: float, unproven: Sequence[str]
-) -> dict[str, JsonValue]:
+def _scores(scores: Scores) -> dict[str, JsonValue]:
+    return {who: {"score": s.score, "n": s.n, "metric": s.metric} for who, s in scores.items()}
+
+
+def test_result(results: Sequence[Result], unproven: Sequence[str]) -> dict[str, JsonValue]:
     """Return in-toto's test result predicate: a published image has passed, perhaps with doubts.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
     """
-    passed = [f"{name}: {s.score:.4f} {s.metric}, n={s.n}" for name, s in sorted(scores.items())]
+    passed = []
+    for one in results:
+        scores, rule = sorted(one.scores.items()), one.task.rule
+        rows = [f"{who}: {s.score:.4f} {s.metric}, n={s.n}" for who, s in scores]
+        rows += [f"max_drop={rule.max_drop:g}"] if rule.against else []
+        rows += ["against=base"] if rule.against == "base" else []
+        passed += [named(one.task, row) for row in (*rows, f"min_score={rule.min_score:g}")]
     return {
         "result": "WARNED" if unproven else "PASSED",
         "configuration": [],
-        "passedTests": [*passed, f"max_drop={max_drop:g}", f"min_score={min_score:g}"],
+        "passedTests": passed,
         **({"warnedTests": [f"not proven: {reason}" for reason in unproven]} if unproven else {}),
         "failedTests": [],
     }

@@ -22,7 +22,8 @@ from weightsmith.core.values import (
     plain,
     without_passwords,
 )
-from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
+from weightsmith.evaluating.card import CardSuite
+from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of, verdicts_of
 from weightsmith.oci.configuration import OWN_LABELS, Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image, Order, assemble
 from weightsmith.oci.layers import Layer
@@ -181,7 +182,33 @@ def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, st
         f"{_SAMENESS}{name}": f"{1 - len(same.differences) / same.n:.4f} n={same.n}"
         for name, same in results[0].sameness.items()
     }
-    return {**found, **same, **untested, VERDICT: NOT_PROVEN if stand_in else verdict_of(results)}
+    suites = {PREFIX + "suites": json.dumps(_suites(results))} if len(results) > 1 else {}
+    return {
+        **found,
+        **same,
+        **suites,
+        **untested,
+        VERDICT: NOT_PROVEN if stand_in else verdict_of(results),
+    }
+
+
+def _suites(results: Sequence[Result]) -> list[JsonValue]:
+    """Return each suite's verdict, and the score of the last that was asked."""
+    found: list[JsonValue] = []
+    for one, verdict in zip(results, verdicts_of(results), strict=True):
+        who = list(one.scores)[-1]
+        score = one.scores[who]
+        suite = CardSuite(
+            name=one.task.task.name,
+            verdict=verdict,
+            who=who,
+            score=round(score.score, 4),
+            n=score.n,
+            metric=score.metric,
+            against=one.task.rule.against,
+        )
+        found.append(suite.to_json())
+    return found
 
 
 def moved_labels(old: Mapping[str, str], digest: Digest) -> dict[str, str]:

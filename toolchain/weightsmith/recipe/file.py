@@ -90,7 +90,7 @@ def validated(
     except ValidationError as error:
         errors = error.errors(include_url=False)
     for item in errors:
-        item["loc"] = (*place, *item["loc"])
+        item["loc"] = _written(data, (*place, *item["loc"]))
     # Of a number or a word, pydantic says for each that it is not that.
     words = {
         item["loc"][:-1]: item["ctx"]["expected"]
@@ -107,6 +107,22 @@ def validated(
         elif not word:
             faults.append(_fault(item))
     raise UsageError(f"{where}: " + "; ".join(faults[:5]), hint=_HINT)
+
+
+def _written(data: object, place: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Return where the user wrote a value: a suite alone is read as the first of a list."""
+    found: list[str | int] = []
+    for step in place:
+        if not (isinstance(step, int) and isinstance(data, Mapping)):
+            found.append(step)
+            data = (
+                data.get(step)
+                if isinstance(data, Mapping)
+                else data[step]
+                if isinstance(data, list | tuple) and isinstance(step, int)
+                else None
+            )
+    return tuple(found)
 
 
 def with_settings(data: Mapping[str, object], settings: Sequence[str]) -> dict[str, Any]:
@@ -160,7 +176,7 @@ _PATHS = frozenset(
         "calibration.data", "quantize.imatrix", "image.base",
     )
 )  # fmt: skip
-"""Keys of a recipe that may name a file or a folder."""
+"""Keys of a recipe that may name a file or a folder; one of several suites has the same."""
 _WORDS = frozenset({"", "auto", "walk", "off"})
 """Values of these keys that name none."""
 
@@ -172,6 +188,8 @@ def placed(value: Any, folder: Path, keys: Sequence[str] = ()) -> Any:
     if isinstance(value, list | tuple):
         return [placed(inner, folder, (*keys, "*")) for inner in value]
     where = tuple("*" if key.isdecimal() else key for key in keys)
+    if where[-3:-1] == ("evaluate", "*"):
+        where = (*where[:-2], where[-1])
     if where not in _PATHS or not isinstance(value, str) or value in _WORDS or "://" in value:
         return value
     if where == ("image", "base"):  # else a reference to a registry
@@ -200,9 +218,10 @@ def _place(path: str) -> tuple[list[str], object]:
             steps = [".".join(steps)]
         step = steps.pop(0)
         keys.append(step)
-        if get_origin(kind) in (dict, tuple):
+        if get_origin(kind) is dict or (get_origin(kind) is tuple and step.isdecimal()):
             kind = get_args(kind)[get_origin(kind) is dict]  # what it holds
         else:
+            # A section of which there may be several may also stand alone.
             section = next(filter(is_section, [kind, *get_args(kind)]), None)
             fields = fields_of(section).items() if section else ()
             kind = next((f.annotation for name, f in fields if (f.alias or name) == step), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -45,14 +46,24 @@ class Base(Section):
 class Scoring(Section):
     """How answers are judged."""
 
-    metric: Literal["contains", "exact", "regex", "choice", "json-schema", "command"] = Field(
-        "contains", description="How an answer is judged."
+    metric: Literal["contains", "exact", "regex", "choice", "numeric", "json-schema", "command"] = (
+        Field("contains", description="How an answer is judged.")
+    )
+    tolerance: str = Field(
+        "0",
+        pattern=r"^\d+(\.\d+)?([eE]-?\d+)?%?$",
+        coerce_numbers_to_str=True,
+        description="For metric `numeric`: how far an answer may be off, as `0.5` or `2%`.",
     )
     command: Annotated[tuple[str, ...], Flag(read=shlex.split, many=False)] = Field(
         (), description="Program and arguments that judge the answers, for metric `command`."
     )
-    max_drop: float = Field(
-        0.01, ge=0, le=1, description="Largest accepted loss of score against base+adapter."
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Largest accepted loss of score; default: 0.01, or any if `min_score` is given "
+        "and `against` is not `base`.",
     )
     require: Literal["passed", "proven"] = Field(
         "passed",
@@ -79,15 +90,53 @@ class Scoring(Section):
         return self
 
 
-class Evaluate(Scoring):
-    """The task that the image must still do."""
+class Suite(Scoring):
+    """Questions with a rule: how much worse than its reference the image may answer them."""
 
+    name: str = Field(
+        "",
+        max_length=60,
+        pattern=r"^([^\W_][\w .+-]*)?$",
+        description="What reports call it; of several suites, by default its data file's name.",
+    )
     data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
+    against: Literal["adapter", "base"] = Field(
+        "adapter",
+        description="Whose score merged model and image are held against. `adapter`: base with "
+        "adapters, so that merging and quantizing lose nothing; `base`: what the base could do "
+        "must stay, so that training loses nothing either.",
+    )
     limit: int = Field(
         0,
         ge=0,
         description="Maximum number of questions, a sample chosen by their content; 0: all.",
     )
+
+    @property
+    def is_bar(self) -> bool:
+        """Whether `min_score` alone counts."""
+        return self.max_drop is None and self.min_score > 0 and self.against == "adapter"
+
+    @property
+    def allowed_drop(self) -> float:
+        """The largest accepted loss of score, from 0 to 1."""
+        return 0.01 if self.max_drop is None else self.max_drop
+
+
+def _one_alone(value: object) -> object:
+    return [value] if isinstance(value, Mapping | Suite) else () if value is None else value
+
+
+def _suite_or_list(schema: JsonDict) -> None:
+    """Let editors accept one suite as well as a list of them."""
+    suite: JsonDict = {"$ref": "#/$defs/Suite"}
+    several: JsonDict = {"items": suite, "type": "array"}
+    for key in ("items", "type"):
+        schema.pop(key, None)
+    schema["anyOf"] = [suite, several]
+
+
+Suites: TypeAlias = Annotated[tuple[Suite, ...], BeforeValidator(_one_alone)]
 
 
 class Adapter(Section):
@@ -98,8 +147,11 @@ class Adapter(Section):
     version: str = Field("", description="The adapter's version, kept as a label.")
     run_id: str = Field("", description="The training run, kept as a label.")
     weight: float = Field(1.0, description="Factor on the adapter's delta.", allow_inf_nan=False)
-    evaluate: Evaluate | None = Field(
-        None, description="The adapter's own task, compared with base and this adapter alone."
+    evaluate: Suites = Field(
+        (),
+        description="The adapter's own suite, or a list of them, compared with base and this "
+        "adapter alone.",
+        json_schema_extra=_suite_or_list,
     )
 
 
@@ -415,7 +467,11 @@ class Recipe(Section):
     merge: Merge = Merge()
     # Under another name here: pydantic's models have a `validate` of their own.
     validation: Validate = Field(Validate(), alias="validate")
-    evaluate: Evaluate | None = Field(None, description="The task and its gate.")
+    evaluate: Suites = Field(
+        (),
+        description="What the image must still do: one suite, or a list of them.",
+        json_schema_extra=_suite_or_list,
+    )
     calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
     quantize: Quantize = Quantize()
     quality: Quality = Quality()

@@ -11,8 +11,16 @@ from weightsmith.core.jobs import DequantizedJob, Input, Virtual
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, JsonValue, StageInputs
-from weightsmith.evaluating.results import RecipeTask, Result, require
+from weightsmith.core.values import (
+    Artifact,
+    Checkpoint,
+    Digest,
+    Format,
+    JsonValue,
+    Score,
+    StageInputs,
+)
+from weightsmith.evaluating.results import RecipeTask, Result, require, scored
 from weightsmith.evaluating.task import Task, score_task
 from weightsmith.evaluating.walks import answer_seconds, batch_memory, memory_limit, task_walk
 from weightsmith.forward.memory import DEQUANTIZED, LayerTime, model_walk_bytes
@@ -144,7 +152,7 @@ class DequantizedStep(TargetStep[Trial, None]):
             return unrecorded(trial)
         count = sum(len(result.task.task.items) for result in trial.results)
         timer = Timer(self.name, f"{count} questions to the dequantized weights", tools)
-        cached, scored = True, []
+        cached, scores = True, list[Score | None]()
         for result in trial.results:
             task = result.task.task
             found = InStore(tools.store).document(
@@ -155,11 +163,12 @@ class DequantizedStep(TargetStep[Trial, None]):
             cached = cached and found.cached
             if why := found.value.get("skipped"):
                 tools.progress.warn(f"the dequantized weights were not asked: {why}")
-                scored.append(result)
+                scores.append(None)
             else:
-                score = score_task(task, task.answers_of(found.value["answers"]), tools.command)
-                scored.append(result.scored(self.name, score))
-        return timer.done(replace(trial, results=tuple(scored)), cached=cached)
+                answers = task.answers_of(found.value["answers"])
+                scores.append(score_task(task, answers, tools.command))
+        results = scored(trial.results, self.name, scores)
+        return timer.done(replace(trial, results=results), cached=cached)
 
     def judge(self, have: Results) -> None:
         """Raise CheckFailed if a score dropped too much, or a task that must be proven is not."""

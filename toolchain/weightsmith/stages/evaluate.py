@@ -15,7 +15,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import StartSpec
 from weightsmith.core.values import LORA, Artifact, Digest, JsonValue, StageInputs
 from weightsmith.evaluating.client import Served
-from weightsmith.evaluating.results import Result, judged
+from weightsmith.evaluating.results import Result, scored
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import (
     PICTURE,
@@ -233,11 +233,14 @@ class EvaluateStep(UnforeseenStep[Trial]):
             if check["name"] == PICTURE and str(check["seen"]).startswith(REFUSED):
                 what = f"the model reads pictures, the image does not: {check['seen']}"
                 tools.progress.warn(what)
-        scored = tuple(
-            _scored(question.result, _answers(evaluation, question, None, tools), tools)
-            for question in questions
-        )
-        return timer.done(Trial(results=scored, started=image.platform), cached=cached)
+        answers = [_answers(evaluation, question, None, tools) for question in questions]
+        results = [question.result for question in questions]
+        scores = [
+            score_task(one.task.task, said, tools.command)
+            for one, said in zip(results, answers, strict=True)
+        ]
+        trial = Trial(results=scored(results, "image", scores), started=image.platform)
+        return timer.done(trial, cached=cached)
 
     def _evaluation(self, inputs: ImageInputs, results: Sequence[Result]) -> ImageEvaluation:
         if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
@@ -264,18 +267,3 @@ class EvaluateStep(UnforeseenStep[Trial]):
             parts=template is None or takes_parts(template),
             questions=tuple(questions),
         )
-
-
-def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
-    """Return a task with the image's score.
-
-    The comparison with the merged model shows what quantizing and serving changed. It is only
-    reported.
-    """
-    score = score_task(result.task.task, answers, tools.command)
-    found = result.scored("image", score)
-    if "merged" not in result.scores:
-        return found
-    task, merged = result.task, result.scores["merged"]
-    loss = judged(task, "image", score, "merged", merged, task.limit)
-    return replace(found, verdicts=(*found.verdicts, replace(loss, binding=False)))

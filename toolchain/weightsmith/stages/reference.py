@@ -12,8 +12,7 @@ from typing import Any
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.jobs import ReferenceJob
 from weightsmith.core.values import Checkpoint, JsonValue, Sources, StageInputs, Writable
-from weightsmith.evaluating.gate import Verdict
-from weightsmith.evaluating.results import RecipeTask, Result, judged, require
+from weightsmith.evaluating.results import RecipeTask, Result, require, scored
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.evaluating.walks import (
     BUILDER,
@@ -170,7 +169,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         """The questions."""
         recipe = self.file.recipe
         each = (recipe.evaluate, *(adapter.evaluate for adapter in recipe.adapters))
-        return [one and one.model_dump(mode="json") for one in each]
+        return [[suite.model_dump(mode="json") for suite in suites] for suites in each]
 
     def foresee(self, seen: Foresight) -> Foreseen[None]:
         """Return its row, if there are questions."""
@@ -229,14 +228,11 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         for task, unit in zip(self.tasks, units, strict=True):
             answered = _answers_of(unit, rows).items()
             scores = {name: score_task(task.task, one, tools.command) for name, one in answered}
-            verdicts: tuple[Verdict, ...] = ()
-            if "merged" in scores:
-                merged, adapter = scores["merged"], scores["adapter"]
-                limit = replace(task.limit, min_score=0.0)
-                verdicts = (judged(task, "merged", merged, "adapter", adapter, limit),)
-            results.append(Result(task=task, scores=scores, verdicts=verdicts))
+            results.append(Result(task=task, scores=scores))
+        last = units[0][-1].name if units else ""  # base, adapter or merged
+        judged = scored(results, last, [one.scores[last] for one in results])
         elsewhere = joined.seconds if joined else 0.0
-        return timer.done(tuple(results), cached=cached, elsewhere=elsewhere)
+        return timer.done(judged, cached=cached, elsewhere=elsewhere)
 
     def judge(self, have: Results) -> None:
         """Raise CheckFailed if merging lost too much, or questions cannot prove anything."""

@@ -194,7 +194,7 @@ class ValidateStep(Step[Validation | None, None]):
     def options(self) -> Writable:
         """What is asked, and whether."""
         recipe = self.file.recipe
-        questions = recipe.evaluate.data if recipe.evaluate else ""
+        questions = [suite.data for suite in recipe.evaluate[:1]]
         return [recipe.validation.model_dump(mode="json"), questions]
 
     def foresee(self, seen: Foresight) -> Foreseen[None]:

@@ -33,7 +33,7 @@ def unmerged_adapters(
     """
     if target.format != LORA:
         return ()
-    if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
+    if len(sources.adapters) > 1 and file.recipe.evaluate:
         raise UsageError(
             f"{target.name} serves {len(sources.adapters)} adapters separately, but the recipe's"
             " `evaluate` tests them together",

@@ -20,7 +20,7 @@ from weightsmith.core.trees import below
 from weightsmith.core.values import Json, Score, Writable, plain
 from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe, find_contamination
-from weightsmith.evaluating.gate import DropLimit, judge_drop, sampled, too_few, wilson
+from weightsmith.evaluating.gate import Rule, judge_drop, sampled, too_few, wilson
 from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
@@ -67,11 +67,11 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
     score = _score(task, asked, tools, kept)
     right = sum(bool(row["ok"]) for row in score.per_item)
-    limit = DropLimit(
+    rule = Rule(
         max_drop=1.0 if asked.max_drop is None else asked.max_drop,
         min_score=asked.scoring.min_score,
     )
-    verdict = judge_drop("this", score, "other", before, limit)
+    verdict = judge_drop("this", score, "other", before, rule)
     if before is not None:
         check_same_questions(score, before)
         if asked.max_drop is not None and (few := too_few(verdict, asked.max_drop)):
@@ -104,7 +104,8 @@ def evaluate_text(found: Evaluation) -> str:
 def _task(asked: EvaluateCommand, tools: Tools) -> Task:
     if asked.data is None:
         raise AssertionError("without tasks, there are questions")
-    everything, scoring = read_items(asked.data), asked.scoring
+    scoring = asked.scoring
+    everything = read_items(asked.data, scoring.metric)
     check_metric(scoring.metric, everything)
     items = sample(everything, asked.limit)
     if len(items) < len(everything):
@@ -117,8 +118,13 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
             )
         if leaks:
             tools.progress.warn(leaks)
-    metric, most = scoring.metric, scoring.max_tokens
-    return Task(items=items, metric=metric, max_tokens=most, command=scoring.command)
+    return Task(
+        items=items,
+        metric=scoring.metric,
+        max_tokens=scoring.max_tokens,
+        command=scoring.command,
+        tolerance=scoring.tolerance,
+    )
 
 
 def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers | None) -> Score:

@@ -27,7 +27,7 @@ from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
-from weightsmith.recipe.schema import Evaluate, Recipe
+from weightsmith.recipe.schema import Recipe, Suite
 from weightsmith.recipe.user_text import require_plain
 from weightsmith.serving.options import not_to_be_stated
 
@@ -179,11 +179,11 @@ def _check(recipe: Mapping[str, JsonValue], source: str, progress: Progress) -> 
         whole = check_recipe(recipe, source)
     except UsageError as error:
         raise _malformed(source, error.message) from None
-    task = whole.evaluate
+    drop = max((suite.allowed_drop for suite in whole.evaluate), default=0.0)
     opened = [] if whole.quality.gate is True else ["quality.gate: false"]
     opened += ["quality.limits"] if whole.quality.limits else []
-    if task and task.max_drop > Evaluate(data="x").max_drop:
-        opened.append(f"evaluate.max_drop: {task.max_drop}")
+    if drop > Suite(data="x").allowed_drop:
+        opened.append(f"evaluate.max_drop: {drop}")
     if opened:
         progress.warn(f"{source}: its recipe weakens checks: {', '.join(opened)}")
 
@@ -291,29 +291,51 @@ def _with_questions(
     progress: Progress,
 ) -> None:
     """Write the questions of the attached evaluation, or omit the evaluation."""
-    task = recipe.pop("evaluate", None)
-    if not isinstance(task, dict):
-        return
+    said = recipe.pop("evaluate", None)
+    suites = [said] if isinstance(said, dict) else said if isinstance(said, list) else []
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
-    items: list[dict[str, JsonValue]] = []
+    items: dict[str, list[dict[str, JsonValue]]] = {}
     try:
         for item in parse(parts[0].read(), largest=PART)["items"] if parts else ():
             keys = ["messages" if "messages" in item else "prompt", "expected"]
-            keys += ["choices"] if "choices" in item else []
-            items.append({key: item[key] for key in keys})
+            keys += [key for key in ("choices", "tolerance") if key in item]
+            row = {key: item[key] for key in keys}
+            items.setdefault(str(item.get("suite", "")), []).append(row)
     except (ValueError, LookupError, TypeError):  # one is invalid
-        items = []
-    if not items or task.get("metric", "contains") not in _METRICS:
-        progress.warn("the image's evaluation cannot be repeated: the new recipe has no `evaluate`")
-        return
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
-    (folder / "eval.jsonl").write_text(text, "utf-8")
-    try:
-        check_metric(str(task.get("metric", "contains")), read_items(folder / "eval.jsonl"))
-    except UsageError as error:
-        raise InputRefused(
-            f"the image's evaluation has invalid questions: {error.message[:300]}",
-            hint="do not use the image, or build from its sources with your own recipe",
-        ) from None
-    kept = ("metric", "max_drop", "min_score", "max_tokens", "require")
-    recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
+        items = {}
+    kept = []
+    for number, suite in enumerate(suites, start=1):
+        several = len(suites) > 1
+        suite = suite if isinstance(suite, dict) else {}
+        # What the build called it.
+        by_file = PurePosixPath(str(suite.get("data"))).stem if several else ""
+        name = str(suite.get("name") or by_file)
+        asked = items.get(name)
+        if not asked or suite.get("metric", "contains") not in _METRICS:
+            progress.warn(
+                "the image's evaluation cannot be repeated: the new recipe has no `evaluate`"
+                if not several
+                else f"suite {number} of the image's evaluation cannot be repeated: it is left out"
+            )
+            continue
+        data = f"eval-{number}.jsonl" if several else "eval.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
+        (folder / data).write_text(text, "utf-8")
+        try:
+            metric = str(suite.get("metric", "contains"))
+            check_metric(metric, read_items(folder / data, metric))
+        except UsageError as error:
+            raise InputRefused(
+                f"the image's evaluation has invalid questions: {error.message[:300]}",
+                hint="do not use the image, or build from its sources with your own recipe",
+            ) from None
+        named = {"name": name} if name else {}
+        again = {key: suite[key] for key in _KEPT_OF_SUITES if key in suite}
+        kept.append({"data": data, **named, **again})
+    if kept:
+        recipe["evaluate"] = kept if len(suites) > 1 else kept[0]
+
+
+_KEPT_OF_SUITES = (
+    "metric", "tolerance", "against", "max_drop", "min_score", "max_tokens", "require",
+)  # fmt: skip
