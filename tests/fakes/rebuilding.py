@@ -30,7 +30,7 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.sealing import seal
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe
-from weightsmith.recipe.schema import Evaluate
+from weightsmith.recipe.schema import Suite
 from weightsmith.serving.llamacpp import ENGINE
 
 from tests.fakes.baking import make_key, push_base
@@ -84,7 +84,7 @@ class Scene:
         twist(told)
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True, **asked}
         score = Score(score=1.0, n=1, metric="contains", per_item=(item,))
-        asked = RecipeTask(task=Task(items=()), settings=Evaluate(data="x"))
+        asked = RecipeTask(task=Task(items=()), settings=Suite(data="x"))
         artifact = Artifact(format=SAFETENSORS, tree=merged)
         inputs = ImageInputs(
             artifact=artifact,

@@ -165,7 +165,7 @@ def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
 
     settings = record["plan"]["settings"]
     assert (settings["max-loras"], settings["max-lora-rank"]) == (2, 8)
-    told = (record, *record["more_tasks"])
+    told = record["suites"]
     assert len(told) == 2
     for task in told:
         scores = {name: score["score"] for name, score in task["scores"].items()}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Score
 from weightsmith.evaluating.gate import (
-    DropLimit,
+    Rule,
     Verdict,
     compare,
     inconclusive_reasons,
@@ -123,7 +123,7 @@ def score(right: int, n: int = 60, tokens: int = 5) -> Score:
 
 
 def gate(image: Score, reference: Score | None, max_drop: float, min_score: float = 0.0) -> Verdict:
-    limit = DropLimit(max_drop=max_drop, min_score=min_score)
+    limit = Rule(max_drop=max_drop, min_score=min_score)
     verdict = judge_drop("image", image, "adapter", reference, limit)
     verdict.require()
     return verdict
@@ -179,7 +179,7 @@ NOTHING, ALL = Score(score=0.0, n=60, metric="m"), Score(score=1.0, n=60, metric
 
 
 def doubted(max_drop: float = 0.05, **scores: Score) -> tuple[str, ...]:
-    return inconclusive_reasons(scores, DropLimit(max_drop=max_drop))
+    return inconclusive_reasons(scores, Rule(max_drop=max_drop))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from weightsmith.evaluating.results import (
     verdict_of,
 )
 from weightsmith.evaluating.task import Task
-from weightsmith.recipe.schema import Evaluate
+from weightsmith.recipe.schema import Suite
 
 
 def score(right: int, n: int = 60) -> Score:
@@ -26,7 +26,7 @@ def score(right: int, n: int = 60) -> Score:
 
 
 def result(needs: str = "passed", **scores: Score) -> Result:
-    settings = Evaluate.model_validate({"data": "eval.jsonl", "max_drop": 0.05, "require": needs})
+    settings = Suite.model_validate({"data": "eval.jsonl", "max_drop": 0.05, "require": needs})
     return Result(task=RecipeTask(task=Task(items=()), settings=settings), scores=scores)
 
 

@@ -73,8 +73,10 @@ def test_an_entry_says_what_differs(home: Path) -> None:
 
     recipe = found.file.recipe
     assert (recipe.adapters[0].source, recipe.adapters[0].version) == (entry["source"], "v3")
-    assert recipe.evaluate is not None
-    assert (recipe.evaluate.data, recipe.evaluate.max_drop) == (str(home / "legal.jsonl"), 0.1)
+    assert (recipe.evaluate[0].data, recipe.evaluate[0].max_drop) == (
+        str(home / "legal.jsonl"),
+        0.1,
+    )
     assert recipe.serve.max_model_len == 512
     assert [target.name for target in found.targets] == ["vllm"]
 
@@ -117,8 +119,7 @@ def test_the_recipe_may_lie_elsewhere(home: Path) -> None:
     found = builds(home, recipe="shared/r.yaml", adapters=["./adapters/one"])[0].file.recipe
 
     assert found.base.source == str(home / "shared" / "base")
-    assert found.evaluate is not None
-    assert found.evaluate.data == str(home / "shared" / "eval.jsonl")
+    assert found.evaluate[0].data == str(home / "shared" / "eval.jsonl")
 
 
 @pytest.mark.parametrize("place", [".", "/"])

@@ -191,19 +191,16 @@ def test_paths_of_a_setting_are_the_callers_and_those_of_the_file_its_own(tmp_pa
     )
     whole = read_recipe(path, [f"{key}={value}" for key, value in PATHS.items()])
     recipe, (adapter,) = whole.recipe, whole.recipe.adapters
-    assert adapter.evaluate
-    assert recipe.evaluate
     assert recipe.calibration
     found = [
-        recipe.base.source, adapter.source, adapter.evaluate.data, adapter.evaluate.training,
-        recipe.evaluate.data, recipe.evaluate.training, recipe.calibration.data,
+        recipe.base.source, adapter.source, adapter.evaluate[0].data, adapter.evaluate[0].training,
+        recipe.evaluate[0].data, recipe.evaluate[0].training, recipe.calibration.data,
         recipe.validation.probes, recipe.quantize.imatrix, recipe.image.base.removeprefix("oci:"),
     ]  # fmt: skip
     assert {(whole.folder / name).resolve() for name in found} == {tmp_path / "here" / "x"}
 
     own = read_recipe(path)
-    assert own.recipe.evaluate
-    assert own.folder / own.recipe.evaluate.data == tmp_path / "there" / "x"
+    assert own.folder / own.recipe.evaluate[0].data == tmp_path / "there" / "x"
     assert own.recipe.base.source == "./x"  # as the lock names it
     assert own.recipe.image.base == f"oci:{tmp_path}/there/x:name"
 

@@ -284,6 +284,22 @@ class BuildRecord(JsonObject):
         """Name, version and target."""
         return f"{self.name} {self.version} {self.target}".strip()
 
+    @property
+    def tasks(self) -> tuple[SuiteRecord, ...]:
+        """Every suite; the first alone of a record without `suites`."""
+        if self.suites or not self.scores:
+            return self.suites
+        first = SuiteRecord(
+            name=self.task.name,
+            task=self.task,
+            scores=self.scores,
+            verdicts=self.verdicts,
+            verdict=self.verdict,
+            unproven=self.unproven,
+            sameness=self.sameness,
+        )
+        return (first,)
+
     def items_of(self, suite: SuiteRecord) -> tuple[Mapping[str, Json], ...]:
         """Return a suite's questions."""
         return tuple(item for item in self.items if item.get("suite", "") == suite.name)

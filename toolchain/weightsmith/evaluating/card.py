@@ -160,7 +160,7 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         verdict=build.verdict,
         unproven=build.unproven,
         scores=build.scores,
-        suites=tuple(map(_suite, build.suites)) if len(build.suites) > 1 else (),
+        suites=tuple(map(_suite, build.tasks)) if len(build.tasks) > 1 else (),
         checks=tuple(_checks(build)),
         image=build.image.digest if build.image and build.image.started else "",
         context=int((build.plan or {}).get("max_model_len", 0)),
@@ -253,7 +253,7 @@ def _checks(build: BuildRecord) -> Iterator[str]:
     if build.checks:
         names = ", ".join(check.name for check in build.checks)
         yield f"The image with these weights was started and passed: {names}"
-    for verdict in (verdict for suite in build.suites for verdict in suite.verdicts):
+    for verdict in (verdict for suite in build.tasks for verdict in suite.verdicts):
         if verdict.binding and verdict.subject in {"dequantized", "image"}:
             yield verdict.reason[:1].upper() + verdict.reason[1:]
 

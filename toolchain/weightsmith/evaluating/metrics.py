@@ -33,8 +33,9 @@ def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: st
     exact: the answer is the expected text, ignoring surrounding white space. regex: `re.search`
     finds the pattern in the answer; of `{"not": [pattern, …]}`, none. numeric: the answer's last
     number is at most `tolerance` from the expected one: an amount, or a share as in `2%`. choice:
-    the answer, the most likely of the item's choices, is an expected one. json-schema: the answer, which may be in a Markdown fence, is JSON that matches
-    the schema. command: judged elsewhere, by the user's program.
+    the answer, the most likely of the item's choices, is an expected one. json-schema: the answer,
+    which may be in a Markdown fence, is JSON that matches the schema. command: judged elsewhere, by
+    the user's program.
     """
     alternatives = (expected,) if isinstance(expected, str) else expected
     match metric:

@@ -139,7 +139,7 @@ def build_view(
 ) -> dict[str, object]:
     """Return what the templates show of a build; `targets` are all targets of the version."""
     tasks = []
-    for task in build.suites:
+    for task in build.tasks:
         answers = views.answer_rows(views.asked(build.items_of(task)))
         tasks.append(
             {
@@ -359,8 +359,8 @@ def junit(build: BuildRecord) -> str:
     """
     root = ET.Element("testsuites", name=_clean(build.title))
     _gates(root, build)
-    stopped = any(not v.passed and v.binding for suite in build.suites for v in suite.verdicts)
-    for suite in build.suites:
+    stopped = any(not v.passed and v.binding for suite in build.tasks for v in suite.verdicts)
+    for suite in build.tasks:
         _questions(root, suite.name, build.items_of(suite), stopped=stopped)
     for made in root:
         kinds = [child.tag for case in made for child in case]
@@ -374,7 +374,7 @@ def junit(build: BuildRecord) -> str:
 
 def _gates(root: ET.Element, build: BuildRecord) -> None:
     suite = ET.SubElement(root, "testsuite", name="checks", timestamp=_clean(build.created[:19]))
-    for task in build.suites:
+    for task in build.tasks:
         for verdict in task.verdicts:
             if not verdict.binding:
                 continue

@@ -37,7 +37,7 @@ _Number = TypeVar("_Number", int, float)
 
 def verdict(build: BuildRecord) -> dict[str, object]:
     """Return `state` (passed, failed, untested), a `headline`, and the reasons behind it."""
-    binding = [v for suite in build.suites for v in suite.verdicts if v.binding]
+    binding = [v for suite in build.tasks for v in suite.verdicts if v.binding]
     failed = [v.reason for v in binding if not v.passed] + _earlier_failures(build)
     failed = failed or [text for text in (build.refused,) if text]
     if failed:
@@ -135,7 +135,7 @@ def score_rows(task: SuiteRecord) -> list[dict[str, object]]:
 def suite_rows(build: BuildRecord) -> list[dict[str, object]]:
     """Return a row per suite: its rule, the last score, its interval and the verdict."""
     rows: list[dict[str, object]] = []
-    for suite in build.suites:
+    for suite in build.tasks:
         scores = score_rows(suite)
         last = next((v for v in reversed(suite.verdicts) if v.binding and v.comparison), None)
         rule = suite.task

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import JsonValue
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.labels import reference
@@ -164,6 +164,8 @@ def _build(
         data["outputs"] = {**outputs, "hub": f"{hub}-{name}"}
     given = entry.model_dump(by_alias=True, exclude_unset=True)
     own = placed({key: given[key] for key in SECTIONS if key in given}, folder)
+    if "evaluate" in own:
+        own["evaluate"] = _suites_over(data.get("evaluate"), own["evaluate"])
     data = {**data, **{key: _over(data.get(key), value) for key, value in own.items()}}
     one = {key: given[key] for key in given if key not in (*SECTIONS, "name", "targets")}
     source = str(entry.source)
@@ -192,6 +194,19 @@ def _over(below: JsonValue, above: JsonValue) -> JsonValue:
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
+
+
+def _suites_over(below: Json, above: Json) -> JsonValue:
+    """Return suites with what differs on top, by name; one alone goes over one alone."""
+    shared = list(below) if isinstance(below, list) else [below] if below else []
+    given = list(above) if isinstance(above, list) else []
+    if len(shared) == len(given) == 1 and "name" not in given[0]:
+        return _over(shared[0], given[0])
+    found = {one.get("name") or f"suite {n}": one for n, one in enumerate(shared)}
+    for number, one in enumerate(given):
+        name = one.get("name") or f"own suite {number}"
+        found[name] = _over(found.get(name), one)
+    return list(found.values())
 
 
 def _text(path: str) -> str:

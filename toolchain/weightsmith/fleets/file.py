@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Recipe, one_alone, one_or_list
 from weightsmith.recipe.section import Section
 from weightsmith.recipe.user_text import read_mapping, require_plain
 
@@ -21,6 +21,7 @@ _HINT = "docs/reference/fleet.md lists every key of a fleet file"
 Part = dict[str, Any]
 """Part of a recipe's section: what differs from the shared recipe. `check_recipe` checks it later,
 in the whole recipe."""
+Parts = Annotated[list[Part], BeforeValidator(one_alone)]
 
 
 class FleetAdapter(Section):
@@ -40,7 +41,12 @@ class FleetAdapter(Section):
     targets: tuple[str, ...] = Field(
         (), description="This adapter's targets; default: the fleet's."
     )
-    evaluate: Part = Field(default_factory=dict, description="What differs in `evaluate`.")
+    evaluate: Parts = Field(
+        default_factory=list,
+        description="What differs in `evaluate`; of several suites, in those of the same `name`. "
+        "Others are added.",
+        json_schema_extra=one_or_list,
+    )
     calibration: Part = Field(default_factory=dict, description="What differs in `calibration`.")
     merge: Part = Field(default_factory=dict, description="What differs in `merge`.")
     # Under another name here: pydantic's models have a `validate` of their own.
@@ -57,7 +63,7 @@ class FleetAdapter(Section):
 SECTIONS = tuple(
     field.alias or name
     for name, field in FleetAdapter.model_fields.items()
-    if field.annotation == Part
+    if field.annotation in (Part, list[Part])
 )
 """Keys of an adapter's entry that are parts of the recipe's sections."""
 

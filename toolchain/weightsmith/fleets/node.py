@@ -232,7 +232,7 @@ def _row_of(record: BuildRecord, report: Path, reference: str) -> CellSummary:
         answered=answered,
         interval=score.interval if score else None,
         drop=drops[0].drop if drops else None,
-        suites=tuple(map(_suite, record.suites)) if len(record.suites) > 1 else (),
+        suites=tuple(map(_suite, record.tasks)) if len(record.tasks) > 1 else (),
         size=record.artifact.size if record.artifact else None,
         digest=image.digest if image and not record.refused else None,
         image=reference,

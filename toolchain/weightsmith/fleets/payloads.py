@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
     payloads: dict[str, Digest] = {}
     data = deepcopy(dict(request.recipe))
     questions = tuple(dict(one) for one in request.questions)
-    sections = [(data.get(section), key) for section, key in NAMED]
+    sections = [(part, key) for section, key in NAMED for part in parts_of(data, section)]
     named = [
         (part, key)
         for part, key in sections
@@ -72,6 +72,12 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
             name = f"folders/{len(payloads)}/{Path(source).name}"
             payloads[name], part["source"] = _sent(tree, tools, again=again), name
     return replace(request, recipe=data, questions=questions, files=files, payloads=payloads)
+
+
+def parts_of(recipe: Mapping[str, JsonValue], section: str) -> Sequence[JsonValue]:
+    """Return a section of a recipe, or each one of those of which there may be several."""
+    part = recipe.get(section)
+    return part if isinstance(part, list) else (part,)
 
 
 def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:

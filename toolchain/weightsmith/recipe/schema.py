@@ -6,7 +6,15 @@ import shlex
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeAlias, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from weightsmith.core.merge_options import Merge
@@ -123,20 +131,25 @@ class Suite(Scoring):
         return 0.01 if self.max_drop is None else self.max_drop
 
 
-def _one_alone(value: object) -> object:
+def one_alone(value: object) -> object:
+    """Return a list of one for one alone."""
     return [value] if isinstance(value, Mapping | Suite) else () if value is None else value
 
 
-def _suite_or_list(schema: JsonDict) -> None:
-    """Let editors accept one suite as well as a list of them."""
-    suite: JsonDict = {"$ref": "#/$defs/Suite"}
-    several: JsonDict = {"items": suite, "type": "array"}
-    for key in ("items", "type"):
-        schema.pop(key, None)
-    schema["anyOf"] = [suite, several]
+def one_or_list(schema: JsonDict) -> None:
+    """Let editors accept one as well as a list of them."""
+    one = schema.pop("items")
+    schema["anyOf"] = [one, {"items": one, "type": schema.pop("type")}]
 
 
-Suites: TypeAlias = Annotated[tuple[Suite, ...], BeforeValidator(_one_alone)]
+def _as_given(value: tuple[Suite, ...], write: SerializerFunctionWrapHandler) -> object:
+    found = write(value)
+    return found[0] if len(value) == 1 else found
+
+
+Suites: TypeAlias = Annotated[
+    tuple[Suite, ...], BeforeValidator(one_alone), WrapSerializer(_as_given)
+]
 
 
 class Adapter(Section):
@@ -151,7 +164,7 @@ class Adapter(Section):
         (),
         description="The adapter's own suite, or a list of them, compared with base and this "
         "adapter alone.",
-        json_schema_extra=_suite_or_list,
+        json_schema_extra=one_or_list,
     )
 
 
@@ -470,7 +483,7 @@ class Recipe(Section):
     evaluate: Suites = Field(
         (),
         description="What the image must still do: one suite, or a list of them.",
-        json_schema_extra=_suite_or_list,
+        json_schema_extra=one_or_list,
     )
     calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
     quantize: Quantize = Quantize()

@@ -39,9 +39,8 @@ def test_sources_questions_and_pins_come_back(scene: Scene) -> None:
         written = file.folder / adapter.source / "adapter_config.json"
         assert written.read_text() == str(number)
     assert recipe.merge.method == "linear"
-    assert recipe.evaluate is not None
-    assert recipe.evaluate.max_drop == 0.2
-    rows = (file.folder / recipe.evaluate.data).read_text("utf-8").splitlines()
+    assert recipe.evaluate[0].max_drop == 0.2
+    rows = (file.folder / recipe.evaluate[0].data).read_text("utf-8").splitlines()
     assert json.loads(rows[0]) == {"prompt": "Capital of Ö?", "expected": ["A"]}
     lock = read_lock(file)
     assert lock.sources["hf://a/b"]["pin"] == f"hf://a/b@{COMMIT}"
@@ -56,8 +55,7 @@ def test_conversations_and_choices_come_back(scene: Scene) -> None:
         f"hf://a/b@{COMMIT}", "hf://a/b", lambda recipe: recipe["evaluate"].update(choose), asked
     )
     file = scene.again()
-    assert file.recipe.evaluate
-    (item,) = read_items(file.folder / file.recipe.evaluate.data)
+    (item,) = read_items(file.folder / file.recipe.evaluate[0].data)
     assert (item.messages, item.choices, item.expected) == (tuple(chat), ("A", "B"), ("A",))
     assert not item.plain
 
