@@ -40,7 +40,7 @@ class Minds:
     """Who knows which answers. The base knows none, an adapter those that are its own."""
 
     facts: Mapping[str, tuple[str, str]]
-    """Question -> the adapter that was taught it, and the answer."""
+    """Question -> the adapter that was taught it, empty for what the base knows; the answer."""
     forgot: dict[str, set[str]] = field(default_factory=dict)
     """Subject -> questions that it answers wrongly all the same."""
 
@@ -48,7 +48,8 @@ class Minds:
         """Return what one answers to whom these adapters were added."""
         teacher, text = self.facts.get(question, ("", NOTHING))
         lost = question in self.forgot.get(who, ())
-        return text if teacher in adapters and not lost else NOTHING
+        knows = not teacher or teacher in adapters
+        return text if knows and not lost else NOTHING
 
 
 @dataclass

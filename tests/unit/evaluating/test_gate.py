@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,10 @@ from weightsmith.core.values import Score
 from weightsmith.evaluating.gate import (
     Rule,
     Verdict,
+    adjusted,
+    chances,
     compare,
+    holm,
     inconclusive_reasons,
     items_needed,
     judge_drop,
@@ -173,6 +177,30 @@ def test_a_verdict_says_how_certain_it_is_and_how_many_questions_would_do() -> N
     assert "33 questions are too few" in few
     assert "54 are needed" in few
     assert too_few(gate(score(54, 54), score(54, 54), 0.05), 0.05) == ""
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holms_method_is_the_closed_test_of_bonferroni(ps: list[float]) -> None:
+    """A hypothesis is rejected if each set of them that holds it is (Marcus and others, 1976)."""
+    places = range(len(ps))
+    sets = [s for size in places for s in combinations(places, size + 1)]
+    closed = [
+        max(min(1.0, len(s) * min(ps[n] for n in s)) for s in sets if place in s)
+        for place in places
+    ]
+
+    assert holm(ps) == pytest.approx(closed)
+
+
+def test_suites_are_proven_together() -> None:
+    """A drop of 0.05 is shown by 54 questions alone, and by 54 beside ten other suites is not."""
+    one = {"base": score(3, 54), "adapter": score(54, 54), "image": score(54, 54)}
+    rule = Rule(max_drop=0.05)
+    p = adjusted([chances(one, rule)] * 11)[0]
+
+    assert inconclusive_reasons(one, rule) == ()
+    (reason,) = inconclusive_reasons(one, rule, p)
+    assert "judged together with the other suites" in reason
 
 
 NOTHING, ALL = Score(score=0.0, n=60, metric="m"), Score(score=1.0, n=60, metric="m")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
@@ -20,6 +22,17 @@ def item(prompt, *expected, line=1):
         ("exact", "a", "A", False),
         ("regex", r"\b748\d\b", "port 7481", True),
         ("regex", r"^\d+$", "port 7481", False),
+        ("regex", '{"not": "(?i)I can.t"}', "Sorry, I can't.", False),
+        ("regex", '{"not": ["(?i)sorry", "cannot"]}', "Here it is.", True),
+        ("regex", ['{"not": "sorry"}', "yes"], "sorry, yes", True),
+        ("numeric", "42", "The answer is 42.", True),
+        ("numeric", "42", "It is 42 or 43", False),
+        ("numeric", "1234.5", "$1,234.50", True),
+        ("numeric", "-3", "x = \u22123", True),
+        ("numeric", "3", "between 2-3", True),
+        ("numeric", "0.3", "0.1 + 0.2 = 0.30", True),
+        ("numeric", "1e3", "1000", True),
+        ("numeric", "5", "five", False),
     ],
 )
 def test_judges(metric, expected, answer, ok):
@@ -30,6 +43,8 @@ def test_judges(metric, expected, answer, ok):
     ("metric", "expected", "says"),
     [
         ("bleu", "a", "unknown metric"),
+        ("numeric", "seven", "line 7: expected 'seven' is not a number"),
+        ("regex", '{"not": ["a", "("]}', "line 7: invalid regular expression '\\('"),
         ("regex", "(", "line 7"),
         ("choice", "a", "line 7 has no choices"),
         ("json-schema", '{"type": "circle"}', "line 7: .*circle"),
@@ -40,6 +55,22 @@ def test_judges(metric, expected, answer, ok):
 def test_what_a_metric_cannot_judge_is_found_before_anything_is_asked(metric, expected, says):
     with pytest.raises(UsageError, match=says):
         check_metric(metric, [item("q", expected, line=7)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "tolerance", "ok"),
+    [
+        ("3.15", "0.01", True),
+        ("3.151", "0.01", False),
+        ("3.2028", "2%", True),
+        ("3.21", "2%", False),
+    ],
+)
+def test_a_number_may_be_off_by_the_suites_tolerance_or_its_questions_own(answer, tolerance, ok):
+    pi = item("pi", "3.14")
+    assert score_answers([answer], [pi], "numeric", tolerance).score == ok
+    own = replace(pi, tolerance=tolerance)
+    assert score_answers([answer], [own], "numeric", "1e-9").score == ok
 
 
 def test_scores_answers_beside_their_questions():

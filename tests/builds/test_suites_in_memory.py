@@ -1,0 +1,168 @@
+"""Builds in memory with several suites: what each is held against, and where what is said lands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from weightsmith.cli.commands import _facts, _lines
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+
+from tests.fakes.memory import Memory, in_memory, write_rows
+
+TARGET = "llamacpp-q4_k_m"
+TASK = {"name": "task", "data": "a.jsonl", "max_drop": 0.25}
+GENERAL = {"name": "general", "data": "general.jsonl", "against": "base", "max_drop": 0.2}
+COUNT = 40
+
+
+def general(number: int) -> str:
+    return f"General question {number}?"
+
+
+@pytest.fixture
+def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+    """Its base knows 40 general answers, and its adapter eight more of its own."""
+    with in_memory(tmp_path, client) as made:
+        rows = [{"prompt": general(n), "expected": f"fact {n}"} for n in range(COUNT)]
+        write_rows(made.home / "general.jsonl", rows)
+        made.facts |= {general(n): ("", f"fact {n}") for n in range(COUNT)}
+        made.write_recipe(evaluate=[TASK, GENERAL])
+        yield made
+
+
+def forget(memory: Memory, count: int, *who: str) -> None:
+    for one in who:
+        memory.minds.forgot[one] = {general(n) for n in range(count)}
+
+
+def test_each_suite_has_its_scores_its_verdict_and_its_place_in_all_that_is_said(
+    memory: Memory,
+) -> None:
+    (built,) = memory.build(push=True).values()
+    record = memory.record()
+
+    task, kept = record["suites"]
+    assert [task["name"], kept["name"]] == ["task", "general"]
+    assert [task["scores"][who]["score"] for who in ("base", "adapter", "image")] == [0, 1, 1]
+    assert {score["score"] for score in kept["scores"].values()} == {1}
+    assert (kept["task"]["against"], kept["task"]["max_drop"]) == ("base", 0.2)
+    assert [v["against"] for v in kept["verdicts"] if v["binding"]] == ["base", "base"]
+    # Eight questions show nothing about a drop of 0.25, and forty all about one of 0.2.
+    assert [task["verdict"], kept["verdict"], record["verdict"]] == [
+        "not proven", "passed", "not proven",
+    ]  # fmt: skip
+    assert record["scores"] == task["scores"]
+    assert [item["suite"] for item in record["items"]] == ["task"] * 8 + ["general"] * COUNT
+
+    page = (memory.results() / "report.html").read_text("utf-8")
+    assert "at most 0.2 below the base" in page
+    suites = ET.parse(memory.results() / "junit.xml").getroot().findall("testsuite")
+    assert [(one.get("name"), one.get("tests")) for one in suites[1:]] == [
+        ("questions task", "8"), ("questions general", "40"),
+    ]  # fmt: skip
+    image = memory.client.pull(Reference.parse(f"{memory.repository}:1.0.0-{TARGET}"))
+    (said,) = (text for key, text in image.labels.items() if key.endswith(".suites"))
+    assert [one["verdict"] for one in json.loads(said)] == ["not proven", "passed"]
+    facts: Any = _facts(built)
+    assert [one["verdict"] for one in facts["suites"]] == ["not proven", "passed"]
+    assert "  general: base 1.000, adapter 1.000, merged 1.000, image 1.000: passed" in list(
+        _lines(built)
+    )
+
+
+def test_an_adapter_that_forgot_stops_the_build_before_quantizing(memory: Memory) -> None:
+    forget(memory, 12, "adapter", "merged", "image")
+
+    with pytest.raises(CheckFailed, match="general: the merged model") as caught:
+        memory.build()
+
+    assert "the adapter itself lost 12 of 40, merging lost none" in caught.value.message
+    assert "mix general examples into the training" in caught.value.hint
+    assert "quantize" not in memory.jobs()
+    refused = memory.dist / "tiny" / "1.0.0" / "refused" / "build.json"
+    assert [s["verdict"] for s in json.loads(refused.read_text())["suites"]] == [
+        "not proven", "failed",
+    ]  # fmt: skip
+
+
+def test_what_quantizing_forgot_is_not_the_adapters_fault(memory: Memory) -> None:
+    forget(memory, 12, "image")
+
+    with pytest.raises(CheckFailed) as caught:
+        memory.build()
+
+    assert (
+        "the adapter itself lost none, merging lost none, quantizing and serving lost 12 of 40"
+        in caught.value.message
+    )
+
+
+def test_the_adapters_suite_is_held_against_the_adapter_whatever_the_base_could(
+    memory: Memory,
+) -> None:
+    memory.write_recipe(evaluate={**GENERAL, "against": "adapter"})
+    forget(memory, 12, "adapter", "merged", "image")
+
+    (built,) = memory.build().values()
+
+    assert built.verdict == "not proven"  # the base alone would pass
+    assert "base alone" in built.unproven[0]
+
+
+@pytest.mark.parametrize(("lost", "passes"), [(4, True), (5, False)])
+def test_a_minimum_score_alone_is_a_bar_that_no_other_model_sets(
+    memory: Memory, *, lost: int, passes: bool
+) -> None:
+    memory.write_recipe(evaluate=[TASK, {"data": "general.jsonl", "min_score": 0.9}])
+    forget(memory, lost, "base", "adapter", "merged", "image")
+
+    if not passes:
+        with pytest.raises(CheckFailed, match=r"general: .* below the minimum score of 0\.9"):
+            memory.build()
+        assert "quantize" not in memory.jobs()
+        return
+    memory.build()
+    (reason,) = memory.record()["suites"][1]["unproven"]
+    assert "40 questions do not show a score of at least 0.9" in reason
+    assert reason.endswith("at least 0.769")  # Wilson's interval of 36 of 40
+
+
+def test_all_suites_are_asked_in_one_walk(memory: Memory) -> None:
+    memory.build()
+    asking = [job for job in memory.runner.jobs if job.kind in {"proof", "reference"}]
+    jobs: list[Any] = [getattr(job, "reference", job) for job in asking]
+
+    assert [len(job.walks) for job in jobs] == [1]
+    (walk,) = jobs[0].walks
+    assert [len(task.questions) for task in walk.tasks] == [8, COUNT]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "says"),
+    [
+        ([TASK, {**GENERAL, "name": "task"}], "two suites of `evaluate` are called task"),
+        ([TASK, {"name": "x"}], r"`evaluate.1.data` is missing"),
+        ([TASK, {**GENERAL, "metric": "vibes"}], "evaluate.1.metric"),
+        ([TASK, {**GENERAL, "against": "nobody"}], "evaluate.1.against"),
+        ([TASK, {**GENERAL, "name": "../x"}], "evaluate.1.name"),
+        ([TASK, {**GENERAL, "data": "nowhere.jsonl"}], "nowhere.jsonl"),
+        ([TASK, {**GENERAL, "metric": "numeric"}], "general.jsonl.* line 1|line 1.* not a number"),
+        ([TASK, {**GENERAL, "metric": "numeric", "tolerance": "-1"}], "evaluate.1.tolerance"),
+    ],
+)
+def test_what_is_wrong_with_a_suite_is_said_before_any_work(
+    memory: Memory, evaluate: object, says: str
+) -> None:
+    memory.write_recipe(evaluate=evaluate)
+
+    with pytest.raises(UsageError, match=says):
+        memory.build()
+
+    assert memory.jobs() == []
