@@ -89,20 +89,33 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
     Every blob is verified when it is read. Raises InputRefused for malformed content, UsageError
     if the layout does not have the image.
     """
-    blob = _pick(_rows(folder), ref, platform, str(folder))
+    where = str(folder)
+    images = [row for row in _rows(folder) if not is_attachment(row)]
+    named = [row for row in images if ref is None or _name(row) == ref]
+    names = ", ".join(sorted({_name(row) for row in images} - {""}))
+    if not named:
+        raise UsageError(
+            f"{where} holds no image" + ("" if ref is None else f" named {ref!r}"),
+            hint=f"it holds: {names[:200]}" if names else "write the layout again",
+        )
+    if _how_many(named) == 1:
+        kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
+        blob = manifests.descriptor(named[0], where, kinds, manifests.LARGEST_MANIFEST)
+    elif ref is None and len({_name(row) for row in named}) > 1:
+        raise UsageError(f"{where} holds several images", hint=f"name one: {names}")
+    else:
+        blob = manifests.choose(named, platform, where)
     for _ in range(4):
         if blob.media_type not in manifests.INDEXES:
             break
-        inner = manifests.read_json(read_blob(folder, blob), str(folder))
-        blob = manifests.choose(
-            manifests.listed(inner, "manifests", str(folder)), platform, str(folder)
-        )
+        inner = manifests.read_json(read_blob(folder, blob), where)
+        blob = manifests.choose(manifests.listed(inner, "manifests", where), platform, where)
     return load_image(
         read_blob(folder, blob),
         blob.media_type,
         read=lambda found: read_blob(folder, found),
         opener=lambda found: lambda: open_blob(folder, found),
-        where=str(folder),
+        where=where,
     )
 
 
@@ -192,25 +205,6 @@ def require_layout(folder: Path) -> None:
             f"{folder} is not an OCI layout: it has no file 'oci-layout'",
             hint="give the folder that `--layout` wrote",
         )
-
-
-def _pick(rows: Sequence[JsonValue], ref: str | None, platform: str | None, where: str) -> Blob:
-    images = [row for row in rows if not is_attachment(row)]
-    named = [row for row in images if ref is None or _name(row) == ref]
-    if not named:
-        names = sorted({_name(row) for row in images} - {""})
-        raise UsageError(
-            f"{where} holds no image" + ("" if ref is None else f" named {ref!r}"),
-            hint=f"it holds: {', '.join(names)[:200]}" if names else "write the layout again",
-        )
-    if _how_many(named) == 1:
-        return manifests.descriptor(
-            named[0], where, (*manifests.MANIFESTS, *manifests.INDEXES), manifests.LARGEST_MANIFEST
-        )
-    if ref is None and len({_name(row) for row in named}) > 1:
-        names = sorted({_name(row) for row in named} - {""})
-        raise UsageError(f"{where} holds several images", hint=f"name one: {', '.join(names)}")
-    return manifests.choose(named, platform, where)
 
 
 def _how_many(rows: Sequence[JsonValue]) -> int:

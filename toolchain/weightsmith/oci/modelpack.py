@@ -59,6 +59,11 @@ class ModelDescription:
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the document, by schema/config-schema.json, without the layers' digests."""
+        counted = (  # with one decimal
+            f"{self.parameters / size:.1f}{letter}"
+            for size, letter in _UNITS
+            if round(self.parameters / size, 1) >= 1
+        )
         inputs = ["text", "image"] if self.sees_images else ["text"]
         descriptor: dict[str, JsonValue] = {
             "name": self.name,
@@ -69,7 +74,7 @@ class ModelDescription:
         config: dict[str, JsonValue] = {
             "architecture": "transformer",
             "format": self.format,
-            "paramSize": _counted(self.parameters) if self.parameters else "",
+            "paramSize": next(counted, str(self.parameters or "")),
             "precision": self.precision,
             "quantization": self.quantization,
             "capabilities": {"inputTypes": inputs, "outputTypes": ["text"]},
@@ -145,14 +150,6 @@ def _kind(path: str) -> str:
     return "doc" if _DOCUMENTS.match(name.name) else "weight.config"
 
 
-def _counted(parameters: int) -> str:
-    """Return a number of parameters as the schema has it: one decimal and a letter."""
-    for size, letter in _UNITS:
-        if round(parameters / size, 1) >= 1:
-            return f"{parameters / size:.1f}{letter}"
-    return str(parameters)
-
-
 def _given(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {name: value for name, value in facts.items() if value not in ("", [], 0)}
 
@@ -188,13 +185,18 @@ def ollama_model(
         ),
         *(_text("license", f"LICENSE.{n}", text) for n, text in enumerate(licenses)),
     ]
+    counted = (  # as Ollama shows it: 8.0B, 134.52M
+        f"{parameters / size:.{digits}f}{letter}"
+        for size, letter, digits in _OLLAMA_UNITS
+        if parameters >= size
+    )
     if context:
         layers.append(_text("params", "params.json", canonical({"num_ctx": context}).decode()))
     settings: dict[str, JsonValue] = {
         "model_format": "gguf",
         "model_family": family,
         "model_families": [family, *(["clip"] if projector else [])],
-        "model_type": _count(parameters) if parameters else "",
+        "model_type": next(counted, str(parameters or "")),
         "file_type": file_type,
         "requires": _SINCE,
         "architecture": "amd64",
@@ -260,11 +262,3 @@ def _text(kind: str, name: str, text: str) -> FileLayer:
     data = text.encode()
     file = FileEntry(path=name, size=len(data), digest=Digest.of(data))
     return _file_layer(file, (data,), OLLAMA_LAYER.format(kind))
-
-
-def _count(parameters: int) -> str:
-    """Return a number of parameters as Ollama shows it: 8.0B, 134.52M."""
-    for size, letter, digits in _OLLAMA_UNITS:
-        if parameters >= size:
-            return f"{parameters / size:.{digits}f}{letter}"
-    return str(parameters)

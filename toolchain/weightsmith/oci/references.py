@@ -102,8 +102,12 @@ def is_loopback(host: str) -> bool:
 
 def _check_name(text: str, registry: str, repository: str) -> None:
     host = _HOST.fullmatch(registry)
-    known = host and (not registry.startswith("[") or _is_ipv6(registry))
-    if not host or not known or int(host["port"] or 1) not in range(1, _HIGHEST_PORT + 1):
+    if registry.startswith("["):
+        try:
+            ipaddress.IPv6Address(registry[1:].partition("]")[0])
+        except ValueError:
+            host = None
+    if not host or int(host["port"] or 1) not in range(1, _HIGHEST_PORT + 1):
         raise _refused(text, f"{registry!r} is not a valid registry host")
     if not _REPOSITORY.fullmatch(repository):
         raise _refused(
@@ -113,13 +117,6 @@ def _check_name(text: str, registry: str, repository: str) -> None:
         )
     if len(registry) + 1 + len(repository) > _LONGEST_NAME:
         raise _refused(text, f"its name is longer than {_LONGEST_NAME} characters")
-
-
-def _is_ipv6(registry: str) -> bool:
-    try:
-        return bool(ipaddress.IPv6Address(registry[1:].partition("]")[0]))
-    except ValueError:
-        return False
 
 
 def _refused(text: str, why: str) -> UsageError:
