@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import ContainerEngine
-from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import docker_archive
 from weightsmith.oci.references import Reference
 from weightsmith.outside.docker import DockerEngine
 

@@ -13,10 +13,10 @@ from weightsmith.core.cpus import flags
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Launcher, StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
-from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
 from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import docker_archive
 from weightsmith.oci.references import Reference
 from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.docker_containers import DockerLauncher

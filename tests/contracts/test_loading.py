@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.images import inspect_image
-from weightsmith.oci import archive
+from weightsmith.oci import layout
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
@@ -196,7 +196,7 @@ def test_layers_that_are_gone_by_then_are_sent_after_all(tools: Tools, name: str
 
 @pytest.fixture
 def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightsmith.oci.archive._LARGE", 1)
+    monkeypatch.setattr("weightsmith.oci.layout._LARGE", 1)
 
 
 def layered(contents: Sequence[bytes], label: str = "") -> Image:
@@ -225,7 +225,7 @@ def four_layers(seed: str) -> list[bytes]:
 
 def load_and_die(name: str) -> None:
     """What a process does that is killed while it sends the last of four layers."""
-    archive._LARGE = 1  # type: ignore[misc]
+    layout._LARGE = 1  # type: ignore[misc]
 
     class Killing(Counting):
         def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:

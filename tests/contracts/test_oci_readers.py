@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, Order, assemble
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.layout import attach, attached, read_layout, write_layout
+from weightsmith.oci.layout import attach, attached, docker_archive, read_layout, write_layout
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.references import Reference

@@ -148,7 +148,7 @@ def load(source: str, name: str) -> None:
     """Load an image into the container engine, as `build --load` does."""
     from dataclasses import replace
 
-    from weightsmith.oci import archive
+    from weightsmith.oci import layout
     from weightsmith.oci.layout import read_layout
     from weightsmith.outside.docker import DockerEngine
     from weightsmith.provenance.evidence import Evidence
@@ -156,7 +156,7 @@ def load(source: str, name: str) -> None:
 
     from tests.fakes.memory import memory_tools
 
-    archive._LARGE = 1  # type: ignore[misc]
+    layout._LARGE = 1  # type: ignore[misc]
     tools = replace(memory_tools(Path(source).parent), engine=DockerEngine())
     deliver(read_layout(Path(source)), name, ImageOutputs(load=True), [Evidence()], tools)
 

@@ -18,14 +18,15 @@ from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.trees import discard
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Published, key_of
 from weightsmith.core.waiting import holder
-from weightsmith.oci.archive import docker_archive, incremental_images
 from weightsmith.oci.image import Image, ImageOrIndex, Index, host_image, image_layers, images_of
 from weightsmith.oci.layout import (
     DEFAULT_NAME,
     PARTS,
+    docker_archive,
     forget,
     held_digest,
     image_names,
+    incremental_images,
     write_layout,
 )
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
