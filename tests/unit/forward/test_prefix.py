@@ -104,44 +104,30 @@ def test_attention_that_counts_columns_finds_no_holes(
         assert found[""].tokens == true
 
 
-def test_a_window_has_to_hold_the_text_and_no_more_than_a_pass_leaves(tmp_path: Path) -> None:
-    text = len(HEAD) + 5 + 200
-    layers = [
-        empty_prefix(
-            load_network(make_model(tmp_path / str(w), "mistral", sliding_window=w), []),
-            PROMPTS,
-            200,
-        ).layers
-        for w in (text, text + 81)
-    ]
+def test_only_plain_caches_and_windows_that_hold_the_text_have_a_prefix(tmp_path: Path) -> None:
+    text = len(HEAD) + 5 + 200  # and no more than a pass leaves
+    short, long = ("mistral", {"sliding_window": text}), ("mistral", {"sliding_window": text + 81})
 
-    assert layers == [0, 3]
+    for (kind, options), layers in ((short, 0), (long, 3), (("jamba", {}), 0)):
+        base = make_model(tmp_path / f"{kind}{layers}", kind, **options)
+        assert empty_prefix(load_network(base, []), PROMPTS, 200).layers == layers
 
 
-def test_a_model_with_other_states_has_no_shared_prefix(tmp_path: Path) -> None:
-    network = load_network(make_model(tmp_path / "base", "jamba"), [])
-
-    assert not shared_prefix(network, PROMPTS, empty_prefix(network, PROMPTS, MOST)).layers
-
-
-@pytest.mark.parametrize(
-    ("prompts", "length"),
-    [
+def test_what_prompts_share(tmp_path: Path) -> None:
+    network = load_network(make_model(tmp_path / "base"), [])
+    for prompts, length in (
         ([], 0),
         ([HEAD], 0),  # nothing is saved
         ([HEAD] * 5, len(HEAD) - 1),  # the last token is left to each
         ([HEAD[:3]] * 5, 0),  # saves less than it costs
         ([[5, *HEAD], *[HEAD] * 9], 0),
         ([HEAD[:20], *[HEAD] * 9], 19),
-    ],
-)
-def test_what_prompts_share(tmp_path: Path, prompts: list[list[int]], length: int) -> None:
-    network = load_network(make_model(tmp_path / "base"), [])
-    with torch.inference_mode():
-        prefix = shared_prefix(network, prompts, empty_prefix(network, prompts, MOST))
+    ):
+        with torch.inference_mode():
+            prefix = shared_prefix(network, prompts, empty_prefix(network, prompts, MOST))
 
-    assert prefix.length == length
-    assert all(keys.shape[:1] == (1,) and keys.shape[2] == length for _, keys, _ in prefix.states)
+        assert prefix.length == length
+        assert {(len(keys), keys.shape[2]) for _, keys, _ in prefix.states} <= {(1, length)}
 
 
 def test_answers_that_have_ended_leave_the_batch(tmp_path: Path) -> None:

@@ -85,18 +85,6 @@ def test_memory_that_runs_out_is_not_the_models_fault(base: Path) -> None:
     assert not isinstance(caught.value, InputRefused)
 
 
-def test_a_mistake_of_ours_loads_no_model(base: Path) -> None:
-    good = Model(base, streams=True)
-
-    def mistaken(model: Any, _: Any) -> str:
-        return str(model.heads)
-
-    with pytest.raises(AttributeError, match="heads"):
-        walk({"good": good}, {"good": mistaken})
-
-    assert not good.loaded
-
-
 def test_a_mistake_in_what_a_model_calls_is_ours(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,8 +102,13 @@ def test_only_what_weights_in_memory_may_cure_loads_a_model(base: Path) -> None:
         with running():
             return str(dt.date(2026, 13, 1))
 
+    def mistaken(model: Any, _: Any) -> str:  # by us
+        return str(model.heads)
+
     with pytest.raises(InputRefused, match=r"does not run .*: ValueError: month must be"):
         walk({"good": good}, {"good": fail})
+    with pytest.raises(AttributeError, match="heads"):
+        walk({"good": good}, {"good": mistaken})
 
     assert not good.loaded
 

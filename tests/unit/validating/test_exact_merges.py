@@ -113,33 +113,22 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
     assert result.comparison.elements.wrong == 0
 
 
+WAYS: dict[str, tuple[tuple[dict, ...], tuple[float, ...], dict]] = {
+    "two": (({}, {"r": 2}), (1.0, 1.0), {}),
+    "weighted": (({}, {"r": 2}), (0.7, -0.3), {}),
+    "two-dora": (({"use_dora": True}, {"use_dora": True}), (1.0, 1.0), {}),
+    "half-dora": (({"use_dora": True}, {}), (0.5, 0.7), {}),
+    "half-saved": (({"modules_to_save": ["lm_head", "norm"]}, {"r": 2}), (0.5, 1.0), {}),
+    "half-tokens": (({"trainable_token_indices": [5, 9]},), (0.5,), {}),
+    "to-float32": (({},), (1.0,), {"dtype": "float32"}),
+    "to-float16": (({},), (1.0,), {"dtype": "float16"}),
+}
+
+
 @pytest.mark.grid(12)
-@pytest.mark.parametrize(
-    ("adapters", "weights", "options"),
-    [
-        (({}, {"r": 2}), (1.0, 1.0), {}),
-        (({}, {"r": 2}), (0.7, -0.3), {}),
-        (({"use_dora": True}, {"use_dora": True}), (1.0, 1.0), {}),
-        (({"use_dora": True}, {}), (0.5, 0.7), {}),
-        (({"modules_to_save": ["lm_head", "norm"]}, {"r": 2}), (0.5, 1.0), {}),
-        (({"trainable_token_indices": [5, 9]},), (0.5,), {}),
-        (({},), (1.0,), {"dtype": "float32"}),
-        (({},), (1.0,), {"dtype": "float16"}),
-    ],
-    ids=[
-        "two",
-        "weighted",
-        "two-dora",
-        "half-dora",
-        "half-saved",
-        "half-tokens",
-        "to-float32",
-        "to-float16",
-    ],
-)
-def test_ways_to_merge_pass(
-    tmp_path: Path, adapters: tuple[dict, ...], weights: tuple[float, ...], options: dict
-) -> None:
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_to_merge_pass(tmp_path: Path, name: str) -> None:
+    adapters, weights, options = WAYS[name]
     base = make_model(tmp_path / "base")
     loras = [
         make_adapter(tmp_path / f"lora{i}", base, seed=i, **told) for i, told in enumerate(adapters)
@@ -216,17 +205,6 @@ def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> No
     assert "warning logits PEFT cannot load these adapters together" in tell(result)
 
 
-def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    lora = make_adapter(tmp_path / "lora", base)
-    out = merged(tmp_path / "out", base, lora, weights=(0.5,))
-
-    result = held(base, out, lora)
-
-    assert not result.passed
-    assert "added 0.5 times" in tell(result)
-
-
 @pytest.mark.slow
 def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None:
     """Mamba's `dt_proj`: its LoRA acts nowhere in PEFT's forward, and in the merge it does."""
@@ -241,25 +219,25 @@ def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None
     assert not held(base, wrong, lora).passed
 
 
-def test_base_and_merged_the_wrong_way_round(plain: tuple[Path, Path, Path]) -> None:
+def test_what_is_not_the_merge_is_reported(tmp_path: Path, plain: tuple[Path, Path, Path]) -> None:
     base, lora, out = plain
+    half = merged(tmp_path / "half", base, lora, weights=(0.5,))
+    another = make_model(tmp_path / "other", "gpt2")
 
-    result = held(out, base, lora)
-
-    assert not result.passed
-    assert "subtracted" in tell(result)
-
-
-def test_another_model_is_reported(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    lora = make_adapter(tmp_path / "lora", base)
-    other = make_model(tmp_path / "other", "gpt2")
-
-    result = held(base, other, lora)
-
-    assert not result.passed
-    assert "model_type is 'gpt2', but 'llama'" in tell(result)
+    for before, after, says in (
+        (base, half, "added 0.5 times"),
+        (out, base, "subtracted"),
+        (base, another, "model_type is 'gpt2', but 'llama'"),
+    ):
+        result = held(before, after, lora)
+        assert not result.passed
+        assert says in tell(result)
     assert result.max_abs_logit_diff is None
+
+    # Of a rounded base, by its files.
+    result = passed(base, half, lora, scope="files")
+    assert result.max_abs_logit_diff is None
+    assert "only files" in tell(result)
 
 
 def test_a_small_adapter_passes_and_its_loss_is_reported(tmp_path: Path) -> None:
@@ -272,19 +250,6 @@ def test_a_small_adapter_passes_and_its_loss_is_reported(tmp_path: Path) -> None
 
     assert "merge with dtype float32" in tell(result)
     assert result.comparison.lost_to_rounding > 0.5
-
-
-def test_probes_of_ones_own(plain: tuple[Path, Path, Path]) -> None:
-    base, lora, out = plain
-    items = (({"role": "user", "content": "What is the price of salt?"},),)
-
-    result = passed(base, out, lora, items=items)
-
-    assert result.comparison.probes == 1
-    told = result.comparison.greedy[0]
-    assert "price of salt" in told.after
-    assert told.reference == told.merged
-    assert told.same == told.tokens == 16
 
 
 @pytest.mark.slow
@@ -353,14 +318,3 @@ def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
 
     assert not wrong.passed
     assert "model.layers.2.mlp.up_proj.weight" in tell(wrong)
-
-
-def test_a_rounded_base_is_judged_by_its_files(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    lora = make_adapter(tmp_path / "lora", base)
-    out = merged(tmp_path / "out", base, lora, weights=(0.5,))
-
-    result = passed(base, out, lora, scope="files")
-
-    assert result.max_abs_logit_diff is None
-    assert "only files" in tell(result)

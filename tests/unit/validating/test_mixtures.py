@@ -22,6 +22,7 @@ from tests.unit.validating.conftest import (
 )
 
 METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+TARGETS = ["embed_tokens", "q_proj", "down_proj"]
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -33,15 +34,18 @@ def judge(base: Path, out: Path, loras: list[Path], method: str, density: float)
     return held(base, out, *loras, scope="rest", mixture=given, weights=weights)
 
 
+def adapted(folder: Path, count: int) -> tuple[Path, list[Path]]:
+    base = make_model(folder / "base")
+    numbers = range(count)
+    return base, [
+        make_adapter(folder / f"lora{i}", base, seed=i, target_modules=TARGETS) for i in numbers
+    ]
+
+
 def make(
     folder: Path, method: str, count: int = 2, **options: Any
 ) -> tuple[Path, Path, list[Path]]:
-    base = make_model(folder / "base")
-    targets = ["embed_tokens", "q_proj", "down_proj"]
-    loras = [
-        make_adapter(folder / f"lora{i}", base, seed=i, target_modules=targets)
-        for i in range(count)
-    ]
+    base, loras = adapted(folder, count)
     weights = (1.0, 0.7, 0.5)[:count]
     out = merged(
         folder / "out", base, *loras, method=method, density=0.4, weights=weights, **options
@@ -79,11 +83,7 @@ def test_one_adapter_given_twice_is_not_missing(tmp_path: Path, method: str) -> 
 @pytest.mark.parametrize("rank", [None, 3, 6])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_sum_of_bounded_rank(tmp_path: Path, rank: int | None, dtype: str) -> None:
-    base = make_model(tmp_path / "base")
-    targets = ["embed_tokens", "q_proj", "down_proj"]
-    loras = [
-        make_adapter(tmp_path / f"l{i}", base, seed=i, target_modules=targets) for i in range(2)
-    ]
+    base, loras = adapted(tmp_path, 2)
     options = {"rank": rank} if rank else {}
     out = merged(tmp_path / "out", base, *loras, method="svd", dtype=dtype, **options)
     judged = CombinationRule(truncates=True, rank=rank)
@@ -158,9 +158,7 @@ def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_that_is_left_out_is_named(tmp_path: Path, method: str) -> None:
     base, out, loras = make(tmp_path, method, 1, **seeded(method))
-    other = make_adapter(
-        tmp_path / "other", base, seed=5, target_modules=["embed_tokens", "q_proj", "down_proj"]
-    )
+    other = make_adapter(tmp_path / "other", base, seed=5, target_modules=TARGETS)
 
     result = judge(base, out, [*loras, other], method, 0.4)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,19 @@ def double(place: Place) -> None:
     place.other(lambda _: None, lora_alpha=2 * config["lora_alpha"])
 
 
-def swap(place: Place) -> None:
+def exchange(part: str, old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Return what swaps each tensor with this part in its name and that of the other name."""
+
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if ".layers.0.self_attn.q_proj" in n]:
-            other = name.replace(".layers.0.", ".layers.1.")
+        for name in [n for n in tensors if part in n]:
+            other = name.replace(old, new)
             tensors[name], tensors[other] = tensors[other], tensors[name]
 
-    place.other(change)
+    return change
+
+
+def swap(place: Place) -> None:
+    place.other(exchange(".layers.0.self_attn.q_proj", ".layers.0.", ".layers.1."))
 
 
 def transpose(place: Place) -> None:
@@ -84,20 +90,11 @@ def transpose(place: Place) -> None:
 
 
 def wrong_expert(place: Place) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if ".layers.1.mlp.experts.0." in n]:
-            other = name.replace(".experts.0.", ".experts.2.")
-            tensors[name], tensors[other] = tensors[other], tensors[name]
-
-    edit_tensors(place.out, change)
+    edit_tensors(place.out, exchange(".layers.1.mlp.experts.0.", ".experts.0.", ".experts.2."))
 
 
 def adapted_experts(place: Place) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        one, two = (f"model.layers.1.mlp.experts.{n}.down_proj.weight" for n in (1, 3))
-        tensors[one], tensors[two] = tensors[two], tensors[one]
-
-    edit_tensors(place.out, change)
+    edit_tensors(place.out, exchange(".layers.1.mlp.experts.1.down_proj", "experts.1", "experts.3"))
 
 
 def lost_shard(place: Place) -> None:
@@ -109,10 +106,9 @@ def end_of_config(place: Place) -> None:
 
 
 def stale_head(place: Place) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["lm_head.weight"] = 1.5 * tensors["model.embed_tokens.weight"]
-
-    edit_tensors(place.out, change)
+    edit_tensors(
+        place.out, lambda t: t.update({"lm_head.weight": 1.5 * t["model.embed_tokens.weight"]})
+    )
 
 
 def foreign_shard(place: Place) -> None:
@@ -123,10 +119,7 @@ def foreign_shard(place: Place) -> None:
 
 
 def flip(place: Place) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[K0].view(torch.int16)[5, 7] ^= -0x8000
-
-    edit_tensors(place.out, change)
+    edit_tensors(place.out, lambda t: t[K0][5, 7].neg_())
 
 
 def twice(place: Place) -> None:
@@ -168,7 +161,6 @@ def other_rope(place: Place) -> None:
 
 def tied_embedding(place: Place) -> None:
     """What PEFT itself makes of LoRA on a tied embedding: the head gets the delta too."""
-    shutil.rmtree(place.out)
     merged_by_peft(place.out, place.base, place.lora)
 
 
@@ -188,9 +180,11 @@ class Mutation:
     title: str
     spoil: Callable[[Place], None]
     says: tuple[str, ...]
-    model: tuple[tuple[str, Any], ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
 
+TIED = {"tie_word_embeddings": True}
 MUTATIONS = (
     Mutation("one adapter tensor dropped", drop, (Q1, "missing")),
     Mutation("scaling off by 2", double, ("doubled",)),
@@ -204,25 +198,23 @@ MUTATIONS = (
         "wrong expert",
         wrong_expert,
         ("experts.0.down_proj.weight: it has the base's model.layers.1.mlp.experts.2.down_proj",),
-        (("kind", "qwen3_moe"), ("attention_only", True)),
+        {"kind": "qwen3_moe"},
+        {"target_modules": ["q_proj", "v_proj"]},
     ),
     Mutation(
         "an adapted expert in another's place",
         adapted_experts,
         ("experts.down_proj", "expert 1"),
-        (("kind", "qwen3_moe"), ("experts", True)),
+        {"kind": "qwen3_moe"},
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
     ),
-    Mutation(
-        "tied head stale",
-        stale_head,
-        ("lm_head.weight", "ties"),
-        (("tie_word_embeddings", True),),
-    ),
+    Mutation("tied head stale", stale_head, ("lm_head.weight", "ties"), TIED),
     Mutation(
         "tied head changed with the embedding",
         tied_embedding,
         ("lm_head.weight and model.embed_tokens.weight share a tensor",),
-        (("tie_word_embeddings", True), ("embedding", True)),
+        TIED,
+        {"target_modules": ["embed_tokens", "q_proj"]},
     ),
     Mutation("shard from another run", foreign_shard, ("not a merge of",)),
     Mutation("shard lost", lost_shard, ("model-00002",)),
@@ -240,7 +232,11 @@ MUTATIONS = (
 @pytest.mark.grid(12)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.title.replace(" ", "-"))
 def test_mutation_is_caught(tmp_path: Path, mutation: Mutation) -> None:
-    place = make_place(tmp_path, dict(mutation.model))
+    base = make_model(tmp_path / "base", **mutation.model)
+    lora = make_adapter(tmp_path / "lora", base, **mutation.adapter)
+    place = Place(tmp_path, base, lora, tmp_path / "out")
+    if mutation.spoil is not tied_embedding:
+        merged(place.out, base, lora)
 
     mutation.spoil(place)
     result = held(place.base, place.out, place.lora)
@@ -261,24 +257,3 @@ def documented() -> dict[str, set[str]]:
     table = PAGE.read_text("utf-8").split("| wrong merge | seen by |\n|---|---|\n")[1]
     rows = [line.strip("|").split("|") for line in table.split("\n\n")[0].splitlines()]
     return {title.strip(): set(re.findall(r"`(\w+)`", seen)) for title, seen in rows}
-
-
-def make_place(folder: Path, options: dict[str, Any]) -> Place:
-    """Make base, adapter and exact merge of a mutation."""
-    targets: Any = "all-linear"
-    if options.pop("attention_only", False):
-        targets = ["q_proj", "v_proj"]
-    embedding = options.pop("embedding", False)
-    if embedding:
-        targets = ["embed_tokens", "q_proj"]
-    parameters = ["experts.down_proj"] if options.pop("experts", False) else None
-    if parameters:
-        targets = ["q_proj"]
-    base = make_model(folder / "base", **options)
-    lora = make_adapter(folder / "lora", base, target_modules=targets, target_parameters=parameters)
-    out = folder / "out"
-    if embedding:
-        out.mkdir()
-    else:
-        merged(out, base, lora)
-    return Place(folder, base, lora, out)

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.validating.validate import ValidationRequest, validate
 
 from tests.unit.validating.conftest import edit_tensors, held, make_model, make_tuned, merged, tell
 
@@ -52,12 +50,9 @@ def test_a_model_of_which_only_a_part_would_run_is_checked_by_its_files(kind, tm
     model.save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    adapters = ((tmp_path / "adapter", 1.0),)
-    merge(MergeRequest(base=tmp_path / "base", adapters=adapters, out=tmp_path / "out"))
+    out = merged(tmp_path / "out", tmp_path / "base", tmp_path / "adapter")
 
-    found = validate(
-        ValidationRequest(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out")
-    )
+    found = held(tmp_path / "base", out, tmp_path / "adapter")
 
     assert found.passed
     assert any(NOT_CAUSAL[kind] in each.message for each in found.findings)
@@ -76,12 +71,9 @@ def test_a_heads_bias_that_an_adapter_trains_is_validated(tmp_path):
     tuned = get_peft_model(model, config)
     tuned.base_model.model.lm_head.bias.data += 0.5
     tuned.save_pretrained(tmp_path / "adapter")
-    adapters = ((tmp_path / "adapter", 1.0),)
-    merge(MergeRequest(base=tmp_path / "base", adapters=adapters, out=tmp_path / "out"))
+    out = merged(tmp_path / "out", tmp_path / "base", tmp_path / "adapter")
 
-    found = validate(
-        ValidationRequest(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out")
-    )
+    found = held(tmp_path / "base", out, tmp_path / "adapter")
 
     assert found.passed
     assert found.top1_agreement == 1.0
@@ -96,15 +88,14 @@ def test_layers_that_the_base_stores_in_one_tensor_are_compared_one_by_one(tmp_p
 
     base = make_base(tmp_path / "base", "sarvam_moe")
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    adapters = ((train(base, "sarvam_moe", tmp_path / "adapter", config), 1.0),)
-    merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
-    request = ValidationRequest(base=base, adapters=adapters, merged=tmp_path / "out")
+    adapter = train(base, "sarvam_moe", tmp_path / "adapter", config)
+    out = merged(tmp_path / "out", base, adapter)
 
-    found = validate(request)
+    found = held(base, out, adapter)
 
     assert found.passed
     assert found.comparison.streamed
-    file = tmp_path / "out" / "model.safetensors"
+    file = out / "model.safetensors"
     tensors = load_file(file)
     fused = "model.layers.1.attention.query_key_value.weight"
     for row, part in ((3, "q_proj"), (35, "k_proj"), (50, "v_proj")):
@@ -112,7 +103,8 @@ def test_layers_that_the_base_stores_in_one_tensor_are_compared_one_by_one(tmp_p
         wrong[row, 5] += 0.1
         save_file(tensors | {fused: wrong}, file, {"format": "pt"})
 
-        said = [one.message for one in validate(request).findings if one.check == "elements"]
+        findings = held(base, out, adapter).findings
+        said = [one.message for one in findings if one.check == "elements"]
 
         assert len(said) == 1
         assert f"self_attn.{part}.weight: 1 element differs" in said[0]

@@ -122,26 +122,21 @@ def test_a_wrong_merge_says_something_else(tmp_path: Path) -> None:
     assert "greedy texts differ" in tell(result)
 
 
-def test_the_text_is_generated_without_loading_the_model(
+def test_the_text_is_generated_without_loading_the_model_and_a_large_one_generates_less(
     plain: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, lora, out = plain
     monkeypatch.delattr(MergedModel, "whole")
 
-    result = passed(base, out, lora, items=ITEMS)
+    found = passed(base, out, lora, items=ITEMS).comparison
 
-    assert [row.tokens for row in result.comparison.greedy] == [16, 16, 16]
+    assert found.probes == 3
+    assert "price of salt" in found.greedy[0].after
+    assert [row.same for row in found.greedy] == [row.tokens for row in found.greedy] == [16] * 3
 
-
-def test_a_large_model_generates_fewer_tokens(
-    plain: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(probes, "_LARGE", 1000)
-    base, lora, out = plain
-
-    result = passed(base, out, lora, items=ITEMS)
-
-    assert [row.tokens for row in result.comparison.greedy] == [4, 4, 4]
+    found = passed(base, out, lora, items=ITEMS).comparison
+    assert [row.tokens for row in found.greedy] == [4, 4, 4]
 
 
 END = 9
@@ -161,8 +156,6 @@ END = 9
 def test_an_answer_is_the_text_if_it_is_long_enough_or_ended(answer, text):
     found = known([[7, 8]], [([7, 8], answer)], [END], 4)
     assert found == ({} if text is None else {0: text})
-
-
-def test_only_whole_questions_are_known():
+    # Only whole questions are known.
     answers = [([5, 7, 8], [1, END]), ([6], [2, END])]
     assert known([[7, 8], [6], [5]], answers, [END], 4) == {1: [2, END]}
