@@ -400,27 +400,20 @@ def batches_change(model: Model, empty: Prefix, prompts: Sequence[Sequence[int]]
         return False
     alone = _last(model, text, use_cache=False)
     try:
-        other = _with_a_hole(model, empty, text, pad) if empty.layers else _padded(model, text, pad)
+        if empty.layers:  # a hole: a column before the last token is taken back
+            keys, width = empty.rows(1, len(text) + 1), len(text)
+            _last(model, [*text[:-1], pad], **keys.given(torch.tensor([width]), width))
+            keys.keep(torch.tensor([width - 1]), width)
+            other = _last(model, text[-1:], **keys.given(torch.tensor([1]), 1))
+        else:  # padding before it, which is masked, and behind it
+            mask = torch.tensor([[0, *[1] * (len(text) + 1)]])
+            given: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+            if takes(model, "position_ids"):
+                given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            other = _last(model, [pad, *text, pad], place=-2, **given)
     except ModelFails:  # its cache is of another kind
         return True
     return bool((alone - other).abs().max() > _ALIKE * alone.abs().max())
-
-
-def _with_a_hole(model: Model, empty: Prefix, text: Sequence[int], pad: int) -> torch.Tensor:
-    # A column before its last token is taken back.
-    keys, width = empty.rows(1, len(text) + 1), len(text)
-    _last(model, [*text[:-1], pad], **keys.given(torch.tensor([width]), width))
-    keys.keep(torch.tensor([width - 1]), width)
-    return _last(model, text[-1:], **keys.given(torch.tensor([1]), 1))
-
-
-def _padded(model: Model, text: Sequence[int], pad: int) -> torch.Tensor:
-    # Padding before it, which is masked, and behind it.
-    mask = torch.tensor([[0, *[1] * (len(text) + 1)]])
-    given: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
-    if takes(model, "position_ids"):
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return _last(model, [pad, *text, pad], place=-2, **given)
 
 
 @running()

@@ -49,32 +49,26 @@ class _Random:
         self.order = {name: place for place, name in enumerate(shapes)}
 
     def tensor_of(self, parameter: str) -> str:
-        """Return the parameter's own name, or "" for one that is not a matrix."""
         return parameter if len(self._shapes.get(parameter, ())) == 2 else ""
 
     def tensors_of(self, parameter: str) -> tuple[str, ...]:
-        """Return the parameter's own name."""
         return (parameter,)
 
     def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor]]]:
-        """Return what reads each expert's matrix: all have the same weights."""
         count, *shape = self._shapes[parameter]
         return [[partial(self.matrix, shape)]] * count
 
     def mapped(self, tensor: str) -> torch.Tensor:
-        """Return a matrix; an embedding that is larger than the buffer has equal rows."""
         return self.matrix(self._shapes[tensor])
 
     def matrix(self, shape: Sequence[int]) -> torch.Tensor:
-        """Return random weights of a shape."""
         size = math.prod(shape)
-        if size > len(self._buffer):
+        if size > len(self._buffer):  # an embedding, with equal rows
             return self._buffer[: shape[1]].expand(*shape)
         return self._buffer[:size].view(*shape)
 
     def whole(self, parameter: str) -> torch.Tensor:
-        """Return a parameter as float32, small enough for the states to stay finite."""
-        shape = self._shapes[parameter]
+        shape = self._shapes[parameter]  # small enough for the states to stay finite
         return torch.full(shape, 0.02) if len(shape) > 1 else torch.ones(shape)
 
 

@@ -142,13 +142,8 @@ def base_name(name: str) -> str:
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
-def fill_while_running(
-    outer: torch.nn.Module,
-    weights: Weights,
-    places: Places | None = None,
-) -> None:
+def fill_while_running(outer: torch.nn.Module, weights: Weights, places: Places) -> None:
     """Load a module's missing parameters before it runs, and drop them afterwards."""
-    places = missing_below(outer, "") if places is None else places
     outer.register_forward_pre_hook(lambda *_: _load(places, weights))
     outer.register_forward_hook(lambda *_: _drop(places), always_call=True)
 

@@ -77,19 +77,25 @@ def walk(
     """
     lockstep, unfit = Lockstep(products=on_gpu()), dict[str, ModelFails]()
     views, numbers = dict[str, Any](), dict[Hashable, int]()
+
+    def note(name: str, error: ModelFails) -> None:
+        if not error.without_weights:  # loading it would not help
+            raise _does_not_run(openings[name], error) from error
+        unfit[name] = error
+
     with doing("building the models without their weights"):
         for name, opening in openings.items():
             number = numbers.setdefault(opening.source, len(numbers))
             try:
                 views[name] = opening.streamed(lockstep, number)
             except ModelFails as error:
-                unfit[name] = _without_weights(opening, error)
+                note(name, error)
 
     def attempt(name: str) -> T | None:
         try:
             return ask[name](views[name], lockstep)
         except ModelFails as error:
-            unfit[name] = _without_weights(openings[name], error)
+            note(name, error)
             return None
 
     found: dict[str, Any] = {}
@@ -106,13 +112,6 @@ def walk(
             except ModelFails as error:
                 raise _does_not_run(openings[name], error) from error
     return found
-
-
-def _without_weights(opening: Opening, error: ModelFails) -> ModelFails:
-    """Return why a model cannot be streamed; raise DoesNotRun if loading it would not help."""
-    if not error.without_weights:
-        raise _does_not_run(opening, error) from error
-    return error
 
 
 def _does_not_run(opening: Opening, error: ModelFails) -> DoesNotRun:

@@ -301,8 +301,10 @@ class Weights:
                 group = groups.setdefault(new, _Fused(converter=by_pattern[pattern]))
                 group.parts.append((name, pattern))
         for first, group in groups.items():
-            if _lacks_experts(group, known[first].shape):
-                continue
+            counts = Counter(pattern for _, pattern in group.parts)
+            stacked = group.converter.source_patterns if _only_stacks(group.converter) else ()
+            if any(counts[pattern] != len(known[first]) for pattern in stacked):
+                continue  # one of the experts lacks a tensor
             targets = group.converter.target_patterns
             for target in targets:
                 self._fused[first.replace(targets[0], target)] = (first, group)
@@ -315,13 +317,6 @@ def _only_stacks(converter: WeightConverter) -> bool:
     done = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     stacked, joined = ("MergeModulelist", 0), ("Concatenate", 1)
     return done == [stacked, joined] or (done == [stacked] and len(converter.source_patterns) == 1)
-
-
-def _lacks_experts(fused: _Fused, shape: Sequence[int]) -> bool:
-    """Return whether a stack [experts, ...] has another number of any expert's tensors."""
-    counts = Counter(pattern for _, pattern in fused.parts)
-    patterns = fused.converter.source_patterns if _only_stacks(fused.converter) else ()
-    return any(counts[pattern] != shape[0] for pattern in patterns)
 
 
 def blocks_of(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -243,11 +243,9 @@ def compare_kept(
     explained = can[0] | need_not[0]
     tally.total += found.numel()
     tally.changed = True
+    if not kept.inside:
+        kept.inside, kept.outside, kept.perhaps = ([0] * len(deltas) for _ in range(3))
     for number in range(len(deltas)):
-        if len(kept.inside) <= number:
-            kept.inside.append(0)
-            kept.outside.append(0)
-            kept.perhaps.append(0)
         kept.inside[number] += int((can[number] & ~need_not[number]).sum())
         kept.outside[number] += int((need_not[number] & ~can[number]).sum())
         kept.perhaps[number] += int((can[number] & ~unchanged).sum())

@@ -45,8 +45,11 @@ class Site:
 
     def apply_weights(self, weights: Mapping[str, float]) -> None:
         """Apply the adapters' weights to their changes of this layer."""
+        from peft.tuners.lora import LoraLayer
+
         layers = tuner_layers(self.layer)
-        if not all(_is_linear_in_scaling(layer) for layer in layers):
+        # The change is proportional to PEFT's scaling, but not that of variants such as DoRA.
+        if not all(isinstance(x, LoraLayer) and not getattr(x, "lora_variant", {}) for x in layers):
             self.weights = dict(weights)
             return
         for layer in layers:
@@ -95,13 +98,6 @@ def tuner_layers(layer: BaseTunerLayer) -> list[BaseTunerLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _is_linear_in_scaling(layer: BaseTunerLayer) -> bool:
-    """Return whether the change is proportional to PEFT's scaling (not so for DoRA)."""
-    from peft.tuners.lora import LoraLayer
-
-    return isinstance(layer, LoraLayer) and not getattr(layer, "lora_variant", {})
 
 
 def is_approximate(layer: BaseTunerLayer) -> bool:
