@@ -1,20 +1,27 @@
 """Configurations that many tests plan for, as far as planners read them."""
 
+from typing import Any
+
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "dtype": "bfloat16",
-}
+
+def config(name: str, layers: int, hidden: int, heads: int, kv: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": [name],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": 128_256,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131_072,
+        "dtype": "bfloat16",
+        **more,
+    }
+
+
+LLAMA_8B = config("LlamaForCausalLM", 32, 4096, 32, 8, model_type="llama", intermediate_size=14336)
 LLAMA_8B_BYTES = 16_060_522_496
 """Its weights in 16 bits."""
 SMOL = {

@@ -75,29 +75,32 @@ def test_a_folder_of_sentence_transformers_gives_vectors_whatever_its_class(tmp_
         check_served(read_facts(tmp_path))
 
 
+DECODERS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+
+
 def of_transformers(*tables):
-    """The classes in tables of transformers, such as CAUSAL_LM."""
+    """The classes in tables of transformers, and the kind of configuration of each."""
     from transformers.models.auto import modeling_auto as auto
 
-    rows = [
-        row
-        for table in tables
-        for row in getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
-    ]
-    return {name for row in rows for name in ([row] if isinstance(row, str) else row)}
+    return {
+        name: kind
+        for table in reversed(tables)
+        for kind, row in reversed(getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items())
+        for name in ([row] if isinstance(row, str) else row)
+    }
 
 
 @pytest.mark.slow
 def test_classes_are_told_apart_as_transformers_does():
-    continue_texts = of_transformers("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+    continue_texts = set(of_transformers(*DECODERS))
     continue_texts -= {"EvollaForProteinText2Text", "IdeficsForVisionText2Text"}
-    others = of_transformers(
+    others = set(of_transformers(
         *("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"),
         *("MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION", "TEXT_ENCODING", "MASKED_LM", "BACKBONE"),
         *("IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "AUDIO_CLASSIFICATION", "RETRIEVAL"),
-    )
+    ))  # fmt: skip
     # Of which some are made into encoders with decoders, and one is named like a decoder.
-    others -= of_transformers("SEQ_TO_SEQ_CAUSAL_LM") | {"FlaubertWithLMHeadModel"}
+    others -= {*of_transformers("SEQ_TO_SEQ_CAUSAL_LM"), "FlaubertWithLMHeadModel"}
 
     def task(name):
         return facts({"architectures": [name]}).other_task
@@ -116,19 +119,9 @@ PUBLISHED = {
 
 def config_of(architecture):
     """The configuration of a class with transformers' defaults, as it is written."""
-    from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    tables = (
-        getattr(auto, f"MODEL_FOR_{name}_MAPPING_NAMES")
-        for name in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-    )
-    kind = next(
-        kind
-        for table in tables
-        for kind, row in table.items()
-        if architecture in ([row] if isinstance(row, str) else row)
-    )
+    kind = of_transformers(*DECODERS)[architecture]
     config = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
     inner = config.get("text_config", config)
     inner.update(PUBLISHED.get(architecture, {}))
@@ -140,16 +133,12 @@ def sections():
     text = PAGE.read_text("utf-8")
     table, rest = text.split("\n## Models that see")
     lists, refused = rest.split("\n## What no target serves")
-    name = r"^\| (\w+)"
+    cells = " ".join(re.findall(r"^\| (.*) \| `", table, re.MULTILINE))
     return (
-        [
-            name
-            for names in re.findall(r"^\| (.*) \| `", table, re.MULTILINE)
-            for name in re.findall(r"\w{10,}", names)
-        ],
+        re.findall(r"\w{10,}", cells),
         re.findall(r"^Also as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
         re.findall(r"^Not as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
-        re.findall(name, refused, re.MULTILINE)[1:],
+        re.findall(r"^\| (\w+)", refused, re.MULTILINE)[1:],
     )
 
 
@@ -220,11 +209,6 @@ def test_layers_are_counted_by_what_they_keep(changes, expected):
     assert kinds(**changes) == expected
 
 
-def test_an_unknown_kind_of_layer_is_refused():
-    with pytest.raises(InputRefused, match="retention"):
-        kinds(layer_types=["retention"] * 32)
-
-
 def test_one_head_for_all_queries():
     falcon = {**LLAMA, "architectures": ["FalconForCausalLM"], "multi_query": True}
     del falcon["num_key_value_heads"]
@@ -274,9 +258,10 @@ def test_a_lying_factor_is_refused(factor):
         lengths(facts({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": factor}}))
 
 
-def test_a_state_of_unknown_size_is_refused():
+def test_layers_of_an_unknown_kind_or_state_are_refused():
+    with pytest.raises(InputRefused, match="retention"):
+        kinds(layer_types=["retention"] * 32)
     shape = shape_of({**LLAMA, "layer_types": ["mamba", "attention"] * 16})
-
     with pytest.raises(InputRefused, match="how large a state"):
         paged_cache(shape, block=16, element=2, state_element=2)
 

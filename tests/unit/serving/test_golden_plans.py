@@ -5,8 +5,6 @@ writes them anew; then read the difference. The invariants are checked on every 
 cannot be updated into nonsense.
 """
 
-import json
-
 import pytest
 from weightsmith.serving import engines, vllm
 from weightsmith.serving.devices import GPUS
@@ -39,9 +37,8 @@ def cells(name, target, machine):
         return f"| {target} | {machine} | | | | | no: {'; '.join(ways) or 'no way found'} |"
     fixed, _ = planned(name, target, machine, max_model_len=LENGTH)
     at_once = fixed.max_num_seqs if fixed else "none"
-    split = (
-        f"{plan.tensor_parallel_size} x {plan.pipeline_parallel_size}, " if plan.gpus > 1 else ""
-    )
+    ways = f"{plan.tensor_parallel_size} x {plan.pipeline_parallel_size}, "
+    split = ways if plan.gpus > 1 else ""
     layers = "" if plan.fits else f", {plan.gpu_layers} layers on the GPU"
     return (
         f"| {target} | {machine} | {human(plan.weights_bytes_per_gpu)} |"
@@ -57,16 +54,14 @@ def page(name):
         f"| target | on | weights | for the cache | auto | at {LENGTH} | |\n"
         "|---|---|---|---|---|---|---|\n"
     )
-    rows = [
-        cells(name, target, machine) for target in PACKED.get(name, TARGETS) for machine in MACHINES
-    ]
+    targets = PACKED.get(name, TARGETS)
+    rows = [cells(name, target, machine) for target in targets for machine in MACHINES]
     return head + "\n".join(rows) + "\n"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plans_are_as_before(name):
-    path = GOLDEN / "plans" / f"{name}.md"
-    text = page(name)
+    path, text = GOLDEN / "plans" / f"{name}.md", page(name)
     if updating():
         path.write_text(text, "utf-8")
 
@@ -114,16 +109,15 @@ def test_rendered_files_are_as_before(case):
 
 @pytest.mark.parametrize("case", RENDERS)
 def test_what_is_rendered_fits(case):
-    plan = json.loads((GOLDEN / "renders" / case / "plan.json").read_text("utf-8"))
-    _, _, wishes = RENDERS[case]
-    gpus = plan["gpus"] or 1
-    whole = GPUS[plan["device"]].usable_bytes if plan["gpus"] else wishes["host_memory_bytes"]
+    plan, (_, _, wishes) = rendered(*RENDERS[case]).plan, RENDERS[case]
+    gpus = plan.gpus or 1
+    whole = GPUS[plan.device].usable_bytes if plan.gpus else wishes["host_memory_bytes"]
 
-    each = plan["weights_bytes_per_gpu"] + plan["kv_cache_bytes"] + plan["margin_bytes"]
-    assert each + plan["overhead_bytes"] // gpus <= whole + gpus
-    assert plan["kv_bytes_total"] == plan["kv_bytes_per_request"] * plan["max_num_seqs"]
-    assert plan["kv_bytes_total"] <= plan["kv_cache_bytes"] * gpus + gpus
-    assert plan["fits"] is True
+    each = plan.weights_bytes_per_gpu + plan.kv_cache_bytes + plan.margin_bytes
+    assert each + plan.overhead_bytes // gpus <= whole + gpus
+    assert plan.kv_bytes_total == plan.kv_bytes_per_request * plan.max_num_seqs
+    assert plan.kv_bytes_total <= plan.kv_cache_bytes * gpus + gpus
+    assert plan.fits
 
 
 def test_every_engine_has_a_folder():

@@ -33,15 +33,8 @@ def test_packed_types_take_their_block_bytes():
     assert kv_layer_bytes(LLAMA_8B, "q8_0", "f16") == 1088 + 8 * 128 * 2
     assert kv_layer_bytes(LLAMA_8B, "q4_0", "q4_0") == 2 * 8 * 4 * 18
 
-
-def test_a_packed_type_must_divide_the_head():
-    shape = replace(LLAMA_8B, head_dim=80)
-
     with pytest.raises(UsageError, match="does not divide"):
-        kv_layer_bytes(shape, "q8_0", "f16")
-
-
-def test_an_unknown_type_is_named():
+        kv_layer_bytes(replace(LLAMA_8B, head_dim=80), "q8_0", "f16")
     with pytest.raises(UsageError, match="q3_0"):
         kv_layer_bytes(LLAMA_8B, "q3_0", "f16")
 
@@ -55,13 +48,8 @@ def test_latent_attention_keeps_one_row_and_no_values():
 
 def test_sliding_layers_hold_window_and_micro_batch():
     kinds = (*["sliding_attention"] * 5, "full_attention")
-    shape = replace(
-        LLAMA_8B,
-        architecture="Gemma3ForCausalLM",
-        layers=6,
-        layer_types=kinds,
-        sliding_window=1024,
-    )
+    slides = {"layers": 6, "layer_types": kinds, "sliding_window": 1024}
+    shape = replace(LLAMA_8B, architecture="Gemma3ForCausalLM", **slides)
 
     # One full layer of 8192 tokens, five of 1024 + 512, for two slots, 4096 bytes a token.
     assert kv_cache_bytes(shape, 8192, 2, F16, 512) == 2 * (8192 + 5 * 1536) * 4096
@@ -77,12 +65,8 @@ def test_the_full_layers_of_gemma_4_have_wider_heads(heads):
 
     assert kv_cache_bytes(shape, 8192, 3, F16, 512) == 3 * (full + sliding)
     assert growth_bytes(shape, F16) == 10 * 2 * 4 * 512 * 2
-
-
-def test_layers_that_share_the_cache_of_gemma_4_have_none():
-    shape = shape_of(gemma_4(**GEMMA_4_HEADS["as published"], num_kv_shared_layers=30))
-
-    assert growth_bytes(shape, F16) == 5 * 2 * 4 * 512 * 2
+    shared = shape_of(gemma_4(**heads, num_kv_shared_layers=30))  # they have no cache
+    assert growth_bytes(shared, F16) == 5 * 2 * 4 * 512 * 2
 
 
 def test_layers_of_one_kind_with_different_heads_are_refused():
