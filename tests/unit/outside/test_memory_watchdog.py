@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,23 @@ def test_the_kernel_holds_a_program_to_its_limit_between_two_looks(
         memory_watchdog._remove(group)
         assert not group.exists()
         assert run(fill.format(size=400 << 20, sleep=0), grouped=True) == (-9, ())
-    assert not list(group.parent.glob("weightsmith-*"))
+    assert not list(group.parent.glob(f"weightsmith-{os.getpid()}-*"))
+
+
+def test_a_group_goes_once_what_was_killed_in_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, rmdir, busy = tmp_path / "group", Path.rmdir, [OSError(errno.EBUSY, "busy")] * 2
+    group.mkdir()
+
+    def remove(path: Path) -> None:
+        if busy:
+            raise busy.pop()
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", remove)
+    memory_watchdog._remove(group)
+    assert not group.exists()
 
 
 def test_what_the_kernel_ended_is_said_to_have_held_too_much() -> None:

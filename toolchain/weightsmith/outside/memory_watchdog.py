@@ -16,6 +16,7 @@ import contextlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,11 +112,17 @@ def _set(path: Path, value: int) -> None:
 
 def _remove(group: Path) -> None:
     """Remove a group, whose processes are the caller's again if some are left."""
-    with contextlib.suppress(OSError):
-        for left in (group / "cgroup.procs").read_text().split():
-            (group.parent / "cgroup.procs").write_text(left)
-    with contextlib.suppress(OSError):
-        group.rmdir()
+    for _ in range(20):  # what was just killed may be in it for a moment
+        with contextlib.suppress(OSError):
+            for left in (group / "cgroup.procs").read_text().split():
+                (group.parent / "cgroup.procs").write_text(left)
+        try:
+            return group.rmdir()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            time.sleep(0.05)
+    return None
 
 
 def lies_in_memory(*places: Path) -> bool:
