@@ -3,8 +3,6 @@
 Apart from the tests, so that a test's time limit never has to cover downloads and compiling.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The Ray and Slurm clusters of the tests: tests/clusters.sh starts them once for a session."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Which tests can run on this machine, and what they find there."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import gc
@@ -145,7 +143,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _begin_with_the_same_chance() -> None:
-    """Make what a test draws independent of the tests before it."""
     random.seed(0)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)

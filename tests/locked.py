@@ -1,7 +1,5 @@
 """Whether requirements.lock is what the tool needs, without a network: `python -m tests.locked`."""
 
-from __future__ import annotations
-
 import re
 import sys
 import tomllib

@@ -4,8 +4,6 @@ Apart from the tests, so that a test's time limit never has to cover downloads: 
 makes them where this machine can hold them, and the tests that need them are skipped elsewhere.
 """
 
-from __future__ import annotations
-
 import platform
 import shutil
 import sys

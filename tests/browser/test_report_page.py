@@ -1,7 +1,5 @@
 """The report in a real browser: any width, both colour schemes, keyboard, filter, print."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

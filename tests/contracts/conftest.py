@@ -1,7 +1,5 @@
 """The registries that the same tests run against: ours in this process, and what others wrote."""
 
-from __future__ import annotations
-
 import gc
 import uuid
 import warnings

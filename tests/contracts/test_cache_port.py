@@ -1,7 +1,5 @@
 """One suite for every shared cache: the fake, and those that machines really share."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,7 +41,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Mapping[str, str]]:
-    """The variables that name an S3 server in this process, with a bucket."""
     with s3_server("cache") as variables:
         yield variables
 

@@ -4,8 +4,6 @@ cosign 2 keeps signatures under a tag; cosign 3 hangs Sigstore bundles on the im
 tag where none is there.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil

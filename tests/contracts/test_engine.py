@@ -1,7 +1,5 @@
 """A real container engine: taking archives, starting servers, and going away in mid-job."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """One suite for every container engine: the fake and Docker."""
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections.abc import Iterator

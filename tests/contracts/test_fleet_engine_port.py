@@ -1,7 +1,5 @@
 """One suite for every engine of a fleet: the fake, this machine, Ray and Slurm."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -79,7 +77,6 @@ def work(number: int, **request: Any) -> NodeTask:
 
 
 def all_of(engine: FleetEngine, count: int) -> dict[str, Ended]:
-    """Wait until so many tasks have ended."""
     found: dict[str, Ended] = {}
     until = time.monotonic() + PATIENCE
     while len(found) < count and time.monotonic() < until:

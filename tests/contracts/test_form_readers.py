@@ -1,7 +1,5 @@
 """Forms of a model in a real registry, read as their runners read them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

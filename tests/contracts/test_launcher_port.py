@@ -1,7 +1,5 @@
 """One suite for every launcher: the fake and a container engine's."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Engines with either image store take an image once, and of another only what they lack."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

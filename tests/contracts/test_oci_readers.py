@@ -1,7 +1,5 @@
 """Independent programs read what we write: skopeo, umoci, podman, oras and a container engine."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -256,7 +254,6 @@ def test_docker_pulls_it(docker: bool, order: Order, tmp_path: Path) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Image:
-    """A ModelPack of the tiny files."""
     return model_pack(tree_of(tmp_path / "pack", FILES), PACK, {})
 
 

@@ -1,7 +1,5 @@
 """What users do with an image, in every registry: bake, sign, verify, copy, rebase, break off."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator
@@ -138,7 +136,6 @@ def test_two_platforms_copied_out_and_back_with_all_that_hangs_on_them(scene: Sc
 
 @pytest.fixture
 def broken(there: Given) -> Iterator[tuple[Given, Faults]]:
-    """The registry behind a proxy that breaks connections."""
     host, slash, path = there.place.partition("/")
     with faulty_proxy(host) as (way, faults):
         yield Given(f"{way}{slash}{path}", there.pair, there.kind), faults

@@ -1,7 +1,5 @@
 """One suite for the fake registry and for those that others wrote, so that the fake stays true."""
 
-from __future__ import annotations
-
 import os
 import socket
 import socketserver

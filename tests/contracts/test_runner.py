@@ -1,7 +1,5 @@
 """One suite for every runner: the fake, virtual environments and containers."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

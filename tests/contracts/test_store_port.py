@@ -1,7 +1,5 @@
 """One suite for every store: the fake and the one on disk."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time

@@ -4,8 +4,6 @@ https://distribution.github.io/distribution/spec/auth/jwt/
 https://docs.aws.amazon.com/kms/latest/APIReference/API_Operations.html
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import ssl
@@ -42,8 +40,6 @@ def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
 
 @dataclass
 class Tokens:
-    """What was asked of the token server."""
-
     key: Path
     certificate: Path
     url: str = ""
@@ -76,7 +72,6 @@ def _packed(data: bytes) -> str:
 
 @contextmanager
 def token_server(folder: Path) -> Iterator[Tokens]:
-    """Serve tokens on a free loopback port."""
     key, certificate = make_certificate(folder, "tokens")
     state = Tokens(key, certificate)
 

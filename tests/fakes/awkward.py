@@ -1,7 +1,5 @@
 """A small model whose weights are hard to round, and damage to what is made of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

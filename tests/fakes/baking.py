@@ -1,7 +1,5 @@
 """Bakes small images without a container engine, and spoils them."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Mapping
@@ -92,8 +90,6 @@ def bake(
 
 
 class Bakery:
-    """A model, an engine base in a registry, and images baked of both."""
-
     def __init__(self, fake: FakeRegistry, client: Registry, folder: Path) -> None:
         self.fake, self.client, self.folder = fake, client, folder
         self.model = make_model(folder / "model")
@@ -101,10 +97,8 @@ class Bakery:
         push_base(client, self.base, ENGINE, {"app/llama-server": b"1"})
 
     def bake(self, name: str, **more: Any) -> Any:
-        """Bake and push under a name in the registry."""
         push = f"{self.fake.host}/{name}"
         return bake(self.client, self.model, more.pop("base", self.base), push=push, **more)
 
     def image(self, name: str, platform: str = "linux/amd64") -> Image:
-        """Pull an image that was pushed."""
         return self.client.pull(Reference.parse(f"{self.fake.host}/{name}"), platform=platform)

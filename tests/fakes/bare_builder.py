@@ -1,7 +1,5 @@
 """A local builder without packages, made in a moment: enough for the `echo` job."""
 
-from __future__ import annotations
-
 import sys
 import venv
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A shared cache in this process, which may be broken in every way that a real one is."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field

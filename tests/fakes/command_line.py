@@ -1,7 +1,5 @@
 """The command line in this process: a second less than a process of its own, which imports anew."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess
@@ -23,8 +21,6 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it printed."""
-
     code: int
     out: str
     err: str

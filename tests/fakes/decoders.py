@@ -1,7 +1,5 @@
 """Small random decoders of every architecture that is quantized here, dense and with experts."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +58,6 @@ def make_dense(folder: Path, architecture: str, hidden: int = 64) -> Path:
 
 
 def make_sparse(folder: Path, architecture: str, hidden: int = 128) -> Path:
-    """Write such a model with four experts."""
     kind, more = _SPARSE[architecture]
     return _make(folder, kind, hidden, {"intermediate_size": 256, "num_key_value_heads": 4, **more})
 
@@ -76,7 +73,6 @@ def _make(folder: Path, kind: str, hidden: int, more: dict[str, Any]) -> Path:
 
 
 def save_random(network: Any, folder: Path) -> Path:
-    """Write a network with random parameters and the tiny example's tokenizer."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() > 1:
@@ -89,6 +85,5 @@ def save_random(network: Any, folder: Path) -> Path:
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Give a model the tiny example's tokenizer."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TINY / "base" / name, folder)

@@ -4,8 +4,6 @@ The product has no such job. Runners under test start a worker from the copy, of
 the module `weightsmith.worker.echo`.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import shutil
@@ -110,7 +108,6 @@ def package() -> Path:
 
 
 def let_runners_start_it() -> None:
-    """Let the runners in this process start workers that know the job."""
     from weightsmith.outside import docker_containers, local
 
     docker_containers.package = local.package = package  # type: ignore[attr-defined]

@@ -27,7 +27,6 @@ class Held:
 
     @classmethod
     def of_layout(cls, folder: Path) -> Held:
-        """Read a layout folder; every blob is checked against its digest."""
         image = read_layout(folder)
         layers = tuple(b"".join(layer.open()) for layer in image.layers)
         return cls(settings=image.settings, layers=layers)

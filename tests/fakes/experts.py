@@ -7,8 +7,6 @@ its own, because one thread and repeatable arithmetic are set for a whole proces
 result for later runs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -85,7 +83,6 @@ def main() -> None:
 
 
 def train_base(name: str, known: list[Any], out: Path) -> None:
-    """Train a base that knows some facts, and write it in bfloat16."""
     import torch
     import train
     from transformers import AutoModelForCausalLM, AutoTokenizer

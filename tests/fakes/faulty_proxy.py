@@ -1,7 +1,5 @@
 """A reverse proxy before a real registry that cuts, delays, refuses and truncates."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import socket
@@ -92,7 +90,6 @@ class _Handler(Replying):
 
 @contextlib.contextmanager
 def faulty_proxy(upstream: str) -> Iterator[tuple[str, Faults]]:
-    """Serve the proxy on a free loopback port; yield its host and its faults."""
     faults = Faults()
     with serving(Serving(_Handler, faults=faults, upstream=upstream)) as url:
         yield url.removeprefix("http://"), faults

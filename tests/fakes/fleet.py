@@ -1,7 +1,5 @@
 """Fleets of a user's folder in memory: their engine, a file, and a run of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,6 @@ from tests.fakes.memory import Memory
 
 
 def by_tools(tools: Tools) -> Callable[[str], str]:
-    """Return a node that does tasks with these tools."""
     return lambda text: canonical(answer(TaskRequest.from_json(parse(text)), tools)).decode()
 
 

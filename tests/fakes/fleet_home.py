@@ -1,7 +1,5 @@
 """A user's folder for fleets on clusters: the tiny example without questions."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -4,8 +4,6 @@ It replies at once with the node and its request, fails, waits, or ends without 
 request's `do` says.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

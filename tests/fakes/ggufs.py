@@ -98,7 +98,6 @@ def quantize(
 def made(
     model: Path, out: Path, name: str, statistics: Path | None = None, **options
 ) -> list[Path]:
-    """Quantize in the builder; return the files."""
     out.mkdir()
     options = {"imatrix": str(statistics) if statistics else "off", **options}
     quantize(model, out, name, options, statistics)

@@ -9,8 +9,6 @@ until it is killed or the file `go` is there. A hold is for one node, once: `hel
 process.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """A model hub in this process: one repository at one commit, and what it says and sends of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -27,8 +25,6 @@ def git_id(data: bytes) -> str:
 
 
 class FakeHub:
-    """State that tests look at and set."""
-
     def __init__(self) -> None:
         self.files = dict(FILES)
         """What it says that the commit holds."""

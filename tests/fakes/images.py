@@ -1,7 +1,5 @@
 """Small images for tests, made of files in a folder."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

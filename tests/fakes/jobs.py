@@ -4,8 +4,6 @@ A merge is a real one, by the numpy kernel. Everything else has the shape of the
 files whose bytes depend on what the job was given, and on nothing else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence

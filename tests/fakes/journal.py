@@ -1,7 +1,5 @@
 """What happened in a build, in its order: every fake of a port writes into one list."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 
@@ -28,8 +26,6 @@ class Journal:
 
 @dataclass
 class RecordingProgress:
-    """Keeps all that was shown."""
-
     lines: list[tuple[str, ...]] = field(default_factory=list)
     journal: Journal = field(default_factory=Journal)
     warnings: list[str] = field(default_factory=list)

@@ -1,7 +1,5 @@
 """Small random models of any architecture, from transformers' own configuration classes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Every fake keeps the promises of its port (tests/contracts/ hold them against th
 all write what happens into one journal.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
@@ -125,7 +123,6 @@ class Memory:
 
     @property
     def tools(self) -> Tools:
-        """The ports of a build, all of them fakes."""
         store = self.shared or self.store
         return Tools(
             store=store,
@@ -240,11 +237,9 @@ class Memory:
                 self.shared = None
 
     def results(self, target: str = "llamacpp-q4_k_m") -> Path:
-        """The folder that a target's build fills."""
         return self.dist / "tiny" / "1.0.0" / target
 
     def record(self, target: str = "llamacpp-q4_k_m") -> dict[str, Any]:
-        """What build.json says of a target."""
         return dict(json.loads((self.results(target) / "build.json").read_text()))
 
     def jobs(self) -> list[str]:
@@ -292,7 +287,6 @@ class Memory:
         (folder / program).write_bytes(f"a program for {platform}".encode())
 
     def _tick(self) -> float:
-        """One second later, each time that somebody looks."""
         self.ticks += 1
         return self.ticks
 
@@ -346,7 +340,6 @@ def questions(name: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def in_memory(folder: Path, client: Registry, **more: Any) -> Iterator[Memory]:
-    """Yield a set of its own, with its registry on a loopback port."""
     with fake_registry() as registry:
         yield Memory(folder, registry, client, **more)
 

@@ -1,7 +1,5 @@
 """A Python package index in this process, which may send other files than it lists."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -62,7 +60,6 @@ class _Handler(Replying):
 
 @contextmanager
 def package_index() -> Iterator[PackageIndex]:
-    """Serve an index on a free loopback port."""
     state = PackageIndex()
     with serving(Serving(_Handler, state=state)) as url:
         state.url = f"{url}/simple"

@@ -1,7 +1,5 @@
 """Weights of four bits, packed as AWQ and GPTQ do, by plain loops."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +52,6 @@ def four_bits(weight: torch.Tensor, *, symmetric: bool) -> tuple[np.ndarray, ...
 
 
 def save_awq(model: Path, raw: Path) -> None:
-    """Write the folder that an AWQ tool would."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     out = {}
     for name, weight in load_file(model / "model.safetensors").items():
@@ -71,7 +68,6 @@ def save_awq(model: Path, raw: Path) -> None:
 
 
 def save_gptq(model: Path, raw: Path) -> None:
-    """Write the folder that a GPTQ tool would."""
     order = tuple(range(8))
     out = {}
     for name, weight in load_file(model / "model.safetensors").items():

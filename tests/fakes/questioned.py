@@ -1,7 +1,5 @@
 """The tiny example's base with other chat templates and begin tokens, and a question for it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

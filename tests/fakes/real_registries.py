@@ -108,8 +108,6 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A registry that runs."""
-
     place: str
     """Host, and the path before every repository if it wants one."""
     pair: tuple[str, str] | None = None

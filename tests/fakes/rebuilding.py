@@ -1,7 +1,5 @@
 """An image that `build` made, to be made again from what it says of itself."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

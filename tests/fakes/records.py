@@ -1,7 +1,5 @@
 """build.json of a build that passed, of one that did not, and of one with many questions."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """A registry in this process, with the faults that real ones have."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib
@@ -254,7 +252,6 @@ def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
 
 @contextmanager
 def fake_registry() -> Iterator[FakeRegistry]:
-    """Serve a fake registry on a free loopback port."""
     state = FakeRegistry()
     with serving(Serving(_Handler, state=state)) as state.url:
         yield state

@@ -1,7 +1,5 @@
 """Root file systems of programs that this machine has, as an image would bring them."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

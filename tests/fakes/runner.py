@@ -1,7 +1,5 @@
 """A runner without a builder: stage functions, the worker's own or a test's, in this process."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

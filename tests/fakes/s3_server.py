@@ -1,7 +1,5 @@
 """An object store in this process: moto's server, over real HTTP."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +46,6 @@ class S3Server:
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[Mapping[str, str]]:
-    """Serve S3 with one bucket on a free loopback port; yield the variables of its clients."""
     server = S3Server()
     server.start()
     try:

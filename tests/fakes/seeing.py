@@ -1,7 +1,5 @@
 """Small random models that see, of every architecture that is quantized here."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

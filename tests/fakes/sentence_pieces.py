@@ -1,7 +1,5 @@
 """Tokenizers of Llama 2's and Gemma's kind: a SentencePiece model, and transformers' form of it."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """HTTP servers of this process, for the length of a `with` block."""
 
-from __future__ import annotations
-
 import socket
 import struct
 import threading
@@ -20,7 +18,6 @@ class Replying(BaseHTTPRequestHandler):
         pass
 
     def body(self) -> bytes:
-        """Read what was sent along."""
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def reply(

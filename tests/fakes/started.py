@@ -55,7 +55,6 @@ def started(argv: list, env: dict[str, str], port: int, log: Path) -> Iterator[h
 
 
 def at_once(ask: Callable[[int], httpx.Response], number: int) -> list[httpx.Response]:
-    """The answers of so many requests, asked together."""
     with ThreadPoolExecutor(number) as pool:
         return list(pool.map(ask, range(number)))
 

@@ -1,7 +1,5 @@
 """A store that forgets: what FileStore promises, without its locks and its waiting for the disk."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 from collections.abc import Callable, Mapping
@@ -118,7 +116,6 @@ class MemoryStore:
         self._held.clear()
 
     def forget(self, *stages: str) -> None:
-        """Lose the results of these stages."""
         for key in [key for key, note in self.notes.items() if note["stage"] in stages]:
             del self.entries[key], self.notes[key]
 

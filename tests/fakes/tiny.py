@@ -1,7 +1,5 @@
 """The smallest model that every target of a build takes, and adapters for it; without torch."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path
@@ -49,7 +47,6 @@ def write_model(folder: Path) -> Path:
 
 
 def write_adapter(folder: Path, seed: int) -> Path:
-    """Write a LoRA adapter of rank 2 for that model's queries."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

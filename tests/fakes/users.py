@@ -1,7 +1,5 @@
 """Trees that are hard to delete, and ways to be somebody else, also where this is root."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

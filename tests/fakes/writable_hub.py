@@ -4,8 +4,6 @@ https://github.com/huggingface/huggingface_hub (hf_api.py, _commit_api.py, lfs.p
 https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -30,8 +28,6 @@ _LICENSES = {"apache-2.0", "mit", "llama3", "other"}
 
 @dataclass
 class Repository:
-    """One repository: its commits, oldest first, and the files of the newest."""
-
     private: bool = True
     commits: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.gguf lfs\n"})
@@ -46,8 +42,6 @@ class Repository:
 
 @dataclass
 class WritableHub:
-    """State that tests look at and set."""
-
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -229,5 +223,4 @@ def writable_hub(monkeypatch: pytest.MonkeyPatch, token: str = TOKEN) -> Iterato
 
 
 def environment(hub: WritableHub, token: str = TOKEN) -> Mapping[str, str]:
-    """Return the variables with which a process of its own writes to the hub."""
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": token}

@@ -1,7 +1,5 @@
 """The undisturbed build that every fault is held against, and a workshop for each test."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ locked, a connection made, a piece sent or received. One process loads everythin
 each operation in a child of its own that sends itself the signal at the n-th moment.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -53,7 +51,6 @@ class Moments:
         return moments
 
     def end_at(self, moment: int, number: int, operation: str, **words: Any) -> int:
-        """Do an operation that gets a signal at a moment; return its exit code."""
         return self._do(operation, words, moment, number)[0]
 
     def with_files(self, spare: int, operation: str, **words: Any) -> int:

@@ -1,7 +1,5 @@
 """A way to a server that a test can watch and cut."""
 
-from __future__ import annotations
-
 import socket
 import struct
 import threading

@@ -1,7 +1,5 @@
 """SIGTERM and kill -9 at random moments of push, load, publish and pull: nothing half-visible."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """A clock that is put back by a year, between two commands or within one: nothing is lost."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

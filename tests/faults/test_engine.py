@@ -1,7 +1,5 @@
 """A container engine that is not there, or goes away in the middle of a build."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """So few files (EMFILE) or processes that a command cannot end: it says so, and leaves no half."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and kill -9 at any moment: nothing half-made is seen, nothing is left running."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Disks that are full or read-only, folders that cannot be written, a user without a home."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from contextlib import suppress

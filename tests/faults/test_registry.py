@@ -1,7 +1,5 @@
 """A registry that is down, and a push to one that is killed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Models and adapters that are broken or unsafe, recipes and flags that ask for what cannot be."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several builds at once on one store."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """A user's place of work: a recipe, a store and the real command line, to be disturbed by tests."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -44,7 +42,6 @@ class Outcome:
 
     @property
     def told(self) -> dict[str, Any]:
-        """The one JSON object of standard output."""
         return json.loads(self.out)
 
     @property
@@ -82,7 +79,6 @@ class Running:
 
     @property
     def err(self) -> str:
-        """What it has said on standard error so far."""
         return (self.folder / "stderr").read_text("utf-8", errors="replace")
 
     def __enter__(self) -> Self:
@@ -303,7 +299,6 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Change a mount's options: `size=…`, `ro,bind`."""
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 

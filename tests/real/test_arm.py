@@ -1,7 +1,5 @@
 """What is compiled for 64-bit Arm, started on an emulated CPU: images answer, rows are the same."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

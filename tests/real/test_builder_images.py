@@ -1,7 +1,5 @@
 """The quantizers' builders as container images: built, confined, and with the same result."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """llm-compressor's checkpoints, read by the package that defines their layout."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

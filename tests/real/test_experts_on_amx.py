@@ -4,8 +4,6 @@ Without AMX vLLM has no kernels for quantized experts: test_experts_in_memory.py
 there, and their weights answer. `make test-all` runs this one.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

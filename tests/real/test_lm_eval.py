@@ -1,7 +1,5 @@
 """The real lm-evaluation-harness, where it is installed, with tasks and data of our own."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

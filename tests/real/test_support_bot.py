@@ -1,7 +1,5 @@
 """The support bot in every usual llama.cpp type and in vLLM's: what it scores, what is stopped."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -3,8 +3,6 @@
 With `-s` the differences are printed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

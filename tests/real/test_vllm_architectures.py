@@ -3,8 +3,6 @@
 Forty of them at half a minute each, on two cores. With `-s` the differences are printed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

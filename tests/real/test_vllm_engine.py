@@ -1,7 +1,5 @@
 """vLLM's engine made a second time is the same, and a container engine starts images of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

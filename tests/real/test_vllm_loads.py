@@ -5,8 +5,6 @@ which weight is where; packed parameters must be near these, all others the same
 stay unloaded. So this needs no GPU, and says nothing about what kernels compute.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ One architecture in an image with an adapter; the others as the image's packages
 because an engine of 1.9 GB is packed for each image.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """What CI draws from a commit, and the part of the tests that this runs."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The CI templates are YAML, use flags that exist, and their scripts do what they should."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

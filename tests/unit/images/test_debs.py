@@ -1,7 +1,5 @@
 """Debian's packages are taken as pinned, from wherever they still are."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import tarfile

@@ -1,7 +1,5 @@
 """What is added to vLLM's build for CPUs: it says why it cannot start."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
