@@ -8,23 +8,17 @@ SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
 PLAIN = {"hidden_size": 32, "intermediate_size": 48}
 EXPERTS = {"num_experts_per_tok": 2}
+GPT = {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
 
 def model_class(kind: str) -> Any:
     """Return the class that loads a model of a kind."""
     import transformers
 
-    special = {
-        "t5": "AutoModelForSeq2SeqLM",
-        "bart": "AutoModelForSeq2SeqLM",
-        **dict.fromkeys(
-            ("bert", "distilbert", "albert", "electra", "deberta", "modernbert"),
-            "AutoModelForMaskedLM",
-        ),
-        "vit": "AutoModelForImageClassification",
-        "cnn": "AutoModelForImageClassification",
-    }
-    return getattr(transformers, special.get(kind, "AutoModelForCausalLM"))
+    words = ("bert", "distilbert", "albert", "electra", "deberta", "modernbert")
+    task = dict.fromkeys(("t5", "bart"), "Seq2SeqLM") | dict.fromkeys(words, "MaskedLM")
+    task |= dict.fromkeys(("vit", "cnn"), "ImageClassification")
+    return getattr(transformers, f"AutoModelFor{task.get(kind, 'CausalLM')}")
 
 
 def build(kind: str, **options: Any) -> Any:
@@ -39,13 +33,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", SIZES | NARROW | {"head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", SIZES | NARROW | {"head_dim": 8}),
     "phi3": ("Phi3Config", SIZES | NARROW | {"pad_token_id": 0}),
-    "gpt2": ("GPT2Config", {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}),
+    "gpt2": ("GPT2Config", GPT),
     "falcon": ("FalconConfig", SIZES | {"hidden_size": 32}),
     "t5": (
         "T5Config",
         {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     ),
-    "bert": ("BertConfig", SIZES | {"hidden_size": 32, "intermediate_size": 48}),
+    "bert": ("BertConfig", SIZES | PLAIN),
     "distilbert": (
         "DistilBertConfig",
         {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
@@ -62,11 +56,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bert_generation": ("BertGenerationConfig", SIZES | PLAIN | {"is_decoder": True}),
     "biogpt": ("BioGptConfig", SIZES | PLAIN),
-    "openai": ("OpenAIGPTConfig", {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}),
-    "ctrl": (
-        "CTRLConfig",
-        {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4},
-    ),
+    "openai": ("OpenAIGPTConfig", GPT),
+    "ctrl": ("CTRLConfig", GPT | {"n_positions": 32, "dff": 48}),
     "mamba": ("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
     "mamba2": (
         "Mamba2Config",
@@ -81,14 +72,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vit": (
         "ViTConfig",
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        PLAIN
+        | {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4},
     ),
     "cnn": (
         "ResNetConfig",

@@ -37,6 +37,14 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def lora(module: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+def lora_embedding(module: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
+
+
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.probes import expected_tokenizer
 
 from tests.paths import ROOT
+from tests.unit.merging.oracle import run
 
 TOKENIZER = ROOT / "examples" / "tiny" / "base" / "tokenizer.json"
 TOOLS = {"default": "DEFAULT", "tool_use": "TOOLS"}
@@ -26,10 +26,6 @@ def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-
-
-def merge_into(base: Path, adapter: Path) -> None:
-    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
 
 
 @pytest.mark.parametrize(
@@ -56,9 +52,9 @@ def test_named_templates_stay_together(
     write(base, tokenizer | {"tokenizer_config.json": "{}"} | of_base)
     write(adapter, (tokenizer if "tokenizer_config.json" in of_adapter else {}) | of_adapter)
 
-    merge_into(base, adapter)
-
     out = base.parent / "out"
+    run(base, adapter, out)
+
     assert AutoTokenizer.from_pretrained(out).chat_template == TOOLS
     assert expected_tokenizer(base, [adapter]).chat_template == TOOLS
 
@@ -84,6 +80,6 @@ def test_a_tokenizer_of_odd_values_is_copied(
     write(base, {"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "</s>"}'})
     write(base, {name: json.dumps(content)})
 
-    merge_into(base, make_adapter(base))
+    run(base, make_adapter(base), base.parent / "out")
 
     assert json.loads((base.parent / "out" / name).read_text()) == content

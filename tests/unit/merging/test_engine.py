@@ -43,35 +43,25 @@ def test_weighted_adapters_are_one_sum(make_model: Any, make_adapter: Any) -> No
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_untouched_tensors_keep_bytes_names_types_and_order(
+def test_what_is_written_is_told_and_untouched_tensors_keep_bytes_names_types_and_order(
     make_model: Any, make_adapter: Any
 ) -> None:
     base = make_model(dtype=torch.bfloat16, shard="20KB")
-    adapter = make_adapter(base, target_modules=["q_proj"])
+    adapter, out = make_adapter(base, target_modules=["q_proj"]), base.parent / "out"
 
-    result = run(base, [(adapter, 1.0)], base.parent / "out")
+    result = run(base, adapter, out)
 
-    before, after = tensors(base), tensors(base.parent / "out")
+    before, after = tensors(base), tensors(out)
     assert result["tensors"] == {"merged": 2, "copied": len(before) - 2, "replaced": 0}
     for shard in result["shards"]:
-        with (
-            safe_open(base / shard["file"], "pt") as old,
-            safe_open(base.parent / "out" / shard["file"], "pt") as new,
-        ):
+        name = shard["file"]
+        with safe_open(base / name, "pt") as old, safe_open(out / name, "pt") as new:
             assert new.metadata() == {"format": "pt"}
             assert old.offset_keys() == new.offset_keys()
     for name, tensor in before.items():
         same = torch.equal(tensor.view(torch.int16), after[name].view(torch.int16))
         assert tensor.dtype == after[name].dtype
         assert same == ("q_proj" not in name), name
-
-
-def test_result_names_every_file_with_its_digest(make_model: Any, make_adapter: Any) -> None:
-    base = make_model(shard="20KB")
-
-    result = run(base, [(make_adapter(base), 1.0)], base.parent / "out")
-
-    out = base.parent / "out"
     assert sorted(entry["path"] for entry in result["files"]) == names_in(out)
     for entry in result["files"]:
         data = (out / entry["path"]).read_bytes()
@@ -87,11 +77,11 @@ def test_bytes_do_not_depend_on_workers_or_blocks(
 ) -> None:
     base = make_model(dtype=torch.bfloat16)
     adapter = make_adapter(base)
-    first = run(base, [(adapter, 1.0)], base.parent / "one", workers=2)
+    first = run(base, adapter, base.parent / "one", workers=2)
     monkeypatch.setattr(engine, "BLOCK", 100)
     monkeypatch.setattr(engine, "PIECE", 40)
 
-    second = run(base, [(adapter, 1.0)], base.parent / "two", workers=workers)
+    second = run(base, adapter, base.parent / "two", workers=workers)
 
     assert first["files"] == second["files"]
 
@@ -103,7 +93,7 @@ def test_casting_rounds_once_and_says_so_in_the_config(
     base = make_model(dtype=torch.float32)
     adapter = make_adapter(base, target_modules=["q_proj"])
 
-    run(base, [(adapter, 1.0)], base.parent / "out", dtype=dtype)
+    run(base, adapter, base.parent / "out", dtype=dtype)
 
     wanted = getattr(torch, dtype)
     before, after = tensors(base), tensors(base.parent / "out")
@@ -123,7 +113,7 @@ def test_an_untrained_adapter_is_reported(
     path = adapter / "adapter_model.safetensors"
     save_file({n: t * ("lora_A" in n) for n, t in load_file(path).items()}, path)
 
-    result = run(base, [(adapter, 1.0)], base.parent / "out")
+    result = run(base, adapter, base.parent / "out")
 
     assert "for 14 tensors" in result["findings"][0]
     assert all(torch.equal(t, tensors(base.parent / "out")[n]) for n, t in tensors(base).items())
@@ -139,7 +129,7 @@ def test_a_killed_merge_goes_on_at_the_unfinished_shard(
     tensors = load_file(file)
     kept = {n: t * (".0." not in n) if "lora_B" in n else t for n, t in tensors.items()}
     save_file(kept, file)
-    whole = run(base, [(adapter, 1.0)], base.parent / "whole")
+    whole = run(base, adapter, base.parent / "whole")
     write, written = engine.ShardMaker.write, []
 
     def stop_at_third(maker: Any, shard: Any, path: Path, progress: Any) -> Any:
@@ -151,26 +141,15 @@ def test_a_killed_merge_goes_on_at_the_unfinished_shard(
 
     monkeypatch.setattr(engine.ShardMaker, "write", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        run(base, [(adapter, 1.0)], out)
+        run(base, adapter, out)
     (out / written[0]).write_bytes(b"damaged meanwhile")
-    resumed = run(base, [(adapter, 1.0)], out)
+    resumed = run(base, adapter, out)
 
     assert whole["files"] == resumed["files"]
     assert whole["findings"] == resumed["findings"] != []
     assert whole["repairs"] == resumed["repairs"] != {"float64": 0, "exact": 0}
     assert written[1] not in written[3:]
     assert written[0] in written[3:]
-
-
-def test_an_output_of_something_else_is_not_overwritten(make_model: Any) -> None:
-    base = make_model()
-    (base.parent / "out").mkdir()
-    (base.parent / "out" / "notes.txt").write_text("mine")
-
-    with pytest.raises(UsageError, match="is not empty"):
-        run(base, [], base.parent / "out")
-    with pytest.raises(UsageError, match="inside the input"):
-        run(base, [], base / "out")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -186,7 +165,7 @@ def test_adapters_that_diverged_are_refused(
     save_file(weights, path)
 
     with pytest.raises(InputRefused, match=f"{key} has NaN") as caught:
-        run(base, [(adapter, 1.0)], base.parent / "out")
+        run(base, adapter, base.parent / "out")
 
     assert caught.value.exit_code == 3
     assert not list((base.parent / "out").glob("*.safetensors"))
@@ -209,7 +188,7 @@ def test_companions_follow_the_rules(
     )
     (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
 
-    result = run(base, [(adapter, 1.0)], base.parent / "out")
+    result = run(base, adapter, base.parent / "out")
 
     out = base.parent / "out"
     assert names_in(out) == [
@@ -243,17 +222,19 @@ def test_no_adapter_copies_the_base_and_progress_counts_to_the_end(make_model: A
     assert seen == sorted(seen)
 
 
-def test_a_folder_of_the_callers_own_is_cleared_of_what_is_no_start(
+def test_what_is_no_start_is_cleared_in_the_callers_own_folder_alone(
     make_model: Any, make_adapter: Any
 ) -> None:
     """Killed between the journal's end and the folder's renaming, a merge must begin again."""
     base = make_model()
     adapter, out = make_adapter(base), base.parent / "out"
-    whole = run(base, [(adapter, 1.0)], out)
+    whole = run(base, adapter, out)
 
-    with pytest.raises(UsageError, match="does not belong to this merge"):
-        run(base, [(adapter, 1.0)], out)
-    again = run(base, [(adapter, 1.0)], out, own_out=True)
+    with pytest.raises(UsageError, match=r"is not empty .* not belong to this merge"):
+        run(base, adapter, out)
+    with pytest.raises(UsageError, match="inside the input"):
+        run(base, [], base / "out")
+    again = run(base, adapter, out, own_out=True)
 
     assert whole["files"] == again["files"]
 
@@ -268,7 +249,7 @@ def test_an_adapters_generation_config_wins_with_the_ends_of_both(
         json.dumps({"eos_token_id": 7, "temperature": 0.3})
     )
 
-    run(base, [(adapter, 1.0)], base.parent / "out")
+    run(base, adapter, base.parent / "out")
 
     told = json.loads((base.parent / "out" / "generation_config.json").read_text())
     assert told["temperature"] == 0.3

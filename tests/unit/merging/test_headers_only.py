@@ -14,7 +14,6 @@ import torch
 from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.merge_options import Merge
 from weightsmith.merging import blocks, engine
-from weightsmith.merging.engine import MergeRequest
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.virtual import opened
 from weightsmith.models.safetensors import open_checkpoint
@@ -22,11 +21,12 @@ from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.validating.result import Validation
 from weightsmith.validating.validate import ValidationRequest, validate
 
+from tests.unit.merging.oracle import run
+
 
 def merged(base: Path, adapters: tuple, name: str, *, headers_only: bool) -> tuple[Path, dict]:
     out = base.parent / name
-    request = MergeRequest(base=base, adapters=adapters, out=out, headers_only=headers_only)
-    return out, engine.merge(request)
+    return out, run(base, adapters, out, headers_only=headers_only)
 
 
 @pytest.fixture(params=["one file", "shards", "cast and patched"])

@@ -18,16 +18,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.tying import find_tie
 
-from tests.unit.merging.tensors import close, delta, random, run
+from tests.unit.merging.tensors import close, delta, lora, lora_embedding, random, run
 
 
 def test_a_head_that_the_base_has_not_is_refused(tmp_path: Path) -> None:
     base = {"model.q.weight": random(4, 4)}
-    adapter = {
-        "model.q.lora_A.weight": random(2, 4),
-        "model.q.lora_B.weight": random(4, 2),
-        "score.weight": random(3, 4),
-    }
+    adapter = lora("model.q", random(2, 4), random(4, 2)) | {"score.weight": random(3, 4)}
 
     with pytest.raises(InputRefused, match=r"has score\.weight, which the base does not have"):
         run(tmp_path, base, adapter, {"target_modules": ["q"], "modules_to_save": ["score"]})
@@ -53,13 +49,8 @@ def test_what_counts_as_tied(
     base = {f"{name}.weight": words} | ({"lm_head.weight": own} if head else {})
     a, b = random(2, 8), random(4, 2)
 
-    found = run(
-        tmp_path,
-        base,
-        {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b},
-        {"target_modules": ["embed_tokens"]},
-        **config,
-    )
+    adapter = lora_embedding(name, a, b)
+    found = run(tmp_path, base, adapter, {"target_modules": ["embed_tokens"]}, **config)
 
     close(found[f"{name}.weight"], words.double() + delta(a, b).T)
     assert ("lm_head.weight" in found) == (untied is not None)
@@ -78,7 +69,7 @@ def test_both_pairs_of_a_head_are_untied(tmp_path: Path) -> None:
     found = run(
         tmp_path,
         base,
-        {f"{words}.lora_embedding_A": a, f"{words}.lora_embedding_B": b},
+        lora_embedding(words, a, b),
         {"target_modules": ["word_embeddings"]},
         model_type="neomme",
         tie_word_embeddings=True,
@@ -92,15 +83,11 @@ def test_both_pairs_of_a_head_are_untied(tmp_path: Path) -> None:
 
 def test_a_head_that_computes_with_more_than_its_weight_is_refused(tmp_path: Path) -> None:
     base = {"model.q.weight": random(4, 4), "lm_head.weight": random(8, 4)}
-    adapter = {"lm_head.lora_A.weight": random(2, 4), "lm_head.lora_B.weight": random(8, 2)}
+    base["lm_head.logit_scale"] = random(1)
+    adapter = lora("lm_head", random(2, 4), random(8, 2))
 
     with pytest.raises(InputRefused, match="also computes with logit_scale"):
-        run(
-            tmp_path,
-            base | {"lm_head.logit_scale": random(1)},
-            adapter,
-            {"target_modules": ["lm_head"]},
-        )
+        run(tmp_path, base, adapter, {"target_modules": ["lm_head"]})
 
 
 @pytest.mark.parametrize("changed", ["head", "embed"])
@@ -120,18 +107,12 @@ def test_a_head_that_the_base_stores_under_another_name_is_not_tied(
 ) -> None:
     base = {f"{name}.weight": random(8, 4) + n for n, name in enumerate(stored.values())}
     a, b = random(2, 4), random(8, 2)
-    factors = {"head": {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}}
-    tables = {f"{embedding}.lora_embedding_A": b.T, f"{embedding}.lora_embedding_B": a.T}
-    factors["embed"] = tables
+    factors, name = lora("lm_head", a, b), "lm_head"
+    if changed == "embed":
+        factors, name = lora_embedding(embedding, b.T, a.T), "embed_tokens"
 
-    found = run(
-        tmp_path,
-        base,
-        factors[changed],
-        {"target_modules": [{"head": "lm_head", "embed": "embed_tokens"}[changed]]},
-        model_type=kind,
-        tie_word_embeddings=False,
-    )
+    told = {"target_modules": [name]}
+    found = run(tmp_path, base, factors, told, model_type=kind, tie_word_embeddings=False)
 
     target = f"{stored[changed]}.weight"
     assert found.keys() == base.keys()
@@ -155,21 +136,11 @@ def test_models_whose_head_is_not_known_are_refused(
 ) -> None:
     """A guess would be a tensor that no class loads, and a head that changes with the embedding."""
     base = {f"new.{name}.weight": random(8, 4)}
-    adapter = {
-        f"new.{name}.lora_embedding_A": random(2, 8),
-        f"new.{name}.lora_embedding_B": random(4, 2),
-    }
+    adapter = lora_embedding(f"new.{name}", random(2, 8), random(4, 2))
+    config |= {"model_type": "new", "vocab_size": 8}
 
     with pytest.raises(InputRefused, match=what):
-        run(
-            tmp_path,
-            base,
-            adapter,
-            {"target_modules": [name]},
-            model_type="new",
-            vocab_size=8,
-            **config,
-        )
+        run(tmp_path, base, adapter, {"target_modules": [name]}, **config)
 
 
 FILE = Path(module.__file__).with_name("tied_heads.json")
@@ -260,7 +231,7 @@ def test_a_layer_with_the_name_of_another_models_head_is_no_head(tmp_path: Path)
     found = run(
         tmp_path,
         base,
-        {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b},
+        lora(name, a, b),
         {"target_modules": [name]},
         model_type="janus",
         architectures=["JanusForConditionalGeneration"],

@@ -44,44 +44,23 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return bits.view(FORMATS[tensor.dtype].array)
 
 
-def neighbours(value: Fraction, dtype: torch.dtype) -> tuple[list[float], torch.Tensor]:
-    """Candidates around a number: the nearest by torch's own rounding, and those beside it."""
+def oracle(value: Fraction, dtype: torch.dtype) -> int:
+    """Bits of the nearest float, ties to even: by comparing distances, as the definition says.
+
+    Candidates are the nearest by torch's own rounding, and those beside it.
+    """
     form = FORMATS[dtype]
     start = torch.tensor(float(value), dtype=torch.float64).to(dtype)
     bits = start.view(form.bits).long() & ((1 << form.width) - 1)
     near = torch.stack([bits + step for step in range(-3, 4)]) & ((1 << form.width) - 1)
     signed = torch.where(near >= 1 << (form.width - 1), near - (1 << form.width), near)
-    floats = signed.to(form.bits).view(dtype)
-    return [float(f) for f in floats.double()], signed
-
-
-def oracle(value: Fraction, dtype: torch.dtype) -> int:
-    """Bits of the nearest float, ties to even: by comparing distances, as the definition says."""
-    floats, bits = neighbours(value, dtype)
+    floats = signed.to(form.bits).view(dtype).double().tolist()
     options = [
-        (abs(Fraction(f) - value), int(b) & 1, int(b))
-        for f, b in zip(floats, bits, strict=True)
-        if abs(f) != float("inf") and f == f and (f != 0 or (int(b) < 0) == (value < 0))
+        (abs(Fraction(f) - value), b & 1, b)
+        for f, b in zip(floats, signed.tolist(), strict=True)
+        if abs(f) != float("inf") and f == f and (f != 0 or (b < 0) == (value < 0))
     ]
     return min(options)[2]
-
-
-def exact_sums(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, gains: Sequence[float]
-) -> list[tuple[Fraction, Fraction]]:
-    """(W, delta) of each element, flat, as fractions."""
-    w, b, a = weight.double().tolist(), left.double().tolist(), right.double().tolist()
-    return [
-        (
-            Fraction(w[i][j]),
-            sum(
-                (Fraction(b[i][k]) * Fraction(a[k][j]) * Fraction(g) for k, g in enumerate(gains)),
-                Fraction(0),
-            ),
-        )
-        for i in range(len(w))
-        for j in range(len(w[0]))
-    ]
 
 
 def expected_bits(
@@ -91,15 +70,21 @@ def expected_bits(
     gains: Sequence[float],
     dtype: torch.dtype,
 ) -> list[int]:
-    flat = weight.flatten()
+    w, b, a = weight.double().tolist(), left.double().tolist(), right.double().tolist()
     found = []
-    for place, (w, delta) in enumerate(exact_sums(weight, left, right, gains)):
-        if delta == 0:
-            # Nothing added: the weight itself, its sign included.
-            kept = flat[place].reshape(1).to(dtype)
-            found.append(int(kept.view(FORMATS[dtype].bits)))
-        else:
-            found.append(oracle(w + delta, dtype) if w + delta else 0)
+    for i, row in enumerate(w):
+        for j, value in enumerate(row):
+            products = (
+                Fraction(b[i][k]) * Fraction(a[k][j]) * Fraction(g) for k, g in enumerate(gains)
+            )
+            delta = sum(products, Fraction(0))
+            exact = Fraction(value) + delta
+            if delta == 0:
+                # Nothing added: the weight itself, its sign included.
+                kept = weight[i, j].reshape(1).to(dtype)
+                found.append(int(kept.view(FORMATS[dtype].bits)))
+            else:
+                found.append(oracle(exact, dtype) if exact else 0)
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from weightsmith.core.errors import InputRefused
 
-from tests.unit.merging.tensors import close, delta, random, run
+from tests.unit.merging.tensors import close, delta, lora, random, run
 
 
 @pytest.mark.parametrize("module", ["conv", "attention.conv"])
@@ -33,10 +33,7 @@ def test_convolutions(kernel: tuple[int, ...], module: str, tmp_path: Path) -> N
     weight = random(6, 4, *kernel)
 
     found = run(
-        tmp_path,
-        {f"{module}.weight": weight},
-        {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b},
-        {"target_modules": ["conv"]},
+        tmp_path, {f"{module}.weight": weight}, lora(module, a, b), {"target_modules": ["conv"]}
     )
 
     wanted = layer.get_delta_weight("default").detach().double()
@@ -53,17 +50,8 @@ def test_multihead_attention(tmp_path: Path) -> None:
     }
     a, b, c, d = random(2, 8), random(24, 2), random(2, 8) * 2, random(8, 2)
 
-    found = run(
-        tmp_path,
-        base,
-        {
-            "attn.lora_A.weight": a,
-            "attn.lora_B.weight": b,
-            "attn.base_layer.out_proj.lora_A.weight": c,
-            "attn.base_layer.out_proj.lora_B.weight": d,
-        },
-        {"target_modules": ["attn"]},
-    )
+    adapter = lora("attn", a, b) | lora("attn.base_layer.out_proj", c, d)
+    found = run(tmp_path, base, adapter, {"target_modules": ["attn"]})
 
     close(found["attn.in_proj_weight"], base["attn.in_proj_weight"].double() + delta(a, b))
     close(found["attn.out_proj.weight"], base["attn.out_proj.weight"].double() + delta(c, d))
@@ -75,12 +63,8 @@ EXPERTS = "model.layers.0.mlp.experts"
 
 def stacked_factors() -> dict[str, torch.Tensor]:
     """Factors of three experts of width 4, intermediate 5, rank 2, as PEFT stacks them."""
-    return {
-        f"{EXPERTS}.base_layer.lora_A.weight": random(6, 4),
-        f"{EXPERTS}.base_layer.lora_B.weight": random(10, 6),
-        f"{EXPERTS}.lora_A.weight": random(6, 5),
-        f"{EXPERTS}.lora_B.weight": random(4, 6),
-    }
+    up = lora(f"{EXPERTS}.base_layer", random(6, 4), random(10, 6))
+    return up | lora(EXPERTS, random(6, 5), random(4, 6))
 
 
 STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -111,13 +95,8 @@ def test_transposed_experts(tmp_path: Path) -> None:
     a, b = random(6, 4), random(4, 6)
     base = {f"{EXPERTS}.down_proj": random(3, 4, 4)}
 
-    found = run(
-        tmp_path,
-        base,
-        {f"{EXPERTS}.lora_A.weight": a, f"{EXPERTS}.lora_B.weight": b},
-        {"target_parameters": ["experts.down_proj"]},
-        model_type="gpt_oss",
-    )
+    told = {"target_parameters": ["experts.down_proj"]}
+    found = run(tmp_path, base, lora(EXPERTS, a, b), told, model_type="gpt_oss")
 
     wanted = torch.einsum("ore,eri->eio", b.double().reshape(4, 2, 3), a.double().reshape(3, 2, 4))
     key = f"{EXPERTS}.down_proj"
@@ -160,9 +139,8 @@ def test_single_experts_factors_on_a_stack(tmp_path: Path) -> None:
     adapter = {}
     for number in range(3):
         for name, (rows, columns) in shapes.items():
-            key = f"{EXPERTS}.{number}.{name}"
-            adapter[f"{key}.lora_A.weight"] = random(2, columns) + number
-            adapter[f"{key}.lora_B.weight"] = random(rows, 2) - number
+            a, b = random(2, columns) + number, random(rows, 2) - number
+            adapter |= lora(f"{EXPERTS}.{number}.{name}", a, b)
 
     found = run(tmp_path, base, adapter, {"target_modules": list(shapes)})
 
@@ -195,7 +173,7 @@ def test_experts_of_another_size_or_rank_are_refused(
 def test_grouped_convolutions_are_refused(tmp_path: Path) -> None:
     """PEFT cannot merge them; here the shapes give them away."""
     base = {"conv.weight": random(6, 2, 3, 3)}
-    adapter = {"conv.lora_A.weight": random(2, 4, 3, 3), "conv.lora_B.weight": random(6, 1, 1, 1)}
+    adapter = lora("conv", random(2, 4, 3, 3), random(6, 1, 1, 1))
 
     with pytest.raises(InputRefused, match="rank 2 in lora_A and 1 in lora_B"):
         run(tmp_path, base, adapter, {"target_modules": ["conv"]})
@@ -222,11 +200,7 @@ def test_older_names_of_vision_models(tmp_path: Path, old: str, new: str) -> Non
         folder = tmp_path / str(number)
         folder.mkdir()
 
-        found = run(
-            folder,
-            {f"{old}.weight": weight},
-            {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b},
-            {"target_modules": [name.rpartition(".")[2]]},
-        )
+        told = {"target_modules": [name.rpartition(".")[2]]}
+        found = run(folder, {f"{old}.weight": weight}, lora(name, a, b), told)
 
         close(found[f"{old}.weight"], weight.double() + delta(a, b))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.merge_options import Merge
 from weightsmith.merging import plan as planning
 from weightsmith.merging.adapter_config import REFUSED, SETTINGS, read_adapter_config
 from weightsmith.merging.plan import MergePlan, estimate, make_plan
@@ -27,7 +28,7 @@ def pair(make_model: Any, make_adapter: Any) -> tuple[Path, Path]:
 
 
 def plan(pair: tuple[Path, Path], weight: float = 1.0, **options: Any) -> MergePlan:
-    return make_plan(pair[0], [(pair[1], weight)], **options)
+    return make_plan(pair[0], [(pair[1], weight)], Merge(**options))
 
 
 def refusal(pair: tuple[Path, Path]) -> InputRefused:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from weightsmith.core.errors import CheckFailed
 from weightsmith.merging import proof
 from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import make_plan
 from weightsmith.merging.proof import Sketch, prove
@@ -25,14 +24,15 @@ from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.stream import Checksum, Writer, continued
 from weightsmith.models.safetensors import read_header
 
+from tests.unit.merging.oracle import run
+
 
 @pytest.fixture
 def merged(make_model: Any, make_adapter: Any) -> tuple[OutputShard, Path]:
-    """A written shard, and the plan that it was made from."""
     base = make_model("gpt2", dtype=torch.bfloat16)
     adapter = make_adapter(base, target_modules=["c_attn", "c_fc"])
     out = base.parent / "out"
-    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+    run(base, adapter, out)
     (shard,) = make_plan(base, [(adapter, 1.0)]).shards
     return shard, out / "model.safetensors"
 
@@ -54,10 +54,6 @@ def rows_of(path: Path, name: str) -> np.memmap:
     return np.memmap(path, np.uint16, "r+", info.start, info.shape)
 
 
-def test_what_was_merged_passes(merged: tuple[OutputShard, Path]) -> None:
-    check(*merged)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -73,6 +69,7 @@ def test_a_wrong_sum_is_caught(
     damage: Callable[[Any], Any], merged: tuple[OutputShard, Path]
 ) -> None:
     shard, path = merged
+    check(shard, path)
     damage(rows_of(path, "transformer.h.0.attn.c_attn.weight"))
 
     with pytest.raises(CheckFailed, match=r"h\.0\.attn\.c_attn\.weight was written wrong"):
@@ -118,7 +115,7 @@ def test_any_byte_that_changes_on_the_disk_fails_the_merge(
     monkeypatch.setattr(Writer, "finish", damaged)
 
     with pytest.raises(CheckFailed):
-        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+        run(base, adapter, out)
 
     assert not list(out.glob("*.safetensors"))
 
@@ -144,7 +141,7 @@ def test_a_shard_that_is_wrong_takes_the_next_one_with_it(
     monkeypatch.setattr(Writer, "finish", damaged)
 
     with pytest.raises(CheckFailed):
-        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+        run(base, adapter, out)
 
     # The first is kept for the next attempt; the third was complete, but is nothing any more.
     assert [path.name for path in out.iterdir() if path.name in names] == names[:1]
@@ -183,7 +180,7 @@ def test_a_change_that_rounding_swallows_is_reported(make_model: Any, make_adapt
     base = make_model(dtype=torch.bfloat16)
     adapter = make_adapter(base, target_modules=["q_proj"], lora_alpha=1e-9)
 
-    found = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
+    found = run(base, adapter, base.parent / "out")
 
     assert "2 of 2 merged tensors equal the base" in found["findings"][0]
 
@@ -210,7 +207,7 @@ def test_base_rows_that_were_read_wrongly_are_caught(
 
     monkeypatch.setattr(RowMaker, "_merge", backwards)
     with pytest.raises(CheckFailed, match="was written wrongly"):
-        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
+        run(base, adapter, base.parent / "out")
 
 
 def test_rows_whose_base_was_not_projected_are_recomputed(

@@ -10,8 +10,9 @@ import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Question
 from weightsmith.forward import heads
-from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.reference import UnmergedModel, answers, likelihoods, speaker
+
+from tests.unit.merging.oracle import run
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -64,11 +65,8 @@ def test_batches_give_the_texts_of_single_items(base: Path) -> None:
 
 
 def test_merged_answers_as_unmerged_with_weights(base: Path, make_adapter: Any) -> None:
-    adapters = (
-        (make_adapter(base, "one"), 0.6),
-        (make_adapter(base, "two", seed=2, r=2), 0.4),
-    )
-    merge(MergeRequest(base=base, adapters=adapters, out=base.parent / "out"))
+    adapters = [(make_adapter(base, "one"), 0.6), (make_adapter(base, "two", seed=2, r=2), 0.4)]
+    run(base, adapters, base.parent / "out")
 
     wanted = answer(base, adapters, items(*PROMPTS), 8)
 
@@ -176,7 +174,7 @@ def test_every_variant_answers_unmerged_as_merged(base: Path, make_adapter: Any)
     ):
         adapter = make_adapter(base, f"variant{number}", **options)
         out = base.parent / f"out{number}"
-        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+        run(base, adapter, out)
 
         wanted = answer(base, [(adapter, 1.0)], items(*PROMPTS), 6)
 

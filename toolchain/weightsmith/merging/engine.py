@@ -64,11 +64,6 @@ class MergeRequest(Merge):
     own_out: bool = False
     """`out` was created by the caller: files of another merge in it are deleted."""
 
-    @property
-    def combination(self) -> Combination:
-        """Method and parameters; raises UsageError for invalid combinations."""
-        return Combination.of(self)
-
 
 def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, JsonValue]:
     """Write base + adapters as a checkpoint to `out`, and return a summary.
@@ -79,13 +74,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     done and total bytes. Raises InputRefused, UsageError, CheckFailed or EnvironmentFailure.
     """
     started = time.monotonic()
-    plan = make_plan(
-        request.base,
-        request.adapters,
-        dtype=request.dtype,
-        combination=request.combination,
-        quantized_base=request.quantized_base,
-    )
+    plan = make_plan(request.base, request.adapters, request)
     make = _keep if request.keep_adapter else _merge
     made, notes, last = make(request, plan, progress or (lambda *_: None))
     names = [adapter.path.name for adapter in plan.adapters]
@@ -137,7 +126,7 @@ def _keep(request: MergeRequest, plan: MergePlan, _progress: Progress) -> _Made:
         raise UsageError("no adapter to write", hint="give --adapter")
     request.out.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(1, "blas"):
-        return *keep_adapter(plan, request.combination, request.out), []
+        return *keep_adapter(plan, Combination.of(request), request.out), []
 
 
 def _settings(request: MergeRequest) -> Settings:
@@ -173,7 +162,7 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
         )
         for adapter in plan.adapters
     ]
-    return key_of([_RECIPE, base, adapters, asdict(request.combination)])
+    return key_of([_RECIPE, base, adapters, asdict(Combination.of(request))])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.adapter_config import REFUSED, UNMERGED, read_adapter_config
@@ -68,6 +69,7 @@ START_BYTES = 100 << 20
 """Resident memory of Python with numpy imported, rounded up."""
 BLOCK_BYTES = 24 << 20
 """Buffers per worker."""
+_PLAIN = Merge()
 _STAMP = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
 _FAMILIES = frozenset({"llama", "qwen", "gemma", "mistral", "mixtral"})
 """Families with the same module names and, in small models, the same shapes.
@@ -108,25 +110,22 @@ class MergePlan:
 def make_plan(
     base: Path,
     adapters: Sequence[tuple[Path, float]],
-    *,
-    dtype: str = "auto",
-    combination: Combination | None = None,
-    quantized_base: str = "refuse",
+    options: Merge = _PLAIN,
 ) -> MergePlan:
     """Return the plan, from the headers and configurations of base and adapters.
 
     Every adapter key is used exactly once. Raises InputRefused for unused, missing, ambiguous or
     quantized tensors and wrong shapes, UsageError for an invalid weight.
     """
+    combination, dtype = Combination.of(options), DTYPES.get(options.dtype, "auto")
     for root, weight in adapters:
         if not math.isfinite(weight):
             raise UsageError(f"invalid weight {weight} for {root}", hint="give a finite number")
-    combination, dtype = combination or Combination(), DTYPES.get(dtype, "auto")
     if combination.space == "factors" and len(adapters) == 1:
         combination = Combination(method="linear", space="factors")  # as in PEFT
     files = check_model_folder(base)
     stamps = tuple(_STAMP((base / name).stat()) for name in files)
-    index, based = _opened(base, quantized_base, stamps)
+    index, based = _opened(base, options.quantized_base, stamps)
     read = [_open_adapter(root, weight) for root, weight in adapters]
     if combination.space == "factors" and read and read[0].config.use_rslora:
         # PEFT's combined adapter inherits it and applies it twice.
@@ -167,7 +166,7 @@ def make_plan(
         quantized_base=based.record,
         findings=(
             *based.findings,
-            *_findings(views, config, quantized_base),
+            *_findings(views, config, options.quantized_base),
             *(text for _, texts in claimed for text in texts),
             *notes,
             *_written_apart(settings, apart),

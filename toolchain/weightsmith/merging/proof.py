@@ -218,8 +218,14 @@ def _check(written: _Written) -> bool:
     if written.output.change is not None:
         _check_bytes(written.reader, written.checksums)
         return _recompute(written)
-    if written.output.as_is and isinstance(written.output.source, StoredTensor):
-        _compare_bytes(written, written.output.source)
+    source = written.output.source
+    if written.output.as_is and isinstance(source, StoredTensor):
+        reader = written.files.reader(source.path)
+        for start, data in _checked_blocks(written.reader, written.checksums, _COPY):
+            place = source.info.start + start - written.info.start
+            off = reader.read_into(np.empty_like(data), place) != data
+            if off.any():
+                raise _wrong(written.output, int(off.sum()), len(data))
         return True
     return is_changed(written)
 
@@ -343,15 +349,6 @@ def _recompute(written: _Written) -> bool:
         if differ(base, written.reader.rows(written.info, first, count, output.columns)):
             return True
     return moved
-
-
-def _compare_bytes(written: _Written, source: StoredTensor) -> None:
-    reader = written.files.reader(source.path)
-    for start, data in _checked_blocks(written.reader, written.checksums, _COPY):
-        place = source.info.start + start - written.info.start
-        off = reader.read_into(np.empty_like(data), place) != data
-        if off.any():
-            raise _wrong(written.output, int(off.sum()), len(data))
 
 
 def _compare_values(written: Tested) -> bool:

@@ -132,7 +132,11 @@ class OpenFiles:
                     hint="the training diverged or the file is damaged; use an earlier checkpoint",
                 )
             if part.blocks > 1:
-                tensor = _block_diagonal(np.split(tensor, part.blocks))
+                blocks = tensor.reshape(part.blocks, -1, tensor.shape[1])
+                count, rows, columns = blocks.shape
+                wide = np.zeros((count, rows, count, columns), F32)
+                wide[range(count), :, range(count)] = blocks
+                tensor = wide.reshape(count * rows, count * columns)
             if not part.whole:
                 with self._lock:
                     self._kept[key] = tensor
@@ -241,14 +245,6 @@ def as_bytes(array: np.ndarray) -> memoryview:
     """Return a contiguous array's memory without copying."""
     data: Any = array.reshape(-1).view(np.uint8)
     return memoryview(data)
-
-
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    (rows, columns), count = blocks[0].shape, len(blocks)
-    out = np.zeros((rows * count, columns * count), blocks[0].dtype)
-    for place, block in enumerate(blocks):
-        out[place * rows : (place + 1) * rows, place * columns : (place + 1) * columns] = block
-    return out
 
 
 def _disk(path: Path, error: OSError) -> EnvironmentFailure:

@@ -19,7 +19,6 @@ import numpy as np
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.merge_options import Merge
 from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings, Span, stored_copy
-from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.kernel import check_arithmetic
 from weightsmith.merging.outputs import MergedTensor
 from weightsmith.merging.plan import MergePlan, make_plan
@@ -49,13 +48,7 @@ def opened(
     digest differs, and EnvironmentFailure as the merge does.
     """
     check_arithmetic()
-    plan = make_plan(
-        base,
-        adapters,
-        dtype=options.dtype,
-        combination=Combination.of(options),
-        quantized_base=options.quantized_base,
-    )
+    plan = make_plan(base, adapters, options)
     checkpoint = VirtualCheckpoint(plan, Settings(device="cpu", workers=1))
     files, hashed = {}, []
     for shard in plan.shards:

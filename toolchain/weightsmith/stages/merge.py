@@ -136,13 +136,7 @@ def _cost(
     A build asks more than once, and a fleet first for all cells. The plan itself is not kept: it
     may have 90,000 tensors.
     """
-    plan = make_plan(
-        base,
-        adapters,
-        dtype=options.dtype,
-        combination=Combination.of(options),
-        quantized_base=options.quantized_base,
-    )
+    plan = make_plan(base, adapters, options)
     return estimate(plan), can_be_virtual(plan)
 
 

@@ -79,31 +79,19 @@ def compressed_tensors() -> dict[str, torch.Tensor]:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    cases: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
-        "w4g": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}, (16, 96)),
-        "w4a": (
-            "pack-quantized",
-            {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
-            (18, 96),
-        ),
-        "w3c": ("pack-quantized", {"num_bits": 3, "strategy": "channel"}, (16, 96)),
-        "w8c": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}, (16, 40)),
-        "i8c": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, (16, 40)),
-        "f8c": (
-            "float-quantized",
-            {"num_bits": 8, "type": "float", "strategy": "channel"},
-            (16, 40),
-        ),
-        "f8t": (
-            "float-quantized",
-            {"num_bits": 8, "type": "float", "strategy": "tensor"},
-            (16, 40),
-        ),
-        "f8b": (
-            "float-quantized",
-            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 32]},
-            (40, 72),
-        ),
+    four: dict[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    floats: dict[str, Any] = {"num_bits": 8, "type": "float"}
+    channel = {"strategy": "channel"}
+    blocks = {"strategy": "block", "block_structure": [16, 32]}
+    cases = {
+        "w4g": ("pack-quantized", four, (16, 96)),
+        "w4a": ("pack-quantized", four | {"symmetric": False}, (18, 96)),
+        "w3c": ("pack-quantized", {"num_bits": 3} | channel, (16, 96)),
+        "w8c": ("pack-quantized", {"num_bits": 8} | channel, (16, 40)),
+        "i8c": ("int-quantized", {"num_bits": 8} | channel, (16, 40)),
+        "f8c": ("float-quantized", floats | channel, (16, 40)),
+        "f8t": ("float-quantized", floats | {"strategy": "tensor"}, (16, 40)),
+        "f8b": ("float-quantized", floats | blocks, (40, 72)),
     }
     tensors = {}
     for number, (name, (form, options, shape)) in enumerate(cases.items()):
