@@ -12,34 +12,45 @@ from tests.fakes.command_line import PROGRAMS, ROOT, run, started
 from tests.fakes.tiny import write_model
 
 TINY = ("--model", "examples/tiny/base", "--target", "vllm")
+SERVER = "http://127.0.0.1:9"
+NOBODY = "~nobody-of-this-name"
 
 
-def test_a_layout_has_a_folder_of_its_own(tmp_path):
-    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
-    words = ("--model", "examples/tiny/base", "--target", "vllm", "--kind", "volume")
-
-    done = run("bake", *words, "--layout", "/", **here)
-
-    assert done.code == 2
-    assert "--layout /" in done.err
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "code", "says"),
     [
-        ("inspect", ""),
-        ("inspect", " "),
-        ("verify", ""),
-        ("push", "a", "--to", " "),
-        ("report", "--compare", "\t"),
-        ("merge", "--base", "a", "--adapter", "", "--out", "b"),
+        (("bake", *TINY, "--kind", "volume", "--layout", "/"), 2, "--layout /"),
+        (("inspect", ""), 2, "is empty"),
+        (("inspect", " "), 2, "is empty"),
+        (("verify", ""), 2, "is empty"),
+        (("push", "a", "--to", " "), 2, "is empty"),
+        (("report", "--compare", "\t"), 2, "is empty"),
+        (("merge", "--base", "a", "--adapter", "", "--out", "b"), 2, "is empty"),
+        (("inspect", "examples"), 3, "not an OCI layout"),
+        (("verify", "oci:examples"), 3, "not an OCI layout"),
+        (("inspect", "./README.md"), 3, "not an OCI layout"),
+        (("inspect", "ghcr.io/Team/App"), 2, "must be lower case"),
+        (("verify", "a", "--key", f"{NOBODY}/key.pem"), 2, "has no home folder"),
+        (("cache", "stat", "--cache", f"{NOBODY}/cache"), 2, "has no home folder"),
+        (("plan", "--base", f"{NOBODY}/base", "--target", "vllm"), 2, "has no home folder"),
+        (("inspect", "a" * 5000), 2, "hint: "),
+        (("verify", "a:" * 3000), 2, "hint: "),
+        (("plan", "--recipe", "a" * 300), 2, "hint: "),
+        (("evaluate", "--url", SERVER, "--data", "a" * 300), 2, "hint: "),
+        (("render", "--model", "a" * 300, "--target", "vllm", "--out", "x"), 2, "hint: "),
     ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
 )
-def test_a_blank_argument_is_no_place(words):
+def test_a_name_of_no_place(words, code, says):
     done = run(*words)
 
-    assert done.code == 2
-    assert "is empty" in done.err
+    assert (done.code, says in done.err) == (code, True), done.err
 
 
 @pytest.mark.parametrize(
@@ -62,20 +73,6 @@ def test_a_mistyped_folder_is_not_asked_of_a_registry(place, words):
     assert "outt" in done.err
 
 
-@pytest.mark.parametrize("place", ["examples", "oci:examples", "./README.md"])
-def test_a_folder_that_is_no_layout_is_refused(place):
-    for command in ("inspect", "verify"):
-        done = run(command, place)
-
-        assert (done.code, "not an OCI layout" in done.err) == (3, True), done.err
-
-
-def test_a_name_of_a_registry_is_no_folder():
-    done = run("inspect", "ghcr.io/Team/App")
-
-    assert (done.code, "must be lower case" in done.err) == (2, True), done.err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("program", sorted(PROGRAMS))
 def test_names_are_read_where_python_was_told_to_expect_ascii(tmp_path, program):
@@ -84,28 +81,12 @@ def test_names_are_read_where_python_was_told_to_expect_ascii(tmp_path, program)
     recipe = tmp_path / "récipe.yaml"
     base = {"source": f"./{model.name}"}
     recipe.write_text(json.dumps({"name": "a", "version": "1", "base": base, "targets": ["vllm"]}))
-    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", **here}
 
-    done = started(program, "plan", "--recipe", str(recipe), **ascii_only)
+    done = started(program, "plan", "--recipe", str(recipe), LC_ALL="C", PYTHONUTF8="0")
 
     assert "Traceback" not in done.err
     assert done.code == (0 if program == "weightsmith" else 3), done.err
     assert ("set LC_ALL=C.UTF-8" in done.err) == (program == "invoke")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("verify", "a", "--key", "~nobody-of-this-name/key.pem"),
-        ("cache", "stat", "--cache", "~nobody-of-this-name/cache"),
-        ("plan", "--base", "~nobody-of-this-name/base", "--target", "vllm"),
-    ],
-)
-def test_a_user_without_a_home_is_reported(words):
-    done = run(*words)
-
-    assert (done.code, "has no home folder" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize("action", ["stat", "pull", "push", "prune"])
@@ -138,8 +119,7 @@ def test_a_folder_that_is_gone_is_reported(tmp_path):
 @pytest.mark.parametrize("place", ["/proc/nosuch", "file", "file/below"])
 def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, monkeypatch, variable, place):
     (tmp_path / "file").touch()
-    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
-    here[variable] = str(tmp_path / place)  # an absolute one stays as it is
+    here = {variable: str(tmp_path / place)}  # an absolute one stays as it is
     merge = ("merge", "--base", "examples/tiny/base", "--adapter", "examples/tiny/adapters/a")
 
     done = run(*merge, "--out", str(tmp_path / "out"), "--runner", "local", **here)
@@ -156,12 +136,8 @@ def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, monkeypatch, vari
 
 def test_a_key_that_cannot_sign_is_reported_before_any_work(tmp_path):
     (tmp_path / "key.pem").write_text("no key")
-    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
     recipe = ("--recipe", "examples/tiny/recipe.yaml", "--dist", str(tmp_path / "dist"))
-
-    done = run(
-        "build", *recipe, "--sign-key", str(tmp_path / "key.pem"), "--runner", "local", **here
-    )
+    done = run("build", *recipe, "--sign-key", str(tmp_path / "key.pem"), "--runner", "local")
 
     assert done.code == 2
     assert "key.pem" in done.err
@@ -197,7 +173,6 @@ def test_a_home_that_cannot_be_made_is_needed_by_the_first_build_only(tmp_path, 
 
 def test_a_layout_is_written_where_references_to_it_lead(tmp_path, monkeypatch):
     """`oci:DIR` had been a folder of that whole name."""
-    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
     place = f"oci:{write_model(tmp_path / 'model').with_name('out')}"
     words = ("--model", tmp_path / "model", "--target", "vllm", "--kind", "volume")
@@ -227,24 +202,6 @@ def test_a_layout_that_is_written_has_no_name_of_its_own(tmp_path, words):
 @pytest.mark.parametrize(
     "words",
     [
-        ("inspect", "a" * 5000),
-        ("verify", "a:" * 3000),
-        ("plan", "--recipe", "a" * 300),
-        ("evaluate", "--url", "http://127.0.0.1:9", "--data", "a" * 300),
-        ("render", "--model", "a" * 300, "--target", "vllm", "--out", "x"),
-    ],
-    ids=lambda words: words[0],
-)
-def test_a_path_that_is_too_long_is_a_wrong_use(words):
-    done = run(*words)
-
-    assert done.code in (2, 3), done.err
-    assert "hint: " in done.err
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
         ("bake", "--model", "base", "--target", "vllm", "--kind", "volume", "--layout", "loop"),
         ("render", "--model", "base", "--target", "vllm", "--out", "loop"),
         ("merge", "--base", "base", "--adapter", "base", "--out", "loop", "--runner", "local"),
@@ -266,18 +223,12 @@ def test_links_in_a_circle_are_a_wrong_use(tmp_path, words):
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
 def test_a_place_that_links_to_itself_is_reported(tmp_path, variable):
     (tmp_path / "loop").symlink_to("loop")
-    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
-    model = write_model(tmp_path / "base")
-    words = ("bake", "--model", model, "--target", "vllm", "--kind", "volume")
-
-    done = run(*words, "--layout", tmp_path / "x", **here | {variable: str(tmp_path / "loop")})
+    words = ("bake", *TINY, "--kind", "volume", "--layout", tmp_path / "x")
+    done = run(*words, **{variable: str(tmp_path / "loop")})
 
     assert done.code in (2, 5), done.err
     assert "hint: " in done.err
     assert "bug" not in done.err
-
-
-SERVER = "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize(
@@ -314,9 +265,8 @@ def test_a_file_that_never_ends_is_refused(tmp_path, words):
 
 def test_results_go_into_a_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
-    model = write_model(tmp_path / "base")
 
-    done = run("render", "--model", model, "--target", "vllm", "--out", tmp_path / "file")
+    done = run("render", *TINY, "--out", tmp_path / "file")
 
     assert (done.code, (tmp_path / "file").read_text()) == (2, "mine")
     assert "file is not a folder" in done.err

@@ -60,9 +60,8 @@ def test_forms_for_runners_can_be_verified_and_copied(bakery: Bakery, kind: str)
     name = f"{bakery.fake.host}/team/app:{kind}"
     checks = verify_image(name, None, bakery.client, Silent())
     assert checks["ok"], checks
-    copied = copy_image(
-        name, f"{bakery.fake.host}/prod/app:1", bakery.client, Silent(), force=False
-    )
+    to = f"{bakery.fake.host}/prod/app:1"
+    copied = copy_image(name, to, bakery.client, Silent(), force=False)
     assert copied.digest == made.digest
     image = bakery.image("prod/app:1", "linux/amd64")
     assert image.labels["dev.weightsmith.kind"] == kind
@@ -333,12 +332,15 @@ def test_a_configuration_names_the_projector_that_is_baked(bakery: Bakery, sees:
     assert tuple(map(sorted, found)) == (sorted(lines), sorted(lines))
 
 
-def test_a_configuration_without_the_projector_that_is_baked_is_refused(bakery: Bakery) -> None:
-    out = bakery.folder / "serving"
+def test_a_configuration_of_something_else_is_refused(bakery: Bakery) -> None:
+    out, other = bakery.folder / "serving", bakery.folder / "other"
     render(bakery.model, out)
     shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj-tiny.gguf")
     with pytest.raises(UsageError, match=r"rendered without mmproj-tiny\.gguf"):
         bakery.bake("team/app:1", config=out)
+    render(write_model(bakery.folder / "model2"), other, "serve.gpu=nvidia-l4", target="sglang")
+    with pytest.raises(UsageError, match="rendered for sglang, not for llamacpp-q8_0"):
+        bakery.bake("team/app:1", config=other)
 
 
 def test_a_configuration_keeps_its_options(bakery: Bakery) -> None:
@@ -349,13 +351,6 @@ def test_a_configuration_keeps_its_options(bakery: Bakery) -> None:
     lines = ["LLAMA_ARG_ROPE_SCALING_TYPE=none", "LLAMA_ARG_THINK=none"]
     found = served(bakery.image("team/app:1"), *(line.partition("=")[0] for line in lines))
     assert tuple(map(sorted, found)) == (lines, lines)
-
-
-def test_a_configuration_of_another_engine_is_refused(bakery: Bakery) -> None:
-    model, out = write_model(bakery.folder / "other"), bakery.folder / "serving"
-    render(model, out, "serve.gpu=nvidia-l4", target="sglang")
-    with pytest.raises(UsageError, match="rendered for sglang, not for llamacpp-q8_0"):
-        bakery.bake("team/app:1", config=out)
 
 
 def test_a_base_in_a_layout_folder(bakery: Bakery, tmp_path: Path) -> None:

@@ -22,10 +22,25 @@ from tests.fakes.tiny import write_model
 from tests.paths import ROOT
 
 
-@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar", "ollama"])
-def test_an_engine_is_not_given_what_it_cannot_load(bakery: Bakery, kind: str) -> None:
-    with pytest.raises(UsageError, match=f"cannot load the kind {kind}"):
-        bake(bakery.client, bakery.model, "", kind=kind, load="app:1")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        *(
+            ({"kind": kind, "load": "app:1"}, f"cannot load the kind {kind}")
+            for kind in ("modelpack", "modelpack-tar", "ollama")
+        ),
+        *(
+            ({"kind": "volume", "platform": name}, "not a platform")
+            for name in ("arm64", "linux/arm/v7", "linux/", "windows/amd64")
+        ),
+        ({"load": f"app:1@sha256:{'0' * 64}"}, "by its tag, not by a digest"),
+        ({"kind": "car"}, "unknown"),
+    ],
+)
+def test_what_is_asked_wrongly(bakery: Bakery, options: dict[str, str], why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        bakery.bake("team/app:1", base="", **options)
+    assert why != "unknown" or "modelcar" in caught.value.hint
 
 
 def test_ollamas_form_goes_where_ollama_finds_it(bakery: Bakery, tmp_path: Path) -> None:
@@ -132,14 +147,13 @@ def test_a_file_that_changes_while_it_is_sent(bakery: Bakery, how: str) -> None:
                     weights.unlink()
                     os.mkfifo(weights)
 
+    said = ""
     try:
         bakery.bake("team/app:1", progress=Meddling())
-        refused = None
-    except InputRefused as error:
-        refused = error
-    if refused:
-        assert refused.exit_code == 3
-        assert "tiny.gguf" in refused.message or "digest" in refused.message
+    except InputRefused as refused:
+        said = refused.message
+    if said:
+        assert "tiny.gguf" in said or "digest" in said
         assert ("team/app", "1") not in bakery.fake.manifests
     else:
         # Whoever had the file open already still reads what it was: then the image holds that.
@@ -191,11 +205,6 @@ def test_weights_that_were_cut_off(bakery: Bakery, tmp_path: Path) -> None:
         bake(bakery.client, tmp_path / "cut", base, target="vllm", layout=tmp_path / "out")
 
 
-def test_an_engine_takes_no_digest_for_a_name(bakery: Bakery) -> None:
-    with pytest.raises(UsageError, match="by its tag, not by a digest"):
-        bake(bakery.client, bakery.model, bakery.base, load=f"app:1@sha256:{'0' * 64}")
-
-
 def test_layouts_that_cannot_be(bakery: Bakery, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match="/proc/there"):
         bake(bakery.client, bakery.model, bakery.base, layout=Path("/proc/there/is/none"))
@@ -206,28 +215,15 @@ def test_layouts_that_cannot_be(bakery: Bakery, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
-@pytest.mark.parametrize("platform", ["arm64", "linux/arm/v7", "linux/", "windows/amd64"])
-def test_a_volume_for_what_is_no_platform(bakery: Bakery, platform: str) -> None:
-    with pytest.raises(UsageError, match="not a platform"):
-        bakery.bake("team/app:1", base="", kind="volume", platform=platform)
-
-
-def test_what_is_asked_wrongly(bakery: Bakery) -> None:
-    with pytest.raises(UsageError, match="unknown") as caught:
-        bakery.bake("team/app:1", kind="car")
-    assert "modelcar" in caught.value.hint
-
-
 def test_a_layout_takes_room_on_its_own_disk(
     bakery: Bakery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = tmp_path / "full"
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        shutil,
-        "disk_usage",
-        lambda path: usage._replace(free=100 if Path(path).is_relative_to(full) else 1 << 20),
-    )
+    full, usage = tmp_path / "full", shutil.disk_usage(tmp_path)
+
+    def disk_usage(path: str | Path) -> object:
+        return usage._replace(free=100 if Path(path).is_relative_to(full) else 1 << 20)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     with pytest.raises(EnvironmentFailure, match=r"needs .* of disk, .*full has 100 B"):
         bake(bakery.client, bakery.model, bakery.base, layout=full / "layout")
     assert list(full.iterdir()) == []

@@ -37,7 +37,7 @@ from tests.fakes.writable_hub import (
     WritableHub,
     environment,
     writable_hub,
-)
+)  # fmt: skip
 
 DESTINATION = HubDestination(repository="team/bot")
 
@@ -278,12 +278,11 @@ def licensed(bakery: Bakery, name: str, kind: str, license_: str) -> None:
     """Attach a bill of materials of something with a licence to an image."""
     place, image = Reference.parse(f"{bakery.fake.host}/{name}"), bakery.image(name)
     bill = {"metadata": {"component": {"type": kind, "licenses": [{"license": {"id": license_}}]}}}
-    part = AttachmentPart.of_bytes(
-        json.dumps(bill).encode(), MEDIA_TYPE, **{TITLE: "engine.cdx.json"}
-    )
-    bakery.client.attach(
-        place, Attachment(artifact_type=MEDIA_TYPE, subject=image.manifest_blob, parts=(part,))
-    )
+    title = {TITLE: "engine.cdx.json"}
+    part = AttachmentPart.of_bytes(json.dumps(bill).encode(), MEDIA_TYPE, **title)
+    subject = image.manifest_blob
+    made = Attachment(artifact_type=MEDIA_TYPE, subject=subject, parts=(part,))
+    bakery.client.attach(place, made)
 
 
 @pytest.mark.parametrize("own", ["", "apache-2.0"])
@@ -317,24 +316,25 @@ def write_pack(folder: Path, *paths: str) -> str:
     return f"oci:{folder / 'layout'}"
 
 
-@pytest.mark.parametrize("path", ["../evil.gguf", "/evil.gguf", "a/../../evil.gguf", ""])
-def test_a_pack_whose_file_leaves_the_folder(
-    hub: WritableHub, tools: Tools, tmp_path: Path, path: str
-) -> None:
-    with pytest.raises(InputRefused, match="leaves the model's folder"):
-        push_to_hub(write_pack(tmp_path, path), DESTINATION, tools)
-    assert not list(tmp_path.rglob("evil*"))
-    assert hub.repositories == {}
-
-
 @pytest.mark.parametrize(
-    "paths", [("a.gguf", "a.gguf"), ("a", "a/b.gguf"), ("a/b.gguf", "a"), (f"{'a' * 300}.gguf",)]
+    ("paths", "why"),
+    [
+        *(
+            ((path,), "leaves the model's folder")
+            for path in ("../evil.gguf", "/evil.gguf", "a/../../evil.gguf", "")
+        ),
+        *(
+            (paths, "too long or another file's")
+            for paths in (("a", "a"), ("a", "a/b.gguf"), ("a/b.gguf", "a"), (f"{'a' * 300}.gguf",))
+        ),
+    ],
 )
-def test_a_pack_whose_files_cannot_be_beside_each_other(
-    hub: WritableHub, tools: Tools, tmp_path: Path, paths: tuple[str, ...]
+def test_a_pack_whose_files_cannot_be_in_the_folder(
+    hub: WritableHub, tools: Tools, tmp_path: Path, paths: tuple[str, ...], why: str
 ) -> None:
-    with pytest.raises(InputRefused, match="too long or another file's"):
+    with pytest.raises(InputRefused, match=why):
         push_to_hub(write_pack(tmp_path, *paths), DESTINATION, tools)
+    assert not list(tmp_path.rglob("evil*"))
     assert hub.repositories == {}
 
 
@@ -367,9 +367,8 @@ def test_the_public_hub_is_not_asked_without_a_token(
 ) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with pytest.raises(EnvironmentFailure, match="token") as caught:
         push_to_hub(str(model), DESTINATION, tools)
@@ -394,12 +393,9 @@ def test_the_command_prints_one_object_and_no_token(
 
     def run(*more: str, status: int = 0) -> dict[str, Any]:
         done = subprocess.run(
-            [*words, "--json", *more],
-            capture_output=True,
-            text=True,
-            check=False,
+            [*words, "--json", *more], capture_output=True, text=True, check=False,
             env={**os.environ, **environment(hub), **mine},
-        )
+        )  # fmt: skip
         assert done.returncode == status, done.stderr
         assert TOKEN not in done.stdout + done.stderr
         return json.loads(done.stdout)
