@@ -154,7 +154,10 @@ class Registry:
             uploads.put_manifest(session, whole.digest, whole.manifest_bytes, whole.media_type)
         before_tag()
         tags = (*also_tags, *([reference.tag] if is_new and reference.tag else []))
-        _put_tags(session, reference, tags, whole.manifest_bytes, whole.media_type, force)
+        for tag in tags:
+            named = Reference(reference.registry, reference.repository, tag)
+            manifest, kind = whole.manifest_bytes, whole.media_type
+            uploads.put_tag(session, named, manifest, kind, force=force)
         if self._memory and is_new and layers:
             large = [layer.digest for layer in layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
@@ -286,9 +289,8 @@ class Registry:
             if digest not in there:
                 reply = uploads.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
             if attachment.tag:
-                _put_tags(
-                    session, reference, [attachment.tag], data, manifests.OCI_MANIFEST, force=True
-                )
+                named = Reference(reference.registry, reference.repository, attachment.tag)
+                uploads.put_tag(session, named, data, manifests.OCI_MANIFEST, force=True)
             if _has_subject(attachment):
                 knows = knows and (reply is None or "oci-subject" in reply.headers)
                 added.setdefault(attachment.subject.digest, []).append(attachment)
@@ -360,19 +362,6 @@ class Registry:
                     pause=self._pause,
                 )
             return self._sessions[key]
-
-
-def _put_tags(
-    session: RegistrySession,
-    reference: Reference,
-    tags: Sequence[str],
-    manifest: bytes,
-    media_type: str,
-    force: bool,
-) -> None:
-    for tag in tags:
-        target = Reference(reference.registry, reference.repository, tag)
-        uploads.put_tag(session, target, manifest, media_type, force=force)
 
 
 def _published(

@@ -6,7 +6,6 @@ POSIX.1-2001 ustar and pax: https://pubs.opengroup.org/onlinepubs/9699919799/uti
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 from weightsmith.core.errors import UsageError
 
@@ -55,12 +54,12 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def source_date_epoch(environ: Mapping[str, str] = os.environ) -> int:
+def source_date_epoch() -> int:
     """Return SOURCE_DATE_EPOCH in seconds, 0 if it is not set; UsageError if it is no number.
 
     https://reproducible-builds.org/specs/source-date-epoch/
     """
-    text = environ.get("SOURCE_DATE_EPOCH", "").strip() or "0"
+    text = os.environ.get("SOURCE_DATE_EPOCH", "").strip() or "0"
     if not (text.isascii() and text.isdigit()) or int(text) > _LARGEST_USTAR:
         raise UsageError(
             f"SOURCE_DATE_EPOCH is {text[:40]!r}, not a number of seconds since 1970",
