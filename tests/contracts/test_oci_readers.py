@@ -14,7 +14,7 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, Order, assemble
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.layout import attach, attached, docker_archive, read_layout, write_layout
+from weightsmith.oci.layout import LayoutLocation, docker_archive, read_layout, write_layout
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.references import Reference
@@ -113,7 +113,7 @@ def said(tmp_path: Path) -> tuple[Image, Attachment]:
     write_layout(image, tmp_path / "oci", ref="v1")
     parts = (AttachmentPart.of_bytes(b"said", "text/plain"),)
     about = Attachment(artifact_type="text/plain", subject=image.manifest_blob, parts=parts)
-    attach(tmp_path / "oci", about)
+    LayoutLocation(tmp_path / "oci").attach(about)
     return image, about
 
 
@@ -124,7 +124,7 @@ def test_a_layout_with_attachments_needs_no_name(
     image, about = said
     seen = json.loads(_run("skopeo", "inspect", f"oci:{tmp_path}/oci"))
     assert seen["Digest"] == image.digest
-    assert attached(tmp_path / "oci", image.digest) == [(about.blob, "")]
+    assert LayoutLocation(tmp_path / "oci").attached(image.digest) == [(about.blob, "")]
 
 
 @_has("umoci")
@@ -136,12 +136,12 @@ def test_what_knows_only_the_index_leaves_attachments_behind(
     image, _ = said
     _run("oras", "copy", "-r", "--from-oci-layout", f"{tmp_path}/oci:v1",
          "--to-oci-layout", f"{tmp_path}/copy:v1")  # fmt: skip
-    assert attached(tmp_path / "copy", image.digest) == []
+    assert LayoutLocation(tmp_path / "copy").attached(image.digest) == []
 
     _run("umoci", "gc", "--layout", tmp_path / "oci")
     assert read_layout(tmp_path / "oci", "v1").digest == image.digest
     with pytest.raises(InputRefused, match="1 of 1 attachments"):
-        attached(tmp_path / "oci", image.digest)
+        LayoutLocation(tmp_path / "oci").attached(image.digest)
 
 
 @_has("skopeo")

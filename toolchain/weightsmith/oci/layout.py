@@ -17,6 +17,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
@@ -278,49 +279,66 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
         os.close(handle)
 
 
-def attach(folder: Path, attachment: Attachment) -> None:
-    """Write an attachment into a layout folder; its row is written last."""
-    with _writing(folder) as store:
-        for blob, opener in attachment.blobs():
-            put_blob(store, blob, opener, Meter(blob.size))
-        data = attachment.manifest_bytes
-        put_blob(store, attachment.blob, lambda: iter((data,)), Meter(0))
-        replace_file(folder / LIST, [with_rows(_listed_here(folder), [attachment])], MODE)
-
-
 def forget(folder: Path) -> None:
     """Remove our list of attachments from a layout."""
     (folder / LIST).unlink(missing_ok=True)
 
 
-def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
-    """Return the manifests attached to an image; InputRefused if one that is listed is gone."""
-    kinds = (manifests.OCI_MANIFEST,)
-    index, own = _rows(folder), _listed_here(folder)
-    rows = [*own, *filter(is_attachment, index)]
-    blobs = [manifests.descriptor(x, str(folder), kinds, manifests.LARGEST_MANIFEST) for x in rows]
-    store = folder / "blobs" / "sha256"
-    if lost := sum(not os.path.lexists(store / one.digest.hex) for one in blobs[: len(own)]):
-        raise InputRefused(
-            f"{lost} of {len(own)} attachments in {folder / LIST} are gone; programs that know"
-            " only index.json delete them, as `umoci gc` does",
-            hint=f"write the layout again, or delete {LIST} to go on without what it lists",
-        )
-    found: dict[Digest, Blob] = {}
-    for row, blob in zip(rows, blobs, strict=True):
-        named = read_attachment(folder, blob).subject
-        if named.digest == subject or (_is_saved_by_cosign(row) and not named.size):
-            found[blob.digest] = blob
-    return [(blob, "") for blob in found.values()]
+@dataclass(frozen=True, slots=True)
+class LayoutLocation:
+    """An image in an OCI layout folder: the one of that name, or the only one."""
 
+    folder: Path
+    name: str | None = None
 
-def read_attachment(folder: Path, blob: Blob) -> Attachment:
-    """Return an attachment; raises InputRefused if it does not match its digest."""
-    return load_attachment(
-        read_blob(folder, blob),
-        lambda part: lambda: open_blob(folder, part),
-        str(folder),
-    )
+    def image(self, platform: str | None = None) -> Image:
+        """Return the image for a platform (default: this one)."""
+        return read_layout(self.folder, self.name, platform=platform)
+
+    def index(self) -> bytes | None:
+        """Return the index of that name, or None if it is an image."""
+        return read_index(self.folder, self.name)
+
+    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image, with empty tags, which a layout has not.
+
+        Raises InputRefused if one that is listed is gone.
+        """
+        folder, kinds = self.folder, (manifests.OCI_MANIFEST,)
+        index, own = _rows(folder), _listed_here(folder)
+        rows = [*own, *filter(is_attachment, index)]
+        where, most = str(folder), manifests.LARGEST_MANIFEST
+        blobs = [manifests.descriptor(row, where, kinds, most) for row in rows]
+        store = folder / "blobs" / "sha256"
+        if lost := sum(not os.path.lexists(store / one.digest.hex) for one in blobs[: len(own)]):
+            raise InputRefused(
+                f"{lost} of {len(own)} attachments in {folder / LIST} are gone; programs that know"
+                " only index.json delete them, as `umoci gc` does",
+                hint=f"write the layout again, or delete {LIST} to go on without what it lists",
+            )
+        found: dict[Digest, Blob] = {}
+        for row, blob in zip(rows, blobs, strict=True):
+            named = self.read(blob).subject
+            if named.digest == subject or (_is_saved_by_cosign(row) and not named.size):
+                found[blob.digest] = blob
+        return [(blob, "") for blob in found.values()]
+
+    def read(self, blob: Blob, tag: str = "") -> Attachment:
+        """Return an attachment; raises InputRefused if it does not match its digest."""
+        del tag
+        data, where = read_blob(self.folder, blob), str(self.folder)
+        return load_attachment(data, lambda part: lambda: open_blob(self.folder, part), where)
+
+    def attach(self, *attachments: Attachment) -> None:
+        """Store attachments with their image; their rows are written last."""
+        for attachment in attachments:
+            with _writing(self.folder) as store:
+                for blob, opener in attachment.blobs():
+                    put_blob(store, blob, opener, Meter(blob.size))
+                data = attachment.manifest_bytes
+                put_blob(store, attachment.blob, lambda data=data: iter((data,)), Meter(0))  # type: ignore[misc]
+                rows = with_rows(_listed_here(self.folder), [attachment])
+                replace_file(self.folder / LIST, [rows], MODE)
 
 
 def _listed_here(folder: Path) -> Sequence[JsonValue]:

@@ -8,10 +8,10 @@ from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci import layout, manifests
+from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import Image
-from weightsmith.oci.layout import is_layout, locate, read_index, read_layout, require_layout
+from weightsmith.oci.layout import LayoutLocation, is_layout, locate, require_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
@@ -54,36 +54,6 @@ class RegistryLocation:
     def attach(self, *attachments: Attachment) -> None:
         """Store attachments with their image."""
         self.registry.attach(self.reference, *attachments, every=self.every)
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutLocation:
-    """An image in an OCI layout folder: the one of that name, or the only one."""
-
-    folder: Path
-    name: str | None = None
-
-    def image(self, platform: str | None = None) -> Image:
-        """Return the image for a platform (default: this one)."""
-        return read_layout(self.folder, self.name, platform=platform)
-
-    def index(self) -> bytes | None:
-        """Return the index of that name, or None if it is an image."""
-        return read_index(self.folder, self.name)
-
-    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image; a layout has no tags for them."""
-        return layout.attached(self.folder, subject)
-
-    def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; raises InputRefused if it does not match its digest."""
-        del tag
-        return layout.read_attachment(self.folder, blob)
-
-    def attach(self, *attachments: Attachment) -> None:
-        """Store attachments with their image."""
-        for attachment in attachments:
-            layout.attach(self.folder, attachment)
 
 
 ImageLocation: TypeAlias = RegistryLocation | LayoutLocation

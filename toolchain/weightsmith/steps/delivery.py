@@ -22,6 +22,7 @@ from weightsmith.oci.image import Image, ImageOrIndex, Index, host_image, image_
 from weightsmith.oci.layout import (
     DEFAULT_NAME,
     PARTS,
+    LayoutLocation,
     docker_archive,
     forget,
     held_digest,
@@ -29,7 +30,7 @@ from weightsmith.oci.layout import (
     incremental_images,
     write_layout,
 )
-from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
+from weightsmith.oci.locations import ImageLocation, RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.sealing import attach

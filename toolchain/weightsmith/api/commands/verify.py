@@ -23,9 +23,9 @@ from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, Layer, verified
+from weightsmith.oci.layout import LayoutLocation
 from weightsmith.oci.locations import (
     ImageLocation,
-    LayoutLocation,
     RegistryLocation,
     open_location,
 )
