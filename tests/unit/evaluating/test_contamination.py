@@ -3,7 +3,7 @@ import json
 import pytest
 from weightsmith.core.errors import UsageError
 from weightsmith.evaluating import contamination as leaks
-from weightsmith.evaluating.contamination import describe, find_contamination
+from weightsmith.evaluating.contamination import describe_contamination
 from weightsmith.evaluating.items import Item
 
 
@@ -24,19 +24,18 @@ def test_the_same_question_in_other_letters_is_found(tmp_path):
         {"messages": [{"role": "user", "content": "which PORT  is it"}]},
     )
 
-    (leak,) = find_contamination(
+    found = describe_contamination(
         [item("Which port is it?", line=7), item("What is the host?")], path
     )
 
-    assert (leak.line, leak.other_line) == (7, 2)
-    assert "line 7 in line 2" in describe([leak])
+    assert found.startswith(f"{path} contains 1 evaluation question(s): line 7 in line 2; the")
 
 
 def test_a_long_question_within_a_text_is_found_and_a_short_one_is_not(tmp_path):
     path = write(tmp_path, {"text": "Yes or no? And which port does the gateway use? 7481."})
     asked = [item("Which port does the gateway use?", 1), item("Yes or no?", 2)]
 
-    assert [leak.line for leak in find_contamination(asked, path)] == [1]
+    assert "1 evaluation question(s): line 1 in line 1;" in describe_contamination(asked, path)
 
 
 def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_path, monkeypatch):
@@ -52,9 +51,7 @@ def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_pat
 
     monkeypatch.setattr(leaks, "_likely", counted)
 
-    found = find_contamination(asked, path)
-
-    assert [leak.line for leak in found] == [77]
+    assert "1 evaluation question(s): line 77 in" in describe_contamination(asked, path)
     assert len(searched) < 10
 
 
@@ -62,19 +59,18 @@ def test_an_answer_that_holds_the_question_is_no_leak(tmp_path):
     said = {"role": "assistant", "content": "You ask which port the gateway uses at work: 7481."}
     path = write(tmp_path, {"messages": [said]}, {"messages": 5}, {"messages": said})
 
-    assert find_contamination([item("which port the gateway uses")], path) == ()
-    assert describe(()) == ""
+    assert describe_contamination([item("which port the gateway uses")], path) == ""
 
 
 def test_a_text_that_was_cut_within_an_emoji_is_compared(tmp_path):
     path = write(tmp_path, {"text": "cut \ud83d"}, {"messages": [{"content": "Which port?"}]})
 
-    assert [leak.other_line for leak in find_contamination([item("which port")], path)] == [2]
+    assert "in line 2;" in describe_contamination([item("which port")], path)
 
 
 def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
-        find_contamination([item("q")], tmp_path / "none.jsonl")
+        describe_contamination([item("q")], tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text("{}\n{")
     with pytest.raises(UsageError, match=r"bad\.jsonl:2: invalid JSON"):
-        find_contamination([item("q")], tmp_path / "bad.jsonl")
+        describe_contamination([item("q")], tmp_path / "bad.jsonl")

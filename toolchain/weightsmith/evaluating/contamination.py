@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,37 +20,30 @@ _KEPT = 4 << 20
 _LONGEST_LINE = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContaminatedQuestion:
-    """An evaluation question found in another file."""
+def describe_contamination(items: Sequence[Item], other: Path) -> str:
+    """Return one line about questions that a JSON Lines file also asks, or contains word for word.
 
-    line: int
-    """Line in the evaluation's data."""
-    other: Path
-    other_line: int
-    prompt: str
-
-
-def find_contamination(items: Sequence[Item], other: Path) -> tuple[ContaminatedQuestion, ...]:
-    """Return the questions that a JSON Lines file also asks or contains word for word.
-
-    Case, white space and punctuation are ignored. Lines have `{"text"}`, `{"prompt"}` or
-    `{"messages"}`. Raises UsageError for a file that cannot be read.
+    '' if there are none. Case, white space and punctuation are ignored. Lines have `{"text"}`,
+    `{"prompt"}` or `{"messages"}`. Raises UsageError for a file that cannot be read.
     """
     asked = {key: item for item in items if (key := _key(item.prompt))}
     searched = _by_part(asked)
-    found: dict[int, ContaminatedQuestion] = {}
+    found: dict[int, int] = {}  # line of a question -> first line that has it
     data = small_file(other, _KEPT)
     for number, text, whole in _kept(other, data) if data else _read(other):
         hits = [text] if text in asked else []
         if not whole:
             hits += [key for key in _likely(text, searched) if key in text]
-        for item in map(asked.__getitem__, hits):
-            leak = ContaminatedQuestion(
-                line=item.line, other=other, other_line=number, prompt=item.prompt
-            )
-            found.setdefault(item.line, leak)
-    return tuple(found[line] for line in sorted(found))
+        for key in hits:
+            found.setdefault(asked[key].line, number)
+    if not found:
+        return ""
+    shown = ", ".join(f"line {line} in line {found[line]}" for line in sorted(found)[:5])
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return (
+        f"{other} contains {len(found)} evaluation question(s): {shown}{more};"
+        " the score does not apply to new questions"
+    )
 
 
 def _by_part(keys: Iterable[str]) -> Mapping[str, Sequence[str]]:
@@ -78,18 +70,6 @@ def _likely(text: str, questions: Mapping[str, Sequence[str]]) -> Iterator[str]:
     places = range(len(text) - _SHORTEST + 1)
     for part in {some for i in places if (some := text[i : i + _SHORTEST]) in questions}:
         yield from questions[part]
-
-
-def describe(leaks: Sequence[ContaminatedQuestion]) -> str:
-    """Return one line about the leaked questions; '' if there are none."""
-    if not leaks:
-        return ""
-    shown = ", ".join(f"line {x.line} in line {x.other_line}" for x in leaks[:5])
-    more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
-    return (
-        f"{leaks[0].other} contains {len(leaks)} evaluation question(s): {shown}{more};"
-        " the score does not apply to new questions"
-    )
 
 
 @lru_cache(maxsize=2)  # the builds of a fleet share it

@@ -16,7 +16,7 @@ from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Progress
 from weightsmith.core.values import Json, JsonValue, Score, Scores
 from weightsmith.evaluating.build_record import DifferenceRecord, SamenessRecord
-from weightsmith.evaluating.contamination import describe, find_contamination
+from weightsmith.evaluating.contamination import describe_contamination
 from weightsmith.evaluating.gate import (
     Rule,
     Verdict,
@@ -140,7 +140,7 @@ def check_contamination(
         for other in (task.settings.training, calibration.data if calibration else ""):
             if not other:
                 continue
-            leaks = describe(find_contamination(task.task.items, file.folder / other))
+            leaks = describe_contamination(task.task.items, file.folder / other)
             if leaks and task.settings.strict:
                 raise InputRefused(leaks, hint="remove them from one of the two files")
             if leaks:

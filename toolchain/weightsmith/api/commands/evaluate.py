@@ -19,7 +19,7 @@ from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.trees import below
 from weightsmith.core.values import Json, Score, Writable, plain
 from weightsmith.evaluating.client import KeptAnswers
-from weightsmith.evaluating.contamination import describe, find_contamination
+from weightsmith.evaluating.contamination import describe_contamination
 from weightsmith.evaluating.gate import Rule, judge_drop, sampled, too_few, wilson
 from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.likelihood import supports_echo
@@ -111,7 +111,7 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
     if len(items) < len(everything):
         tools.progress.note(sampled(len(items), len(everything)))
     for other in (scoring.training, asked.calibration):
-        leaks = describe(find_contamination(items, Path(other))) if other else ""
+        leaks = describe_contamination(items, Path(other)) if other else ""
         if leaks and scoring.strict:
             raise InputRefused(
                 leaks, hint="remove them from one of the two files, or remove --strict"
