@@ -15,6 +15,7 @@ from weightsmith.forward.weights import Weights
 from weightsmith.quantizers.architectures import EXPERTS
 
 from tests.fakes.decoders import make_sparse
+from tests.unit.forward.answering import logits
 from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model
 
 IDS = torch.arange(7, 47).reshape(2, 20)
@@ -49,15 +50,10 @@ def network_of(folder: Path) -> Any:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=IDS, use_cache=False).logits.float()
-
-
 def streamed(folder: Path, *adapters: Path) -> torch.Tensor:
     lockstep = Lockstep(cpus=2)
     network = view(folder, [(adapter, 1.0) for adapter in adapters], lockstep, 0)
-    return lockstep.run({"": lambda: logits(network)})[""]
+    return lockstep.run({"": lambda: logits(network, IDS)})[""]
 
 
 @pytest.mark.parametrize("architecture", sorted(EXPERTS))
@@ -68,7 +64,7 @@ def test_logits_are_those_of_the_model_in_memory(
 
     found = streamed(folder)
 
-    torch.testing.assert_close(found, logits(network_of(folder)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, logits(network_of(folder), IDS), rtol=1e-4, atol=1e-5)
     assert bool(stacks_read) == (architecture in ALL_AT_ONCE)
 
 
@@ -79,7 +75,7 @@ def test_vectors_of_three_dimensions_are_no_experts(tmp_path: Path) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "rescale_every": 0}
     RwkvForCausalLM(RwkvConfig(**sizes)).save_pretrained(tmp_path)
 
-    torch.testing.assert_close(streamed(tmp_path), logits(network_of(tmp_path)))
+    torch.testing.assert_close(streamed(tmp_path), logits(network_of(tmp_path), IDS))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
@@ -94,7 +90,7 @@ def test_an_adapter_on_stacked_parameters_adds_to_single_experts(
     found, alone = streamed(base, adapter), streamed(base)
 
     tuned = PeftModel.from_pretrained(network_of(base), adapter).eval()
-    torch.testing.assert_close(found, logits(tuned), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, logits(tuned, IDS), rtol=1e-4, atol=1e-5)
     assert (found - alone).abs().max() > 0.01
     assert not stacks_read
 
@@ -114,7 +110,7 @@ def test_base_and_adapter_share_what_is_read(
     monkeypatch.setattr(lockstep, "_multiply", count)
     views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("lora", [(adapter, 1)]))}
 
-    lockstep.run({name: lambda one=one: logits(one) for name, one in views.items()})
+    lockstep.run({name: lambda one=one: logits(one, IDS) for name, one in views.items()})
 
     assert served.count(2) > 0.9 * len(served)
 

@@ -16,10 +16,11 @@ from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import UnmergedModel, answers, load_network
 
+from tests.unit.forward import answering
+from tests.unit.forward.answering import MOST, walked
 from tests.unit.validating.conftest import make_adapter, make_model
 
 PROMPTS = [[1, 7, 9, 200, 31], [1, 50, 60], [1, 300, 301, 302, 303, 304, 305, 306], [1, 4]]
-MOST = 12
 
 
 def generated(root: Path, adapter: Path | None = None) -> list[list[int]]:
@@ -30,16 +31,7 @@ def generated(root: Path, adapter: Path | None = None) -> list[list[int]]:
     model: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    model.eval()
-    rows = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        seen = torch.ones_like(ids)
-        made = model.generate(
-            input_ids=ids, attention_mask=seen, do_sample=False, max_new_tokens=MOST, pad_token_id=3
-        )
-        rows.append(made[0, len(prompt) :].tolist())
-    return rows
+    return answering.generated(model.eval(), PROMPTS)
 
 
 def asked(drafts: dict[int, Sequence[int]] | None = None) -> Questions:
@@ -47,10 +39,8 @@ def asked(drafts: dict[int, Sequence[int]] | None = None) -> Questions:
 
 
 def answer(root: Path, adapter: Path | None = None, **more: Any) -> list[list[int]]:
-    lockstep = Lockstep(2)
-    adapters = [(adapter, 1.0)] if adapter else []
-    model = view(root, adapters, lockstep, 0)
-    return lockstep.run({"": lambda: greedy(model, asked(**more), lambda _: None)})[""].tokens
+    (found,) = walked(root, asked(**more), [(adapter, 1.0)] if adapter else [])
+    return found.tokens
 
 
 def adapter_of(tmp_path: Path, base: Path, kind: str, **options: Any) -> Path:
@@ -120,14 +110,10 @@ def test_an_answer_ends_with_the_first_end_token_of_a_draft_or_of_its_own(tmp_pa
     true = generated(base)
     ends = [true[0][2], true[1][5], 2]
     wanted = [row[: next((i for i, t in enumerate(row) if t in ends), MOST) + 1] for row in true]
-    lockstep = Lockstep(2)
-    model = view(base, [], lockstep, 0)
 
     for drafts in ({}, dict(enumerate(true))):
-        questions = Questions(prompts=PROMPTS, ends=ends, most=MOST, drafts=drafts)
-        found = lockstep.run({"": lambda q=questions: greedy(model, q, lambda _: None)})
-
-        assert found[""].tokens == wanted
+        (found,) = walked(base, Questions(prompts=PROMPTS, ends=ends, most=MOST, drafts=drafts), [])
+        assert found.tokens == wanted
 
 
 @pytest.mark.slow
@@ -144,14 +130,11 @@ def test_views_of_one_checkpoint_read_each_matrix_once(
         multiply(self, requests)
 
     monkeypatch.setattr(Lockstep, "_multiply", counted)
-    lockstep = Lockstep(2)
-    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
-    run = {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
 
-    found = lockstep.run(run)
+    alone, adapted = walked(base, asked(), [], [(lora, 1.0)])
 
-    assert found["base"].tokens == generated(base)
-    assert found["adapter"].tokens == generated(base, lora)
+    assert alone.tokens == generated(base)
+    assert adapted.tokens == generated(base, lora)
     assert shared.count(2) > 0.9 * len(shared)
 
 
@@ -160,15 +143,11 @@ def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_
     base = make_model(tmp_path / "base", num_key_value_heads=4, intermediate_size=64)
     spans = [[0, 2], [0, 3]]
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"], layer_replication=spans)
-    lockstep = Lockstep(2)
-    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
 
-    found = lockstep.run(
-        {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
-    )
+    alone, adapted = walked(base, asked(), [], [(lora, 1.0)])
 
-    assert found["base"].tokens == generated(base)
-    assert found["adapter"].tokens == generated(base, lora)
+    assert alone.tokens == generated(base)
+    assert adapted.tokens == generated(base, lora)
 
 
 def multiplied_rows(monkeypatch: pytest.MonkeyPatch, height: int = 0) -> list[int]:
@@ -269,9 +248,8 @@ def test_margins_are_those_of_a_forward_pass(
     root = make_model(tmp_path / "base", kind, **options)
     expected = generated(root)
     drafts = {n: [*row[:5], 5, *row[6:]] for n, row in enumerate(expected)} if drafted else {}
-    model, lockstep = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32), Lockstep(2)
-    streamed = view(root, [], lockstep, 0)
-    found = lockstep.run({"": lambda: greedy(streamed, asked(drafts), lambda _: None)})[""]
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    (found,) = walked(root, asked(drafts), [])
 
     assert max(most) <= max(positions, len(PROMPTS))
     assert found.tokens == expected

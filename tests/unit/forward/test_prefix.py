@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from weightsmith.forward.greedy import Prefix, Questions, empty_prefix, greedy, shared_prefix
 from weightsmith.forward.keys import Keys
-from weightsmith.forward.lockstep import Lockstep
-from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 
+from tests.unit.forward.answering import MOST, generated, walked
 from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model
 
-MOST = 12
 HEAD = [1, *range(40, 99)]
 PROMPTS = [[*HEAD, *tail] for tail in ([7, 9, 200, 31], [50], [300, 301, 302, 303, 304], [4, 4])]
 KINDS = ["llama", "qwen2", "gpt2", "gemma3", "qwen3_moe", "bloom", "opt", "mistral"]
-
-
-def generated(network: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
-    rows = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        made = network.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=MOST,
-            pad_token_id=3,
-        )
-        rows.append(made[0, len(prompt) :].tolist())
-    return rows
 
 
 @pytest.mark.grid(8)
@@ -42,18 +24,15 @@ def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_model(tmp_path / "base", kind)
-    true = generated(load_network(base, []))
+    true = generated(load_network(base, []), PROMPTS)
     lengths: list[int] = []
     rows = Prefix.rows
     monkeypatch.setattr(Prefix, "rows", lambda p, *n: (lengths.append(p.length), rows(p, *n))[1])
-    model = view(base, [], lockstep := Lockstep(2), 0)
     wrong = [[*row[:3], 11, *row[4:]] for row in true]
 
     for drafts in ({}, dict(enumerate(true)), dict(enumerate(wrong)), {0: true[0][:4]}):
         asked = Questions(prompts=PROMPTS, ends=[2], most=MOST, filler=3, drafts=drafts)
-        found = lockstep.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
-
-        assert found[""].tokens == true
+        assert walked(base, asked, [])[0].tokens == true
     assert len(HEAD) in lengths
 
 
@@ -61,16 +40,12 @@ def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
 def test_an_adapter_has_its_own_prefix(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj", "v_proj"])
-    asked = Questions(prompts=PROMPTS, ends=[2], most=MOST)
-    lockstep = Lockstep(2)
-    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+    both = [], [(lora, 1.0)]
 
-    found = lockstep.run(
-        {n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()}
-    )
+    found = walked(base, Questions(prompts=PROMPTS, ends=[2], most=MOST), *both)
 
-    assert found["base"].tokens == generated(load_network(base, []))
-    assert found["adapter"].tokens == generated(load_network(base, [(lora, 1.0)]))
+    for one, adapters in zip(found, both, strict=True):
+        assert one.tokens == generated(load_network(base, adapters), PROMPTS)
 
 
 @pytest.mark.parametrize("window", [8, 4096])
@@ -82,7 +57,7 @@ def test_a_window_shorter_than_the_text_has_no_shared_prefix(tmp_path: Path, win
     prefix = shared_prefix(network, PROMPTS, empty_prefix(network, PROMPTS, MOST))
 
     assert prefix.length == (0 if window == 8 else len(HEAD))
-    assert greedy(network, asked, lambda _: None).tokens == generated(network)
+    assert greedy(network, asked, lambda _: None).tokens == generated(network, PROMPTS)
 
 
 @pytest.mark.parametrize("kind", ["mpt", "gpt_neo", "doge"])
@@ -94,14 +69,11 @@ def test_attention_that_counts_columns_finds_no_holes(
     # What Doge makes of all values, strong enough to decide tokens.
     edit_tensors(base, lambda t: t.update({n: 40 * t[n] for n in t if n.endswith(".A")}))
     true = generated(load_network(base, []), prompts)
-    model = view(base, [], lockstep := Lockstep(2), 0)
     wrong = [[*row[:3], 11, *row[4:]] for row in true]
 
     for drafts in ({}, {0: true[0], 1: wrong[1]}):
         asked = Questions(prompts=prompts, ends=[], most=MOST, filler=3, drafts=drafts)
-        found = lockstep.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
-
-        assert found[""].tokens == true
+        assert walked(base, asked, [])[0].tokens == true
 
 
 def test_only_plain_caches_and_windows_that_hold_the_text_have_a_prefix(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import UnmergedModel
 
+from tests.unit.forward.answering import logits
 from tests.unit.merging.models import build
 from tests.unit.merging.oracle import make_base, train, unmerged
 
@@ -27,17 +27,12 @@ def test_models_with_states_are_streamed(kind: str, tmp_path: Path) -> None:
     model = build(kind).eval()
     model.save_pretrained(tmp_path)
 
-    def logits(network: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            found: torch.Tensor = network(input_ids=IDS, use_cache=False).logits
-            return found
-
     lockstep = Lockstep(cpus=2)
     network = view(tmp_path, [], lockstep, 0)
 
-    found = lockstep.run({"": lambda: logits(network)})[""]
+    found = lockstep.run({"": lambda: logits(network, IDS)})[""]
 
-    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, logits(model, IDS), rtol=1e-4, atol=1e-5)
 
 
 NEW = {
@@ -67,18 +62,12 @@ def test_an_adapter_of_another_vocabulary_answers_as_in_peft(
     adapter = train(base, "llama", tmp_path / "adapter", config, resize=rows)
     wanted = unmerged(base, "llama", adapter, resize=rows)
     ids = torch.arange(40).view(2, 20) % 90
-
-    def logits(network: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            found: torch.Tensor = network(input_ids=ids, use_cache=False).logits
-            return found
-
     subject, lockstep = UnmergedModel(model=base, adapters=[(adapter, 1.0)]), Lockstep(cpus=2)
     streamed = subject.streamed(lockstep, 0)
 
     for found in (
-        lockstep.run({"": lambda: logits(streamed)})[""],
-        logits(subject.whole()),
+        lockstep.run({"": lambda: logits(streamed, ids)})[""],
+        logits(subject.whole(), ids),
     ):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     assert streamed.config.get_text_config().vocab_size == rows
