@@ -42,9 +42,13 @@ def test_a_base_on_the_hub_is_linked(facts: dict[str, Any], relation: str) -> No
     assert f"| base | [acme/base](https://huggingface.co/acme/base) | {COMMIT} |" in card
 
 
-def test_a_base_from_elsewhere_is_named_only() -> None:
-    card = text(base=Parent(name="base", pin="sha256:1"), adapters=(ADAPTER,), method="ties")
+def test_a_base_from_elsewhere_is_named_only_and_scores_have_intervals() -> None:
+    scores = {"image": ScoreRecord(score=1.0, n=33, metric="contains")}
+    base = Parent(name="base", pin="sha256:1")
+    card = text(base=base, adapters=(ADAPTER,), method="ties", scores=scores, verdict="passed")
 
+    assert "| image | 33 of 33 | 1.000 | 0.90 to 1.00 |" in card
+    assert "Verdict: **passed**." in card
     assert "base_model" not in front(card)
     assert "| base | base | sha256:1 |" in card
     assert f"| adapter v3 | support-v3 | {ADAPTER.pin}, run run/1 |" in card
@@ -66,14 +70,6 @@ def test_a_base_from_elsewhere_is_named_only() -> None:
 def test_a_licence_that_the_hub_does_not_know_has_a_name(said: str, expected: Any) -> None:
     found = front(text(license=said))
     assert {key: found[key] for key in found if key.startswith("license")} == expected
-
-
-def test_scores_have_intervals() -> None:
-    right = ScoreRecord(score=1.0, n=33, metric="contains")
-    card = text(scores={"image": right}, verdict="passed")
-
-    assert "| image | 33 of 33 | 1.000 | 0.90 to 1.00 |" in card
-    assert "Verdict: **passed**." in card
 
 
 @pytest.mark.parametrize("name", ["# x", "a | b", "---", "[x](http://evil)", "<script>", "a\n\nb"])

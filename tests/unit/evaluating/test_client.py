@@ -14,7 +14,6 @@ from weightsmith.evaluating import client
 from weightsmith.evaluating.client import (
     Served,
     ask_all,
-    check_served_name,
     find_served,
     wait_until_healthy,
 )
@@ -30,6 +29,7 @@ from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
 QUICK = SessionLimits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)
 SUPPORT = Served(name="support")
+QUIET = SimpleNamespace(advance=lambda *_: None)
 ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",), line=1)
 
 
@@ -149,11 +149,6 @@ def test_nobody_listens(serve):
     assert "start the server" in caught.value.hint
 
 
-def test_another_model_is_reported(serve):
-    with pytest.raises(CheckFailed, match=r"'other', but support"):
-        check_served_name(ServerSession(serve().endpoint, QUICK), "other")
-
-
 def test_a_server_that_died_shows_its_last_lines(serve):
     server = serve(lambda handler, body: handler.send(500, {}))
     server.living = False
@@ -215,6 +210,12 @@ def test_waits_until_the_model_is_loaded(serve, clock):
     assert wait_until_healthy(server.endpoint, "/health", 5, poll=1) == 3
 
 
+def ask_many(server, items, concurrency, progress=QUIET):
+    with ServerSession(server.endpoint, SessionLimits(request_seconds=300)) as session:
+        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
+        return ask_all(items, asking, progress, concurrency=concurrency)
+
+
 def questions(*texts):
     return [replace(ASKED, messages=({"role": "user", "content": text},)) for text in texts]
 
@@ -226,16 +227,11 @@ def test_asks_everything_in_order(serve):
     seen = []
     progress = SimpleNamespace(advance=lambda *told: seen.append(told))
 
-    with ServerSession(serve(behave).endpoint, QUICK) as session:
-        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
-        answers = ask_all(questions("red", "blue"), asking, progress)
+    answers = ask_many(serve(behave), questions("red", "blue"), 1, progress)
 
     assert [a["answer"] for a in answers] == ["You said red", "You said blue"]
     assert all(a["seconds"] > 0 for a in answers)
     assert seen[-1] == (2, 2, "items")
-
-
-QUIET = SimpleNamespace(advance=lambda *_: None)
 
 
 def test_many_at_once_stay_in_order(serve):
@@ -246,19 +242,15 @@ def test_many_at_once_stay_in_order(serve):
         handler.send(200, answer(body["messages"][-1]["content"]))
 
     texts = [f"q{i}" for i in range(12)]
-    with ServerSession(serve(behave).endpoint, SessionLimits(request_seconds=300)) as session:
-        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
-        answers = ask_all(questions(*texts), asking, QUIET, concurrency=4)
+    answers = ask_many(serve(behave), questions(*texts), 4)
 
     assert [a["answer"] for a in answers] == texts
 
 
 def test_a_failure_among_many_ends_the_rest(serve):
     server = serve(lambda handler, body: handler.send(400, {"error": "no"}))
-    with ServerSession(server.endpoint, QUICK) as session:
-        asking = partial(ask_one, session, SUPPORT, max_tokens=9)
-        with pytest.raises(CheckFailed, match="HTTP 400"):
-            ask_all([ASKED] * 500, asking, QUIET, concurrency=4)
+    with pytest.raises(CheckFailed, match="HTTP 400"):
+        ask_many(server, [ASKED] * 500, 4)
 
     assert len(server.asked) < 100
 

@@ -5,7 +5,6 @@ import json
 import threading
 import zlib
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,8 @@ from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 
-from tests.fakes.serving import serving
+from tests.fakes import openai_server
+from tests.fakes.serving import Serving, serving
 
 QUICK = SessionLimits(request_seconds=300, tries=1, pause_seconds=0.01)
 PROMISE = Promise(
@@ -27,10 +27,9 @@ PROMISE = Promise(
 )
 
 
-class Server(ThreadingHTTPServer):
+class Server(Serving):
     """A good server, but for what a test changes."""
 
-    daemon_threads = True
     name = "support"
     text = "Hello there"
     finish = "stop"
@@ -42,7 +41,7 @@ class Server(ThreadingHTTPServer):
     picture_status = 200
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.busy, self.together = 0, 0
         self.pictures = []
         self.lock = threading.Lock()
@@ -74,22 +73,22 @@ class Server(ThreadingHTTPServer):
         return self.endpoint
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(openai_server.Handler):
     def do_GET(self):
-        self.reply(200, {"data": [{"id": self.server.name}]})
+        self.send(200, {"data": [{"id": self.server.name}]})
 
     def do_POST(self):
-        server, body = self.server, self.body()
+        server, body = self.server, json.loads(self.body())
         if isinstance(body["messages"][0]["content"], list):
             server.pictures.append(body["messages"][0]["content"])
-            self.reply(server.picture_status, {"choices": [{"message": {"content": "red"}}]})
+            self.send(server.picture_status, {"choices": [{"message": {"content": "red"}}]})
             return
         if len(body["messages"][0]["content"].split()) > 64:
             server.crowd = threading.Barrier(PROMISE.max_num_seqs, timeout=120)
-            self.reply(server.long_status, {"error": {"message": server.long_error}})
+            self.send(server.long_status, {"error": {"message": server.long_error}})
             return
         if "logprobs" in body and server.logprobs_status != 200:
-            self.reply(server.logprobs_status, {"error": {"message": "EngineDeadError"}})
+            self.send(server.logprobs_status, {"error": {"message": "EngineDeadError"}})
             return
         if body.get("ignore_eos") and not body["stream"]:
             self.end_plain()
@@ -106,14 +105,14 @@ class Handler(BaseHTTPRequestHandler):
             self.stream(interrupted="ignore_eos" in body)
             return
         message = {"message": {"content": text}, "finish_reason": server.finish}
-        self.reply(200, {"choices": [message]})
+        self.send(200, {"choices": [message]})
 
     def end_plain(self):
         assert self.server.told.wait(120)
         if self.server.after == "refuses it":
-            self.reply(503, {"error": {"message": "it ends"}})
+            self.send(503, {"error": {"message": "it ends"}})
         elif self.server.after != "loses the other":
-            self.reply(200, {"choices": [{"message": {"content": "Hello"}}]})
+            self.send(200, {"choices": [{"message": {"content": "Hello"}}]})
 
     def stream(self, *, interrupted=False):
         if not self.server.alive:
@@ -129,19 +128,6 @@ class Handler(BaseHTTPRequestHandler):
                     return
         if self.server.done:
             self.wfile.write(b"data: [DONE]\n\n")
-
-    def body(self):
-        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-
-    def reply(self, status, value):
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture

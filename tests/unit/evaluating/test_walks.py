@@ -102,12 +102,9 @@ def test_small_tasks_share_a_walk_and_large_ones_do_not() -> None:
     assert len(walks(small, None, 8 * GIB)) == 60
     assert sum(map(len, walks(small, TINY, 0))) == 60
 
-
-def test_a_walk_has_no_more_models_than_it_may() -> None:
+    # No more models than there may be.
     units = list(once(unit(str(n), task("one")) for n in range(150)))
-
     groups = walks(units, TINY, 8 * GIB)
-
     assert [unit for group in groups for unit in group] == units
     assert all(sum(walk_of(one).views for one in group) <= VIEWS for group in groups)
 
