@@ -15,72 +15,57 @@ from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.result import Validation
 from weightsmith.validating.validate import ValidationRequest, validate
 
+from tests.paths import TINY
 from tests.unit.merging.oracle import save_adapter
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
-SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
-LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+_SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
+_LLAMA = _SIZES | {"intermediate_size": 96, "num_key_value_heads": 2}
+_HEADS = _LLAMA | {"head_dim": 16}
+_SPARSE = _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_GPT2 = {"vocab_size": 512, "n_layer": 3, "n_head": 4}
 _LOCAL = {"window_size": 8, "attention_types": [[["global", "local", "local"], 1]]}
-_OTHERS = {
-    "bloom": ("BloomConfig", {"vocab_size": 512, "n_layer": 3, "n_head": 4, "hidden_size": 64}),
-    "mpt": ("MptConfig", {"vocab_size": 512, "n_layers": 3, "n_heads": 4, "d_model": 64}),
+_MAMBA = {
+    "attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1,
+    "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 8,
+}  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", _GPT2 | {"hidden_size": 64}),
+    "doge": ("DogeConfig", _LLAMA),
+    "gemma3": ("Gemma3TextConfig", _HEADS),
+    "gpt2": ("GPT2Config", _GPT2 | {"n_embd": 64, "n_positions": 128}),
     "gpt_neo": (
         "GPTNeoConfig",
-        {"vocab_size": 512, "num_layers": 3, "num_heads": 4, "hidden_size": 64, **_LOCAL},
+        {"vocab_size": 512, "num_layers": 3, "num_heads": 4, "hidden_size": 64} | _LOCAL,
     ),
-    "doge": ("DogeConfig", SIZES | LLAMA),
+    "gpt_oss": ("GptOssConfig", _SPARSE),
+    "granite": ("GraniteConfig", _LLAMA),
+    "jamba": ("JambaConfig", _LLAMA | _MAMBA),
+    "llama": ("LlamaConfig", _LLAMA),
+    "mistral": ("MistralConfig", _LLAMA),
+    "mixtral": ("MixtralConfig", _SPARSE),
+    "mpt": ("MptConfig", {"vocab_size": 512, "n_layers": 3, "n_heads": 4, "d_model": 64}),
+    "opt": ("OPTConfig", _SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        _HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
 }
-QUIET = ("transformers", "torch", "peft")
-
-
-def config_of(kind: str, **options: Any) -> Any:
-    import transformers
-
-    if kind in _OTHERS:
-        name, sizes = _OTHERS[kind]
-        return getattr(transformers, name)(**sizes | options)
-    match kind:
-        case "llama":
-            return transformers.LlamaConfig(**SIZES | LLAMA | options)
-        case "qwen2":
-            return transformers.Qwen2Config(**SIZES | LLAMA | options)
-        case "qwen3_moe":
-            moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-            return transformers.Qwen3MoeConfig(**SIZES | LLAMA | moe | {"head_dim": 16} | options)
-        case "mixtral" | "gpt_oss":
-            name = {"mixtral": "MixtralConfig", "gpt_oss": "GptOssConfig"}[kind]
-            moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-            return getattr(transformers, name)(**SIZES | LLAMA | moe | options)
-        case "gpt2":
-            sizes = {"vocab_size": 512, "n_layer": 3, "n_head": 4, "n_embd": 64}
-            return transformers.GPT2Config(**sizes, n_positions=128, **options)
-        case "gemma3":
-            return transformers.Gemma3TextConfig(**SIZES | LLAMA | {"head_dim": 16} | options)
-        case "granite":
-            return transformers.GraniteConfig(**SIZES | LLAMA | options)
-        case "opt":
-            sizes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "hidden_size": 64}
-            return transformers.OPTConfig(**SIZES | sizes | options)
-        case "mistral":
-            return transformers.MistralConfig(**SIZES | LLAMA | options)
-        case "jamba":
-            mamba = {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1}
-            mamba |= {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 8}
-            return transformers.JambaConfig(**SIZES | LLAMA | mamba | options)
-    raise ValueError(kind)
 
 
 def make_model(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> Path:
     """Write a model with the tiny example's tokenizer."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    options = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3} | options
+    name, sizes = CONFIGS[kind]
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = getattr(transformers, name)(**sizes | tokens | options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config_of(kind, **options))
+        model = transformers.AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.1)
