@@ -146,8 +146,9 @@ def test_a_file_that_fits_no_layer_once_dequantized_is_refused(memory: Memory, w
         plan_of(request, memory.tools)
 
     check(1.1 * whole / 2)  # a GGUF file of 16 bits
-    with pytest.raises(UsageError, match="one layer"):
+    with pytest.raises(UsageError, match="one layer") as caught:
         check(0.9 * whole / 2)
+    assert "quantize.split_max_size" in caught.value.hint
 
 
 def test_scales_of_a_cache_are_measured_on_the_dequantized_weights(

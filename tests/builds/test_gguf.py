@@ -1,9 +1,7 @@
 """GGUF files by llama.cpp's own programs, read back and measured."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,64 +139,3 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
     ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None).kl_mean
 
     assert ours == pytest.approx(theirs, rel=0.25)
-
-
-RUN = """
-import sys
-from pathlib import Path
-from weightsmith.outside.folders import read_tree
-from weightsmith.steps.destinations import InStore
-from weightsmith.core.ports import Silent
-from weightsmith.quantizers.quality.measure import measure
-from weightsmith.quantizers import formats
-from weightsmith.quantizers.calibration import read_texts
-from weightsmith.recipe.schema import TextBounds
-from weightsmith.recipe.run_options import RunOptions
-from weightsmith.stages.quantize import QuantizeOptions, quantize
-from weightsmith.core.values import Checkpoint
-from weightsmith.building.wiring import open_tools
-
-class Loud(Silent):
-    def note(self, text):
-        print(text, flush=True)
-
-model, texts = map(Path, sys.argv[1:])
-wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
-                texts=read_texts(texts, TextBounds()))
-with open_tools(RunOptions(runner="local"), Loud()) as tools:
-    tree = read_tree(model, tools.store, tools.progress)
-    made = quantize(Checkpoint(tree=tree), wanted, InStore(tools.store), tools).value
-print("made", [(file.path, file.digest) for file in made.tree.files])
-"""
-
-
-@pytest.mark.full
-def test_a_killed_quantization_goes_on_where_it_was(tmp_path):
-    """Killed while it quantizes: conversion and matrix are not made again, the bytes are equal."""
-
-    def start(store: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, TINY / "base", TINY / "calibration.jsonl"],
-            env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / store)},
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    for number in range(8):  # now and then it is done before it can be killed
-        with start(f"killed-{number}") as process:
-            for line in process.stdout:
-                if line.startswith("quantizing to"):
-                    process.kill()
-        marks = [*(tmp_path / f"killed-{number}").rglob(".done")]
-        if marks and len(marks[0].read_text("utf-8").splitlines()) == 2:
-            assert process.returncode == -signal.SIGKILL
-            break
-    with start(f"killed-{number}") as process:
-        again = process.stdout.read().splitlines()
-    with start("whole") as process:
-        whole = process.stdout.read().splitlines()
-
-    done = [line for line in again if line.endswith(": already done")]
-    assert [line.split()[0] for line in done] == ["converting", "measuring"]
-    assert not any("already done" in line for line in whole)
-    assert again[-1] == whole[-1]
-    assert whole[-1].startswith("made [('tiny.gguf'")

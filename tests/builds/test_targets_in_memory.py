@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.api.commands.images import inspect_image, inspect_text
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.building import checks
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
@@ -22,9 +23,10 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.baking import push_base
-from tests.fakes.memory import QUESTIONS, VLLM, Memory, in_memory
+from tests.fakes.memory import QUESTIONS, Memory, in_memory, new_signer
 
 TARGET = "llamacpp-q4_k_m"
+MACHINES = ("amd64", "arm64")
 
 
 @pytest.fixture
@@ -316,32 +318,87 @@ def test_an_image_for_a_gpu_that_is_not_here_is_published_unstarted(memory: Memo
     assert "1.0.0-vllm" in {tag for _, tag in memory.registry.manifests}
 
 
-def test_an_image_is_there_for_every_platform_of_its_base(memory: Memory) -> None:
-    base = memory.use_vllm()
-    labels = {"dev.weightsmith.engine": "vllm"}
-    first = memory.client.pull(Reference.parse(base))
-    push_base(memory.client, f"{base}-arm", labels, VLLM, "linux/arm64")
-    second = memory.client.pull(Reference.parse(f"{base}-arm"), platform="linux/arm64")
-    index = f"{memory.registry.host}/engines/vllm:both"
-    memory.client.push(Index(images=(first, second)), Reference.parse(index))
-    built = memory.build(f"image.base={index}", push=True)["vllm"]
+def both_platforms(memory: Memory, content: bytes = b"1") -> str:
+    """Put vLLM's base for two platforms into registry and recipe, always under the same tag."""
+    memory.use_vllm()
+    name, labels = f"{memory.registry.host}/engines/vllm:both", {"dev.weightsmith.engine": "vllm"}
+    images = []
+    for machine in MACHINES:
+        files = {"usr/bin/vllm": machine.encode() + content}
+        push_base(memory.client, f"{name}-{machine}", labels, files, f"linux/{machine}")
+        place = Reference.parse(f"{name}-{machine}")
+        images.append(memory.client.pull(place, platform=f"linux/{machine}"))
+    memory.client.push(Index(images=tuple(images)), Reference.parse(name), force=True)
+    memory.write_recipe(targets=["vllm"], image={"repository": memory.repository, "base": name})
+    return name
+
+
+def test_an_image_for_each_platform_of_its_base_shares_the_weights(memory: Memory) -> None:
+    base, layout = both_platforms(memory), memory.folder / "own"
+    memory.signer, key = new_signer(), memory.folder / "key.pub"
+    key.write_bytes(memory.signer.public)
+    built = memory.build(push=True, layout=layout)["vllm"].published
+    name = f"{memory.repository}:1.0.0-vllm"
     kind, body = memory.registry.manifests["team/tiny", "1.0.0-vllm"]
     rows = json.loads(body)["manifests"]
 
     assert "index" in kind
-    assert [row["platform"]["architecture"] for row in rows] == ["amd64", "arm64"]
-    assert built.published.digest not in {row["digest"] for row in rows}
+    assert [row["platform"]["architecture"] for row in rows] == [*MACHINES]
+    assert built.digest not in {row["digest"] for row in rows}
     assert memory.launcher.asked
+    pulled = [
+        memory.client.pull(Reference.parse(name), platform=f"linux/{one}") for one in MACHINES
+    ]
+    amd, arm = ({x.digest for x in one.layers if x.file.startswith("models/")} for one in pulled)
+    assert amd == arm != set()
+    for place in (name, str(layout)):
+        found = verify_image(place, key, memory.client, Silent())
+        checks = {row["check"] for row in found["checks"]}
+        assert found["digest"] == built.digest
+        assert {"signature", "linux/amd64 signature", "linux/arm64 weights"} <= checks
+    for machine, image in zip(MACHINES, pulled, strict=True):
+        seen = inspect_image(name, memory.client, memory.engine, f"linux/{machine}")
+        assert (seen["digest"], seen["index"]) == (image.digest, built.digest)
+        assert f"linux/{machine}, one of linux/amd64, linux/arm64" in inspect_text(seen)
+    with pytest.raises(InputRefused, match="linux/amd64"):
+        inspect_image(f"{base}-amd64", memory.client, memory.engine, "linux/arm64")
+
+    # One platform's layer is damaged: it is told which one.
+    broken = pulled[1].layers[0].digest
+    memory.registry.blobs["team/tiny", broken] = memory.registry.blobs["team/tiny", broken][::-1]
+    with pytest.raises(CheckFailed) as caught:
+        verify_image(name, key, memory.client, Silent())
+    bad = [row["check"] for row in caught.value.details["checks"] if row["ok"] is False]
+    assert bad == ["linux/arm64 layer 0"]
 
 
-def test_weights_may_lie_below_the_engine(memory: Memory) -> None:
+def test_the_lock_decides_which_base(memory: Memory) -> None:
+    both_platforms(memory)
+    first = memory.build(push=True)["vllm"].published
+    both_platforms(memory, b"2")
+    again = memory.build(push=True)["vllm"].published
+    assert (again.digest, again.uploaded_bytes) == (first.digest, 0)
+
+    (memory.home / "recipe.lock").unlink()
+    with pytest.raises(UsageError) as caught:
+        memory.build(push=True)
+    assert "--force" in caught.value.hint
+    one = memory.build("image.platforms=[linux/arm64]", push=True, force=True)["vllm"].published
+    assert one.digest != first.digest
+    assert "index" not in memory.registry.manifests["team/tiny", "1.0.0-vllm"][0]
+    with pytest.raises(UsageError, match="linux/s390x"):
+        memory.build("image.platforms=[linux/s390x]")
+
+
+def test_weights_in_small_layers_may_lie_below_the_engine(memory: Memory) -> None:
     base = memory.use_vllm()
-    memory.build("image.order=weights-first")
+    largest = (memory.home / "base" / "model.safetensors").stat().st_size // 2 + (130 << 10)
+    memory.build("image.order=weights-first", f"image.max_layer_size={largest}")
     image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
     below = memory.client.pull(Reference.parse(base))
 
     assert image.diff_ids[0] != below.layers[0].diff_id
-    assert below.layers[0].diff_id in image.diff_ids
+    assert below.layers[0].diff_id in image.diff_ids[2:]
 
 
 @pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])

@@ -97,24 +97,6 @@ def start(prefetch: Prefetch, tools: Tools, *steps: Work) -> None:
     prefetch.start(steps or (Q4,), Results(), tools, SHARES)
 
 
-def test_it_runs_before_its_turn_and_is_seen_in_its_turn(tools: Any, runner: Blocked) -> None:
-    with closing(Prefetch()) as prefetch:
-        start(prefetch, tools)
-        assert runner.begun.wait(PATIENCE)
-        assert tools.progress.lines == []
-        tools.progress.finish("reference", 1.0, False)
-        os.eventfd_write(runner.let_go, 1)
-
-        assert prefetch.take(Q4).value == "blocked"
-
-    assert [line for line in tools.progress.lines if line[0] != "advance"] == [
-        ("finish", "reference"),
-        ("stage", "quantize", "q4_k_m"),
-        ("warn", "a warning"),
-        ("finish", "quantize"),
-    ]
-
-
 def test_it_is_followed_from_its_turn_on(tools: Any, runner: Blocked) -> None:
     class Reader(RecordingProgress):
         def stage(self, name: str, detail: str) -> None:
@@ -135,14 +117,6 @@ def test_it_is_followed_from_its_turn_on(tools: Any, runner: Blocked) -> None:
     ]
 
 
-def test_its_job_gets_its_share_of_the_memory(tools: Any, runner: Blocked) -> None:
-    with closing(Prefetch()) as prefetch:
-        start(prefetch, tools)
-        assert runner.begun.wait(PATIENCE)
-
-    assert runner.limits == [1 << 30]
-
-
 def test_its_error_waits_for_its_turn(tools: Any) -> None:
     def fails(_: Tools) -> str:
         raise CheckFailed("it is damaged", hint="make it again")
@@ -157,29 +131,6 @@ def test_its_error_waits_for_its_turn(tools: Any) -> None:
         start(prefetch, tools, damaged)  # whose turn never comes
 
 
-@pytest.mark.parametrize("error", [CheckFailed("no", hint="none"), KeyboardInterrupt()], ids=repr)
-def test_an_error_before_its_turn_ends_its_job(
-    tools: Any, runner: Blocked, error: BaseException
-) -> None:
-    seen: list[BaseException] = []
-
-    def resumable(given: Tools) -> str:
-        try:
-            return work(given)
-        except BaseException as end:
-            seen.append(end)
-            raise
-
-    with pytest.raises(type(error)), closing(Prefetch()) as prefetch:  # noqa: PT012
-        start(prefetch, tools, Work(does=resumable))
-        assert runner.begun.wait(PATIENCE)
-        raise error
-
-    assert runner.stopped
-    assert isinstance(seen[0], KeyboardInterrupt)  # as if Ctrl-C had ended its stage
-    assert tools.progress.lines == []
-
-
 def test_nothing_of_it_outlives_the_block(tools: Any, runner: Blocked) -> None:
     """In a notebook the process goes on, and the tools are closed."""
     before, ended = len(list(Path("/proc/self/fd").iterdir())), threading.Event()
@@ -187,15 +138,19 @@ def test_nothing_of_it_outlives_the_block(tools: Any, runner: Blocked) -> None:
     def slow_to_end(given: Tools) -> str:
         try:
             return work(given)
-        finally:
+        except KeyboardInterrupt:  # as if Ctrl-C had ended its stage
             time.sleep(0.2)
             ended.set()
+            raise
 
     with closing(Prefetch()) as prefetch:
         start(prefetch, tools, Work(does=slow_to_end))
         assert runner.begun.wait(PATIENCE)
 
     assert ended.is_set()
+    assert runner.stopped
+    assert runner.limits == [1 << 30]  # its share of the memory
+    assert tools.progress.lines == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
