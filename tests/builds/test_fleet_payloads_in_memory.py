@@ -127,28 +127,6 @@ def lose_blobs(cache: MemoryCache) -> None:
     cache.blobs.clear()
 
 
-@pytest.mark.parametrize(
-    ("lose", "here"),
-    [(lose_entries, True), (lose_blobs, False)],
-    ids=["entries, with a copy here", "blobs, without one"],
-)
-def test_what_the_cache_has_lost_meanwhile_is_sent_again(
-    two: Memory, lose: Callable[[MemoryCache], None], here: bool
-) -> None:
-    path = write_fleet(two, adapters=["./a"], targets=[Q4])
-    cache = two.cache = MemoryCache()
-    if not here:  # an earlier fleet sent it, and this machine's store was cleaned since
-        with two.sharing():
-            run_elsewhere(two, path, cache)
-        lose_results(cache, two.store)
-        two.store.entries.clear()
-
-    with two.sharing():
-        rows = run_elsewhere(two, path, cache, [lose])
-
-    assert (rows.cells[0].verdict, rows.cells[0].tries) == (GOOD, 2), rows.cells[0].error
-
-
 def damage_memory(cache: MemoryCache) -> None:
     cache.blobs = {digest: other_byte(data) for digest, data in cache.blobs.items()}
 
@@ -173,13 +151,14 @@ def other_byte(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "damage", "here"),
     [
+        ("memory", lose_entries, True),
+        ("memory", lose_blobs, False),
         ("memory", damage_memory, False),
         pytest.param("folder", damage_folder, True, marks=pytest.mark.slow),
         pytest.param("s3", damage_bucket, False, marks=pytest.mark.slow),
     ],
-    ids=["memory", "folder", "s3"],
 )
-def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
+def test_what_the_cache_has_lost_or_damaged_at_the_same_size_is_sent_again(
     two: Memory,
     kind: str,
     damage: Callable[[Any], None],
@@ -198,7 +177,7 @@ def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
                 monkeypatch.setenv(name, value)
             cache = S3Cache("cache/team")
         two.cache = cache
-        if not here:
+        if not here:  # an earlier fleet sent it, and this machine's store was cleaned since
             with two.sharing():
                 run_elsewhere(two, path, cache)
             lose_results(cache, two.store)
@@ -280,4 +259,7 @@ def run_elsewhere(
 
     tools = replace(memory.tools, share=memory.shared.share)
     engine = MemoryFleet(do, remote=True)
-    return run(memory, path, engine, tools=tools, outputs={"push": True})[0]
+    with pytest.MonkeyPatch.context() as patch:
+        # Only what is shared goes to the cache: an upload in the background could undo a loss.
+        patch.setattr(memory.shared._uploads, "add", lambda *_, **__: None)
+        return run(memory, path, engine, tools=tools, outputs={"push": True})[0]

@@ -151,28 +151,30 @@ def test_a_pulled_model_is_served(
     assert answer(file, tmp_path / "server.log") == expected
 
 
+OLOT = """
+import sys
+from olot.modelpack.model_config import Model
+from olot.oci.oci_image_manifest import OCIImageManifest
+Model.model_validate_json(sys.argv[2])
+print(len(OCIImageManifest.model_validate_json(sys.argv[1]).layers))
+"""
+"""Its pydantic classes are made from the specification's JSON Schema."""
+RAMALAMA = """
+import json, sys
+from ramalama.transports.oci.spec import Manifest
+print(len(Manifest.from_dict(json.loads(sys.argv[1])).layers))
+"""
+READERS = {
+    OLOT: ("olot==1.2.1", "pydantic", "click"),
+    RAMALAMA: ("ramalama==0.25.0", "jinja2", "pyyaml", "jsonschema", "argcomplete"),
+}
+
+
 @pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar"])
-def test_olots_classes_take_a_model_pack(host: str, kind: str) -> None:
-    """olot's pydantic classes are made from the specification's JSON Schema."""
-    python = reader("olot==1.2.1", "pydantic", "click")
+@pytest.mark.parametrize("code", READERS, ids=["olot", "ramalama"])
+def test_other_readers_classes_take_a_model_pack(host: str, kind: str, code: str) -> None:
     manifest, config = documents(host, kind)
-    code = (
-        "import sys; from olot.modelpack.model_config import Model; "
-        "from olot.oci.oci_image_manifest import OCIImageManifest as M; "
-        "Model.model_validate_json(sys.argv[2]); M.model_validate_json(sys.argv[1])"
-    )
-    subprocess.run([python, "-c", code, manifest, config], check=True)
-
-
-@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar"])
-def test_ramalamas_classes_take_a_model_pack(host: str, kind: str) -> None:
-    python = reader("ramalama==0.25.0", "jinja2", "pyyaml", "jsonschema", "argcomplete")
-    manifest, _ = documents(host, kind)
-    code = (
-        "import sys, json; from ramalama.transports.oci.spec import Manifest; "
-        "found = Manifest.from_dict(json.loads(sys.argv[1])); print(len(found.layers))"
-    )
-    words = [python, "-c", code, manifest]
+    words = [reader(*READERS[code]), "-c", code, manifest, config]
     said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     assert int(said) == len(json.loads(manifest)["layers"])
 

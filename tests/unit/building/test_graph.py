@@ -59,53 +59,30 @@ def test_every_step_comes_after_those_that_it_needs(tmp_path: Path) -> None:
             seen.add(step)
 
 
-def test_engines_that_load_one_format_share_its_weights(tmp_path: Path) -> None:
-    one, other = (steps(tmp_path, name) for name in ("vllm-awq", "sglang-awq"))
-
-    assert derivations(one, "weights") == derivations(other, "weights")
-    assert derivations(one, "merge") == derivations(other, "merge")
-
-
 @pytest.mark.parametrize(
-    "change",
+    ("target", "change", "same"),
     [
-        {"adapters": [{"source": "./b"}]},
-        {"merge": {"method": "ties", "density": 0.5}},
+        # Engines that load one format share its weights.
+        ("sglang-awq", {}, {"merge", "weights"}),
+        ("vllm-awq", {"adapters": [{"source": "./b"}]}, set()),
+        ("vllm-awq", {"merge": {"method": "ties", "density": 0.5}}, set()),
+        # The proof is of the merge, and not of the weights.
+        ("vllm-awq", {"validate": {"enabled": False}}, {"weights"}),
+        ("vllm-awq", {"quantize": {"keep": ["lm_head"]}}, {"merge"}),
+        ("vllm-awq", {"quality": {"tokens": 4096}}, {"merge"}),
+        # Names and places tell no step apart.
+        ("vllm-awq", {"version": "9", "serve": {"gpu": "nvidia-l4"}}, {"merge", "weights"}),
     ],
     ids=str,
 )
-def test_what_changes_a_merge_changes_all_after_it(tmp_path: Path, change: Any) -> None:
-    one, other = steps(tmp_path, "vllm-awq"), steps(tmp_path, "vllm-awq", **change)
+def test_what_a_change_makes_another_step(
+    tmp_path: Path, target: str, change: Any, same: set[str]
+) -> None:
+    one, other = steps(tmp_path, "vllm-awq"), steps(tmp_path, target, **change)
 
     for kind in ("merge", "weights"):
-        assert derivations(one, kind) != derivations(other, kind)
-
-
-def test_what_proves_a_merge_leaves_the_weights(tmp_path: Path) -> None:
-    one = steps(tmp_path, "vllm-awq")
-    other = steps(tmp_path, "vllm-awq", validate={"enabled": False})
-
-    assert derivations(one, "merge") != derivations(other, "merge")
-    assert derivations(one, "weights") == derivations(other, "weights")
-
-
-@pytest.mark.parametrize(
-    "change", [{"quantize": {"keep": ["lm_head"]}}, {"quality": {"tokens": 4096}}], ids=str
-)
-def test_what_changes_weights_leaves_the_merge(tmp_path: Path, change: Any) -> None:
-    one, other = steps(tmp_path, "vllm-awq"), steps(tmp_path, "vllm-awq", **change)
-
-    assert derivations(one, "merge") == derivations(other, "merge")
-    assert derivations(one, "weights") != derivations(other, "weights")
-
-
-def test_the_names_and_places_of_a_build_tell_no_step_apart(tmp_path: Path) -> None:
-    one, other = (
-        steps(tmp_path, "vllm-awq"),
-        steps(tmp_path, "vllm-awq", version="9", serve={"gpu": "nvidia-l4"}),
-    )
-
-    assert derivations(one, "weights") == derivations(other, "weights")
+        assert derivations(one, kind)
+        assert (derivations(one, kind) == derivations(other, kind)) == (kind in same), kind
 
 
 def test_unmerged_adapters_are_shared_by_nothing_but_their_base(tmp_path: Path) -> None:
@@ -145,6 +122,8 @@ NEEDS = {"validate": 2, "reference": 3, "quantize": 4, "quality": 1}
         (Bench(two=False), None),
         (Bench(ready=False), None),
         (Bench(limit=20 * GB, budget=7 * GB), None),
+        # Each side gets its share of the memory.
+        (Bench(limit=29 * GB, budget=8 * GB), Shares(now=13 * GB, ahead=16 * GB)),
     ],
 )
 def test_weights_are_made_ahead_where_there_is_room(
@@ -153,14 +132,6 @@ def test_weights_are_made_ahead_where_there_is_room(
     found = steps(tmp_path, "llamacpp-q4_k_m")
 
     assert shares(found, foreseen(found, bench, **NEEDS)) == wanted
-
-
-def test_each_side_gets_its_share_of_the_memory(tmp_path: Path) -> None:
-    found = steps(tmp_path, "llamacpp-q4_k_m")
-
-    both = shares(found, foreseen(found, Bench(limit=29 * GB, budget=8 * GB), **NEEDS))
-
-    assert both == Shares(now=13 * GB, ahead=16 * GB)
 
 
 def test_nothing_is_made_ahead_of_nothing(tmp_path: Path) -> None:

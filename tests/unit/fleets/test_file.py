@@ -51,14 +51,6 @@ def test_a_glob_is_one_build_for_each_folder(home: Path) -> None:
     assert [cell.target for one in found for cell in one.cells] == ["llamacpp-q4_k_m"] * 3
 
 
-def test_a_fleet_file_below_the_current_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home.parent)
-
-    found = builds(Path(home.name), adapters=["./adapters/*"])
-
-    assert found[1].file.recipe.adapters[0].source == str(home / "adapters" / "one")
-
-
 def test_an_entry_says_what_differs(home: Path) -> None:
     entry = {
         "name": "legal",
@@ -112,25 +104,22 @@ def test_two_models_of_one_name_on_a_hub_are_refused(
     assert "{target}" in caught.value.hint
 
 
-def test_the_recipe_may_lie_elsewhere(home: Path) -> None:
+def test_the_recipe_may_lie_elsewhere_and_a_folder_stands_for_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the current folder matter."""
+    monkeypatch.chdir(home.parent)
+    (one,) = builds(Path(home.name), recipe=".", adapters=["./adapters/one"])
+    assert one.file.recipe.name == "bot-one"
+    assert one.file.recipe.adapters[0].source == str(home / "adapters" / "one")
+    with pytest.raises(UsageError, match=r"/recipe\.yaml: no such recipe"):
+        builds(home, recipe="/", adapters=["./adapters/one"])
+
     (home / "shared").mkdir()
     (home / "recipe.yaml").rename(home / "shared" / "r.yaml")
-
     found = builds(home, recipe="shared/r.yaml", adapters=["./adapters/one"])[0].file.recipe
-
     assert found.base.source == str(home / "shared" / "base")
     assert found.evaluate[0].data == str(home / "shared" / "eval.jsonl")
-
-
-@pytest.mark.parametrize("place", [".", "/"])
-def test_a_folder_stands_for_its_recipe(home: Path, place: str) -> None:
-    if place == "/":
-        with pytest.raises(UsageError, match=r"/recipe\.yaml: no such recipe"):
-            builds(home, recipe=place, adapters=["./adapters/one"])
-        return
-    (one,) = builds(home, recipe=place, adapters=["./adapters/one"])
-
-    assert one.file.recipe.name == "bot-one"
 
 
 def test_pins_of_the_recipes_lock_are_used(home: Path) -> None:

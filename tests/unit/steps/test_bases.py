@@ -20,8 +20,7 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import write_layout
 from weightsmith.outside.store import FileStore
 from weightsmith.provenance.labels import ENGINE_LABEL
-from weightsmith.steps import bases as stage
-from weightsmith.steps.bases import base_image, base_images
+from weightsmith.steps.bases import _root_layers, base_image, base_images
 
 from tests.fakes.journal import RecordingProgress
 
@@ -37,33 +36,27 @@ def tools():
     return SimpleNamespace(progress=RecordingProgress())
 
 
-def test_a_base_of_the_engine_is_taken_in_silence(tmp_path, tools) -> None:
-    base_image(layout(tmp_path, {ENGINE_LABEL: "llamacpp"}), "llamacpp", tools)
-
+def test_what_a_base_says_of_its_engine_is_believed(tmp_path, tools) -> None:
+    place = layout(tmp_path / "own", {ENGINE_LABEL: "llamacpp"})
+    base_image(place, "llamacpp", tools)
     assert tools.progress.warnings == []
+    with pytest.raises(InputRefused, match="vllm") as caught:
+        base_image(layout(tmp_path / "vllm", {ENGINE_LABEL: "vllm"}), "llamacpp", tools)
+    assert caught.value.hint
 
 
-def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> None:
-    image = base_image(layout(tmp_path, {}), "llamacpp", tools)
-
-    assert len(image.layers) == 1
-    assert "does not declare its engine" in tools.progress.warnings[0]
-
-
-def test_the_warning_is_given_once_for_all_platforms(tmp_path, tools) -> None:
+def test_a_base_that_says_nothing_is_taken_with_one_warning_for_all_platforms(
+    tmp_path, tools
+) -> None:
     place = layout(tmp_path, {})
     arm = {"os": "linux", "architecture": "arm64"}
     index_of(tmp_path, {"os": "linux", "architecture": "amd64"}, arm)
 
-    base_images(place, "llamacpp", tools)
+    images = base_images(place, "llamacpp", tools)
 
-    assert len(tools.progress.warnings) == 1
-
-
-def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
-    with pytest.raises(InputRefused, match="vllm") as caught:
-        base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", tools)
-    assert caught.value.hint
+    assert [len(image.layers) for image in images] == [1, 1]
+    (warning,) = tools.progress.warnings
+    assert "does not declare its engine" in warning
 
 
 def index_of(folder: Path, *platforms: dict[str, str] | None) -> str:
@@ -144,7 +137,7 @@ def root(tmp_path):
 
 def in_a_new_process(root):
     store, entry = root
-    return stage._root_layers(entry, store.memo)
+    return _root_layers(entry, store.memo)
 
 
 def test_a_root_file_system_has_a_layer_per_large_package(root) -> None:
@@ -165,9 +158,8 @@ def test_its_layers_are_remembered_and_its_files_left_alone(root) -> None:
 
     again = in_a_new_process(root)
 
-    assert [(x.digest, x.size, x.file) for x in again] == [
-        (x.digest, x.size, x.file) for x in first
-    ]
+    facts = [[(one.digest, one.size, one.file) for one in layers] for layers in (first, again)]
+    assert facts[0] == facts[1]
 
 
 def test_a_file_that_became_another_is_noticed_where_layers_are_remembered(root) -> None:

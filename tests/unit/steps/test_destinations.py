@@ -17,8 +17,14 @@ from weightsmith.core.errors import (
     of_machine,
 )
 from weightsmith.steps.destinations import in_folder
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.memory import memory_tools
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Tools:
+    return memory_tools(tmp_path / "store")
 
 
 def write(*names: str) -> Any:
@@ -37,9 +43,8 @@ def no_key() -> Any:
 @pytest.mark.parametrize("resumes", [False, True])
 @pytest.mark.parametrize("resume", [False, True])
 def test_leftovers_are_used_only_where_both_can_tell_what_they_are(
-    tmp_path: Path, resumes: bool, resume: bool
+    tmp_path: Path, tools: Tools, resumes: bool, resume: bool
 ) -> None:
-    tools = memory_tools(tmp_path / "store")
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "old").write_text("of another run")
 
@@ -53,9 +58,9 @@ def test_leftovers_are_used_only_where_both_can_tell_what_they_are(
 
 @pytest.mark.parametrize("resumes", [False, True])
 @pytest.mark.parametrize("error", [CheckFailed, InputRefused, UsageError, EnvironmentFailure])
-def test_what_is_left_of_a_run_that_failed(tmp_path: Path, error: Any, resumes: bool) -> None:
-    tools = memory_tools(tmp_path / "store")
-
+def test_what_is_left_of_a_run_that_failed(
+    tmp_path: Path, tools: Tools, error: Any, resumes: bool
+) -> None:
     def run() -> None:
         with in_folder(tmp_path / "out", "x", tools, resumes=resumes) as to:
             to.files(no_key, write("new"))
@@ -69,10 +74,8 @@ def test_what_is_left_of_a_run_that_failed(tmp_path: Path, error: Any, resumes: 
     assert (tmp_path / ".out.partial").exists() is kept
 
 
-def test_a_full_disk_is_named_by_the_users_folder(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_by_the_users_folder(tmp_path: Path, tools: Tools) -> None:
     """A write to an open file does not say where it was."""
-    tools = memory_tools(tmp_path / "store")
-
     with pytest.raises(OSError, match="No space") as full, in_folder(tmp_path / "out", "x", tools):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -81,10 +84,8 @@ def test_a_full_disk_is_named_by_the_users_folder(tmp_path: Path) -> None:
     assert str(tmp_path / "out") in refused.message
 
 
-def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path, tools: Tools) -> None:
     """`/proc` says that it does not exist."""
-    tools = memory_tools(tmp_path / "s")
-
     with (
         pytest.raises(EnvironmentFailure, match=r"cannot make /proc/\.out\.partial") as error,
         in_folder(Path("/proc/out"), "the result", tools),
@@ -93,32 +94,26 @@ def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
     assert "give a path for the result" in error.value.hint
 
 
-def test_a_single_file_gets_the_name_itself(tmp_path: Path) -> None:
-    tools = memory_tools(tmp_path / "store")
-
-    with in_folder(tmp_path / "m.gguf", "x", tools) as to:
-        to.files(no_key, write("other.gguf"))
-
-    assert (tmp_path / "m.gguf").read_text() == "other.gguf"
-
-
-def test_a_file_of_that_name_has_the_others_beside_it(tmp_path: Path) -> None:
-    tools = memory_tools(tmp_path / "store")
-
+def test_a_single_file_gets_the_name_and_one_of_that_name_has_the_others_beside_it(
+    tmp_path: Path, tools: Tools
+) -> None:
     with in_folder(tmp_path / "m.gguf", "x", tools) as to:
         to.files(no_key, write("m.gguf", "mmproj-m.gguf"))
     with in_folder(tmp_path / "parts.gguf", "x", tools) as to:
         to.files(no_key, write("parts-1.gguf", "parts-2.gguf"))
 
+    with in_folder(tmp_path / "n.gguf", "x", tools) as to:
+        to.files(no_key, write("other.gguf"))
+
+    assert (tmp_path / "n.gguf").read_text() == "other.gguf"
     files = ["m.gguf", "mmproj-m.gguf"]
     assert [(tmp_path / name).read_text() for name in files] == files
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*files, "parts.gguf"]
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there - {"store"} == {*files, "n.gguf", "parts.gguf"}
     assert (tmp_path / "parts.gguf").is_dir()
 
 
-def test_a_place_that_is_taken_meanwhile_keeps_what_it_has(tmp_path: Path) -> None:
-    tools = memory_tools(tmp_path / "store")
-
+def test_a_place_that_is_taken_meanwhile_keeps_what_it_has(tmp_path: Path, tools: Tools) -> None:
     def run() -> None:
         with in_folder(tmp_path / "out", "x", tools) as to:
             to.files(no_key, write("new"))
@@ -133,11 +128,11 @@ def test_a_place_that_is_taken_meanwhile_keeps_what_it_has(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("there", ["out", ".out.partial"])
-def test_a_file_in_the_way_is_named(tmp_path: Path, there: str) -> None:
+def test_a_file_in_the_way_is_named(tmp_path: Path, tools: Tools, there: str) -> None:
     (tmp_path / there).write_text("x")
 
     with (
         pytest.raises(UsageError, match=there),
-        in_folder(tmp_path / "out", "x", memory_tools(tmp_path / "s")),
+        in_folder(tmp_path / "out", "x", tools),
     ):
         pass

@@ -59,22 +59,6 @@ def test_answers_are_stored_whatever_the_validation_finds(passed: bool) -> None:
     assert (joined.ran, joined.seconds) == (True, 30.0)
 
 
-@pytest.mark.parametrize("error", [EnvironmentFailure("out of memory"), KeyboardInterrupt()])
-def test_answers_before_a_validation_that_does_not_end_are_kept(
-    tmp_path: Path, error: BaseException
-) -> None:
-    class Ended(Runner):
-        def run(self, job: Any, _: Any, **_stop: Any) -> Any:
-            AnswerCheckpoint(job.output).keep("base", ANSWERS["base"])
-            raise error
-
-    kept: list[Any] = []
-    with pytest.raises(type(error)):
-        run(JoinedJob(lambda: REFERENCE, kept.append), Ended(passed=True), tmp_path)
-
-    assert kept == [ANSWERS]
-
-
 def test_what_a_killed_run_answered_is_stored_and_not_asked_again(tmp_path: Path) -> None:
     left, kept = replace(REFERENCE, walks=(WALK, WALK)), list[Any]()
     AnswerCheckpoint(tmp_path).keep("base", ANSWERS["base"])
@@ -98,28 +82,29 @@ def test_a_validation_runs_alone_if_a_killed_run_answered_everything(tmp_path: P
     assert not joined.ran
 
 
-def test_answers_of_a_killed_run_are_stored_once(tmp_path: Path) -> None:
-    """The folder is the validation's: what lies there later is of the run after it."""
-
+@pytest.mark.parametrize(
+    ("before", "answers", "error"),
+    [
+        (False, True, EnvironmentFailure("out of memory")),
+        (False, True, KeyboardInterrupt()),
+        # What lies in the validation's folder later is of the run after it.
+        (True, False, KeyboardInterrupt()),
+        (False, False, InputRefused("no base", hint="give one")),
+    ],
+)
+def test_answers_before_a_validation_that_does_not_end_are_kept_once(
+    tmp_path: Path, before: bool, answers: bool, error: BaseException
+) -> None:
     class Ended(Runner):
         def run(self, job: Any, _: Any, **_stop: Any) -> Any:
-            raise KeyboardInterrupt
+            if answers:
+                AnswerCheckpoint(job.output).keep("base", ANSWERS["base"])
+            raise error
 
-    AnswerCheckpoint(tmp_path).keep("base", ANSWERS["base"])
+    if before:
+        AnswerCheckpoint(tmp_path).keep("base", ANSWERS["base"])
     kept: list[Any] = []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)):
         run(JoinedJob(lambda: REFERENCE, kept.append), Ended(passed=True), tmp_path)
 
-    assert kept == [ANSWERS]
-
-
-def test_an_error_before_any_answer_is_the_only_one(tmp_path: Path) -> None:
-    class Ended(Runner):
-        def run(self, job: Any, _: Any, **_stop: Any) -> Any:
-            raise InputRefused("no base", hint="give one")
-
-    kept: list[Any] = []
-    with pytest.raises(InputRefused, match="no base"):
-        run(JoinedJob(lambda: REFERENCE, kept.append), Ended(passed=True), tmp_path)
-
-    assert kept == []
+    assert kept == ([ANSWERS] if before or answers else [])

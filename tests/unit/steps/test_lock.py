@@ -26,6 +26,11 @@ def file(tmp_path: Path) -> RecipeFile:
     return read_recipe(path)
 
 
+def based_on(file: RecipeFile, **changes: str) -> RecipeFile:
+    base = file.recipe.base.changed(**changes)
+    return replace(file, recipe=file.recipe.changed(base=base))
+
+
 def snapshot(source: str, pin: str, content: bytes = b"1") -> Snapshot:
     entry = FileEntry(path="f", size=1, digest=Digest.of(content))
     return Snapshot(tree=Tree(root=Path(), files=(entry,)), source=source, pin=pin, pinned=False)
@@ -57,9 +62,7 @@ def test_a_revision_found_once_is_the_one_taken(file: RecipeFile) -> None:
     assert pinned(file, lock).recipe.base.revision == COMMIT
     assert lock.path is not None
     assert "/abs" not in lock.path.read_text()
-    own = replace(file, recipe=file.recipe.model_copy(
-        update={"base": file.recipe.base.model_copy(update={"revision": "mine"})}))  # fmt: skip
-    assert pinned(own, lock).recipe.base.revision == "mine"
+    assert pinned(based_on(file, revision="mine"), lock).recipe.base.revision == "mine"
 
 
 def test_the_file_is_byte_stable(file: RecipeFile) -> None:
@@ -125,8 +128,7 @@ def test_a_build_that_takes_no_other_source_names_one_that_does(file: RecipeFile
 
 def test_a_pin_that_the_recipe_changed_is_taken(file: RecipeFile) -> None:
     locked(file, sources())
-    base = file.recipe.base.model_copy(update={"revision": "d" * 40})
-    file = replace(file, recipe=file.recipe.model_copy(update={"base": base}))
+    file = based_on(file, revision="d" * 40)
     told = RecordingProgress()
     new = replace(sources(), base=snapshot("hf://a/b", "hf://a/b@" + "d" * 40, b"2"))
     assert locked(file, new, told=told).sources["hf://a/b"]["pin"].endswith("d")
@@ -140,20 +142,13 @@ def test_what_was_converted_is_known_by_what_came(file: RecipeFile) -> None:
         found = replace(sources(), base=base)
         assert locked(file, found).sources["hf://a/b"]["digest"] == came.digest
     row = {"pin": came.pin, "digest": str(base.digest)}
-    assert (
-        with_sources(
-            replace(read_lock(file), sources={"hf://a/b": row}),
-            file,
-            found,
-            progress=RecordingProgress(),
-        ).sources["hf://a/b"]
-        == row
-    )
+    lock = replace(read_lock(file), sources={"hf://a/b": row})
+    after = with_sources(lock, file, found, progress=RecordingProgress())
+    assert after.sources["hf://a/b"] == row
 
 
 def test_a_wheel_found_once_is_the_one_taken(file: RecipeFile) -> None:
-    base = file.recipe.base.model_copy(update={"source": "pypi://a==1"})
-    file = replace(file, recipe=file.recipe.model_copy(update={"base": base}))
+    file = based_on(file, source="pypi://a==1")
     found = replace(sources(), base=snapshot("pypi://a==1", f"pypi://a==1#sha256={'0' * 64}"))
     assert pinned(file, locked(file, found)).recipe.base.sha256 == "0" * 64
 
@@ -165,13 +160,9 @@ def test_a_base_is_pinned_when_it_is_reached(file: RecipeFile) -> None:
     write_lock(lock, lock.with_base(name, image), RecordingProgress())
     lock = read_lock(file)
     assert lock.bases == {name: {"linux/amd64": image.digest}}
-    assert lock.with_base(f"{name}@{image.digest}", image) == lock
-    assert lock.with_base("engine:llamacpp", image) == lock
-    assert lock.with_base("oci:engine", image) == lock
-    assert file.path
-    folder = file.path.parent / "engine"
-    write_layout(image, folder)
-    assert lock.with_base(str(folder), image) == lock
+    write_layout(image, file.folder / "engine")
+    own = (f"{name}@{image.digest}", "engine:llamacpp", "oci:engine", str(file.folder / "engine"))
+    assert [lock.with_base(one, image) for one in own] == [lock] * 4
 
 
 def test_no_file_no_lock(file: RecipeFile) -> None:
@@ -187,8 +178,7 @@ def test_a_damaged_lock_is_named(file: RecipeFile) -> None:
 
 
 def test_a_pin_that_no_recipe_could_have_is_refused(file: RecipeFile) -> None:
-    base = file.recipe.base.changed(source="pypi://a==1")
-    file = replace(file, recipe=file.recipe.changed(base=base))
+    file = based_on(file, source="pypi://a==1")
     damaged = {"pypi://a==1": {"pin": "pypi://a==1#sha256=zz", "digest": str(Digest.of(b"a"))}}
 
     with pytest.raises(UsageError, match="the pin 'zz'") as refused:
