@@ -145,10 +145,19 @@ def refusal(memory: Memory) -> dict[str, Any]:
     return {**kept, "stages": list(record["stages"]), "error": error, "said": said}
 
 
-@pytest.mark.parametrize("kind", AHEAD)
-def test_an_error_ahead_is_raised_in_its_turn(paired: Memory, kind: str) -> None:
-    paired.journal.faults[f"job {kind}"] = InputRefused("it cannot be read", hint="get another")
-    with pytest.raises(InputRefused, match="it cannot be read"):
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("quantize", InputRefused), ("quality", InputRefused), ("quality", CheckFailed)],
+)
+def test_an_error_ahead_is_raised_in_its_turn(
+    paired: Memory, kind: str, error: type[WeightsmithError]
+) -> None:
+    if error is InputRefused:
+        paired.journal.faults[f"job {kind}"] = InputRefused("it cannot be read", hint="get another")
+    else:
+        paired.bench.quality.clear()
+        paired.bench.quality.update(LOSSY)
+    with pytest.raises(error):
         paired.build()
 
     assert {"validate", "reference"} < set(paired.store.made())
@@ -156,19 +165,13 @@ def test_an_error_ahead_is_raised_in_its_turn(paired: Memory, kind: str) -> None
     assert stages == ["resolve", "merge", "validate", "reference", *AHEAD][: 5 + AHEAD.index(kind)]
 
 
-def test_weights_that_lost_too_much_are_refused_as_ever(paired: Memory) -> None:
-    paired.bench.quality.clear()
-    paired.bench.quality.update(LOSSY)
-    with pytest.raises(CheckFailed):
-        paired.build()
-
-    stages = [line[1] for line in shown(paired) if line[0] == "stage"]
-    assert stages == ["resolve", "merge", "validate", "reference", *AHEAD]
-
-
-def test_an_interrupt_ends_both_and_the_next_build_goes_on(paired: Memory, digest: str) -> None:
+@pytest.mark.parametrize("moment", ["job proof", "stage quantize"])
+def test_an_interrupt_ends_both_and_the_next_build_goes_on(
+    paired: Memory, digest: str, moment: str
+) -> None:
+    """Also while only quantizing is left."""
     runner_of(paired).slow = True
-    paired.journal.faults["job proof"] = KeyboardInterrupt()
+    paired.journal.faults[moment] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         paired.build()
 
@@ -176,15 +179,6 @@ def test_an_interrupt_ends_both_and_the_next_build_goes_on(paired: Memory, diges
     assert paired.store.half() == ["quantize"]
     assert not [one for one in threading.enumerate() if one.name == "ahead"]
     assert alone(paired).build()[TARGET].published.digest == digest
-
-
-def test_an_interrupt_while_only_quantizing_is_left_ends_it(paired: Memory) -> None:
-    runner_of(paired).slow = True
-    paired.journal.faults["stage quantize"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        paired.build()
-
-    assert runner_of(paired).stopped
 
 
 def test_a_lost_result_of_a_shared_cache_begins_both_again(paired: Memory, digest: str) -> None:

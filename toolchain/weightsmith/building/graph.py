@@ -92,7 +92,7 @@ def foresee(
     `sources` are those that were resolved; without, those that are on this machine. Raises NotHere
     if some are missing.
     """
-    seen = Foresight(tools, earlier or {})
+    seen = Foresight(tools, earlier)
     if sources:
         seen.know(steps.sources, sources)
     else:

@@ -46,7 +46,7 @@ class Prefetch:
         self._outcomes: dict[AnyStep, StageResult[Any]] = {}
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._progress: BufferedProgress | None = None
+        self._progress: _BufferedProgress | None = None
         self._stop = -1
         """An open file that can be read once the steps must end."""
 
@@ -62,8 +62,8 @@ class Prefetch:
     def start(self, steps: Sequence[AnyStep], have: Results, tools: Tools, shares: Shares) -> None:
         """Begin these steps, one after another, with their share of the memory."""
         self._steps, self._stop = steps, os.eventfd(0)
-        self._progress = BufferedProgress(tools.progress)
-        runner = Stopped(WithinMemory(tools.runner, shares.ahead), self._stop)
+        self._progress = _BufferedProgress(tools.progress)
+        runner = _Stopped(WithinMemory(tools.runner, shares.ahead), self._stop)
         quiet_tools = replace(tools, runner=runner, progress=self._progress)
         # A daemon, so that a second Ctrl-C does not wait for it at the very end.
         self._thread = threading.Thread(
@@ -158,7 +158,7 @@ class WithinMemory(Wrapped):
         return self.runner.run(replace(job, memory_bytes=limit), progress, stop=stop)
 
 
-class Stopped(Wrapped):
+class _Stopped(Wrapped):
     """A runner whose jobs end once the file `stop` can be read."""
 
     def __init__(self, runner: Runner, stop: int) -> None:
@@ -175,7 +175,7 @@ class Stopped(Wrapped):
             raise KeyboardInterrupt from None
 
 
-class BufferedProgress:
+class _BufferedProgress:
     """A Progress that holds back what is said until `follow`, and then passes all of it on."""
 
     def __init__(self, inner: Progress) -> None:
@@ -187,7 +187,6 @@ class BufferedProgress:
 
     @property
     def warnings(self) -> Sequence[str]:
-        """Those that were shown."""
         return self._inner.warnings
 
     def follow(self) -> None:
@@ -198,23 +197,18 @@ class BufferedProgress:
             self._said = self._last = None
 
     def stage(self, name: str, detail: str) -> None:
-        """Report the start of a stage."""
         self._say(partial(self._inner.stage, name, detail))
 
     def advance(self, done: int, total: int, unit: str) -> None:
-        """Report work done so far."""
         self._say(partial(self._inner.advance, done, total, unit), moves=True)
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
-        """Report the end of a stage."""
         self._say(partial(self._inner.finish, name, seconds, cached))
 
     def note(self, text: str) -> None:
-        """Print a line."""
         self._say(partial(self._inner.note, text))
 
     def warn(self, text: str) -> None:
-        """Print a warning line."""
         self._say(partial(self._inner.warn, text))
 
     def _say(self, say: Callable[[], None], *, moves: bool = False) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from weightsmith.core.errors import CheckFailed
@@ -40,7 +39,6 @@ WEIGHTS = "quantize"
 """The name, in plans and records, of whatever makes a target's weights."""
 MERGE_FIRST = "merge comes first"
 NOT_YET = "its weights do not exist yet"
-_NOTHING: Mapping[tuple[str, str], Mapping[str, JsonValue]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,11 +320,13 @@ class Foresight:
     """What was foreseen of the steps so far, and what there is to judge by."""
 
     def __init__(
-        self, tools: Tools, earlier: Mapping[tuple[str, str], Mapping[str, JsonValue]] = _NOTHING
+        self,
+        tools: Tools,
+        earlier: Mapping[tuple[str, str], Mapping[str, JsonValue]] | None = None,
     ) -> None:
         """Take, by step and target, what the last build's results depended on."""
         self.tools = tools
-        self._earlier = earlier
+        self._earlier = earlier or {}
         self._foreseen: dict[AnyStep, Foreseen[Any]] = {}
 
     def __getitem__(self, step: Step[object, F]) -> F:
