@@ -80,6 +80,22 @@ def test_a_record_without_a_key_or_with_another_type_is_not_what_the_schema_says
         check(document)
 
 
+@pytest.mark.parametrize("when", ["never", "now", "when it was merged"])
+def test_a_record_says_whether_jobs_had_the_network(memory: Memory, when: str) -> None:
+    """Also for what an earlier build made with it, and the store has kept."""
+    stages = memory.bench.stages
+    told = {"network_in_jobs": True} if when == "when it was merged" else {}
+
+    def merge(job: Any, report: Any) -> Any:
+        return {**stages["merge"](job, report), **told}
+
+    memory.runner.stages = {**stages, "merge": merge}
+    memory.runner.networked = when == "now"
+    memory.build()
+
+    assert memory.record()["network_in_jobs"] is (when != "never")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("forms", ["outputs=[image]", "outputs=[image, volume]"])
 def test_a_build_that_changes_nothing_leaves_record_and_report(memory: Memory, forms: str) -> None:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.api.commands.merge import validate_folders
 from weightsmith.api.commands.requests import ValidateCommand
-from weightsmith.building import record
 from weightsmith.building.build import build
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
@@ -148,28 +146,3 @@ def test_a_wrong_merge_ends_the_build(
     assert record["elements"]["wrong"] == 1
     assert record["findings"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
     assert record["findings"][0]["layer"] == 2
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("when", ["never", "now", "when it was merged"])
-def test_a_record_says_whether_jobs_had_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    """Also for what an earlier build made with it, and the store has kept."""
-    shown = SimpleNamespace(html=tmp_path / "report.html")
-    monkeypatch.setattr(record, "write_report", lambda document, folder, **_: shown)
-    result = {"network_in_jobs": True} if when == "when it was merged" else {}
-    tools = memory_tools(
-        tmp_path,
-        {
-            "merge": lambda job, report: {**STAGES["merge"](job, report), **result},
-            "proof": lambda job, report: {"validation": WRONG, "answers": {}},
-        },
-    )
-    tools.runner.networked = when == "now"
-
-    with pytest.raises(CheckFailed):
-        list(build(request_for(tmp_path), tools))
-
-    (kept,) = (tmp_path / "dist").rglob("refused/build.json")
-    assert json.loads(kept.read_text())["network_in_jobs"] is (when != "never")
