@@ -63,7 +63,7 @@ class Prefetch:
         """Begin these steps, one after another, with their share of the memory."""
         self._steps, self._stop = steps, os.eventfd(0)
         self._progress = _BufferedProgress(tools.progress)
-        runner = _Stopped(WithinMemory(tools.runner, shares.ahead), self._stop)
+        runner = _Stoppable(WithinMemory(tools.runner, shares.ahead), self._stop)
         quiet_tools = replace(tools, runner=runner, progress=self._progress)
         # A daemon, so that a second Ctrl-C does not wait for it at the very end.
         self._thread = threading.Thread(
@@ -158,7 +158,7 @@ class WithinMemory(Wrapped):
         return self.runner.run(replace(job, memory_bytes=limit), progress, stop=stop)
 
 
-class _Stopped(Wrapped):
+class _Stoppable(Wrapped):
     """A runner whose jobs end once the file `stop` can be read."""
 
     def __init__(self, runner: Runner, stop: int) -> None:
