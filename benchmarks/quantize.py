@@ -48,14 +48,17 @@ HEADINGS = (
     *("task", "gate"),
 )
 COSTS = ("example", "type", "CPU s", "wall s", "peak RSS MiB", "peak disk MB", "planned MB")
-OFF = ("quality.gate=measure", "evaluate.max_drop=1", "quantize.allow_low_bits=true")
+OFF = ("quality.gate=measure", "quantize.allow_low_bits=true")
 
 
 def build(example: str, types: list[str], runner: str) -> list[dict]:
     """Build every type of an example and return its build.json."""
     words = ["build", "--recipe", str(ROOT / "examples" / example), "--runner", runner, "--json"]
     words += [word for kind in types for word in ("--target", f"llamacpp-{kind}")]
-    words += [word for setting in OFF for word in ("--set", setting)]
+    suites = read_recipe(ROOT / "examples" / example / "recipe.yaml").recipe.evaluate
+    places = [f"{n}." for n in range(len(suites))] if len(suites) > 1 else [""]
+    settings = (*OFF, *(f"evaluate.{place}max_drop=1" for place in places))
+    words += [word for setting in settings for word in ("--set", setting)]
     words += ["--dist", str(WORK / "dist"), "--layout", str(WORK / "images" / example)]
     done = subprocess.run(
         [*PROGRAM, *words],
@@ -108,8 +111,9 @@ def checkpoint_rows(example: str, name: str, model: Path) -> tuple[list[str], li
     words += ["--calibration", file.folder / recipe.calibration.data, "--out", folder / "out"]
     told, cost = measured([*PROGRAM, *words, "--json"], folder)
     plain = dequantized(folder, name, model)
-    asked = ["evaluate", "--model", plain, "--data", file.folder / recipe.evaluate.data]
-    asked += ["--metric", recipe.evaluate.metric, "--max-tokens", recipe.evaluate.max_tokens]
+    asked = ["evaluate", "--model", plain, "--data", file.folder / recipe.evaluate[0].data]
+    asked += ["--metric", recipe.evaluate[0].metric]
+    asked += ["--max-tokens", recipe.evaluate[0].max_tokens]
     words = [*PROGRAM, *map(str, asked), "--runner", "local", "--json"]
     score = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
     details = told["details"]

@@ -56,7 +56,9 @@ def main() -> int:
         print(f"     image  {one_line(item['answer'])}{'' if item['ok'] else '   (wrong)'}")
 
     say(f"3. What came out: {target}, {record['image']['digest'][:19]}")
-    print(f"   right of {record['scores']['image']['n']}: {scores(record['scores'])}")
+    for suite in record["suites"]:
+        found = suite["scores"]
+        print(f"   {suite['name']}, right of {found['image']['n']}: {scores(found)}")
     print(f"   report: {shown(folder / 'report.html')}")
     print(f"   facts:  {shown(folder / 'build.json')}")
     say("Next:", *next_steps(image, record["plan"]))
