@@ -259,11 +259,11 @@ def test_an_engine_for_another_machine_is_compiled_apart(images, tmp_path):
         "app = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]) / 'app'\n"
         "app.mkdir(parents=True); (app / 'server').write_text(' '.join(sys.argv[-3:]))\n"
     )
-    progress, out = RecordingProgress(), tmp_path / "engine"
+    out = tmp_path / "engine"
     out.mkdir()
 
     for _ in range(2):
-        make_engine_files(tmp_path, "toy", "linux/arm64", out, progress)
+        make_engine_files(tmp_path, "toy", "linux/arm64", out, RecordingProgress())
 
     assert (out / "server").read_text() == "--arch aarch64 --engine-only"
     assert toolset.toolset_folder(tmp_path, "toy", "aarch64").is_dir()
@@ -303,9 +303,8 @@ def test_tools_that_only_speed_up_are_no_part_of_the_pins(optional, tmp_path):
 
     assert toolset.optional_toolsets(tmp_path, "tiny") == {}
     toolset.try_toolsets(tmp_path, "tiny", progress)
-    assert toolset.optional_toolsets(tmp_path, "tiny") == {
-        "toy": toolset.toolset_folder(tmp_path, "toy")
-    }
+    made = {"toy": toolset.toolset_folder(tmp_path, "toy")}
+    assert toolset.optional_toolsets(tmp_path, "tiny") == made
     assert not progress.warnings
 
 
@@ -321,8 +320,7 @@ def test_jobs_run_without_tools_that_only_speed_up(optional, tmp_path):
     assert "jobs of the builder 'tiny' will take longer" in warning
     assert toolset.optional_toolsets(tmp_path, "tiny") == {}
 
-    folder = toolset.toolset_folder(tmp_path, "toy")
-    marker = folder.with_name(f"{folder.name}.failed")
+    marker = toolset.failure_marker(toolset.toolset_folder(tmp_path, "toy"))
     assert str(marker) in warning
     marker.unlink()
     toolset.try_toolsets(tmp_path, "tiny", progress)

@@ -9,10 +9,6 @@ from weightsmith.outside import hardware
 from weightsmith.serving.memory import host_memory
 
 
-def test_some_of_this_machines_memory_is_free() -> None:
-    assert 0 < hardware.free_memory() <= host_memory()
-
-
 @pytest.mark.parametrize(
     ("most", "used", "files", "free"),
     [
@@ -37,4 +33,4 @@ def test_no_limit_leaves_what_the_kernel_estimates(
     monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
 
-    assert hardware.free_memory() > 1 << 20
+    assert 1 << 20 < hardware.free_memory() <= host_memory()

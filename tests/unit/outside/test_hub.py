@@ -114,29 +114,23 @@ def test_weights_that_the_user_converted_beside_a_pickle_are_taken(
     assert reader.known("hf://team/model", COMMIT, "") is not None
 
 
-def test_a_file_that_the_user_edited_in_the_cache_is_not_deleted(
-    hub: FakeHub, reader: HubReader
-) -> None:
-    root = reader.fetch("hf://team/model", COMMIT, "", Silent()).tree.root
-    (root / "config.json").unlink()
-    (root / "config.json").write_bytes(b"{}")
-    with pytest.raises(Altered, match="config") as caught:
-        reader.fetch("hf://team/model", COMMIT, "", Silent())
-    assert (root / "config.json").read_bytes() == b"{}"
-    assert f"delete {root / 'config.json'} yourself" in caught.value.hint
-
-
-def test_nothing_is_deleted_that_cannot_be_fetched_again(
-    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_file_that_the_user_edited_or_that_cannot_be_fetched_again_is_not_deleted(
+    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
     """Offline, an altered blob of a cache that others share stays for them to look at."""
     root = reader.fetch("hf://team/model", COMMIT, "", Silent()).tree.root
-    (root / "config.json").resolve().write_bytes(b"{}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = root / "config.json"
+    if offline:
+        file.resolve().write_bytes(b"{}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        file.unlink()
+        file.write_bytes(b"{}")
     with pytest.raises(Altered, match="config") as caught:
         reader.fetch("hf://team/model", COMMIT, "", Silent())
-    assert (root / "config.json").read_bytes() == b"{}"
-    assert "nothing was deleted" in caught.value.hint
+    assert file.read_bytes() == b"{}"
+    assert f"nothing was deleted: delete {file} yourself" in caught.value.hint
 
 
 def test_doctor_says_that_there_is_a_token_and_not_which(

@@ -138,8 +138,13 @@ def test_there_are_no_sockets_but_pairs_of_its_own(tmp_path):
 def sandboxed(folder: Path, code: str) -> process.Completed:
     """Run a few lines of Python in the strongest sandbox of this machine."""
     sandbox = job_sandbox(confinement(), run=interpreter(BASE_PYTHON), read=[], write=[folder])
-    words = [BASE_PYTHON, "-I", "-S", "-c", code]
-    return process.run(words, cwd=folder, limits=process.ResourceLimits(sandbox=sandbox))
+    return run_in(sandbox, folder, code)
+
+
+def run_in(sandbox, folder: Path, code: str, *words: str | Path, **limits) -> process.Completed:
+    argv = [BASE_PYTHON, "-I", "-S", "-c", code, *words]
+    most = process.ResourceLimits(sandbox=sandbox, **limits)
+    return process.run(argv, cwd=folder, limits=most)
 
 
 def test_a_program_ends_in_a_sandbox_as_it_does_outside(tmp_path):
@@ -166,13 +171,7 @@ def test_a_job_changes_nothing_that_it_reads(namespaces, tmp_path):
         "print(open(path).read(), flush=True); open(path, 'w').write('else')"
     )
 
-    first, second = (
-        process.run(
-            [BASE_PYTHON, "-I", "-S", "-c", code, folder / "model"],
-            cwd=own, limits=process.ResourceLimits(sandbox=sandbox),
-        )
-        for folder in (given, own)
-    )  # fmt: skip
+    first, second = (run_in(sandbox, own, code, folder / "model") for folder in (given, own))
 
     if "cannot prepare" in " ".join(first.tail):
         pytest.skip("this kernel refuses namespaces")

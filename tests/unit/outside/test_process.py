@@ -160,6 +160,12 @@ with forked(lambda: time.sleep(600), "counting") as copy:
 """
 
 
+def start_ours(code: str, *words: Path, **options) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"}
+    argv = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True, **options)
+
+
 @pytest.mark.parametrize(
     ("code", "number"),
     [
@@ -168,15 +174,7 @@ with forked(lambda: time.sleep(600), "counting") as copy:
     ],
 )
 def test_what_we_started_dies_with_us(code, number):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=hear_interrupts,
-    )
-    with parent:
+    with start_ours(code, stderr=subprocess.DEVNULL, preexec_fn=hear_interrupts) as parent:
         pid = int(parent.stdout.readline())
         assert is_running(pid)
         parent.send_signal(number)
@@ -206,13 +204,7 @@ with folder_lock(Path(sys.argv[1])):
 
 def test_what_a_program_started_in_a_session_of_its_own_dies_with_us(tmp_path):
     """And the folder that it writes to stays locked until then."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", IN_ANOTHER_SESSION, tmp_path],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with parent:
+    with start_ours(IN_ANOTHER_SESSION, tmp_path) as parent:
         pid = int(parent.stdout.readline())
         parent.kill()
     with folder_lock(tmp_path):

@@ -47,6 +47,11 @@ def unpack(layout: str, root: Path) -> StartInfo:
     )
 
 
+def serve(unpack, folder: Path, image: str = "oci:x", **spec):
+    start = StartSpec(**{"port": 1, "env": {}, **spec})
+    return RootfsLauncher(unpack, folder / "cache").serve(image, start)
+
+
 def wait_for_lines(endpoint, count: int) -> list[str]:
     deadline = time.monotonic() + PATIENCE
     while len(endpoint.logs(99).splitlines()) < count and time.monotonic() < deadline:
@@ -62,9 +67,9 @@ def need_namespaces(endpoint) -> None:
 def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path, monkeypatch):
     """And without room in the temporary folder, which is often a small file system of its own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
-    spec = StartSpec(port=free_port(), env={"GREETING": "from the caller"})
+    env = {"GREETING": "from the caller"}
 
-    with RootfsLauncher(unpack, tmp_path / "cache").serve("oci:some-layout", spec) as endpoint:
+    with serve(unpack, tmp_path, "oci:some-layout", env=env) as endpoint:
         need_namespaces(endpoint)
         lines = wait_for_lines(endpoint, 4)
         assert lines == ["from the caller", "7", "/models", "some-layout"]
@@ -131,10 +136,9 @@ def wait_until_nothing_runs_for(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_is_reached_and_reaches_nothing(tmp_path):
-    launcher = RootfsLauncher(python_root, tmp_path / "cache")
     with (
         socket.create_server(("127.0.0.1", 0)) as neighbour,
-        launcher.serve("oci:x", StartSpec(port=8000, env={})) as endpoint,
+        serve(python_root, tmp_path, port=8000) as endpoint,
     ):
         need_namespaces(endpoint)
         said = ask(endpoint, neighbour.getsockname()[1])
@@ -169,22 +173,17 @@ def test_without_namespaces_a_program_still_has_the_image_s_files_and_no_rights(
         (root / "models" / "name").write_text("inside\n")
         return StartInfo(argv=("/bin/cat", "/models/name"), env={})
 
-    with RootfsLauncher(simple, tmp_path / "cache").serve(
-        "oci:x", StartSpec(port=1, env={})
-    ) as endpoint:
+    with serve(simple, tmp_path) as endpoint:
         assert wait_for_lines(endpoint, 1) == ["inside"]
         assert "no new privileges" in endpoint.confinement
         assert not {"no network", "read-only root"} & set(endpoint.confinement)
 
 
 def test_only_layouts_are_started_and_only_with_a_program(tmp_path):
-    launcher = RootfsLauncher(lambda layout, root: StartInfo(argv=(), env={}), tmp_path / "cache")
-    spec = StartSpec(port=1, env={})
-
     with pytest.raises(UsageError, match="without a container engine"):
-        launcher.serve("registry/image:1", spec).__enter__()
+        serve(unpack, tmp_path, "registry/image:1").__enter__()
     with pytest.raises(CheckFailed, match="neither an entrypoint nor"):
-        launcher.serve("oci:x", spec).__enter__()
+        serve(lambda layout, root: StartInfo(argv=(), env={}), tmp_path).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -206,9 +205,8 @@ def test_a_program_that_cannot_run_is_the_image_s_fault(tmp_path, argv, why):
             (root / "models" / name).chmod(0o755)
         return replace(info, argv=argv)
 
-    launcher = RootfsLauncher(broken, tmp_path / "cache")
     with pytest.raises(CheckFailed, match=re.escape(why)):
-        launcher.serve("oci:x", StartSpec(port=1, env={})).__enter__()
+        serve(broken, tmp_path).__enter__()
 
 
 @pytest.mark.parametrize("workdir", ["/not/yet", "/models/name"])
@@ -236,9 +234,7 @@ def test_a_server_in_a_session_of_its_own_is_stopped_and_its_orphans_end_with_it
         script = "trap 'exit 7' TERM; (sleep 600 &); echo up; while :; do sleep 0.05; done"
         return StartInfo(argv=("/bin/sh", "-c", f'exec /bin/setsid /bin/sh -c "{script}"'), env={})
 
-    with RootfsLauncher(detached, tmp_path / "cache").serve(
-        "oci:x", StartSpec(port=1, env={})
-    ) as endpoint:
+    with serve(detached, tmp_path) as endpoint:
         need_namespaces(endpoint)
         assert wait_for_lines(endpoint, 1) == ["up"]
         assert endpoint.stop(PATIENCE) == 7
@@ -282,10 +278,10 @@ def test_two_servers_never_get_one_port(monkeypatch, tmp_path):
         second = free_port()
     offers = iter([first, first, second])
     monkeypatch.setattr(rootfs, "free_port", lambda: next(offers))
-    launcher = RootfsLauncher(unpack, tmp_path / "cache")
-    spec = StartSpec(port=1, env={}, port_variable="PORT")
-
-    with launcher.serve("oci:a", spec) as one, launcher.serve("oci:b", spec) as two:
+    with (
+        serve(unpack, tmp_path, port_variable="PORT") as one,
+        serve(unpack, tmp_path, port_variable="PORT") as two,
+    ):
         assert one.url != two.url
 
 

@@ -36,19 +36,19 @@ KINDS = {
 needs_cosign = pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
 
 
+def openssl(*words: str | Path) -> bytes:
+    return subprocess.run(["openssl", *words], check=True, capture_output=True).stdout
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pem_file(kind: str, tmp_path: Path) -> None:
-    make = ["openssl", "genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / "key.pem"]
-    subprocess.run(make, check=True, capture_output=True)
+    openssl("genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / "key.pem")
     signer = open_signer(str(tmp_path / "key.pem"))
     assert check_by(signer.public)(TEXT, signer.sign(TEXT))
     assert not check_by(signer.public)(b"else", signer.sign(TEXT))
     # The same push adds nothing.
     assert signer.sign(TEXT) == signer.sign(TEXT)
-    told = subprocess.run(
-        ["openssl", "pkey", "-in", tmp_path / "key.pem", "-pubout"], check=True, capture_output=True
-    )
-    assert signer.public == told.stdout
+    assert signer.public == openssl("pkey", "-in", tmp_path / "key.pem", "-pubout")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,8 +57,7 @@ def test_a_statement_is_read_by_securesystemslib(kind: str, tmp_path: Path) -> N
     keys = []
     told = b""
     for name in ("one", "two"):
-        make = ["openssl", "genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / name]
-        subprocess.run(make, check=True, capture_output=True)
+        openssl("genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / name)
         signer = open_signer(str(tmp_path / name))
         told = countersign(told, signer) if told else sign_statement(STATEMENT, signer)
         scheme = "rsa-pkcs1v15-sha256" if kind == "RSA" else None
@@ -73,11 +72,11 @@ def test_a_statement_is_read_by_securesystemslib(kind: str, tmp_path: Path) -> N
 def test_an_encrypted_pem_file(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """openssl checks the signature; without its password the key is named."""
     private, public = make_key(tmp_path)
-    convert = ["openssl", "ec"] if form == "traditional" else ["openssl", "pkcs8", "-topk8"]
+    convert = ["ec"] if form == "traditional" else ["pkcs8", "-topk8"]
     closed = tmp_path / "closed.pem"
     words = ["-in", private, "-out", closed, "-passout", "pass:pa55"]
     words += ["-aes256"] if form == "traditional" else []
-    subprocess.run([*convert, *words], check=True, capture_output=True)
+    openssl(*convert, *words)
     assert b"ENCRYPTED" in closed.read_bytes()
 
     monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
@@ -104,9 +103,8 @@ def test_a_curve_that_the_library_lacks_and_a_key_that_signs_nothing(
     tmp_path: Path, make: list[str], public_is: str
 ) -> None:
     private, public = tmp_path / "key.pem", tmp_path / "key.pub"
-    subprocess.run(["openssl", *make, "-out", private], check=True, capture_output=True)
-    show = ["openssl", "pkey", "-in", private, "-pubout", "-out", public]
-    subprocess.run(show, check=True, capture_output=True)
+    openssl(*make, "-out", private)
+    openssl("pkey", "-in", private, "-pubout", "-out", public)
 
     with pytest.raises(UsageError, match="not a private key of a supported kind"):
         open_signer(str(private))

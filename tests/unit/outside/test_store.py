@@ -108,33 +108,6 @@ def test_a_file_in_the_place_of_the_store_is_no_bug(tmp_path: Path) -> None:
     assert of_machine(caught.value)
 
 
-def test_damaged_result_is_made_again(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-    entry = store.produce(KEY, {}, write("whole"))
-    store.close()
-    entry.tree.path("sub/file").write_text("w")
-
-    assert FileStore(tmp_path).find(KEY) is None
-    assert FileStore(tmp_path).produce(KEY, {}, write("whole")).meta == {"text": "whole"}
-
-
-def test_clean_spares_what_a_build_holds_and_the_newest(tmp_path: Path) -> None:
-    holder, cleaner = FileStore(tmp_path), FileStore(tmp_path)
-    keys = [key_of(i) for i in range(3)]
-    for age, key in enumerate(keys):
-        cleaner.produce(key, {}, write("x" * 100))
-        cleaner.close()
-        manifest = tmp_path / "results" / key.hex / "manifest.json"
-        os.utime(manifest, (age, age))
-    assert holder.find(keys[0])  # now in use, and newest
-
-    report = cleaner.clean(0)
-
-    assert report == {"deleted": 2, "in_use": 1, "bytes_before": 300, "bytes_after": 100}
-    assert FileStore(tmp_path).find(keys[0])
-    assert FileStore(tmp_path).find(keys[1]) is None
-
-
 def _slow_maker(root: Path, marker: Path) -> None:
     def make(folder: Path) -> dict[str, str]:
         (folder / "half").write_text("ha")
