@@ -105,21 +105,10 @@ class HubReader:
         self, repository: str, revision: str, progress: Progress, *, pinned: bool
     ) -> tuple[Path, str]:
         # Imported here: the hub's client loads too slowly for `invoke --list`.
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import HfApi, errors, snapshot_download
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        # Errors of the client's HTTP library, which it does not convert.
-        transport = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
         try:
             commit = revision
             if not pinned:
@@ -131,17 +120,23 @@ class HubReader:
                 allow_patterns=list(_WANTED),
                 ignore_patterns=_UNWANTED,
             )
-        except GatedRepoError:
+        except errors.GatedRepoError:
             raise InputRefused(
                 f"hf://{repository} is gated and this account has no access",
                 hint="accept its terms on the hub and set HF_TOKEN",
             ) from None
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        except (
+            errors.RepositoryNotFoundError,
+            errors.RevisionNotFoundError,
+            errors.HFValidationError,
+        ) as error:
             raise InputRefused(
                 f"hf://{repository}@{revision or 'main'}: {str(error).splitlines()[0]}",
                 hint="check owner, name and revision; a private repository needs HF_TOKEN",
             ) from None
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, *transport) as error:
+        except (
+            errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError, *_transport()
+        ) as error:  # fmt: skip
             raise EnvironmentFailure(
                 f"hf://{repository}: {hub_endpoint()} could not be reached: {type(error).__name__}",
                 hint="check the network, HF_ENDPOINT and the proxy; "
@@ -153,6 +148,13 @@ class HubReader:
                 hint="check HF_ENDPOINT and the proxy; a folder with the files works as a source",
             ) from None
         return Path(root), commit
+
+
+def _transport() -> tuple[type[Exception], ...]:
+    """Return the errors of the client's HTTP library that it does not convert."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
 def hub_endpoint() -> str:
@@ -326,10 +328,10 @@ def _content(repository: str) -> HubContent | None:
 @contextmanager
 def _explained(repository: str, what: str) -> Iterator[None]:
     """Turn the client's errors into ours: without its texts, which may hold signed addresses."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
-    # Errors of the client's HTTP library, which it does not convert.
-    transport = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    failures: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, KeyError, TypeError)
+    failures += _transport()
     try:
         yield
     except HFValidationError:
@@ -337,7 +339,7 @@ def _explained(repository: str, what: str) -> Iterator[None]:
             f"hf://{repository}: not a repository name that the hub accepts",
             hint="give hf://OWNER/NAME with letters, digits, '-', '_' and '.'",
         ) from None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, *transport) as error:
+    except failures as error:
         raise _failure(error, repository, what) from None
 
 

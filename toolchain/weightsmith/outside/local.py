@@ -15,7 +15,7 @@ from weightsmith.core.jobs import Job, write_job
 from weightsmith.core.ports import Progress, Runner
 from weightsmith.core.resources import compiled_engines, package
 from weightsmith.core.values import JsonValue
-from weightsmith.outside import process
+from weightsmith.outside import process, toolset
 from weightsmith.outside.confinement import confinement, interpreter, job_sandbox
 from weightsmith.outside.environment import (
     Pins,
@@ -28,13 +28,6 @@ from weightsmith.outside.hardware import cores, gpu_names
 from weightsmith.outside.lines import RESULT
 from weightsmith.outside.memory_watchdog import lies_in_memory
 from weightsmith.outside.ownership import private_folder
-from weightsmith.outside.toolset import (
-    make_toolset,
-    optional_toolsets,
-    tools_variable,
-    toolset_folder,
-    try_toolsets,
-)
 from weightsmith.outside.worker_protocol import Conversation, open_log
 
 _RESERVED, _RESERVED_PER_CORE = 768 << 20, 128 << 20
@@ -79,8 +72,8 @@ class LocalRunner:
             )
         make_environment(self._cache, pins, progress)
         for engine in compiled_engines(builder):
-            make_toolset(self._cache, engine, progress)
-        try_toolsets(self._cache, builder, progress)
+            toolset.make_toolset(self._cache, engine, progress)
+        toolset.try_toolsets(self._cache, builder, progress)
 
     def check(self, builder: str) -> None:
         """Raise EnvironmentFailure if jobs would have network access, or a compiler is missing."""
@@ -91,7 +84,7 @@ class LocalRunner:
 
     def ready(self, builder: str) -> bool:
         """Say whether environment and tools are complete."""
-        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(builder)]
+        tools = [toolset.toolset_folder(self._cache, one) for one in compiled_engines(builder)]
         return is_complete(environment_folder(self._cache, _pins(builder))) and all(
             folder.is_dir() for folder in tools
         )
@@ -108,8 +101,9 @@ class LocalRunner:
         job = job.at(here, job.output.absolute())
         environment = environment_folder(self._cache, _pins(job.builder))
         python = environment / "bin" / "python"
-        tools = {name: toolset_folder(self._cache, name) for name in compiled_engines(job.builder)}
-        tools |= optional_toolsets(self._cache, job.builder)
+        compiled = compiled_engines(job.builder)
+        tools = {name: toolset.toolset_folder(self._cache, name) for name in compiled}
+        tools |= toolset.optional_toolsets(self._cache, job.builder)
         with (
             private_folder(self._cache) as folder,
             open_log(self._cache, job.kind) as log,
@@ -176,9 +170,8 @@ def _environment(temporary: Path, lib: Path, tools: Mapping[str, Path]) -> dict[
         "PYTHONPATH": str(lib),
         "PYTHONSAFEPATH": "1",
     }
-    return process.scrubbed(
-        {**own, **{tools_variable(name): str(at) for name, at in tools.items()}}
-    )
+    named = {toolset.tools_variable(name): str(place) for name, place in tools.items()}
+    return process.scrubbed({**own, **named})
 
 
 def _most_data(job: Job) -> int:

@@ -180,7 +180,8 @@ def run(
         )
         streams = [(stream, lines, to) for stream, lines, to in both if stream is not None]
         kill = partial(_end, process)
-        with _ended(process), _memory_limit(process, limits, kill):
+        most = {"shared": limits.shared, "grouped": limits.grouped}
+        with _ended(process), memory_limit(process.pid, limits.resident_bytes, kill, **most):
             try:
                 pump(process.pid, streams, deadline, kill, stop)
             except TimeoutError:
@@ -274,17 +275,12 @@ def start(
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
-        with _ended(process), _memory_limit(process, limits, kill) as server.look:
+        most = {"shared": limits.shared, "grouped": limits.grouped}
+        limited = memory_limit(process.pid, limits.resident_bytes, kill, **most)
+        with _ended(process), limited as server.look:
             yield server
     finally:
         listener.join(_PATIENCE)
-
-
-def _memory_limit(
-    process: subprocess.Popen[bytes], limits: ResourceLimits, kill: Callable[[], None]
-) -> contextlib.AbstractContextManager[Callable[[], None]]:
-    most, shared, grouped = limits.resident_bytes, limits.shared, limits.grouped
-    return memory_limit(process.pid, most, kill, shared=shared, grouped=grouped)
 
 
 def _spawn(

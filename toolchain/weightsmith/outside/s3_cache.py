@@ -121,22 +121,19 @@ class S3Cache:
                     named.update(self._blobs_of(key))
                 except (FileNotFoundError, InputRefused):  # unknown blobs: it goes before them
                     freed += self._forget(key)
-            young = self._now() - _BEING_WRITTEN
+            # By the clock that stamps objects here.
+            mark = f"{self._place}/now/{secrets.token_hex(8)}"  # two may clean at once
+            self._files.pipe_file(mark, b"")
+            try:
+                young = _time(self._files.info(mark)) - _BEING_WRITTEN
+            finally:
+                self._files.rm_file(mark)
             for path, row in self._files.find(f"{self._place}/blobs", detail=True).items():
                 name = path.rpartition("/")[2]
                 if name not in named and (name in gone or _time(row) < young):
                     self._files.rm_file(path)
                     freed += int(row["size"])
         return freed
-
-    def _now(self) -> float:
-        """Return the time by the clock that stamps objects here."""
-        path = f"{self._place}/now/{secrets.token_hex(8)}"  # two may clean at once
-        self._files.pipe_file(path, b"")
-        try:
-            return _time(self._files.info(path))
-        finally:
-            self._files.rm_file(path)
 
     def _keys(self) -> dict[Digest, tuple[int, float]]:
         found = {}

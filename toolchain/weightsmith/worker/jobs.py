@@ -17,12 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.errors import (
-    CheckFailed,
-    EnvironmentFailure,
-    InputRefused,
-    Unmeasurable,
-)
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, Unmeasurable
 from weightsmith.core.jobs import (
     ANSWER_JOURNAL,
     AskedModel,
@@ -224,9 +219,9 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
     )
     siblings = []
     for one in job.siblings:
-        (job.output / one.folder).mkdir(exist_ok=True)
-        format_ = next(f for f in quantizer.formats if f.name == one.format)
         output = job.output / one.folder
+        output.mkdir(exist_ok=True)
+        format_ = next(f for f in quantizer.formats if f.name == one.format)
         siblings.append(replace(request, format=format_, output=output, options=one.options))
     request = replace(request, siblings=tuple(siblings))
     try:

@@ -99,7 +99,8 @@ class Fault(Exception):  # A name in -Error would be taken for an exception of t
 def _run(settings: PassSettings, measured: Callable[[], object]) -> None:
     """Quantize; `measured` is called when the importance matrix is needed."""
     if not settings.convert:
-        files = _parts(settings)
+        middle = Path(settings.middle)
+        files = sorted(middle.parent.glob(f"{middle.stem}-*-of-*.gguf")) or [middle]
         _quantize(settings, files, [_of_file(path) for path in files], files)
         return
 
@@ -260,12 +261,6 @@ def _dry_run(settings: PassSettings, file: PassFile, first: Path) -> list[str]:
         on_line=lines.append,
     ).require("llama-quantize --dry-run", hint="the lines above are the program's own")
     return lines
-
-
-def _parts(settings: PassSettings) -> list[Path]:
-    middle = Path(settings.middle)
-    parts = sorted(middle.parent.glob(f"{middle.stem}-*-of-*.gguf"))
-    return parts or [middle]
 
 
 def _of_file(path: Path) -> GgufSource:
