@@ -1,4 +1,4 @@
-"""What several attackers need: a registry to lie, its client, and limits of half a second."""
+"""What several attackers need: a registry or hub to lie, a client, limits of half a second."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from weightsmith.core import time_limits
 from weightsmith.oci.registry import Registry
 
+from tests.fakes.hub import FakeHub, fake_hub
 from tests.fakes.registry import FakeRegistry, fake_registry
 
 
@@ -21,6 +22,12 @@ def fake() -> Iterator[FakeRegistry]:
 def client() -> Iterator[Registry]:
     with Registry(pause=lambda _: None) as registry:
         yield registry
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[FakeHub]:
+    with fake_hub(tmp_path / "cache", monkeypatch) as state:
+        yield state
 
 
 @pytest.fixture
