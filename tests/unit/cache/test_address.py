@@ -1,7 +1,5 @@
 """Where a cache is: flag, environment, configuration, and what is refused before any work."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from tests.fakes.memory import new_signer
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def bare(monkeypatch, tmp_path):
     monkeypatch.delenv("WEIGHTSMITH_CACHE", raising=False)
     monkeypatch.delenv("WEIGHTSMITH_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -34,7 +32,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("file:///mnt/cache", "folder /mnt/cache"),
     ],
 )
-def test_addresses(text: str, address: str) -> None:
+def test_addresses(text, address):
     found = parse_address(text, "--cache")
     assert f"{found.kind} {found.place}" == address
 
@@ -48,15 +46,13 @@ def test_addresses(text: str, address: str) -> None:
         *("s3://", "s3://b", "s3://bucket/../other", "http://cache.example.com", "redis://host/0"),
     ],
 )
-def test_wrong_addresses_are_named_without_passwords(text: str) -> None:
+def test_wrong_addresses_are_named_without_passwords(text):
     with pytest.raises(UsageError, match="--cache") as refused:
         parse_address(text, "--cache")
     assert "password" not in refused.value.message.replace("a password", "")
 
 
-def test_the_flag_comes_before_the_environment_and_that_before_the_configuration(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_flag_comes_before_the_environment_and_that_before_the_configuration(monkeypatch):
     nothing, settings = chosen("", "", read_config().cache), CacheSettings(where="/configured")
     assert (nothing.both, nothing.read) == (None, None)
     with pytest.raises(UsageError, match="no cache is named"):
@@ -68,9 +64,7 @@ def test_the_flag_comes_before_the_environment_and_that_before_the_configuration
     assert chosen("off", "", settings).both is None
 
 
-def test_a_plain_path_in_the_variable_is_the_folder_of_this_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_plain_path_in_the_variable_is_the_folder_of_this_machine(monkeypatch):
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "/mine")
     assert chosen("", "", CacheSettings()).both is None
     assert cache_folder() == Path("/mine")
@@ -78,7 +72,7 @@ def test_a_plain_path_in_the_variable_is_the_folder_of_this_machine(
     assert cache_folder() != Path("/mine")
 
 
-def test_the_configuration(tmp_path: Path) -> None:
+def test_the_configuration(tmp_path):
     file = tmp_path / "weightsmith" / "config.yaml"
     file.parent.mkdir()
     file.write_text("cache: oci://registry.example.com/team/cache")
@@ -92,9 +86,7 @@ def test_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["cache: {wher: /a}", "cache: [1]", "- a", "cache: {upload_seconds: -1}", "a: {", "\0"]
 )
-def test_a_wrong_configuration_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_a_wrong_configuration_is_named(tmp_path, monkeypatch, text):
     file = tmp_path / "config.yaml"
     monkeypatch.setenv("WEIGHTSMITH_CONFIG", str(file))
     with pytest.raises(UsageError, match="does not exist"):
@@ -104,9 +96,7 @@ def test_a_wrong_configuration_is_named(
         read_config()
 
 
-def test_nodes_of_a_fleet_get_what_this_command_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_of_a_fleet_get_what_this_command_has(tmp_path, monkeypatch):
     """What is off here is off for them, whatever their own configuration says."""
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "file:///mnt/cache")
     here, off, half = RunOptions(), RunOptions(cache="off"), RunOptions(cache_from="off")
@@ -118,7 +108,7 @@ def test_nodes_of_a_fleet_get_what_this_command_has(
         of_nodes("ray", off, CacheSettings())
 
 
-def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path: Path) -> None:
+def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path):
     """As text: its file is on this machine only. Without a cache there is nothing to trust."""
     key = tmp_path / "cache.pub"
     key.write_bytes(new_signer().public)

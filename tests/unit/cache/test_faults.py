@@ -1,15 +1,11 @@
 """A cache that is slow, or whose uploads do not end; two who upload the same."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from weightsmith.cache import uploads as module
@@ -17,8 +13,7 @@ from weightsmith.cache.cache import SharedCache, within
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import CacheLost, EnvironmentFailure
-from weightsmith.core.ports import Cache, StoreEntry
-from weightsmith.core.values import Blob, Digest, key_of
+from weightsmith.core.values import key_of
 from weightsmith.outside.folder_cache import FolderCache
 
 from tests.fakes.cache import MemoryCache
@@ -31,40 +26,40 @@ KEY, OTHER = key_of(NOTE), key_of(OTHER_NOTE)
 class Stuck(MemoryCache):
     """Answers when it is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.go = threading.Event()
 
-    def find(self, key: Digest) -> bytes | None:
+    def find(self, key):
         self.go.wait(60)
         return super().find(key)
 
 
 @pytest.fixture
-def stuck() -> Iterator[Stuck]:
+def stuck():
     cache = Stuck()
     yield cache
     cache.go.set()
 
 
-def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, StoreEntry]:
+def made(folder, size=3000):
     store = MemoryStore(folder)
     return store, store.produce(KEY, NOTE, weights(size))
 
 
-def uploads_to(cache: Cache, store: MemoryStore, warn: Callable[[str], None] = print) -> Uploads:
+def uploads_to(cache, store, warn=print):
     return Uploads(SharedCache(cache, None, warn, 60), store.memo)
 
 
-def weights(size: int) -> Callable[[Path], dict[str, object]]:
-    def make(partial: Path) -> dict[str, object]:
+def weights(size):
+    def make(partial):
         (partial / "model.safetensors").write_bytes(bytes(size))
         return {}
 
     return make
 
 
-def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
+def test_a_slow_cache_is_asked_once(stuck, tmp_path):
     warnings: list[str] = []
     remote = SharedCache(stuck, None, warnings.append, seconds=0.05)
     store = SharedStore(MemoryStore(tmp_path / "store"), [remote], lambda: tmp_path)
@@ -76,7 +71,7 @@ def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
     assert "no answer within 0.05 s" in warning
 
 
-def test_the_end_waits_for_uploads_only_so_long(stuck: Stuck, tmp_path: Path) -> None:
+def test_the_end_waits_for_uploads_only_so_long(stuck, tmp_path):
     store, entry = made(tmp_path / "store")
     uploads = uploads_to(stuck, store)
     uploads.add(KEY, NOTE, entry)
@@ -114,33 +109,33 @@ with Registry() as registry:
 
 
 @pytest.mark.slow
-def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path: Path) -> None:
+def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path):
     taking = threading.Event()
 
     class Registry(BaseHTTPRequestHandler):
-        def reply(self, code: int, **headers: str) -> None:
+        def reply(self, code, **headers):
             self.send_response(code)
             for name, value in {**headers, "Content-Length": "0"}.items():
                 self.send_header(name, value)
             self.end_headers()
 
-        def do_GET(self) -> None:
+        def do_GET(self):
             self.reply(200 if self.path == "/v2/" else 404)
 
-        def do_HEAD(self) -> None:
+        def do_HEAD(self):
             self.reply(404)
 
-        def do_POST(self) -> None:
+        def do_POST(self):
             self.reply(202, Location="/v2/team/cache/blobs/uploads/1")
 
-        def do_PATCH(self) -> None:
+        def do_PATCH(self):
             taking.set()
             ended.wait(120)
 
-        def do_PUT(self) -> None:
+        def do_PUT(self):
             self.do_PATCH()
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_):
             pass
 
     ended = threading.Event()
@@ -155,9 +150,9 @@ def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path: Path) -> 
     assert said == b"1\n"
 
 
-def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_are_tried_again(tmp_path, monkeypatch):
     class Hiccup(MemoryCache):
-        def write(self, *args: Any, **choices: Any) -> int:
+        def write(self, *args, **choices):
             if not self.asked[1:]:
                 self.asked.append(KEY)
                 raise ConnectionResetError("reset")
@@ -175,7 +170,7 @@ def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not warnings
 
 
-def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_still_read(tmp_path):
     store, entry = made(tmp_path / "store")
     cache, warnings = MemoryCache(), list[str]()
     uploads_to(cache, store).upload(KEY, NOTE, entry)
@@ -195,16 +190,14 @@ def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
     assert "Permission denied" in warning
 
 
-def other_byte(blob: Path) -> None:
+def other_byte(blob):
     data = bytearray(blob.read_bytes())
     data[1000] ^= 1
     blob.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, other_byte])
-def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(tmp_path, damage):
     store, entry = made(tmp_path / "store")
     cache = MemoryCache()
     uploads_to(cache, store).upload(KEY, NOTE, entry)
@@ -227,11 +220,11 @@ def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
 
 
 @pytest.mark.parametrize("fault", ["only read", "on the way", "not allowed"])
-def test_a_blob_is_left_where_it_may_be_right_or_is_not_ours(tmp_path: Path, fault: str) -> None:
+def test_a_blob_is_left_where_it_may_be_right_or_is_not_ours(tmp_path, fault):
     """Of a cache that is only read, by a faulty connection, or without the right to delete."""
 
     class Faulty(MemoryCache):
-        def read(self, blob: Blob) -> Iterator[bytes]:
+        def read(self, blob):
             chunks = b"".join(super().read(blob))
             wrong = fault != "on the way" or not self.read_bytes > blob.size
             yield bytes(len(chunks)) if wrong else chunks
@@ -258,7 +251,7 @@ def test_a_blob_is_left_where_it_may_be_right_or_is_not_ours(tmp_path: Path, fau
     assert shared.find(KEY) is None
 
 
-def test_two_upload_the_same_at_once(tmp_path: Path) -> None:
+def test_two_upload_the_same_at_once(tmp_path):
     """Without locks, in one folder: what is there in the end is whole."""
     stores = [made(tmp_path / f"store{number}", 3 << 20) for number in range(2)]
     folder = tmp_path / "shared"
@@ -274,8 +267,8 @@ def test_two_upload_the_same_at_once(tmp_path: Path) -> None:
     assert found.tree.path("model.safetensors").read_bytes() == bytes(3 << 20)
 
 
-def test_a_call_that_fails_says_why() -> None:
-    def fails() -> None:
+def test_a_call_that_fails_says_why():
+    def fails():
         raise PermissionError(13, "no")
 
     with pytest.raises(PermissionError):

@@ -1,16 +1,13 @@
 """How much of a cache's blobs is read: a layer of many files once, whoever reads them."""
 
-from __future__ import annotations
-
 import threading
-from pathlib import Path
 
 import pytest
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import layers_of, read_document
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
-from weightsmith.core.values import Stream, Tree, key_of
+from weightsmith.core.values import Stream, key_of
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.store import MemoryStore
@@ -20,7 +17,7 @@ KEY = key_of(NOTE)
 FILES = {f"lib/{name}": name.encode() * 700 for name in (f"part-{n:03}" for n in range(120))}
 
 
-def engine(folder: Path) -> dict[str, object]:
+def engine(folder):
     for name, data in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
@@ -28,7 +25,7 @@ def engine(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> MemoryCache:
+def cache(tmp_path):
     """A cache with an engine of 120 files in one layer."""
     cache, store = MemoryCache(), MemoryStore(tmp_path / "maker")
     entry = store.produce(KEY, NOTE, engine)
@@ -37,7 +34,7 @@ def cache(tmp_path: Path) -> MemoryCache:
 
 
 @pytest.fixture
-def tree(tmp_path: Path, cache: MemoryCache) -> Tree:
+def tree(tmp_path, cache):
     """The engine as another machine sees it."""
     store = MemoryStore(tmp_path / "mine")
     found = SharedStore(store, [SharedCache(cache, None, print, 60)], lambda: tmp_path).find(KEY)
@@ -45,13 +42,13 @@ def tree(tmp_path: Path, cache: MemoryCache) -> Tree:
     return found.tree
 
 
-def content(tree: Tree, name: str) -> bytes:
+def content(tree, name):
     source = tree.source(name)
     assert isinstance(source, Stream)
     return b"".join(source.open())
 
 
-def test_a_layer_is_read_once_to_be_written_somewhere(cache: MemoryCache, tree: Tree) -> None:
+def test_a_layer_is_read_once_to_be_written_somewhere(cache, tree):
     (blob,) = cache.blobs.values()
     (layer,) = layers_of(read_document(cache.documents[KEY], KEY, None), tree)
 
@@ -59,7 +56,7 @@ def test_a_layer_is_read_once_to_be_written_somewhere(cache: MemoryCache, tree: 
     assert cache.read_bytes <= len(blob)
 
 
-def test_files_are_right_in_any_order_and_at_once(cache: MemoryCache, tree: Tree) -> None:
+def test_files_are_right_in_any_order_and_at_once(cache, tree):
     """Backwards, a file twice, one that is not read to its end, and from several threads."""
     names = [*FILES][::7][::-1] + [[*FILES][3]] * 2
     half = tree.source([*FILES][50])
@@ -69,7 +66,7 @@ def test_files_are_right_in_any_order_and_at_once(cache: MemoryCache, tree: Tree
 
     wrong: list[str] = []
 
-    def read(part: int) -> None:
+    def read(part):
         wrong.extend(n for n in [*FILES][part::3] if content(tree, n) != FILES[n])
 
     threads = [threading.Thread(target=read, args=(part,)) for part in range(3)]

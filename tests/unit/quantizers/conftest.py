@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from gguf import GGUFWriter
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.architectures import EXPERTS, FURTHER_EXPERTS, NAMED, SEEING
 from weightsmith.quantizers.quantizer import QuantizeRequest
@@ -13,7 +12,7 @@ from tests.fakes.known import make_known
 from tests.fakes.seeing import make_seeing
 
 
-def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:
+def request(tmp_path, name="q8_0", **options):
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "out").mkdir(exist_ok=True)
     return QuantizeRequest(
@@ -28,14 +27,14 @@ def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path):
     """A folder to write to."""
     folder = tmp_path / "out"
     folder.mkdir()
     return folder
 
 
-def make_any(folder: Path, architecture: str, **sizes: int) -> Path:
+def make_any(folder, architecture, **sizes):
     """Make a small model of any architecture that a packed format can have."""
     if architecture in NAMED | FURTHER_EXPERTS:
         return make_known(folder, architecture)
@@ -46,7 +45,7 @@ def make_any(folder: Path, architecture: str, **sizes: int) -> Path:
     return make_dense(folder, architecture, **sizes)
 
 
-def finish(writer: GGUFWriter) -> None:
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,20 +1,16 @@
 """Each cell of the table of architectures and formats without calibration is a test here."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import CheckFailed, InputRefused
-from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
@@ -53,7 +49,7 @@ NOT_QUANTIZED = (
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
+def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
 
     return cache(lambda architecture: make_any(root / architecture, architecture, hidden=256))
@@ -61,9 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.grid(9)
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
-def test_a_model_of_this_architecture_becomes_this_format(
-    models, out: Path, architecture: str, name: str
-) -> None:
+def test_a_model_of_this_architecture_becomes_this_format(models, out, architecture, name):
     model, scheme = models(architecture), SCHEMES[name]
     of_format(name).check_input(formats()[name], read_facts(model))
 
@@ -83,13 +77,13 @@ def test_a_model_of_this_architecture_becomes_this_format(
     assert 0 < found.layer_error < MOST[name]
 
 
-def _same(made: CheckpointTensors, source: CheckpointTensors, tensor: str) -> bool:
+def _same(made, source, tensor):
     return made.info(tensor).dtype == source.info(tensor).dtype and np.array_equal(
         made.raw(tensor), source.raw(tensor)
     )
 
 
-def _linear_in_16_bits(source: CheckpointTensors, quantized: frozenset[str]) -> set[str]:
+def _linear_in_16_bits(source, quantized):
     """Return the modules that engines would take for linear layers, by their tensors' shapes."""
     made = {n.removesuffix(".weight") for n in source.names if len(source.info(n).shape) == 2}
     tables = {n for n in made if n.endswith(("embed_tokens", "weight", "vlm", "pos_embed"))}
@@ -100,7 +94,7 @@ def _linear_in_16_bits(source: CheckpointTensors, quantized: frozenset[str]) -> 
     "architecture", ["FalconForCausalLM", "Phi4MMForCausalLM", "JambaForCausalLM"]
 )
 @pytest.mark.parametrize("name", SCHEMES)
-def test_another_architecture_is_refused_with_what_works(architecture: str, name: str) -> None:
+def test_another_architecture_is_refused_with_what_works(architecture, name):
     model = model_of(architecture)
     with pytest.raises(InputRefused, match="unsupported architecture") as refused:
         of_format(name).check_input(formats()[name], model)
@@ -108,13 +102,13 @@ def test_another_architecture_is_refused_with_what_works(architecture: str, name
 
 
 @pytest.mark.parametrize("architecture", sorted(LLAMA4))
-def test_blocks_of_rows_that_vllm_reorders_are_refused(architecture: str) -> None:
+def test_blocks_of_rows_that_vllm_reorders_are_refused(architecture):
     with pytest.raises(InputRefused, match="reorders the rows of Q and K") as refused:
         of_format("fp8-block").check_input(formats()["fp8-block"], model_of(architecture))
     assert "choose fp8" in refused.value.hint
 
 
-def model_of(architecture: str, **more: Any) -> ModelFacts:
+def model_of(architecture, **more):
     return facts({
         "architectures": [architecture], "hidden_size": 512, "intermediate_size": 1024,
         "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, **more,
@@ -137,9 +131,7 @@ EXPERT = {"num_experts": 4, "moe_intermediate_size": 128}
         ("fp8-block", {**EXPERT, "hidden_size": 500, "head_dim": 128}, ""),  # the last may be cut
     ],
 )
-def test_dimensions_that_tiles_do_not_divide_are_refused(
-    name: str, more: dict[str, Any], what: str
-) -> None:
+def test_dimensions_that_tiles_do_not_divide_are_refused(name, more, what):
     model = model_of("Qwen3MoeForCausalLM" if "num_experts" in more else "LlamaForCausalLM", **more)
     check = of_format(name).check_input
     if not what:
@@ -162,7 +154,7 @@ def test_dimensions_that_tiles_do_not_divide_are_refused(
         (["3.down_proj", "3.gate_proj", "3.up_proj"], False),
     ],
 )
-def test_of_a_layer_s_experts_all_or_none_are_kept(keep: list[str], fits: bool) -> None:
+def test_of_a_layer_s_experts_all_or_none_are_kept(keep, fits):
     check, experts = of_format("fp8").check_options, model_of("Qwen2MoeForCausalLM", **EXPERT)
     check(model_of("LlamaForCausalLM"), {"keep": keep})
     if fits:
@@ -181,9 +173,7 @@ def test_of_a_layer_s_experts_all_or_none_are_kept(keep: list[str], fits: bool) 
     ],
 )
 @pytest.mark.parametrize("name", ["fp8", "awq", "gptq"])
-def test_names_that_a_model_lacks_are_refused_before_the_merge(
-    name: str, architecture: str, end: str
-) -> None:
+def test_names_that_a_model_lacks_are_refused_before_the_merge(name, architecture, end):
     check, model = of_format(name).check_options, model_of(architecture)
     check(model, {"keep": ["layers.1.mlp.down_proj"], "group_size": 64})
     with pytest.raises(
@@ -192,7 +182,7 @@ def test_names_that_a_model_lacks_are_refused_before_the_merge(
         check(model, {"keep": [end], "group_size": 64})
 
 
-def test_the_worst_expert_is_named(models, tmp_path: Path) -> None:
+def test_the_worst_expert_is_named(models, tmp_path):
     model, scheme = models("Qwen3MoeForCausalLM"), SCHEMES["w8a8"]
     quantize(scheme, model, tmp_path, [])
     tensors = load_file(tmp_path / "model.safetensors")
@@ -212,7 +202,7 @@ def test_the_worst_expert_is_named(models, tmp_path: Path) -> None:
     assert found["worst_experts"][0]["error"] > found["worst_experts"][1]["error"]
 
 
-def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -> None:
+def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path):
     model, scheme = models("GraniteMoeForCausalLM"), SCHEMES["nvfp4a16"]
     source, keep = CheckpointTensors(model), ["gate_proj", "up_proj", "down_proj"]
 
@@ -229,9 +219,7 @@ def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -
     assert {f"{first}.{name}" for name in keep} <= set(ignored)
 
 
-def test_layers_that_predict_further_tokens_stay_in_16_bits(
-    models, tmp_path: Path, out: Path
-) -> None:
+def test_layers_that_predict_further_tokens_stay_in_16_bits(models, tmp_path, out):
     model, scheme = tmp_path / "model", SCHEMES["fp8"]
     shutil.copytree(models("DeepseekV3ForCausalLM"), model)
     tensors = load_file(model / "model.safetensors")
@@ -246,7 +234,7 @@ def test_layers_that_predict_further_tokens_stay_in_16_bits(
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4a16"])
-def test_experts_stored_either_way_give_the_same_file(models, tmp_path: Path, name: str) -> None:
+def test_experts_stored_either_way_give_the_same_file(models, tmp_path, name):
     """Published files of Qwen3-VL have stacked experts transposed, transformers' own do not."""
     architecture = "Qwen3VLMoeForConditionalGeneration"
     published, saved = models(architecture), tmp_path / "saved"

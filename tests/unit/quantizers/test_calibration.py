@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -127,23 +125,23 @@ def test_texts_come_through_a_pipe(data):
     assert texts.calibration == read_texts(data, TextBounds()).calibration
 
 
-def letters(text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+def letters(text, *, add_special_tokens):
     return {"input_ids": [] if add_special_tokens else [ord(c) for c in text]}
 
 
-def test_texts_stay_apart_long_ones_are_cut_and_none_is_dropped() -> None:
+def test_texts_stay_apart_long_ones_are_cut_and_none_is_dropped():
     found = samples(["a" * 1200, "", "b" * 30], letters)
 
     assert found == [[ord("a")] * 512, [ord("a")] * 512, [ord("a")] * 176, [ord("b")] * 30]
 
 
-def test_too_few_tokens_to_measure_on_are_reported() -> None:
+def test_too_few_tokens_to_measure_on_are_reported():
     with pytest.raises(InputRefused, match="30 tokens"):
         samples(["b" * 15, "c" * 15], letters)
 
 
 @pytest.mark.parametrize("count", [256, 511, 512, 513, 1025, 2013, 4096])
-def test_joined_texts_fill_samples_of_one_length_and_none_is_dropped(count: int) -> None:
+def test_joined_texts_fill_samples_of_one_length_and_none_is_dropped(count):
     tokens = list(range(count))
 
     found = equal_length([tokens[:100], tokens[100:]])

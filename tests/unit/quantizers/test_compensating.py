@@ -1,14 +1,12 @@
 """Four-bit integers: their grids, their two layouts, and rounding that makes up for its errors."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from weightsmith.quantizers.layerwise.quantizing import (
-    Grid,
     best_grid,
     compensated,
     packed_awq,
@@ -19,7 +17,7 @@ from weightsmith.quantizers.packed import PackedView
 GROUP = 32
 
 
-def drawn(seed: int, outputs: int = 48, inputs: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(seed, outputs=48, inputs=96):
     """A weight, and inputs that depend on each other and differ in power."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=draw) * 0.05
@@ -28,7 +26,7 @@ def drawn(seed: int, outputs: int = 48, inputs: int = 96) -> tuple[torch.Tensor,
     return weight, (mixed + torch.randn(200, inputs, generator=draw)) * power
 
 
-def one_by_one(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
+def one_by_one(weight, gram, grid):
     """GPTQ as section 3 of arXiv 2210.17323 derives it: after each input, the inverse anew."""
     inputs = weight.shape[1]
     size = inputs // grid.scale.shape[1]
@@ -48,7 +46,7 @@ def one_by_one(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_errors_are_spread_as_the_paper_says(symmetric: bool) -> None:
+def test_errors_are_spread_as_the_paper_says(symmetric):
     weight, inputs = drawn(1)
     gram = inputs.T @ inputs
     grid = best_grid(weight, gram, GROUP, symmetric=symmetric)
@@ -63,7 +61,7 @@ def test_errors_are_spread_as_the_paper_says(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize(("method", "pack"), [("awq", packed_awq), ("gptq", packed_gptq)])
-def test_what_is_packed_is_read_back(tmp_path: Path, method: str, pack) -> None:
+def test_what_is_packed_is_read_back(tmp_path, method, pack):
     weight, inputs = drawn(2)
     grid = best_grid(weight, inputs.T @ inputs, GROUP, symmetric=method == "gptq")
     values = grid.rounded(weight)
@@ -77,7 +75,7 @@ def test_what_is_packed_is_read_back(tmp_path: Path, method: str, pack) -> None:
     assert np.array_equal(view.matrix("model.layers.0.mlp.up_proj"), values.numpy())
 
 
-def test_scales_are_numbers_of_both_16_bit_floats() -> None:
+def test_scales_are_numbers_of_both_16_bit_floats():
     weight, _ = drawn(3)
     weight[0] = 0
     weight[1] = 1e-9
@@ -89,13 +87,13 @@ def test_scales_are_numbers_of_both_16_bit_floats() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_chosen_range_is_the_best_of_those_tried(symmetric: bool) -> None:
+def test_the_chosen_range_is_the_best_of_those_tried(symmetric):
     weight, inputs = drawn(4)
     weight = weight**3 * 100  # a few large ones, that clipping helps
     whole = best_grid(weight, None, GROUP, symmetric=symmetric)
     best = best_grid(weight, inputs.T @ inputs, GROUP, symmetric=symmetric)
 
-    def errors(grid: Grid) -> np.ndarray:
+    def errors(grid):
         moved = (grid.rounded(weight) - weight).double().numpy().reshape(len(weight), -1, GROUP)
         x = inputs.double().numpy().reshape(len(inputs), -1, GROUP)
         return (np.einsum("tgi,ogi->tog", x, moved) ** 2).sum(0)

@@ -24,7 +24,7 @@ from tests.paths import ROOT
 def written(tmp_path):
     """Run a converter that ends with an error; return what is left of the projector."""
 
-    def write(error: str, allow_text_only: bool = True) -> list[str]:
+    def write(error, allow_text_only=True):
         converter = tmp_path / "convert.py"
         converter.write_text(
             "import pathlib, sys\n"

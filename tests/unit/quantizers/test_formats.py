@@ -41,9 +41,7 @@ def test_an_unknown_format_gets_near_misses_and_the_list():
         ("fp8-static", LLAMAS),
     ],
 )
-def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(
-    name: str, known: frozenset[str]
-) -> None:
+def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(name, known):
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
     shape |= {"num_hidden_layers": 2, "vocab_size": 100}
     for architecture in sorted(DENSE | {"Phi3ForCausalLM", "FalconForCausalLM"}):

@@ -15,7 +15,6 @@ from weightsmith.quantizers.convert import split_name
 from weightsmith.quantizers.gguf import check_input, output_file
 from weightsmith.quantizers.gguf_pass import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
-from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 
 from tests.fakes.configs import facts
 from tests.unit.quantizers.conftest import request
@@ -91,7 +90,7 @@ def test_the_first_step_makes_the_projector_of_a_model_that_sees(tmp_path, name,
     assert not any("mmproj" in words for step in blind for words in step.argv)
 
 
-def settings(step: BuilderCommand) -> PassSettings:
+def settings(step):
     """What the program that quantizes is given."""
     return PassSettings.from_json(json.loads(step.writes[Path(step.argv[-1])]))
 
@@ -201,7 +200,7 @@ def test_types_of_single_tensors_are_checked():
         chosen("q8_0", tensor_types={"attn_v": "q6_k"})
 
 
-def with_text(made: QuantizeRequest, tokens: int = 3000) -> QuantizeRequest:
+def with_text(made, tokens=3000):
     path = made.output / ".calibration.jsonl"
     path.write_text(json.dumps({"text": "some text", "tokens": tokens}) + "\n")
     return replace(made, calibration=path)

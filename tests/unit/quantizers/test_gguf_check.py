@@ -1,7 +1,6 @@
 """A finished GGUF file read back: good ones are described, faulty ones refused."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from weightsmith.core.errors import CheckFailed
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.gguf import output_file
-from weightsmith.quantizers.quantizer import QuantizeRequest
 
 from tests.unit.quantizers.conftest import finish, request
 
@@ -17,9 +15,7 @@ TEMPLATE = "{{ messages[0].content }}"
 TENSORS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-def write_gguf(
-    path: Path, *, file_type=7, template=TEMPLATE, tokens=32, names=None, basename=None
-) -> None:
+def write_gguf(path, *, file_type=7, template=TEMPLATE, tokens=32, names=None, basename=None):
     writer = GGUFWriter(path, "llama")
     if basename:
         writer.add_basename(basename)
@@ -39,7 +35,7 @@ def write_gguf(
     finish(writer)
 
 
-def write_checkpoint(model: Path, *, names=TENSORS, template=TEMPLATE) -> None:
+def write_checkpoint(model, *, names=TENSORS, template=TEMPLATE):
     header = {name: {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for name in names}
     blob = json.dumps(header).encode()
     (model / "model.safetensors").write_bytes(len(blob).to_bytes(8, "little") + blob)
@@ -53,7 +49,7 @@ def asked(tmp_path):
     return made
 
 
-def check(made: QuantizeRequest):
+def check(made):
     return of_format(made.format.name).check(made)
 
 

@@ -1,7 +1,5 @@
 """Headers of GGUF files, held against the gguf package."""
 
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from tests.unit.quantizers.conftest import finish
 
 
 @pytest.fixture
-def written(tmp_path) -> Path:
+def written(tmp_path):
     """A file with a value of every kind, by gguf-py."""
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -1,7 +1,6 @@
 """Importance matrices: of which model they are, and as llama-quantize reads them."""
 
 import struct
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -20,7 +19,7 @@ from tests.unit.quantizers.conftest import finish
 SUMS = np.array([[1, 2, 3, 4], [10, 20, 30, 40]], np.float32)
 
 
-def matrix(path: Path, sums: np.ndarray = SUMS, counts=(3.0, 0.0)) -> Path:
+def matrix(path, sums=SUMS, counts=(3.0, 0.0)):
     """Write a file as llama-imatrix does, with two experts."""
     writer = gguf.GGUFWriter(path, "")
     writer.kv_data[0].clear()

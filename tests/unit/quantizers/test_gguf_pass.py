@@ -67,7 +67,7 @@ def test_nothing_counts_as_finished_after_a_fault_of_the_disk(tmp_path, monkeypa
     """The system tells of a lost write once, whoever's it was: the next call succeeds."""
     faults = iter([None, OSError(errno.EIO, "Input/output error"), None, None])
 
-    def sync(_file: int) -> None:
+    def sync(_file):
         if fault := next(faults):
             raise fault
 

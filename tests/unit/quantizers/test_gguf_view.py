@@ -1,9 +1,5 @@
 """A GGUF file's tensors by the checkpoint's names, whole and a few rows at a time."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -20,14 +16,14 @@ NAMES = {
 }
 
 
-def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
+def permuted(weights, heads):
     """LlamaModel.permute of llama.cpp's conversion/llama.py."""
     pairs = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weights.shape)
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+def written(tmp_path):
     random = np.random.default_rng(0)
     # Whole numbers up to 127, one of them 127 in each block, are exact in Q8_0.
     heights = {name: (heads or 6) * 16 for name, (_, heads) in NAMES.items()}
@@ -51,9 +47,7 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 16), (5, 23), (31, 32)])
-def test_rows_are_the_checkpoints(
-    written: tuple[Path, dict[str, np.ndarray]], start: int, stop: int
-) -> None:
+def test_rows_are_the_checkpoints(written, start, stop):
     folder, made = written
     view = open_view(folder / "x.gguf", folder)
 

@@ -1,11 +1,7 @@
 """Importance from our own walk over the layers: that of the whole model in transformers."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,32 +37,32 @@ NAMES = {
 }
 
 
-def windows(model: Path, window: int) -> list[torch.Tensor]:
+def windows(model, window):
     """The tiny tokenizer begins no text with a token of its own."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer("\n".join(LINES), add_special_tokens=False)["input_ids"]
     return [torch.tensor([ids[n : n + window]]) for n in range(0, len(ids) - window + 1, window)]
 
 
-def tokens_of(model: Path) -> int:
+def tokens_of(model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     return sum(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in LINES)
 
 
-def by_transformers(model: Path, chunks: list[torch.Tensor]) -> dict[str, np.ndarray]:
+def by_transformers(model, chunks):
     """Means of squares in float64: of each linear layer, and of each expert's inputs."""
     network = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, experts_implementation="eager"
     )
     inputs: dict[str, list[torch.Tensor]] = {}
 
-    def see(name: str, _, args) -> None:
+    def see(name, _, args):
         inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
 
     linear = torch.nn.functional.linear
     experts: dict[str, dict[int, list[torch.Tensor]]] = {}
 
-    def spied(module, name: str, forward, *args, **kwargs):
+    def spied(module, name, forward, *args, **kwargs):
         """Catch the products with one expert's matrix, which are views of the stack."""
 
         def product(x, weight, bias=None):
@@ -101,11 +97,11 @@ def by_transformers(model: Path, chunks: list[torch.Tensor]) -> dict[str, np.nda
     return found
 
 
-def mean(rows: list[torch.Tensor]) -> np.ndarray:
+def mean(rows):
     return torch.cat(rows).double().square().mean(0).numpy()
 
 
-def measured(tmp_path: Path, model: Path) -> tuple[Mapping[str, np.ndarray], walking.Measured]:
+def measured(tmp_path, model):
     found = importance(model, LINES, tokens_of(model))
     write_importance(tmp_path / "imatrix.gguf", found)
     return read_importance(tmp_path / "imatrix.gguf").values, found
@@ -120,9 +116,7 @@ def measured(tmp_path: Path, model: Path) -> tuple[Mapping[str, np.ndarray], wal
         ("Phi3ForCausalLM", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),  # joined matrices
     ],
 )
-def test_each_matrix_has_the_mean_squares_of_its_inputs(
-    tmp_path: Path, architecture: str, parts: set[str]
-) -> None:
+def test_each_matrix_has_the_mean_squares_of_its_inputs(tmp_path, architecture, parts):
     model = make_any(tmp_path / "model", architecture)
     ours, found = measured(tmp_path, model)
 
@@ -139,7 +133,7 @@ def test_each_matrix_has_the_mean_squares_of_its_inputs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
-def test_each_expert_has_its_own(tmp_path: Path, architecture: str) -> None:
+def test_each_expert_has_its_own(tmp_path, architecture):
     model = make_any(tmp_path / "model", architecture)
     ours, found = measured(tmp_path, model)
 
@@ -156,14 +150,14 @@ def test_each_expert_has_its_own(tmp_path: Path, architecture: str) -> None:
     assert experts_missed(tmp_path / "imatrix.gguf") == []
 
 
-def close(ours: np.ndarray, right: np.ndarray, name: str) -> None:
+def close(ours, right, name):
     np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.grid(9)
 @pytest.mark.parametrize("architecture", sorted(MEASURED - WITHOUT_WALK))
-def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: str) -> None:
+def test_every_architecture_has_all_its_matrices(tmp_path, architecture):
     model = make_any(tmp_path / "model", architecture)
     ours, _ = measured(tmp_path, model)
 
@@ -174,7 +168,7 @@ def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: s
 
 
 @pytest.mark.slow
-def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path: Path, monkeypatch) -> None:
+def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path, monkeypatch):
     model = make_any(tmp_path / "model", "LlamaForCausalLM")
     whole = importance(model, LINES, tokens_of(model))
     monkeypatch.setattr(walking, "WALK_TOKENS", whole.window)
@@ -188,7 +182,7 @@ def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path: Path, monk
         np.testing.assert_array_equal(parts.sums[name].counts, sums.counts)
 
 
-def test_too_little_text_is_refused(tmp_path: Path) -> None:
+def test_too_little_text_is_refused(tmp_path):
     model = make_any(tmp_path / "model", "LlamaForCausalLM")
 
     with pytest.raises(InputRefused, match="have 9 tokens; an importance matrix needs at least"):
@@ -196,9 +190,7 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", [*sorted(WITHOUT_WALK), "GPT2LMHeadModel"])
-def test_an_unknown_architecture_is_refused_before_any_work(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_an_unknown_architecture_is_refused_before_any_work(tmp_path, architecture):
     quantizer, format_ = of_format("q4_k_m"), formats()["q4_k_m"]
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     model = read_facts(tmp_path)
@@ -220,7 +212,7 @@ def test_an_unknown_architecture_is_refused_before_any_work(
 )
 def test_who_measures_depends_on_the_model_and_on_avx2(
     monkeypatch, architecture, size, avx2, expected
-) -> None:
+):
     monkeypatch.setattr(gguf_importance, "has_avx2", lambda: avx2)
     model = ModelFacts.of({"architectures": [architecture]})
     assert measured_by(model, size) == expected

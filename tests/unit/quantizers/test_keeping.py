@@ -1,9 +1,6 @@
 """Matrices that stay in 16 bits: what may be named, and what engines are told."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,7 @@ from weightsmith.quantizers.checkpoints import (
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
-def test_names_are_sorted_and_lm_head_is_kept_anyhow() -> None:
+def test_names_are_sorted_and_lm_head_is_kept_anyhow():
     assert keep_option({"keep": ("o_proj", "down_proj", "lm_head")}) == ["down_proj", "o_proj"]
     assert keep_option({}) == []
     assert keep_option({"keep": ATTENTION}) == sorted(ATTENTION)
@@ -37,19 +34,19 @@ def test_names_are_sorted_and_lm_head_is_kept_anyhow() -> None:
         (MATRICES, "nothing would be quantized"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(keep: tuple[str, ...], says: str) -> None:
+def test_what_cannot_be_kept_is_refused(keep, says):
     with pytest.raises(UsageError, match=says):
         keep_option({"keep": keep})
 
 
-def test_ends_match_at_dots_alone() -> None:
+def test_ends_match_at_dots_alone():
     assert is_kept("model.layers.1.mlp.down_proj", ["layers.1.mlp.down_proj"])
     assert not is_kept("model.layers.11.mlp.down_proj", ["1.mlp.down_proj"])
     assert not is_kept("model.layers.0.mlp.xdown_proj", ["down_proj"])
     assert not is_kept("model.layers.0.mlp.down_proj", [])
 
 
-def test_kept_modules_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+def test_kept_modules_are_those_of_the_checkpoint(tmp_path):
     names = [f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("mlp.down_proj", "x.o_proj")]
     tensors = {n: torch.zeros(1) for n in (*names, "down_proj.weight")}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -58,11 +55,11 @@ def test_kept_modules_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert kept_modules(tmp_path, ["down_proj"]) == kept
 
 
-def test_engines_are_configured_for_what_they_put_together() -> None:
+def test_engines_are_configured_for_what_they_put_together():
     """As vLLM asks: `re.match` of each expression against the name of the fused matrix."""
     patterns = [p.removeprefix("-:") for p in negative_patterns(["down_proj", *sorted(ATTENTION)])]
 
-    def left_out(module: str) -> bool:
+    def left_out(module):
         return any(re.match(pattern, module) for pattern in patterns)
 
     assert left_out("model.layers.3.self_attn.qkv_proj")

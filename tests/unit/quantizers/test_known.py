@@ -1,10 +1,7 @@
 """What transformers and vLLM both know: quantized by the general rule, or refused beforehand."""
 
-from __future__ import annotations
-
 import json
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,14 +46,14 @@ CELLS = [(a, s) for a in BY_RULE for s in SCHEMES if a not in SCANNING or s != "
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
+def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return cache(lambda architecture: make_known(root / architecture, architecture))
 
 
 @pytest.mark.parametrize("architecture", vllm_architectures())
 @pytest.mark.parametrize("name", ["fp8", "nvfp4a16"])
-def test_each_is_quantized_or_refused_with_what_works(architecture: str, name: str) -> None:
+def test_each_is_quantized_or_refused_with_what_works(architecture, name):
     model = facts({
         "architectures": [architecture], "hidden_size": 512, "intermediate_size": 1024,
         "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
@@ -75,7 +72,7 @@ def test_each_is_quantized_or_refused_with_what_works(architecture: str, name: s
 
 @pytest.mark.grid(15)
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
-def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: str) -> None:
+def test_the_general_rule_fits(models, tmp_path, architecture, name):
     model, scheme = models(architecture), SCHEMES[name]
     of_format(name).check_input(formats()[name], read_facts(model))
 
@@ -105,7 +102,7 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
 
 @pytest.mark.grid(15)
 @pytest.mark.parametrize("architecture", sorted(WALKED.intersection(BY_RULE)))
-def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture: str) -> None:
+def test_the_walk_finds_the_largest_inputs(models, tmp_path, architecture):
     model = models(architecture)
     of_format("nvfp4").check_input(NVFP4.format, read_facts(model))
     lines, source = [str(row["text"]) for row in ROWS], CheckpointTensors(model)
@@ -124,7 +121,7 @@ def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture:
     assert 0 < found.layer_error < MOST["nvfp4a16"]
 
 
-def by_transformers(model: Path, lines: list[str]) -> dict[object, float]:
+def by_transformers(model, lines):
     """The largest inputs of each matrix of the whole model, by the bytes of its weight.
 
     All experts of a layer have the largest of any.
@@ -136,10 +133,10 @@ def by_transformers(model: Path, lines: list[str]) -> dict[object, float]:
     most: dict[object, float] = {}
     weights: dict[bytes, object] = {}
 
-    def see(key: object, _, args) -> None:
+    def see(key, _, args):
         most[key] = max(most.get(key, 0.0), float(args[0].abs().max()))
 
-    def see_experts(module, args) -> None:
+    def see_experts(module, args):
         rows, chosen = (arg.reshape(-1, arg.shape[-1]) for arg in args[:2])
         for expert, both in enumerate(module.gate_up_proj):
             gate, up = both.chunk(2)
@@ -164,13 +161,13 @@ def by_transformers(model: Path, lines: list[str]) -> dict[object, float]:
     return most | {key: most[place] for key, place in weights.items()}
 
 
-def as_key(weight: torch.Tensor) -> bytes:
+def as_key(weight):
     return weight.detach().bfloat16().contiguous().view(torch.int16).numpy().tobytes()
 
 
 @pytest.mark.grid(15)
 @pytest.mark.parametrize("architecture", sorted(NAMED | JOINED))
-def test_what_a_model_lacks_cannot_be_kept(models, architecture: str) -> None:
+def test_what_a_model_lacks_cannot_be_kept(models, architecture):
     """Also not what engines fuse with it: `keep_option` wants all of those."""
     model = models(architecture)
     modules = [one.module for one in matrices(CheckpointTensors(model), model)]
@@ -185,7 +182,7 @@ def test_what_a_model_lacks_cannot_be_kept(models, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", sorted(SCANNING))
-def test_blocks_that_vllm_would_split_are_refused(models, architecture: str) -> None:
+def test_blocks_that_vllm_would_split_are_refused(models, architecture):
     model = read_facts(models(architecture))
     with pytest.raises(InputRefused, match=rf"splits {architecture}'s mamba\.in_proj") as refused:
         of_format("fp8-block").check_input(formats()["fp8-block"], model)
@@ -193,5 +190,5 @@ def test_blocks_that_vllm_would_split_are_refused(models, architecture: str) -> 
 
 
 @pytest.mark.vllm
-def test_the_list_is_that_of_the_pinned_vllm() -> None:
+def test_the_list_is_that_of_the_pinned_vllm():
     assert listed(vllm_parts.packages()) == vllm_architectures()

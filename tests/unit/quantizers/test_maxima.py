@@ -3,11 +3,8 @@
 NVFP4 has scales of inputs, shared where engines fuse; an 8-bit KV cache has scales, too.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,19 +27,19 @@ from tests.unit.quantizers.conftest import make_any
 LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 
 
-def made(out: Path, model: Path) -> dict[str, float]:
+def made(out, model):
     inputs = dict(input_maxima(model, LINES, matrices(CheckpointTensors(model), model)))
     quantize(NVFP4, model, out, [], inputs)
     return inputs
 
 
-def by_transformers(model: Path) -> dict[str, float]:
+def by_transformers(model):
     """The largest inputs of each linear layer, text by text in the whole model."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     most: dict[str, float] = {}
 
-    def see(name: str, _, args) -> None:
+    def see(name, _, args):
         most[name] = max(most.get(name, 0.0), float(args[0].abs().max()))
 
     for name, module in network.named_modules():
@@ -56,7 +53,7 @@ def by_transformers(model: Path) -> dict[str, float]:
     return most
 
 
-def test_scales_are_those_of_the_largest_inputs(tmp_path: Path, out: Path) -> None:
+def test_scales_are_those_of_the_largest_inputs(tmp_path, out):
     model = make_dense(tmp_path / "model", "Qwen3ForCausalLM")
     inputs = made(out, model)
 
@@ -75,7 +72,7 @@ def test_scales_are_those_of_the_largest_inputs(tmp_path: Path, out: Path) -> No
     "architecture",
     ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "Gemma3ForConditionalGeneration"],
 )
-def test_experts_of_a_layer_have_one_scale(tmp_path: Path, out: Path, architecture: str) -> None:
+def test_experts_of_a_layer_have_one_scale(tmp_path, out, architecture):
     model = make_any(tmp_path / "model", architecture)
     inputs = made(out, model)
 
@@ -88,7 +85,7 @@ def test_experts_of_a_layer_have_one_scale(tmp_path: Path, out: Path, architectu
             assert all(torch.equal(tensors[f"{first}.input_global_scale"], o) for o in others)
 
 
-def test_fused_matrices_of_different_scales_are_found(tmp_path: Path, out: Path) -> None:
+def test_fused_matrices_of_different_scales_are_found(tmp_path, out):
     model = make_dense(tmp_path / "model", "LlamaForCausalLM")
     made(out, model)
     tensors = load_file(out / "model.safetensors")
@@ -99,7 +96,7 @@ def test_fused_matrices_of_different_scales_are_found(tmp_path: Path, out: Path)
         check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))
 
 
-def cached_by_transformers(model: Path) -> list[tuple[float, float]]:
+def cached_by_transformers(model):
     """The largest keys and values that its own cache holds, text by text."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -120,7 +117,7 @@ def cached_by_transformers(model: Path) -> list[tuple[float, float]]:
 @pytest.mark.parametrize(
     "architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"]
 )
-def test_they_are_those_of_transformers_cache(tmp_path: Path, architecture: str) -> None:
+def test_they_are_those_of_transformers_cache(tmp_path, architecture):
     model = make_dense(tmp_path / "model", architecture)
     found = cache_scales(model, LINES)
 

@@ -1,12 +1,9 @@
 """Quantized checkpoints of our own making are read back, and broken ones are caught."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +38,7 @@ GPTQ_LAYOUT = PackedLayout(method="gptq", bits=4, group_size=GROUP, symmetric=Tr
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
@@ -57,18 +54,14 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["awq", "gptq"])
-def made(
-    request: pytest.FixtureRequest, model: Path, tmp_path: Path, out: Path
-) -> tuple[Path, PackedLayout]:
+def made(request, model, tmp_path, out):
     awq = request.param == "awq"
     (save_awq if awq else save_gptq)(model, tmp_path / "raw")
     finish(model, tmp_path / "raw", out, awq_config(GROUP) if awq else GPTQ_CONFIG)
     return out, AWQ_LAYOUT if awq else GPTQ_LAYOUT
 
 
-def test_a_sound_checkpoint_is_read_back_near_its_original(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
+def test_a_sound_checkpoint_is_read_back_near_its_original(made, model):
     folder, layout = made
     found = check_checkpoint(folder, model, layout)
     assert found["quantized"] == 8
@@ -85,9 +78,7 @@ def test_a_sound_checkpoint_is_read_back_near_its_original(
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 8), (3, 29), (17, 18)])
-def test_rows_are_those_of_the_whole_matrix(
-    made: tuple[Path, PackedLayout], start: int, stop: int
-) -> None:
+def test_rows_are_those_of_the_whole_matrix(made, start, stop):
     view = PackedView(made[0])
 
     for name in view.names:
@@ -95,7 +86,7 @@ def test_rows_are_those_of_the_whole_matrix(
         np.testing.assert_array_equal(rows, view.tensor(name)[start:stop])
 
 
-def test_rows_of_a_matrix_whose_zero_points_are_packed_along_its_rows(tmp_path: Path) -> None:
+def test_rows_of_a_matrix_whose_zero_points_are_packed_along_its_rows(tmp_path):
     random = np.random.default_rng(0)
     words = random.integers(0, 1 << 31, (24 + 3, 4)).astype(np.int32)
     save_file(
@@ -124,9 +115,7 @@ def test_rows_of_a_matrix_whose_zero_points_are_packed_along_its_rows(tmp_path: 
     assert whole[0, 0] == pytest.approx(float(first * scale))
 
 
-def test_what_is_not_quantized_keeps_its_type_and_the_tokenizer_its_bytes(
-    made: tuple[Path, PackedLayout], model: Path
-) -> None:
+def test_what_is_not_quantized_keeps_its_type_and_the_tokenizer_its_bytes(made, model):
     folder, _ = made
     tensors = load_file(folder / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
@@ -137,7 +126,7 @@ def test_what_is_not_quantized_keeps_its_type_and_the_tokenizer_its_bytes(
     assert files == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def broken(folder: Path, change) -> None:
+def broken(folder, change):
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -148,11 +137,11 @@ FIRST = "model.layers.0.mlp.up_proj"
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-def reorder(tensors, name: str) -> None:
+def reorder(tensors, name):
     tensors[name] = tensors[name].flip(0).contiguous()
 
 
-def enlarge_groups(tensors) -> None:
+def enlarge_groups(tensors):
     for end in (".scales", ".qzeros"):
         tensors[FIRST + end] = tensors[FIRST + end][:1].contiguous()
 
@@ -174,21 +163,19 @@ NORM, EMBEDDING = "model.layers.0.input_layernorm.weight", "model.embed_tokens.w
         (lambda t: t[EMBEDDING].mul_(2), "was unexpectedly changed"),
     ],
 )
-def test_a_broken_quantization_is_caught(
-    made: tuple[Path, PackedLayout], model: Path, what: str, change
-) -> None:
+def test_a_broken_quantization_is_caught(made, model, what, change):
     folder, layout = made
     broken(folder, change)
     with pytest.raises(CheckFailed, match=what):
         check_checkpoint(folder, model, layout)
 
 
-def put_back(folder: Path, model: Path, factor: float = 1.0) -> None:
+def put_back(folder, model, factor=1.0):
     """Store FIRST in 16 bits again, with each input scaled by up to `factor`."""
     original = load_file(model / "model.safetensors")[FIRST + ".weight"]
     scale = torch.linspace(1, factor, HIDDEN)
 
-    def change(tensors) -> None:
+    def change(tensors):
         for end in (".qweight", ".qzeros", ".scales"):
             tensors.pop(FIRST + end, None)
         tensors[FIRST + ".weight"] = (original.float() * scale).to(torch.bfloat16)
@@ -196,7 +183,7 @@ def put_back(folder: Path, model: Path, factor: float = 1.0) -> None:
     broken(folder, change)
 
 
-def test_what_is_kept_is_the_checkpoint_s(made: tuple[Path, PackedLayout], model: Path) -> None:
+def test_what_is_kept_is_the_checkpoint_s(made, model):
     (folder, layout), kept = made, ("layers.0.mlp.up_proj",)
     changed = r"up_proj\.weight was unexpectedly changed"
     with pytest.raises(CheckFailed, match="is unexpectedly quantized"):
@@ -220,7 +207,7 @@ def test_what_is_kept_is_the_checkpoint_s(made: tuple[Path, PackedLayout], model
         check_checkpoint(folder, model, layout, kept)
 
 
-def test_scales_moved_between_layers_are_no_fault(model: Path, tmp_path: Path, out: Path) -> None:
+def test_scales_moved_between_layers_are_no_fault(model, tmp_path, out):
     """AWQ multiplies inputs of one matrix and outputs of the one before it."""
     moved = tmp_path / "moved"
     shutil.copytree(model, moved)
@@ -237,7 +224,7 @@ def test_scales_moved_between_layers_are_no_fault(model: Path, tmp_path: Path, o
 
 
 @pytest.mark.parametrize(("method", "kind"), [("fp8", torch.float8_e4m3fn), ("w8a8", torch.int8)])
-def test_rounding_is_torch_s_own(method: str, kind: torch.dtype) -> None:
+def test_rounding_is_torch_s_own(method, kind):
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     weight[3] = 0
     q, scale = round_rows(weight.numpy(), SCHEMES[method])
@@ -250,9 +237,7 @@ def test_rounding_is_torch_s_own(method: str, kind: torch.dtype) -> None:
     assert (torch.from_numpy(q.astype(np.float32)) == expected.float()).all()
 
 
-def test_a_quantized_matrix_under_its_own_name_keeps_its_type(
-    model: Path, tmp_path: Path, out: Path
-) -> None:
+def test_a_quantized_matrix_under_its_own_name_keeps_its_type(model, tmp_path, out):
     raw = tmp_path / "raw"
     raw.mkdir()
     made = {}
@@ -269,7 +254,7 @@ def test_a_quantized_matrix_under_its_own_name_keeps_its_type(
     assert check_checkpoint(out, model, layout)["bits_per_quantized_weight"] < 8.1
 
 
-def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
+def test_the_group_size_is_the_largest_that_divides_every_row():
     changes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
     smollm2 = facts({**CONFIG, **changes})
     assert group_size(smollm2, "auto") == 64
@@ -289,12 +274,12 @@ def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
         ({"intermediate_size": 100}, "does not divide"),
     ],
 )
-def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) -> None:
+def test_models_that_cannot_be_quantized_are_refused(change, what):
     with pytest.raises(InputRefused, match=what):
         check_grouped(facts({**CONFIG, **change}), LLAMAS)
 
 
-def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path, out: Path) -> None:
+def test_the_planned_disk_is_what_rounding_takes(tmp_path, out):
     tiny, settings = ROOT / "examples" / "tiny" / "base", tmp_path / "settings.json"
     told = {"method": "fp8", "model": str(tiny), "out": str(out), "keep": []}
     settings.write_text(json.dumps(told), "utf-8")

@@ -3,14 +3,10 @@
 The check has a rule of its own: a wrong one of the writer's does not pass.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tracemalloc
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,12 +26,12 @@ from tests.fakes.decoders import make_sparse
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     return make(tmp_path / "model")
 
 
 @pytest.fixture
-def whole(model: Path, tmp_path: Path) -> bytes:
+def whole(model, tmp_path):
     """The model in nvfp4a16, written in one go."""
     (tmp_path / "whole").mkdir()
     write(SCHEMES["nvfp4a16"], model, tmp_path / "whole", [])
@@ -43,9 +39,7 @@ def whole(model: Path, tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("room", "times"), [(1 << 20, 1), (100_000, 2), (0, 2)])
-def test_rows_are_read_once_where_they_fit_into_memory(
-    model: Path, out: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch, room: int, times: int
-) -> None:
+def test_rows_are_read_once_where_they_fit_into_memory(model, out, whole, monkeypatch, room, times):
     """A scale that matrices share needs all of their rows before the first one is rounded."""
     monkeypatch.setattr(rounded, "_KEPT", room)
     monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
@@ -57,12 +51,12 @@ def test_rows_are_read_once_where_they_fit_into_memory(
     assert (out / "model.safetensors").read_bytes() == whole
 
 
-def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def counting(monkeypatch):
     """Count the bytes of each tensor that are read from now on."""
     read: Counter[str] = Counter()
     raw = CheckpointTensors.raw
 
-    def counted(self: CheckpointTensors, name: str, *where: int) -> Any:
+    def counted(self, name, *where):
         found = raw(self, name, *where)
         read[name] += found.size
         return found
@@ -73,8 +67,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("missing", ["none", "k_proj"])
 def test_rows_are_read_once_where_the_largest_weights_are_recorded(
-    model: Path, out: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+    model, out, whole, monkeypatch, missing
+):
     known = {name: most for name, most in recorded(model).items() if missing not in name}
     monkeypatch.setattr(rounded, "_KEPT", 0)
     monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
@@ -87,9 +81,7 @@ def test_rows_are_read_once_where_the_largest_weights_are_recorded(
 
 
 @pytest.mark.parametrize("factor", [0.99, 1.01])
-def test_a_weight_that_was_recorded_wrongly_is_an_error(
-    model: Path, out: Path, factor: float
-) -> None:
+def test_a_weight_that_was_recorded_wrongly_is_an_error(model, out, factor):
     """Too small a scale would cut weights off, too large a one would waste codes."""
     known = recorded(model)
     known["model.layers.0.self_attn.v_proj.weight"] *= factor
@@ -99,14 +91,14 @@ def test_a_weight_that_was_recorded_wrongly_is_an_error(
     assert not list(out.glob("*.safetensors"))
 
 
-def recorded(model: Path) -> dict[str, float]:
+def recorded(model):
     """Return the largest magnitude of each matrix, as a merge records it."""
     tensors = load_file(model / "model.safetensors")
     return {name: float(tensors[name].abs().max()) for name in SIZES}
 
 
 @pytest.mark.slow
-def test_a_large_embedding_is_compared_in_little_memory(model: Path, out: Path) -> None:
+def test_a_large_embedding_is_compared_in_little_memory(model, out):
     """The job's limit does not grow with the model."""
     name, size = "model.embed_tokens.weight", 1 << 26
     tensors = load_file(model / "model.safetensors")
@@ -133,13 +125,13 @@ def test_a_large_embedding_is_compared_in_little_memory(model: Path, out: Path) 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 14, 1 << 16])
 def test_shards_hold_the_same_tensors_and_a_killed_run_goes_on(
-    model: Path, out: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
-) -> None:
+    model, out, whole, monkeypatch, shard_bytes
+):
     scheme = SCHEMES["nvfp4a16"]
     monkeypatch.setattr(writing, "SHARD_BYTES", shard_bytes)
     calls = []
 
-    def failing(*given: Any) -> Any:
+    def failing(*given):
         calls.append(given)
         if len(calls) == 5:
             raise KeyboardInterrupt
@@ -167,9 +159,7 @@ def test_shards_hold_the_same_tensors_and_a_killed_run_goes_on(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_weights_that_are_not_finite_are_refused(
-    model: Path, out: Path, name: str, value: float
-) -> None:
+def test_weights_that_are_not_finite_are_refused(model, out, name, value):
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = value
     save_file(tensors, model / "model.safetensors")
@@ -178,7 +168,7 @@ def test_weights_that_are_not_finite_are_refused(
         write(SCHEMES[name], model, out, [])
 
 
-def test_a_name_in_keep_that_matches_nothing_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_name_in_keep_that_matches_nothing_is_refused(model, tmp_path):
     with pytest.raises(InputRefused, match=r"no matrix has a name that ends in 'layers\.7\.mlp"):
         write(SCHEMES["fp8"], model, tmp_path, ["layers.7.mlp.down_proj"])
 
@@ -187,7 +177,7 @@ FP8 = SCHEMES["fp8"]
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def experts(tmp_path_factory):
     return make_sparse(tmp_path_factory.mktemp("models"), "Qwen2MoeForCausalLM")
 
 
@@ -199,9 +189,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (r"\w+_proj|shared_expert_gate", r"1\.mlp\.shared_expert_gate\.weight is quantized"),
     ],
 )
-def test_a_wrong_rule_of_the_writer_is_found(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, odd: str
-) -> None:
+def test_a_wrong_rule_of_the_writer_is_found(experts, tmp_path, monkeypatch, names, odd):
     write(FP8, experts, tmp_path, [])
     check_checkpoint(tmp_path, experts, PackedLayout.of_scheme(FP8))
 
@@ -213,9 +201,7 @@ def test_a_wrong_rule_of_the_writer_is_found(
         check_checkpoint(tmp_path, experts, PackedLayout.of_scheme(FP8))
 
 
-def test_a_wrong_rule_for_stacks_is_found(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_rule_for_stacks_is_found(tmp_path, out, monkeypatch):
     experts = make_sparse(tmp_path / "experts", "GraniteMoeForCausalLM")
     rule = matrices._STACKED.pattern.replace(r"|output_linear\.weight", "")
     assert rule != matrices._STACKED.pattern

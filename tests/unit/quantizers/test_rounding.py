@@ -1,9 +1,6 @@
 """Formats without calibration: compressed-tensors itself makes and reads the same numbers."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +10,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
@@ -23,14 +20,12 @@ from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize as write
 from weightsmith.quantizers.rounding import fused_scale, round_rows
-from weightsmith.quantizers.schemes import SCHEMES, Scheme
+from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.fakes.awkward import awkward, damage_half, make
 
 
-def theirs(
-    weight: np.ndarray, scheme: Scheme
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, QuantizationArgs]:
+def theirs(weight, scheme):
     """Return codes, scales, global scale and arguments by compressed-tensors in float32."""
     config = QuantizationConfig.model_validate(scheme.config([]))
     args = config.config_groups["group_0"].weights
@@ -46,9 +41,7 @@ def theirs(
 
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n != "w8a8"])  # which has no -128 here
 @pytest.mark.parametrize("shape", [(128, 128), (200, 160), (7, 96)])
-def test_codes_and_scales_are_those_of_compressed_tensors(
-    name: str, shape: tuple[int, int]
-) -> None:
+def test_codes_and_scales_are_those_of_compressed_tensors(name, shape):
     scheme, weight = SCHEMES[name], awkward(*shape)
     codes, scales, shared, _ = theirs(weight, scheme)
 
@@ -71,7 +64,7 @@ def test_codes_and_scales_are_those_of_compressed_tensors(
     np.testing.assert_array_equal(stored, scales.numpy())
 
 
-def test_float8_is_rounded_like_ml_dtypes_at_every_tie() -> None:
+def test_float8_is_rounded_like_ml_dtypes_at_every_tie():
     values = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     ties = (values[1:] + values[:-1]) / 2
     near = [np.nextafter(ties, np.float32(end)) for end in (0, 1e9)]
@@ -88,11 +81,11 @@ def test_float8_is_rounded_like_ml_dtypes_at_every_tie() -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     return make(tmp_path / "model")
 
 
-def read_by_compressed_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_by_compressed_tensors(folder):
     """Return the matrices of a folder, by its own config.json, in float32."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(config)
@@ -117,7 +110,7 @@ def read_by_compressed_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_compressed_tensors_reads_what_we_read(model: Path, out: Path, name: str) -> None:
+def test_compressed_tensors_reads_what_we_read(model, out, name):
     write(SCHEMES[name], model, out, ["o_proj"])
 
     found = check_checkpoint(out, model, PackedLayout.of_scheme(SCHEMES[name]), ("o_proj",))
@@ -131,7 +124,7 @@ def test_compressed_tensors_reads_what_we_read(model: Path, out: Path, name: str
     assert ignored == ["lm_head", "model.layers.0.self_attn.o_proj"]
 
 
-def test_fused_matrices_share_their_global_scale(model: Path, out: Path) -> None:
+def test_fused_matrices_share_their_global_scale(model, out):
     write(SCHEMES["nvfp4a16"], model, out, [])
     tensors = load_file(out / "model.safetensors")
 
@@ -155,7 +148,7 @@ def test_fused_matrices_share_their_global_scale(model: Path, out: Path) -> None
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("damage", ["weight_scale", "weight"])
-def test_damaged_codes_and_scales_are_found(model: Path, out: Path, name: str, damage: str) -> None:
+def test_damaged_codes_and_scales_are_found(model, out, name, damage):
     scheme = SCHEMES[name]
     write(scheme, model, out, [])
     damage_half(out, "weight_packed" if damage == "weight" and scheme.packed else damage)
@@ -168,8 +161,8 @@ def test_damaged_codes_and_scales_are_found(model: Path, out: Path, name: str, d
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_with_and_without_kernels_the_file_and_its_check_are_the_same(
-    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model, tmp_path, name, monkeypatch
+):
     scheme, layout = SCHEMES[name], PackedLayout.of_scheme(SCHEMES[name])
     facts = []
     for way in ("C", "numpy"):

@@ -1,10 +1,7 @@
 """gpt-oss in OpenAI's MXFP4 layout: transformers reads it back; other formats are refused."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from weightsmith.core.errors import CheckFailed, InputRefused
-from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL
@@ -33,19 +30,19 @@ STACKS = [f"model.layers.{n}.mlp.experts.{p}_proj" for n in (0, 1) for p in ("ga
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     return make_sparse(tmp_path_factory.mktemp("gpt-oss"), GPT_OSS)
 
 
 @pytest.fixture(scope="module")
-def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
     of_format("mxfp4a16").check_input(formats()["mxfp4a16"], read_facts(model))
     quantize(SCHEME, model, out, [])
     return out
 
 
-def test_only_the_experts_become_codes(model: Path, made: Path) -> None:
+def test_only_the_experts_become_codes(model, made):
     found = check_checkpoint(made, model, LAYOUT)
 
     source, packed = CheckpointTensors(model), CheckpointTensors(made)
@@ -59,7 +56,7 @@ def test_only_the_experts_become_codes(model: Path, made: Path) -> None:
     assert config["quant_method"] == "mxfp4"
 
 
-def test_transformers_reads_the_same_values(model: Path, made: Path) -> None:
+def test_transformers_reads_the_same_values(model, made):
     tensors, view = load_file(made / "model.safetensors"), view_of(made, model)
     for name in STACKS:
         right = convert_moe_packed_tensors(
@@ -71,7 +68,7 @@ def test_transformers_reads_the_same_values(model: Path, made: Path) -> None:
         assert float((right - own).norm() / own.norm()) < 0.15
 
 
-def test_transformers_computes_what_the_gate_computes(model: Path, made: Path) -> None:
+def test_transformers_computes_what_the_gate_computes(model, made):
     """Its own reader of such checkpoints, against the view's weights in a plain model."""
     asked = transformers.Mxfp4Config(dequantize=True)
     theirs = transformers.GptOssForCausalLM.from_pretrained(
@@ -87,14 +84,14 @@ def test_transformers_computes_what_the_gate_computes(model: Path, made: Path) -
         assert torch.equal(theirs(ids).logits, ours(ids).logits)
 
 
-def test_the_gate_measures_it(model: Path, made: Path) -> None:
+def test_the_gate_measures_it(model, made):
     rows = [json.loads(GENERAL.read_text("utf-8").splitlines()[0])]
     found = measure(model, view_of(made, model), rows, 100, lambda *_: None)
     assert found.kl_mean > 0
     assert 0 < found.layer_error < 0.6
 
 
-def test_what_was_in_mxfp4_stays_bit_for_bit(model: Path, tmp_path: Path) -> None:
+def test_what_was_in_mxfp4_stays_bit_for_bit(model, tmp_path):
     """Codes and exponents of any kind: experts that no adapter touches lose nothing twice."""
     plain = {n: t.clone() for n, t in load_file(model / "model.safetensors").items()}
     draw = torch.Generator().manual_seed(3)
@@ -120,7 +117,7 @@ def test_what_was_in_mxfp4_stays_bit_for_bit(model: Path, tmp_path: Path) -> Non
         assert np.array_equal(view.tensor(name), plain[name].float().numpy())
 
 
-def test_damaged_codes_are_found(model: Path, made: Path, tmp_path: Path) -> None:
+def test_damaged_codes_are_found(model, made, tmp_path):
     tensors = load_file(made / "model.safetensors")
     tensors[f"{STACKS[3]}_blocks"][2] = tensors[f"{STACKS[3]}_blocks"][2].flip(0)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -145,14 +142,14 @@ def test_damaged_codes_are_found(model: Path, made: Path, tmp_path: Path) -> Non
         ),
     ],
 )
-def test_other_formats_are_refused(name: str, says: str, instead: str) -> None:
+def test_other_formats_are_refused(name, says, instead):
     with pytest.raises(InputRefused, match=says) as refused:
         of_format(name).check_input(formats()[name], gpt_oss())
     assert refused.value.exit_code == 3
     assert refused.value.hint.startswith(instead)
 
 
-def test_nothing_can_be_kept_and_groups_must_fit() -> None:
+def test_nothing_can_be_kept_and_groups_must_fit():
     quantizer, format_ = of_format("mxfp4a16"), formats()["mxfp4a16"]
     with pytest.raises(InputRefused, match="loads all experts of GptOssForCausalLM in MXFP4"):
         quantizer.check_options(gpt_oss(), {"keep": ["down_proj"]})
@@ -160,7 +157,7 @@ def test_nothing_can_be_kept_and_groups_must_fit() -> None:
         quantizer.check_input(format_, gpt_oss(intermediate_size=80))
 
 
-def gpt_oss(**more: int) -> ModelFacts:
+def gpt_oss(**more):
     return facts({
         "architectures": [GPT_OSS], "hidden_size": 512, "intermediate_size": 1024,
         "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,

@@ -1,12 +1,9 @@
 """AWQ and GPTQ layer by layer: every architecture, experts, what is kept, and going on."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,13 +35,13 @@ MOST = 0.35
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
+def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
 
     return cache(lambda architecture: make_any(root / architecture, architecture))
 
 
-def settings(model: Path, out: Path, method: str, keep: tuple[str, ...] = ()) -> dict[str, Any]:
+def settings(model, out, method, keep=()):
     out.mkdir(exist_ok=True)
     texts = out.with_suffix(".jsonl")
     texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in ROWS[1:]))
@@ -54,15 +51,13 @@ def settings(model: Path, out: Path, method: str, keep: tuple[str, ...] = ()) ->
     }  # fmt: skip
 
 
-def layout(method: str) -> PackedLayout:
+def layout(method):
     return PackedLayout(method=method, bits=4, group_size=32, symmetric=method == "gptq")
 
 
 @pytest.mark.grid(15)
 @pytest.mark.parametrize(("architecture", "method"), CELLS)
-def test_a_model_of_this_architecture_becomes_this_format(
-    models, tmp_path: Path, architecture: str, method: str
-) -> None:
+def test_a_model_of_this_architecture_becomes_this_format(models, tmp_path, architecture, method):
     model, out = models(architecture), tmp_path / "out"
     of_format(method).check_input(formats()[method], read_facts(model))
 
@@ -91,7 +86,7 @@ def test_a_model_of_this_architecture_becomes_this_format(
         *(("PaliGemmaForConditionalGeneration", method) for method in ("awq", "gptq", "nvfp4")),
     ],
 )
-def test_what_the_walk_cannot_do_is_refused(architecture: str, method: str) -> None:
+def test_what_the_walk_cannot_do_is_refused(architecture, method):
     model = facts({**LLAMA_8B, "architectures": [architecture]})
 
     with pytest.raises(InputRefused, match=f"unsupported architecture {architecture}"):
@@ -109,9 +104,7 @@ def test_what_the_walk_cannot_do_is_refused(architecture: str, method: str) -> N
         ("Qwen3MoeForCausalLM", {"input_layernorm", "self_attn.v_proj"}),
     ],
 )
-def test_scaling_changes_no_output(
-    models, monkeypatch, architecture: str, scaled: set[str]
-) -> None:
+def test_scaling_changes_no_output(models, monkeypatch, architecture, scaled):
     draw = torch.Generator().manual_seed(2)
     monkeypatch.setattr(
         quantizing,
@@ -135,7 +128,7 @@ def test_scaling_changes_no_output(
     assert float((after - before).norm()) < 1e-4 * float(before.norm())
 
 
-def test_an_expert_that_sees_little_is_named_and_sees_all(models, tmp_path: Path, monkeypatch):
+def test_an_expert_that_sees_little_is_named_and_sees_all(models, tmp_path, monkeypatch):
     model, out = models("Qwen3MoeForCausalLM"), tmp_path / "out"
     seen = []
     own = quantizing.Moments.of
@@ -153,7 +146,7 @@ def test_an_expert_that_sees_little_is_named_and_sees_all(models, tmp_path: Path
     assert set(seen) == {told["calibration_tokens"]}
 
 
-def test_what_is_kept_keeps_its_bytes(models, tmp_path: Path) -> None:
+def test_what_is_kept_keeps_its_bytes(models, tmp_path):
     model, out = models("LlamaForCausalLM"), tmp_path / "out"
     keep = ("down_proj", "layers.1.self_attn.o_proj")
 
@@ -170,7 +163,7 @@ def test_what_is_kept_keeps_its_bytes(models, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.grid(4)
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch, method: str):
+def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path, monkeypatch, method):
     model = models("Qwen3MoeForCausalLM")
     quantizing.quantize(settings(model, tmp_path / "whole", method))
     wanted, run = settings(model, tmp_path / "out", method), killed_at(2, monkeypatch)
@@ -183,7 +176,7 @@ def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch,
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def killed_at(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def killed_at(count, monkeypatch):
     """Interrupt the walk at its n-th layer; return the layers' numbers as they run."""
     run, own = [], quantizing._layer
 
@@ -197,7 +190,7 @@ def killed_at(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return run
 
 
-def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
+def test_other_texts_begin_again(models, tmp_path, monkeypatch):
     wanted = settings(models("LlamaForCausalLM"), tmp_path / "out", "gptq")
     run = killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -209,7 +202,7 @@ def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
     assert run == [0, 1, 0, 1]
 
 
-def changed(model: Path, change) -> Path:
+def changed(model, change):
     """A small Llama whose tensors are changed."""
     make_dense(model, "LlamaForCausalLM")
     tensors = {
@@ -221,7 +214,7 @@ def changed(model: Path, change) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_scaled_norms_keep_the_checkpoints_type(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_scaled_norms_keep_the_checkpoints_type(tmp_path, dtype):
     model, out = changed(tmp_path / "model", lambda _, one: one.to(dtype)), tmp_path / "out"
 
     quantizing.quantize(settings(model, out, "awq"))
@@ -233,7 +226,7 @@ def test_scaled_norms_keep_the_checkpoints_type(tmp_path: Path, dtype: torch.dty
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_a_matrix_of_zeros_stays_one(tmp_path: Path, method: str) -> None:
+def test_a_matrix_of_zeros_stays_one(tmp_path, method):
     model, out = tmp_path / "model", tmp_path / "out"
     changed(model, lambda name, one: one * 0 if "o_proj" in name or "up_proj" in name else one)
 
@@ -244,7 +237,7 @@ def test_a_matrix_of_zeros_stays_one(tmp_path: Path, method: str) -> None:
     assert not view.tensor("model.layers.1.self_attn.o_proj.weight").any()
 
 
-def test_keeping_every_matrix_is_refused(models, tmp_path: Path) -> None:
+def test_keeping_every_matrix_is_refused(models, tmp_path):
     ends = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
     keep = tuple(f"layers.{layer}.{end}" for layer in (0, 1) for end in ends)
@@ -261,8 +254,8 @@ def test_keeping_every_matrix_is_refused(models, tmp_path: Path) -> None:
         ("embed_tokens.weight", r"layers\.0 makes NaN or infinite values"),
     ],
 )
-def test_what_is_not_finite_is_refused(tmp_path: Path, part: str, message: str) -> None:
-    def damaged(name: str, one: torch.Tensor) -> torch.Tensor:
+def test_what_is_not_finite_is_refused(tmp_path, part, message):
+    def damaged(name, one):
         if name.endswith(part):
             one.view(-1)[:] = torch.inf
         return one
@@ -273,7 +266,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path, part: str, message: str) 
         quantizing.quantize(settings(model, tmp_path / "out", "gptq"))
 
 
-def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+def test_a_token_without_a_row_is_refused(tmp_path):
     model = changed(tmp_path / "model", lambda name, one: one[:200] if len(one) >= 500 else one)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))

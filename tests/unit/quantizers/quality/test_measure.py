@@ -288,7 +288,7 @@ IDS = torch.stack([torch.arange(20) + 3, torch.arange(20) + 30])
 PLACES = [(row, column) for row in range(2) for column in range(20)]
 
 
-def assert_same(mine, network) -> None:
+def assert_same(mine, network):
     with torch.inference_mode():
         wanted = network(IDS).logits.log_softmax(-1).flatten(0, 1)
     torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,5 @@
 """Calibration text rendered without torch, against transformers' own tokenizer."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A matrix that is dequantized a few rows at a time."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest
@@ -13,16 +11,16 @@ VALUES = torch.arange(ROWS * 2, dtype=torch.float32).reshape(ROWS, 2)
 
 
 class Counting:
-    def __init__(self, room: int = 1 << 20) -> None:
+    def __init__(self, room=1 << 20):
         self.read: list[int] = []
         self.compared: dict[int, Squares] = {}
         self.tiles = LazyMatrix(VALUES.shape, self.rows, self.compared, self.squares, _room=room)
 
-    def rows(self, first: int, last: int) -> torch.Tensor:
+    def rows(self, first, last):
         self.read.append(first)
         return VALUES[first:last].clone()
 
-    def squares(self, first: int, tile: torch.Tensor) -> Squares:
+    def squares(self, first, tile):
         return Squares(float(first), float(len(tile)))
 
 
@@ -30,11 +28,11 @@ class Counting:
 @pytest.mark.parametrize(
     "where", [slice(0, 1), slice(TILE - 3, 2 * TILE + 3), slice(0, ROWS), slice(9, 9)]
 )
-def test_any_rows_are_those_of_the_whole(where: slice, room: int) -> None:
+def test_any_rows_are_those_of_the_whole(where, room):
     assert torch.equal(Counting(room).tiles[where], VALUES[where])
 
 
-def test_an_embedding_gets_its_rows_and_every_tile_is_compared() -> None:
+def test_an_embedding_gets_its_rows_and_every_tile_is_compared():
     made = Counting()
     rows = torch.tensor([ROWS - 1, 0, TILE, 0])
 
@@ -43,7 +41,7 @@ def test_an_embedding_gets_its_rows_and_every_tile_is_compared() -> None:
     assert sum(one.size for one in made.compared.values()) == ROWS
 
 
-def test_what_fits_stays_and_the_rest_is_read_again_but_compared_once() -> None:
+def test_what_fits_stays_and_the_rest_is_read_again_but_compared_once():
     made = Counting(room=TILE * 2 * 4)
 
     for _ in range(2):
@@ -54,10 +52,10 @@ def test_what_fits_stays_and_the_rest_is_read_again_but_compared_once() -> None:
     assert len(made.compared) == 4
 
 
-def test_several_threads_may_read_it() -> None:
+def test_several_threads_may_read_it():
     made, wrong = Counting(room=TILE * 8), list[int]()
 
-    def read(first: int) -> None:
+    def read(first):
         for at in range(first, ROWS, 5):
             if not torch.equal(made.tiles[at : at + 9], VALUES[at : at + 9]):
                 wrong.append(at)
