@@ -338,7 +338,7 @@ def _by(pairs: Iterable[tuple[str, K]]) -> dict[K, list[str]]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Each pair of an architecture and one of the first five formats, `awq` and `gptq`, and many with `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Each pair of an architecture and one of the first five formats, `awq` and `gptq`, and many with `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield "| architectures | packed formats |\n|---|---|"

@@ -1,42 +1,60 @@
-"""Each cell of the table of architectures and formats without calibration is a test here."""
+"""Each cell of the table of architectures and formats without calibration is a test here.
+
+What transformers and vLLM both know is quantized by the general rule, or refused beforehand.
+"""
 
 import json
 import re
 import shutil
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers import formats, of_format, quantizers
 from weightsmith.quantizers.architectures import (
+    DENSE,
     FURTHER_EXPERTS,
+    GROUPED,
+    JOINED,
     LLAMA4,
+    LLAMAS,
     NAMED,
     ROUNDED,
+    SCANNING,
     STACKED_MXFP4,
+    WALKED,
+    gguf_architectures,
+    vllm_architectures,
 )
 from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.checkpoints import MATRICES, check_kept, is_kept
+from weightsmith.quantizers.layerwise.maxima import input_maxima
+from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
-from weightsmith.quantizers.schemes import SCHEMES
+from weightsmith.quantizers.schemes import NVFP4, SCHEMES
 
+from docs.known import listed
+from tests import vllm_parts
 from tests.fakes.configs import facts
 from tests.fakes.seeing import turn_experts
 from tests.unit.quantizers.conftest import make_any
 
-ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]]
+ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
+BY_RULE = NAMED | FURTHER_EXPERTS
 CELLS = [
     (name, scheme)
-    for name in sorted(ROUNDED - NAMED - FURTHER_EXPERTS - STACKED_MXFP4)  # tested elsewhere
+    for name in sorted(ROUNDED - STACKED_MXFP4)  # tested elsewhere
     for scheme in SCHEMES
-    if not (scheme == "fp8-block" and name in LLAMA4)
+    if not (scheme == "fp8-block" and name in LLAMA4 | SCANNING)
 ]
 MOST = {"w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6}
 """Errors of layers; the largest are of models with experts, whose routers choose others."""
@@ -55,7 +73,7 @@ def models(tmp_path_factory):
     return cache(lambda architecture: make_any(root / architecture, architecture, hidden=256))
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_a_model_of_this_architecture_becomes_this_format(models, out, architecture, name):
     model, scheme = models(architecture), SCHEMES[name]
@@ -65,14 +83,27 @@ def test_a_model_of_this_architecture_becomes_this_format(models, out, architect
 
     check_checkpoint(out, model, PackedLayout.of_scheme(scheme))
     view, source = view_of(out, model), CheckpointTensors(model)
-    for tensor in source.names:
-        stays = any(part in tensor for part in NOT_QUANTIZED)
-        assert stays == (tensor in view.tensors.names and _same(view.tensors, source, tensor)), (
-            tensor
-        )
-    ignored = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
-    assert ignored >= _linear_in_16_bits(source, view.modules)
-    found = measure(model, view, ROWS, 100, lambda *_: None)
+    stacks = {n for n in source.names - view.tensors.names if len(source.info(n).shape) == 3}
+    left = source.names - stacks - {f"{module}.weight" for module in view.modules}
+    assert all(_same(view.tensors, source, tensor) for tensor in left)
+    linear = {n.removesuffix(".weight") for n in source.names if len(source.info(n).shape) == 2}
+    if architecture in BY_RULE:
+        linear = {module for module in linear if module.endswith("_proj")}
+    else:
+        tables = ("embed_tokens", "weight", "vlm", "pos_embed", "lm_head", "_embedding")
+        linear = {module for module in linear if not module.endswith(tables)}
+        for tensor in source.names - left:
+            assert not any(part in tensor for part in NOT_QUANTIZED), tensor
+        for tensor in left:
+            assert any(part in tensor for part in NOT_QUANTIZED), tensor
+    # Engines must be told of every linear layer that stays as it is.
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert linear <= view.modules | set(ignored)
+    # The last matrix of attention, and that of a feed-forward network.
+    ends = {module.rpartition(".")[2] for module in view.modules}
+    assert ends & {"o_proj", "out_proj"}
+    assert ends & {"down_proj", "w2"}
+    found = measure(model, view, ROWS[:1], 100, lambda *_: None)
     assert found.kl_mean > 0
     assert 0 < found.layer_error < MOST[name]
 
@@ -83,27 +114,30 @@ def _same(made, source, tensor):
     )
 
 
-def _linear_in_16_bits(source, quantized):
-    """Return the modules that engines would take for linear layers, by their tensors' shapes."""
-    made = {n.removesuffix(".weight") for n in source.names if len(source.info(n).shape) == 2}
-    tables = {n for n in made if n.endswith(("embed_tokens", "weight", "vlm", "pos_embed"))}
-    return made - quantized - tables - {n for n in made if n.endswith(("lm_head", "_embedding"))}
+@pytest.mark.parametrize("architecture", vllm_architectures())
+@pytest.mark.parametrize("name", ["fp8", "nvfp4a16"])
+def test_each_is_quantized_or_refused_with_what_works(architecture, name):
+    model, check = model_of(architecture), of_format(name).check_input
+    if architecture in ROUNDED - STACKED_MXFP4:
+        check(formats()[name], model)
+        return
+    why = f"(unsupported architecture|vLLM loads the experts of) {architecture}"
+    with pytest.raises(InputRefused, match=why) as refused:
+        check(formats()[name], model)
+    assert refused.value.exit_code == 3
+    assert "target vllm" in refused.value.hint
+    assert ("GGUF" in refused.value.hint) == (architecture in gguf_architectures())
 
 
 @pytest.mark.parametrize(
-    "architecture", ["FalconForCausalLM", "Phi4MMForCausalLM", "JambaForCausalLM"]
+    ("architecture", "why"),
+    [
+        *((name, "reorders the rows of Q and K") for name in sorted(LLAMA4)),
+        *((name, rf"splits {name}'s mamba\.in_proj") for name in sorted(SCANNING)),
+    ],
 )
-@pytest.mark.parametrize("name", SCHEMES)
-def test_another_architecture_is_refused_with_what_works(architecture, name):
-    model = model_of(architecture)
-    with pytest.raises(InputRefused, match="unsupported architecture") as refused:
-        of_format(name).check_input(formats()[name], model)
-    assert "target vllm" in refused.value.hint
-
-
-@pytest.mark.parametrize("architecture", sorted(LLAMA4))
-def test_blocks_of_rows_that_vllm_reorders_are_refused(architecture):
-    with pytest.raises(InputRefused, match="reorders the rows of Q and K") as refused:
+def test_blocks_of_rows_that_vllm_reorders_or_splits_are_refused(architecture, why):
+    with pytest.raises(InputRefused, match=why) as refused:
         of_format("fp8-block").check_input(formats()["fp8-block"], model_of(architecture))
     assert "choose fp8" in refused.value.hint
 
@@ -248,3 +282,138 @@ def test_experts_stored_either_way_give_the_same_file(models, tmp_path, name):
         check_checkpoint(out, model, PackedLayout.of_scheme(SCHEMES[name]))
         files.append((out / "model.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+@pytest.mark.grid(15)
+@pytest.mark.parametrize("architecture", sorted(WALKED.intersection(BY_RULE)))
+def test_the_walk_finds_the_largest_inputs(models, tmp_path, architecture):
+    model = models(architecture)
+    of_format("nvfp4").check_input(NVFP4.format, read_facts(model))
+    lines, source = [str(row["text"]) for row in ROWS], CheckpointTensors(model)
+    right = by_transformers(model, lines)
+
+    inputs = input_maxima(model, lines, matrices(source, model))
+    quantize(NVFP4, model, tmp_path, [], inputs)
+
+    check_checkpoint(tmp_path, model, PackedLayout.of_scheme(NVFP4))
+    view = view_of(tmp_path, model)
+    assert set(inputs) == set(view.modules)
+    for matrix in matrices(source, model):
+        weight = torch.from_numpy(matrix.rows(source, 0, matrix.outputs))
+        assert inputs[matrix.module] == pytest.approx(right[as_key(weight)], rel=1e-3)
+    found = measure(model, view, ROWS[:1], 100, lambda *_: None)
+    assert 0 < found.layer_error < MOST["nvfp4a16"]
+
+
+def by_transformers(model, lines):
+    """The largest inputs of each matrix of the whole model, by the bytes of its weight.
+
+    All experts of a layer have the largest of any.
+    """
+    network = getattr(transformers, read_facts(model).architecture).from_pretrained(
+        model, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    most: dict[object, float] = {}
+    weights: dict[bytes, object] = {}
+
+    def see(key, _, args):
+        most[key] = max(most.get(key, 0.0), float(args[0].abs().max()))
+
+    def see_experts(module, args):
+        rows, chosen = (arg.reshape(-1, arg.shape[-1]) for arg in args[:2])
+        for expert, both in enumerate(module.gate_up_proj):
+            gate, up = both.chunk(2)
+            mine = rows[(chosen == expert).any(1)]
+            for weight in (gate, up):
+                weights[as_key(weight)] = ("in", id(module))
+            if len(mine):
+                see(("in", id(module)), None, (mine,))
+                inner = module.act_fn(mine @ gate.T) * (mine @ up.T)
+                see(("inner", id(module)), None, (inner,))
+            weights[as_key(module.down_proj[expert])] = ("inner", id(module))
+
+    for module in network.modules():
+        if type(module) is torch.nn.Linear:
+            module.register_forward_pre_hook(partial(see, as_key(module.weight)))
+        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            module.register_forward_pre_hook(see_experts)
+    for line in lines:
+        ids = tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            network(input_ids=ids[:, :512], use_cache=False)
+    return most | {key: most[place] for key, place in weights.items()}
+
+
+def as_key(weight):
+    return weight.detach().bfloat16().contiguous().view(torch.int16).numpy().tobytes()
+
+
+@pytest.mark.grid(15)
+@pytest.mark.parametrize("architecture", sorted(NAMED | JOINED))
+def test_what_a_model_lacks_cannot_be_kept(models, architecture):
+    """Also not what engines fuse with it: `keep_option` wants all of those."""
+    model = models(architecture)
+    modules = [one.module for one in matrices(CheckpointTensors(model), model)]
+    for name in MATRICES:
+        if any(is_kept(module, [name]) for module in modules):
+            continue
+        with pytest.raises(InputRefused, match=f"ends in '{name}': {architecture} ") as refused:
+            check_kept(read_facts(model), {"keep": [name]})
+        assert refused.value.exit_code == 3
+    ends = {"out_proj", "w2"} if "Lfm2" in architecture else {"o_proj", "down_proj"}
+    check_kept(read_facts(model), {"keep": sorted(ends)})
+
+
+@pytest.mark.vllm
+def test_the_list_is_that_of_the_pinned_vllm():
+    assert listed(vllm_parts.packages()) == vllm_architectures()
+
+
+def test_quantizers_are_found_by_listing_the_folder():
+    assert "gguf" in quantizers()
+    assert all(name == quantizer.name for name, quantizer in quantizers().items())
+
+
+def test_every_format_has_one_maker():
+    names = [format_.name for q in quantizers().values() for format_ in q.formats]
+
+    assert len(names) == len(set(names)) == len(formats())
+    assert of_format("q4_k_m").name == "gguf"
+
+
+def test_an_unknown_format_gets_near_misses_and_the_list():
+    with pytest.raises(UsageError, match="unknown format") as caught:
+        of_format("Q4_KM")
+
+    assert "q4_k_m" in caught.value.hint
+    assert "f16" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        *((name, ROUNDED) for name in SCHEMES),
+        ("gptq", GROUPED),
+        ("nvfp4", WALKED),
+        ("awq", GROUPED),
+        ("gptq-gptqmodel", DENSE),
+        ("awq-gptqmodel", DENSE - {"Gemma3ForCausalLM", "Cohere2ForCausalLM"}),
+        ("awq-autoawq", LLAMAS),
+        ("awq-compressed", LLAMAS),
+        ("fp8-static", LLAMAS),
+    ],
+)
+def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(name, known):
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
+    shape |= {"num_hidden_layers": 2, "vocab_size": 100}
+    for architecture in sorted(DENSE | {"Phi3ForCausalLM", "FalconForCausalLM"}):
+        model = facts({**shape, "architectures": [architecture]})
+        check = of_format(name).check_input
+        if architecture in known:
+            check(formats()[name], model)
+            continue
+        with pytest.raises(InputRefused, match="unsupported architecture") as caught:
+            check(formats()[name], model)
+        named = "LlamaForCausalLM" if len(known) <= 20 else "docs/reference/architectures.md"
+        assert named in caught.value.message

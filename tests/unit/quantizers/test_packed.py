@@ -1,6 +1,10 @@
-"""Quantized checkpoints of our own making are read back, and broken ones are caught."""
+"""Quantized checkpoints of our own making are read back, and broken ones are caught.
+
+Also what may stay in 16 bits, and what engines are told of it.
+"""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +13,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.values import FP8
 from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.architectures import LLAMAS
-from weightsmith.quantizers.checkpoints import awq_config, check_grouped, finish, group_size
+from weightsmith.quantizers.checkpoints import (
+    MATRICES,
+    awq_config,
+    check_grouped,
+    finish,
+    group_size,
+    is_kept,
+    keep_option,
+    kept_modules,
+    negative_patterns,
+)
 from weightsmith.quantizers.packed import PackedLayout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounding import round_rows
@@ -289,3 +303,61 @@ def test_the_planned_disk_is_what_rounding_takes(tmp_path, out):
     size = sum(file.stat().st_size for file in tiny.iterdir())
     planned = disk_peak(size, FP8, read_facts(tiny), {})
     assert taken <= planned < 1.05 * taken
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+def test_names_are_sorted_and_lm_head_is_kept_anyhow():
+    assert keep_option({"keep": ("o_proj", "down_proj", "lm_head")}) == ["down_proj", "o_proj"]
+    assert keep_option({}) == []
+    assert keep_option({"keep": ATTENTION}) == sorted(ATTENTION)
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        (("proj",), "'proj' is not the suffix"),
+        (("mlp",), "not the suffix"),
+        (("xdown_proj",), "not the suffix"),
+        (("q_proj",), "q_proj is listed without k_proj, v_proj"),
+        (("layers.1.mlp.up_proj", "gate_proj"), "without"),
+        (MATRICES, "nothing would be quantized"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(keep, says):
+    with pytest.raises(UsageError, match=says):
+        keep_option({"keep": keep})
+
+
+def test_ends_match_at_dots_alone():
+    assert is_kept("model.layers.1.mlp.down_proj", ["layers.1.mlp.down_proj"])
+    assert not is_kept("model.layers.11.mlp.down_proj", ["1.mlp.down_proj"])
+    assert not is_kept("model.layers.0.mlp.xdown_proj", ["down_proj"])
+    assert not is_kept("model.layers.0.mlp.down_proj", [])
+
+
+def test_kept_modules_are_those_of_the_checkpoint(tmp_path):
+    names = [f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("mlp.down_proj", "x.o_proj")]
+    tensors = {n: torch.zeros(1) for n in (*names, "down_proj.weight")}
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    kept = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert kept_modules(tmp_path, ["down_proj"]) == kept
+
+
+def test_engines_are_configured_for_what_they_put_together():
+    """As vLLM asks: `re.match` of each expression against the name of the fused matrix."""
+    patterns = [p.removeprefix("-:") for p in negative_patterns(["down_proj", *sorted(ATTENTION)])]
+
+    def left_out(module):
+        return any(re.match(pattern, module) for pattern in patterns)
+
+    assert left_out("model.layers.3.self_attn.qkv_proj")
+    assert left_out("model.layers.3.self_attn.q_proj")
+    assert left_out("model.layers.3.mlp.down_proj")
+    assert not left_out("model.layers.3.mlp.gate_up_proj")
+    assert not left_out("model.layers.3.mlp.down_proj.lora_A")
+    one = negative_patterns(["layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"])
+    assert any(re.match(p[2:], "model.layers.0.mlp.gate_up_proj") for p in one)
+    assert not any(re.match(p[2:], "model.layers.10.mlp.gate_up_proj") for p in one)
