@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from peft import PeftModel
+from torch import Tensor as Tensor
+from torch.nn import Module as Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Model: TypeAlias = PreTrainedModel | PeftModel

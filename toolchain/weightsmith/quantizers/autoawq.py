@@ -13,9 +13,9 @@ the change of its weights and G the inputs' Gram matrix, which is computed once.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import discard
@@ -25,6 +25,9 @@ from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import Options, Quantizer
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Module, Tensor
 
 _SAMPLED_TOKENS = 512
 _GRID, _STEPS = 20, 10
@@ -78,13 +81,15 @@ def patch_searches(search: Any) -> None:
     """Patch both searches of AutoAWQ 0.2.9's class AwqQuantizer (quantize/quantizer.py)."""
     upstream = search._compute_best_scale  # noqa: SLF001 - there is no public hook
 
-    def best_scale(quantizer: Any, x: Any, w: Any, seen: Any, module: Any, *more: Any) -> Any:
-        own = module.state_dict
-        module.state_dict = lambda: {name: value.clone() for name, value in own().items()}
+    def best_scale(
+        quantizer: object, x: Tensor, w: Tensor, seen: Tensor, module: Module, *more: object
+    ) -> object:
+        own, changed = module.state_dict, vars(module)
+        changed["state_dict"] = lambda: {name: value.clone() for name, value in own().items()}
         try:
             return upstream(quantizer, x, w, seen, module, *more)
         finally:
-            del module.state_dict
+            del changed["state_dict"]
 
     search._compute_best_scale = best_scale  # noqa: SLF001
     search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
@@ -93,8 +98,8 @@ def patch_searches(search: Any) -> None:
 
 
 def best_clip(
-    size: int, rounded: Callable[[Any], tuple[Any, ...]], weight: Any, inputs: Any
-) -> Any:
+    size: int, rounded: Callable[[Tensor], Sequence[Tensor]], weight: Tensor, inputs: Tensor
+) -> Tensor:
     """Return each group's clipping limit with the smallest squared error of its output.
 
     weight [out, in] and inputs [..., in] are torch tensors, a group has `size` inputs, and

@@ -105,7 +105,7 @@ def rows_of(tensor: object, kind: str, columns: int) -> Read:
         return joined(places)
     if kind == "BF16" and _step(tensor) == "quantize":
         # Rounded where it is read: several times as fast as by gguf-py.
-        exact = _eager(_argument(tensor)).astype(np.float32, copy=False).reshape(-1, columns)
+        exact = _eager(vars(tensor)["_args"][0]).astype(np.float32, copy=False).reshape(-1, columns)
         return lambda start, end: to_bfloat16(exact[start:end])
     whole = computed(tensor).view(STORED[kind]).reshape(-1, columns)
     return lambda start, end: quants.widen(kind, whole[start:end])
@@ -127,7 +127,7 @@ def place_of(tensor: object) -> tuple[str, int]:
         elif id(node) not in known and hasattr(node, "__dict__"):
             known.add(id(node))
             if _step(node) == "load":
-                span = _argument(node).data_range
+                span = vars(node)["_args"][0].data_range
                 found.append((str(span.filename), int(span.offset)))
             else:
                 left += [vars(node).get("_args", ()), *vars(node).get("_kwargs", {}).values()]
@@ -158,13 +158,13 @@ def _places(node: object, kind: str, columns: int) -> list[StoredRows]:
     while (step := _step(node)) in ("to float32", "numpy", "astype", "quantize", *_MOVES):
         if step in _MOVES:
             moves.insert(0, (step, list(vars(node)["_args"][1:])))
-        node = _argument(node)
+        node = vars(node)["_args"][0]
     if step == "stack":
-        inner = [] if moves else [_places(one, kind, columns) for one in _argument(node)]
+        inner = [] if moves else [_places(one, kind, columns) for one in vars(node)["_args"][0]]
         return [found[0] for found in inner] if all(len(found) == 1 for found in inner) else []
     if step != "load":
         return []
-    local = _argument(node)
+    local = vars(node)["_args"][0]
     if local.dtype not in STORED or kind not in ("F32", local.dtype):
         return []  # rounded on the way
     span, rows, order = local.data_range, math.prod(local.shape) // columns, None
@@ -216,7 +216,3 @@ def _step(node: object) -> str:
         case _, "stack" if not arguments and words in ({}, {"dim": 0}):
             return "stack"
     return ""
-
-
-def _argument(node: object) -> Any:
-    return vars(node)["_args"][0]
