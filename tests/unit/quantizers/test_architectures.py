@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compressed_tensors.quantization.utils import generate_gparam
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.models.facts import read_facts
@@ -40,6 +41,7 @@ from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
+from weightsmith.quantizers.rounding import fused_scale
 from weightsmith.quantizers.schemes import NVFP4, SCHEMES
 
 from docs.known import listed
@@ -285,7 +287,7 @@ def test_experts_stored_either_way_give_the_same_file(models, tmp_path, name):
 
 
 @pytest.mark.grid(15)
-@pytest.mark.parametrize("architecture", sorted(WALKED.intersection(BY_RULE)))
+@pytest.mark.parametrize("architecture", sorted(WALKED))
 def test_the_walk_finds_the_largest_inputs(models, tmp_path, architecture):
     model = models(architecture)
     of_format("nvfp4").check_input(NVFP4.format, read_facts(model))
@@ -300,7 +302,14 @@ def test_the_walk_finds_the_largest_inputs(models, tmp_path, architecture):
     assert set(inputs) == set(view.modules)
     for matrix in matrices(source, model):
         weight = torch.from_numpy(matrix.rows(source, 0, matrix.outputs))
-        assert inputs[matrix.module] == pytest.approx(right[as_key(weight)], rel=1e-3)
+        most = inputs[matrix.module]
+        assert most == pytest.approx(right[as_key(weight)], rel=1e-3)
+        # All experts, and what engines fuse, have the same.
+        (scale,) = view.tensors.f32(f"{matrix.module}.input_global_scale")
+        right_scale = generate_gparam(torch.tensor(-most), torch.tensor(most))
+        assert scale == fused_scale(most, NVFP4) == pytest.approx(float(right_scale), rel=1e-6)
+    told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert told["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local"
     found = measure(model, view, ROWS[:1], 100, lambda *_: None)
     assert 0 < found.layer_error < MOST["nvfp4a16"]
 

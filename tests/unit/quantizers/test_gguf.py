@@ -95,19 +95,6 @@ def settings(step):
     return PassSettings.from_json(json.loads(step.writes[Path(step.argv[-1])]))
 
 
-def test_k_quants_are_made_in_one_step(tmp_path):
-    asked = request(tmp_path, "q4_k_m", threads=2)
-
-    (step,) = of_format("q4_k_m").steps(asked)
-
-    made = settings(step)
-    assert step.argv[1:3] == ("-m", "weightsmith.worker.quantize_gguf")
-    assert made.convert[:2] == ("/opt/llamacpp/convert/convert_hf_to_gguf.py", str(asked.model))
-    (file,) = made.files
-    assert (file.out, file.format, made.threads) == (str(output_file(asked)), "q4_k_m", 2)
-    assert (file.importance, made.split) == ("", False)
-
-
 @pytest.mark.parametrize(
     ("first", "other", "joined"),
     [
@@ -131,14 +118,19 @@ def test_what_one_pass_can_make_together(first, other, joined):
 @pytest.mark.parametrize(
     ("dtype", "kind"), [("bfloat16", "bf16"), ("float16", "f16"), ("float32", "f32"), (None, "f16")]
 )
-def test_the_file_between_rounds_nothing(tmp_path, dtype, kind):
-    asked = request(tmp_path, "q5_k_m")
+def test_k_quants_are_made_in_one_step_and_the_file_between_rounds_nothing(tmp_path, dtype, kind):
+    asked = request(tmp_path, "q5_k_m", threads=2)
     (asked.model / "config.json").write_text(json.dumps({**LLAMA, "torch_dtype": dtype}))
 
     (step,) = of_format("q5_k_m").steps(asked)
 
     made = settings(step)
     assert (made.between, Path(made.middle).name) == (kind, f".demo.{kind}.gguf")
+    assert step.argv[1:3] == ("-m", "weightsmith.worker.quantize_gguf")
+    assert made.convert[:2] == ("/opt/llamacpp/convert/convert_hf_to_gguf.py", str(asked.model))
+    (file,) = made.files
+    assert (file.out, file.format, made.threads) == (str(output_file(asked)), "q5_k_m", 2)
+    assert (file.importance, made.split) == ("", False)
 
 
 @pytest.mark.parametrize(

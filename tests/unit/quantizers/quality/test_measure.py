@@ -241,15 +241,12 @@ def test_weights_of_any_distribution_are_no_damage():
         assert ROUNDING[kind].limit(torch.from_numpy(rows)) < 1, "zeros would pass"
 
 
-def test_values_that_are_no_numbers_are_refused_with_their_tensor():
+def test_values_that_are_no_numbers_and_another_shape_are_refused():
     def poisoned(name, data):
         return np.where(data == data.max(), np.nan, data) if "layers.1.mlp.up" in name else data
 
     with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
         measured(View(poisoned))
-
-
-def test_another_shape_is_refused():
     with pytest.raises(CheckFailed, match="has shape"):
         measured(View(lambda name, data: data[:-1]))
 
@@ -416,26 +413,17 @@ def test_an_interval_is_that_of_means_of_texts():
     assert high == pytest.approx(np.quantile(drawn, 0.975), rel=0.1)
 
 
-def test_equal_models_lose_nothing_in_any_resample():
-    result = totals([0.0] * 6).result()
+def test_intervals_hold_the_values_and_are_always_the_same():
+    shifts = [0.1, 0.5, 0.9, 0.2, 0.7]
+    result, same = totals(shifts).result(), totals([0.0] * 6).result()
 
-    assert result["kl_mean"] == result["kl_p99"] == 0.0
-    assert result["intervals"]["top1"] == (1.0, 1.0)
-    assert result["intervals"]["perplexity_ratio"] == (1.0, 1.0)
-
-
-def test_the_intervals_hold_the_values_and_are_always_the_same():
-    first, second = totals([0.1, 0.5, 0.9, 0.2, 0.7]), totals([0.1, 0.5, 0.9, 0.2, 0.7])
-    result = first.result()
-
-    assert result == second.result()
+    assert result == totals(shifts).result()
     for name, (low, high) in result["intervals"].items():
         assert low <= result[name] <= high
         assert math.isfinite(high)
-
-
-def test_few_texts_have_no_interval():
-    assert totals([0.1, 0.5, 0.9]).result()["intervals"] == {}
+    assert same["kl_mean"] == same["kl_p99"] == 0.0
+    assert same["intervals"]["top1"] == same["intervals"]["perplexity_ratio"] == (1.0, 1.0)
+    assert totals([0.1, 0.5, 0.9]).result()["intervals"] == {}  # too few texts
 
 
 HEIGHT = 3 * TILE + 7
