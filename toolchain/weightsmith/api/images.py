@@ -409,7 +409,6 @@ def _outputs(asked: RecipeCommand) -> ImageOutputs:
 
 
 def _check_lock(asked: BuildCommand | PlanCommand) -> None:
-    """Raise UsageError for flags that want the lock both kept and written again."""
     from_ = isinstance(asked, BuildCommand) and bool(asked.from_)
     if asked.update_lock and (asked.locked or from_):
         raise UsageError(

@@ -159,7 +159,6 @@ def _is_many(field: FieldInfo) -> bool:
 
 
 def _described(field: FieldInfo) -> str:
-    """Return a field's description as the command line writes it."""
     text = field.description or next((t for t in field.metadata if isinstance(t, str)), "")
     text = text.replace("`", "").rstrip(".")
     return text[:1].lower() + text[1:] if text[1:2].islower() else text

@@ -98,5 +98,4 @@ def choices(
 
 
 def _power_of_two(most: int) -> int:
-    """Return the largest power of two up to a number, 0 below 1."""
     return 1 << most.bit_length() - 1 if most > 0 else 0

@@ -139,7 +139,6 @@ def _length_limit(shape: ModelShape, options: ServeOptions, extra: Mapping[str, 
 
 
 def _choose(capacity: LlamaCppCapacity, options: ServeOptions, limit: int) -> tuple[int, int]:
-    """Return (tokens, slots): the options, and for `auto` the most that fits."""
     tokens = options.max_model_len
     if tokens is None:
         if slots := options.max_num_seqs:
@@ -186,7 +185,6 @@ def _too_much(capacity: LlamaCppCapacity, tokens: int, slots: int) -> UsageError
 
 
 def _nearest(capacity: LlamaCppCapacity, tokens: int, slots: int) -> str:
-    """Return the nearest options that fit, for people."""
     return "; or ".join(str(way["text"]) for way in _ways(capacity, tokens, slots))
 
 
@@ -451,7 +449,6 @@ def _whole(extra: Mapping[str, JsonValue], option: str, default: int, *, least: 
 
 
 def _ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str, JsonValue]]:
-    """Return the nearest options that fit: `text` for people, the rest as `serve` keys."""
     both: dict[str, JsonValue] = {"max_model_len": tokens, "max_num_seqs": slots}
     found: list[dict[str, JsonValue]] = []
     if shorter := capacity.longest(slots, tokens):

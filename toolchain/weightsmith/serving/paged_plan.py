@@ -287,7 +287,6 @@ def _smaller(
 def _larger(
     capacity: PagedCapacity, tokens: int, requests: int
 ) -> Iterator[Mapping[str, JsonValue]]:
-    """Yield the nearest machines on which it fits."""
     machine = capacity.machine
 
     def on(other: Machine) -> PagedCapacity:

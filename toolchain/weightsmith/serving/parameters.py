@@ -120,7 +120,6 @@ def parameters(model: ModelFacts) -> Parameters:
 
 
 def _attention(shape: ModelShape, parts: Matrices) -> int:
-    """Return the parameters of one attention layer."""
     out = shape.heads * shape.v_head_dim * shape.hidden
     if not shape.kv_lora_rank:
         keys = shape.kv_heads * (shape.head_dim + shape.v_head_dim)

@@ -200,7 +200,6 @@ def _inputs(
 
 
 def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
-    """Return the files for the image; raise InputRefused if their format is not the target's."""
     ending = target.format.suffix
     known = bool(model.facts.architecture)  # else it is not known what the weights are
     if not any(name.endswith(ending) for name in model.weights) or (
@@ -233,7 +232,6 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
 
 
 def _check_type(model: Model, target: Target, tools: Tools) -> None:
-    """Refuse a GGUF file of another type than the target's; warn about another size of its mix."""
     row = FILE_TYPES.get(target.format.name)
     files = gguf_models(model.weights)
     found = gguf_file_type(model.root / files[0]) if row and files else None

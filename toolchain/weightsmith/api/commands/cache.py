@@ -32,25 +32,22 @@ def run_cache(asked: CacheCommand, progress: Progress) -> Said:
         match asked.action:
             case "push":
                 results = one.local.results()
-                return push_results(results, one.uploads, one.shared.cache, progress)
+                return _push(results, one.uploads, one.shared.cache, progress)
             case "pull":
-                return pull_results(one.store, one.local, one.shared)
+                return _pull(one.store, one.local, one.shared)
             case "prune":
                 return prune_cache(one.shared.cache, size)
             case _:
                 return describe_cache(one.shared.cache)
 
 
-def push_results(
+def _push(
     results: Iterable[tuple[Digest, Mapping[str, Writable], StoreEntry]],
     uploads: Uploads,
     cache: Cache,
     progress: Progress,
 ) -> Said:
-    """Upload every result that the cache does not have.
-
-    Raises EnvironmentFailure if the cache cannot be written: here it is not just a miss.
-    """
+    # A cache that cannot be written is an error here, not just a miss.
     sent = held = kept = 0
     with _named(cache):
         for number, (key, note, entry) in enumerate(results, 1):
@@ -62,18 +59,16 @@ def push_results(
                 continue
             sent, held = sent + new, held + (not new)
             progress.advance(number, number, "items")
-    facts: dict[str, Writable] = {
+    return {
         "cache": cache.where,
         "pushed": sent,
         "held": held,
         "left_out": kept,
         "bytes": uploads.sent,
-    }
-    return facts, f"pushed {sent} result(s), {human(uploads.sent)}; {held} were there"
+    }, f"pushed {sent} result(s), {human(uploads.sent)}; {held} were there"
 
 
-def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Said:
-    """Fetch every result of the cache that the store does not have, verified."""
+def _pull(store: SharedStore, local: Store, shared: SharedCache) -> Said:
     pulled = held = refused = 0
     with _named(shared.cache):
         keys = [kept.key for kept in shared.cache.entries()]
@@ -82,27 +77,24 @@ def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Said:
             held += 1
             continue
         entry = store.find(key)
-        try:
-            if entry is None:
-                refused += 1
-            elif entry.tree.root:
-                pulled += 1
+        try:  # a root that is asked for is fetched, and verified
+            there = entry is not None and bool(entry.tree.root)
         except WeightsmithError:
-            refused += 1
+            there = False
+        pulled, refused = pulled + there, refused + (not there)
         if shared.broken:
             raise EnvironmentFailure(
                 f"the cache {shared.where} cannot be read any more",
                 hint="run it again: what was fetched is kept",
             )
-    facts: dict[str, Writable] = {
+    text = f"pulled {pulled} result(s), {human(shared.bytes_read)}; {held} were here"
+    return {
         "cache": shared.where,
         "pulled": pulled,
         "held": held,
         "refused": refused,
         "bytes": shared.bytes_read,
-    }
-    text = f"pulled {pulled} result(s), {human(shared.bytes_read)}; {held} were here"
-    return facts, text + (f"; {refused} not used" if refused else "")
+    }, text + (f"; {refused} not used" if refused else "")
 
 
 def prune_cache(cache: Cache, keep_bytes: int) -> Said:
@@ -117,14 +109,13 @@ def prune_cache(cache: Cache, keep_bytes: int) -> Said:
             gone.append(kept.key)
             total -= kept.size
         freed = cache.remove(gone)  # also what interrupted uploads left, if there is nothing else
-    facts: dict[str, Writable] = {
+    return {
         "cache": cache.where,
         "deleted": len(gone),
         "bytes_before": before,
         "bytes_after": total,
         "freed": freed,
-    }
-    return facts, f"deleted {len(gone)} result(s); kept {human(total)}"
+    }, f"deleted {len(gone)} result(s); kept {human(total)}"
 
 
 def describe_cache(cache: Cache) -> Said:
@@ -150,20 +141,18 @@ def describe_cache(cache: Cache) -> Said:
         for stage, row in sorted(stages.items())
     ]
     lines += [f"  {unread} cannot be read"] if unread else []
-    facts: dict[str, Writable] = {
+    return {
         "cache": cache.where,
         "results": count,
         "bytes": size,
         "unreadable": unread,
         "oldest_days": round((time.time() - oldest) / 86400, 1) if count else 0.0,
         "stages": dict(sorted(stages.items())),
-    }
-    return facts, joined(lines)
+    }, joined(lines)
 
 
 @contextmanager
 def _named(cache: Cache) -> Iterator[None]:
-    """Turn an error of a disk into one that names the cache."""
     try:
         yield
     except OSError as error:

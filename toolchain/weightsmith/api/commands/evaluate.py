@@ -49,16 +49,13 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
             hint="--image REF starts an image, --url queries a server, --model loads a checkpoint",
         )
     if asked.adapters and not asked.model:
-        raise UsageError(
-            "--adapter needs --model",
-            hint="an image has merged weights: remove --adapter, or give --model",
-        )
+        hint = "an image has merged weights: remove --adapter, or give --model"
+        raise UsageError("--adapter needs --model", hint=hint)
     kept = KeptAnswers(asked.answers) if asked.answers else None
     if asked.model:
         if kept:
-            raise UsageError(
-                "--answers keeps a server's answers, and --model starts none", hint="leave it out"
-            )
+            said = "--answers keeps a server's answers, and --model starts none"
+            raise UsageError(said, hint="leave it out")
         tools.runner.check(BUILDER)
     task = _task(asked, tools)
     before = asked.against or None
@@ -73,7 +70,11 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
     )
     verdict = judge_drop("this", score, "other", before, rule)
     if before is not None:
-        check_same_questions(score, before)
+        first, second = ([row["prompt"] for row in one.per_item] for one in (score, before))
+        if first != second:
+            raise CheckFailed(
+                "the two runs used different questions", hint="compare runs on the same data file"
+            )
         if asked.max_drop is not None and (few := too_few(verdict, asked.max_drop)):
             tools.progress.warn(few)
     verdict.require()
@@ -160,15 +161,6 @@ def _earlier(path: str) -> Score:
             why = f"cannot read {path}: {error.strerror}"
         hint = "save one with `evaluate … --json > before.json`"
         raise UsageError(why, hint=hint) from None
-
-
-def check_same_questions(now: Score, before: Score) -> None:
-    """Raise CheckFailed if the two runs used different questions."""
-    first, second = ([row["prompt"] for row in score.per_item] for score in (now, before))
-    if first != second:
-        raise CheckFailed(
-            "the two runs used different questions", hint="compare runs on the same data file"
-        )
 
 
 def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:

@@ -137,7 +137,6 @@ def _copy_index(
     force: bool,
     signer: Signer | None,
 ) -> Published:
-    """Copy an index and everything that it refers to; the digest does not change."""
     registry, to = there.registry, there.reference
     document = manifests.read_json(index, str(to))
     kind = str(document.get("mediaType") or manifests.OCI_INDEX)
@@ -181,7 +180,6 @@ def _copy_index(
 
 
 def _listed(index: bytes, to: Reference) -> Iterator[tuple[Mapping[str, Json], Blob]]:
-    """Yield the rows of an index, with the manifests that they name."""
     document = manifests.read_json(index, str(to))
     for row in manifests.listed(document, "manifests", str(to)):
         kinds, most = manifests.MANIFESTS, manifests.LARGEST_MANIFEST

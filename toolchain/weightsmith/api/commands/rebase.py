@@ -157,7 +157,6 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
 def _evidence(
     old: Image, new: Image, base: Image, onto: str, origin: ImageLocation, tools: Tools
 ) -> Evidence:
-    """Return the old image's evidence, and how the new image was derived from it."""
     attachments = gathered.read_attached(origin, old.digest)
     parts = gathered.statement_parts(attachments)
     attached = [gathered.read_statement(part, None) for part in parts]

@@ -290,7 +290,6 @@ def _with_questions(
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Write the questions of the attached evaluation, or omit the evaluation."""
     said = recipe.pop("evaluate", None)
     suites = [said] if isinstance(said, dict) else said if isinstance(said, list) else []
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]

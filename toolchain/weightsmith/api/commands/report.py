@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
@@ -51,7 +52,6 @@ def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Wr
 
 
 def _only(place: Path) -> Path:
-    """Return the folder of the single build at a path or in its subfolders."""
     if place.is_file():
         return place.parent
     if (place / FILE).is_file():
@@ -70,5 +70,4 @@ def _builds(folder: Path) -> list[Path]:
 
 
 def _paths(written: Written) -> Mapping[str, Writable]:
-    paths = {"html": written.html, "markdown": written.markdown}
-    return {**paths, "junit": written.junit} if written.junit else paths
+    return {kind: path for kind, path in asdict(written).items() if path}

@@ -94,7 +94,6 @@ def api_key() -> str:
 
 
 def _is_address(url: str) -> bool:
-    """Say whether it is an address that can be asked: a scheme, a host and no query."""
     try:
         parts = urlsplit(url)
         httpx.URL(url).host.encode("idna")  # as the resolver does
@@ -137,7 +136,6 @@ def _startable(image: str, tools: Tools) -> Iterator[tuple[str, Mapping[str, Jso
 
 
 def _pulled(image: str, tools: Tools) -> Image:
-    """Return an image of a registry; raise UsageError if it has none of that name."""
     place, why = Reference.parse(image), ""
     # As in `inspect`: a name without a registry, such as `support-bot`, is not on Docker Hub.
     if place.registry != DOCKER_HUB or image.startswith(DOCKER_HUB):

@@ -102,7 +102,6 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 
 @contextmanager
 def _opened(source: str, destination: HubDestination, tools: Tools) -> Iterator[tuple[_Model, str]]:
-    """Yield a model while its files are there, and its card."""
     tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
         model = _open(source, scratch, tools)
@@ -151,7 +150,6 @@ def _tree(root: Path, names: Sequence[str], tools: Tools) -> Tree:
 
 
 def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
-    """Return the model of a build's results: from the store, else from what it published."""
     with read_as_facts(folder / FILE):
         record = read_build(folder)
     if record.refused or record.image is None or record.artifact is None:
@@ -178,7 +176,6 @@ def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
 
 
 def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
-    """Return the weights of a build if the store still has them."""
     artifact = record.artifact
     packed = artifact is not None and WEIGHTS in record.inputs
     stage = WEIGHTS if packed else merging.MergeStep.name
@@ -235,7 +232,6 @@ def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
 
 
 def _as_tar(layer: Layer) -> Layer:
-    """Return a ModelPack's tar layer under the media type of an image's."""
     if layer.media_type not in MODEL_LAYERS:
         return layer
     kind = LAYER_TAR + layer.media_type.partition(".tar")[2]

@@ -160,7 +160,6 @@ def table(result: Mapping[str, Json]) -> str:
 
 
 def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
-    """Raise the error again if the reference or the layout's folder does not exist."""
     if isinstance(place, LayoutLocation) and not place.folder.is_dir():
         raise error
     if isinstance(place, RegistryLocation) and place.registry.digest_of(place.reference) is None:
@@ -205,7 +204,6 @@ def _signature(digest: Digest, check: signing.Check | None, found: _Checked) -> 
 
 
 def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> None:
-    """Read the statements, and check the signature and subject of each."""
     # Each counts once; the copy that this key signed is preferred.
     unique: dict[bytes, tuple[AttachmentPart, Statement]] = {}
     bundles = evidence.bundles_in(found.attachments)
