@@ -1,4 +1,4 @@
-"""Whole merges by every method, against deltas formed and combined with other code."""
+"""Whole merges by every method, against deltas combined with other code; what is kept of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
-from weightsmith.core.errors import InputRefused
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.merging import stream
 from weightsmith.merging.combining.changes import adapter_digest
 from weightsmith.merging.combining.methods import drop_at_random
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
+from tests.unit.merging.oracle import MakeBase, merged, train, unmerged
 from tests.unit.merging.oracle import run as merge_pairs
 
 WEIGHTS = (0.7, -0.4, 1.2)
@@ -58,30 +60,22 @@ def deltas_of(adapters: list[Path]) -> Deltas:
     return found
 
 
-def weights_of(name: str, deltas: Deltas) -> list[float]:
-    return list(WEIGHTS[: len(deltas[name])])
-
-
-def masked(name: str, parts: list[torch.Tensor], adapters: list[Path], seed: int) -> list[Any]:
-    made = []
-    for part, adapter in zip(parts, adapters, strict=False):
-        array = part.numpy().astype(np.float32)
-        drop_at_random(array, 0.4, str(seed), name, adapter_digest(adapter))
-        made.append(torch.from_numpy(array).double())
-    return made
-
-
 def wanted(
     method: str, name: str, deltas: Deltas, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> torch.Tensor:
-    weights = torch.tensor(weights_of(name, deltas), dtype=torch.float64)
+    weights = torch.tensor(WEIGHTS[: len(deltas[name])], dtype=torch.float64)
     rule = method.removesuffix("_svd")
     if rule in ("linear", "cat", "sequential", "svd"):
         delta = merge_utils.task_arithmetic(deltas[name], weights)
     else:
         parts = [part.float().double() for part in deltas[name]]
         if rule.startswith("dare"):
-            given = iter(masked(name, parts, adapters, 5))
+            masked = []
+            for part, adapter in zip(parts, adapters, strict=False):
+                array = part.numpy().astype(np.float32)
+                drop_at_random(array, 0.4, "5", name, adapter_digest(adapter))
+                masked.append(torch.from_numpy(array).double())
+            given = iter(masked)
             monkeypatch.setattr(merge_utils, "prune", lambda *_, **__: next(given))
         delta = getattr(merge_utils, rule)(parts, weights, 0.4)
         monkeypatch.undo()
@@ -302,3 +296,207 @@ def test_a_copy_of_the_base_beside_the_factors_changes_nothing(
     for count in (1, 2):
         for name, tensor in written[False, count].items():
             torch.testing.assert_close(written[True, count][name], tensor, rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def pair(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, list[Path]]:
+    base = make_model()
+    return base, [
+        make_adapter(base, "one", 1, r=4, lora_alpha=6),
+        make_adapter(base, "two", 2, r=6, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    ]
+
+
+@pytest.mark.grid(5)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "linear"},
+        {"method": "cat"},
+        {"method": "svd", "rank": 3},
+        {"method": "svd"},
+        {"method": "ties_svd", "density": 0.5, "rank": 5},
+        {"method": "cat", "space": "factors"},
+    ],
+    ids=str,
+)
+def test_peft_loads_what_is_kept(
+    kind: str,
+    options: dict[str, Any],
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    base = make_model(kind)
+    narrow = ["q_proj", "up_proj"] if kind == "llama" else ["c_attn"]
+    wide = "all-linear" if kind == "llama" else ["c_attn", "c_proj"]
+    adapters = [
+        make_adapter(base, "one", 1, r=4, lora_alpha=6, target_modules=wide),
+        make_adapter(base, "two", 2, r=6, lora_alpha=8, target_modules=narrow),
+    ]
+    result = run(base, adapters, tmp_path / "kept", keep_adapter=True, **options)
+    run(base, adapters, tmp_path / "merged", **options)
+    assert {entry["path"] for entry in result["files"]} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    wanted, before = merged(tmp_path / "merged", kind), merged(base, kind)
+    found = unmerged(base, kind, tmp_path / "kept")
+    signal = (wanted - before).abs().max()
+    assert signal > 1e-3
+    assert (found - wanted).abs().max() < 1e-4 * signal
+    # And the kept adapter, merged, is the merge.
+    merge_pairs(base, tmp_path / "kept", tmp_path / "again")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("merged", "again"))
+    assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())
+
+
+def test_tokenizer_and_template_go_with_the_adapter(
+    pair: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """As in a merge the last one's win, a tokenizer as a whole set."""
+    base, (one, two) = pair
+    own = {"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "</s>"}'}
+    for name, text in (own | {"vocab.json": "{}", "chat_template.jinja": "one"}).items():
+        (one / name).write_text(text)
+    for name, text in (own | {"generation_config.json": '{"eos_token_id": 3}'}).items():
+        (two / name).write_text(text)
+
+    result = run(base, [one, two], tmp_path / "kept", keep_adapter=True, method="cat")
+
+    names = {file.name for file in (tmp_path / "kept").iterdir()}
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == weights | set(own) | {"generation_config.json", "chat_template.jinja"}
+    assert names == {file["path"] for file in result["files"]}
+    assert (tmp_path / "kept" / "chat_template.jinja").read_text() == "one"
+    assert any("taken from the adapter two" in finding for finding in result["findings"])
+
+
+def test_a_module_has_no_more_than_the_ranks_of_its_adapters(
+    pair: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Together they may have less than the rank that is asked for."""
+    base, adapters = pair
+    result = run(base, adapters, tmp_path / "kept", keep_adapter=True, method="svd", rank=8)
+    run(base, adapters, tmp_path / "merged", method="svd", rank=8)
+    assert result["ranks"] == [4, 8]
+    found = unmerged(base, "llama", tmp_path / "kept")
+    assert (found - merged(tmp_path / "merged", "llama")).abs().max() < 1e-5
+    result = run(base, adapters, tmp_path / "three", keep_adapter=True, method="svd", rank=3)
+    tensors = load_file(tmp_path / "three" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in tensors.values()} == {*result["ranks"]} == {3}
+
+
+def test_what_is_no_adapter_is_not_kept(
+    pair: tuple[Path, list[Path]], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base, adapters = pair
+    with pytest.raises(UsageError, match="full rank"):
+        run(base, adapters, tmp_path / "k", keep_adapter=True, method="ties", density=0.5)
+    dora = make_adapter(base, "dora", 3, use_dora=True)
+    with pytest.raises(InputRefused, match="more than pairs"):
+        run(base, [adapters[0], dora], tmp_path / "k2", keep_adapter=True)
+    assert not list(tmp_path.glob("k*/*.safetensors"))
+
+
+def test_conflicts_are_measured_and_reported(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, adapters = pair
+    against = tmp_path / "against"
+    against.mkdir()
+    tensors = load_file(adapters[0] / "adapter_model.safetensors")
+    turned = {n: -2 * t if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(turned, against / "adapter_model.safetensors")
+    (against / "adapter_config.json").write_bytes(
+        (adapters[0] / "adapter_config.json").read_bytes()
+    )
+    # The second weight is negative, so that the turned adapter pulls the same way.
+    for method in ("sequential", "svd"):
+        result = run(base, [adapters[0], against], tmp_path / f"same-{method}", method=method)
+        (numbers,) = result["conflicts"]
+        assert numbers["adapters"] == ["one", "against"]
+        assert numbers["cosine"] == pytest.approx(1.0)
+        assert numbers["opposing_signs"] == 0.0
+        assert numbers["norm_ratio"] == pytest.approx(0.8 / 0.7, rel=1e-3)
+        assert not [f for f in result["findings"] if "conflict" in f]
+    result = merge_pairs(base, [(adapters[0], 1.0), (against, 1.0)], tmp_path / "opposed")
+    (numbers,) = result["conflicts"]
+    assert numbers["cosine"] == pytest.approx(-1.0)
+    assert numbers["opposing_signs"] == 1.0
+    assert len(numbers["cosine_per_tensor"]) == 14
+    (warning,) = [f for f in result["findings"] if "conflict" in f]
+    assert "-1.000" in warning
+    assert "100%" in warning
+
+
+KIND = "sarvam_moe"
+FUSED = "model.layers.1.attention.query_key_value.weight"
+LAYERS = (["q_proj", "v_proj"], ["q_proj", "k_proj"])
+
+
+@pytest.fixture
+def two(bases: MakeBase, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Adapters of which both change the query, and each one other part."""
+    base = bases(KIND)
+    return base, [
+        train(base, KIND, tmp_path / f"{n}", LoraConfig(r=4 + n, target_modules=names))
+        for n, names in enumerate(LAYERS)
+    ]
+
+
+def parts_of(adapter: Path) -> dict[str, torch.Tensor]:
+    """Return the deltas of the layer in FUSED by the names of its parts, from the files alone."""
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    found = {}
+    for part in config["target_modules"]:
+        prefix = f"base_model.model.model.layers.1.self_attn.{part}"
+        a, b = (tensors[f"{prefix}.lora_{side}.weight"].double() for side in "AB")
+        found[part] = b @ a * (config["lora_alpha"] / config["r"])
+    return found
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_each_layer_is_pruned_by_itself(
+    method: str, two: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, adapters = two
+    run(base, adapters, tmp_path / "out", method=method, density=0.4)
+
+    folders = base, tmp_path / "out"
+    before, after = (load_file(root / "model.safetensors")[FUSED] for root in folders)
+    deltas, first = [parts_of(adapter) for adapter in adapters], 0
+    for part in ("q_proj", "k_proj", "v_proj"):
+        pairs = zip(deltas, WEIGHTS, strict=False)
+        mine, weights = zip(*((d[part], w) for d, w in pairs if part in d), strict=True)
+        combine = getattr(merge_utils, method)
+        wanted = combine(list(mine), torch.tensor(weights, dtype=torch.float64), 0.4)
+        rows = slice(first, first + len(wanted))
+        found = after[rows].double() - before[rows].double()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        first = rows.stop
+    assert first == len(after)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "linear"},
+        {"method": "svd", "rank": 8},
+        {"method": "ties_svd", "density": 0.4, "rank": 8},
+        {"method": "ties", "density": 0.4, "space": "factors", "equal": True},
+    ],
+    ids=str,
+)
+def test_what_is_kept_is_the_merge(
+    options: dict[str, Any], two: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, adapters = two
+    if options.pop("equal", False):  # factors are combined where their ranks are equal
+        config = LoraConfig(r=4, target_modules=LAYERS[1])
+        adapters = [adapters[0], train(base, KIND, tmp_path / "of-4", config)]
+    run(base, adapters, tmp_path / "out", **options)
+    run(base, adapters, tmp_path / "kept", keep_adapter=True, **options)
+
+    found, wanted = unmerged(base, KIND, tmp_path / "kept"), merged(tmp_path / "out", KIND)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

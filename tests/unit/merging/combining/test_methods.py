@@ -299,18 +299,9 @@ def test_conflicts_are_those_of_the_whole_deltas() -> None:
 
 
 def test_unrelated_adapters_are_no_conflict() -> None:
-    random = np.random.default_rng(1)
+    one, two = pairs((4, 4), (300, 200))
     conflicts = Conflicts()
-    for name in "xyz":
-        made = [
-            LowRankDelta(
-                left=random.standard_normal((300, 4), np.float32),
-                right=random.standard_normal((4, 200), np.float32),
-                gain=1.0,
-            )
-            for _ in range(2)
-        ]
-        conflicts.add(name, {0: [made[0]], 1: [made[1]]})
+    conflicts.add("x", {0: [one], 1: [two]})
     assert conflicts.findings(["a", "b"]) == []
 
 
