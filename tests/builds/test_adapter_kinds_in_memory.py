@@ -19,8 +19,7 @@ from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.memory import Memory
 from tests.unit.merging import test_tuners, test_variants
-from tests.unit.merging.models import model_class
-from tests.unit.merging.oracle import make_base, save_adapter
+from tests.unit.merging.oracle import make_base, model_class, save_adapter
 from tests.unit.merging.test_reference import add_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]

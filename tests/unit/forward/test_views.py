@@ -14,8 +14,7 @@ from weightsmith.forward.views import view
 from weightsmith.merging.reference import UnmergedModel
 
 from tests.unit.forward.answering import logits
-from tests.unit.merging.models import build
-from tests.unit.merging.oracle import make_base, train, unmerged
+from tests.unit.merging.oracle import build, make_base, train, unmerged
 
 IDS = torch.arange(7, 47).reshape(2, 20)
 

@@ -18,8 +18,7 @@ from weightsmith.merging.virtual import VirtualCheckpoint
 from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.models.virtual_weights import has_no_data
 
-from tests.unit.merging.models import build, model_class
-from tests.unit.merging.oracle import MakeBase, make_base, save_adapter
+from tests.unit.merging.oracle import MakeBase, build, make_base, model_class, save_adapter
 
 MakeModel = Callable[..., Path]
 MakeAdapter = Callable[..., Path]

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.peft_patterns import check_peft_keys
 
-from tests.unit.merging.models import model_class
 from tests.unit.merging.oracle import (
     Case,
     MakeBase,
@@ -22,6 +21,7 @@ from tests.unit.merging.oracle import (
     case,
     check,
     merged,
+    model_class,
     run,
     train,
     unmerged,

@@ -19,8 +19,16 @@ from weightsmith.merging.adapter_config import REFUSED
 from weightsmith.merging.families import families
 from weightsmith.merging.families.tuners import _BY_ROWS
 
-from tests.unit.merging.models import model_class
-from tests.unit.merging.oracle import Case, MakeBase, answers, case, merged, run, save_adapter
+from tests.unit.merging.oracle import (
+    Case,
+    MakeBase,
+    answers,
+    case,
+    merged,
+    model_class,
+    run,
+    save_adapter,
+)
 
 TARGETS = ["q_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
