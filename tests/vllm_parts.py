@@ -4,10 +4,16 @@ Apart from the tests, so that a test's time limit never has to cover downloads: 
 makes them where this machine can hold them, and the tests that need them are skipped elsewhere.
 """
 
+import json
+import os
 import platform
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from weightsmith.building.wiring import cache_folder, make_store, open_tools, store_folder
 from weightsmith.core.ports import Progress
@@ -53,6 +59,29 @@ def packages() -> Path:
     engine = make_store().find(base_inputs(ENGINE).key)
     assert engine is not None
     return engine.tree.root / "usr/local/lib/python3.11/dist-packages"
+
+
+@contextmanager
+def answering(program: Path, root: Path) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """Run a program with the engine's packages; yield what asks it by a line and reads a line."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(root), "OMP_NUM_THREADS": "2"}
+    with (
+        (root / "stderr").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-S", program], env={**env, "PYTHONPATH": str(packages())},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        ) as process,
+    ):  # fmt: skip
+
+        def ask(line: Mapping[str, Any]) -> Any:
+            process.stdin.write(json.dumps(line) + "\n")
+            process.stdin.flush()
+            told = next((line for line in process.stdout if line.startswith("TOLD ")), None)
+            assert told, (root / "stderr").read_text()[-3000:]
+            return json.loads(told[5:])
+
+        yield ask
+        process.stdin.close()
 
 
 def make(progress: Progress) -> None:

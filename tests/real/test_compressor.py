@@ -1,5 +1,6 @@
-"""llm-compressor's checkpoints, read by the package that defines their layout."""
+"""Quantizers' packages: they read what we read, and make the same in an image of their builder."""
 
+import hashlib
 import subprocess
 from pathlib import Path
 
@@ -57,3 +58,24 @@ def test_the_package_reads_what_we_read(
     assert not any(KEPT in name for name in ours.modules)
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours.tensor(name), value, err_msg=name)
+
+
+# An image is 1.5 GB and takes about three minutes to build, once.
+@pytest.mark.docker
+@pytest.mark.parametrize("format_", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8-static"])
+def test_a_container_makes_what_an_environment_makes(format_: str, tmp_path: Path) -> None:
+    """The same pins on another distribution's Python, with the same CPU and number of threads.
+
+    Which it also makes a second time: llm-compressor's scales differed in their last bits.
+    """
+    found = {}
+    for runner in ("local", "docker"):
+        out, store = tmp_path / runner, tmp_path / f"store-{runner}"
+        told = weightsmith(
+            "quantize", "--model", TINY / "base", "--format", format_, "--out", out,
+            "--calibration", TINY / "calibration.jsonl", "--runner", runner, store=store,
+        )  # fmt: skip
+        assert told["quality"]["exceeded"] == []
+        found[runner] = {p.name: hashlib.sha256(p.read_bytes()).digest() for p in out.iterdir()}
+
+    assert found["local"] == found["docker"]

@@ -21,9 +21,11 @@ from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.labels import plan_of
+from weightsmith.quantizers.architectures import DENSE
 from weightsmith.quantizers.packed import PackedView
 from weightsmith.recipe.run_options import RunOptions
 
+from tests.fakes.decoders import make_dense
 from tests.fakes.started import weightsmith
 from tests.paths import TINY
 
@@ -170,3 +172,19 @@ def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
         assert scores["base"] < 0.2
         # vLLM computes in the checkpoint's bfloat16, the reference in float32.
         assert scores["image"] >= scores["adapter"] - 0.1
+
+
+CASES = [(name, kind) for name in sorted(DENSE) for kind in ("fp8", "w8a8", "gptq", "awq")]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_every_architectures_numbers_are_the_files(
+    tmp_path: Path, architecture: str, kind: str
+) -> None:
+    model = make_dense(tmp_path / "model", architecture, hidden=256)
+    packed, layout = tmp_path / "packed", tmp_path / "layout"
+    weightsmith("quantize", "--model", model, "--format", kind, "--no-gate", "--out", packed,
+                "--runner", "local")  # fmt: skip
+    weightsmith("bake", "--model", packed, "--target", f"vllm-{kind}", "--layout", layout)
+    ids = torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(3)).tolist()
+    compare(f"{architecture} {kind}", layout, packed, ids, FORMATS[f"vllm-{kind}"])

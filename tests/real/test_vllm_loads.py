@@ -5,12 +5,10 @@ which weight is where; packed parameters must be near these, all others the same
 stay unloaded. So this needs no GPU, and says nothing about what kernels compute.
 """
 
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SCANNING, STACKED_MXFP4
@@ -28,7 +26,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the engine's packages are for it"),
 ]
-PROBE = Path(__file__).with_name("vllm_loads.py")
 MOST = {"w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15}
 SEEING = "Qwen3VLMoeForConditionalGeneration"
 DENSE = (
@@ -51,23 +48,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def probe(root: Path) -> Iterator[subprocess.Popen[str]]:
+def probe(root: Path) -> Iterator[Callable[..., Any]]:
     """vLLM's own code, which answers a line by a line."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(root), "OMP_NUM_THREADS": "1"}
-    with (root / "stderr").open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-S", PROBE],
-            env={**env, "PYTHONPATH": str(vllm_parts.packages())},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-        )  # fmt: skip
-        with process:
-            yield process
-            process.stdin.close()
+    with vllm_parts.answering(Path(__file__).with_name("vllm_loads.py"), root) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_every_weight_comes_where_vllm_has_it(
-    probe: subprocess.Popen[str], root: Path, architecture: str, name: str
+    probe: Callable[..., Any], root: Path, architecture: str, name: str
 ) -> None:
     plain, made = root / architecture, root / f"{architecture}-{name}"
     if not plain.exists():
@@ -76,11 +65,8 @@ def test_every_weight_comes_where_vllm_has_it(
     made.mkdir()
     quantize(SCHEMES[name], plain, made, [])
 
-    probe.stdin.write(json.dumps({"plain": str(plain), "made": str(made)}) + "\n")
-    probe.stdin.flush()
-    answers = (line for line in probe.stdout if line.startswith("TOLD "))
-    told = json.loads(next(answers, "TOLD {}")[5:])
-    assert told.get("left") == [], told or (root / "stderr").read_text()[-3000:]
+    told = probe({"plain": str(plain), "made": str(made)})
+    assert told.get("left") == [], told
     assert told["moved"] == []
     assert any(part in name for name in told["errors"] for part in ("w13", "gate_up", ".up_proj"))
     assert 0 < max(told["errors"].values()) < MOST[name]

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def _add(path: Path, **settings: Any) -> None:
 
 
 PROBE = Path(__file__).with_name("picture_probe.py")
-ENGINE = Path(__file__).with_name("picture_engine.py")
+Ask = Callable[[Mapping[str, Any]], Any]
 IN_AN_IMAGE = "Qwen3VLForConditionalGeneration"
 GEMMA, SMOL = "Gemma3ForConditionalGeneration", "SmolVLMForConditionalGeneration"
 ANSWERING = [name for name in PICTURED if name not in {IN_AN_IMAGE, GEMMA, SMOL}]
@@ -204,33 +204,22 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """The image's vLLM, which answers a line by a line."""
-    root = tmp_path_factory.mktemp("engine")
-    env = {"PATH": os.environ["PATH"], "HOME": str(root), "OMP_NUM_THREADS": "2"}
-    with (
-        (root / "stderr").open("w") as log,
-        subprocess.Popen(
-            [sys.executable, "-S", ENGINE],
-            env={**env, "PYTHONPATH": str(vllm_parts.packages())},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        ) as process,
-    ):  # fmt: skip
-        yield process
-        process.stdin.close()
+    program = Path(__file__).with_name("picture_engine.py")
+    with vllm_parts.answering(program, tmp_path_factory.mktemp("engine")) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("architecture", ANSWERING)
-def test_vllm_sees_what_transformers_sees(
-    engine: subprocess.Popen[str], tmp_path: Path, architecture: str
-) -> None:
+def test_vllm_sees_what_transformers_sees(engine: Ask, tmp_path: Path, architecture: str) -> None:
     model = make_pictured(tmp_path / "model", architecture)
     pictures = [picture(tmp_path / f"{name}.png", name) for name in COLOURS]
     check(model, pictures, read(engine, model, pictures))
 
 
 def test_on_a_cpu_the_tokens_of_gemmas_pictures_see_only_those_before(
-    engine: subprocess.Popen[str], tmp_path: Path
+    engine: Ask, tmp_path: Path
 ) -> None:
     model = make_pictured(tmp_path / "model", GEMMA)
     pictures = [picture(tmp_path / f"{name}.png", name) for name in COLOURS]
@@ -240,17 +229,14 @@ def test_on_a_cpu_the_tokens_of_gemmas_pictures_see_only_those_before(
     assert one_way < max(errors(model, pictures, answers, "both ways")) / 2
 
 
-def test_smolvlm_lacks_a_package(engine: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_smolvlm_lacks_a_package(engine: Ask, tmp_path: Path) -> None:
     model = make_pictured(tmp_path / "model", SMOL)
     assert "num2words" in read(engine, model, [])
 
 
-def read(engine: subprocess.Popen[str], model: Path, pictures: Sequence[Path]) -> Any:
+def read(engine: Ask, model: Path, pictures: Sequence[Path]) -> Any:
     """Return what the image's vLLM says of each picture, as `ask`, or its error."""
-    line = {"model": str(model), "pictures": [str(path) for path in pictures]}
-    engine.stdin.write(json.dumps(line) + "\n")
-    engine.stdin.flush()
-    told = json.loads(next(line for line in engine.stdout if line.startswith("TOLD "))[5:])
+    told = engine({"model": str(model), "pictures": [str(path) for path in pictures]})
     if isinstance(told, str):
         return told
     return [({int(token): value for token, value in row.items()}, ids) for row, ids in told]
