@@ -132,7 +132,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here; with WEIGHTSMITH_REQUIRE_DOCKER a missing engine is a failure."""
-    _begin_with_the_same_chance()
+    # What a test draws does not depend on the tests before it.
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.random.default_generator.manual_seed(0)
     for name, (there, reason) in NEEDS.items():
         if item.get_closest_marker(name) and not there():
             if name == "docker" and os.environ.get("WEIGHTSMITH_REQUIRE_DOCKER"):
@@ -140,14 +145,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
     if item.get_closest_marker("vllm") and vllm_absent():
         pytest.skip(vllm_absent())
-
-
-def _begin_with_the_same_chance() -> None:
-    random.seed(0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
-    if torch := sys.modules.get("torch"):
-        torch.random.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -183,12 +180,9 @@ def builder_base(request: pytest.FixtureRequest) -> None:
         return  # asking takes a second, which the tests near a change may take themselves
     if "WEIGHTSMITH_BUILDER_BASE" in os.environ or not engine_answers():
         return
-    said = subprocess.run(
-        ["bash", ROOT / "tests" / "engine.sh", "--env"], capture_output=True, text=True, check=False
-    )
-    for line in said.stdout.splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        os.environ[name] = value
+    from tests.builders import engine_environment
+
+    os.environ.update(engine_environment())
 
 
 @pytest.fixture(scope="session")
@@ -200,21 +194,11 @@ def ray_cluster() -> Iterator[Mapping[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def ray_nodes(ray_cluster: Mapping[str, str]) -> str:
-    return ray_cluster["WEIGHTSMITH_TEST_RAY"]
-
-
-@pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[Mapping[str, str]]:
     """The variables of a Slurm cluster of two nodes with a CPU each."""
     with clusters("slurm") as found:
         assert "SLURM_CONF" in found, "Slurm does not start"
         yield found
-
-
-@pytest.fixture(scope="session")
-def slurm_nodes(slurm_cluster: Mapping[str, str]) -> str:
-    return slurm_cluster["SLURM_CONF"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

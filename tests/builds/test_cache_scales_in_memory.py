@@ -15,8 +15,8 @@ from weightsmith.stages.upload import HubDestination
 from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.cache import MemoryCache
+from tests.fakes.hub import writable_hub
 from tests.fakes.memory import Memory
-from tests.fakes.writable_hub import writable_hub
 
 WANTED = "serve.kv_cache_dtype=fp8"
 SCHEME = {

@@ -15,8 +15,8 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.stages.upload import HubDestination
 
+from tests.fakes.hub import Repository, WritableHub, writable_hub
 from tests.fakes.memory import Memory
-from tests.fakes.writable_hub import Repository, WritableHub, writable_hub
 
 TARGET = "llamacpp-q4_k_m"
 HUB = "outputs.hub=hf://team/bot"

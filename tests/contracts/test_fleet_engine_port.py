@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,9 +58,10 @@ def engine(
     kind = request.param
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'toolchain'}:{ROOT}")
     if kind == "ray":
-        made: FleetEngine = RayFleet(module=NODE, address=request.getfixturevalue("ray_nodes"))
+        nodes = request.getfixturevalue("ray_cluster")["WEIGHTSMITH_TEST_RAY"]
+        made: FleetEngine = RayFleet(module=NODE, address=nodes)
     elif kind == "slurm":
-        monkeypatch.setenv("SLURM_CONF", request.getfixturevalue("slurm_nodes"))
+        monkeypatch.setenv("SLURM_CONF", request.getfixturevalue("slurm_cluster")["SLURM_CONF"])
         made = SlurmFleet(argv=(sys.executable, "-m", NODE), folder=tmp_path / "jobs")
     else:
         made = {"local": local, "memory": memory}[kind](tmp_path)
@@ -130,8 +131,8 @@ def test_closing_ends_what_runs(engine: FleetEngine, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def ray(ray_nodes: str) -> Iterator[RayFleet]:
-    engine = RayFleet(module=NODE, address=ray_nodes)
+def ray(ray_cluster: Mapping[str, str]) -> Iterator[RayFleet]:
+    engine = RayFleet(module=NODE, address=ray_cluster["WEIGHTSMITH_TEST_RAY"])
     yield engine
     engine.close()
 

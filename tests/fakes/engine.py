@@ -7,12 +7,10 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.values import Digest, Json
-from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
 
 from tests.fakes.journal import Journal
@@ -24,12 +22,6 @@ class Held:
 
     settings: Mapping[str, Json]
     layers: tuple[bytes, ...]
-
-    @classmethod
-    def of_layout(cls, folder: Path) -> Held:
-        image = read_layout(folder)
-        layers = tuple(b"".join(layer.open()) for layer in image.layers)
-        return cls(settings=image.settings, layers=layers)
 
     @property
     def config(self) -> Mapping[str, Json]:

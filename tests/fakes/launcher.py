@@ -12,6 +12,7 @@ import yaml
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
 from weightsmith.core.values import Json
+from weightsmith.oci.layout import read_layout
 from weightsmith.provenance.labels import plan_of
 
 from tests.fakes.engine import Held, MemoryEngine
@@ -102,7 +103,9 @@ class MemoryLauncher:
 
     def _held(self, image: str) -> Held:
         if image.startswith("oci:"):
-            return Held.of_layout(Path(image.removeprefix("oci:")))
+            made = read_layout(Path(image.removeprefix("oci:")))
+            layers = tuple(b"".join(layer.open()) for layer in made.layers)
+            return Held(settings=made.settings, layers=layers)
         if found := self.engine.held(image):
             return found
         raise EnvironmentFailure(f"{image} is not in the engine", hint="load or pull it first")

@@ -1,11 +1,13 @@
 """Weights of four bits, packed as AWQ and GPTQ do, by plain loops."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+Pack = Callable[[np.ndarray, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 HIDDEN, INNER, GROUP = 64, 128, 32
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,31 +55,27 @@ def four_bits(weight: torch.Tensor, *, symmetric: bool) -> tuple[np.ndarray, ...
 
 def save_awq(model: Path, raw: Path) -> None:
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    out = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if "_proj" not in name:
-            out[name] = weight.float()
-            continue
-        q, zeros, scales = four_bits(weight, symmetric=False)
-        module = name.removesuffix("weight")
-        out[module + "qweight"] = words(q, order)
-        out[module + "qzeros"] = words(zeros, order)
-        out[module + "scales"] = torch.from_numpy(scales).half()
-    raw.mkdir()
-    save_file(out, raw / "model.safetensors")
+    _save(model, raw, False, lambda q, zeros: (words(q, order), words(zeros, order)))
 
 
 def save_gptq(model: Path, raw: Path) -> None:
     order = tuple(range(8))
+    _save(
+        model, raw, True,
+        lambda q, zeros: (words(q.T, order).T.contiguous(), words(zeros - 1, order)),
+    )  # fmt: skip
+
+
+def _save(model: Path, raw: Path, symmetric: bool, pack: Pack) -> None:
+    """Write the folder that a tool of this kind would."""
     out = {}
     for name, weight in load_file(model / "model.safetensors").items():
         if "_proj" not in name:
             out[name] = weight.float()
             continue
-        q, zeros, scales = four_bits(weight, symmetric=True)
+        q, zeros, scales = four_bits(weight, symmetric=symmetric)
         module = name.removesuffix("weight")
-        out[module + "qweight"] = words(q.T, order).T.contiguous()
-        out[module + "qzeros"] = words(zeros - 1, order)
+        out[module + "qweight"], out[module + "qzeros"] = pack(q, zeros)
         out[module + "scales"] = torch.from_numpy(scales).half()
     raw.mkdir()
     save_file(out, raw / "model.safetensors")

@@ -16,8 +16,7 @@ from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 
 from tests import vllm_parts
-from tests.fakes.decoders import make_sparse
-from tests.fakes.known import make_known
+from tests.fakes.decoders import make_known, make_sparse
 from tests.fakes.seeing import make_seeing
 
 pytestmark = [

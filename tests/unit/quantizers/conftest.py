@@ -7,8 +7,7 @@ from weightsmith.quantizers import formats
 from weightsmith.quantizers.architectures import EXPERTS, FURTHER_EXPERTS, NAMED, SEEING
 from weightsmith.quantizers.quantizer import QuantizeRequest
 
-from tests.fakes.decoders import make_dense, make_sparse
-from tests.fakes.known import make_known
+from tests.fakes.decoders import make_dense, make_known, make_sparse
 from tests.fakes.seeing import make_seeing
 
 

@@ -28,9 +28,7 @@ from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import Bakery, bake
-from tests.fakes.memory import memory_tools
-from tests.fakes.tiny import write_model
-from tests.fakes.writable_hub import (
+from tests.fakes.hub import (
     READER,
     TOKEN,
     Repository,
