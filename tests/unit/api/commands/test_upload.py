@@ -36,6 +36,8 @@ from tests.fakes.hub import (
     environment,
     writable_hub,
 )  # fmt: skip
+from tests.fakes.memory import memory_tools
+from tests.fakes.tiny import write_model
 
 DESTINATION = HubDestination(repository="team/bot")
 
