@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
-from weightsmith.api.commands.evaluate import tasks_text
+from weightsmith.api.commands.evaluate import read_results
 from weightsmith.api.commands.images import inspect_text
 from weightsmith.api.commands.plan import table as plan_table
 from weightsmith.api.commands.verify import table as verify_table
@@ -248,7 +249,10 @@ def test_no_name_adds_a_row(name):
               "plan": {}, "layers": [{"digest": "sha256:" + "0" * 64, "size": 1, "file": name}],
               "index": "i", "platform": name, "platforms": [name]}  # fmt: skip
     checks = {"checks": [{"check": name, "ok": True, "found": name}]}
-    tasks = {"tasks": {name: {"score": 1, "measure": name, "n": 1}}}
+    tasks = {"results": {name: {f"acc,{name}": 1}}}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "results_1.json").write_text(json.dumps(tasks))
+        _, told = read_results(Path(folder))
     row = {"stage": "merge", "target": name, "cached": False, "why": name, "read_bytes": 0,
            "write_bytes": 0, "peak_memory_bytes": 0}  # fmt: skip
     forecast = {"name": name, "version": name, "stages": [row], "serving": {}, "advice": {},
@@ -256,7 +260,7 @@ def test_no_name_adds_a_row(name):
     for text, rows in (
         (inspect_text(wanted), 7),
         (verify_table(checks), 1),
-        (tasks_text(tasks), 1),
+        (told, 1),
         (_verdict("m", Validation(passed=True, findings=(finding("warning", "logits", name),))), 2),
     ):
         shown = as_printed(text)

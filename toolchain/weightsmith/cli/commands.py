@@ -278,8 +278,7 @@ def evaluate(asked: EvaluateCommand) -> Said:
 
     with _tools_for(asked) as tools:
         if asked.tasks:
-            result = run.evaluate_tasks(asked, tools)
-            return result, run.tasks_text(result)
+            return run.evaluate_tasks(asked, tools)
         found = run.evaluate_subject(asked, tools)
     return run.evaluation_facts(found), run.evaluate_text(found)
 

@@ -58,7 +58,7 @@ def test_results_are_read_by_their_main_measure(tmp_path):
         },
         {"arc_easy": 100, "gsm8k": 50},
     )  # fmt: skip
-    found = read_results(tmp_path)
+    found, _ = read_results(tmp_path)
 
     assert found["score"] == pytest.approx(0.6)
     assert found["n"] == 150

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.api.commands.merge import open_sources
-from weightsmith.api.commands.requests import EvaluateCommand
+from weightsmith.api.commands.requests import EvaluateCommand, Said
 from weightsmith.api.commands.server import ServerSource, api_key, served_model, session_with
 from weightsmith.api.results import Evaluation
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.trees import below
-from weightsmith.core.values import Json, Score, Writable, plain
+from weightsmith.core.values import Score, Writable, plain
 from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe_contamination
 from weightsmith.evaluating.gate import Rule, judge_drop, sampled, too_few, wilson
@@ -163,8 +163,8 @@ def _earlier(path: str) -> Score:
         raise UsageError(why, hint=hint) from None
 
 
-def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:
-    """Return `{score, n, metric, tasks, per_item}`: the mean of the tasks' main measures.
+def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Said:
+    """Return `{score, n, metric, tasks, per_item}`: the mean of the tasks' main measures; as text.
 
     Raises UsageError for a checkpoint, EnvironmentFailure if the harness is not installed, and
     CheckFailed with the harness's last lines if it fails, for example on an unknown task.
@@ -224,8 +224,8 @@ def harness_command(request: EvaluateCommand, url: str, name: str, out: Path) ->
     return tuple(words)
 
 
-def read_results(out: Path) -> Mapping[str, Json]:
-    """Return the harness's newest results; raise CheckFailed if there are none."""
+def read_results(out: Path) -> Said:
+    """Return the harness's newest results, also as text; raise CheckFailed if there are none."""
     files = [path for path in below(out) if path.match("results_*.json")]
     files.sort(key=lambda path: path.stat().st_mtime)
     if not files:
@@ -233,7 +233,8 @@ def read_results(out: Path) -> Mapping[str, Json]:
             "lm-evaluation-harness wrote no results", hint="run lm_eval by hand and read its output"
         )
     results = parse_file(files[-1], largest=TOKENIZER)
-    tasks: dict[str, dict[str, Json]] = {}
+    tasks, lines = dict[str, Mapping[str, Writable]](), list[str]()
+    scores, count = list[float](), 0
     for name, measures in results["results"].items():
         numbers = {
             key: value
@@ -243,31 +244,28 @@ def read_results(out: Path) -> Mapping[str, Json]:
         known = (key for measure in _MAIN for key in numbers if key.split(",")[0] == measure)
         main = next(known, "")
         stderr = measures.get(main.replace(",", "_stderr,", 1)) if main else None
+        score = numbers.get(main)
+        n = int(results.get("n-samples", {}).get(name, {}).get("effective", 0))
         tasks[name] = {
-            "score": numbers.get(main),
+            "score": score,
             "measure": main,
             "stderr": stderr if isinstance(stderr, int | float) else None,
-            "n": int(results.get("n-samples", {}).get(name, {}).get("effective", 0)),
+            "n": n,
             "measures": numbers,
         }
-    scored = [task for task in tasks.values() if task["score"] is not None]
-    if not scored:
+        lines.append(f"{name}: {score} ({main}, n={n})")
+        if score is not None:
+            scores.append(score)
+            count += n
+    if not scores:
         raise CheckFailed(
             f"none of the tasks reports a known measure: {', '.join(tasks)}",
             hint=f"known measures: {', '.join(_MAIN)}",
         )
     return {
-        "score": sum(task["score"] for task in scored) / len(scored),
-        "n": sum(task["n"] for task in scored),
+        "score": sum(scores) / len(scores),
+        "n": count,
         "metric": "lm-eval",
         "tasks": tasks,
         "per_item": [],
-    }
-
-
-def tasks_text(result: Mapping[str, Json]) -> str:
-    """Return the tasks' scores as text, one line each."""
-    return joined(
-        f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
-        for name, task in result["tasks"].items()
-    )
+    }, joined(lines)

@@ -195,10 +195,7 @@ class BakeCommand:
     image: Annotated[
         ImageNames, FlagFields(only=("base", "platforms", "order", "max_layer_size"))
     ] = _IMAGE_NAMES
-    kind: Annotated[
-        str,
-        _KIND,
-    ] = "image"
+    kind: Annotated[str, _KIND] = "image"
     push: Annotated[str, "reference to push the image to"] = ""
     load: Annotated[str, "load the image into the container engine under this name"] = ""
     layout: Layout = None
