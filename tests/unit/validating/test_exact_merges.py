@@ -145,6 +145,7 @@ CAST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "few-layers": ("llama", {}, {"target_modules": ["q_proj"]}),
     "tied": ("llama", {"tie_word_embeddings": True}, {"target_modules": ["q_proj"]}),
     "biases": ("qwen2", {}, {"target_modules": ["v_proj"]}),
+    "trained-biases": ("qwen2", {}, {"target_modules": ["v_proj"], "bias": "all"}),
     "saved": ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
     "transposed": ("gpt2", {}, {"target_modules": ["c_attn"]}),
     "experts": ("qwen3_moe", {}, {"target_modules": ["v_proj"]}),
@@ -164,7 +165,7 @@ def test_a_merge_that_casts_the_base_passes(name: str, tmp_path: Path) -> None:
 
     assert result.comparison.streamed, tell(result)
     # Not only within wide limits; of GPT-2, the twins do not round the positions.
-    assert result.comparison.from_exact.rms < 0.5 * result.comparison.rounding.rms
+    assert result.comparison.from_exact.rms < 0.25 * result.comparison.rounding.rms
     wrong = merged(tmp_path / "wrong", base, lora, dtype="bfloat16", weights=(0.5,))
     assert not held(base, wrong, lora).passed
 

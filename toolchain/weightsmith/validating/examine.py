@@ -9,7 +9,6 @@ from functools import partial
 from operator import attrgetter
 
 import torch
-from torch import nn
 
 from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.experts import stacks_of
@@ -84,33 +83,6 @@ class Examiner:
             site.layer.register_forward_hook(partial(self._examine_other, site))
         else:
             site.layer.register_forward_hook(partial(self._examine_plain, site))
-
-    def watch_replaced(self, module: torch.nn.Module, parameters: Mapping[str, str]) -> None:
-        """Run the twins with an adapter's replaced parameters, rounded to the merged file's dtype.
-
-        `parameters` maps attributes to the model's parameter names.
-        """
-        kinds = {part: dtype_of(self.merged, name) for part, name in parameters.items()}
-        busy = False
-
-        def rerun(
-            _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
-        ) -> torch.Tensor | None:
-            nonlocal busy
-            if busy:
-                return None
-            single = len(args) == 1 and isinstance(out, torch.Tensor)
-            x = args[0].flatten(0, -1 if isinstance(module, nn.Embedding) else -2)
-            twins = self.twins.get(len(x), 0) if single else 0
-            if not twins:
-                self.unjudged += list(parameters.values())
-                return None
-            busy = True
-            twin, busy = _with_rounded(module, kinds, x[-twins:]), False
-            flat = out.reshape(-1, out.shape[-1])
-            return torch.cat([flat[:-twins], twin]).view(out.shape)
-
-        module.register_forward_hook(rerun)
 
     def finish(self, site: Site) -> None:
         """Examine a site that the probes did not run through."""
@@ -207,7 +179,8 @@ class Examiner:
         site.seen = True
         with self.apart():
             compare_experts(site, self.base, self.merged, self.tallies)
-            with rounded_experts(site, self.merged):
+            kinds = {part: dtype_of(self.merged, name) for part, name in site.parameters.items()}
+            with rounded_experts(site.layer.get_base_layer(), kinds):
                 return self._twins_of_other(site, args, out)
 
     def _merge(self, site: Site) -> None:
@@ -360,28 +333,6 @@ def _weighted(site: Site, args: tuple[object, ...]) -> torch.Tensor:
     for layer in layers:
         layer.set_adapter(active)
     return out
-
-
-def _with_rounded(
-    module: torch.nn.Module, kinds: Mapping[str, torch.dtype], x: torch.Tensor
-) -> torch.Tensor:
-    """Return a module's outputs with some parameters rounded, a few matrix rows at a time."""
-    exact = {part: getattr(module, part).data for part in kinds}
-    if type(module) is nn.Linear and kinds.keys() == dict(module.named_parameters()).keys():
-        blocks = (rows.to(kinds["weight"]).float() for _, rows in blocks_of(exact["weight"]))
-        out = torch.cat([x @ rows.T for rows in blocks], -1)
-        return out + exact["bias"].to(kinds["bias"]).float() if "bias" in kinds else out
-    if isinstance(module, nn.Embedding):
-        unique, x = torch.unique(x, return_inverse=True)
-        rounded = {"weight": exact["weight"][unique].to(kinds["weight"]).float()}
-    else:
-        rounded = {part: values.to(kinds[part]).float() for part, values in exact.items()}
-    for part, values in rounded.items():
-        getattr(module, part).data = values
-    again: torch.Tensor = module(x)
-    for part, values in exact.items():
-        getattr(module, part).data = values
-    return again
 
 
 def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:

@@ -30,7 +30,7 @@ from weightsmith.forward.views import look_up, looks_up, reads_one_by_one, requi
 from weightsmith.forward.walk import DoesNotRun
 from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.validating.examine import Examiner
-from weightsmith.validating.sites import RoundedStack, Site, dtype_of, sites
+from weightsmith.validating.sites import RoundedStack, Site, dtype_of, rounded_experts, sites
 
 if TYPE_CHECKING:
     from weightsmith.forward.kinds import Model
@@ -225,11 +225,7 @@ def reference_forward(
     for site in unmerged.sites:
         examiner.watch(site)
     inside = {id(module) for site in unmerged.sites for module in site.layer.modules()}
-    for module, parameters in unmerged.replaced:
-        if id(module) not in inside:
-            known = {part: name for part, name in parameters.items() if merged.has(name)}
-            examiner.watch_replaced(module, known)
-    watch_casts(examiner, unmerged.model, inside | {id(module) for module, _ in unmerged.replaced})
+    watch_rounding(examiner, unmerged.model, inside, unmerged.replaced)
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
     run = _forward(unmerged.model.get_base_model(), unmerged.model, whole, rows, advance)
     tokens = sum(batch.counted)
@@ -343,20 +339,30 @@ Kinds = Mapping[str, torch.dtype]
 """Attribute of a module -> the type that the merge rounds it to."""
 
 
-def watch_casts(examiner: Examiner, model: Model, done: set[int]) -> None:
+def watch_rounding(
+    examiner: Examiner,
+    model: Model,
+    done: set[int],
+    replaced: Sequence[tuple[torch.nn.Module, dict[str, str]]],
+) -> None:
     """Run the twins with the parameters that the merge casts rounded, of modules not `done`.
 
-    Where that is not possible, the parameters are added to the examiner's `unjudged`.
+    So are those that an adapter replaces. Where that is not possible, the parameters are added to
+    the examiner's `unjudged`.
     """
+    adapters = {id(module): parameters for module, parameters in replaced}
     for path, module in model.named_modules():
         if id(module) in done:
             continue
-        names = {part: base_name(f"{path}.{part}") for part in _parts(module)}
-        kinds = {part: _narrower(name, examiner) for part, name in names.items()}
-        if narrowed := {part: kind for part, kind in kinds.items() if kind is not None}:
-            cast = _Cast(examiner, module, names, narrowed)
-            module.register_forward_pre_hook(cast.before)
-            module.register_forward_hook(cast.after)
+        own = adapters.get(id(module), {})
+        names = {part: base_name(f"{path}.{part}") for part in _parts(module)} | own
+        kinds = {part: _narrower(name, examiner) for part, name in names.items() if part not in own}
+        for part, name in own.items():
+            kinds[part] = dtype_of(examiner.merged, name) if examiner.merged.has(name) else None
+        if rounded := {part: kind for part, kind in kinds.items() if kind is not None}:
+            rounding = _Rounding(examiner, module, names, rounded)
+            module.register_forward_pre_hook(rounding.before)
+            module.register_forward_hook(rounding.after)
 
 
 def _parts(module: torch.nn.Module) -> list[str]:
@@ -376,7 +382,7 @@ def _narrower(name: str, examiner: Examiner) -> torch.dtype | None:
     return after if torch.promote_types(before, after) != after else None
 
 
-class _Cast:
+class _Rounding:
     """The hooks of one module."""
 
     def __init__(
@@ -423,7 +429,9 @@ class _Cast:
         if not twins or isinstance(out, tuple):
             return None
         if table:
-            rows = self.examiner.base.mapped(self.examiner.base.tensor_of(self.names["weight"]))
+            rows: Rows = self.module.weight
+            if is_missing(self.module.weight):
+                rows = self.examiner.base.mapped(self.examiner.base.tensor_of(self.names["weight"]))
             rounded = _RoundedRows(rows, self.kinds["weight"])
             twin = look_up(self.module, type(self.module).forward, lambda: rounded, x[-twins:])
         else:
@@ -458,17 +466,13 @@ class _Cast:
 
     def _run_rounded(self, args: tuple[torch.Tensor, ...]) -> Any:
         exact = {part: getattr(self.module, part) for part in self.kinds}
-        stacks = {part: one for part, one in exact.items() if isinstance(one, ExpertStack)}
-        data = {part: one.data for part, one in exact.items() if part not in stacks}
-        for part, stack in stacks.items():
-            object.__setattr__(self.module, part, RoundedStack(stack, self.kinds[part]))
+        data = {p: one.data for p, one in exact.items() if not isinstance(one, ExpertStack)}
         self.busy = True
         try:
-            return self.module(*args)
+            with rounded_experts(self.module, self.kinds):
+                return self.module(*args)
         finally:
             self.busy = False
-            for part, stack in stacks.items():
-                object.__setattr__(self.module, part, stack)
             for part, values in data.items():
                 getattr(self.module, part).data = values
 

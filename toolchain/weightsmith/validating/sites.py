@@ -225,13 +225,12 @@ class RoundedStack(LazyTensor):
 
 
 @contextmanager
-def rounded_experts(site: Site, merged: Weights) -> Iterator[None]:
-    """Run a module with its experts rounded to the merged file's type while the block runs."""
-    module, stacks = site.layer.get_base_layer(), stacks_of(site.layer)
+def rounded_experts(module: nn.Module, kinds: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Run a module with its stacked experts rounded to these types, by attribute, in the block."""
+    found = vars(module).items()
+    stacks = {part: one for part, one in found if isinstance(one, ExpertStack) and part in kinds}
     for part, stack in stacks.items():
-        object.__setattr__(
-            module, part, RoundedStack(stack, dtype_of(merged, site.parameters[part]))
-        )
+        object.__setattr__(module, part, RoundedStack(stack, kinds[part]))
     try:
         yield
     finally:
