@@ -49,10 +49,10 @@ def test_a_stated_recipe_names_no_push_target_program_or_file(scene):
     file = scene.again(progress=told)
     recipe = file.recipe
     assert recipe.image.repository == recipe.image.base == ""
-    assert recipe.evaluate is None
+    assert not recipe.evaluate
     assert [(a.source, a.evaluate) for a in recipe.adapters] == [
-        ("./adapters/0", None),
-        ("./adapters/1", None),
+        ("./adapters/0", ()),
+        ("./adapters/1", ()),
     ]
     assert (recipe.base.source, recipe.base.revision) == ("hf://a/b", COMMIT)
     assert recipe.calibration is None
