@@ -48,6 +48,10 @@ class Scene:
     def name(self) -> str:
         return f"{self.fake.host}/team/app:1"
 
+    @property
+    def base(self) -> str:
+        return f"{self.fake.host}/base/engine:1"
+
     def check(self, name: str = "", key: Path | None = None) -> dict[str, str]:
         """Return what does not hold: check -> what was found; {} where all does."""
         try:
@@ -66,7 +70,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     key, public = make_key(tmp_path)
     with fake_registry() as fake, Registry(pause=lambda _: None) as client:
-        push_base(client, f"{fake.host}/base/engine:1", ENGINE, {"app/llama-server": b"1"})
         made = Scene(fake, client, make_model(tmp_path / "model"), key, public, tmp_path)
-        bake(client, made.model, f"{fake.host}/base/engine:1", key, push=made.name)
+        push_base(client, made.base, ENGINE, {"app/llama-server": b"1"})
+        bake(client, made.model, made.base, key, push=made.name)
         yield made

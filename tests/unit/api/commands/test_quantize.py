@@ -27,11 +27,6 @@ def model(tmp_path: Path) -> Path:
     return shutil.copytree(TINY / "base", tmp_path / "model")
 
 
-def changed(model: Path, **config: object) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-
-
 def refused(
     model: Path, tmp_path: Path, *words: object, expect: int = 3, calibration: Path = TEXTS
 ) -> str:
@@ -45,20 +40,31 @@ def refused(
     return done.err
 
 
-@pytest.mark.parametrize("format_", ["q4_k_m", "awq", "gptq", "fp8", "awq-compressed"])
-def test_an_architecture_that_a_quantizer_does_not_know(model, tmp_path, format_) -> None:
-    changed(model, architectures=["PerceiverForCausalLM"])
-
-    assert "PerceiverForCausalLM" in refused(model, tmp_path, "--format", format_)
+ODD = {"architectures": ["PerceiverForCausalLM"]}
+PACKED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+NARROW = {"intermediate_size": 200}
 
 
-@pytest.mark.parametrize("format_", ["q8_0", "awq", "w8a8"])
-def test_a_checkpoint_that_is_quantized_already(model, tmp_path, format_) -> None:
-    changed(model, quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize(
+    ("changes", "words", "says"),
+    [
+        *((ODD, (name,), ["PerceiverForCausalLM"])
+          for name in ("q4_k_m", "awq", "gptq", "fp8", "awq-compressed")),
+        *((PACKED, (name,), ["already quantized (gptq)", "16-bit checkpoint"])
+          for name in ("q8_0", "awq", "w8a8")),
+        *((NARROW, (name,), ["group size 32 does not divide the 200 inputs of down_proj",
+                             "fp8 or w8a8"])
+          for name in ("awq", "gptq", "awq-compressed")),
+        ({"intermediate_size": 576}, ("gptq", "--group-size", 128),
+         ["group size 128 does not divide the 576 inputs of down_proj", "--group-size 64"]),
+    ],
+)  # fmt: skip
+def test_a_model_that_a_format_does_not_take(model, tmp_path, changes, words, says) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
-    said = refused(model, tmp_path, "--format", format_)
-    assert "already quantized (gptq)" in said
-    assert "16-bit checkpoint" in said
+    said = refused(model, tmp_path, "--format", *words)
+    assert all(text in said for text in says), said
 
 
 @pytest.mark.parametrize("format_", ["q8_0", "fp8"])
@@ -73,23 +79,6 @@ def test_weights_of_64_bits_are_refused_as_by_a_merge(model, tmp_path, format_) 
         make_plan(model, [(TINY / "adapters" / "a", 1.0)])
     assert "has the unsupported dtype F64" in said
     assert merging.value.hint in said
-
-
-@pytest.mark.parametrize("format_", ["awq", "gptq", "awq-compressed"])
-def test_rows_that_no_group_divides(model, tmp_path, format_) -> None:
-    changed(model, intermediate_size=200)
-
-    said = refused(model, tmp_path, "--format", format_)
-    assert "group size 32 does not divide the 200 inputs of down_proj" in said
-    assert "fp8 or w8a8" in said
-
-
-def test_a_group_that_does_not_divide_names_the_nearest_that_does(model, tmp_path) -> None:
-    changed(model, intermediate_size=576)
-
-    said = refused(model, tmp_path, "--format", "gptq", "--group-size", 128)
-    assert "group size 128 does not divide the 576 inputs of down_proj" in said
-    assert "--group-size 64" in said
 
 
 @pytest.mark.parametrize("format_", ["q4_k_m", "gptq", "fp8"])
@@ -111,9 +100,7 @@ def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
 
     said = refused(model, tmp_path, "--format", "q4_k_m", "--imatrix", matrix)
     assert "does not match the model" in said
-
-
-def test_a_missing_importance_matrix_is_refused_by_a_format_without_one(model, tmp_path) -> None:
+    # A format that uses none refuses one that is not there, too.
     said = refused(model, tmp_path, "--format", "q8_0", "--imatrix", tmp_path / "missing.dat")
     assert "missing.dat" in said
 

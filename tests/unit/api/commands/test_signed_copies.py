@@ -8,12 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from weightsmith.api.commands.images import copy_attachments, copy_image, preview_copy
+from weightsmith.api.commands.images import copy_image, preview_copy
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import fallback_tag
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.outside.signer import open_signer
 
@@ -22,20 +21,11 @@ from tests.fakes.real_registries import real_registry
 from tests.unit.api.commands.conftest import Scene
 
 
-def test_what_is_copied_still_holds(scene: Scene, tmp_path: Path) -> None:
-    other = f"{scene.fake.host}/prod/app:1"
-    copied = copy_image(scene.name, other, scene.client, Silent(), force=False)
-    assert copied.mounted == 4
-    assert copied.uploaded_bytes == scene.image().config_blob.size
-    assert scene.check(other) == {}
-
-
 def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
     scene: Scene, tmp_path: Path
 ) -> None:
     layout = tmp_path / "layout"
-    base = f"{scene.fake.host}/base/engine:1"
-    made = bake(scene.client, scene.model, base, scene.key, layout=layout)
+    made = bake(scene.client, scene.model, scene.base, scene.key, layout=layout)
     assert made.digest == scene.image().digest
     assert scene.check(f"oci:{layout}") == {}
     other = f"{scene.fake.host}/prod/app:2"
@@ -67,7 +57,12 @@ def test_a_dry_run_shows_what_would_be_copied(scene: Scene) -> None:
     assert shown["attached"] == 3
     assert "3 attachments" in text
 
-    copy_image(scene.name, other, scene.client, Silent(), force=False)
+    copied = copy_image(scene.name, other, scene.client, Silent(), force=False)
+    assert (copied.mounted, copied.uploaded_bytes) == (4, shown["uploaded_bytes"])
+    assert scene.check(other) == {}
+    before = dict(scene.fake.manifests)
+    copy_image(scene.name, other, scene.client, Silent(), force=True)
+    assert scene.fake.manifests == before
     shown, _ = preview_copy(scene.name, other, scene.client, force=False)
     assert {row["how"] for row in shown["blobs"]} == {"there"}
     assert (shown["digest"], shown["uploaded_bytes"]) == (scene.image().digest, 0)
@@ -80,14 +75,13 @@ def test_a_dry_run_shows_what_would_be_copied(scene: Scene) -> None:
 @pytest.mark.parametrize("how", ["plain", "signed", "made"])
 def test_an_attachment_that_a_registry_lost_is_sent_again_by_force(scene: Scene, how: str) -> None:
     """That is by whatever command has brought it there: `push` of an image, `bake` and `build`."""
-    base = f"{scene.fake.host}/base/engine:1"
     key = None if how == "plain" else scene.key
     source, other = f"{scene.fake.host}/team/lost:1", f"{scene.fake.host}/prod/app:1"
-    bake(scene.client, scene.model, base, key, push=source)
+    bake(scene.client, scene.model, scene.base, key, push=source)
 
     def send(*, force: bool) -> None:
         if how == "made":
-            bake(scene.client, scene.model, base, key, push=other, force=force)
+            bake(scene.client, scene.model, scene.base, key, push=other, force=force)
         else:
             copy_image(source, other, scene.client, Silent(), force=force)
 
@@ -111,42 +105,27 @@ def test_a_key_of_cosigns_own_and_a_signature_by_cosign(
     monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
     subprocess.run(["cosign", "generate-key-pair"], check=True, capture_output=True, cwd=tmp_path)
     name = f"{scene.fake.host}/team/own:1"
-    base = f"{scene.fake.host}/base/engine:1"
-    bake(scene.client, scene.model, base, tmp_path / "cosign.key", push=name)
+    bake(scene.client, scene.model, scene.base, tmp_path / "cosign.key", push=name)
     assert scene.check(name, tmp_path / "cosign.pub") == {}
     # Its signatures differ each time, so that what it signed already has to be known again.
     before = set(scene.fake.blobs), set(scene.fake.manifests)
-    bake(scene.client, scene.model, base, tmp_path / "cosign.key", push=name)
+    bake(scene.client, scene.model, scene.base, tmp_path / "cosign.key", push=name)
     assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
-
-
-def test_attachments_are_copied_once(scene: Scene) -> None:
-    place = Reference.parse(f"{scene.fake.host}/other/app:1")
-    here = RegistryLocation(scene.client, Reference.parse(scene.name))
-    there = RegistryLocation(scene.client, place)
-    digest = scene.image().digest
-    scene.client.push(scene.image(), place)
-    for _ in range(2):
-        copy_attachments(scene.image().manifest_blob, here, there, None)
-    assert len(there.attached(digest)) == len(here.attached(digest))
 
 
 def test_a_copy_is_signed_at_its_new_place(scene: Scene, tmp_path: Path) -> None:
     """By a key of its own; who signed before is still believed, and again adds nothing."""
     layout = tmp_path / "layout"
-    base = f"{scene.fake.host}/base/engine:1"
-    bake(scene.client, scene.model, base, layout=layout)
+    bake(scene.client, scene.model, scene.base, layout=layout)
     key, public = make_key(tmp_path, "release")
     for source, others in ((str(layout), ()), (scene.name, (scene.public,))):
         name = f"{scene.fake.host}/prod/app:{len(others)}"
         for _ in range(2):
-            copy_image(
-                source, name, scene.client, Silent(), force=False, signer=open_signer(str(key))
-            )
+            before = set(scene.fake.blobs), set(scene.fake.manifests)
+            signer = open_signer(str(key))
+            copy_image(source, name, scene.client, Silent(), force=False, signer=signer)
             for one in (public, *others):
                 assert scene.check(name, one) == {}
-        before = set(scene.fake.blobs), set(scene.fake.manifests)
-        copy_image(source, name, scene.client, Silent(), force=False, signer=open_signer(str(key)))
         assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
     _, stranger = make_key(tmp_path, "stranger")
     assert {"signature", "statement provenance/v1"} <= set(scene.check(name, stranger))
@@ -155,20 +134,19 @@ def test_a_copy_is_signed_at_its_new_place(scene: Scene, tmp_path: Path) -> None
 def test_who_signed_an_image_before_is_still_believed(scene: Scene) -> None:
     """Baked once more with another key; with a key that signed already, nothing is added."""
     key, public = make_key(scene.folder, "other")
-    base = f"{scene.fake.host}/base/engine:1"
-    bake(scene.client, scene.model, base, key, push=scene.name)
+    bake(scene.client, scene.model, scene.base, key, push=scene.name)
     for one in (scene.public, public):
         assert scene.check(key=one) == {}
     before = set(scene.fake.blobs), set(scene.fake.manifests)
     for one in (scene.key, key):
-        bake(scene.client, scene.model, base, one, push=scene.name)
+        bake(scene.client, scene.model, scene.base, one, push=scene.name)
     assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
 
 
 def test_a_copy_without_a_key_leaves_the_signatures_at_its_new_place(scene: Scene) -> None:
     key, public = make_key(scene.folder, "other")
     name = f"{scene.fake.host}/prod/app:1"
-    bake(scene.client, scene.model, f"{scene.fake.host}/base/engine:1", key, push=name)
+    bake(scene.client, scene.model, scene.base, key, push=name)
     copy_image(scene.name, name, scene.client, Silent(), force=False)
     tag = f"{scene.fake.host}/prod/app:{fallback_tag(scene.image().digest, '.sig')}"
     body, _ = scene.client.read_manifest(Reference.parse(tag))
@@ -193,7 +171,7 @@ def test_cosign_reads_every_signature(scene: Scene, tmp_path: Path) -> None:
             return all(answer.returncode == 0 for answer in said)
 
         for one in (scene.key, second):
-            bake(scene.client, scene.model, f"{scene.fake.host}/base/engine:1", one, push=name)
+            bake(scene.client, scene.model, scene.base, one, push=name)
         assert believed(scene.key)
         assert believed(second)
         assert not believed(release)
