@@ -235,10 +235,13 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> 
 
 
 @pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
+def shared_store(tiny_build: TinyBuild) -> Path:
     """One store for builds and pages that need none of their own, so that all is made once."""
-    store = tmp_path_factory.mktemp("shared") / "store"
-    shutil.copytree(tiny_build.store, store)
+    store = tiny_build.store.with_name("shared")
+    with store.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not store.exists():
+            shutil.copytree(tiny_build.store, store)
     return store
 
 

@@ -51,7 +51,7 @@ def takes(name: str, measured: bool) -> bool:
     return row.takes_imatrix if measured else not row.needs_imatrix
 
 
-@pytest.mark.grid(5)
+@pytest.mark.grid(9)
 @pytest.mark.parametrize(
     ("name", "measured"),
     [
@@ -182,6 +182,7 @@ def test_what_the_converter_passes_on_is_read_in_parts_and_nothing_else(tmp_path
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
     config = LlamaConfig(**SHAPE, vocab_size=512)

@@ -67,7 +67,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.grid(9)
+@pytest.mark.grid(15)
 @pytest.mark.parametrize("architecture", sorted(MEASURED - WITHOUT_WALK))
 def test_torch_runs_its_own_loops_alone(tmp_path, monkeypatch, architecture):
     model, seen = make_any(tmp_path / "model", architecture), set()
@@ -85,7 +85,7 @@ def test_torch_runs_its_own_loops_alone(tmp_path, monkeypatch, architecture):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.grid(3)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("cpus", [2, 1, 3, 8])
 def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
     model = make_any(tmp_path / "model", "LlamaForCausalLM")

@@ -170,7 +170,8 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar"])
+@pytest.mark.grid(2)
+@pytest.mark.parametrize("kind", ["modelpack-tar", "modelpack"])
 @pytest.mark.parametrize("code", READERS, ids=["olot", "ramalama"])
 def test_other_readers_classes_take_a_model_pack(host: str, kind: str, code: str) -> None:
     manifest, config = documents(host, kind)
