@@ -168,7 +168,7 @@ def test_ray_gives_a_task_back_whose_process_was_killed(ray: RayFleet, tmp_path:
     """The worker is killed with the program that it runs; who tries again counts its tries."""
     begun = tmp_path / "begun"
     ray.check("1")
-    ray.submit([work(0, do="wait", seconds=20, begun=str(begun))])
+    ray.submit([work(0, do="wait", seconds=5, begun=str(begun))])
     until(begun.exists)
     pid = int(begun.read_text())
     worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

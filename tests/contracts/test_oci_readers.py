@@ -235,8 +235,7 @@ def test_docker_loads_it(image: Image, names: list[str]) -> None:
 
 @pytest.mark.docker
 @pytest.mark.registry
-@pytest.mark.parametrize("order", ["engine-first", "weights-first"])
-@pytest.mark.parametrize("docker", [False, True])
+@pytest.mark.parametrize(("docker", "order"), [(False, "weights-first"), (True, "engine-first")])
 @pytest.mark.usefixtures("names")
 def test_docker_pulls_it(docker: bool, order: Order, tmp_path: Path) -> None:
     image = _on_base(docker=docker, order=order)
