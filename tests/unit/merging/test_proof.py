@@ -42,7 +42,10 @@ def check(shard: OutputShard, path: Path) -> None:
     data = memoryview(path.read_bytes())
     infos = read_header(path).tensors
     edges = [0, *(info.start for info in infos), len(data)]
-    checksums = tuple(Checksum.of(data[start:end], start) for start, end in pairwise(edges))
+    checksums = tuple(
+        Checksum(start, end - start, continued(0, data[start:end]))
+        for start, end in pairwise(edges)
+    )
     with closing(ShardMaker(Settings(device="cpu", workers=2), MergeCounts())) as maker:
         maker.write(shard, path.with_name("again"), lambda _: None).finish()
         prove(shard, path, checksums, maker.sketches, maker.files, maker.pool)
@@ -158,7 +161,7 @@ def test_one_wrong_byte_changes_the_checksum(data: bytes, place: float, other: i
     changed = bytearray(data)
     changed[int(place * len(data))] ^= other
 
-    one, two = (Checksum.of(memoryview(bytes(some)), 0) for some in (data, changed))
+    one, two = (continued(0, memoryview(bytes(some))) for some in (data, changed))
 
     assert one != two
 

@@ -155,12 +155,8 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
         for shard in plan.base.shards
     ]
     adapters = [
-        (
-            sha256_file(adapter.file),
-            sha256_file(adapter.path / "adapter_config.json"),
-            repr(adapter.weight),
-        )
-        for adapter in plan.adapters
+        (sha256_file(one.file), sha256_file(one.path / "adapter_config.json"), repr(one.weight))
+        for one in plan.adapters
     ]
     return key_of([_RECIPE, base, adapters, asdict(Combination.of(request))])
 
@@ -234,7 +230,8 @@ def _make_shards(
             before = replace(tally.repairs)
             make = maker.compute if request.headers_only else maker.write
             writer = make(shard, journal.path.parent / shard.name, advance)
-            repairs = tally.repairs.since(before)
+            after = tally.repairs
+            repairs = Repairs(after.float64 - before.float64, after.exact - before.exact)
             try:
                 waiting.result()
             except BaseException:

@@ -60,10 +60,6 @@ class Repairs:
     float64: int = 0
     exact: int = 0
 
-    def since(self, before: Repairs) -> Repairs:
-        """Return the increase since `before`."""
-        return Repairs(self.float64 - before.float64, self.exact - before.exact)
-
 
 def repair(
     factors: LowRankUpdate,

@@ -158,11 +158,6 @@ class Checksum:
     size: int
     value: int
 
-    @staticmethod
-    def of(data: memoryview, start: int) -> Checksum:
-        """Return the checksum of bytes at offset `start`."""
-        return Checksum(start, len(data), continued(0, data))
-
 
 _ODD = np.random.default_rng().integers(0, 1 << 63, _PIECE // 8, np.uint64) * 2 + 1
 

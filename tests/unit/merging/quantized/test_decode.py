@@ -25,7 +25,7 @@ def decode_file(tmp_path: Path) -> Decode:
     """Save tensors, read their layout back, and decode every weight."""
 
     def run(
-        tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+        tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any], dtype: str = "bfloat16"
     ) -> tuple[QuantizedLayout, dict[str, np.ndarray]]:
         path = tmp_path / "model.safetensors"
         save_file(dict(tensors), path)
@@ -36,6 +36,7 @@ def decode_file(tmp_path: Path) -> Decode:
             raw = np.frombuffer(data[info.start : info.end], array_type(info.dtype))
             return raw.reshape(info.shape)
 
+        config = {"dtype": dtype, "quantization_config": told}
         layout = read_layout(config, infos, lambda info: data[info.start : info.end])
         decoded = {
             name: decode(weight, {part: array(info) for part, info in weight.parts.items()})
@@ -55,7 +56,7 @@ def bits(values: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
-BF16 = {"dtype": "bfloat16"}
+BITSANDBYTES = {"quant_method": "bitsandbytes"}
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -67,23 +68,18 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return bits(tensor).view(ARRAY_TYPES[NAMES[tensor.dtype]])
 
 
-def of_bitsandbytes(**more: Any) -> dict[str, Any]:
-    return BF16 | more | {"quantization_config": {"quant_method": "bitsandbytes"}}
-
-
 @pytest.mark.parametrize("number", range(6))
 def test_4bit_is_bitsandbytes_own(number: int, decode_file: Decode) -> None:
     name = f"bnb{number}.weight"
-    layout, decoded = decode_file(golden(name), of_bitsandbytes())
+    layout, decoded = decode_file(golden(name), BITSANDBYTES)
     wanted = GOLDEN[f"decoded.{name}"]
-    assert layout.method == "bitsandbytes"
     assert layout.packed[name].shape == tuple(wanted.shape)
     assert decoded[name].dtype == ARRAY_TYPES[NAMES[wanted.dtype]]
     assert np.array_equal(bits(decoded[name]), bits(wanted))
 
 
 def test_int8_is_bitsandbytes_own(decode_file: Decode) -> None:
-    _, decoded = decode_file(golden("int8"), of_bitsandbytes(dtype="float16"))
+    _, decoded = decode_file(golden("int8"), BITSANDBYTES, "float16")
     assert np.array_equal(bits(decoded["int8.weight"]), bits(GOLDEN["decoded.int8.weight"]))
 
 
@@ -111,10 +107,9 @@ def test_compressed_tensors(name: str, decode_file: Decode) -> None:
     told: dict[str, Any] = {"quant_method": "compressed-tensors"}
     if name == "f8b":
         told["config_groups"] = {"group_0": {"weights": {"block_structure": [16, 32]}}}
-    layout, decoded = decode_file(golden(f"{name}."), BF16 | {"quantization_config": told})
+    _, decoded = decode_file(golden(f"{name}."), told)
     wanted = GOLDEN[f"decoded.{name}.weight"]
     got = decoded[f"{name}.weight"]
-    assert layout.method == "compressed-tensors"
     # The library computes in the scale's bfloat16: small integers and a product, rounded once too.
     assert got.shape == tuple(wanted.shape)
     assert np.array_equal(bits(got), bits(wanted))
@@ -157,7 +152,7 @@ def test_gptq(width: int, form: str, act_order: bool, decode_file: Decode) -> No
         "desc_act": act_order,
         "checkpoint_format": form,
     }
-    _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
+    _, decoded = decode_file(tensors, told, "float16")
     wanted = scales.astype(np.float64)[groups].T * (codes - zeros[groups].T)
     assert np.array_equal(bits(decoded["m.weight"]), bits(wanted.astype(np.float16)))
 
@@ -180,7 +175,7 @@ def test_awq(decode_file: Decode) -> None:
         "m.scales": torch.from_numpy(scales),
     }
     told = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
-    _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
+    _, decoded = decode_file(tensors, told, "float16")
     spread = scales.astype(np.float64).repeat(group, 0) * (codes - zeros.repeat(group, 0))
     assert np.array_equal(bits(decoded["m.weight"]), bits(spread.T.astype(np.float16)))
 
@@ -199,7 +194,7 @@ def test_awq_for_single_tokens(decode_file: Decode) -> None:
         "m.scales": torch.from_numpy(scales),
     }
     told = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemv"}
-    _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
+    _, decoded = decode_file(tensors, told, "float16")
     wanted = np.empty((rows, columns), np.float16)
     for i in range(rows):
         for j in range(columns):
@@ -214,10 +209,8 @@ def test_fp8_in_blocks(name: str, decode_file: Decode) -> None:
     codes = torch.randn(40, 72, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 5, generator=generator)
     told = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    layout, decoded = decode_file(
-        {"m.weight": codes, f"m.{name}": scale, "m.input_scale": torch.ones(1)},
-        BF16 | {"quantization_config": told},
-    )
+    tensors = {"m.weight": codes, f"m.{name}": scale, "m.input_scale": torch.ones(1)}
+    layout, decoded = decode_file(tensors, told)
     spread = scale.repeat_interleave(16, 0)[:40].repeat_interleave(16, 1)[:, :72]
     wanted = (codes.float() * spread).to(torch.bfloat16)
     assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
@@ -231,11 +224,8 @@ def test_mxfp4_as_transformers_decodes_it(decode_file: Decode) -> None:
     generator = torch.Generator().manual_seed(2)
     blocks = torch.randint(0, 256, (3, 8, 2, 16), generator=generator).to(torch.uint8)
     scales = torch.randint(110, 132, (3, 8, 2), generator=generator).to(torch.uint8)
-    told = {"quant_method": "mxfp4"}
-    layout, decoded = decode_file(
-        {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": scales},
-        BF16 | {"quantization_config": told},
-    )
+    tensors = {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": scales}
+    layout, decoded = decode_file(tensors, {"quant_method": "mxfp4"})
     wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     assert layout.packed["e.gate_up_proj"].shape == tuple(wanted.shape)
     assert np.array_equal(bits(decoded["e.gate_up_proj"]), bits(wanted))
@@ -245,16 +235,10 @@ def test_nvfp4(decode_file: Decode) -> None:
     generator = torch.Generator().manual_seed(3)
     packed = torch.randint(0, 256, (6, 16), generator=generator).to(torch.uint8)
     scale = (torch.rand(6, 2, generator=generator) * 4).to(torch.float8_e4m3fn)
-    told = {"quant_method": "compressed-tensors"}
-    _, decoded = decode_file(
-        {
-            "m.weight_packed": packed,
-            "m.weight_scale": scale,
-            "m.weight_global_scale": torch.tensor([8.0]),
-            "m.input_global_scale": torch.tensor([3.0]),
-        },
-        {"dtype": "float32", "quantization_config": told},
-    )
+    tensors = {"m.weight_packed": packed, "m.weight_scale": scale}
+    tensors["m.weight_global_scale"] = torch.tensor([8.0])
+    tensors["m.input_global_scale"] = torch.tensor([3.0])
+    _, decoded = decode_file(tensors, {"quant_method": "compressed-tensors"}, "float32")
     table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     for i in range(6):
         for j in range(32):
@@ -294,5 +278,5 @@ def test_what_cannot_be_decoded_is_refused(
     tensors: dict[str, torch.Tensor], told: dict[str, Any], what: str, decode_file: Decode
 ) -> None:
     with pytest.raises(InputRefused, match=what) as caught:
-        decode_file(tensors, BF16 | {"quantization_config": told})
+        decode_file(tensors, told)
     assert caught.value.hint

@@ -256,8 +256,6 @@ def _bnb_4bit(name: str, state: TensorInfo, stored: _Stored) -> Packed:
 class QuantizedLayout:
     """The quantized weights and unused tensors of a checkpoint."""
 
-    method: str
-    """Its name in config.json, such as `bitsandbytes`."""
     packed: Mapping[str, Packed]
     """Weight -> how it is stored."""
     dropped: frozenset[str]
@@ -326,7 +324,7 @@ def read_layout(
             raise _undecodable(f"{name} ({info.dtype}) is not part of a known {method} weight")
         if name in found:
             raise _undecodable(f"{name} is stored twice, plain and quantized")
-    return QuantizedLayout(method=method, packed=found, dropped=frozenset(unused))
+    return QuantizedLayout(packed=found, dropped=frozenset(unused))
 
 
 _FINDERS: dict[str, Callable[[_Stored], Iterator[Packed]]] = {
