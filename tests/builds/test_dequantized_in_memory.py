@@ -104,21 +104,18 @@ def test_weights_that_cannot_be_read_are_not_asked_and_stop_nothing(on_gpu: Memo
     assert on_gpu.jobs() == []
 
 
-def test_what_keeps_the_merged_weights_is_not_asked_again(on_gpu: Memory) -> None:
-    on_gpu.build(targets=["vllm"])
-
-    assert "dequantized" not in on_gpu.jobs()
-    assert on_gpu.record("vllm")["unproven"][0] == NOT_ASKED
-
-
 @pytest.mark.parametrize("sees", [True, False])
 def test_the_report_says_that_no_picture_was_tried(on_gpu: Memory, sees: bool) -> None:
+    """What keeps the merged weights is not asked again."""
     config = on_gpu.home / "base" / "config.json"
     tower = {"vision_config": {"hidden_size": 8, "num_hidden_layers": 1}} if sees else {}
     config.write_text(json.dumps({**json.loads(config.read_text()), **tower}))
 
+    assert planned(on_gpu, target="vllm") == {}
     on_gpu.build(targets=["vllm"])
 
+    assert "dequantized" not in on_gpu.jobs()
+    assert on_gpu.record("vllm")["unproven"][0] == NOT_ASKED
     assert on_gpu.record("vllm")["image"].get("takes_pictures", False) == sees
     banner, rest, _ = (on_gpu.results("vllm") / "report.html").read_text().partition("</div>")
     assert rest
@@ -147,10 +144,7 @@ def test_the_plan_has_the_stage_with_its_memory_and_time(on_gpu: Memory) -> None
 
     on_gpu.engine.gpu = True
     assert planned(on_gpu) == {}
-
-
-def test_the_plan_has_it_only_where_the_build_runs_it(on_gpu: Memory) -> None:
-    assert planned(on_gpu, target="vllm") == {}
+    on_gpu.engine.gpu = False
     on_gpu.write_recipe(targets=[TARGET], evaluate=None)
     assert planned(on_gpu) == {}
 

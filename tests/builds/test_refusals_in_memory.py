@@ -407,16 +407,3 @@ def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_
 
     assert memory.journal.of("stage")[-1] == "stage bake"
     assert memory.left() == []
-
-
-def test_a_folder_of_checkpoints_names_the_last_one(memory: Memory) -> None:
-    adapter = memory.home / "a"
-    saved = adapter / "checkpoint-40"
-    saved.mkdir()
-    for path in [path for path in adapter.iterdir() if path.is_file()]:
-        path.rename(saved / path.name)
-
-    with pytest.raises(InputRefused, match=r"has no adapter_config\.json") as caught:
-        memory.build()
-
-    assert caught.value.hint.endswith(f": {saved}")

@@ -94,45 +94,33 @@ def test_two_targets_share_what_comes_before_them(memory: Memory) -> None:
     assert built["vllm"].stages["merge"] == built[TARGET].stages["merge"]
 
 
-def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
-    memory.build(targets=[TARGET])
+@pytest.mark.parametrize("names", [[TARGET], ["vllm-fp8", "vllm-w8a8"]])
+def test_gguf_and_formats_without_calibration_need_no_merged_weights_on_the_disk(
+    memory: Memory, names: list[str]
+) -> None:
+    if TARGET not in names:
+        memory.use_vllm()
+    memory.build(targets=names)
     (headers_only,) = merges(memory)
-    alone = memory.record(TARGET)
+    alone = {name: memory.record(name) for name in names}
+    (job, *_) = (job for job in memory.runner.jobs if job.kind == "quantize")
+    assert "model.layers.0.self_attn.q_proj.weight" in job.virtual.largest
+    shard = alone[names[0]]["merge"]["shards"][0]
+    assert "largest" not in alone[names[0]]["merge"]
 
-    memory.build(targets=["vllm", TARGET])
+    memory.build(targets=["vllm", *names])
     (written,) = set(merges(memory)) - {headers_only}
 
     assert has_no_data(read_header(headers_only / "model.safetensors"))
     assert not has_no_data(read_header(written / "model.safetensors"))
     assert memory.jobs().count("merge") == 1
-    both = memory.record(TARGET)
-    for part in ("merge", "artifact", "image"):
-        assert both[part]["digest"] == alone[part]["digest"]
-    assert both["merge"]["shards"] == alone["merge"]["shards"]
-    assert (
-        hashlib.sha256((written / "model.safetensors").read_bytes()).hexdigest()
-        == alone["merge"]["shards"][0]["sha256"]
-    )
-
-
-def test_formats_without_calibration_need_no_merged_weights_on_the_disk(memory: Memory) -> None:
-    memory.use_vllm()
-    names = ["vllm-fp8", "vllm-w8a8"]
-    memory.build(targets=names)
-    (headers_only,) = merges(memory)
-    (job, *_) = (job for job in memory.runner.jobs if job.kind == "quantize")
-    assert "model.layers.0.self_attn.q_proj.weight" in job.virtual.largest
-    assert "largest" not in memory.record("vllm-fp8")["merge"]
-    alone = {name: memory.record(name) for name in names}
-
-    memory.build(targets=["vllm", *names])
-
-    assert has_no_data(read_header(headers_only / "model.safetensors"))
-    assert memory.jobs().count("merge") == 1
     assert "quantize" not in memory.jobs()  # the same keys
     for name in names:
         for part in ("merge", "artifact", "image"):
             assert memory.record(name)[part]["digest"] == alone[name][part]["digest"]
+    assert memory.record(names[0])["merge"]["shards"] == [shard]
+    data = (written / "model.safetensors").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == shard["sha256"]
 
 
 def test_weights_of_more_layers_than_engines_take_are_refused_before_any_work(

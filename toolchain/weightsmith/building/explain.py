@@ -240,7 +240,6 @@ _BUILDER = "merge"
 
 
 def _measured_layer_time(sources: Sources, tools: Tools) -> LayerTime:
-    """Run the job that measures a layer of the base's shapes on this machine."""
     base = sources.base.tree
     tools.runner.prepare(_BUILDER, tools.progress)
     with tools.scratch() as folder:

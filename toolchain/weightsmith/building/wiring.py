@@ -425,7 +425,6 @@ def start_info(layout: str, root: Path) -> StartInfo:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """Create a folder in the cache for one job's output; deleted afterwards."""
     with private_folder(cache_folder()) as folder:
         output = folder / "out"
         output.mkdir()

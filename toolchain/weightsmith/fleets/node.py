@@ -147,7 +147,6 @@ def _do(request: TaskRequest, home: Path, result: _Result, tools: Tools) -> None
 
 
 def _prepare(asked: BuildRequest, tools: Tools) -> None:
-    """Make the builders that the cells need."""
     steps = steps_of(asked)
     for builder in steps.checkpoint.builders():
         tools.runner.prepare(builder, tools.progress)

@@ -110,7 +110,6 @@ def _known(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot | Non
 def _reader(
     source: Base | Adapter, folder: Path, tools: Tools
 ) -> tuple[SourceReader, str, str, str]:
-    """Return the reader of a source, and its name, revision and hash."""
     sha256 = source.sha256 if isinstance(source, Base) else ""
     scheme, separator, _ = source.source.partition("://")
     if not separator:
