@@ -1,7 +1,6 @@
 """Models that see, as GGUF: beside the file lies a projector, as llama.cpp's converter makes it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from weightsmith.oci.layout import read_layout
 
 from tests.fakes.ggufs import beside, program, same
 from tests.fakes.seeing import make_projected
+from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 SEEING = [
@@ -68,16 +68,6 @@ def test_a_vision_tower_that_cannot_be_converted_is_refused_unless_text_is_enoug
     assert [[path.name for path in files] for files in ours.values()] == [["demo.gguf"]] * 2
     assert any("could not convert the vision tower" in text for text in told)
     assert any("does not accept images" in text for text in told)
-
-
-def weightsmith(*words: object, store: Path) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
 
 
 def make_adapter(base: Path, folder: Path) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 
 from tests.conftest import emulator
+from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny"
@@ -22,13 +21,8 @@ KSERVE = "ln -s /proc/$$/root/models /tmp/models && ls /tmp/models/ && test -r /
 
 def baked(folder: Path, *words: str | Path) -> None:
     """Bake a modelcar of the tiny model."""
-    bake = ("bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar", "--json")
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", *map(str, (*bake, *words))],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    bake = ("bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar")
+    weightsmith(*bake, *words, store=folder / "store")
 
 
 @pytest.mark.emulator

@@ -1,11 +1,8 @@
 """Adapters served beside their base do in the image what they do in PEFT."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -16,6 +13,7 @@ from weightsmith.core.ports import Silent
 from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers.gguf_lora import FILE
 
+from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -24,20 +22,9 @@ pytestmark = pytest.mark.builders
 
 def build(recipe, folder, store):
     """Build the recipe's llamacpp-lora image into the folder; return what --json says of it."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe", str(recipe)),
-            *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(folder / "dist")),
-            *("--layout", str(folder / "image"), "--json"),
-        ],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)["targets"]["llamacpp-lora"]
+    words = ("--recipe", recipe, "--target", "llamacpp-lora", "--runner", "local")
+    words += ("--dist", folder / "dist", "--layout", folder / "image")
+    return weightsmith("build", *words, store=store)["targets"]["llamacpp-lora"]
 
 
 def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(

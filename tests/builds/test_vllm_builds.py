@@ -1,16 +1,14 @@
 """The headline command on the tiny example: AWQ weights in an image of vLLM, which answers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from weightsmith.oci.layout import read_layout
 
+from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -29,13 +27,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def build(dist: Path) -> dict:
     # In the user's store: the engine is made once for a machine.
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "build", "--recipe", TINY, "--target", TARGET,
-         "--runner", "local", "--dist", dist, "--json"],
-        env=dict(os.environ), cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)["targets"][TARGET]
+    words = ("--recipe", TINY, "--target", TARGET, "--runner", "local", "--dist", dist)
+    return weightsmith("build", *words)["targets"][TARGET]
 
 
 def record(dist: Path) -> dict:

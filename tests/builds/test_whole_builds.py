@@ -22,6 +22,7 @@ from weightsmith.oci.layout import read_layout
 
 from tests.conftest import TinyBuild
 from tests.fakes.real_registries import real_registry
+from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -29,21 +30,6 @@ TARGET = "llamacpp-q4_k_m"
 LOADER = 3
 """PT_INTERP: the header of a program that needs a dynamic loader."""
 pytestmark = pytest.mark.builders
-
-
-def weightsmith(*words: object, store: Path, expect: int = 0, clone: Path = ROOT) -> dict:
-    """Run a clone's command with --json and return its object."""
-    result = subprocess.run(
-        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-        env={**os.environ, "PYTHONPATH": str(clone / "toolchain"), "WEIGHTSMITH_STORE": str(store)},
-        cwd=clone,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == expect, result.stderr[-3000:]
-    assert "Traceback" not in result.stderr
-    return json.loads(result.stdout)
 
 
 def sha256(path: Path) -> str:
@@ -268,7 +254,7 @@ def test_an_image_is_loaded_and_compared(local, tmp_path: Path) -> None:
     )  # fmt: skip
     base = weightsmith(
         *ask, "--model", TINY.parent / "base", "--against", before, "--max-drop", 0.1,
-        store=store, expect=4,
+        store=store, code=4,
     )  # fmt: skip
 
     assert again["comparison"]["drop"] == 0

@@ -18,14 +18,18 @@ import httpx
 from tests.paths import ROOT
 
 
-def weightsmith(*words: object, store: Path | None = None, code: int = 0) -> dict:
-    """What the command prints with --json, and with a store of its own if one is named."""
+def weightsmith(
+    *words: object, store: Path | None = None, code: int = 0, clone: Path | None = None
+) -> dict:
+    """What the command, a clone's if one is named, prints with --json; with a store of its own."""
+    env = dict(os.environ) | ({"WEIGHTSMITH_STORE": str(store)} if store else {})
+    env |= {"PYTHONPATH": str(clone / "toolchain")} if clone else {}
     done = subprocess.run(
         [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-        env={**os.environ, **({"WEIGHTSMITH_STORE": str(store)} if store else {})},
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=env, cwd=clone or ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
     return json.loads(done.stdout)
 
 

@@ -20,8 +20,9 @@ import httpx
 import pytest
 
 from tests import vllm_parts
-from tests.builds.test_gguf_projector import make_adapter, weightsmith
+from tests.builds.test_gguf_projector import make_adapter
 from tests.fakes.seeing import TEXT, add_tokens, make_seeing, publish_names
+from tests.fakes.started import weightsmith
 from tests.real.test_vllm import started_image, weights_of
 
 
