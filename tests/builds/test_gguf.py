@@ -22,14 +22,14 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.builders
 
 
-def quantize(out: Path, *words: object, expect: int = 0) -> dict:
+def quantize(out: Path, *words: object) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "weightsmith.cli.program", "quantize", "--model", TINY / "base",
          "--calibration", TINY / "calibration.jsonl", "--runner", "local", "--out", out,
          *words, "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == expect, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return {**json.loads(done.stdout), "stderr": done.stderr}
 
@@ -86,13 +86,6 @@ def test_a_type_that_cannot_be_read_back_is_not_measured(tmp_path):
 
     assert done["quality"] == {"skipped": "the gguf package cannot dequantize Q1_0"}
     assert "quality not measured" in done["stderr"]
-
-
-def test_low_bits_are_refused_before_any_work(tmp_path):
-    refused = quantize(tmp_path / "t.gguf", "--format", "q2_k", expect=2)
-
-    assert "too few to preserve" in refused["stderr"]
-    assert "converting" not in refused["stderr"]
 
 
 def test_the_types_are_those_of_the_pinned_quantizer():

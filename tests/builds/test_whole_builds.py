@@ -21,7 +21,6 @@ from gguf import GGUFReader
 from weightsmith.oci.layout import read_layout
 
 from tests.conftest import TinyBuild
-from tests.fakes.real_registries import real_registry
 from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
@@ -123,38 +122,6 @@ def test_docker_and_local_give_the_same_bytes_from_two_clones(local, tmp_path: P
     assert sha256(tmp_path / "layout" / "index.json") == sha256(
         dist / "tiny-capitals" / "1.0.0" / TARGET / "image" / "index.json"
     )
-
-
-@pytest.mark.registry
-def test_a_changed_context_uploads_no_weights(local, tmp_path: Path) -> None:
-    store, _, _ = local
-    with real_registry(tmp_path) as host:
-        words = (
-            "build", "--recipe", TINY, "--runner", "local", "--push", "--dist", tmp_path / "dist",
-            "--set", f"image.repository={host}/tiny",
-        )  # fmt: skip
-        first = weightsmith(*words, store=store)["targets"][TARGET]
-        changed = ("--set", "serve.max_model_len=256", "--force")
-        second = weightsmith(*words, *changed, store=store)["targets"][TARGET]
-        seen = subprocess.run(
-            ["skopeo", "inspect", "--tls-verify=false", f"docker://{second['image']}"],
-            capture_output=True, check=True, text=True,
-        )  # fmt: skip
-
-    assert first["uploaded_bytes"] > 1_000_000
-    assert 0 < second["uploaded_bytes"] < 50_000
-    assert json.loads(seen.stdout)["Digest"] == second["digest"]
-
-
-def test_an_image_says_what_it_is_made_of(local) -> None:
-    store, _, built = local
-    found = weightsmith("inspect", built["image"], store=store)
-
-    assert found["digest"] == built["digest"]
-    assert found["scores"]["image"] == pytest.approx(built["scores"]["image"], abs=1e-4)
-    assert found["plan"]["max_model_len"] > 0
-    assert found["provenance"]["base.digest"].startswith("sha256:")
-    assert any(layer["file"].endswith(".gguf") for layer in found["layers"])
 
 
 def test_an_image_is_made_again_from_what_hangs_on_it(local, tmp_path: Path) -> None:
