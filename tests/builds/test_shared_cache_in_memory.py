@@ -56,15 +56,15 @@ def test_a_second_user_makes_nothing_again_and_keeps_no_weights(
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "lost"),
     [
-        EnvironmentFailure("gone"),
-        ConnectionResetError("reset"),
-        PermissionError(13, "no"),
-        ValueError("Invalid endpoint: nowhere"),
+        (EnvironmentFailure("gone"), ("find", "read", "write")),
+        (ConnectionResetError("reset"), ("find", "read", "write")),
+        (PermissionError(13, "no"), ("find", "read", "write")),
+        (ValueError("Invalid endpoint: nowhere"), ("find", "read", "write")),
+        (OSError(28, "No space left on device"), ("write",)),
     ],
 )
-@pytest.mark.parametrize("lost", [("find", "read", "write"), ("write",)])
 def test_a_cache_that_cannot_be_used_is_one_warning(
     memory: Memory, fault: Exception, lost: tuple[str, ...]
 ) -> None:
