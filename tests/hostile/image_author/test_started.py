@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Endpoint, StartSpec
-from weightsmith.outside.rootfs import RootfsLauncher, StartInfo, memory_limit
+from weightsmith.outside.rootfs import NotAllowed, RootfsLauncher, StartInfo, memory_limit
 
 from tests.fakes.rootfs import copy_python, copy_shell
 from tests.fakes.users import as_user
@@ -175,14 +175,22 @@ def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path, user):
     )
 
 
-STARTED_BY_LESSER_ROOT = """
-import sys, time
+def refuse(*_: object) -> None:
+    raise NotAllowed("no namespaces", hint="")
+
+
+STARTED = """
+import ctypes, json, os, sys
 from pathlib import Path
-from tests.fakes.rootfs import copy_shell
-from weightsmith.outside.rootfs import RootfsLauncher, StartInfo
+from tests.fakes.rootfs import copy_python, copy_shell
+from tests.hostile.image_author.test_started import CALLS, log_with, refuse, what_it_found
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.ports import StartSpec
-
+from weightsmith.outside import landlock, rootfs
+from weightsmith.outside.rootfs import RootfsLauncher, StartInfo
+"""
+"""How each program begins that starts an image in a process of its own."""
+BY_LESSER_ROOT = """
 def image(layout, root):
     copy_shell(root, "head")
     script = "echo hidden > /dev/null; /bin/head -c 9 /dev/urandom | /bin/cat > /dev/full"
@@ -191,9 +199,7 @@ def image(layout, root):
 try:
     with RootfsLauncher(image, Path(sys.argv[1])).serve("oci:x", StartSpec(port=1, env={})) as it:
         print(*it.confinement, sep=", ")
-        while it.alive() and "up" not in it.logs(9):
-            time.sleep(0.05)
-        print(it.logs(9))
+        print(log_with(it, "up"))
 except WeightsmithError as error:
     print(error.exit_code, error.message, error.hint)
 """
@@ -213,40 +219,29 @@ except WeightsmithError as error:
 def test_root_gives_its_rights_away_or_starts_nothing(tmp_path, lacking, said):
     """The tests' user is root without all of root's rights: an image must not get the rest."""
     command = ["setpriv", f"--bounding-set={lacking}", "--inh-caps=-all", sys.executable]
-    command += ["-c", STARTED_BY_LESSER_ROOT, str(tmp_path)]
+    command += ["-c", STARTED + BY_LESSER_ROOT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.startswith(said), done
     assert ("No space left on device\nup\n" in done.stdout) == said.startswith("user"), done
 
 
-STARTED_WITHOUT_NAMESPACES = """
-import json, os, sys, time
-from pathlib import Path
-from tests.fakes.rootfs import copy_shell
-from weightsmith.outside import landlock, rootfs
-from weightsmith.outside.rootfs import NotAllowed
-from weightsmith.core.ports import StartSpec
-
+WITHOUT_NAMESPACES = """
 home = Path(sys.argv[1])
 (home / "diary").write_text("mine")
 os.environ.update(HOME=str(home), SECRET="a token")
 us = os.getpid()
-
-def refuse(*_):
-    raise NotAllowed("no namespaces", hint="")
 
 def image(layout, root):
     copy_shell(root)
     (root / "tmp").mkdir()
     script = f"cat {home}/diary; echo x > {home}/left; cat /proc/{us}/environ"
     script += "; echo z > $HOME/z; cat $HOME/z; echo up; sleep 600"
-    return rootfs.StartInfo(argv=("/bin/sh", "-c", script), env={}, user="0")
+    return StartInfo(argv=("/bin/sh", "-c", script), env={}, user="0")
 
 rootfs._in_namespaces = refuse
-with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=1, env={})) as it:
-    while it.alive() and "up" not in it.logs(99):
-        time.sleep(0.05)
-    print(json.dumps([landlock.abi(), it.confinement, it.logs(99), (home / "left").exists()]))
+with RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=1, env={})) as it:
+    log = log_with(it, "up")
+    print(json.dumps([landlock.abi(), it.confinement, log, (home / "left").exists()]))
 """
 
 
@@ -256,7 +251,7 @@ def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path):
     with tempfile.TemporaryDirectory() as home:  # below folders that another user may enter
         if os.getuid() == 0:
             os.chown(home, 65532, 65532)
-        command += ["-c", STARTED_WITHOUT_NAMESPACES, home]
+        command += ["-c", STARTED + WITHOUT_NAMESPACES, home]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     landlock, said, log, left = json.loads(done.stdout)
@@ -323,21 +318,10 @@ print("found " + json.dumps(found), flush=True)
 time.sleep(600)
 """
 ADD_KEY, KEYCTL = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
-STARTED_WITH_KEYS = f"""
-import ctypes, json, sys
-from pathlib import Path
-from tests.fakes.rootfs import copy_python
-from tests.hostile.image_author.test_started import CALLS, what_it_found
-from weightsmith.outside import rootfs
-from weightsmith.outside.rootfs import NotAllowed
-from weightsmith.core.ports import StartSpec
-
-def refuse(*_):
-    raise NotAllowed("no namespaces", hint="")
-
+WITH_KEYS = f"""
 def image(layout, root):
     python, env = copy_python(root)
-    return rootfs.StartInfo(argv=(python, "-c", CALLS), env=env, user="7:8")
+    return StartInfo(argv=(python, "-c", CALLS), env=env, user="7:8")
 
 libc = ctypes.CDLL(None, use_errno=True)
 for ring in (-3, -4):
@@ -349,7 +333,7 @@ for ring in (-3, -4):
     assert libc.syscall({KEYCTL}, 15, key, 600) == 0  # it goes after ten minutes
 if sys.argv[2] == "host":
     rootfs._in_namespaces = refuse
-launcher = rootfs.RootfsLauncher(image, Path(sys.argv[1]) / "cache")
+launcher = RootfsLauncher(image, Path(sys.argv[1]) / "cache")
 with launcher.serve("oci:x", StartSpec(port=1, env={{}}, memory_bytes=1 << 30)) as endpoint:
     print(json.dumps([endpoint.confinement, what_it_found(endpoint)]))
 """
@@ -366,7 +350,7 @@ def test_a_program_gets_no_keys_and_no_rare_sockets_in_any_sandbox(caller, way):
             os.chown(home, 65532, 65532)
         elif os.getuid() == 0:
             command = command[-1:]
-        command += ["-c", STARTED_WITH_KEYS, home, way]
+        command += ["-c", STARTED + WITH_KEYS, home, way]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, found = json.loads(done.stdout)
