@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
@@ -28,6 +27,7 @@ from tests.unit.validating.conftest import edit_tensors, make_adapter, make_mode
 
 CHATS = tuple(({"role": "user", "content": text},) for text in ("Which port?", "Who are you?"))
 MEASURED = ("seconds", "peak_rss_bytes")
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def task(chats: Sequence[Any]) -> AskedTask:
@@ -84,66 +84,51 @@ def test_both_find_what_each_finds_by_itself(
     products: list[int] = []
     multiply = Lockstep.multiply
     monkeypatch.setattr(Lockstep, "multiply", lambda *a: (products.append(1), multiply(*a))[1])
-    alone = run(job.reference)["answers"], run(job.validation)
+    answers, validation = run(job.reference)["answers"], run(job.validation)
     apart = len(products)
 
     found = run(job)
 
-    assert alone[1]["passed"]
-    assert [row["answer"] for row in found["answers"]["merged"]] == [
-        row["answer"] for row in alone[0]["merged"]
-    ]
-    assert found["answers"] == alone[0]
-    assert told(found["validation"]) == told(alone[1])
+    assert validation["passed"]
+    assert found["answers"] == answers
+    assert told(found["validation"]) == told(validation)
     assert len(products) - apart < 0.7 * apart  # drafts are read, not generated
 
 
 @pytest.mark.slow
 def test_a_wrong_merge_is_found_though_its_answers_are_drafts(job: ProofJob) -> None:
-    name = "model.layers.1.mlp.down_proj.weight"
-    edit_tensors(job.validation.merged.path, lambda tensors: tensors[name].neg_())
+    edit_tensors(job.validation.merged.path, lambda tensors: tensors[DOWN].neg_())
 
     found = run(job)
 
     assert not found["validation"]["passed"]
-    assert any(name in str(one) for one in found["validation"]["findings"])
-
-
-def cut(tensors: dict[str, torch.Tensor]) -> None:
-    name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name] = tensors[name][:, :-1].contiguous()
-
-
-def without_tokenizer(merged: Path) -> None:
-    for path in merged.glob("tokenizer*"):
-        path.unlink()
-
-
-def with_half_a_tokenizer(merged: Path) -> None:
-    text = (merged / "tokenizer.json").read_text()
-    (merged / "tokenizer.json").write_text(text[: len(text) // 2])
-
-
-def with_other_heads(merged: Path) -> None:
-    config = json.loads((merged / "config.json").read_text())
-    (merged / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    assert any(DOWN in str(one) for one in found["validation"]["findings"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "check"),
+    ("damaged", "check"),
     [
-        (lambda merged: edit_tensors(merged, cut), "files"),
-        (without_tokenizer, "tokenizer"),
-        (with_half_a_tokenizer, "tokenizer"),
-        (with_other_heads, "files"),
+        ("shape", "files"),
+        ("no tokenizer", "tokenizer"),
+        ("half a tokenizer", "tokenizer"),
+        ("heads", "files"),
     ],
-    ids=["shape", "no tokenizer", "half a tokenizer", "heads"],
 )
 def test_a_merge_that_cannot_answer_fails_its_validation(
-    job: ProofJob, damage: Callable[[Path], None], check: str
+    job: ProofJob, damaged: str, check: str
 ) -> None:
-    damage(job.validation.merged.path)
+    merged = job.validation.merged.path
+    config, tokenizer = merged / "config.json", merged / "tokenizer.json"
+    if damaged == "shape":
+        edit_tensors(merged, lambda tensors: tensors.update({DOWN: tensors[DOWN][:, 1:].clone()}))
+    elif damaged == "no tokenizer":
+        for path in merged.glob("tokenizer*"):
+            path.unlink()
+    elif damaged == "half a tokenizer":
+        tokenizer.write_text(tokenizer.read_text()[: len(tokenizer.read_text()) // 2])
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 3}))
 
     found = run(job)
 

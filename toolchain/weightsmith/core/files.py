@@ -145,7 +145,8 @@ def sweep(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_unfinished(entry.name)]
         for name in names:
-            path, of_this_kernel = folder / name, name[len(".weightsmith-") :].startswith(_kernel())
+            path = folder / name
+            of_this_kernel = name.removeprefix(".weightsmith-").startswith(_kernel())
             with suppress(OSError):
                 if of_this_kernel or time.time() - path.lstat().st_mtime > _FORGOTTEN:
                     _delete_dead(path)

@@ -1,4 +1,4 @@
-"""Modules imported while programs run: once, and with their errors where they are needed."""
+"""What jobs import while programs run, and what they do not begin without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.forward import native
 from weightsmith.quantizers.gguf import QUANTIZER
+from weightsmith.worker import calibrating
 from weightsmith.worker.jobs import import_ahead
 
 
@@ -29,3 +32,15 @@ def test_the_modules_of_a_check_exist() -> None:
     for name in QUANTIZER.check_imports:
         importlib.import_module(name)
         assert name in sys.modules
+
+
+def test_importance_is_not_measured_without_our_kernels(tmp_path, monkeypatch):
+    """A walk does not begin where its bits would be this CPU's own."""
+    monkeypatch.setattr(calibrating, "has_avx2", lambda: True)
+    monkeypatch.setattr(native, "is_fast", lambda: False)
+
+    with pytest.raises(EnvironmentFailure, match="depend on this CPU") as refused:
+        calibrating.importance(tmp_path, (), tmp_path / "imatrix.gguf", lambda *_: None)
+
+    assert "imatrix: auto" in refused.value.hint
+    assert not list(tmp_path.iterdir())
