@@ -75,7 +75,7 @@ def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypa
     told, give_up = threading.Event(), ArchiveUpload.give_up
 
     def tell(taking):
-        taking._given_up.set()
+        taking.given_up.set()
         told.set()
         give_up(taking)
 
