@@ -50,6 +50,13 @@ def images(tmp_path, monkeypatch):
     return root
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """Scripts of engines run in this environment: making one takes seconds."""
+    python = Path(sys.executable)
+    monkeypatch.setattr(toolset, "make_bare_environment", lambda *_: python)
+
+
 @pytest.mark.slow
 def test_an_environment_is_made_anew_if_interrupted_and_once_if_complete(images, tmp_path):
     pins, progress = Pins(name="tiny", flavour="cpu"), RecordingProgress()

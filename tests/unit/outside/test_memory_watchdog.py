@@ -31,6 +31,7 @@ def run(code: str, **limits: Any) -> tuple[int, tuple[str, ...]]:
     return done.returncode, done.tail
 
 
+@pytest.mark.slow
 def test_a_program_that_holds_too_much_is_killed_and_one_that_holds_less_is_not() -> None:
     """Memory that processes may share counts too, and what they start."""
     code = FILL.format(size=400 << 20, sleep=1)
