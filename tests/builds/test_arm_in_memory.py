@@ -62,8 +62,8 @@ def test_the_image_that_was_not_started_says_so(warm: Memory) -> None:
     assert arm.labels["dev.weightsmith.tested.platform"] == "linux/amd64"
 
     name = f"{warm.repository}:1.0.0-{TARGET}"
-    checks = verify_image(name, None, warm.client, Silent())["checks"]
-    gates = {row["check"]: row["found"] for row in checks if row["check"].endswith("gate")}
+    checks = verify_image(name, None, warm.client, Silent()).checks
+    gates = {one.name: one.found for one in checks if one.name.endswith("gate")}
     assert gates["linux/amd64 gate"].startswith("PASSED")
     assert gates["linux/arm64 gate"].startswith("WARNED: not proven: it was not started")
     shown = inspect_text(inspect_image(name, warm.client, DockerEngine(), "linux/arm64"))

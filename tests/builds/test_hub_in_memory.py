@@ -123,8 +123,8 @@ def test_the_card_of_an_image_that_was_not_started_claims_no_test(
         assert "No server was started with the weights" in text
         assert "tested image" not in text
     checks = verify_image(built.forms["modelpack"].reference, None, warm.client, Silent())
-    (gate,) = (row for row in checks["checks"] if row["check"] == "gate")
-    assert gate["found"] == "not proven: no image with these weights was started"
+    (gate,) = (one for one in checks.checks if one.name == "gate")
+    assert gate.found == "not proven: no image with these weights was started"
 
 
 @pytest.mark.parametrize(

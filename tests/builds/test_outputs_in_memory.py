@@ -314,9 +314,9 @@ def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> No
         assert moved["dev.weightsmith.verdict"] == "not proven"
         assert moved["dev.weightsmith.tested.image"] == built.digest
         assert moved["dev.weightsmith.score.image"] == labels[0]["dev.weightsmith.score.image"]
-    rows = verify_image(name, None, warm.client, Silent())["checks"]
-    (gate,) = (row for row in rows if row["check"] == "gate")
-    assert gate["ok"] is None
-    assert gate["found"].startswith(f"not proven: PASSED is of {built.digest.short}, before")
+    rows = verify_image(name, None, warm.client, Silent()).checks
+    (gate,) = (one for one in rows if one.name == "gate")
+    assert gate.ok is None
+    assert gate.found.startswith(f"not proven: PASSED is of {built.digest.short}, before")
     shown = inspect_text(inspect_image(name, warm.client, warm.engine))
     assert f"the scores are those of {built.digest.short}, before its base was replaced" in shown

@@ -238,7 +238,7 @@ def test_large_files_are_split_to_be_pulled_faster(
     names = [layer.file for layer in image.layers if layer.file.endswith(".safetensors")]
     assert sum("adapters/" not in name for name in names) == files
     told = verify_image(f"{memory.repository}:1.0.0-{target}", None, memory.client, Silent())
-    assert any(row["check"] == "split" for row in told["checks"]) is (files > 1)
+    assert any(one.name == "split" for one in told.checks) is (files > 1)
 
 
 @pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
@@ -341,7 +341,7 @@ def test_an_image_for_each_platform_of_its_base_shares_the_weights(memory: Memor
     assert amd == arm != set()
     for place in (name, str(layout)):
         found = verify_image(place, key, memory.client, Silent())
-        checks = {row["check"] for row in found["checks"]}
+        checks = {one.name for one in found.checks}
         assert found["digest"] == built.digest
         assert {"signature", "linux/amd64 signature", "linux/arm64 weights"} <= checks
     for machine, image in zip(MACHINES, pulled, strict=True):

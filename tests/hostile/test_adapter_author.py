@@ -38,6 +38,7 @@ from weightsmith.evaluating.pages import build_view, render_view
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.merging.plan import make_plan
 from weightsmith.outside.process import forked
+from weightsmith.provenance.chain import Check
 from weightsmith.quantizers.quality.texts import _lengths
 from weightsmith.validating.result import Validation, finding
 
@@ -248,8 +249,8 @@ def test_no_name_adds_a_row(name):
     wanted = {"reference": "r", "digest": "d", "scores": {name: 1.0}, "provenance": {name: name},
               "plan": {}, "layers": [{"digest": "sha256:" + "0" * 64, "size": 1, "file": name}],
               "index": "i", "platform": name, "platforms": [name]}  # fmt: skip
-    checks = {"checks": [{"check": name, "ok": True, "found": name}]}
-    tasks = {"results": {name: {f"acc,{name}": 1}}}
+    said = name.encode(errors="replace").decode()  # half a character is no JSON
+    tasks = {"results": {said: {f"acc,{said}": 1}}}
     with TemporaryDirectory() as folder:
         (Path(folder) / "results_1.json").write_text(json.dumps(tasks))
         _, told = read_results(Path(folder))
@@ -259,7 +260,7 @@ def test_no_name_adds_a_row(name):
                 "platforms": {name: {name: name, "linux/amd64": name}}}  # fmt: skip
     for text, rows in (
         (inspect_text(wanted), 7),
-        (verify_table(checks), 1),
+        (verify_table([Check(name=name, ok=True, found=name)]), 1),
         (told, 1),
         (_verdict("m", Validation(passed=True, findings=(finding("warning", "logits", name),))), 2),
     ):

@@ -105,11 +105,12 @@ class Shop:
     def rows(self, name: str, *, key: bool = True) -> dict[str, tuple[bool | None, str]]:
         """Return each check of `verify`; of several with one name, the worst."""
         try:
-            found = verify_image(name, self.public if key else None, self.client, Silent())
+            checks = verify_image(name, self.public if key else None, self.client, Silent()).checks
+            rows = [(one.name, one.ok, one.found) for one in checks]
         except CheckFailed as error:
-            found = error.details
-        order = sorted(found["checks"], key=lambda row: row["ok"] is False)
-        return {row["check"]: (row["ok"], row["found"]) for row in order}
+            rows = [(row["check"], row["ok"], row["found"]) for row in error.details["checks"]]
+        order = sorted(rows, key=lambda row: row[1] is False)
+        return {name: (ok, said) for name, ok, said in order}
 
 
 def passed(image: Blob, *more: statements.Resource, result: str = "PASSED") -> Statement:

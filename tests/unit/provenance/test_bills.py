@@ -190,10 +190,10 @@ def test_attached_and_stated_ones_are_signed_with_the_image(base, tmp_path):
 
     name = f"{place.registry}/team/app:1"
     bake(base.client, make_model(tmp_path / "model"), str(place), key, push=name)
-    rows = verify_image(name, public, base.client, Silent())["checks"]
-    (documents,) = [row for row in rows if row["check"].endswith("documents")]
-    assert documents["ok"]
-    assert {"base.spdx.json", CYCLONEDX} <= set(documents["found"].split(", "))
+    rows = verify_image(name, public, base.client, Silent()).checks
+    (documents,) = [row for row in rows if row.name.endswith("documents")]
+    assert documents.ok
+    assert {"base.spdx.json", CYCLONEDX} <= set(documents.found.split(", "))
 
 
 def test_a_base_of_ours_has_a_bill_of_another_model(base, tmp_path):
@@ -202,10 +202,10 @@ def test_a_base_of_ours_has_a_bill_of_another_model(base, tmp_path):
     bake(base.client, model, str(base.place), push=first)
     (model / "tiny.gguf").write_bytes(b"GGUF" + bytes(1000))
     bake(base.client, model, first, push=second)
-    rows = verify_image(second, None, base.client, Silent())["checks"]
-    (documents,) = [row for row in rows if row["check"].endswith("documents")]
-    assert (documents["ok"], documents["found"]) == (True, "model.cdx.json")
-    assert not [row for row in rows if row["check"].startswith("document model")]
+    rows = verify_image(second, None, base.client, Silent()).checks
+    (documents,) = [row for row in rows if row.name.endswith("documents")]
+    assert (documents.ok, documents.found) == (True, "model.cdx.json")
+    assert not [row for row in rows if row.name.startswith("document model")]
 
 
 @pytest.mark.parametrize("statement", [b"[]", b"no JSON", b'{"predicate":[]}', b"{}"])

@@ -41,8 +41,7 @@ from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, Silent
-from weightsmith.core.values import Digest, Json, Published, Uploaded, plain
-from weightsmith.provenance.chain import Check
+from weightsmith.core.values import Json, Published, Uploaded, plain
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import ImageNames
 from weightsmith.steps.delivery import ImageOutputs
@@ -459,17 +458,10 @@ def verify(
     run = RunOptions(insecure=insecure)
     request = request_of(VerifyCommand, source=source, key=str(key or ""), run=run)
     with shown(progress) as told:
-        result = run_verify(request, told)
-    return Verification(
-        image=result["reference"],
-        digest=Digest(result["digest"]),
-        checks=tuple(
-            Check(name=row["check"], ok=row["ok"], found=row["found"]) for row in result["checks"]
-        ),
-    )
+        return run_verify(request, told)
 
 
-def run_verify(asked: VerifyCommand, progress: Progress) -> Mapping[str, Json]:
-    """Return what each check found, as the command's JSON; raises CheckFailed if one fails."""
+def run_verify(asked: VerifyCommand, progress: Progress) -> Verification:
+    """Return what each check found; raises CheckFailed if one fails."""
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
         return verify_image(asked.source, key_path(asked.key), registry, progress)

@@ -264,11 +264,12 @@ def inspect(asked: InspectCommand) -> Said:
 @command(VerifyCommand)
 def verify(asked: VerifyCommand) -> Said:
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
-    from weightsmith.api.commands.verify import table
+    from weightsmith.api.commands.verify import facts_of, table
     from weightsmith.api.images import run_verify
 
-    result = run_verify(asked, _progress())
-    return result, f"{pinned(result['reference'], result['digest'])} holds\n{table(result)}"
+    found = run_verify(asked, _progress())
+    text = f"{pinned(found.image, found.digest)} holds\n{table(found.checks)}"
+    return facts_of(found.image, found.digest, found.checks), text
 
 
 @command(EvaluateCommand)

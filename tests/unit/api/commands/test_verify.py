@@ -23,6 +23,7 @@ from weightsmith.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.docker import DockerEngine
+from weightsmith.provenance.chain import Check
 
 from tests.fakes.baking import bake, make_key, push_base
 from tests.fakes.memory import memory_tools
@@ -32,11 +33,9 @@ from tests.unit.api.commands.conftest import Scene
 
 def test_an_untouched_image_holds(scene: Scene) -> None:
     result = verify_image(scene.name, scene.public, scene.client, Silent())
-    assert result["ok"]
-    assert {"signature", "contents", "weights", "documents"} <= {
-        row["check"] for row in result["checks"]
-    }
-    assert verify_image(scene.name, None, scene.client, Silent())["ok"]
+    names = {one.name for one in result.checks}
+    assert {"signature", "contents", "weights", "documents"} <= names
+    verify_image(scene.name, None, scene.client, Silent())
 
 
 def test_openssl_agrees_with_the_signature(scene: Scene) -> None:
@@ -165,7 +164,7 @@ def test_a_document_taken_away(scene: Scene) -> None:
 def test_unsigned(scene: Scene) -> None:
     name = f"{scene.fake.host}/team/plain:1"
     bake(scene.client, scene.model, scene.base, push=name)
-    assert verify_image(name, None, scene.client, Silent())["ok"]
+    verify_image(name, None, scene.client, Silent())
     assert scene.check(name)["signature"] == "not signed"
 
 
@@ -190,7 +189,7 @@ def test_an_image_in_an_index_without_platforms_is_checked(scene: Scene) -> None
     index = Reference.parse(f"{scene.fake.host}/team/app:index")
     scene.client.push_manifest(index, canonical(document), OCI_INDEX)
     result = verify_image(str(index), None, scene.client, Silent())
-    assert "layer 0" in [one["check"] for one in result["checks"]]
+    assert "layer 0" in [one.name for one in result.checks]
 
     layer = image.layers[1].digest
     scene.fake.blobs["team/app", layer] = bytes(image.layers[1].size)
@@ -268,7 +267,6 @@ def test_a_plan_that_lacks_what_is_printed_of_it() -> None:
 
 
 def test_a_layers_name_adds_no_row_to_what_was_verified() -> None:
-    rows = [{"ok": False, "check": "layer 0", "found": FORGED}]
-    (row,) = table({"checks": rows}).splitlines()
+    (row,) = table([Check(name="layer 0", ok=False, found=FORGED)]).splitlines()
     assert row.startswith("  NO  layer 0")
     assert "\x1b" not in row

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
+from weightsmith.api.results import Verification
 from weightsmith.core.errors import Altered, CheckFailed, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.escape import joined
 from weightsmith.core.ports import Progress
-from weightsmith.core.values import Digest, Json
+from weightsmith.core.values import Digest, Writable
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, blob_of
@@ -66,7 +67,7 @@ class _Checked:
 
 def verify_image(
     source: str, key: Path | None, registry: Registry, progress: Progress
-) -> Mapping[str, Json]:
+) -> Verification:
     """Return the result of every check; raise CheckFailed with all results if one failed.
 
     For an index, the image for every platform is checked.
@@ -94,20 +95,24 @@ def verify_image(
             found.checks += one.checks
     elif not found.checks:
         digest = _one_image(place, source, check, found, progress)
-    result: dict[str, Json] = {
-        "reference": source,
-        "digest": digest,
-        "ok": all(one.ok is not False for one in found.checks),
-        "checks": [{"check": c.name, "ok": c.ok, "found": c.found} for c in found.checks],
-    }
-    bad = [one.name for one in found.checks if one.ok is False]
+    bad = dict.fromkeys(one.name for one in found.checks if one.ok is False)
     if bad:
         raise CheckFailed(
-            f"{source} failed verification: {', '.join(dict.fromkeys(bad))}\n{table(result)}",
+            f"{source} failed verification: {', '.join(bad)}\n{table(found.checks)}",
             hint="do not use it; if you copied or rebuilt it, verify the image that you pushed",
-            details=result,
+            details=facts_of(source, digest, found.checks),
         )
-    return result
+    return Verification(image=source, digest=Digest(digest), checks=tuple(found.checks))
+
+
+def facts_of(source: str, digest: str, checks: Sequence[Check]) -> Mapping[str, Writable]:
+    """Return what `verify --json` prints."""
+    return {
+        "reference": source,
+        "digest": digest,
+        "ok": all(one.ok is not False for one in checks),
+        "checks": [{"check": one.name, "ok": one.ok, "found": one.found} for one in checks],
+    }
 
 
 def _one_image(
@@ -149,14 +154,11 @@ def _one_image(
     return image.digest
 
 
-def table(result: Mapping[str, Json]) -> str:
+def table(checks: Sequence[Check]) -> str:
     """Return the checks as a text table."""
-    width = max((len(row["check"]) for row in result["checks"]), default=0)
+    width = max((len(one.name) for one in checks), default=0)
     words = {True: "ok", False: "NO", None: "-"}
-    return joined(
-        f"  {words[row['ok']]:<3} {row['check']:<{width}}  {row['found']}"
-        for row in result["checks"]
-    )
+    return joined(f"  {words[one.ok]:<3} {one.name:<{width}}  {one.found}" for one in checks)
 
 
 def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
