@@ -219,36 +219,33 @@ def read_importance(path: Path) -> Importance:
     """Return a file's importance; raises InputRefused for NaN and infinity."""
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
-    values, datasets, chunks = _of_gguf(path) if is_gguf else _of_dat(path)
+    values, dataset, chunks = _of_gguf(path) if is_gguf else _of_dat(path)
     for name, found in values.items():
         if not np.isfinite(found).all():
             raise InputRefused(f"the importance matrix has NaN or infinity for {name}", hint=_HINT)
     about: dict[str, str | int] = {"quantize.imatrix.file": path.name[:_LONGEST_TEXT]}
-    if datasets:
-        about["quantize.imatrix.dataset"] = datasets[0][:_LONGEST_TEXT]
+    if dataset is not None:
+        about["quantize.imatrix.dataset"] = dataset[:_LONGEST_TEXT]
     about["quantize.imatrix.entries_count"] = len(values)
     if chunks > 0:
         about["quantize.imatrix.chunks_count"] = chunks
     return Importance(values=values, about=about)
 
 
-def _of_gguf(path: Path) -> tuple[dict[str, np.ndarray], list[str], int]:
+def _of_gguf(path: Path) -> tuple[dict[str, np.ndarray], str | None, int]:
     header = read_header(path)
-    entries = header.tensors
-    values = {}
+    entries, values = header.tensors, {}
     with np.errstate(divide="ignore", invalid="ignore"), path.open("rb") as file:
         for name in [name for name in entries if name.endswith(".in_sum2")]:
             plain = name.removesuffix(".in_sum2")
             sums = _floats(file, entries[name], header.size)
             # Rounded as lround does: halves away from zero.
-            counts = np.floor(_floats(file, entries[f"{plain}.counts"], header.size) + 0.5)
-            each = sums.reshape(counts.size, -1)
-            values[plain] = np.where(
-                counts[:, None] > 0, each / counts[:, None].astype(np.float32), np.float32(1)
-            )
+            counts = np.floor(_floats(file, entries[f"{plain}.counts"], header.size) + 0.5)[:, None]
+            each = sums.reshape(counts.size, -1) / counts.astype(np.float32)
+            values[plain] = np.where(counts > 0, each, np.float32(1))
     datasets = strings(header.values[_DATASETS]) if _DATASETS in header.values else []
     chunks = number(header.values[_CHUNKS]) if _CHUNKS in header.values else 0
-    return values, datasets, chunks
+    return values, datasets[0] if datasets else None, chunks
 
 
 def _floats(file: IO[bytes], entry: GgufTensorInfo, start: int) -> np.ndarray:
@@ -256,7 +253,7 @@ def _floats(file: IO[bytes], entry: GgufTensorInfo, start: int) -> np.ndarray:
     return np.frombuffer(file.read(4 * entry.rows * entry.columns), np.float32)
 
 
-def _of_dat(path: Path) -> tuple[dict[str, np.ndarray], list[str], int]:
+def _of_dat(path: Path) -> tuple[dict[str, np.ndarray], str | None, int]:
     """Read llama.cpp's older format: entries, then perhaps chunks and the dataset's name."""
     with path.open("rb") as file:
         values = {
@@ -267,4 +264,4 @@ def _of_dat(path: Path) -> tuple[dict[str, np.ndarray], list[str], int]:
     chunks = struct.unpack_from("<i", rest)[0] if len(rest) >= 4 else 0
     length = struct.unpack_from("<i", rest, 4)[0] if len(rest) >= 8 else 0
     name = rest[8 : 8 + length].split(b"\0")[0].decode("utf-8") if length > 0 else ""
-    return values, [name] if name else [], chunks
+    return values, name or None, chunks

@@ -73,7 +73,12 @@ def _round_rows(
     below, right = -count % outputs, -inputs % width
     if below or right:
         rows = np.pad(rows, ((0, below), (0, right)))
-    most = _largest(rows, outputs, width)
+    # The largest magnitude of each tile: [tiles of outputs, tiles of inputs].
+    most, left = np.abs(rows).reshape(-1, outputs, rows.shape[1]).max(1), width
+    if width == rows.shape[1]:
+        most, left = most.max(1, keepdims=True), 1
+    while left % 2 == 0:  # three times as fast as a maximum over a short axis
+        most, left = np.maximum(most[:, ::2], most[:, 1::2]), left // 2
     if not np.isfinite(most).all():
         raise ValueError("weights that are not finite")
     stored, scale = _scales(most, scheme, shared)
@@ -85,16 +90,6 @@ def _round_rows(
     is_float, dtype = scheme.codes == "F8_E4M3", array_type(scheme.codes)
     codes = _float8(scaled).view(dtype) if is_float else np.rint(scaled, out=scaled).astype(dtype)
     return codes[:count, :inputs], stored
-
-
-def _largest(rows: Floats, outputs: int, width: int) -> Floats:
-    """Return the largest magnitude of each tile: [tiles of outputs, tiles of inputs]."""
-    most = np.abs(rows).reshape(-1, outputs, rows.shape[1]).max(1)
-    if width == rows.shape[1]:
-        return np.asarray(most.max(1, keepdims=True))
-    while width % 2 == 0:  # three times as fast as a maximum over a short axis
-        most, width = np.maximum(most[:, ::2], most[:, 1::2]), width // 2
-    return np.asarray(most)
 
 
 def _scales(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,9 +28,6 @@ from weightsmith.forward.threads import CPUS, Pipeline, product, thread_pool, un
 from weightsmith.quantizers.architectures import EXPERTS
 from weightsmith.quantizers.gguf_importance import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import Experts, is_experts
-
-if TYPE_CHECKING:
-    from weightsmith.forward.kinds import Tokenizer
 
 Progress = Callable[[int, int], object]
 
@@ -117,8 +113,16 @@ def importance(
     do not depend on the CPU. Raises InputRefused for too little text, for a checkpoint that lacks a
     tensor, and for inputs that are not finite.
     """
-    window = window_of(model, len(texts), tokens)
-    chunks = list(_windows(load_tokenizer(model), "\n".join(texts), window))
+    window, tokenizer = window_of(model, len(texts), tokens), load_tokenizer(model)
+    ids: list[int] = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+    # Each window begins as the tokenizer begins a text.
+    begin = tokenizer.bos_token_id
+    begins = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    ids = [begin, *ids] if begins else ids
+    whole = range(0, len(ids) - window + 1, window)
+    chunks = [ids[start : start + window] for start in whole]
+    if begins:
+        chunks = [[begin, *chunk[1:]] for chunk in chunks]
     found: dict[str, Sums] = {}
     step = max(1, WALK_TOKENS // window)
     starts = range(0, len(chunks), step)
@@ -147,18 +151,6 @@ def _batch_per_thread(model: Path, window: int) -> bool:
     if isinstance(names, list) and EXPERTS.intersection(map(str, names)):
         return False
     return not (_ROWS % window or window % _ALIGNED) and 16 * hidden * (hidden + inner) <= _SMALL
-
-
-def _windows(tokenizer: Tokenizer, text: str, window: int) -> Iterator[list[int]]:
-    """Yield the whole windows of a text; each begins as the tokenizer begins a text."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begin = tokenizer.bos_token_id
-    begins = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    if begins:
-        ids = [begin, *ids]
-    for start in range(0, len(ids) - window + 1, window):
-        chunk = ids[start : start + window]
-        yield [begin, *chunk[1:]] if begins else chunk
 
 
 def _run(

@@ -16,7 +16,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.forward.walk import Progress
 from weightsmith.models.tensors import View
 from weightsmith.quantizers.quality.result import LayerError, Loss, TensorError, short
-from weightsmith.quantizers.quality.runs import States, run_both
+from weightsmith.quantizers.quality.runs import run_both
 from weightsmith.quantizers.quality.texts import Reading, readings
 
 _Key = TypeVar("_Key", int, str)
@@ -56,8 +56,20 @@ def measure(
     longest = max(len(text.ids) for text in chosen)
     ids = torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
     found = run_both(model, view, ids, len(chosen[0].ids), progress)
-    totals = _compared(chosen, found.checkpoint, found.quantized)
     layers, errors = found.layers, found.errors
+    places = [
+        (row, column)
+        for row, text in enumerate(chosen)
+        for column in range(text.answer - 1, len(text.ids) - 1)
+    ]
+    # As many positions at a time as fit.
+    totals, step = Totals(), max(1, _LOGIT_BYTES // (16 * found.checkpoint.vocabulary))
+    for start in range(0, len(places), step):
+        part = places[start : start + step]
+        following = torch.tensor([chosen[row].ids[column + 1] for row, column in part])
+        right = found.checkpoint.log_probabilities(part)
+        other = found.quantized.log_probabilities(part)
+        totals.add(right, other, following, torch.tensor([row for row, _ in part]))
     return Loss(
         **totals.result(),
         texts=len(chosen),
@@ -72,23 +84,6 @@ def measure(
 def _worst(errors: Mapping[_Key, float]) -> list[_Key]:
     """Return the keys of the largest errors; equal ones in order."""
     return sorted(errors, key=lambda one: (-errors[one], one))[:_NAMED]
-
-
-def _compared(chosen: Sequence[Reading], right: States, other: States) -> Totals:
-    """Compare the next-token probabilities of both, as many positions at a time as fit."""
-    places = [
-        (row, column)
-        for row, text in enumerate(chosen)
-        for column in range(text.answer - 1, len(text.ids) - 1)
-    ]
-    found, step = Totals(), max(1, _LOGIT_BYTES // (16 * right.vocabulary))
-    for start in range(0, len(places), step):
-        part = places[start : start + step]
-        following = torch.tensor([chosen[row].ids[column + 1] for row, column in part])
-        texts = torch.tensor([row for row, _ in part])
-        both = (right.log_probabilities(part), other.log_probabilities(part))
-        found.add(*both, following, texts)
-    return found
 
 
 def _chosen(found: Sequence[Reading], tokens: int) -> list[Reading]:
