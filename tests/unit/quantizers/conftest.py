@@ -7,6 +7,7 @@ from weightsmith.quantizers import formats
 from weightsmith.quantizers.architectures import EXPERTS, FURTHER_EXPERTS, NAMED, SEEING
 from weightsmith.quantizers.quantizer import QuantizeRequest
 
+from tests.fakes.configs import facts
 from tests.fakes.decoders import make_dense, make_known, make_sparse
 from tests.fakes.seeing import make_seeing
 
@@ -42,6 +43,14 @@ def make_any(folder, architecture, **sizes):
     if architecture in EXPERTS:
         return make_sparse(folder, architecture)
     return make_dense(folder, architecture, **sizes)
+
+
+def model_of(architecture, **more):
+    """What config.json says of a model of even dimensions."""
+    return facts({
+        "architectures": [architecture], "hidden_size": 512, "intermediate_size": 1024,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, **more,
+    })  # fmt: skip
 
 
 def finish(writer):

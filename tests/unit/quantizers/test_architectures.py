@@ -46,9 +46,8 @@ from weightsmith.quantizers.schemes import NVFP4, SCHEMES
 
 from docs.known import listed
 from tests import vllm_parts
-from tests.fakes.configs import facts
 from tests.fakes.seeing import turn_experts
-from tests.unit.quantizers.conftest import make_any
+from tests.unit.quantizers.conftest import make_any, model_of
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
 BY_RULE = NAMED | FURTHER_EXPERTS
@@ -142,13 +141,6 @@ def test_blocks_of_rows_that_vllm_reorders_or_splits_are_refused(architecture, w
     with pytest.raises(InputRefused, match=why) as refused:
         of_format("fp8-block").check_input(formats()["fp8-block"], model_of(architecture))
     assert "choose fp8" in refused.value.hint
-
-
-def model_of(architecture, **more):
-    return facts({
-        "architectures": [architecture], "hidden_size": 512, "intermediate_size": 1024,
-        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, **more,
-    })  # fmt: skip
 
 
 EXPERT = {"num_experts": 4, "moe_intermediate_size": 128}
@@ -414,11 +406,8 @@ def test_an_unknown_format_gets_near_misses_and_the_list():
     ],
 )
 def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(name, known):
-    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
-    shape |= {"num_hidden_layers": 2, "vocab_size": 100}
     for architecture in sorted(DENSE | {"Phi3ForCausalLM", "FalconForCausalLM"}):
-        model = facts({**shape, "architectures": [architecture]})
-        check = of_format(name).check_input
+        model, check = model_of(architecture), of_format(name).check_input
         if architecture in known:
             check(formats()[name], model)
             continue

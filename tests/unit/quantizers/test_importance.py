@@ -182,13 +182,6 @@ def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path, monkeypatc
         np.testing.assert_array_equal(parts.sums[name].counts, sums.counts)
 
 
-def test_too_little_text_is_refused(tmp_path):
-    model = make_any(tmp_path / "model", "LlamaForCausalLM")
-
-    with pytest.raises(InputRefused, match="have 9 tokens; an importance matrix needs at least"):
-        importance(model, ["a short text"], 9)
-
-
 @pytest.mark.parametrize("architecture", [*sorted(WITHOUT_WALK), "GPT2LMHeadModel"])
 def test_an_unknown_architecture_is_refused_before_any_work(tmp_path, architecture):
     quantizer, format_ = of_format("q4_k_m"), formats()["q4_k_m"]

@@ -280,8 +280,6 @@ def test_the_group_size_is_the_largest_that_divides_every_row():
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
         ({"architectures": []}, "no architectures"),
-        ({"architectures": ["T5ForConditionalGeneration"]}, "unsupported architecture"),
-        ({"intermediate_size": 100}, "does not divide"),
     ],
 )
 def test_models_that_cannot_be_quantized_are_refused(change, what):

@@ -35,25 +35,18 @@ from tests.fakes.awkward import SIZES, awkward, damage_half, make
 from tests.fakes.decoders import make_sparse
 
 
-def theirs(weight, scheme):
-    """Return codes, scales, global scale and arguments by compressed-tensors in float32."""
-    config = QuantizationConfig.model_validate(scheme.config([]))
-    args = config.config_groups["group_0"].weights
-    x = torch.from_numpy(weight)
-    height, width = scheme.tile[0], scheme.tile[1] or weight.shape[1]
-    padded = torch.nn.functional.pad(x, (0, -weight.shape[1] % width, 0, -weight.shape[0] % height))
-    tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
-    shared = generate_gparam(x.amin(), x.amax()) if scheme.fused_scale else None
-    scale, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), args, shared)
-    codes = quantize(x, scale, None, args, global_scale=shared)
-    return codes, scale, shared, args
-
-
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n != "w8a8"])  # which has no -128 here
 @pytest.mark.parametrize("shape", [(128, 128), (200, 160), (7, 96)])
 def test_codes_and_scales_are_those_of_compressed_tensors(name, shape):
     scheme, weight = SCHEMES[name], awkward(*shape)
-    codes, scales, shared, _ = theirs(weight, scheme)
+    config = QuantizationConfig.model_validate(scheme.config([]))
+    args, x = config.config_groups["group_0"].weights, torch.from_numpy(weight)
+    height, width = scheme.tile[0], scheme.tile[1] or weight.shape[1]
+    padded = torch.nn.functional.pad(x, (0, -weight.shape[1] % width, 0, -weight.shape[0] % height))
+    tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    shared = generate_gparam(x.amin(), x.amax()) if scheme.fused_scale else None
+    scales, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), args, shared)
+    codes = quantize(x, scales, None, args, global_scale=shared)
 
     most = float(np.abs(weight).max())
     ours_shared = fused_scale(most, scheme) if scheme.fused_scale else None

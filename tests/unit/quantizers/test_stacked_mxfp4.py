@@ -20,8 +20,8 @@ from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES, stored_as
 
-from tests.fakes.configs import facts
 from tests.fakes.decoders import make_sparse
+from tests.unit.quantizers.conftest import model_of
 
 GPT_OSS = "GptOssForCausalLM"
 SCHEME = SCHEMES["mxfp4a16"]
@@ -54,6 +54,10 @@ def test_only_the_experts_become_codes(model, made):
     assert (found["layout"], found["experts"], found["quantized"]) == ("mxfp4", 8, 16)
     config = json.loads((made / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "mxfp4"
+    rows = [json.loads(GENERAL.read_text("utf-8").splitlines()[0])]
+    loss = measure(model, view_of(made, model), rows, 100, lambda *_: None)
+    assert loss.kl_mean > 0
+    assert 0 < loss.layer_error < 0.6
 
 
 def test_transformers_reads_the_same_values(model, made):
@@ -82,13 +86,6 @@ def test_transformers_computes_what_the_gate_computes(model, made):
     ids = torch.randint(5, 500, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.equal(theirs(ids).logits, ours(ids).logits)
-
-
-def test_the_gate_measures_it(model, made):
-    rows = [json.loads(GENERAL.read_text("utf-8").splitlines()[0])]
-    found = measure(model, view_of(made, model), rows, 100, lambda *_: None)
-    assert found.kl_mean > 0
-    assert 0 < found.layer_error < 0.6
 
 
 def test_what_was_in_mxfp4_stays_bit_for_bit(model, tmp_path):
@@ -158,8 +155,4 @@ def test_nothing_can_be_kept_and_groups_must_fit():
 
 
 def gpt_oss(**more):
-    return facts({
-        "architectures": [GPT_OSS], "hidden_size": 512, "intermediate_size": 1024,
-        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
-        "num_local_experts": 4, **more,
-    })  # fmt: skip
+    return model_of(GPT_OSS, num_local_experts=4, **more)
