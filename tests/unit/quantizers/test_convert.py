@@ -80,14 +80,8 @@ def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path):
 
     with pytest.raises(InputRefused, match=f"{tmp_path} has no tokenizer"):
         convert._convert_text(converter, tmp_path, [])
-
-
-def test_a_failure_beside_a_tokenizer_is_the_converters_own(tmp_path):
-    converter = tmp_path / "convert.py"
-    converter.write_text("raise ValueError('no such architecture')\n")
-    (tmp_path / "tokenizer.json").write_text("{}")
-
-    with pytest.raises(ValueError, match="no such architecture"):
+    (tmp_path / "tokenizer.json").write_text("{}")  # beside one, it is the converter's own failure
+    with pytest.raises(ValueError, match="Couldn't instantiate"):
         convert._convert_text(converter, tmp_path, [])
 
 

@@ -171,13 +171,10 @@ def test_low_bits_need_to_be_asked_for(name):
     ("name", "mode"),
     [("q4_k_m", "auto"), ("iq4_xs", "auto"), ("q5_k_m", "off"), ("q8_0", "off"), ("f16", "off")],
 )
-def test_an_importance_matrix_is_made_below_five_bits(name, mode):
+def test_an_importance_matrix_is_made_below_five_bits_unless_the_user_decides(name, mode):
     assert chosen(name)["imatrix"] == mode
     assert of_format(name).calibrated(formats()[name], chosen(name)) == (mode == "auto")
-
-
-def test_the_user_decides_about_the_importance_matrix():
-    for name, asked in (("q4_k_m", "off"), ("q5_k_m", "auto"), ("q4_k_m", "mine.gguf")):
+    for asked in ("off", "auto", "mine.gguf") if name in ("q4_k_m", "q5_k_m") else ():
         assert chosen(name, imatrix=asked)["imatrix"] == asked
     with pytest.raises(UsageError, match="iq2_xxs needs an importance matrix"):
         chosen("iq2_xxs", allow_low_bits=True, imatrix="off")
@@ -272,14 +269,8 @@ def test_every_type_has_its_number_and_can_be_read_back():
 
     assert {n: known[n] for n in FILE_TYPES} == {n: row.number for n, row in FILE_TYPES.items()}
     assert FILE_TYPES.keys() == {format_.name for format_ in of_format("q4_k_m").formats}
-
-
-def test_tensor_types_have_the_blocks_that_gguf_knows():
     sizes = {kind.name.lower(): size[0] for kind, size in gguf.GGML_QUANT_SIZES.items()}
-
-    assert {name: sizes[name] for name in TENSOR_TYPES} == {
-        name: row.block for name, row in TENSOR_TYPES.items()
-    }
+    assert {n: sizes[n] for n in TENSOR_TYPES} == {n: row.block for n, row in TENSOR_TYPES.items()}
 
 
 def test_a_language_model_is_known_by_its_own_class():
