@@ -81,13 +81,6 @@ class GGUFModel:
             raise CheckFailed(f"{self.name}: {key} is damaged: {error}", hint=_HINT) from None
 
 
-def model_files(folder: Path) -> list[Path]:
-    """Return a folder's GGUF files in order, but for a projector; for a file, the file itself."""
-    if folder.is_file():
-        return [folder]
-    return [folder / name for name in gguf_models(path.name for path in folder.glob("[!.]*.gguf"))]
-
-
 # The converter's changes per architecture (conversion/*.py of llama.cpp).
 _PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
 """Rows of Q and K are permuted from halves of a head to neighbouring pairs (LlamaModel.permute)."""
@@ -105,11 +98,14 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def open_view(artifact: Path, model: Path) -> GGUFView:
-    """Return a folder's GGUF tensors by the names of the checkpoint in `model`.
+    """Return the tensors of a folder's GGUF files by the names of the checkpoint in `model`.
 
-    Raises Unmeasurable for an unsupported architecture.
+    A projector is none of them; `artifact` may be a file. Raises Unmeasurable for an unsupported
+    architecture.
     """
-    return GGUFView(GGUFModel(model_files(artifact)), model)
+    names = gguf_models(path.name for path in artifact.glob("[!.]*.gguf"))
+    files = [artifact] if artifact.is_file() else [artifact / name for name in names]
+    return GGUFView(GGUFModel(files), model)
 
 
 class GGUFView:

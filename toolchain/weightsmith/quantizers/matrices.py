@@ -10,7 +10,7 @@ they weigh.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightsmith.models.facts import read_facts
-from weightsmith.models.tensors import CheckpointTensors
+from weightsmith.models.tensors import CheckpointTensors, widened
 from weightsmith.quantizers.architectures import STACKED_MXFP4
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -78,21 +78,16 @@ class Matrix:
 
     def rows(self, source: CheckpointTensors, start: int, stop: int) -> Floats:
         """Return some of its outputs as float32 [stop - start, inputs]."""
-        return np.asarray(self._read(source.part, start, stop), np.float32)
+        return widened(self.stored(source, start, stop))
 
     def stored(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Return some of its outputs in the tensor's own type: [stop - start, inputs]."""
-        return self._read(source.array, start, stop)
-
-    def _read(
-        self, part: Callable[..., npt.NDArray[np.generic]], start: int, stop: int
-    ) -> npt.NDArray[np.generic]:
         span = slice(self.first + start, self.first + stop)
         if self.expert < 0:
-            return part(self.tensor, (span,))
+            return source.array(self.tensor, (span,))
         if not self.transposed:
-            return part(self.tensor, (self.expert, span))
-        return np.ascontiguousarray(part(self.tensor, (self.expert, slice(None), span)).T)
+            return source.array(self.tensor, (self.expert, span))
+        return np.ascontiguousarray(source.array(self.tensor, (self.expert, slice(None), span)).T)
 
 
 def matrices(source: CheckpointTensors, model: Path) -> tuple[Matrix, ...]:
