@@ -1,11 +1,11 @@
 """A shared cache in this process, which may be broken in every way that a real one is."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import CacheUse
+from weightsmith.core.ports import CacheUse, OpenedBlob
 from weightsmith.core.values import Blob, Digest
 
 CHUNK = 1000
@@ -45,12 +45,7 @@ class MemoryCache:
             self.read_bytes += len(data[start : start + CHUNK])
             yield data[start : start + CHUNK]
 
-    def write(
-        self,
-        key: Digest,
-        document: bytes,
-        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-    ) -> int:
+    def write(self, key: Digest, document: bytes, blobs: Sequence[OpenedBlob]) -> int:
         sent = 0
         for blob, opener in blobs:
             self._fail("write")

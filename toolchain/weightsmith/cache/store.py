@@ -19,7 +19,7 @@ from weightsmith.cache.document import FOLDERS, SharedEntry, layers_of
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
 from weightsmith.core.errors import CacheLost, UsageError
 from weightsmith.core.files import replace_file
-from weightsmith.core.ports import Store, StoreEntry
+from weightsmith.core.ports import Make, Store, StoreEntry
 from weightsmith.core.values import Blob, Digest, FileEntry, JsonValue, Stream, Tree, Writable
 from weightsmith.oci import tar
 from weightsmith.oci.layers import Member, TarLayer, verified
@@ -64,12 +64,7 @@ class SharedStore:
         return entry
 
     def produce(
-        self,
-        key: Digest,
-        note: Mapping[str, Writable],
-        make: Callable[[Path], Mapping[str, JsonValue]],
-        *,
-        resume: bool = False,
+        self, key: Digest, note: Mapping[str, Writable], make: Make, *, resume: bool = False
     ) -> StoreEntry:
         """Return the entry; make it if neither store nor cache has it, and upload it meanwhile."""
         if (found := self._find(key, again=True)) and key in self._lazy:

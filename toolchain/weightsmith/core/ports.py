@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from weightsmith.core.jobs import Job
 from weightsmith.core.values import (
@@ -83,6 +83,11 @@ class StoreEntry:
     """What it was made of, as its maker says."""
 
 
+Make: TypeAlias = Callable[[Path], Mapping[str, JsonValue]]
+"""Fills a folder with a result; returns its metadata, with known digests under `sha256` (path ->
+hex)."""
+
+
 class Store(Protocol):
     """Content-addressed results: complete or absent, never half-written."""
 
@@ -90,18 +95,12 @@ class Store(Protocol):
         """Return the entry and mark it used, or None."""
 
     def produce(
-        self,
-        key: Digest,
-        note: Mapping[str, Writable],
-        make: Callable[[Path], Mapping[str, JsonValue]],
-        *,
-        resume: bool = False,
+        self, key: Digest, note: Mapping[str, Writable], make: Make, *, resume: bool = False
     ) -> StoreEntry:
         """Return the entry; if it does not exist, call `make(folder)` under the key's lock.
 
-        `make` returns the entry's metadata, with known digests under `sha256` (path -> hex). With
-        `resume`, the folder has the files that an interrupted run of the same key left.
-        Raises EnvironmentFailure for a full or read-only disk.
+        With `resume`, the folder has the files that an interrupted run of the same key left. Raises
+        EnvironmentFailure for a full or read-only disk.
         """
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
@@ -130,6 +129,10 @@ class CacheUse:
     """Seconds since 1970; 0 if it is not known."""
 
 
+OpenedBlob: TypeAlias = tuple[Blob, Callable[[], Iterator[bytes]]]
+"""A blob, and what yields its bytes."""
+
+
 class Cache(Protocol):
     """A place that machines share: results by key, complete or absent; nothing there is trusted.
 
@@ -147,12 +150,7 @@ class Cache(Protocol):
     def read(self, blob: Blob) -> Iterator[bytes]:
         """Yield a blob's bytes in chunks; they may be wrong or too few."""
 
-    def write(
-        self,
-        key: Digest,
-        document: bytes,
-        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-    ) -> int:
+    def write(self, key: Digest, document: bytes, blobs: Sequence[OpenedBlob]) -> int:
         """Write the missing blobs, then the document; return how many bytes were sent.
 
         Readers see the whole entry or none; several may write the same one. A blob counts as there

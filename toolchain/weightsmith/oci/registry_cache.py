@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.ports import CacheUse
+from weightsmith.core.ports import CacheUse, OpenedBlob
 from weightsmith.core.values import Blob, Digest, canonical
 from weightsmith.oci import downloads, manifests
 from weightsmith.oci.attachments import EMPTY, EMPTY_TYPE
@@ -63,12 +63,7 @@ class RegistryCache:
         """Yield a blob's bytes; raises Altered at the end if they are others."""
         return downloads.blob(self._pulling, blob)
 
-    def write(
-        self,
-        key: Digest,
-        document: bytes,
-        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-    ) -> int:
+    def write(self, key: Digest, document: bytes, blobs: Sequence[OpenedBlob]) -> int:
         """Push the missing blobs, then the manifest under the key's tag."""
         config = Blob(digest=Digest.of(document), size=len(document), media_type=DOCUMENT_TYPE)
         empty = Blob(digest=Digest.of(EMPTY), size=len(EMPTY), media_type=EMPTY_TYPE)

@@ -11,13 +11,13 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import is_unfinished, marked, replace_file
-from weightsmith.core.ports import CacheUse
+from weightsmith.core.ports import CacheUse, OpenedBlob
 from weightsmith.core.trees import below, remove
 from weightsmith.core.values import Blob, Digest
 
@@ -57,12 +57,7 @@ class FolderCache:
         """Yield a blob's bytes."""
         return _chunks(self._blob(blob.digest), blob.size)
 
-    def write(
-        self,
-        key: Digest,
-        document: bytes,
-        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-    ) -> int:
+    def write(self, key: Digest, document: bytes, blobs: Sequence[OpenedBlob]) -> int:
         """Write the missing blobs, then the document."""
         self.root.mkdir(exist_ok=True)  # not its parents: a share that is not mounted stays empty
         sent = 0

@@ -11,13 +11,13 @@ Credentials, region and endpoint are those of the AWS tools: AWS_PROFILE, AWS_EN
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
-from weightsmith.core.ports import CacheUse
+from weightsmith.core.ports import CacheUse, OpenedBlob
 from weightsmith.core.values import Blob, Digest
 from weightsmith.outside.folder_cache import of_rows, to_rows
 
@@ -76,12 +76,7 @@ class S3Cache:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
-    def write(
-        self,
-        key: Digest,
-        document: bytes,
-        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-    ) -> int:
+    def write(self, key: Digest, document: bytes, blobs: Sequence[OpenedBlob]) -> int:
         """Write the missing blobs, then the document."""
         sent = 0
         with self._asked():

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.files import age_order, sync_folder, write_whole
-from weightsmith.core.ports import StoreEntry
+from weightsmith.core.ports import Make, StoreEntry
 from weightsmith.core.privacy import AnothersFolder, private
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import below, discard, give, remove
@@ -31,7 +31,6 @@ from weightsmith.core.values import (
     Digest,
     FileEntry,
     Json,
-    JsonValue,
     Tree,
     UnreadDigest,
     Writable,
@@ -78,12 +77,7 @@ class FileStore:
         return entry
 
     def produce(
-        self,
-        key: Digest,
-        note: Mapping[str, Writable],
-        make: Callable[[Path], Mapping[str, JsonValue]],
-        *,
-        resume: bool = False,
+        self, key: Digest, note: Mapping[str, Writable], make: Make, *, resume: bool = False
     ) -> StoreEntry:
         """Return the entry; make it under the key's lock if it does not exist."""
         while True:
@@ -194,14 +188,7 @@ class FileStore:
         discard(grave)
         return True
 
-    def _make(
-        self,
-        key: Digest,
-        note: Mapping[str, Writable],
-        make: Callable[[Path], Mapping[str, JsonValue]],
-        *,
-        resume: bool,
-    ) -> None:
+    def _make(self, key: Digest, note: Mapping[str, Writable], make: Make, *, resume: bool) -> None:
         partial = private(self.root, "partial") / key.hex
         if not resume:
             remove(partial)

@@ -12,15 +12,13 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import folder_lock, sync_folder, write_folder
-from weightsmith.core.ports import Store, StoreEntry
+from weightsmith.core.ports import Make, Store, StoreEntry
 from weightsmith.core.trees import below, discard
 from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, StageInputs, Tree
 from weightsmith.core.waiting import holder
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.steps.tools import Tools
 
-Make = Callable[[Path], Mapping[str, JsonValue]]
-"""Fills an empty folder and returns metadata to store with the files."""
 MakeDocument = Callable[[Path], JsonValue]
 """Returns the document; the folder is for temporary files."""
 Inputs = Callable[[], StageInputs]
