@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.api.commands.server import ServerSource, served_model, session_with
+from weightsmith.api.commands.server import served_model, session_with
 from weightsmith.core.errors import UsageError
 from weightsmith.evaluating.client import ask
 from weightsmith.evaluating.items import Item
@@ -29,9 +29,9 @@ def tools_of(bakery: Bakery, *, engine: bool) -> tuple[Tools, MemoryEngine]:
 
 
 def answer_of(image: str, tools: Tools) -> str:
-    place = ServerSource(image=image)
-    with session_with(place, tools) as session:
-        return str(ask(session, served_model(session, place, ""), QUESTION, 8)["answer"])
+    with session_with(tools, image=image) as session:
+        served = served_model(session, "", may_ask=True)
+        return str(ask(session, served, QUESTION, 8)["answer"])
 
 
 @pytest.mark.parametrize("engine", [False, True])
@@ -87,7 +87,7 @@ def test_what_is_no_address(tmp_path: Path, url: str) -> None:
     tools = memory_tools(tmp_path)
     with (
         pytest.raises(UsageError, match="invalid URL") as caught,
-        session_with(ServerSource(url=url), tools),
+        session_with(tools, url=url),
     ):
         pass
     assert "s3cret" not in caught.value.message

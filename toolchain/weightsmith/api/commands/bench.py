@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from weightsmith.api.commands.requests import BenchCommand, Said
-from weightsmith.api.commands.server import ServerSource, served_model, session_with
+from weightsmith.api.commands.server import served_model, session_with
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.ports import Progress
@@ -49,8 +49,8 @@ def bench(request: BenchCommand, tools: Tools) -> Said:
 
     Raises UsageError for invalid options, CheckFailed if no request was answered.
     """
-    place = ServerSource(image=request.image, url=request.url)
-    if bool(place.image) == bool(place.url):
+    image, url = request.image, request.url
+    if bool(image) == bool(url):
         hint = "--image REF starts an image, --url tests a running server"
         raise UsageError("give exactly one of --image and --url", hint=hint)
     if request.out and not (request.out / "build.json").is_file():
@@ -58,8 +58,9 @@ def bench(request: BenchCommand, tools: Tools) -> Said:
         raise UsageError(f"{request.out} has no build.json", hint=hint)
     questions = read_items(request.data) if request.data else _QUESTIONS
     runs, sent, most = [], request.requests, request.max_tokens
-    with session_with(place, tools, SessionLimits(request_seconds=request.timeout)) as session:
-        served = served_model(session, place, request.served_name)
+    limits = SessionLimits(request_seconds=request.timeout)
+    with session_with(tools, limits, image=image, url=url) as session:
+        served = served_model(session, request.served_name, may_ask=bool(image))
         for count in request.concurrency:
             tools.progress.stage("bench", f"{sent} requests, {count} at once")
             runs.append(load_test(session, served, questions, count, sent, most, tools.progress))
@@ -70,7 +71,7 @@ def bench(request: BenchCommand, tools: Tools) -> Said:
                 hint="test the server with curl, and read its log",
             )
     result: dict[str, Writable] = {
-        "subject": place.image or without_passwords(place.url),
+        "subject": image or without_passwords(url),
         "served_name": served.name,
         "max_tokens": most,
         "cpus": len(os.sched_getaffinity(0)),

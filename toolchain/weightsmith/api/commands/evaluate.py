@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightsmith.api.commands.merge import open_sources
 from weightsmith.api.commands.requests import EvaluateCommand, Said
-from weightsmith.api.commands.server import ServerSource, api_key, served_model, session_with
+from weightsmith.api.commands.server import api_key, served_model, session_with
 from weightsmith.api.results import Evaluation
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import joined
@@ -136,10 +136,10 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
         answers = reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
         return score_task(task, answers, tools.command)
-    place = ServerSource(image=asked.image, url=asked.url)
+    image, url = asked.image, asked.url
     limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
-    with session_with(place, tools, limits, modest=True) as session:
-        served = served_model(session, place, asked.served_name)
+    with session_with(tools, limits, image=image, url=url, modest=True) as session:
+        served = served_model(session, asked.served_name, may_ask=bool(image))
         count = asked.concurrency
         answers = ask_server(session, served, task, tools.progress, concurrency=count, kept=kept)
         # The server must still be running: the command may query it.
@@ -176,15 +176,16 @@ def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Said:
         )
     if request.answers:
         raise UsageError("--answers is for questions of --data", hint="leave it out")
-    place = ServerSource(image=request.image, url=request.url)
-    if bool(place.image) == bool(place.url):
+    image, url = request.image, request.url
+    if bool(image) == bool(url):
         raise UsageError(
             "--tasks needs exactly one of --image and --url",
             hint="--image REF starts an image, --url queries a server",
         )
     tools.progress.stage("evaluate", request.tasks)
-    with session_with(place, tools, modest=True) as session, tools.scratch() as out:
-        served = served_model(session, place, request.served_name)
+    session_of = session_with(tools, image=image, url=url, modest=True)
+    with session_of as session, tools.scratch() as out:
+        served = served_model(session, request.served_name, may_ask=bool(image))
         words = harness_command(request, session.endpoint.url, served.name, out)
         key = api_key() or "none"
         try:

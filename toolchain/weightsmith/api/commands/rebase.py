@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from weightsmith.api.commands.requests import RebaseCommand
-from weightsmith.api.commands.server import ServerSource, session_with
+from weightsmith.api.commands.server import session_with
 from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.values import Digest, Published
 from weightsmith.evaluating.client import ask, find_served, first_name
@@ -143,7 +143,7 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
     try:
         with candidate(image, None, tools) as name:
             try:
-                with session_with(ServerSource(image=name), tools, modest=True) as session:
+                with session_with(tools, image=name, modest=True) as session:
                     ask(session, find_served(session, first_name(session)), _GREETING, 4)
             except CheckFailed as error:
                 raise CheckFailed(

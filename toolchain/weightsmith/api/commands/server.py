@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import httpx
@@ -29,38 +29,36 @@ from weightsmith.steps.tools import Tools
 _START_SECONDS = 900.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSource:
-    """Either an image, by reference or as a layout's folder, or a URL."""
-
-    image: str = ""
-    url: str = ""
-
-
 @contextmanager
 def session_with(
-    place: ServerSource, tools: Tools, limits: SessionLimits | None = None, *, modest: bool = False
+    tools: Tools,
+    limits: SessionLimits | None = None,
+    *,
+    image: str = "",
+    url: str = "",
+    modest: bool = False,
 ) -> Iterator[ServerSession]:
     """Yield a session with a ready server; stops the server afterwards if we started it.
 
-    `modest` leaves busy CPUs alone if the engine's number of threads can be set. The key in
+    `image` is a reference or a layout's folder; without one, a server runs at `url`. `modest`
+    leaves busy CPUs alone if the engine's number of threads can be set. The key in
     WEIGHTSMITH_API_KEY is sent only to a server at a URL.
     Raises UsageError for a missing image, or a malformed URL or key, CheckFailed for an image that
     does not become ready.
     """
-    if place.url:
-        if not _is_address(place.url):
+    if url:
+        if not _is_address(url):
             raise UsageError(
-                f"--url {without_passwords(place.url)}: invalid URL",
+                f"--url {without_passwords(url)}: invalid URL",
                 hint="for example --url http://127.0.0.1:8000",
             )
-        address = place.url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        address = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
         running = Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
         trusted = connections.trusted()
         with ServerSession(running, limits, key=api_key(), trusted=trusted) as session:
             yield session
         return
-    with _startable(place.image, tools) as (image, config):
+    with _startable(image, tools) as (startable, config):
         labels = config.get("Labels") or {}
         target = all_targets().get(labels.get("dev.weightsmith.target", ""))
         named = (port.partition("/")[0] for port in config.get("ExposedPorts") or ())
@@ -74,7 +72,9 @@ def session_with(
             use_gpu=True,
         )
         path = target.engine.health_path if target else "/health"
-        started = start(image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits)
+        started = start(
+            startable, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
+        )
         with started as session:
             yield session
 
@@ -150,11 +150,15 @@ def _pulled(image: str, tools: Tools) -> Image:
     )
 
 
-def served_model(session: ServerSession, place: ServerSource, requested: str) -> Served:
+def served_model(session: ServerSession, requested: str, *, may_ask: bool) -> Served:
     """Return the server's model: `requested`, or the first that it lists.
 
-    A server of somebody else's is sent no request that the user did not ask for. Raises
+    A server of somebody else's (not `may_ask`) is sent no request that the user did not ask for.
+
+    Raises
+    ------
     CheckFailed if the server does not list `requested`, or lists no model.
+
     """
     # Short time limits: a server that cannot list its models hangs.
     patient = session.limits
@@ -170,4 +174,4 @@ def served_model(session: ServerSession, place: ServerSource, requested: str) ->
             raise
     finally:
         session.limits = patient
-    return find_served(session, name, may_ask=bool(place.image))
+    return find_served(session, name, may_ask=may_ask)

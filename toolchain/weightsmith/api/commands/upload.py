@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 from weightsmith.api.commands.requests import PushCommand, Said
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
@@ -36,13 +37,8 @@ from weightsmith.stages.upload import CARD, HubDestination, changes, repository_
 from weightsmith.steps.step import WEIGHTS
 from weightsmith.steps.tools import Tools
 
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model's files and what is known of it."""
-
-    tree: Tree
-    card: ModelCard
+_Model: TypeAlias = tuple[Tree, ModelCard]
+"""A model's files and what is known of it."""
 
 
 def hub_destination(asked: PushCommand) -> HubDestination | None:
@@ -66,8 +62,8 @@ def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Uploa
     Raises InputRefused for a model that is incomplete, has pickle files, custom code or links
     out of its folder, and what `upload` raises.
     """
-    with _opened(source, destination, tools) as (model, text):
-        return upload(model.tree, text, destination, model.card.version, tools).value
+    with _opened(source, destination, tools) as (tree, card, text):
+        return upload(tree, text, destination, card.version, tools).value
 
 
 def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said:
@@ -75,9 +71,9 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 
     These are the repository's files as they would be, those that would go, and the card.
     """
-    with _opened(source, destination, tools) as (model, card):
-        wanted = changes(model.tree, card, destination, tools.hub)
-    sizes = {entry.path: entry.size for entry in model.tree.files} | {CARD: len(card.encode())}
+    with _opened(source, destination, tools) as (tree, _, card):
+        wanted = changes(tree, card, destination, tools.hub)
+    sizes = {entry.path: entry.size for entry in tree.files} | {CARD: len(card.encode())}
     sent, exists = sum(wanted.sizes.values()), wanted.held is not None
     kind = "public" if destination.public else "private"
     there = "exists" if exists else f"would be a new {kind} repository"
@@ -101,29 +97,29 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 
 
 @contextmanager
-def _opened(source: str, destination: HubDestination, tools: Tools) -> Iterator[tuple[_Model, str]]:
+def _opened(
+    source: str, destination: HubDestination, tools: Tools
+) -> Iterator[tuple[Tree, ModelCard, str]]:
     tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
-        model = _open(source, scratch, tools)
-        names = [entry.path for entry in model.tree.files]
-        yield model, model_card(model.card, destination.repository, names)
-
-
-def _open(source: str, scratch: Path, tools: Tools) -> _Model:
-    path = Path(source)
-    if not is_layout(source):
-        if (path / FILE).is_file():
-            return _of_build(path, scratch, tools)
-        if path.is_dir():
+        path = Path(source)
+        if is_layout(source):
+            tree, card = _of_image(source, scratch, tools)
+        elif (path / FILE).is_file():
+            tree, card = _of_build(path, scratch, tools)
+        elif path.is_dir():
             card = ModelCard(name=path.resolve().name, license=license_of(path))
-            return _Model(_of_folder(path, tools), card)
-        if path.suffix == ".gguf" and path.is_file():
+            tree = _of_folder(path, tools)
+        elif path.suffix == ".gguf" and path.is_file():
             tree = _tree(path.parent, files_with(path), tools)
-            return _Model(tree, ModelCard(name=model_name(path.name)))
-        if path.is_file() or source.endswith(".gguf"):
+            card = ModelCard(name=model_name(path.name))
+        elif path.is_file() or source.endswith(".gguf"):
             hint = "give a checkpoint's folder or a .gguf file"
             raise InputRefused(f"{path} is no model", hint=hint)
-    return _of_image(source, scratch, tools)
+        else:
+            tree, card = _of_image(source, scratch, tools)
+        names = [entry.path for entry in tree.files]
+        yield tree, card, model_card(card, destination.repository, names)
 
 
 def _of_folder(root: Path, tools: Tools) -> Tree:
@@ -159,20 +155,20 @@ def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
         )
     _require_merged(record.artifact.format, str(folder))
     if tree := _in_store(record, tools):
-        return _Model(tree, card_of_build(record))
+        return tree, card_of_build(record)
     image, layouts = record.image, [folder / "image"]
     if image.reference.startswith("oci:"):
         layouts.append(Path(image.reference.removeprefix("oci:")))
     held = [one for one in layouts if is_layout(str(one)) and held_digest(one) == image.digest]
     source = f"oci:{held[0]}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
     try:
-        found = _of_image(source, scratch, tools)
+        tree, _ = _of_image(source, scratch, tools)
     except (EnvironmentFailure, InputRefused, UsageError) as error:
         raise InputRefused(
             f"{folder}: its weights are neither in the store nor in {source}: {error.message}",
             hint="build again, or give the image's reference or layout instead of the folder",
         ) from None
-    return _Model(found.tree, card_of_build(record))
+    return tree, card_of_build(record)
 
 
 def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
@@ -228,7 +224,7 @@ def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
         context=context if isinstance(context, int) else 0,
         image=image.digest if VERDICT in image.labels else "",
     )
-    return _Model(tree, card)
+    return tree, card
 
 
 def _as_tar(layer: Layer) -> Layer:
