@@ -110,18 +110,24 @@ def test_no_library_loads_it(both):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_wrong_computation_is_noticed(make_model, make_adapter, monkeypatch):
-    base = make_model(dtype=torch.bfloat16)
-    adapters = ((make_adapter(base), 1.0),)
+@pytest.fixture
+def wrong_rows(monkeypatch):
+    """Of one tensor."""
     right = blocks.RowMaker._merge
 
     def wrong(self, output, *rest):
         rows = right(self, output, *rest)
         if "layers.1.mlp.up_proj" in output.name:
-            rows[0, 0] += 1
+            rows[:, 0] += 1
         return rows
 
-    monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
+    return lambda: monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
+
+
+def test_a_wrong_computation_is_noticed(make_model, make_adapter, wrong_rows):
+    base = make_model(dtype=torch.bfloat16)
+    adapters = ((make_adapter(base), 1.0),)
+    wrong_rows()
     with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj"):
         merged(base, adapters, "unwritten", headers_only=True)
     assert not list((base.parent / "unwritten").glob("*.safetensors"))
@@ -187,16 +193,9 @@ def test_the_proof_is_that_of_the_files(both):
 
 
 @pytest.mark.grid(6)
-def test_a_wrong_row_is_found_by_the_proof(both, monkeypatch):
+def test_a_wrong_row_is_found_by_the_proof(both, wrong_rows):
     base, adapters, _, (folder, _) = both
-    right = blocks.RowMaker._merge
-
-    def wrong(self, output, *rest):
-        rows = right(self, output, *rest)
-        rows[:, 0] += 1
-        return rows
-
-    monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
+    wrong_rows()
     with opened(folder, base, adapters, Merge()):
         assert not validate(ValidationRequest(base=base, adapters=adapters, merged=folder)).passed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -14,34 +13,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging import kernel, rounding, torch_kernel
+from weightsmith.merging import kernel, torch_kernel
 from weightsmith.merging.kernel import PreparedAddition, Space, finish_rows, merge_rows, prepare
 from weightsmith.merging.repair import LowRankUpdate
-from weightsmith.merging.rounding import BF16, F16, F32, round_dyadic, round_once
+from weightsmith.merging.rounding import BF16, F16, F32, FORMATS, round_dyadic, round_once
 from weightsmith.merging.torch_kernel import as_tensor
 
-
-@dataclass(frozen=True)
-class Form:
-    """A format as torch knows it, and numpy's type of the same name."""
-
-    bits: torch.dtype
-    width: int
-    array: np.dtype
-
-
-FORMATS = {
-    torch.bfloat16: Form(torch.int16, 16, BF16),
-    torch.float16: Form(torch.int16, 16, F16),
-    torch.float32: Form(torch.int32, 32, F32),
-}
-DTYPES = list(FORMATS)
+ARRAYS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
+INTEGERS = {2: torch.int16, 4: torch.int32}
+DTYPES = list(ARRAYS)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's own bits as a numpy array."""
-    bits = tensor.contiguous().view(FORMATS[tensor.dtype].bits).numpy()
-    return bits.view(FORMATS[tensor.dtype].array)
+    bits = tensor.contiguous().view(INTEGERS[tensor.itemsize]).numpy()
+    return bits.view(ARRAYS[tensor.dtype])
 
 
 def oracle(value: Fraction, dtype: torch.dtype) -> int:
@@ -49,15 +35,12 @@ def oracle(value: Fraction, dtype: torch.dtype) -> int:
 
     Candidates are the nearest by torch's own rounding, and those beside it.
     """
-    form = FORMATS[dtype]
     start = torch.tensor(float(value), dtype=torch.float64).to(dtype)
-    bits = start.view(form.bits).long() & ((1 << form.width) - 1)
-    near = torch.stack([bits + step for step in range(-3, 4)]) & ((1 << form.width) - 1)
-    signed = torch.where(near >= 1 << (form.width - 1), near - (1 << form.width), near)
-    floats = signed.to(form.bits).view(dtype).double().tolist()
+    bits = start.view(INTEGERS[dtype.itemsize])
+    near = (bits.long() + torch.arange(-3, 4)).to(bits.dtype)
     options = [
         (abs(Fraction(f) - value), b & 1, b)
-        for f, b in zip(floats, signed.tolist(), strict=True)
+        for f, b in zip(near.view(dtype).double().tolist(), near.tolist(), strict=True)
         if abs(f) != float("inf") and f == f and (f != 0 or (b < 0) == (value < 0))
     ]
     return min(options)[2]
@@ -82,7 +65,7 @@ def expected_bits(
             if delta == 0:
                 # Nothing added: the weight itself, its sign included.
                 kept = weight[i, j].reshape(1).to(dtype)
-                found.append(int(kept.view(FORMATS[dtype].bits)))
+                found.append(int(kept.view(INTEGERS[dtype.itemsize])))
             else:
                 found.append(oracle(exact, dtype) if exact else 0)
     return found
@@ -113,8 +96,8 @@ def merged(
     factors = LowRankUpdate(
         left=as_array(left.float()), right=as_array(right.float()), gains=np.array(gains)
     )
-    prepared = prepare("w", factors, FORMATS[dtype].array)
-    out = np.empty(weight.shape, FORMATS[dtype].array)
+    prepared = prepare("w", factors, ARRAYS[dtype])
+    out = np.empty(weight.shape, ARRAYS[dtype])
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
         way(prepared, as_array(weight)[part], first, out[part])
@@ -126,7 +109,7 @@ def check(*case: Any, rows: int = 1 << 20) -> None:
     expected = expected_bits(weight, left, right, gains, dtype)
     for way in (on_cpu, on_device):
         got = merged(weight, left, right, gains, dtype, rows, way).flatten()
-        assert expected == got.view(FORMATS[dtype].bits).tolist()
+        assert expected == got.view(INTEGERS[dtype.itemsize]).tolist()
 
 
 KINDS = ("gaussian", "integers", "cancelling", "tiny", "spread", "sparse")
@@ -215,7 +198,7 @@ def test_bytes_do_not_depend_on_threads_or_blocks(out: torch.dtype) -> None:
         with threadpool_limits(limits=count):
             for way in (on_cpu, on_device):
                 got = merged(weight, left, right, gains, out, rows, way)
-                results.append(got.view(FORMATS[out].bits))
+                results.append(got.view(INTEGERS[out.itemsize]))
 
     assert all(torch.equal(results[0], other) for other in results)
 
@@ -243,7 +226,7 @@ def test_near_ties_are_decided_by_the_exact_sum(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16])
 def test_rounding_float64_once(out: torch.dtype) -> None:
     """A conversion through float32 rounds twice; this value shows the difference."""
-    form = rounding.FORMATS[FORMATS[out].array]
+    form = FORMATS[ARRAYS[out]]
     tie, step = 1 + 2.0**-form.precision, 2.0 ** (1 - form.precision)
     beside = np.array([tie + 2.0**-40, -tie - 2.0**-40, tie - 2.0**-40, tie])
 
@@ -257,14 +240,14 @@ def test_rounding_float64_once(out: torch.dtype) -> None:
     out=st.sampled_from(DTYPES),
 )
 def test_rounding_exact_numbers(numerator: int, exponent: int, out: torch.dtype) -> None:
-    form = rounding.FORMATS[FORMATS[out].array]
+    form = FORMATS[ARRAYS[out]]
     value = Fraction(numerator) * Fraction(2) ** exponent
     bits = round_dyadic(numerator, exponent, form)
     signed = bits - (1 << form.width) if bits >> (form.width - 1) else bits
     if abs(value) < Fraction(form.largest):
         assert oracle(value, out) == signed
     elif abs(value) > Fraction(form.largest) * 2:
-        infinity = torch.tensor(signed, dtype=FORMATS[out].bits).view(out)
+        infinity = torch.tensor(signed, dtype=INTEGERS[out.itemsize]).view(out)
         assert abs(float(infinity)) == float("inf")
 
 
