@@ -22,8 +22,7 @@ def act(*words: object) -> list[str]:
 
 def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> None:
     """Assemble and push, as `bake --push` does."""
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.references import Reference
     from weightsmith.oci.registry import Registry
 
@@ -57,8 +56,7 @@ def digests(folder: str) -> None:
 
 def layout(folder: str, out: str) -> None:
     """Write the same image as a layout, for tools that copy layouts."""
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.layout import write_layout
 
     write_layout(assemble(layers(folder), config=ImageConfig()), Path(out), ref="v1")
@@ -66,8 +64,7 @@ def layout(folder: str, out: str) -> None:
 
 def rebase(source: str, onto: str, to: str) -> None:
     """Replace the base of an image in the registry, as `rebase` does."""
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.references import Reference
     from weightsmith.oci.registry import Registry
 
@@ -82,8 +79,7 @@ def load(folder: str, reference: str) -> None:
     """Assemble and stream into the engine, as `bake --load` does; no tar is written."""
     from weightsmith.building.wiring import open_tools
     from weightsmith.core.ports import Silent
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.recipe.run_options import RunOptions
     from weightsmith.steps.delivery import ImageOutputs, deliver
@@ -129,8 +125,7 @@ def plan() -> None:
 
 def base(reference: str) -> None:
     """Push a small base."""
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.layers import Member, TarLayer
     from weightsmith.oci.references import Reference
     from weightsmith.oci.registry import Registry

@@ -73,8 +73,7 @@ def make_weights(size: int) -> Path:
 def push(weights: Path, count: int, reference: str) -> None:
     """Push an image with the file in `count` layers of equal size."""
     from weightsmith.core.values import Slice
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.layers import Member, TarLayer
     from weightsmith.oci.references import Reference
     from weightsmith.oci.registry import Registry

@@ -62,8 +62,7 @@ def parts(number: int, mib: int) -> list[tuple[Path, int]]:
 
 def push(order: str, engine: int, weights: int, host: str) -> None:
     """Push an image of an engine and weights in this order."""
-    from weightsmith.oci.configuration import ImageConfig
-    from weightsmith.oci.image import assemble
+    from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.layers import Member, TarLayer
     from weightsmith.oci.references import Reference
     from weightsmith.oci.registry import Registry

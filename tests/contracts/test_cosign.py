@@ -22,10 +22,9 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import evidence
 

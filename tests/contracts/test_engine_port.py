@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import ContainerEngine
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import docker_archive
 from weightsmith.oci.references import Reference

@@ -12,8 +12,7 @@ from urllib.request import Request, urlopen
 import pytest
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.values import Tree
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.modelpack import (
     ModelDescription,

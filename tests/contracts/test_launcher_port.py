@@ -11,8 +11,7 @@ from weightsmith.core.cpus import flags
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Launcher, StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import assemble
+from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import docker_archive
 from weightsmith.oci.references import Reference

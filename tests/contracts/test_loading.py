@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from weightsmith.api.commands.images import inspect_image
 from weightsmith.oci import layout
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.docker import DockerEngine

@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.oci.attachments import Attachment, AttachmentPart
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, Order, assemble
+from weightsmith.oci.image import Image, ImageConfig, Order, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import LayoutLocation, docker_archive, read_layout, write_layout
-from weightsmith.oci.locations import open_location
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, open_location
 from weightsmith.oci.unpack import unpack
 
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image, tree_of

@@ -17,9 +17,8 @@ from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.faulty_proxy import Faults, faulty_proxy

@@ -11,8 +11,7 @@ from typing import Any
 from weightsmith.api.commands.bake import bake_model
 from weightsmith.api.commands.requests import BakeCommand
 from weightsmith.core.ports import Progress, Silent
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

@@ -8,8 +8,7 @@ import tarfile
 from pathlib import Path
 
 from weightsmith.core.values import Blob, Digest, FileEntry, Tree
-from weightsmith.oci.configuration import Healthcheck, ImageConfig
-from weightsmith.oci.image import Image, assemble, load_image
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.weights import weight_layers
 

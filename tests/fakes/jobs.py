@@ -23,7 +23,7 @@ from weightsmith.core.jobs import (
     SiblingFormat,
 )
 from weightsmith.core.values import Digest, Json, canonical
-from weightsmith.models.gguf_names import projector_name
+from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import build_header
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, gguf_lora, of_format

@@ -21,9 +21,8 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.results import RecipeTask, Result
 from weightsmith.evaluating.task import Task
 from weightsmith.models.reshard import Resharded
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.sealing import seal

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.values import Digest
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image
+from weightsmith.oci.image import Image, ImageConfig
 from weightsmith.oci.layout import held_digest, read_layout, write_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

@@ -48,9 +48,8 @@ from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, load_image
 from weightsmith.oci.layers import LAYER_TAR
-from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, open_location
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.folder_cache import FolderCache

@@ -18,9 +18,8 @@ from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Index
 from weightsmith.oci.layers import TITLE
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing, statements
 from weightsmith.provenance.attest import test_result as result_of

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.folder import scan
-from weightsmith.models.gguf_names import files_with, gguf_models, projector_of
+from weightsmith.models.gguf_config import files_with, gguf_models, projector_of
 from weightsmith.models.gguf_reader import GGUFReader
 
 ARRAYS = {

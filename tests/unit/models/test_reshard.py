@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.models.reshard import INDEX, Resharded, read_pieces, reshard, size_of
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import assemble
+from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.unpack import unpack
 from weightsmith.oci.weights import weight_layers
 

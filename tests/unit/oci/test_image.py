@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 from weightsmith.api.commands.images import describe
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.oci.configuration import Healthcheck, ImageConfig
-from weightsmith.oci.image import assemble, load_image
+from weightsmith.oci.image import Healthcheck, ImageConfig, assemble, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 

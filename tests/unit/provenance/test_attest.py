@@ -18,8 +18,7 @@ from weightsmith.core.values import (
     Tree,
 )
 from weightsmith.models.reshard import Resharded
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import assemble
+from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in
 from weightsmith.provenance.labels import _quality, plan_label, public_name

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import Blob, Digest, FileEntry, tree_digest
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.provenance import evidence
 from weightsmith.provenance.chain import check_chain

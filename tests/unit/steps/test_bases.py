@@ -14,8 +14,7 @@ import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.values import key_of
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import assemble
+from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import write_layout
 from weightsmith.outside.store import FileStore

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import assemble
+from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layout import write_layout
 from weightsmith.recipe.file import RecipeFile, read_recipe
 from weightsmith.steps.lock import Lock, pinned, read_lock, with_sources, write_lock

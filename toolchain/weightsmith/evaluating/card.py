@@ -21,7 +21,7 @@ from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.safe_parse import parse
 from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord, SuiteRecord
 from weightsmith.evaluating.gate import wilson
-from weightsmith.models.gguf_names import gguf_models, projector_of
+from weightsmith.models.gguf_config import gguf_models, projector_of
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 _SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")

@@ -1,4 +1,7 @@
-"""Images as values: layers, a configuration and annotations; same inputs, same digest."""
+"""Images as values: layers, a configuration and annotations; same inputs, same digest.
+
+The configuration is a base's with what is added; those from outside are checked.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.values import Blob, Digest, ImageLayer, Json, JsonValue, canonical
 from weightsmith.oci import manifests, tar
-from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
 from weightsmith.oci.layers import FILE_PATH, LAYER_TAR, TITLE, BlobLayer, Layer, file_of
 from weightsmith.oci.references import Reference
 
@@ -26,6 +28,37 @@ _OCI_TYPES = {manifests.DOCKER_TAR: LAYER_TAR, manifests.DOCKER_GZIP: manifests.
 _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 DEFAULT_PLATFORM = "linux/amd64"
 """Of an image from scratch, on every machine, so that it has one digest."""
+OWN_LABELS = "dev.weightsmith."
+_ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
+"""Beginnings of labels that are not inherited: a base's are of its own version and weights."""
+_SECOND = 1_000_000_000
+"""Nanoseconds, in which Docker keeps times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Healthcheck:
+    """A command that exits with 0 when the server is ready; times in seconds."""
+
+    command: tuple[str, ...]
+    interval: int = 10
+    timeout: int = 5
+    start_period: int = 900
+    """Loading weights takes minutes; earlier failures do not count."""
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """What an image adds to its base's configuration; None or empty keeps the base's."""
+
+    user: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    ports: tuple[int, ...] = ()
+    healthcheck: Healthcheck | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    working_dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +204,7 @@ def assemble(
     settings = {
         **{key: value for key, value in start.items() if key in _KEPT},
         "created": created,
-        "config": merged(_uncovered(base, (*weights, *files)) if base else {}, config),
+        "config": _merged_config(_uncovered(base, (*weights, *files)) if base else {}, config),
         "history": [
             *(_entry(layer, created) for layer in lower),
             *(_base_history(base, created) if base else ()),
@@ -212,7 +245,7 @@ def load_image(
     layers = []
     for n, (row, diff_id) in enumerate(zip(rows, ids, strict=True)):
         blob = manifests.descriptor(row, f"{where}: layer {n}", manifests.LAYERS)
-        notes = texts(row.get("annotations"), where)
+        notes = _texts(row.get("annotations"), where)
         file = file_of(notes.get(TITLE, ""), blob.media_type) or notes.get(FILE_PATH, "")
         layers.append(
             BlobLayer(blob=blob, diff_id=diff_id, opener=opener(blob), file=file, origin=origin)
@@ -221,10 +254,12 @@ def load_image(
         layers=tuple(layers),
         settings={
             key: value
-            for key, value in (settings if artifact_type else checked(settings, where)).items()
+            for key, value in (
+                settings if artifact_type else _checked_config(settings, where)
+            ).items()
             if key not in ("rootfs", "modelfs")
         },
-        annotations=texts(document.get("annotations"), where),
+        annotations=_texts(document.get("annotations"), where),
         artifact_type=artifact_type,
         raw=(manifest, raw_config, media_type),
     )
@@ -338,3 +373,67 @@ def host_image(whole: ImageOrIndex) -> Image:
 def is_for_host(image: Image) -> bool:
     """Say whether an image is for this machine's platform."""
     return image.platform == host_platform()
+
+
+def _merged_config(base: Mapping[str, Json], added: ImageConfig) -> dict[str, JsonValue]:
+    """Return a base's configuration with what is added."""
+    both = dict(base)
+    env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
+    env.update(added.env)
+    both["Env"] = [f"{key}={value}" for key, value in env.items()]
+    labels = base.get("Labels") or {}
+    inherited = {k: v for k, v in labels.items() if not k.startswith(_ITS_OWN)}
+    both["Labels"] = {**inherited, **added.labels}
+    both.pop("OnBuild", None)  # as Docker does: it is for builds on top of the base itself
+    if added.user is not None:
+        both["User"] = added.user
+    if added.entrypoint is not None:
+        # As Docker does: a base's command was meant for the base's entrypoint.
+        both["Entrypoint"] = list(added.entrypoint)
+        both.pop("Cmd", None)
+    if added.cmd is not None:
+        both["Cmd"] = list(added.cmd)
+    if added.working_dir is not None:
+        both["WorkingDir"] = added.working_dir
+    if added.ports:
+        ports: dict[str, JsonValue] = {f"{port}/tcp": {} for port in added.ports}
+        both["ExposedPorts"] = {**(base.get("ExposedPorts") or {}), **ports}
+    if added.healthcheck:
+        # Docker's extension of OCI's: https://github.com/moby/docker-image-spec spec.md
+        check = added.healthcheck
+        both["Healthcheck"] = {
+            "Test": ["CMD", *check.command],
+            "Interval": check.interval * _SECOND,
+            "Timeout": check.timeout * _SECOND,
+            "StartPeriod": check.start_period * _SECOND,
+            "Retries": check.retries,
+        }
+    return {key: value for key, value in both.items() if value not in (None, [], {})}
+
+
+def _checked_config(settings: Mapping[str, JsonValue], where: str) -> Mapping[str, JsonValue]:
+    """Return a configuration from outside; raises InputRefused if a field has the wrong type."""
+    config = settings.get("config") or {}
+    if not isinstance(config, dict):
+        raise manifests.damaged(f"{where}: the configuration's 'config' is not an object")
+    kinds: Mapping[str, type] = {
+        **dict.fromkeys(("Env", "Entrypoint", "Cmd"), list),
+        **dict.fromkeys(("Labels", "ExposedPorts", "Volumes"), dict),
+        **dict.fromkeys(("User", "WorkingDir"), str),
+    }
+    for name, kind in kinds.items():
+        value = config.get(name)
+        wrong = value is not None and not isinstance(value, kind)
+        inner = value if isinstance(value, list) else []
+        if wrong or any(not isinstance(item, str) for item in inner):
+            raise manifests.damaged(f"{where}: the configuration's {name!r} is malformed")
+    _texts(config.get("Labels"), where)
+    return settings
+
+
+def _texts(value: JsonValue, where: str) -> dict[str, str]:
+    """Return annotations or labels; raises InputRefused if they are no strings."""
+    found = {} if value is None else value
+    if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
+        raise manifests.damaged(f"{where}: annotations and labels must be strings")
+    return dict(found)

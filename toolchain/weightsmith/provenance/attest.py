@@ -23,7 +23,7 @@ from weightsmith.core.values import (
 )
 from weightsmith.evaluating.results import Result, main_scores, named, unproven_of, verdicts_of
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.models.gguf_names import gguf_models
+from weightsmith.models.gguf_config import gguf_models
 from weightsmith.models.reshard import Resharded
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, ImageOrIndex, Order, index_of

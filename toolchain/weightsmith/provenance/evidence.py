@@ -15,7 +15,7 @@ from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.values import Blob, Digest, FileEntry, JsonValue, canonical, tree_digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE
-from weightsmith.oci.locations import ImageLocation
+from weightsmith.oci.registry import ImageLocation
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import Resource, Statement
 

@@ -24,8 +24,15 @@ from weightsmith.core.values import (
 )
 from weightsmith.evaluating.card import CardSuite
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of, verdicts_of
-from weightsmith.oci.configuration import OWN_LABELS, Healthcheck, ImageConfig
-from weightsmith.oci.image import DEFAULT_PLATFORM, Image, Order, assemble
+from weightsmith.oci.image import (
+    DEFAULT_PLATFORM,
+    OWN_LABELS,
+    Healthcheck,
+    Image,
+    ImageConfig,
+    Order,
+    assemble,
+)
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import OLLAMA_MODEL
 from weightsmith.provenance.bills import OWN_ENGINE

@@ -13,7 +13,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Signer
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
-from weightsmith.oci.locations import ImageLocation
+from weightsmith.oci.registry import ImageLocation
 from weightsmith.provenance import signing
 from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import (

@@ -19,7 +19,7 @@ import numpy as np
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, JsonValue
-from weightsmith.models.gguf_names import projector_name
+from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
 from weightsmith.quantizers.gguf_file import GGUFModel

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from weightsmith.core.errors import CheckFailed, Unmeasurable
 from weightsmith.core.values import Json
-from weightsmith.models.gguf_names import gguf_models, parts_of
+from weightsmith.models.gguf_config import gguf_models, parts_of
 from weightsmith.models.tensors import CheckpointTensors
 
 _HINT = "create it again; a common cause is a full disk"

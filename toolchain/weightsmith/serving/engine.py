@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import SAFETENSORS, Format, JsonValue, Tree
 from weightsmith.models.facts import ModelFacts
-from weightsmith.models.gguf_names import projector_of
+from weightsmith.models.gguf_config import projector_of
 from weightsmith.serving.plan import ServingPlan
 
 

@@ -15,10 +15,9 @@ from weightsmith.core.resources import engine_source
 from weightsmith.core.values import Artifact, Checkpoint, Sources, Tree
 from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.models.facts import ModelFacts
-from weightsmith.models.gguf_names import gguf_models, projector_of
+from weightsmith.models.gguf_config import gguf_models, projector_of
 from weightsmith.models.reshard import Resharded, reshard
-from weightsmith.oci.configuration import Healthcheck, ImageConfig
-from weightsmith.oci.image import DEFAULT_PLATFORM, Image, host_image
+from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig, host_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.limits import check_layers
 from weightsmith.oci.modelpack import ModelDescription, model_pack, ollama_model, tar_model_pack

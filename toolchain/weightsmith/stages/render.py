@@ -37,7 +37,7 @@ from weightsmith.core.values import (
     Writable,
 )
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.models.gguf_names import gguf_models
+from weightsmith.models.gguf_config import gguf_models
 from weightsmith.oci.layout import is_layout
 from weightsmith.provenance.attest import ImageMaterials
 from weightsmith.provenance.labels import reference

@@ -21,8 +21,7 @@ from weightsmith.core.resources import (
 )
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Blob, Digest, JsonValue, StageInputs, key_of
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import (
     LAYER_TAR,
     TAR_RECIPE,
@@ -31,7 +30,7 @@ from weightsmith.oci.layers import (
     verified,
 )
 from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
-from weightsmith.oci.locations import reference_of
+from weightsmith.oci.registry import reference_of
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import (
     ACCOUNTS,

@@ -30,8 +30,8 @@ from weightsmith.oci.layout import (
     incremental_images,
     write_layout,
 )
-from weightsmith.oci.locations import ImageLocation, RegistryLocation
 from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import ImageLocation, RegistryLocation
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.sealing import attach
 from weightsmith.serving.memory import human

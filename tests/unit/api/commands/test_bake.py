@@ -19,12 +19,11 @@ from weightsmith.api.commands.requests import RenderCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
-from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import open_location
 
 from tests.fakes.baking import ENGINE, Bakery, bake, make_key, push_base
 from tests.fakes.tiny import write_model

@@ -16,9 +16,8 @@ from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, Index
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.recipe.run_options import RunOptions
 

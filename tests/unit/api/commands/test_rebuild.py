@@ -11,9 +11,8 @@ import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.evaluating.items import read_items
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.folders import FolderReader
 from weightsmith.outside.store import FileStore
 from weightsmith.steps.lock import read_lock

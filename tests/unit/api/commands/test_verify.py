@@ -18,10 +18,9 @@ from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest, canonical, plain
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.docker import DockerEngine
 from weightsmith.provenance.chain import Check
 

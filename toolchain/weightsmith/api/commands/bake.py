@@ -22,8 +22,12 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Progress, Store
 from weightsmith.core.values import SAFETENSORS, Artifact, FileEntry, Published, Tree
 from weightsmith.models.folder import scan
-from weightsmith.models.gguf_config import gguf_file_type, gguf_tensor_types
-from weightsmith.models.gguf_names import gguf_models, model_name
+from weightsmith.models.gguf_config import (
+    gguf_file_type,
+    gguf_models,
+    gguf_tensor_types,
+    model_name,
+)
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import Reference

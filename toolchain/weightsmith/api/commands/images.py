@@ -15,10 +15,15 @@ from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, W
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layout import is_layout
-from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location, reference_of
 from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import DOCKER_HUB, Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import (
+    ImageLocation,
+    Registry,
+    RegistryLocation,
+    open_location,
+    reference_of,
+)
 from weightsmith.provenance.evidence import read_attached, statement_parts
 from weightsmith.provenance.labels import (
     PREFIX,

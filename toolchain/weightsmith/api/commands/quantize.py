@@ -12,7 +12,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import below
 from weightsmith.core.values import Json
 from weightsmith.models.facts import read_facts
-from weightsmith.models.gguf_names import projector_name
+from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.tensors import unsupported
 from weightsmith.quantizers import of_format

@@ -13,8 +13,8 @@ from weightsmith.evaluating.client import ask, find_served, first_name
 from weightsmith.evaluating.items import Item
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, host_image, index_of
-from weightsmith.oci.locations import ImageLocation, open_location
 from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import ImageLocation, open_location
 from weightsmith.oci.streams import first_collision
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements

@@ -20,8 +20,7 @@ from weightsmith.core.values import Digest, FileEntry, JsonValue, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.oci.attachments import Attachment
-from weightsmith.oci.locations import open_location
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, open_location
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER

@@ -14,7 +14,7 @@ from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.values import SAFETENSORS
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.folder import no_folder, scan
-from weightsmith.models.gguf_names import (
+from weightsmith.models.gguf_config import (
     files_with,
     gguf_models,
     model_name,

@@ -19,8 +19,8 @@ from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci import connections
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_layout
-from weightsmith.oci.locations import reference_of
 from weightsmith.oci.references import DOCKER_HUB, Reference
+from weightsmith.oci.registry import reference_of
 from weightsmith.provenance.labels import plan_of
 from weightsmith.steps.delivery import candidate, discard_candidate
 from weightsmith.steps.launch import idle_cpus, start

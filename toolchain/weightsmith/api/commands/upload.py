@@ -19,12 +19,12 @@ from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.evaluating.pages import model_card, read_as_facts
 from weightsmith.models.folder import check_model_folder, check_no_code, pickles_in, scan
-from weightsmith.models.gguf_names import files_with, model_name
+from weightsmith.models.gguf_config import files_with, model_name
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.layout import held_digest, is_layout
-from weightsmith.oci.locations import open_location
 from weightsmith.oci.manifests import MODEL_LAYERS
+from weightsmith.oci.registry import open_location
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached

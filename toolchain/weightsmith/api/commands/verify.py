@@ -25,12 +25,12 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, Layer, verified
 from weightsmith.oci.layout import LayoutLocation
-from weightsmith.oci.locations import (
+from weightsmith.oci.registry import (
     ImageLocation,
+    Registry,
     RegistryLocation,
     open_location,
 )
-from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, TarEntry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain, trace
