@@ -1,76 +1,46 @@
-"""A way to a server that a test can watch and cut."""
+"""A way to a container engine that a test can cut."""
 
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
-
-Connect = Callable[[], socket.socket]
 
 
 class Relay:
-    """Passes connections on from a listening socket until it is cut."""
+    """Passes connections on to an engine's socket until it is cut."""
 
-    def __init__(self, listener: socket.socket, connect: Connect) -> None:
-        self._listener = listener
-        self._connect = connect
+    def __init__(self, listener: socket.socket, engine: str) -> None:
+        self._listener, self._engine = listener, engine
         self._lock = threading.Lock()
-        self._ends: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self.is_cut = False
-
-    def __enter__(self) -> Self:
-        self._start(self._accept)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cut()
-        for thread in self._threads:
-            thread.join(10)
-        self.cut()
+        self._ends = [listener]
+        self._is_cut = False
 
     def cut(self) -> None:
         """End every connection, and take no more."""
         with self._lock:
-            self.is_cut = True
-            ends = (self._listener, *self._ends)
-        for end in ends:
+            self._is_cut = True
+        for end in self._ends:
             _end(end)
 
-    def _keep(self, end: socket.socket) -> bool:
-        """Remember a connection for the cut; end it where that has been, and say so by False."""
-        with self._lock:
-            self._ends.append(end)
-            if not self.is_cut:
-                return True
-        _end(end)
-        return False
-
-    def _start(self, target: Callable[..., None], *words: object) -> None:
-        thread = threading.Thread(target=target, args=words, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while not self.is_cut:
-            try:
+    def accept(self) -> None:
+        with suppress(OSError):  # of the listener that was cut
+            while True:
                 inner, _ = self._listener.accept()
-            except OSError:
-                return
-            if not self._keep(inner):
-                return
-            try:
-                outer = self._connect()
-            except OSError:
-                _end(inner)
-                continue
-            if not self._keep(outer):
-                return
-            self._start(pass_on, inner, outer)
-            self._start(pass_on, outer, inner)
+                outer = socket.socket(socket.AF_UNIX)
+                with self._lock:
+                    self._ends += [] if self._is_cut else [inner, outer]
+                try:
+                    outer.connect(self._engine)
+                except OSError:
+                    _end(inner)
+                    _end(outer)
+                for ends in ((inner, outer), (outer, inner)):
+                    threading.Thread(target=pass_on, args=ends, daemon=True).start()
+                if self._is_cut:
+                    _end(inner)
+                    _end(outer)
 
 
 def pass_on(source: socket.socket, target: socket.socket) -> None:
@@ -92,14 +62,14 @@ def _end(end: socket.socket) -> None:
 @contextmanager
 def way_to_engine(folder: Path, engine: str) -> Iterator[tuple[str, Relay]]:
     """Yield an address that leads to the engine until the relay is cut: then the engine is gone."""
-
-    def connect() -> socket.socket:
-        outer = socket.socket(socket.AF_UNIX)
-        outer.connect(engine)
-        return outer
-
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "engine.sock"))
-    listener.listen()
-    with Relay(listener, connect) as relay:
-        yield f"unix://{folder}/engine.sock", relay
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "engine.sock"))
+        listener.listen()
+        relay = Relay(listener, engine)
+        thread = threading.Thread(target=relay.accept, daemon=True)
+        thread.start()
+        try:
+            yield f"unix://{folder}/engine.sock", relay
+        finally:
+            relay.cut()
+            thread.join(10)
