@@ -52,9 +52,7 @@ def request(*, gpu: bool = False, memory: int = 1 << 30):
         memory_bytes=memory,
         use_gpu=gpu,
     )
-    return job_request(
-        job, "builder:1", PLACE, {"OMP_NUM_THREADS": "2"}, user="1000:1001", owner="me", gpu=gpu
-    )
+    return job_request(job, "builder:1", PLACE, user="1000:1001", owner="me", gpu=gpu)
 
 
 def test_a_job_has_no_network_no_rights_and_no_writable_root():

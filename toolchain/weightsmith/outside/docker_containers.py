@@ -72,14 +72,7 @@ class JobFiles:
 
 
 def job_request(
-    job: Job,
-    image: str,
-    files: JobFiles,
-    environment: Mapping[str, str],
-    *,
-    user: str,
-    owner: str,
-    gpu: bool,
+    job: Job, image: str, files: JobFiles, *, user: str, owner: str, gpu: bool
 ) -> dict[str, object]:
     """Return the create request of a job's container: no network, no privileges, one output."""
     engines = {*compiled_engines(job.builder), *files.tools}
@@ -94,7 +87,7 @@ def job_request(
         "working_dir": "/tmp",  # noqa: S108 - inside the container
         "user": user,
         "environment": {
-            **environment,
+            **worker_environment(),
             "HOME": "/tmp",  # noqa: S108
             "PYTHONPATH": PACKAGE,
             "PYTHONSAFEPATH": "1",
@@ -223,15 +216,8 @@ class DockerRunner:
             if root:
                 stack.enter_context(owned_by(job.output, user, group))
             image = image_tag(job.builder, self._flavour())
-            request = job_request(
-                job,
-                image,
-                files,
-                worker_environment(),
-                user=f"{user}:{group}",
-                owner=owner_token(),
-                gpu=gpu,
-            )
+            owner, ids = owner_token(), f"{user}:{group}"
+            request = job_request(job, image, files, user=ids, owner=owner, gpu=gpu)
             conversation = Conversation(job=job, progress=progress, log=log, inside=INPUTS)
             stack.enter_context(conversation.in_time())
             with engine_errors(f"running the {job.kind} job"):

@@ -242,7 +242,6 @@ class Server:
 def start(
     argv: Sequence[str | Path],
     *,
-    cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     limits: ResourceLimits = NO_LIMITS,
     inherited: Sequence[int] = (),
@@ -252,15 +251,8 @@ def start(
     `inherited` are numbers of open files that it inherits. Raises EnvironmentFailure if the program
     is missing; the caller must check whether it serves.
     """
-    process = _spawn(
-        tuple(str(word) for word in argv),
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        limits=limits,
-        merge=True,
-        inherited=inherited,
-    )
+    words = tuple(str(word) for word in argv)
+    process = _spawn(words, env=env, limits=limits, inherited=inherited)
     server = Server(process)
 
     def kill() -> None:
@@ -286,11 +278,11 @@ def start(
 def _spawn(
     words: tuple[str, ...],
     *,
-    cwd: Path | None,
     env: Mapping[str, str] | None,
-    stdin: int | IO[bytes],
     limits: ResourceLimits,
-    merge: bool,
+    cwd: Path | None = None,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    merge: bool = True,
     inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     environment = dict(scrubbed() if env is None else env)
