@@ -30,8 +30,7 @@ def test_doctor_names_the_registries_and_no_secret(
     assert (found.ok, found.found) == (False, "h.example, r.example")
     assert "install docker-credential-odd" in found.todo
 
-    (folder / "docker-credential-odd").write_text("#!/bin/sh\n")
-    (folder / "docker-credential-odd").chmod(0o755)
+    (folder / "docker-credential-odd").touch(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     found = checkup._credentials()
     assert (found.ok, found.found) == (True, "h.example, r.example")

@@ -21,7 +21,7 @@ from weightsmith.outside import process
 from weightsmith.outside.downloading import PipSettings, persistently
 from weightsmith.outside.environment import Pins
 from weightsmith.outside.toolset import toolset_folder
-from weightsmith.outside.worker_protocol import open_log
+from weightsmith.outside.worker_protocol import logged_steps, open_log
 
 _STEP = re.compile(r"#\d+ \[[^\]]*?(\d+)/(\d+)\] ")
 _SAID = re.compile(r"#\d+ +[\d.]+ (.*)")
@@ -85,12 +85,7 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
             secrets=_secrets(),
             contexts=contexts,
         )
-
-        def on_line(line: str) -> None:
-            log.write(line + "\n")
-            if step := _STEP.match(line):
-                progress.advance(int(step[1]), int(step[2]), "steps")
-
+        on_line = logged_steps(log, progress, _STEP, "steps")
         # Finished steps are cached: only the failed one is repeated.
         done = persistently(
             lambda: process.run(command, env=_environment(host), on_line=on_line), progress

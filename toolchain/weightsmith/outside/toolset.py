@@ -32,7 +32,7 @@ from weightsmith.outside import process
 from weightsmith.outside.downloading import persistently
 from weightsmith.outside.environment import locked, make_bare_environment
 from weightsmith.outside.hardware import cores
-from weightsmith.outside.worker_protocol import open_log
+from weightsmith.outside.worker_protocol import logged_steps, open_log
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
@@ -125,7 +125,7 @@ def _compile(
         return process.run(
             [python, recipe / script, *words],
             env=process.scrubbed(network=True, prefixes=("PIP_",)),
-            on_line=_logged(log, progress, "files"),
+            on_line=logged_steps(log, progress, _STEP, "files"),
         )
 
     def require(done: process.Completed, script: str) -> None:
@@ -145,17 +145,6 @@ def _compile(
         )
     # Complete before it appears under its own name.
     made.rename(folder)
-
-
-def _logged(log: TextIO, progress: Progress, unit: str) -> process.OnLine:
-    """Return what writes lines to the log, and reports those that begin with `[n/total]`."""
-
-    def on_line(line: str) -> None:
-        log.write(line + "\n")
-        if step := _STEP.match(line):
-            progress.advance(int(step[1]), int(step[2]), unit)
-
-    return on_line
 
 
 def make_engine_files(
@@ -185,7 +174,7 @@ def make_engine_files(
             env=process.scrubbed(
                 network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")
             ),
-            on_line=_logged(log, progress, "steps"),
+            on_line=logged_steps(log, progress, _STEP, "steps"),
         ).require(
             f"assembling the engine {engine}",
             hint="check that Debian's mirror (WEIGHTSMITH_DEBIAN_MIRROR sets another) and the "

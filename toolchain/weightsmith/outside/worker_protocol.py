@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +153,19 @@ def open_log(cache: Path, name: str) -> Iterator[TextIO]:
         opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600),
     ) as log:
         yield log
+
+
+def logged_steps(
+    log: TextIO, progress: Progress, step: re.Pattern[str], unit: str
+) -> Callable[[str], None]:
+    """Return what writes lines to a log, and reports those that `step` finds two numbers in."""
+
+    def on_line(line: str) -> None:
+        log.write(line + "\n")
+        if found := step.match(line):
+            progress.advance(int(found[1]), int(found[2]), unit)
+
+    return on_line
 
 
 def _written(path: Path) -> tuple[bool, float]:
