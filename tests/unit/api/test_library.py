@@ -23,12 +23,9 @@ import weightsmith
 from weightsmith.building import progress as shows
 from weightsmith.building import wiring
 from weightsmith.cli import namespace
-from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Progress
 from weightsmith.oci.registry import Registry
 from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.schema import Quantize
-from weightsmith.recipe.section import fields_of
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import push_base
@@ -123,34 +120,6 @@ def test_a_merge_is_a_value_with_types(tools: Tools) -> None:
     assert tools.runner.jobs[0].weights == (0.5,)
 
 
-def test_options_have_the_defaults_of_the_recipe() -> None:
-    def defaults(function: Any) -> Mapping[str, object]:
-        rows = inspect.signature(function).parameters.values()
-        return {row.name: row.default for row in rows if row.default is not row.empty}
-
-    fields = fields_of(Merge)
-    assert {name: defaults(weightsmith.merge)[name] for name in fields} == {
-        name: field.default for name, field in fields.items()
-    }
-    of_validate = {n: v for n, v in defaults(weightsmith.validate).items() if n in fields}
-    assert of_validate.items() <= defaults(weightsmith.merge).items()
-    said = defaults(weightsmith.quantize)
-    for name, field in fields_of(Quantize).items():
-        assert (said[name] or None) == (field.get_default(call_default_factory=True) or None), name
-
-
-def test_options_of_running_are_those_of_the_command() -> None:
-    """The same ones, with the same defaults, under the same names."""
-
-    def options(function: Any) -> Mapping[str, object]:
-        rows = inspect.signature(function).parameters.values()
-        return {row.name: row.default for row in rows if row.name in asdict(RunOptions())}
-
-    for name in FUNCTIONS:
-        assert options(getattr(weightsmith, name)) == options(namespace[name].body), name
-    assert options(weightsmith.build) == asdict(RunOptions())
-
-
 RECIPE = {"name": "x", "base": {"source": "base"}, "targets": ["llamacpp-q8_0"]}
 ASKED: Mapping[str, tuple[Any, ...]] = {
     "merge": ("base", "adapter", "out"),
@@ -228,6 +197,7 @@ def test_every_flag_has_its_keyword_with_the_same_default(name: str) -> None:
         return "" if default in (None, 0, "0", (), inspect.Parameter.empty) else str(default)
 
     assert {flag for flag in flags if named[flag] not in keywords} == FLAGS_ALONE.get(name, set())
+    assert keywords.keys() & asdict(RunOptions()).keys() <= flags.keys()
     for flag in flags.keys() - FLAGS_ALONE.get(name, set()):
         said = keywords[named[flag]].default
         if said is not inspect.Parameter.empty:  # it must be given, as the command says in words

@@ -33,34 +33,27 @@ def test_help_in_a_terminal_that_lacks_its_letters():
 PLAN = ("plan", "--base", "examples/tiny/base", "--target", "vllm")
 
 
+def unread(*words, errors):
+    """Run a command whose output nobody reads, nor its errors unless there is a pipe for them."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [*PROGRAMS["weightsmith"], *words]
+    done = subprocess.run(words, cwd=ROOT, stdout=write, stderr=errors or write, check=False)
+    os.close(write)
+    return done
+
+
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("words", [("targets",), ("merge",), PLAN], ids=lambda words: words[0])
 def test_nobody_reads(words):
     """As after `2>&1 | head`: what is left to say goes nowhere, and nothing else changes."""
-    read, write = os.pipe()
-    os.close(read)
-    silent = subprocess.run(
-        [*PROGRAMS["weightsmith"], *words], cwd=ROOT, stdout=write, stderr=write, check=False
-    )
-    os.close(write)
-
-    assert silent.returncode == run(*words).code
+    assert unread(*words, errors=None).returncode == run(*words).code
 
 
 @pytest.mark.parametrize("words", [("--list",), ("--help", "plan")], ids=" ".join)
 def test_nobody_reads_a_list(words):
     """As after `| head -1`: no trace of Invoke's, and no fault."""
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(
-        [*PROGRAMS["weightsmith"], *words],
-        cwd=ROOT,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    os.close(write)
-
+    done = unread(*words, errors=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

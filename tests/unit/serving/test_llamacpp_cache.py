@@ -4,12 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.serving.llamacpp_plan import (
-    growth_bytes,
-    kv_cache_bytes,
-    kv_layer_bytes,
-    padded,
-)
+from weightsmith.serving.llamacpp_plan import growth_bytes, kv_cache_bytes, kv_layer_bytes, padded
 from weightsmith.serving.memory import GIB
 
 from tests.fakes import configs

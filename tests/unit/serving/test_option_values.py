@@ -8,27 +8,14 @@ from weightsmith.core.errors import UsageError
 from weightsmith.serving import llamacpp_options, sglang, tgi, trtllm, vllm
 from weightsmith.serving.options import STATED, not_to_be_stated, plain_name
 
-KNOWN = {
-    "vllm": vllm.known_options().kinds,
-    "sglang": sglang.known_options().kinds,
-    "tgi": tgi.known_options().kinds,
-    "trtllm": trtllm.known_options().kinds,
-    "llamacpp": {
-        **llamacpp_options.ENVIRONMENT,
-        **llamacpp_options.COMMAND_LINE,
-    },
-}
+LISTS = {"vllm": vllm.known_options(), "sglang": sglang.known_options(),
+         "trtllm": trtllm.known_options()}  # fmt: skip
 CHECKS = {
-    "vllm": vllm.known_options().checked,
-    "sglang": sglang.known_options().checked,
-    "trtllm": trtllm.known_options().checked,
+    **{engine: options.checked for engine, options in LISTS.items()},
     "llamacpp": llamacpp_options.extra_options,
 }
-FURTHER = {
-    **CHECKS,
-    "vllm-cpu": vllm.known_options(cpu=True).checked,
-    "tgi": tgi.known_options().checked,
-}
+CPU, TGI = vllm.known_options(cpu=True), tgi.known_options()
+FURTHER = {**CHECKS, "vllm-cpu": CPU.checked, "tgi": TGI.checked}
 REACHES_OUT = re.compile(
     r"(^|-)(path|dir|folder|file|files|url|urls|host|port|addr|address|endpoint|endpoints|uds|"
     r"socket|plugin|plugins|cls|class|middleware|module|processors|hooks|connector|transfer|remote|"
@@ -50,8 +37,9 @@ HARMLESS = {
 
 
 def test_an_image_states_only_options_that_exist():
-    known = {plain_name(name) for kinds in KNOWN.values() for name in kinds}
-    assert set(STATED) <= known
+    known = {*llamacpp_options.ENVIRONMENT, *llamacpp_options.COMMAND_LINE}
+    known = known.union(*(options.kinds for options in (*LISTS.values(), TGI)))
+    assert set(STATED) <= set(map(plain_name, known))
 
 
 def test_no_option_that_reaches_out_is_an_images_to_state():
@@ -113,10 +101,8 @@ def test_what_an_image_may_state(extra):
     assert not_to_be_stated(extra) == []
 
 
-def option_of(engine):
-    return {"trtllm": "speculative_config", "llamacpp": "chat-template-kwargs"}.get(
-        engine, "default-chat-template-kwargs" if engine == "sglang" else "speculative-config"
-    )
+OPTIONS = {"vllm": "speculative-config", "sglang": "default-chat-template-kwargs",
+           "trtllm": "speculative_config", "llamacpp": "chat-template-kwargs"}  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", CHECKS)
@@ -126,7 +112,7 @@ def test_code_of_a_checkpoint_at_any_depth(engine, key, value):
     inner = {"a": [{"model": "evil/x", key: value}]}
     for given in (inner, json.dumps(inner)):
         with pytest.raises(UsageError, match="runs no code") as caught:
-            CHECKS[engine]({option_of(engine): given})
+            CHECKS[engine]({OPTIONS[engine]: given})
         assert key in caught.value.message
 
 
@@ -146,7 +132,7 @@ def test_code_of_a_checkpoint_at_any_depth(engine, key, value):
 def test_no_secret_at_any_depth(engine, inner):
     for given in (inner, json.dumps(inner)):
         with pytest.raises(UsageError, match="secret, which everybody can read") as caught:
-            CHECKS[engine]({option_of(engine): given})
+            CHECKS[engine]({OPTIONS[engine]: given})
         assert "s3cret" not in caught.value.message + caught.value.hint
 
 
@@ -160,7 +146,7 @@ def test_values_that_only_look_alike_pass(engine):
         "template": "{% if not json %}",
         "name": "ssh://git@host",
     }
-    assert CHECKS[engine]({option_of(engine): given})
+    assert CHECKS[engine]({OPTIONS[engine]: given})
 
 
 @pytest.mark.parametrize("value", [["x", "--trust-remote-code"], "-O3", "--config=/x"])

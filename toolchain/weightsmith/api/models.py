@@ -29,14 +29,7 @@ from weightsmith.api.commands.requests import (
 from weightsmith.api.results import Evaluation, Merged, Quantized, Rendered, Shard
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
-from weightsmith.core.merge_options import (
-    Dtype,
-    Merge,
-    Method,
-    Precision,
-    QuantizedBase,
-    Space,
-)
+from weightsmith.core.merge_options import Dtype, Merge, Method, Precision, QuantizedBase, Space
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import Quantize, Scoring, Serve
 from weightsmith.validating.result import Validation
