@@ -13,10 +13,7 @@ from weightsmith.forward.layers import Layers
 from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import (
-    GROUPED,
-    SCANNING,
-)
+from weightsmith.quantizers.architectures import GROUPED, SCANNING
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise import quantizing
 from weightsmith.quantizers.layerwise.observing import Observer

@@ -33,12 +33,7 @@ from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import checkpoints, running
-from weightsmith.quantizers.layerwise.observing import (
-    Moments,
-    Observer,
-    Routed,
-    SharedInputGroup,
-)
+from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed, SharedInputGroup
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.writing import copied, write_checkpoint
 
