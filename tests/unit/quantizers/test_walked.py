@@ -21,6 +21,7 @@ from weightsmith.quantizers.layerwise.quantizing import scale_layer
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
+from weightsmith.quantizers.running import ProgramSettings
 
 from tests.fakes.configs import LLAMA_8B, facts
 from tests.fakes.decoders import make_dense
@@ -42,10 +43,8 @@ def settings(model, out, method, keep=()):
     out.mkdir(exist_ok=True)
     texts = out.with_suffix(".jsonl")
     texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in ROWS[1:]))
-    return {
-        "method": method, "model": str(model), "out": str(out), "calibration": str(texts),
-        "group_size": 32, "keep": list(keep),
-    }  # fmt: skip
+    told = {"method": method, "group_size": 32, "keep": keep}
+    return ProgramSettings(model=model, out=out, calibration=str(texts), **told)
 
 
 def layout(method):
@@ -195,7 +194,7 @@ def test_other_texts_begin_again(models, tmp_path, monkeypatch):
     run = killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         quantizing.quantize(wanted)
-    texts = Path(wanted["calibration"])
+    texts = Path(wanted.calibration)
     texts.write_text(texts.read_text() + json.dumps({**ROWS[0], "tokens": 1}) + "\n")
     quantizing.quantize(wanted)
 

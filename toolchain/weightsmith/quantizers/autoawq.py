@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import UsageError
@@ -49,14 +48,14 @@ def _options(format_: Format, requested: Options) -> Options:
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = running.read_settings()
-    raw, model = Path(settings["raw"]), Path(settings["model"])
+    raw, model = settings.raw, settings.model
     discard(raw)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("awq")
     patch_searches(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    texts = running.texts(settings["calibration"])
+    texts = running.texts(settings.calibration)
     joined = running.equal_length(running.samples(texts, tokenizer))
     gpu = torch.cuda.is_available()
     loaded = library.AutoAWQForCausalLM.from_pretrained(
@@ -65,7 +64,7 @@ def main() -> None:
         device_map="cuda" if gpu else "cpu",
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
-    group = settings["group_size"]
+    group = settings.group_size
     config = {"zero_point": True, "q_group_size": group, "w_bit": 4, "version": "GEMM"}
     # AutoAWQ concatenates and splits the samples again; it silently drops samples that are longer
     # than its limit, and an incomplete last one.
@@ -74,7 +73,7 @@ def main() -> None:
         max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    checkpoints.finish(model, raw, Path(settings["out"]), checkpoints.awq_config(group))
+    checkpoints.finish(model, raw, settings.out, checkpoints.awq_config(group))
 
 
 def patch_searches(search: Any) -> None:

@@ -158,7 +158,7 @@ def in_groups(request: QuantizeRequest) -> PackedLayout:
 def grouped_step(module: str, request: QuantizeRequest, title: str) -> tuple[BuilderCommand]:
     """Return the step that runs `module` offline for a format with groups."""
     size, method = in_groups(request).group_size, request.format.kind
-    return python_step(module, request, title, method=method, group_size=size, keep=request.keep)
+    return python_step(module, request, title, method=method, group_size=size)
 
 
 def row_lengths(model: ModelFacts) -> dict[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard
@@ -51,7 +50,7 @@ def _layout(request: QuantizeRequest) -> PackedLayout:
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = running.read_settings()
-    raw, model, out = Path(settings["raw"]), Path(settings["model"]), Path(settings["out"])
+    raw, model = settings.raw, settings.model
     discard(raw)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
@@ -63,21 +62,21 @@ def main() -> None:
         cache.pin_memory = lambda *_args, **_named: None
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = running.samples(running.texts(settings["calibration"]), tokenizer)
+    read = running.samples(running.texts(settings.calibration), tokenizer)
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in read]
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
     )
-    ignored = ["lm_head", *checkpoints.kept_modules(model, settings["keep"])]
+    ignored = ["lm_head", *checkpoints.kept_modules(model, settings.keep)]
     modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
-    if settings["format"] == FP8_STATIC.name:
+    if settings.method == FP8_STATIC.name:
         quantized = modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)
         recipe = [quantized]
     else:
         awq: Any = importlib.import_module("llmcompressor.modifiers.transform.awq")
         weights = {
             "num_bits": 4, "type": "int", "strategy": "group", "dynamic": False,
-            "group_size": settings["group_size"], "symmetric": settings["symmetric"],
+            "group_size": settings.group_size, "symmetric": settings.symmetric,
         }  # fmt: skip
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
         quantized = modifiers.QuantizationModifier(config_groups=groups, ignore=ignored)
@@ -94,7 +93,7 @@ def main() -> None:
     )
     network.save_pretrained(raw, save_compressed=True)
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
-    checkpoints.finish(model, raw, out, saved)
+    checkpoints.finish(model, raw, settings.out, saved)
 
 
 QUANTIZER = Quantizer(
@@ -107,8 +106,7 @@ QUANTIZER = Quantizer(
         __name__,
         request,
         f"quantizing to {request.format.name} by llm-compressor",
-        format=request.format.name,
-        keep=request.keep,
+        method=request.format.name,
         group_size=_layout(request).group_size,
         symmetric=_layout(request).symmetric,
     ),

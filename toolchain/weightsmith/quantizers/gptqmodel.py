@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard
@@ -35,27 +34,25 @@ for 2048 and 5632."""
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = running.read_settings()
-    method, group, keep = settings["method"], int(settings["group_size"]), list(settings["keep"])
-    raw, out, model = Path(settings["raw"]), Path(settings["out"]), Path(settings["model"])
-    discard(raw)
+    method, group, keep, model = settings.method, settings.group_size, settings.keep, settings.model
+    discard(settings.raw)
     # With fewer, GPTQModel fails on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     if method == "gptq" and max(checkpoints.row_lengths(read_facts(model)).values()) < _WIDE:
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, below
-    _quantize(method, model, raw, settings["calibration"], group, keep)
-    kept = checkpoints.kept_modules(model, keep)
-    checkpoints.finish(model, raw, out, checkpoints.grouped_config(method, group, keep, kept))
+    _quantize(settings)
+    config = checkpoints.grouped_config(method, group, keep, checkpoints.kept_modules(model, keep))
+    checkpoints.finish(model, settings.raw, settings.out, config)
 
 
-def _quantize(
-    method: str, model: Path, raw: Path, calibration: str, group: int, keep: list[str]
-) -> None:
+def _quantize(settings: running.ProgramSettings) -> None:
+    method, group, model = settings.method, settings.group_size, settings.model
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("gptqmodel")
     configs: Any = importlib.import_module("gptqmodel.quantization.config")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = running.samples(running.texts(calibration), tokenizer)
+    read = running.samples(running.texts(settings.calibration), tokenizer)
     if method == "awq":
         # With samples of different lengths, GPTQModel silently uses only the last
         # (looper/awq_processor.py, _layer_input_features).
@@ -65,7 +62,7 @@ def _quantize(
         for ids in read
     ]
     gpu = torch.cuda.is_available()
-    dynamic = checkpoints.negative_patterns(keep) or None
+    dynamic = checkpoints.negative_patterns(settings.keep) or None
     if method == "awq":
         config = configs.AWQConfig(
             bits=4, group_size=group, format=configs.FORMAT.GEMM, sym=False, dynamic=dynamic
@@ -97,7 +94,7 @@ def _quantize(
     loaded.quantize(
         rows, batch_size=1, calibration_data_min_length=1, tokenizer=tokenizer, backend=backend
     )
-    loaded.save(str(raw))
+    loaded.save(str(settings.raw))
 
 
 QUANTIZER = Quantizer(

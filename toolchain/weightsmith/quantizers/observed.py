@@ -6,8 +6,6 @@ what calibration does not send to one may reach it in use.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from weightsmith.core.values import Format
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
@@ -34,11 +32,10 @@ def main() -> None:
     import_for_good()
     from weightsmith.quantizers.layerwise.maxima import input_maxima
 
-    model, out = Path(settings["model"]), Path(settings["out"])
     with refusals():
-        found = matrices(CheckpointTensors(model), model)
-        inputs = input_maxima(model, texts(settings["calibration"]), found)
-        quantize(NVFP4, model, out, settings["keep"], inputs)
+        found = matrices(CheckpointTensors(settings.model), settings.model)
+        inputs = input_maxima(settings.model, texts(settings.calibration), found)
+        quantize(NVFP4, settings.model, settings.out, settings.keep, inputs)
 
 
 QUANTIZER = Quantizer(
@@ -48,7 +45,7 @@ QUANTIZER = Quantizer(
     recipe_number=1,
     check_input=_check_input,
     steps=lambda request: python_step(
-        __name__, request, "rounding to nvfp4, with scales of inputs", keep=request.keep
+        __name__, request, "rounding to nvfp4, with scales of inputs"
     ),
     check=lambda request: checked(request, PackedLayout.of_scheme(NVFP4), "observed"),
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),

@@ -246,7 +246,6 @@ QUANTIZER = Quantizer(
         request,
         f"rounding to {request.format.name}",
         method=request.format.name,
-        keep=request.keep,
     ),
     check=lambda request: checked(
         request,

@@ -12,14 +12,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json, JsonValue
 from weightsmith.forward.libraries import OFFLINE
 from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 
@@ -39,18 +39,51 @@ FACTS = ".calibrated.json"
 """What our own walk found out, for the check to report."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramSettings:
+    """What a program that quantizes in a builder is told."""
+
+    model: Path
+    out: Path
+    calibration: str = ""
+    """JSON Lines of rendered texts; empty: none."""
+    method: str = ""
+    """The format's name or kind, for a program that makes several."""
+    group_size: int = 0
+    symmetric: bool = True
+    keep: Sequence[str] = ()
+    """Ends of the names of matrices that stay in 16 bits."""
+
+    @property
+    def raw(self) -> Path:
+        """Where the engine's own output belongs."""
+        return self.out / RAW
+
+    def text(self) -> str:
+        """Return it as `read_settings` reads it."""
+        return json.dumps(asdict(self), default=str, sort_keys=True)
+
+
 def python_step(
-    module: str, request: QuantizeRequest, title: str, **settings: JsonValue
+    module: str,
+    request: QuantizeRequest,
+    title: str,
+    *,
+    method: str = "",
+    group_size: int = 0,
+    symmetric: bool = True,
 ) -> tuple[BuilderCommand]:
     """Return the step that runs `module` offline with settings."""
     file = request.output / ".settings.json"
-    contents = {
-        "model": str(request.model),
-        "raw": str(request.output / RAW),
-        "out": str(request.output),
-        "calibration": str(request.calibration) if request.calibration else "",
-        **settings,
-    }
+    settings = ProgramSettings(
+        model=request.model,
+        out=request.output,
+        calibration=str(request.calibration) if request.calibration else "",
+        method=method,
+        group_size=group_size,
+        symmetric=symmetric,
+        keep=request.keep,
+    )
     return (
         BuilderCommand(
             title=title,
@@ -62,18 +95,18 @@ def python_step(
                 # Spinning threads take CPU time from the thread that they wait for.
                 "OMP_WAIT_POLICY": "PASSIVE",
             },
-            writes={file: json.dumps(contents, sort_keys=True)},
+            writes={file: settings.text()},
             removes=(file,),
         ),
     )
 
 
-def read_settings() -> Mapping[str, Json]:
+def read_settings() -> ProgramSettings:
     """Return the settings in the file of the command line, and change to a temporary folder."""
-    settings: Mapping[str, JsonValue] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    told = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     # Libraries write logs to the current folder.
     os.chdir(tempfile.gettempdir())
-    return settings
+    return ProgramSettings(**{**told, "model": Path(told["model"]), "out": Path(told["out"])})
 
 
 def refusal(error: WeightsmithError) -> str:

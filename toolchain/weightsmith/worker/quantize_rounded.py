@@ -5,8 +5,6 @@ python -m weightsmith.worker.quantize_rounded SETTINGS
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.running import read_settings, refusals
 from weightsmith.quantizers.schemes import SCHEMES
@@ -16,10 +14,9 @@ from weightsmith.worker.virtual import computed_for_program
 def main() -> None:
     """Quantize as set in the settings file."""
     settings = read_settings()
-    scheme = SCHEMES[settings["method"]]
-    model, out = Path(settings["model"]), Path(settings["out"])
+    scheme = SCHEMES[settings.method]
     with refusals(), computed_for_program() as recorded:
-        quantize(scheme, model, out, settings["keep"], recorded=recorded)
+        quantize(scheme, settings.model, settings.out, settings.keep, recorded=recorded)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import sync_folder, write_whole
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
@@ -57,19 +57,19 @@ class _Walk:
     """Experts that saw too few tokens: layer, expert, tokens."""
 
 
-def quantize(settings: Mapping[str, Json]) -> None:
+def quantize(settings: running.ProgramSettings) -> None:
     """Write a model's quantized checkpoint as the step's settings say.
 
     Raises InputRefused for what `without_kept` refuses, matrices that no kernel can read, weights
     that are not finite, and text that the model cannot read.
     """
     torch.set_num_threads(all_but_one())
-    model, out, group = Path(settings["model"]), Path(settings["out"]), settings["group_size"]
-    lines = running.texts(settings["calibration"])
+    model, out, group = settings.model, settings.out, settings.group_size
+    lines = running.texts(settings.calibration)
     read = running.samples(lines, load_tokenizer(model))
     source = CheckpointTensors(model)
     known = matrices(source, model)
-    found = checkpoints.without_kept(known, settings["keep"])
+    found = checkpoints.without_kept(known, settings.keep)
     for matrix in found:
         if matrix.outputs % 8 or matrix.inputs % group:
             raise InputRefused(
@@ -77,10 +77,10 @@ def quantize(settings: Mapping[str, Json]) -> None:
                 f"need multiples of 8 and of {group}",
                 hint="choose another --group-size, or fp8, which has a scale per row",
             )
-    layers, awq = Layers(model, read), settings["method"] == "awq"
+    layers, awq = Layers(model, read), settings.method == "awq"
     walk = _Walk(awq=awq, group=group, source=source, layers=layers, found=found)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
-    identity = json.dumps([dict(settings), lines, files], sort_keys=True)
+    identity = json.dumps([settings.text(), lines, files])
     made = _Finished(out / running.RAW, hashlib.sha256(identity.encode()).hexdigest())
     for number in range(made.restore(walk), len(layers.layers)):
         with layers.loaded(number) as layer:
@@ -89,7 +89,7 @@ def quantize(settings: Mapping[str, Json]) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
     _assemble(walk, out, made)
     kept = unquantized(source, known, found)
-    config = checkpoints.grouped_config(settings["method"], group, settings["keep"], kept)
+    config = checkpoints.grouped_config(settings.method, group, settings.keep, kept)
     checkpoints.write_companions(model, out, config)
     discard(out / running.RAW)
 
