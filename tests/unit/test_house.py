@@ -1,7 +1,6 @@
 """The house keeps its own rules: imports one way, light start, one file per engine."""
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -152,21 +151,6 @@ def test_the_control_plane_never_imports_torch() -> None:
     )
 
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"
-
-
-@pytest.mark.slow
-def test_what_builders_import_by_name_is_there() -> None:
-    """Types do not show it: control planes have no torch, so workers import when they run."""
-    named = re.compile(r'(\w+): Any = importlib\.import_module\("(weightsmith\.[\w.]+)"\)')
-    used = {
-        (module, attribute)
-        for text in (path.read_text("utf-8") for path in PYTHON)
-        for name, module in named.findall(text)
-        for attribute in re.findall(rf"\b{name}\.(\w+)\(", text)
-    }
-
-    assert len(used) >= 3
-    assert [one for one in used if not hasattr(importlib.import_module(one[0]), one[1])] == []
 
 
 def test_nothing_unpickles_or_runs_code_of_a_model() -> None:
