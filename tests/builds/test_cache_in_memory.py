@@ -100,6 +100,17 @@ def test_a_change_does_again_what_depends_on_it(warm: Memory, change: Change) ->
     assert warm.left() == []
 
 
+def test_a_plan_names_what_changed(warm: Memory) -> None:
+    warm.build()
+    same, other = warm.forecast()["stages"], warm.forecast("merge.dtype=float16")["stages"]
+    rows = {row["stage"]: row for row in other}
+
+    assert all(row["cached"] for row in same if row["stage"] != "publish")
+    assert rows["merge"]["why"].startswith("changed: dtype; every target is made from base")
+    assert rows["quantize"]["why"] == "merge comes first"
+    assert rows["merge"]["read_bytes"] > 0 == rows["merge"]["write_bytes"]
+
+
 def test_a_changed_context_sends_no_weights(warm: Memory) -> None:
     warm.build(push=True)
 

@@ -187,20 +187,6 @@ def test_the_last_checkpoint_of_a_training_run_is_proposed(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_adapter_of_a_base_in_4_bits_is_told_of_nf4(tmp_path: Path) -> None:
-    adapter = shutil.copytree(TINY / "adapters" / "a", tmp_path / "adapter")
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": "unsloth/tiny-bnb-4bit"}
-    path.write_text(json.dumps(config))
-
-    words = ("--base", TINY / "base", "--adapter", adapter, "--out", tmp_path / "merged")
-    ended = weightsmith("merge", *words, "--runner", "local")
-
-    assert ended.code == 0
-    assert "simulate-nf4" in ended.err
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_no_target_serves_can_be_merged_and_validated(tmp_path: Path) -> None:
     from peft import LoraConfig

@@ -136,20 +136,6 @@ def test_an_image_is_made_again_from_what_hangs_on_it(local, tmp_path: Path) -> 
     assert again["targets"][TARGET]["digest"] == built["digest"]
 
 
-def test_plan_names_what_changed(local) -> None:
-    store, dist, _ = local
-    words = ("plan", "--recipe", TINY, "--runner", "local", "--dist", dist)
-    same = weightsmith(*words, store=store)
-    other = weightsmith(*words, "--set", "merge.dtype=float16", store=store)
-    rows = {row["stage"]: row for row in other["stages"]}
-
-    assert all(row["cached"] for row in same["stages"] if row["stage"] != "publish")
-    assert rows["merge"]["why"].startswith("changed: dtype; every target is made from base")
-    assert rows["quantize"]["why"] == "merge comes first"
-    assert rows["merge"]["read_bytes"] > 0
-    assert rows["merge"]["write_bytes"] == 0
-
-
 def weights(file: Path) -> dict[str, tuple[str, str]]:
     """Type and digest of each tensor, read by llama.cpp's own package."""
     return {

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from weightsmith.building.checks import check_assembly, check_places
 from weightsmith.building.graph import foresee, peak_memory, temporary_bytes
-from weightsmith.building.pipeline import BuildSteps, TargetSteps, steps_of
+from weightsmith.building.pipeline import BuildSteps, steps_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Input, LayerTimeJob
@@ -59,10 +59,6 @@ class BuildPlan:
                 row = step.row(State(cached=False, why=why))
                 found.setdefault((row.stage, row.target), row)
         return tuple(found.values())
-
-    def device(self, target: TargetSteps) -> str:
-        """Return the device that a target is planned for; "" if that is not known."""
-        return self.seen[target.config].device if self.seen else ""
 
 
 def plan_of(request: BuildRequest, tools: Tools) -> BuildPlan:

@@ -275,7 +275,7 @@ def _cell_task(
         return replace(task, failure=plan)
     parts = {key: steps for key, _, steps in _shareable(build, plan) if key in shared}
     done = {step for steps in parts.values() for step in steps if step is not plan.steps.sources}
-    device = plan.device(plan.steps.targets[0])
+    device = plan.seen[plan.steps.targets[0].config].device if plan.seen else CPU
     gpus = 0 if is_cpu(device or CPU) else build.file.recipe.serve.gpu_count
     return replace(
         task,
