@@ -24,7 +24,11 @@ _LONG_S = 120.0
 
 def progress_for() -> Progress:
     """Return the right kind of progress for stderr."""
-    live = sys.stderr.isatty() or _in_notebook()
+    live = sys.stderr.isatty()
+    if not live and "IPython" in sys.modules:  # rich is slow to import
+        from rich.console import Console
+
+        live = Console().is_jupyter
     return LiveProgress() if live else PlainProgress(sys.stderr)
 
 
@@ -37,14 +41,6 @@ def shown(wanted: bool) -> Iterator[Progress]:
     finally:
         if isinstance(inner, LiveProgress):
             inner.stop()
-
-
-def _in_notebook() -> bool:
-    if "IPython" not in sys.modules:  # rich is slow to import
-        return False
-    from rich.console import Console
-
-    return Console().is_jupyter
 
 
 class PlainProgress:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError, WeightsmithError
@@ -158,7 +159,11 @@ def _load(image: Image, reference: Reference, tools: Tools) -> None:
     name = f"{reference.name}:{reference.tag or 'latest'}"
     if _is_loaded(image, name, tools):
         return
-    held = _like(image, reference, tools)
+    held: tuple[str, ...] = ()
+    for chain in tools.engine.chains_of(reference.name, CANDIDATES):
+        pairs = zip(chain, (layer.diff_id for layer in image.layers), strict=False)
+        alike = takewhile(lambda pair: pair[0] == pair[1], pairs)
+        held = max(held, tuple(diff_id for diff_id, _ in alike), key=len)
     turns = (
         incremental_images(image, len(held))
         if tools.engine.describe().get("layerwise")
@@ -208,17 +213,6 @@ def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
     Docker's own store names images by their configuration, containerd's by their manifest.
     """
     return tools.engine.inspect(name).get("Id") in (image.config_blob.digest, image.digest)
-
-
-def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
-    ids = [layer.diff_id for layer in image.layers]
-    best: tuple[str, ...] = ()
-    for held in tools.engine.chains_of(reference.name, CANDIDATES):
-        shared = next((n for n, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), None)
-        shared = min(len(held), len(ids)) if shared is None else shared
-        if shared > len(best):
-            best = held[:shared]
-    return best
 
 
 def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
