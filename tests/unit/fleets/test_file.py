@@ -48,7 +48,7 @@ def test_a_glob_is_one_build_for_each_folder(home: Path) -> None:
     ]
     assert found[1].file.recipe.adapters[0].source == str(home / "adapters" / "one")
     assert found[1].file.recipe.base.source == str(home / "base")
-    assert [cell.target for one in found for cell in one.cells] == ["llamacpp-q4_k_m"] * 3
+    assert [target.name for one in found for target in one.targets] == ["llamacpp-q4_k_m"] * 3
 
 
 def test_an_entry_says_what_differs(home: Path) -> None:

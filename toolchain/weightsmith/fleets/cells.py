@@ -49,11 +49,6 @@ class AdapterBuild:
     """The same, checked, with the pins of the fleet's lock."""
     targets: tuple[Target, ...]
 
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """A cell for each target."""
-        return tuple(Cell(adapter=self.adapter, target=target.name) for target in self.targets)
-
 
 def lock_of(fleet: Fleet, path: Path) -> Lock:
     """Return the pins of a fleet: those of the recipe's lock, and on top those of the fleet's.

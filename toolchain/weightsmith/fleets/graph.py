@@ -132,7 +132,8 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
     tools = replace(tools, two_at_once=lambda: False)  # as the nodes build
     planned: list[tuple[AdapterBuild, Target, Cell, BuildPlan | Failure]] = []
     for build in builds:
-        for cell, target in zip(build.cells, build.targets, strict=True):
+        for target in build.targets:
+            cell = Cell(adapter=build.adapter, target=target.name)
             request = BuildRequest(
                 file=build.file,
                 targets=(target,),
@@ -147,7 +148,7 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
     shared = _shared(builds, planned)
     cached = {cell for _, _, cell, plan in planned if _is_cached(plan)}
     tasks = [_shared_task(key, one, cached, tools) for key, one in shared.items()]
-    tasks += [_cell_task(build, target, plan, shared) for build, target, _, plan in planned]
+    tasks += [_cell_task(*one, shared) for one in planned]
     return Graph(tasks=tuple(tasks))
 
 
@@ -256,10 +257,10 @@ def _is_answered(one: _Shared, seen: Foresight, tools: Tools) -> bool:
 def _cell_task(
     build: AdapterBuild,
     target: Target,
+    cell: Cell,
     plan: BuildPlan | Failure,
     shared: Mapping[str, _Shared],
 ) -> FleetTask:
-    cell = Cell(adapter=build.adapter, target=target.name)
     task = FleetTask(
         id=_id([cell.adapter, cell.target, plain(build.data)]),
         kind=CELL,

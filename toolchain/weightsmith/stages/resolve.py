@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from weightsmith.core.values import (
     Snapshot,
     Sources,
     StageInputs,
-    Tree,
     Writable,
 )
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
@@ -69,7 +68,7 @@ def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
         tree = InStore(tools.store).find(partial(import_inputs, base))
         if tree is None:
             return None, f"{base.source} is on this machine, but not yet converted to a checkpoint"
-        base = _imported(base, tree)
+        base = replace(base, tree=tree, made_from=(base.digest,))
     adapters = [(_known(a, file.folder, tools), a) for a in file.recipe.adapters]
     missing = [a.source for snapshot, a in adapters if snapshot is None]
     missing += [file.recipe.base.source] if base is None else []
@@ -154,17 +153,8 @@ def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
         tools.runner.run(job, tools.progress)
         return {}
 
-    return _imported(source, InStore(tools.store).files(lambda: inputs, make).tree)
-
-
-def _imported(source: Snapshot, tree: Tree) -> Snapshot:
-    return Snapshot(
-        tree=tree,
-        source=source.source,
-        pin=source.pin,
-        pinned=source.pinned,
-        made_from=(source.digest,),
-    )
+    made = InStore(tools.store).files(lambda: inputs, make)
+    return replace(source, tree=made.tree, made_from=(source.digest,))
 
 
 class NotHere(Exception):
