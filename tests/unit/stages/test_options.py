@@ -1,17 +1,24 @@
-"""The recipe's sections as the options of stages."""
+"""The recipe's sections as the options of stages, and its base as a checkpoint."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
-from weightsmith.core.errors import UsageError
-from weightsmith.core.values import FileEntry, Tree
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Digest, FileEntry, Snapshot, Tree
 from weightsmith.quantizers import formats, gguf_importance
-from weightsmith.recipe.schema import Serve
+from weightsmith.recipe.schema import Base, Serve
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.quantize import format_options
 from weightsmith.stages.render import serve_options
+from weightsmith.stages.resolve import resolve_base
 
 from tests.fakes.memory import memory_tools
+from tests.paths import TINY
 
 
 def test_what_a_recipe_leaves_out_is_the_planners_default() -> None:
@@ -64,3 +71,29 @@ def test_our_own_walk_measures_where_nobody_is_named(
         "m", formats()[name], {"imatrix": given}, {}, model, memory_tools(tmp_path)
     )
     assert made.options["imatrix"] == expected
+
+
+def test_a_source_in_one_gguf_file_is_converted_once(tmp_path) -> None:
+    entries = [FileEntry(path=f"{n}.gguf", size=4, digest=Digest.of(b"GGUF")) for n in range(2)]
+    came = Snapshot(
+        tree=Tree(root=tmp_path, files=entries[:1]), source="hf://a/b", pin="p", pinned=True
+    )
+
+    def convert(job: Any, _report: object) -> dict[str, Any]:
+        shutil.copytree(TINY / "base", job.output, dirs_exist_ok=True)
+        return {}
+
+    def resolved(snapshot: Snapshot) -> Snapshot:
+        reader = SimpleNamespace(fetch=lambda *_: snapshot)
+        return resolve_base(
+            Base(source="hf://a/b"), tmp_path, replace(tools, readers={"hf": reader})
+        )
+
+    tools = memory_tools(tmp_path / "store", {"import-gguf": convert})
+    found = [resolved(came) for _ in range(2)]
+
+    assert len(tools.runner.jobs) == 1
+    assert [one.made_from for one in found] == [(came.digest,)] * 2
+    assert (found[0].pin, found[0].tree.has("config.json")) == ("p", True)
+    with pytest.raises(InputRefused, match="has 2 GGUF files, expected one"):
+        resolved(replace(came, tree=replace(came.tree, files=tuple(entries))))
