@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,25 @@ from weightsmith.steps.answer_checkpoint import AnswerCheckpoint, Answered, chec
 from weightsmith.steps.tools import Tools
 
 
-@dataclass(slots=True)
 class JoinedJob:
     """What the validation is to run first, and what became of it."""
 
-    next_job: Callable[[], ReferenceJob | None]
-    """Returns the job; None if nothing is left to ask."""
-    keep: Callable[[Answered], None]
-    """Stores answers."""
-    seconds: float = 0.0
-    """That the answers took."""
-    ran: bool = False
+    def __init__(
+        self,
+        next_job: Callable[[], ReferenceJob | None],
+        keep: Callable[[Answered], None],
+    ) -> None:
+        """Take what returns the job, None if nothing is left to ask, and what stores answers."""
+        self._next_job = next_job
+        self._keep = keep
+        self.seconds = 0.0
+        """Seconds that the answers took."""
+        self.ran = False
 
     def run_with(self, validation: ValidateJob, tools: Tools) -> Mapping[str, JsonValue]:
         """Run both, store the answers, and return what the validation found."""
         self._keep_checkpoint(validation.output)  # of a killed run, maybe to other questions too
-        reference = self.next_job()
+        reference = self._next_job()
         if reference is None:
             return tools.runner.run(validation, tools.progress)
         tools.progress.note("the reference questions are asked first, in the same process")
@@ -56,12 +59,12 @@ class JoinedJob:
         self.seconds, self.ran = float(both.get("seconds", 0.0)), True
         if answers := both["answers"]:
             with suppress(WeightsmithError):  # without room they are asked again
-                self.keep(answers)
+                self._keep(answers)
         return dict(both["validation"])
 
     def _keep_checkpoint(self, folder: Path) -> None:
         """Store the answers that a run left which did not end; without room, they are lost."""
         with suppress(WeightsmithError, OSError):
             if answers := checkpointed_answers(folder):
-                self.keep(answers)
+                self._keep(answers)
                 AnswerCheckpoint(folder).forget()
