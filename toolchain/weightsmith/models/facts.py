@@ -20,6 +20,7 @@ from weightsmith.core.safe_parse import SMALL, json_object, read_bytes
 from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_config import gguf_config
 from weightsmith.models.shape import ModelShape, has_states_alone
+from weightsmith.models.templates import own_template
 
 _STATEFUL = re.compile(
     "mamba|ssm|state_size|conv_kernel|linear_num|lora_rank|chunk|recurrent|retention|index_topk"
@@ -232,6 +233,8 @@ class ModelFacts:
     positions: PositionSettings
     stateful_keys: tuple[str, ...]
     """Keys of layers that cache something other than keys and values of every token."""
+    chat_template: str
+    """"" without one."""
     tokenizer_class: str
     tokenizer_length: int
     """The tokenizer's limit in tokens; 0 for none."""
@@ -269,6 +272,7 @@ class ModelFacts:
         *,
         describes_images: bool = False,
         gives_vectors: bool = False,
+        chat_template: str = "",
     ) -> ModelFacts:
         """Return the facts in a config.json and a tokenizer_config.json."""
         text, settings = text_part(config), tokenizer or {}
@@ -293,6 +297,7 @@ class ModelFacts:
             packing=Packing.of(config.get("quantization_config")),
             positions=PositionSettings.of(text),
             stateful_keys=tuple(sorted(k for k in text if _STATEFUL.search(k) and text[k])),
+            chat_template=chat_template,
             tokenizer_class=str(settings.get("tokenizer_class") or ""),
             tokenizer_length=whole(settings.get("model_max_length")),
             read_shape=shape,
@@ -318,19 +323,26 @@ def read_facts(path: Path) -> ModelFacts:
         tokenizer = read_bytes(path / "tokenizer_config.json", SMALL)
     except InputRefused:
         tokenizer = b""
-    read = _facts if len(config) + len(tokenizer) <= _KEPT else _facts.__wrapped__
-    return read(path, config, tokenizer, **present)
+    try:
+        template = own_template(path) or ""
+    except InputRefused:
+        template = ""  # whoever needs it says why
+    size = len(config) + len(tokenizer) + len(template)
+    read = _facts if size <= _KEPT else _facts.__wrapped__
+    return read(path, config, tokenizer, template, **present)
 
 
 @lru_cache(maxsize=8)
-def _facts(path: Path, config: bytes, tokenizer: bytes, **present: bool) -> ModelFacts:
-    """Return the facts in two files with this content; a build asks for them ten times."""
+def _facts(
+    path: Path, config: bytes, tokenizer: bytes, template: str, **present: bool
+) -> ModelFacts:
+    """Return the facts in files with this content; a build asks for them ten times."""
     try:
         settings = json_object(tokenizer, str(path / "tokenizer_config.json"), unique=True)
     except InputRefused:
         settings = None
     model = json_object(config, str(path / "config.json"), unique=True)
-    return ModelFacts.of(model, settings, **present)
+    return ModelFacts.of(model, settings, chat_template=template, **present)
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:

@@ -29,6 +29,9 @@ SIZE = r"^(\d+(\.\d+)?\s*([KMGTkmgt]i?)?[Bb]?)?$"
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 
 
+_PARSER = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$"
+
+
 class Base(Section):
     """The base model."""
 
@@ -356,6 +359,17 @@ class Serve(Section):
     )
     served_model_name: str = Field(
         "", max_length=200, description="The model's name on the server; default: the recipe's."
+    )
+    tool_parser: str = Field(
+        "auto",
+        pattern=_PARSER,
+        description="The parser of vLLM or SGLang for tool calls: `auto` by the chat template, "
+        "`none`, or the engine's name of one; llama.cpp has its own.",
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        pattern=_PARSER,
+        description="The same for thoughts, so that they do not stand in the answer.",
     )
     extra: dict[str, JsonValue] = Field(
         default_factory=dict, description="Engine options passed through."

@@ -44,6 +44,9 @@ class ServeOptions:
     pipeline_parallel_size: int = 0
     gpu_memory_utilization: float = 0.0
     served_model_name: str = ""
+    tool_parser: str = ""
+    """`none`, or the engine's name of one."""
+    reasoning_parser: str = ""
     adapters: tuple[ServedAdapter, ...] = ()
     """Served unmerged, for formats that do not merge them."""
     projector_bytes: int = 0

@@ -25,6 +25,7 @@ from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import NO_TLS, OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.serving.parsers import parsers_of
 from weightsmith.serving.plan import ServingPlan
 
 GPU_IMAGE = "docker.io/lmsysorg/sglang:v0.5.23"
@@ -142,7 +143,11 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         settings["disable-hybrid-swa-memory"] = True
     if cache := options.kv_cache_dtype:
         settings["kv-cache-dtype"] = {"fp8": "fp8_e4m3", "bfloat16": "bf16"}.get(cache, cache)
-    return replace(planned, settings={**settings, **extra})
+    parsers = parsers_of(model, "sglang", known_options(), options)
+    settings |= {"tool-call-parser": parsers.tools} if parsers.tools else {}
+    settings |= {"reasoning-parser": parsers.thoughts} if parsers.thoughts else {}
+    notes = (*planned.notes, *parsers.notes)
+    return replace(planned, settings={**settings, **extra}, notes=notes)
 
 
 def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, JsonValue]:

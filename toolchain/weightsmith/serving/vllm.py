@@ -32,6 +32,7 @@ from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import NO_TLS, OptionList, load_options
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.serving.parsers import parsers_of
 from weightsmith.serving.plan import DRAIN_SECONDS, ServingPlan
 
 _SOFTMAX = frozenset({
@@ -193,7 +194,8 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     on_cpu = is_cpu(options.gpu or CPU) and not options.gpu_memory_bytes
     device = options.gpu or CPU if on_cpu else ""
     options, own = without_float16(options.format, device, model.shape.dtype, options)
-    extra = known_options(cpu=on_cpu).checked(options.extra)
+    known = known_options(cpu=on_cpu)
+    extra = known.checked(options.extra)
     chosen = switches(extra)
     if on_cpu and model.shape.latent_cache:
         # Latent attention there takes a prompt as a whole (platforms/cpu.py).
@@ -210,6 +212,11 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     check_blocks(model, options.format, planned.tensor_parallel_size)
     notes = (*own, *planned.notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)
+    parsers = parsers_of(model, "vllm", known, options)
+    tools = str(extra.get("tool-call-parser", parsers.tools))
+    settings |= {"enable-auto-tool-choice": True, "tool-call-parser": tools} if tools else {}
+    settings |= {"reasoning-parser": parsers.thoughts} if parsers.thoughts else {}
+    notes = (*notes, *parsers.notes)
     if model.sees_images:
         notes = (*notes, *check_pictures(model.architecture, extra, on_cpu=not planned.gpus))
         # By default two of its processes keep 4 GiB of prepared pictures each.

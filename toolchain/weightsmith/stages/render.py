@@ -47,6 +47,7 @@ from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.memory import human, parse_size
+from weightsmith.serving.parsers import NONE, WITH_PARSERS
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
     GRACE_SECONDS,
@@ -106,6 +107,12 @@ def render(
     """
     check_served(model)
     engine = target.engine
+    for key in ("tool_parser", "reasoning_parser"):
+        if getattr(options, key) not in ("", NONE) and engine.name not in WITH_PARSERS:
+            raise UsageError(
+                f"serve.{key}: {engine.title} has no parsers to choose from",
+                hint="leave it out; it is for vLLM and SGLang",
+            )
     size = projector.size if projector else 0
     options = replace(options, format=target.format, projector_bytes=size)
     plan = engine.plan(model, weight_bytes, options)

@@ -1,0 +1,167 @@
+"""Which of an engine's parsers read a model's tool calls and thoughts, by its chat template.
+
+Without them, vLLM answers `tool_choice: auto` with HTTP 400, and thoughts stand in the answer.
+
+A template names the marks that the model was trained to write around a call, and most marks are
+read by one parser only; where several read them, the table has the one that vLLM's recipes name for
+the family (https://github.com/vllm-project/recipes). So the choice depends on the template and the
+pinned engine alone, and a plan is the same on a machine that cannot run the engine. That each
+parser reads back what its templates render is shown with the engine's own parsers in
+tests/real/test_parsers.py. vLLM's own `auto` (pull request 34809) is not released.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weightsmith.core.errors import UsageError
+from weightsmith.models.facts import ModelFacts
+from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.options import OptionList
+
+AUTO, NONE = "auto", "none"
+WITH_PARSERS = frozenset({"vllm", "sglang"})
+"""Engines whose parsers can be chosen."""
+_TOOLS = re.compile(r"\btools\b")
+"""The variable that templates have the tools in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How models of a family write calls, and which parser of an engine reads that."""
+
+    name: str
+    """vLLM's name of the parser; "" if it has none."""
+    marks: tuple[str, ...]
+    """Each is in the template."""
+    types: tuple[str, ...] = ()
+    """Beginnings of `model_type`; () for any."""
+    sglang: str = ""
+    """SGLang's name; "" if it has none."""
+
+    def fits(self, template: str, model_type: str) -> bool:
+        """Return whether a template is of this dialect."""
+        right = not self.types or model_type.startswith(self.types)
+        return right and all(mark in template for mark in self.marks)
+
+    def of(self, engine: str) -> str:
+        """Return an engine's name of the parser; "" if it has none."""
+        return self.sglang if engine == "sglang" else self.name
+
+
+TOOLS = (
+    Dialect(name="openai", sglang="gpt-oss", marks=("<|channel|>", "<|message|>")),
+    Dialect(name="gemma4", sglang="gemma4", marks=("<|tool_call>", "<tool_call|>")),
+    Dialect(name="kimi_k2", sglang="kimi_k2", marks=("<|tool_calls_section_begin|>",)),
+    # Kimi K2's first template declares tools, and never renders a call.
+    Dialect(name="kimi_k2", sglang="kimi_k2", marks=("tool_declare", "<|im_middle|>")),
+    Dialect(name="deepseek_v32", sglang="deepseekv32", marks=("｜DSML｜", "function_calls")),
+    Dialect(name="deepseek_v4", sglang="deepseekv4", marks=("｜DSML｜",)),
+    Dialect(name="deepseek_v3", sglang="deepseekv3", marks=("<｜tool▁calls▁begin｜>", "```json")),
+    Dialect(name="deepseek_v31", sglang="deepseekv31", marks=("<｜tool▁calls▁begin｜>",)),
+    # GLM 4.7 has no line break after the name.
+    Dialect(name="glm45", sglang="glm45", marks=("<arg_key>", "{function-name}\n")),
+    Dialect(name="glm47", sglang="glm47", marks=("<arg_key>",)),
+    Dialect(name="minimax_m2", sglang="minimax-m2", marks=("<minimax:tool_call>",)),
+    Dialect(name="seed_oss", marks=("<seed:tool_call>",)),
+    Dialect(name="step3p5", sglang="step3p5", marks=("<function=",), types=("step3",)),
+    Dialect(name="qwen3_coder", sglang="qwen3_coder", marks=("<function=", "<parameter=")),
+    Dialect(name="granite4", sglang="hermes", marks=("<tool_call>", "<|start_of_role|>")),
+    Dialect(name="granite", marks=("<|tool_call|>",)),
+    Dialect(name="mistral", sglang="mistral", marks=("[TOOL_CALLS]",)),
+    Dialect(name="llama4_pythonic", sglang="pythonic", marks=("<|python_start|>",)),
+    Dialect(name="lfm2", sglang="lfm2", marks=("<|tool_call_start|>",)),
+    Dialect(name="internlm", marks=("<|action_start|>", "<|plugin|>")),
+    Dialect(name="jamba", marks=("<tool_calls>",), types=("jamba",)),
+    Dialect(name="hunyuan_a13b", sglang="hunyuan", marks=("<tool_calls>",), types=("hunyuan",)),
+    Dialect(name="phi4_mini_json", marks=("<|tool|>", "<|/tool|>")),
+    Dialect(name="olmo3", marks=("<function_calls>",), types=("olmo",)),
+    Dialect(name="ernie45", marks=("<tool_call>",), types=("ernie4_5",)),
+    Dialect(name="hermes", sglang="qwen25", marks=("<tool_call>",)),
+    Dialect(name="llama3_json", sglang="llama3", marks=("<|eot_id|>", '"parameters": ')),
+)
+"""The first that fits counts."""
+
+THOUGHTS = (
+    Dialect(name="openai_gptoss", sglang="gpt-oss", marks=("<|channel|>", "<|message|>")),
+    Dialect(name="gemma4", sglang="gemma4", marks=("<|channel>", "<channel|>")),
+    Dialect(name="mistral", sglang="mistral", marks=("[THINK]",)),
+    Dialect(name="seed_oss", marks=("<seed:think>",)),
+    Dialect(name="granite", marks=("Here is my thought process",)),
+    Dialect(name="kimi_k2", sglang="kimi_k2", marks=("</think>", "<|im_middle|>")),
+    Dialect(name="deepseek_v4", sglang="deepseek-v4", marks=("</think>", "｜DSML｜"),
+            types=("deepseek_v4",)),
+    # Thinking is a switch since V3.1: `</think>` after the prompt ends what never began.
+    Dialect(name="deepseek_v3", sglang="deepseek-v3", marks=("</think>", "thinking", "<｜User｜>")),
+    Dialect(name="deepseek_r1", sglang="deepseek-r1", marks=("</think>", "<｜User｜>")),
+    Dialect(name="glm45", sglang="glm45", marks=("</think>", "[gMASK]")),
+    Dialect(name="minimax_m2", sglang="minimax", marks=("</think>", "<minimax:tool_call>")),
+    Dialect(name="step3p5", sglang="step3p5", marks=("</think>",), types=("step3",)),
+    Dialect(name="nemotron_v3", sglang="nemotron_3", marks=("</think>",), types=("nemotron",)),
+    Dialect(name="ernie45", marks=("</think>",), types=("ernie4_5",)),
+    Dialect(name="hunyuan_a13b", sglang="hunyuan", marks=("</think>",), types=("hunyuan",)),
+    Dialect(name="olmo3", marks=("</think>",), types=("olmo",)),
+    Dialect(name="mimo", sglang="mimo", marks=("</think>",), types=("mimo",)),
+    Dialect(name="qwen3", sglang="qwen3", marks=("</think>", "enable_thinking")),
+    Dialect(name="qwen3", sglang="qwen3", marks=("</think>",), types=("qwen3",)),
+    Dialect(name="deepseek_r1", sglang="deepseek-r1", marks=("</think>",)),
+)  # fmt: skip
+"""The same for thoughts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsers:
+    """An engine's parsers for a model; "" for none."""
+
+    tools: str
+    thoughts: str
+    notes: tuple[str, ...]
+
+
+def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: ServeOptions) -> Parsers:
+    """Return an engine's parsers: those that `serve` names, or by the model's chat template.
+
+    Raises UsageError for a name that the engine's pinned version lacks.
+    """
+    template, notes = model.chat_template, list[str]()
+    tools, thoughts = options.tool_parser, options.reasoning_parser
+    offered = known.words.get("tool-call-parser", ()), known.words.get("reasoning-parser", ())
+    chosen = _named(tools, "tool_parser", offered[0])
+    if tools in ("", AUTO):
+        fitting = next((d for d in TOOLS if d.fits(template, model.model_type)), None)
+        if not template:
+            pass  # it does not chat
+        elif not _TOOLS.search(template):
+            notes.append("the chat template has no tools, so the server has no parser for calls")
+        elif fitting and fitting.of(engine) in offered[0]:
+            chosen = fitting.of(engine)
+        else:
+            what = "the form of its calls is not known here"
+            if fitting:
+                what = f"this engine has no parser for calls as {fitting.name} reads them"
+            notes.append(
+                f"the chat template has tools, but {what}: the server will refuse `tool_choice:"
+                " auto`; serve.tool_parser names a parser"
+            )
+    reasoning = _named(thoughts, "reasoning_parser", offered[1])
+    if thoughts in ("", AUTO):
+        found = (d.of(engine) for d in THOUGHTS if d.fits(template, model.model_type))
+        first = next(found, "")
+        reasoning = first if first in offered[1] else ""
+        if first and not reasoning:
+            notes.append(f"thoughts stay in the answers: {known.version} has no parser {first}")
+    return Parsers(tools=chosen, thoughts=reasoning, notes=tuple(notes))
+
+
+def _named(given: str, key: str, offered: Sequence[str]) -> str:
+    """Return a parser that the recipe names; "" for none of its own choice."""
+    if given in ("", AUTO, NONE):
+        return ""
+    if given not in offered:
+        raise UsageError(
+            f"serve.{key} is {given!r}, which this engine does not have",
+            hint=f"auto, none, or one of: {', '.join(offered)}",
+        )
+    return given
