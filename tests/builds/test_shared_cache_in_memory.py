@@ -55,6 +55,7 @@ def test_a_second_user_makes_nothing_again_and_keeps_no_weights(
     assert memory.store.entries.keys() <= cache.documents.keys()
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(
     ("fault", "lost"),
     [

@@ -158,6 +158,7 @@ def _steps(kind: type[Any]) -> Iterator[type[Any]]:
 
 OTHER_MEANINGS = {
     ("building/explain.py", "merge"): "a builder",
+    ("fleets/cells.py", "evaluate"): "a section of the recipe",
     ("fleets/file.py", "validate"): "a section of the recipe",
     ("fleets/graph.py", "evaluate"): "a section of the recipe",
     ("fleets/node.py", "evaluate"): "a section of the recipe",
