@@ -31,6 +31,9 @@ def image(tmp_path: Path) -> Image:
 
 
 def test_push_and_pull(client: Registry, place: Reference, image: Image) -> None:
+    assert client.digest_of(place) is None
+    with pytest.raises(InputRefused, match="404"):
+        client.pull(place)
     done = client.push(image, place)
     assert done.uploaded_bytes == sum(blob.size for blob, _ in image.blobs())
     back = client.pull(place, platform=AMD64)
@@ -38,12 +41,6 @@ def test_push_and_pull(client: Registry, place: Reference, image: Image) -> None
     for ours, theirs in zip(image.layers, back.layers, strict=True):
         assert b"".join(ours.open()) == b"".join(theirs.open())
     assert client.push(image, place).uploaded_bytes == 0
-
-
-def test_what_is_not_there(client: Registry, place: Reference) -> None:
-    assert client.digest_of(place) is None
-    with pytest.raises(InputRefused, match="404"):
-        client.pull(place)
 
 
 def test_mounted_from_another_repository(

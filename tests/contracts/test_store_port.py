@@ -93,9 +93,7 @@ def test_a_full_disk_is_explained_and_gets_its_room_back(store: AnyStore) -> Non
 
     assert caught.value.hint
     assert not list((store.root / "partial").iterdir())
-
-
-def test_an_error_about_another_place_stays_what_it_is(store: AnyStore) -> None:
+    # An error about another place stays what it is.
     with pytest.raises(FileNotFoundError):
         store.produce(KEY, {}, breaks(FileNotFoundError(errno.ENOENT, "gone", "/elsewhere")))
 
