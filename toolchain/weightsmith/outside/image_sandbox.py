@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from weightsmith.outside import landlock, privileges, seccomp
-from weightsmith.outside.sandbox_facts import facts, unmet
 from weightsmith.outside.sandbox_launcher import (
     FAILED,
     NEW_NETWORK,
@@ -272,8 +271,8 @@ def _become(settings: SandboxSettings) -> NoReturn:
         machine = seccomp.machine()
         seccomp.install(seccomp.job_filter(machine, landlock=version, sockets=True, serves=bare))
     with _reporting(settings, "confine"):
-        found = facts(settings.network, settings.home if bare else "")
-        if lacking := unmet(found, as_root=settings.as_root):
+        found = privileges.facts(settings.network, settings.home if bare else "")
+        if lacking := privileges.unmet(found, as_root=settings.as_root):
             raise PermissionError(lacking)
     os.write(settings.tell, json.dumps(found).encode() + b"\n")
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, and exec would keep that

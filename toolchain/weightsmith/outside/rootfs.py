@@ -25,8 +25,7 @@ from weightsmith.core.trees import give
 from weightsmith.outside import process
 from weightsmith.outside.image_sandbox import SandboxSettings
 from weightsmith.outside.ownership import private_folder
-from weightsmith.outside.privileges import NOBODY, is_root
-from weightsmith.outside.sandbox_facts import Facts, words
+from weightsmith.outside.privileges import NOBODY, Facts, is_root, words
 from weightsmith.outside.start_errors import no_program, unstartable
 
 _SCHEME = "oci:"
