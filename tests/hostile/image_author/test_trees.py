@@ -16,8 +16,7 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE, Layer
 from weightsmith.oci.streams import entries
 from weightsmith.oci.unpack import unpack
-from weightsmith.outside.ownership import private_folder
-from weightsmith.outside.permissions import owned_by
+from weightsmith.outside.ownership import owned_by, private_folder
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.users import NOBODY, closed_folders, nested, somebody_else

@@ -18,7 +18,7 @@ from pathlib import Path
 from weightsmith.models.folder import scan
 from weightsmith.outside import process
 from weightsmith.outside.job_sandbox import LEVELS, NONE, JobSandbox
-from weightsmith.outside.permissions import leads_out
+from weightsmith.outside.ownership import leads_out
 
 _SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"),

@@ -43,8 +43,7 @@ from weightsmith.outside.docker_images import build_image, image_tag
 from weightsmith.outside.image_sandbox import PROCESSES
 from weightsmith.outside.lines import RESULT, Lines, when_readable
 from weightsmith.outside.local import worker_environment
-from weightsmith.outside.ownership import owner_token, private_folder
-from weightsmith.outside.permissions import owned_by, readable
+from weightsmith.outside.ownership import owned_by, owner_token, private_folder, readable
 from weightsmith.outside.process import TookTooLong
 from weightsmith.outside.start_errors import from_engine_message
 from weightsmith.outside.toolset import optional_toolsets, tools_variable, try_toolsets

@@ -11,8 +11,7 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.files import _new_name
 from weightsmith.core.values import Digest
 from weightsmith.outside.docker_images import BaseImage, base, read_bases
-from weightsmith.outside.ownership import is_dead, owner_token, private_folder
-from weightsmith.outside.permissions import owned_by, readable
+from weightsmith.outside.ownership import is_dead, owned_by, owner_token, private_folder, readable
 
 
 @pytest.fixture
