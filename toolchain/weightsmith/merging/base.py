@@ -56,20 +56,6 @@ class BaseTensors:
     layout: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def stored_tensors(index: CheckpointIndex) -> BaseTensors:
-    """Return the base's tensors in the order of its files."""
-    return BaseTensors(
-        sources={
-            info.name: StoredTensor(path=shard.path, info=info)
-            for shard in index.shards
-            for info in shard.tensors
-        },
-        layout=tuple(
-            (shard.path.name, tuple(info.name for info in shard.tensors)) for shard in index.shards
-        ),
-    )
-
-
 def replicate(
     base: BaseTensors, config: Mapping[str, JsonValue], layers: Layers
 ) -> tuple[BaseTensors, dict[str, JsonValue]]:
@@ -155,7 +141,16 @@ def base_view(index: CheckpointIndex, config: Mapping[str, JsonValue], choice: s
         raise refuse(index.root, method, simulates=simulates(choice))
     if method:
         return _decoded(index, config, method)
-    stored = stored_tensors(index)
+    stored = BaseTensors(
+        sources={
+            info.name: StoredTensor(path=shard.path, info=info)
+            for shard in index.shards
+            for info in shard.tensors
+        },
+        layout=tuple(
+            (shard.path.name, tuple(info.name for info in shard.tensors)) for shard in index.shards
+        ),
+    )
     if simulates(choice):
         return _simulated(stored, config, choice)
     note = () if choice == "refuse" else ("the base is not quantized: nothing to dequantize",)

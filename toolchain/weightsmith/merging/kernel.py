@@ -179,7 +179,7 @@ def first_pass(
     for part in space.pieces(weight):
         place = first + part.start
         sums = _sums(prepared, weight[part], place, space)
-        safe = safe and is_below(sums, limit)
+        safe = safe and _is_below(sums, limit)
         undecided = _round_ends(prepared, sums, place, space, out[part])
         rest.append(np.flatnonzero(undecided) + part.start * weight.shape[1])
     return np.concatenate(rest) if rest else np.empty(0, np.int64), safe
@@ -276,7 +276,7 @@ def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) ->
     return differ.reshape(-1)
 
 
-def is_below(sums: np.ndarray, limit: float) -> bool:
+def _is_below(sums: np.ndarray, limit: float) -> bool:
     """Return whether all are finite and below the limit; tries the cheaper sum of squares first."""
     flat = sums.reshape(-1)
     if float(np.dot(flat, flat)) < limit * limit / 4:

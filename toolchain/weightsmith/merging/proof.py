@@ -47,7 +47,7 @@ class Sketch:
     """A base's rows times random signs, taken while they are merged, so that they are read once."""
 
     def __init__(self, output: MergedTensor) -> None:
-        random = np.random.default_rng(seed_of(output.name))
+        random = np.random.default_rng(_seed_of(output.name))
         work = F64 if ARRAY_TYPES[output.dtype] == F32 else F32
         self.signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
         """(vectors, columns), of a wider type than the result's."""
@@ -75,15 +75,15 @@ def differ(base: np.ndarray, found: np.ndarray) -> bool:
     """Return whether a result differs from the base rounded to the result's dtype."""
     if base.dtype != found.dtype:
         base = round_once(base.astype(F64), found.dtype)
-    return not np.array_equal(base.view(bits_of(base)), found.view(bits_of(found)))
+    return not np.array_equal(base.view(_bits_of(base)), found.view(_bits_of(found)))
 
 
-def bits_of(array: np.ndarray) -> np.dtype:
+def _bits_of(array: np.ndarray) -> np.dtype:
     """Return the unsigned integers of an array's size, to compare bits."""
     return np.dtype(f"u{array.dtype.itemsize}")
 
 
-def seed_of(name: str) -> int:
+def _seed_of(name: str) -> int:
     """Return a seed from the tensor's name, so that a failure is reproducible."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
@@ -268,7 +268,7 @@ def _project(written: Tested, sketch: Sketch) -> bool:
 
 def _some_rows(output: MergedTensor) -> set[int]:
     """Return the rows to recompute in any case, which nothing of the merge knows."""
-    random = np.random.default_rng((seed_of(output.name), ROWS))
+    random = np.random.default_rng((_seed_of(output.name), ROWS))
     return set(random.integers(0, output.rows, ROWS).tolist())
 
 
@@ -365,7 +365,7 @@ def _compare_values(written: Tested) -> bool:
         expected = output.source.rows(files, first, count, output.columns).astype(F64)
         for row in patched & set(range(first, first + count)):
             expected[row - first] = _source_row(output, files, row)[0]
-        off = round_once(expected, found.dtype).view(bits_of(found)) != found.view(bits_of(found))
+        off = round_once(expected, found.dtype).view(_bits_of(found)) != found.view(_bits_of(found))
         off &= ~np.isnan(expected)
         if off.any():
             raise _wrong(output, int(off.sum()), off.size)

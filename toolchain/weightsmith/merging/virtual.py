@@ -52,7 +52,7 @@ def opened(
     checkpoint = VirtualCheckpoint(plan, Settings(device="cpu", workers=1))
     files, hashed = {}, []
     for shard in plan.shards:
-        file = VirtualFile(read_header(folder / shard.name).tensors, checkpoint)
+        file = _VirtualFile(read_header(folder / shard.name).tensors, checkpoint)
         files[folder / shard.name] = file
         if shard.name in digests:
             digest = hashlib.sha256(header_of(shard))
@@ -103,7 +103,7 @@ class VirtualCheckpoint:
         self._maker.files.close()
 
 
-class VirtualFile:
+class _VirtualFile:
     """A shard's data, by offset in the file that a merge would write."""
 
     def __init__(self, infos: tuple[TensorInfo, ...], checkpoint: VirtualCheckpoint) -> None:
@@ -114,12 +114,10 @@ class VirtualFile:
 
     @property
     def first(self) -> int:
-        """Where the data begin."""
         return self._infos[0].start if self._infos else 0
 
     @property
     def end(self) -> int:
-        """Where the data end."""
         return self._infos[-1].end if self._infos else 0
 
     def read(self, start: int, size: int) -> np.ndarray:

@@ -38,7 +38,7 @@ class FactorPair:
 
 
 @dataclass(frozen=True, slots=True)
-class StackedTensors:
+class _StackedTensors:
     """One stacked parameter's tensors in the base."""
 
     parameter: str
@@ -82,7 +82,7 @@ def claims(view: AdapterView, module: str, pairs: Sequence[FactorPair]) -> Itera
             keys = ()
 
 
-def _stacks(view: AdapterView, module: str) -> list[StackedTensors]:
+def _stacks(view: AdapterView, module: str) -> list[_StackedTensors]:
     """Return the targeted parameters of a module in the order in which PEFT wraps them."""
     targets = view.config.raw.get("target_parameters") or ()
     names = {name.rpartition(".")[2] for name in targets}
@@ -91,21 +91,21 @@ def _stacks(view: AdapterView, module: str) -> list[StackedTensors]:
     return [stack for name in order if (stack := _stack(view, module, name))]
 
 
-def _stack(view: AdapterView, module: str, parameter: str) -> StackedTensors | None:
+def _stack(view: AdapterView, module: str, parameter: str) -> _StackedTensors | None:
     if tensor := view.find(module, parameter):
-        return StackedTensors(parameter, tensor, ())
+        return _StackedTensors(parameter, tensor, ())
     for names in _PIECES.get(parameter, ((parameter,),)):
         pieces: list[tuple[str, ...]] = []
         while all(view.find(f"{module}.{len(pieces)}.{name}") for name in names):
             pieces.append(tuple(view.find(f"{module}.{len(pieces)}.{name}") for name in names))
         if pieces:
-            return StackedTensors(parameter, "", tuple(pieces))
+            return _StackedTensors(parameter, "", tuple(pieces))
     return None
 
 
 def _assigned(
     view: AdapterView, module: str, pairs: Sequence[FactorPair]
-) -> Iterator[tuple[FactorPair, StackedTensors]]:
+) -> Iterator[tuple[FactorPair, _StackedTensors]]:
     """Yield each pair with its parameter: the innermost wrapper has the first that fits."""
     stacks = _stacks(view, module)
     inner_first = sorted(pairs, key=lambda pair: -pair.raw.count("base_layer"))
@@ -128,14 +128,14 @@ def _assigned(
     yield from zip(inner_first, orders[0], strict=True)
 
 
-def _count(view: AdapterView, stack: StackedTensors) -> int:
+def _count(view: AdapterView, stack: _StackedTensors) -> int:
     if not stack.tensor:
         return len(stack.pieces)
     shape = view.shape(stack.tensor)
     return shape[0] if len(shape) == 3 else 1
 
 
-def _orientation(view: AdapterView, stack: StackedTensors, pair: FactorPair) -> str:
+def _orientation(view: AdapterView, stack: _StackedTensors, pair: FactorPair) -> str:
     """Return `straight` if the base stores (out, in), `transposed` for (in, out), else ""."""
     given = (pair.b.shape[0], pair.a.shape[1])
     if stack.tensor:
@@ -154,7 +154,7 @@ def _orientation(view: AdapterView, stack: StackedTensors, pair: FactorPair) -> 
 
 
 def _terms(
-    view: AdapterView, name: str, stack: StackedTensors, pair: FactorPair
+    view: AdapterView, name: str, stack: _StackedTensors, pair: FactorPair
 ) -> dict[str, tuple[Term, ...]]:
     experts, orientation = _count(view, stack), _orientation(view, stack, pair)
     rank = pair.a.shape[0] // experts

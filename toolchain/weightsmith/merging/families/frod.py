@@ -71,7 +71,7 @@ def _layer(view: AdapterView, module: str, own: dict[str, str], shared: dict[str
             f"{view.path}: {', '.join(wrong) or module} does not fit {target} {list(shape)}",
             hint="the adapter was trained on another model",
         )
-    change = Frod(
+    change = _Frod(
         basis=view.stored(shared["frod_V"]),
         places=view.stored(shared["frod_s_indices"]),
         values=view.stored(own["frod_lambda_s_values"]),
@@ -92,7 +92,7 @@ FAMILY = Family(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Frod:
+class _Frod:
     """U (diag(l) + S) Vᵀ in float64, where U has the normalised columns of W V⁻ᵀ.
 
     `FrodLayer` in peft/tuners/frod/layer.py. PEFT recomputes V from the weights of all layers
@@ -113,12 +113,10 @@ class Frod:
     by_row: bool = False
 
     def held_elements(self, output: MergedTensor) -> int:
-        """Return the peak number of float64 elements in memory."""
         width = output.rows if self.transposed else output.columns
         return 3 * output.rows * output.columns + 3 * width * width
 
     def begin(self, output: MergedTensor, files: Files) -> Rows:
-        """Return a function that computes rows."""
         import numpy as np
 
         def rows(first: int, count: int) -> np.ndarray:

@@ -55,7 +55,7 @@ _PASS = 1 << 18
 
 
 @dataclass(slots=True)
-class ModuleKeys:
+class _ModuleKeys:
     """The keys of one wrapped module, by role."""
 
     raw: str
@@ -131,14 +131,14 @@ def module_of(name: str) -> str:
     return match["module"] if match else ""
 
 
-def _groups(view: AdapterView) -> dict[str, ModuleKeys]:
-    groups: dict[str, ModuleKeys] = {}
+def _groups(view: AdapterView) -> dict[str, _ModuleKeys]:
+    groups: dict[str, _ModuleKeys] = {}
     for key in view.keys:
         match = _KEY.fullmatch(module_key(key))
         if not match:
             continue
         raw, part = match["module"], match["part"]
-        group = groups.setdefault(raw, ModuleKeys(raw=raw, module=plain_module(raw)))
+        group = groups.setdefault(raw, _ModuleKeys(raw=raw, module=plain_module(raw)))
         if part in _TRAINING_ONLY:
             group.unused.append(key)
             continue
@@ -155,7 +155,7 @@ def _groups(view: AdapterView) -> dict[str, ModuleKeys]:
     return {raw: group for raw, group in groups.items() if group.keys or group.unused}
 
 
-def _has_tied_copy(view: AdapterView, groups: dict[str, ModuleKeys]) -> bool:
+def _has_tied_copy(view: AdapterView, groups: dict[str, _ModuleKeys]) -> bool:
     """Return whether a tied head has its embedding's factors (`ensure_weight_tying`)."""
     embeddings = [g for g in groups.values() if "lora_embedding_A" in g.keys]
     heads = [g for g in groups.values() if view.is_head(g.module) and "lora_A" in g.keys]
@@ -168,7 +168,7 @@ def _has_tied_copy(view: AdapterView, groups: dict[str, ModuleKeys]) -> bool:
 
 def _layer(
     view: AdapterView,
-    group: ModuleKeys,
+    group: _ModuleKeys,
     pair: FactorPair,
     tied_copy: bool,
     mismatches: list[str],
@@ -236,7 +236,7 @@ def _check_stacks(view: AdapterView, module: str) -> None:
         )
 
 
-def _factors(view: AdapterView, group: ModuleKeys) -> FactorPair:
+def _factors(view: AdapterView, group: _ModuleKeys) -> FactorPair:
     """Return A and B; raise InputRefused if one is missing or has an unsupported dtype or shape."""
     embedding = "lora_embedding_A" in group.keys or "lora_embedding_B" in group.keys
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -258,7 +258,7 @@ def _factors(view: AdapterView, group: ModuleKeys) -> FactorPair:
 
 
 def _oriented(
-    view: AdapterView, group: ModuleKeys, shape: tuple[int, ...], pair: FactorPair
+    view: AdapterView, group: _ModuleKeys, shape: tuple[int, ...], pair: FactorPair
 ) -> tuple[MatrixView, MatrixView]:
     a, b, module = pair.a, pair.b, group.module
     a_blocks, b_blocks = _blocks(view, group)
@@ -282,7 +282,7 @@ def _oriented(
     return left, right
 
 
-def _blocks(view: AdapterView, group: ModuleKeys) -> tuple[int, int]:
+def _blocks(view: AdapterView, group: _ModuleKeys) -> tuple[int, int]:
     """Return the numbers of diagonal blocks of A and B (PEFT's `BdLoraLinearVariant`)."""
     raw = view.config.raw.get("use_bdlora")
     if not isinstance(raw, dict) or "lora_embedding_A" in group.keys:
@@ -295,7 +295,7 @@ def _blocks(view: AdapterView, group: ModuleKeys) -> tuple[int, int]:
     return 1, 1
 
 
-def _variant(view: AdapterView, group: ModuleKeys, claim: Claim) -> Claim:
+def _variant(view: AdapterView, group: _ModuleKeys, claim: Claim) -> Claim:
     """Return the claim, changed to DoRA's or KaSA's if the module has their keys."""
     (term,) = claim.terms
     for part, setting in _SETTINGS.items():
@@ -309,12 +309,12 @@ def _variant(view: AdapterView, group: ModuleKeys, claim: Claim) -> Claim:
     plain = replace(term, factor=term.scaling)
     if magnitude := group.keys.get("lora_magnitude_vector"):
         stored = view.stored(magnitude)
-        dora = Dora(term=plain, magnitude=stored, by_column=term.left.transposed)
+        dora = _Dora(term=plain, magnitude=stored, by_column=term.left.transposed)
         return replace(claim, keys=(*claim.keys, magnitude), terms=(), change=dora)
     if view.config.raw.get("use_dora"):
         raise _incomplete(view, "use_dora", claim.module, "lora_magnitude_vector")
     if diagonal := group.keys.get("lora_diag"):
-        change = Kasa(term=plain, diagonal=view.stored(diagonal))
+        change = _Kasa(term=plain, diagonal=view.stored(diagonal))
         return replace(claim, keys=(*claim.keys, diagonal), terms=(), change=change)
     if view.config.raw.get("kasa_config") and not is_head(claim.module):
         raise _incomplete(view, "kasa_config", claim.module, "lora_diag")
@@ -328,7 +328,7 @@ def _incomplete(view: AdapterView, setting: str, module: str, key: str) -> Input
     )
 
 
-def _bias(view: AdapterView, group: ModuleKeys, scaling: float) -> Claim:
+def _bias(view: AdapterView, group: _ModuleKeys, scaling: float) -> Claim:
     """Return the claim b + scaling · bias: a rank-1 term on the bias as a column."""
     key = group.keys["lora_B.bias"]
     target = view.find(group.module, "bias")
@@ -423,7 +423,7 @@ def _no_piece(view: AdapterView, what: str) -> InputRefused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dora:
+class _Dora:
     """m · (W + s·BA) / ‖W + s·BA‖, in float64 (Liu et al., "DoRA", 2024, equation 5)."""
 
     term: Term
@@ -434,7 +434,6 @@ class Dora:
     by_row: bool = True
 
     def held_elements(self, output: MergedTensor) -> int:
-        """Return the peak number of float64 elements in memory."""
         return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
 
     def begin(self, output: MergedTensor, files: Files) -> Rows:
@@ -477,7 +476,7 @@ def _sum(output: MergedTensor, files: Files, add: Adder, first: int, count: int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kasa:
+class _Kasa:
     """W - U_r S_r V_r + s · B diag(d) A in float64 (Wang et al., "KaSA", 2024, section 3).
 
     PEFT truncates W when it loads the adapter, so the truncation is part of the adapter.
@@ -489,11 +488,9 @@ class Kasa:
     by_row: bool = False
 
     def held_elements(self, output: MergedTensor) -> int:
-        """Return the peak number of float64 elements in memory."""
         return 5 * output.rows * output.columns
 
     def begin(self, output: MergedTensor, files: Files) -> Rows:
-        """Return a function that computes rows."""
         from numpy.linalg import svd
 
         rank, right = self.term.rank, self.term.right

@@ -109,7 +109,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         own = keys + (rest if shared and not number else ())
         source = view.source(view.need(module)) if kind in _ORDERED else None
         tuned = partial(
-            Tuned,
+            _Tuned,
             layer=layers[module],
             base=_base(view, module),
             keys=tuple(view.stored(key) for key in keys),
@@ -210,7 +210,7 @@ FAMILY = Family(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned:
+class _Tuned:
     """A layer's weight or bias merged by PEFT in float32, whole or some rows at a time."""
 
     layer: BaseLayer
@@ -249,7 +249,6 @@ class Tuned:
         return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
 
     def begin(self, output: MergedTensor, files: Files) -> Rows:
-        """Return a function that computes rows, or the whole tensor."""
         return self._whole(output, files) if self.whole else self._by_rows(output, files)
 
     def _by_rows(self, output: MergedTensor, files: Files) -> Rows:

@@ -67,7 +67,7 @@ def decode(weight: Packed, parts: Parts) -> np.ndarray:
         ) from error
 
 
-def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+def _unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     """Return the unsigned codes of (…, words) int32, as (…, words · 32 // bits) int32.
 
     Codes are a little-endian bit stream along the last dimension; they may straddle words, as in
@@ -91,7 +91,7 @@ def _bnb_4bit(weight: Packed, parts: Parts) -> np.ndarray:
         absmax += F32.type(options["nested_offset"])
     codes = parts["weight"].reshape(-1).view(np.uint8)
     block = options["blocksize"]
-    return decode_blocks(codes, parts["code"], absmax.astype(F32), block, weight.shape)
+    return _decode_blocks(codes, parts["code"], absmax.astype(F32), block, weight.shape)
 
 
 def _bnb_int8(_weight: Packed, parts: Parts) -> np.ndarray:
@@ -104,8 +104,8 @@ def _bnb_int8(_weight: Packed, parts: Parts) -> np.ndarray:
 
 def _gptq(weight: Packed, parts: Parts) -> np.ndarray:
     bits, columns = weight.options["bits"], weight.shape[1]
-    codes = unpack_words(parts["weight"].T, bits)  # (out, in)
-    zeros = unpack_words(parts["zeros"], bits)  # (groups, out)
+    codes = _unpack_words(parts["weight"].T, bits)  # (out, in)
+    zeros = _unpack_words(parts["zeros"], bits)  # (groups, out)
     zeros = (zeros + weight.options["zero_offset"]) & ((1 << bits) - 1)
     place = parts.get("groups")
     if place is None:
@@ -120,7 +120,7 @@ def _awq(weight: Packed, parts: Parts) -> np.ndarray:
     order = np.argsort(_AWQ_ORDER)
 
     def columns(words: np.ndarray) -> np.ndarray:
-        nibbles = unpack_words(words, 4).reshape(len(words), -1, 8)
+        nibbles = _unpack_words(words, 4).reshape(len(words), -1, 8)
         return nibbles[:, :, order].reshape(len(words), -1)
 
     codes, zeros = columns(parts["weight"]), columns(parts["zeros"])  # (in, out), (groups, out)
@@ -133,8 +133,8 @@ def _awq_gemv(weight: Packed, parts: Parts) -> np.ndarray:
     """Dequantize AutoAWQ's `WQLinear_GEMV`: codes in input order, groups padded."""
     size = weight.options["group_size"]
     groups = weight.shape[1] // size
-    codes = unpack_words(parts["weight"], 4)
-    zeros = unpack_words(parts["zeros"], 4)[:, :groups].repeat(size, 1)
+    codes = _unpack_words(parts["weight"], 4)
+    zeros = _unpack_words(parts["zeros"], 4)[:, :groups].repeat(size, 1)
     scaled: np.ndarray = (codes - zeros).astype(F32)
     scaled *= parts["scale"].astype(F32)[:, :groups].repeat(size, 1)
     return scaled
@@ -145,11 +145,11 @@ def _ct_packed(weight: Packed, parts: Parts) -> np.ndarray:
     bits = weight.options["bits"]
     *lead, columns = weight.shape
     half = 1 << (bits - 1)
-    codes = unpack_words(parts["weight"], bits)[..., :columns] - half
+    codes = _unpack_words(parts["weight"], bits)[..., :columns] - half
     zeros = parts.get("zeros")
     if zeros is not None and zeros.dtype == np.int32:
         # Packed along the rows.
-        zeros = unpack_words(zeros.swapaxes(-1, -2), bits)[..., : lead[-1]].swapaxes(-1, -2) - half
+        zeros = _unpack_words(zeros.swapaxes(-1, -2), bits)[..., : lead[-1]].swapaxes(-1, -2) - half
     return _apply(codes.astype(F32), parts["scale"], zeros, parts.get("groups"))
 
 
@@ -230,7 +230,7 @@ DECODERS: dict[str, Callable[[Packed, Parts], np.ndarray]] = {
 }
 
 
-def decode_blocks(
+def _decode_blocks(
     packed: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: int, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Return code[nibble] · absmax[block] in float32; the high nibble comes first.
