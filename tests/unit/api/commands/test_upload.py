@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import yaml
 from weightsmith.api.commands.upload import preview_push, push_to_hub
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
-from weightsmith.core.values import Digest, FileEntry, Tree
+from weightsmith.core.values import Digest, FileEntry, Tree, Uploaded
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.layout import write_layout
@@ -60,25 +60,43 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model")
 
 
+@dataclass
+class Scene:
+    hub: WritableHub
+    tools: Tools
+    model: Path
+
+    def push(self, source: str | Path = "", **options: bool) -> Uploaded:
+        to = HubDestination(repository="team/bot", **options)
+        return push_to_hub(str(source or self.model), to, self.tools)
+
+    @property
+    def repository(self) -> Repository:
+        return self.hub.repositories["team/bot"]
+
+
+@pytest.fixture
+def scene(hub: WritableHub, tools: Tools, model: Path) -> Scene:
+    return Scene(hub, tools, model)
+
+
 def front(text: bytes) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(text.decode().split("---")[1])
     return found
 
 
-def test_a_checkpoint_is_one_commit_with_a_card(
-    hub: WritableHub, tools: Tools, model: Path
-) -> None:
-    (model / "notes.py").write_text("print()")
-    result = push_to_hub(str(model), DESTINATION, tools)
+def test_a_checkpoint_is_one_commit_with_a_card(scene: Scene) -> None:
+    (scene.model / "notes.py").write_text("print()")
+    result = scene.push()
 
-    repository = hub.repositories["team/bot"]
+    repository = scene.repository
     assert result.digest == repository.commits[-1]
     assert result.reference == "hf://team/bot"
     assert repository.private
-    names = {path.name for path in model.iterdir()} - {"notes.py"}
+    names = {path.name for path in scene.model.iterdir()} - {"notes.py"}
     assert set(repository.files) == names | {".gitattributes", "README.md"}
     for name in names:
-        assert repository.files[name] == (model / name).read_bytes()
+        assert repository.files[name] == (scene.model / name).read_bytes()
     sent = sum(len(data) for name, data in repository.files.items() if name != ".gitattributes")
     assert result.uploaded_bytes == sent
     card = repository.files["README.md"]
@@ -87,16 +105,14 @@ def test_a_checkpoint_is_one_commit_with_a_card(
 
 
 @pytest.mark.slow
-def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(
-    hub: WritableHub, tools: Tools, model: Path
-) -> None:
-    shown, _ = preview_push(str(model), DESTINATION, tools)
-    assert hub.repositories == {}
+def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(scene: Scene) -> None:
+    shown, _ = preview_push(str(scene.model), DESTINATION, scene.tools)
+    assert scene.hub.repositories == {}
     assert shown["dry_run"]
     assert not shown["exists"]
 
-    done = push_to_hub(str(model), DESTINATION, tools)
-    repository = hub.repositories["team/bot"]
+    done = scene.push()
+    repository = scene.repository
     assert shown["card"] == repository.files["README.md"].decode()
     assert shown["uploaded_bytes"] == done.uploaded_bytes
     assert {row["path"]: row["size"] for row in shown["files"]} == {
@@ -105,35 +121,33 @@ def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(
     assert all(row["sent"] for row in shown["files"])
 
     repository.files["old.bin"] = b"old"
-    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    (scene.model / "config.json").write_text((scene.model / "config.json").read_text() + " ")
     before = (dict(repository.files), list(repository.commits))
     with pytest.raises(UsageError, match="already holds other files"):
-        preview_push(str(model), DESTINATION, tools)
+        preview_push(str(scene.model), DESTINATION, scene.tools)
     forced = replace(DESTINATION, force=True)
-    shown, text = preview_push(str(model), forced, tools)
+    shown, text = preview_push(str(scene.model), forced, scene.tools)
     assert (repository.files, repository.commits) == before
     assert [row["path"] for row in shown["files"] if row["sent"]] == ["config.json"]
     assert [*shown["deleted"]] == ["old.bin"]
-    assert shown["uploaded_bytes"] == (model / "config.json").stat().st_size
+    assert shown["uploaded_bytes"] == (scene.model / "config.json").stat().st_size
     assert "send    " in text
     assert "delete  old.bin" in text
     assert shown["card"].rstrip() in text
-    assert push_to_hub(str(model), forced, tools).uploaded_bytes == shown["uploaded_bytes"]
+    assert scene.push(force=True).uploaded_bytes == shown["uploaded_bytes"]
 
 
-def test_other_content_needs_force_and_is_replaced(
-    hub: WritableHub, tools: Tools, model: Path
-) -> None:
-    first = push_to_hub(str(model), DESTINATION, tools)
-    again = push_to_hub(str(model), DESTINATION, tools)
+def test_other_content_needs_force_and_is_replaced(scene: Scene) -> None:
+    first = scene.push()
+    again = scene.push()
     assert (again.digest, again.uploaded_bytes) == (first.digest, 0)
-    hub.repositories["team/bot"].files["old.txt"] = b"stays in the history only"
+    scene.repository.files["old.txt"] = b"stays in the history only"
     with pytest.raises(UsageError, match=r"old\.txt") as caught:
-        push_to_hub(str(model), DESTINATION, tools)
+        scene.push()
     assert "--force" in caught.value.hint
 
-    result = push_to_hub(str(model), HubDestination(repository="team/bot", force=True), tools)
-    repository = hub.repositories["team/bot"]
+    result = scene.push(force=True)
+    repository = scene.repository
     assert "old.txt" not in repository.files
     assert first.digest in repository.commits
     assert ".gitattributes" in repository.files
@@ -142,27 +156,23 @@ def test_other_content_needs_force_and_is_replaced(
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_repository_that_exists_keeps_its_visibility(
-    hub: WritableHub, tools: Tools, model: Path, private: bool
-) -> None:
-    hub.repositories["team/bot"] = Repository(private=private)
-    hub.repositories["team/bot"].add("initial commit")
-    push_to_hub(str(model), HubDestination(repository="team/bot", public=private), tools)
+def test_a_repository_that_exists_keeps_its_visibility(scene: Scene, private: bool) -> None:
+    scene.hub.repositories["team/bot"] = Repository(private=private)
+    scene.hub.repositories["team/bot"].add("initial commit")
+    scene.push(public=private)
 
-    assert hub.repositories["team/bot"].private is private
-    assert not [line for line in hub.requests if "settings" in line]
+    assert scene.repository.private is private
+    assert not [line for line in scene.hub.requests if "settings" in line]
 
 
-def test_a_gguf_file_has_the_lines_of_its_runners(
-    hub: WritableHub, tools: Tools, tmp_path: Path
-) -> None:
+def test_a_gguf_file_has_the_lines_of_its_runners(scene: Scene, tmp_path: Path) -> None:
     file = tmp_path / "bot-q8_0.gguf"
     file.write_bytes(b"GGUF" + bytes(5000))
-    push_to_hub(str(file), HubDestination(repository="team/bot", public=True), tools)
+    scene.push(file, public=True)
 
-    repository = hub.repositories["team/bot"]
+    repository = scene.repository
     assert set(repository.files) == {".gitattributes", "README.md", "bot-q8_0.gguf"}
-    assert hub.received == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    assert scene.hub.received == [hashlib.sha256(file.read_bytes()).hexdigest()]
     assert not repository.private
     text = repository.files["README.md"].decode()
     assert "llama-server --hf-repo team/bot --hf-file bot-q8_0.gguf" in text
@@ -170,16 +180,14 @@ def test_a_gguf_file_has_the_lines_of_its_runners(
     assert "gguf" in front(text.encode())["tags"]
 
 
-def test_a_gguf_file_in_parts_is_published_with_all_of_them(
-    hub: WritableHub, tools: Tools, tmp_path: Path
-) -> None:
+def test_a_gguf_file_in_parts_is_published_with_all_of_them(scene: Scene, tmp_path: Path) -> None:
     names = [f"bot-0000{n}-of-00002.gguf" for n in (1, 2)]
     for name in names:
         (tmp_path / name).write_bytes(b"GGUF" + name.encode() * 500)
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
-    push_to_hub(str(tmp_path / names[1]), HubDestination(repository="team/bot"), tools)
+    scene.push(tmp_path / names[1])
 
-    files = hub.repositories["team/bot"].files
+    files = scene.repository.files
     assert set(files) == {".gitattributes", "README.md", *names}
     assert f"--hf-file {names[0]}" in files["README.md"].decode()
 
@@ -213,14 +221,14 @@ def _gguf_with_code(model: Path) -> None:
     ],
 )
 def test_what_must_not_be_published_is_refused_before_anything_is_made(
-    hub: WritableHub, tools: Tools, model: Path, damage: Any, message: str
+    scene: Scene, damage: Any, message: str
 ) -> None:
-    damage(model)
+    damage(scene.model)
     with pytest.raises(InputRefused, match=message) as caught:
-        push_to_hub(str(model), DESTINATION, tools)
+        scene.push()
 
     assert caught.value.hint
-    assert hub.repositories == {}
+    assert scene.hub.repositories == {}
 
 
 @pytest.mark.parametrize(
@@ -237,17 +245,11 @@ def test_what_must_not_be_published_is_refused_before_anything_is_made(
     ],
 )
 def test_what_a_hub_refuses_is_said_without_the_token(
-    hub: WritableHub,
-    tools: Tools,
-    model: Path,
-    part: str,
-    status: int,
-    kind: type[WeightsmithError],
-    hint: str,
+    scene: Scene, part: str, status: int, kind: type[WeightsmithError], hint: str
 ) -> None:
-    hub.fail[part] = status
+    scene.hub.fail[part] = status
     with pytest.raises(kind) as caught:
-        push_to_hub(str(model), DESTINATION, tools)
+        scene.push()
 
     assert hint in caught.value.hint
     assert "team/bot" in caught.value.message
@@ -255,22 +257,20 @@ def test_what_a_hub_refuses_is_said_without_the_token(
     assert TOKEN not in said
     assert "s3cret" not in said
     assert caught.value.__suppress_context__
-    assert all(len(repository.files) == 1 for repository in hub.repositories.values())
+    assert all(len(repository.files) == 1 for repository in scene.hub.repositories.values())
 
 
 @pytest.mark.parametrize("kind", ["volume", "modelpack", "modelpack-tar"])
-def test_a_checkpoint_in_a_layout_is_what_it_was(
-    hub: WritableHub, tools: Tools, model: Path, tmp_path: Path, kind: str
-) -> None:
+def test_a_checkpoint_in_a_layout_is_what_it_was(scene: Scene, tmp_path: Path, kind: str) -> None:
     layout = tmp_path / "layout"
-    bake(tools.registry, model, "", kind=kind, target="vllm", layout=layout)
-    push_to_hub(f"oci:{layout}", DESTINATION, tools)
+    bake(scene.tools.registry, scene.model, "", kind=kind, target="vllm", layout=layout)
+    scene.push(f"oci:{layout}")
 
-    repository = hub.repositories["team/bot"]
-    names = {path.name for path in model.iterdir()}
+    repository = scene.repository
+    names = {path.name for path in scene.model.iterdir()}
     assert set(repository.files) == names | {".gitattributes", "README.md"}
     for name in names:
-        assert repository.files[name] == (model / name).read_bytes()
+        assert repository.files[name] == (scene.model / name).read_bytes()
     assert b"vllm serve team/bot" in repository.files["README.md"]
 
 
@@ -288,16 +288,16 @@ def licensed(bakery: Bakery, name: str, kind: str, license_: str) -> None:
 @pytest.mark.parametrize("own", ["", "apache-2.0"])
 @pytest.mark.parametrize("kind", ["application", "machine-learning-model"])
 def test_only_the_bill_of_the_model_states_its_licence(
-    hub: WritableHub, bakery: Bakery, tools: Tools, own: str, kind: str
+    scene: Scene, bakery: Bakery, own: str, kind: str
 ) -> None:
     licensed(bakery, "base/engine:1", kind, "MIT")
     if own:
         (bakery.model / "README.md").write_text(f"---\nlicense: {own}\n---\n")
     bakery.bake("team/app:1")
     licensed(bakery, "team/app:1", kind, "MIT")
-    place = replace(tools, registry=bakery.client)
+    place = replace(scene.tools, registry=bakery.client)
     push_to_hub(f"{bakery.fake.host}/team/app:1", DESTINATION, place)
-    assert front(hub.repositories["team/bot"].files["README.md"]).get("license", "") == own
+    assert front(scene.repository.files["README.md"]).get("license", "") == own
 
 
 def write_pack(folder: Path, *paths: str) -> str:
@@ -330,12 +330,12 @@ def write_pack(folder: Path, *paths: str) -> str:
     ],
 )
 def test_a_pack_whose_files_cannot_be_in_the_folder(
-    hub: WritableHub, tools: Tools, tmp_path: Path, paths: tuple[str, ...], why: str
+    scene: Scene, tmp_path: Path, paths: tuple[str, ...], why: str
 ) -> None:
     with pytest.raises(InputRefused, match=why):
-        push_to_hub(write_pack(tmp_path, *paths), DESTINATION, tools)
+        scene.push(write_pack(tmp_path, *paths))
     assert not list(tmp_path.rglob("evil*"))
-    assert hub.repositories == {}
+    assert scene.hub.repositories == {}
 
 
 def test_a_token_that_may_only_read(
@@ -347,10 +347,10 @@ def test_a_token_that_may_only_read(
         assert hub.repositories == {}
 
 
-def test_a_commit_that_lacks_a_file_is_noticed(hub: WritableHub, tools: Tools, model: Path) -> None:
-    hub.drop = "config.json"
+def test_a_commit_that_lacks_a_file_is_noticed(scene: Scene) -> None:
+    scene.hub.drop = "config.json"
     with pytest.raises(EnvironmentFailure, match=r"lacks config\.json"):
-        push_to_hub(str(model), DESTINATION, tools)
+        scene.push()
 
 
 def test_a_hub_that_is_down(tools: Tools, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
