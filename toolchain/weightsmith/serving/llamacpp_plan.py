@@ -68,8 +68,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     extra = _with_options(extra_options(options.extra), options)
     capacity = _capacity(model, weight_bytes, options, extra)
     said = check_architecture(model)
-    limit = _length_limit(shape, options, extra)
-    tokens, slots = _choose(capacity, options, limit)
+    tokens, slots, limit = _choose(capacity, options, extra)
     notes = _notes(model, capacity, options, tokens, said)
     if capacity.fits(tokens, slots):
         layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
@@ -122,24 +121,11 @@ def _with_options(extra: dict[str, JsonValue], options: ServeOptions) -> dict[st
     return {**found, **extra}
 
 
-def _length_limit(shape: ModelShape, options: ServeOptions, extra: Mapping[str, JsonValue]) -> int:
-    """Return the longest request the model allows; stretched positions lift the limit."""
-    limit = shape.max_positions or _UNKNOWN_LENGTH
-    wanted = options.max_model_len
-    if wanted is None:
-        return limit
-    stretched = any(option.startswith(("rope-", "yarn-")) for option in extra)
-    if shape.max_positions and wanted > shape.max_positions and not stretched:
-        raise UsageError(
-            f"max_model_len {wanted} is longer than the model's {shape.max_positions} positions",
-            hint=f"nearest: max_model_len {shape.max_positions}; or stretch the positions with"
-            " serve.extra.rope-scale or serve.extra.yarn-orig-ctx",
-        )
-    return max(limit, wanted)
-
-
-def _choose(capacity: LlamaCppCapacity, options: ServeOptions, limit: int) -> tuple[int, int]:
-    tokens = options.max_model_len
+def _choose(
+    capacity: LlamaCppCapacity, options: ServeOptions, extra: Mapping[str, JsonValue]
+) -> tuple[int, int, int]:
+    """Return (tokens, slots, the longest request that the model allows)."""
+    limit, tokens = capacity.shape.max_positions or _UNKNOWN_LENGTH, options.max_model_len
     if tokens is None:
         if slots := options.max_num_seqs:
             tokens = capacity.longest(slots, limit)
@@ -148,8 +134,17 @@ def _choose(capacity: LlamaCppCapacity, options: ServeOptions, limit: int) -> tu
         if capacity.machine.gpus:  # one that cannot hold everything has as many layers as it can
             tokens = max(tokens, min(_SPLIT_LENGTH, limit))
         tokens = usable(tokens, limit)
+    elif tokens > limit:
+        stretched = any(option.startswith(("rope-", "yarn-")) for option in extra)
+        if capacity.shape.max_positions and not stretched:
+            raise UsageError(
+                f"max_model_len {tokens} is longer than the model's {limit} positions",
+                hint=f"nearest: max_model_len {limit}; or stretch the positions with"
+                " serve.extra.rope-scale or serve.extra.yarn-orig-ctx",
+            )
+        limit = tokens
     slots = options.max_num_seqs or capacity.most_requests(tokens, _AUTO_SLOTS) or 1
-    return tokens, slots
+    return tokens, slots, limit
 
 
 def _split(capacity: LlamaCppCapacity, tokens: int, slots: int, options: ServeOptions) -> int:

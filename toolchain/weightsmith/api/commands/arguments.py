@@ -8,10 +8,7 @@ from typing import ParamSpec, TypeAlias, TypeVar, cast
 
 from weightsmith.core.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
-from weightsmith.recipe.file import RecipeFile, check_section, validated, with_settings
-from weightsmith.recipe.schema import Serve
-from weightsmith.serving.engine import ServeOptions
-from weightsmith.stages.render import serve_options
+from weightsmith.recipe.file import RecipeFile, check_section, validated
 
 AnyPath: TypeAlias = str | Path
 Texts: TypeAlias = str | Sequence[str]
@@ -44,26 +41,6 @@ def paths_of(given: AnyPath | Sequence[AnyPath]) -> tuple[Path, ...]:
 def texts_of(given: Texts) -> tuple[str, ...]:
     """Return texts as a tuple; a single text may be given without a list."""
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
-    """Return serving options of `--set serve.KEY=VALUE` and, on top, flags; raises UsageError.
-
-    A flag left at its default is not on top.
-    """
-    data = with_settings({"serve": {}}, settings)
-    extra = sorted(set(data) - {"serve"})
-    if extra:
-        raise UsageError(
-            f"--set {extra[0]}: only serve.KEY can be set here",
-            hint="other recipe keys are for `build` and `plan`",
-        )
-    if not isinstance(data["serve"], dict):
-        raise UsageError(
-            "--set serve=…: serve is a mapping of keys", hint="as in --set serve.max_num_seqs=4"
-        )
-    named = serve.model_dump(exclude_defaults=True)
-    return serve_options(check_section(Serve, {**data["serve"], **named}, "the command line"))
 
 
 def options_of(

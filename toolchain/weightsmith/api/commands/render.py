@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.api.commands.arguments import serving_options
 from weightsmith.api.commands.requests import RenderCommand
 from weightsmith.building.targets import all_targets, can_make, target_of
 from weightsmith.core.errors import InputRefused, UsageError
@@ -22,10 +21,12 @@ from weightsmith.models.gguf_config import (
     projector_of,
 )
 from weightsmith.quantizers import of_format
+from weightsmith.recipe.file import check_section, with_settings
+from weightsmith.recipe.schema import Serve
 from weightsmith.serving.engine import Projector, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
-from weightsmith.stages.render import render
+from weightsmith.stages.render import render, serve_options
 from weightsmith.steps.destinations import write_files
 from weightsmith.steps.sizes import estimated_bytes, expected_projector, expected_weights
 
@@ -194,8 +195,22 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
 
 
 def render_folder(asked: RenderCommand) -> tuple[tuple[str, ...], ServingPlan]:
-    """Write the serving files that a command asks for; return their paths and the plan."""
-    options = serving_options(asked.serve, asked.settings)
+    """Write the serving files that a command asks for; return their paths and the plan.
+
+    Options are those of `--set serve.KEY=VALUE` and, on top, flags that are not at their default.
+    """
+    data = with_settings({"serve": {}}, asked.settings)
+    if extra := sorted(set(data) - {"serve"}):
+        raise UsageError(
+            f"--set {extra[0]}: only serve.KEY can be set here",
+            hint="other recipe keys are for `build` and `plan`",
+        )
+    if not isinstance(data["serve"], dict):
+        raise UsageError(
+            "--set serve=…: serve is a mapping of keys", hint="as in --set serve.max_num_seqs=4"
+        )
+    serve = {**data["serve"], **asked.serve.model_dump(exclude_defaults=True)}
+    options = serve_options(check_section(Serve, serve, "the command line"))
     model = foresee_model(asked.model, asked.name)
     config = serving_config(model, target_of(asked.target), options)
     text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
