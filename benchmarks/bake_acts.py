@@ -81,7 +81,7 @@ def load(folder: str, reference: str) -> None:
     from weightsmith.core.ports import Silent
     from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.recipe.run_options import RunOptions
+    from weightsmith.recipe.user_config import RunOptions
     from weightsmith.steps.delivery import ImageOutputs, deliver
 
     image = assemble(layers(folder), config=ImageConfig())

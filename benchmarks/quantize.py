@@ -32,7 +32,7 @@ from weightsmith.core.ports import Silent
 from weightsmith.models.facts import read_facts
 from weightsmith.quantizers import of_format
 from weightsmith.recipe.file import read_recipe
-from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import RunOptions
 from weightsmith.stages.merge import merge
 from weightsmith.stages.quantize import kept_bytes
 from weightsmith.stages.resolve import resolve

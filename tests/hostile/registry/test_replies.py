@@ -17,12 +17,17 @@ from weightsmith.core import network
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.network import ReplyLimiter, paced
 from weightsmith.core.ports import Silent
-from weightsmith.oci.auth import Challenge, parse_challenge
 from weightsmith.oci.connections import ProxyTransport, unverified
 from weightsmith.oci.manifests import read_json
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.oci.session import RegistryReply, RegistrySession, json_object
+from weightsmith.oci.session import (
+    Challenge,
+    RegistryReply,
+    RegistrySession,
+    json_object,
+    parse_challenge,
+)
 from weightsmith.oci.uploads import _bytes_kept
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.outside.store import FileStore

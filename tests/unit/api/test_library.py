@@ -25,7 +25,7 @@ from weightsmith.building import wiring
 from weightsmith.cli import namespace
 from weightsmith.core.ports import Progress
 from weightsmith.oci.registry import Registry
-from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import RunOptions
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import push_base

@@ -12,7 +12,7 @@ from weightsmith.building import wiring
 from weightsmith.building.wiring import open_tools
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Silent
-from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import RunOptions
 
 
 class Warned(Silent):

@@ -8,8 +8,7 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.cache.address import Address, chosen, of_nodes, parse_address, required
 from weightsmith.core.errors import UsageError
 from weightsmith.provenance.signing import check_of
-from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.user_config import CacheSettings, read_config
+from weightsmith.recipe.user_config import CacheSettings, RunOptions, read_config
 
 from tests.fakes.memory import new_signer
 

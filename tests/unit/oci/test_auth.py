@@ -4,7 +4,7 @@ import base64
 
 import pytest
 from weightsmith.core.errors import InputRefused
-from weightsmith.oci.auth import Challenge, credentials_in, parse_challenge
+from weightsmith.oci.session import Challenge, credentials_in, parse_challenge
 
 
 def _auth(text: str) -> dict[str, str]:

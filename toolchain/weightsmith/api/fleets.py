@@ -18,8 +18,7 @@ from weightsmith.fleets.ordering import Ordered, foreseen, ordered
 from weightsmith.fleets.ordering import run_fleet as run_all
 from weightsmith.fleets.page import watcher
 from weightsmith.fleets.rows import CellRow, Changed, FleetRows, SharedRow
-from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.user_config import read_config
+from weightsmith.recipe.user_config import RunOptions, read_config
 
 FleetCell: TypeAlias = CellRow
 """One adapter with one target, and what became of its build."""

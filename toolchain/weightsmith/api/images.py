@@ -42,8 +42,8 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.core.values import Json, Published, Uploaded, plain
-from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import ImageNames
+from weightsmith.recipe.user_config import RunOptions
 from weightsmith.steps.delivery import ImageOutputs
 
 

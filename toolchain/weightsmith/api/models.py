@@ -30,8 +30,8 @@ from weightsmith.api.results import Evaluation, Merged, Quantized, Rendered, Sha
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
 from weightsmith.core.merge_options import Dtype, Merge, Method, Precision, QuantizedBase, Space
-from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import Quantize, Scoring, Serve
+from weightsmith.recipe.user_config import RunOptions
 from weightsmith.validating.result import Validation
 
 

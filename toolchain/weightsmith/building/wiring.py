@@ -24,7 +24,7 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
 from weightsmith.core.privacy import AnothersFolder, private, require_own
 from weightsmith.core.time_limits import chosen_seconds
-from weightsmith.oci import auth
+from weightsmith.oci import session
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -51,9 +51,8 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.toolset import make_engine_files
 from weightsmith.provenance.signing import check_by, check_of
-from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.section import PathUse, fields_of
-from weightsmith.recipe.user_config import read_config
+from weightsmith.recipe.user_config import RunOptions, read_config
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.steps.tools import JobMemory, Tools, shares_nothing
 
@@ -178,7 +177,7 @@ def make_engine() -> DockerEngine:
 def make_registry(*, insecure: bool = False, memory: PushedLayers | None = None) -> Registry:
     """Return a registry client with the user's Docker credentials, which are read on demand."""
     return Registry(
-        credentials=lambda host: auth.credentials_in(docker_config(), ask_helper)(host),
+        credentials=lambda host: session.credentials_in(docker_config(), ask_helper)(host),
         insecure=insecure,
         memory=memory or PushedLayers(cache_folder()),
     )

@@ -17,8 +17,7 @@ from typing import Literal
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.oci.references import Reference
-from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.user_config import CacheSettings
+from weightsmith.recipe.user_config import CacheSettings, RunOptions
 
 VARIABLE = "WEIGHTSMITH_CACHE"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

@@ -66,7 +66,7 @@ def _answer(request: TaskRequest) -> TaskReply:
     from weightsmith.core.errors import EnvironmentFailure, WeightsmithError, of_machine
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, TaskReply
-    from weightsmith.recipe.run_options import RunOptions
+    from weightsmith.recipe.user_config import RunOptions
 
     asked = dict(request.tools)
     upload_seconds = float(asked.pop("upload_seconds", 0.0))

@@ -22,14 +22,13 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest, JsonValue, Published
 from weightsmith.oci import connections, downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
-from weightsmith.oci.auth import Credentials, anonymous
 from weightsmith.oci.connections import ProxyTransport
 from weightsmith.oci.image import Image, ImageOrIndex, Opener, host_image, image_layers, load_image
 from weightsmith.oci.layers import Advance, Meter
 from weightsmith.oci.layout import LayoutLocation, is_layout, locate, require_layout
 from weightsmith.oci.limits import UploadDeadline, check_layers, limits_of
 from weightsmith.oci.references import Reference
-from weightsmith.oci.session import RegistrySession
+from weightsmith.oci.session import Credentials, RegistrySession, anonymous
 
 _OK = 200
 _MOST_PAGES = 20

@@ -1,18 +1,26 @@
-"""The user's configuration: settings of a machine or a person, not of a recipe."""
+"""Settings of a machine or a person, not of a recipe: the user's configuration, options of running.
+
+An option of running is a flag of most commands and a keyword of the Python functions; its metadata
+have the flag's help. They are one frozen value from the edge on, since each was named four times
+between a flag and its use, and no section of the recipe, because where a build runs is no property
+of the image.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-import platformdirs
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.values import JsonValue
 from weightsmith.recipe.section import Section
 from weightsmith.recipe.user_text import read_yaml, require_plain
 
+_T = TypeVar("_T")
 VARIABLE = "WEIGHTSMITH_CONFIG"
 _HINT = "docs/reference/configuration.md lists every key"
 
@@ -66,6 +74,8 @@ def config_path() -> Path:
     """Return the configuration's path: WEIGHTSMITH_CONFIG, else in the user's own folder."""
     if named := os.environ.get(VARIABLE):
         return Path(named).absolute()
+    import platformdirs
+
     return Path(platformdirs.user_config_dir("weightsmith")) / "config.yaml"
 
 
@@ -88,3 +98,33 @@ def read_config() -> UserConfig:
             for item in error.errors(include_url=False)
         ]
         raise UsageError(f"{path}: {'; '.join(faults[:5])}", hint=_HINT) from None
+
+
+def _option(default: _T, description: str) -> _T:
+    return field(default=default, metadata={"description": description})
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a command is run; empty texts stand for what environment and configuration say."""
+
+    runner: str = _option("auto", "where heavy stages run: auto, docker or local")
+    allow_network_in_jobs: bool = _option(
+        False, "run jobs even if this machine cannot isolate them from the network"
+    )
+    memory: str = _option("", "most memory that a job may use, such as 6GiB; default: what is free")
+    insecure: bool = _option(False, "allow registries without HTTPS or with untrusted certificates")
+    sign_key: str = _option(
+        "",
+        "private key to sign with: a PEM or cosign key file, or a reference such as awskms://…",
+    )
+    cache: str = _option(
+        "",
+        "cache that machines share, read and written: oci://REGISTRY/REPOSITORY, "
+        "s3://BUCKET/PREFIX or a folder; off for none",
+    )
+    cache_from: str = _option("", "a second cache that is only read")
+
+    def given(self) -> dict[str, JsonValue]:
+        """Return the options that are set, for a request to another process."""
+        return {name: value for name, value in asdict(self).items() if value}

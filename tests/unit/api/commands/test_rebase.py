@@ -19,7 +19,7 @@ from weightsmith.oci.image import Image, Index
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.provenance.evidence import read_attached
-from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import RunOptions
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.images import entry, foreign_image, tar_of

@@ -16,9 +16,9 @@ from pydantic import Field, SkipValidation
 from weightsmith.core.errors import UsageError
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Score, Writable
-from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import ImageNames, Quantize, Recipe, Scoring, Serve
 from weightsmith.recipe.section import Flag, FlagFields, PathUse
+from weightsmith.recipe.user_config import RunOptions
 
 Said: TypeAlias = tuple[Mapping[str, Writable], str]
 """What a command says: its JSON object, and the text for people."""
