@@ -32,13 +32,8 @@ def quantizers() -> Mapping[str, Quantizer]:
 @cache
 def formats() -> Mapping[str, Format]:
     """Return every quantizer's formats by name."""
-    return MappingProxyType(
-        {
-            format_.name: format_
-            for quantizer in quantizers().values()
-            for format_ in quantizer.formats
-        }
-    )
+    every = (format_ for quantizer in quantizers().values() for format_ in quantizer.formats)
+    return MappingProxyType({format_.name: format_ for format_ in every})
 
 
 def of_format(name: str) -> Quantizer:

@@ -75,12 +75,7 @@ _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 def check_config(model: ModelFacts, known: Collection[str]) -> None:
     """Refuse models that a quantizer of these architectures cannot quantize, by config.json."""
-    if not model.architecture:
-        raise InputRefused(
-            "config.json has no architectures",
-            hint="add the model class's name, such as LlamaForCausalLM",
-        )
-    check_unpacked(model)
+    check_plain(model)
     if model.architecture not in known:
         names = ", ".join(sorted(known))
         if len(known) > _MOST_NAMED:
@@ -91,8 +86,13 @@ def check_config(model: ModelFacts, known: Collection[str]) -> None:
         )
 
 
-def check_unpacked(model: ModelFacts) -> None:
-    """Refuse a checkpoint whose weights are packed."""
+def check_plain(model: ModelFacts) -> None:
+    """Refuse a checkpoint that names no architecture, or whose weights are packed."""
+    if not model.architecture:
+        raise InputRefused(
+            "config.json has no architectures",
+            hint="add the model class's name, such as LlamaForCausalLM",
+        )
     if model.packing:
         kind = model.packing.method or "unknown"
         raise InputRefused(

@@ -15,7 +15,7 @@ from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import gguf_check
 from weightsmith.quantizers.architectures import converted_as, gguf_architectures, has_projector
-from weightsmith.quantizers.checkpoints import check_unpacked
+from weightsmith.quantizers.checkpoints import check_plain
 from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
@@ -25,17 +25,12 @@ from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer,
 
 def check_input(model: ModelFacts) -> None:
     """Refuse models that the converter does not support, by config.json."""
-    if not model.architecture:
-        raise InputRefused(
-            "config.json has no architectures",
-            hint="add the model class's name, such as LlamaForCausalLM",
-        )
+    check_plain(model)
     if model.encoder_decoder:
         raise InputRefused(
             f"{model.architecture} is an encoder-decoder; only decoder-only models are supported",
             hint="choose a decoder-only model",
         )
-    check_unpacked(model)
     if (name := converted_as(model)) not in gguf_architectures():
         raise InputRefused(
             f"the pinned llama.cpp does not support {name}",
