@@ -71,7 +71,7 @@ def multiplied(
 
 def some_logits(
     model: Model, ids: torch.Tensor, places: Places, **more: torch.Tensor | bool
-) -> Iterator[Any]:
+) -> Iterator[torch.Tensor]:
     """Yield a model's logits at some places of a batch, [positions, vocabulary], in order.
 
     `ids` are [rows, columns]; `more` goes to the model with them.

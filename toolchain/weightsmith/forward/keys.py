@@ -26,7 +26,7 @@ class KvCacheLayer(DynamicLayer):  # type: ignore[misc]
         """Called after keys and values were added, if not None."""
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values [rows, heads, columns, width]; return all of them."""
         start = self.get_seq_length()

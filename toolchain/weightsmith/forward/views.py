@@ -124,7 +124,7 @@ def _stacks(path: str, module: torch.nn.Module, weights: Weights) -> dict[str, S
     return {name: experts for name, experts in found.items() if experts}
 
 
-def _layers_reading_weights(model: Model) -> list[Any]:
+def _layers_reading_weights(model: Model) -> list[nn.Module]:
     """Return the outermost of PEFT's layers that read the base's weight beside calling its layer.
 
     A parameter is filled once, before any of the layers inside each other changes it.
