@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -17,9 +16,7 @@ from tests.paths import ROOT, loaded
 PATH = "pool/main/x/x_1_amd64.deb"
 
 
-@pytest.fixture(scope="module")
-def debs() -> ModuleType:
-    return loaded(ROOT / "images" / "engines" / "debs.py")
+debs = loaded(ROOT / "images" / "engines" / "debs.py")
 
 
 def deb(*members: tuple[str, bytes]) -> bytes:
@@ -65,11 +62,7 @@ PACKAGE = {"path": PATH, "sha256": hashlib.sha256(WHOLE).hexdigest()}
 
 @pytest.mark.parametrize("mirror", ["as pinned", "another release", "out of reach"])
 def test_a_package_comes_from_the_mirror_or_the_archive(
-    debs: ModuleType,
-    place: dict[str, str],
-    mirror: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: dict[str, str], mirror: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(debs.time, "sleep", lambda _: None)
     as_pinned = mirror == "as pinned"
@@ -83,21 +76,19 @@ def test_a_package_comes_from_the_mirror_or_the_archive(
     assert (written.read_bytes(), written.stat().st_mode & 0o777) == (b"a shell", 0o755)
 
 
-def test_what_is_nowhere_as_pinned_is_named(
-    debs: ModuleType, place: dict[str, str], tmp_path: Path
-) -> None:
+def test_what_is_nowhere_as_pinned_is_named(place: dict[str, str], tmp_path: Path) -> None:
     for name in ("mirror", "archive"):
         (tmp_path / name / PATH).write_bytes(b"another release")
     with pytest.raises(SystemExit, match=f"error: {PATH} cannot be had from .*/mirror: its sha256"):
         debs.fetch(place, PACKAGE)
 
 
-def test_a_package_without_files_is_refused(debs: ModuleType) -> None:
+def test_a_package_without_files_is_refused() -> None:
     with pytest.raises(SystemExit, match=r"without data\.tar"):
         debs.data_member(deb(("debian-binary", b"2.0\n")))
 
 
-def test_packages_are_those_of_the_machine(debs: ModuleType) -> None:
+def test_packages_are_those_of_the_machine() -> None:
     arm = {"path": "pool/main/x/x_1_arm64.deb"}
     lock = {"packages": [PACKAGE, arm]}
     assert debs.packages_for(lock, "x86_64") == [PACKAGE]

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,16 +13,7 @@ ENGINE = ROOT / "images/engines/vllm-cpu"
 NEEDED = 256 << 20
 
 
-@pytest.fixture
-def shared_memory() -> ModuleType:
-    return loaded(ENGINE / "shared_memory.py")
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> str:
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"shm_bytes": NEEDED}))
-    return str(path)
+shared_memory = loaded(ENGINE / "shared_memory.py")
 
 
 def has(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -31,11 +22,12 @@ def has(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def test_too_little_shared_memory_is_said_before_anything_starts(
-    shared_memory: ModuleType,
-    plan: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    plan = str(tmp_path / "plan.json")
+    Path(plan).write_text(json.dumps({"shm_bytes": NEEDED}))
+    has(monkeypatch, NEEDED)
+    shared_memory.require(plan)
     has(monkeypatch, 64 << 20)
     with pytest.raises(SystemExit) as caught:
         shared_memory.require(plan)
@@ -45,16 +37,9 @@ def test_too_little_shared_memory_is_said_before_anything_starts(
     assert f"--shm-size {NEEDED}" in said
 
 
-def test_what_was_planned_is_enough(
-    shared_memory: ModuleType, plan: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has(monkeypatch, NEEDED)
-    shared_memory.require(plan)
-
-
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shm_bytes": null}'])
 def test_an_image_without_a_plan_is_started(
-    shared_memory: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     has(monkeypatch, 0)
     path = tmp_path / "plan.json"
