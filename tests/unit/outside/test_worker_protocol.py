@@ -32,9 +32,8 @@ def conversation(tmp_path):
     return Conversation(job=job_in(tmp_path), progress=RecordingProgress(), log=Log())
 
 
-@pytest.mark.parametrize("megabytes", [3, 20])
-def test_a_result_of_megabytes_arrives(conversation, megabytes):
-    answers = ["x" * 1000] * (megabytes * 1000)
+def test_a_result_of_megabytes_arrives(conversation):
+    answers = ["x" * 1000] * 20_000
     line = json.dumps({"result": {"answers": answers}}).encode() + b"\n"
     lines = Lines(RESULT)
 

@@ -36,38 +36,34 @@ def worker(job: Job | str, tmp_path: Path) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[list[dict], str]:
-    """Wait without closing standard input, which would end the worker."""
-    with process:
+def run(job: Job | str, tmp_path: Path) -> tuple[list[dict], str, int]:
+    """Return a worker's messages, what it logs, and its exit code."""
+    with worker(job, tmp_path) as process:  # standard input stays open: its end is the worker's
         out, err = process.stdout.read(), process.stderr.read()
-    return [json.loads(line) for line in out.splitlines()], err
+    return [json.loads(line) for line in out.splitlines()], err, process.returncode
 
 
 def test_a_job_says_progress_notes_and_its_result(tmp_path):
-    process = worker(echo(tmp_path), tmp_path)
-
-    messages, err = ended(process)
+    messages, err, code = run(echo(tmp_path), tmp_path)
 
     assert messages[:2] == [{"note": "echo begins"}, {"progress": [1, 1, "items"]}]
     assert messages[2]["result"]["text"] == "hello"
-    assert process.returncode == 0
+    assert code == 0
     assert "printed by the stage" in err
 
 
 def test_an_expected_error_is_one_message_without_traceback(tmp_path):
-    process = worker(echo(tmp_path, fail=3), tmp_path)
-
-    messages, err = ended(process)
+    messages, err, code = run(echo(tmp_path, fail=3), tmp_path)
 
     said = {"message": "asked to fail", "hint": "ask for something else", "exit_code": 3}
     assert messages == [{"error": said}]
-    assert process.returncode == 3
+    assert code == 3
     assert "Traceback" not in err
 
 
 def test_a_full_disk_is_named_by_the_folder_that_is_written(tmp_path):
     (tmp_path / "echo.txt").symlink_to("/dev/full")
-    messages, _ = ended(worker(echo(tmp_path), tmp_path))
+    messages, *_ = run(echo(tmp_path), tmp_path)
 
     error = messages[-1]["error"]
     assert error["exit_code"] == 5
@@ -77,9 +73,7 @@ def test_a_full_disk_is_named_by_the_folder_that_is_written(tmp_path):
 
 
 def test_a_surprise_has_its_traceback_on_standard_error(tmp_path):
-    process = worker(echo(tmp_path, crash="boom"), tmp_path)
-
-    messages, err = ended(process)
+    messages, err, _ = run(echo(tmp_path, crash="boom"), tmp_path)
 
     assert messages[0]["error"]["exit_code"] == 1
     assert "Traceback" in err
@@ -88,12 +82,10 @@ def test_a_surprise_has_its_traceback_on_standard_error(tmp_path):
 
 @pytest.mark.parametrize("text", ['{"kind": "dance", "job": {}}', '{"kind": "echo"}', "{", "[]"])
 def test_what_is_not_a_job_of_this_version_is_refused(text, tmp_path):
-    process = worker(text, tmp_path)
-
-    messages, err = ended(process)
+    messages, err, code = run(text, tmp_path)
 
     assert [message["error"]["exit_code"] for message in messages] == [3]
-    assert process.returncode == 3
+    assert code == 3
     assert "Traceback" not in err
 
 
