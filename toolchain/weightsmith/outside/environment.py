@@ -88,20 +88,18 @@ class Pins:
     @property
     def compiled(self) -> tuple[str, ...]:
         """Those of `sources` that need a C compiler: the lines of compiled.txt."""
-        file = self.folder / "compiled.txt"
-        return tuple(_without_comments(file)) if file.is_file() else ()
+        return tuple(_lines(self.folder / "compiled.txt"))
 
     @property
     def accepted(self) -> frozenset[str]:
         """What `pip check` may report for this builder: the lines of unmet.txt."""
-        file = self.folder / "unmet.txt"
-        return frozenset(_without_comments(file)) if file.is_file() else frozenset()
+        return frozenset(_lines(self.folder / "unmet.txt"))
 
     @property
     def key(self) -> str:
         """Name, and a digest of the pins, the Python version and the machine type."""
-        files = [file for file in (self.light, self.torch, self.sources) if file is not None]
-        pins = [_without_comments(file) for file in files]
+        files = (self.light, self.torch, self.sources)
+        pins = [_lines(file) for file in files if file is not None]
         facts: list[Writable] = [sys.version_info[:2], platform.machine(), pins]
         return f"{self.name}-{key_of(facts).short}"
 
@@ -111,8 +109,10 @@ def _torch_version(file: Path) -> str:
     return found[1] if found else ""
 
 
-def _without_comments(file: Path) -> list[str]:
-    return [line for line in file.read_text("utf-8").splitlines() if not line.startswith("#")]
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file that are no comments; none of a file that is not there."""
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [line for line in lines if not line.startswith("#")]
 
 
 def environment_folder(cache: Path, pins: Pins) -> Path:
