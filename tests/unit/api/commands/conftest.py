@@ -61,8 +61,9 @@ class Scene:
             return {row["check"]: row["found"] for row in rows if row["ok"] is False}
         return {}
 
-    def image(self) -> Image:
-        return self.client.pull(Reference.parse(self.name), platform="linux/amd64")
+    def image(self, name: str = "team/app:1") -> Image:
+        place = Reference.parse(f"{self.fake.host}/{name}")
+        return self.client.pull(place, platform="linux/amd64")
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,56 +15,39 @@ from weightsmith.building.wiring import open_tools
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import Attachment, AttachmentPart
-from weightsmith.oci.image import Image, Index
+from weightsmith.oci.image import Index
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry, RegistryLocation
+from weightsmith.oci.registry import RegistryLocation
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.recipe.user_config import RunOptions
 
-from tests.fakes.baking import bake, make_key, make_model, push_base
+from tests.fakes.baking import bake, push_base
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.memory import memory_tools
-from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.unit.api.commands.conftest import Scene as Baked
 
 ENGINE = "dev.weightsmith.engine"
 VERSION = "org.opencontainers.image.version"
 
 
-class Scene:
-    def __init__(self, fake: FakeRegistry, client: Registry, folder: Path) -> None:
-        self.fake, self.client, self.folder = fake, client, folder
-        self.key, self.public = make_key(folder)
-        self.model = make_model(folder / "model")
-
-    def base(
+class Scene(Baked):
+    def engine(
         self,
         tag: str,
         labels: dict[str, str],
-        files: dict[str, bytes],
+        files: Mapping[str, bytes] = MappingProxyType({}),
         program: str = "app/llama-server",
         **more: str,
     ) -> str:
+        """Push a base; return its name."""
         name = f"{self.fake.host}/base/engine:{tag}"
         own = {program: tag.encode()} if program else {"app/readme": b"x"}
         push_base(self.client, name, labels, {**own, **files}, **more)
         return name
 
-    def index_base(self, tag: str, labels: dict[str, str]) -> str:
-        """Push a base for two platforms; return its name."""
-        each = [
-            self.client.pull(Reference.parse(self.base(f"{tag}-{machine}", labels, {},
-                                                       platform=f"linux/{machine}")),
-                             platform=f"linux/{machine}")
-            for machine in ("amd64", "arm64")
-        ]  # fmt: skip
-        name = f"{self.fake.host}/base/engine:{tag}"
-        self.client.push(Index(images=tuple(each)), Reference.parse(name))
-        return name
-
     def bake(self, base: str, **more: Any) -> str:
-        name = f"{self.fake.host}/team/app:1"
-        bake(self.client, self.model, base, self.key, push=name, **more)
-        return name
+        bake(self.client, self.model, base, self.key, push=self.name, force=True, **more)
+        return self.name
 
     def rebase(self, source: str, onto: str, to: str = "team/app:2", **more: Any) -> Any:
         request = {"smoke": False, "force": False, **more}
@@ -74,26 +57,16 @@ class Scene:
             memory_tools(self.folder, registry=self.client, key=self.key),
         )
 
-    def image(self, name: str) -> Image:
-        place = Reference.parse(f"{self.fake.host}/{name}")
-        return self.client.pull(place, platform="linux/amd64")
-
 
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
-    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
-        yield Scene(fake, client, tmp_path)
-
-
-def first_base(scene: Scene) -> str:
-    return scene.base("1", {ENGINE: "llamacpp", VERSION: "1.0.0"}, {})
+def scene(scene: Baked) -> Scene:
+    return Scene(**vars(scene))
 
 
 @pytest.mark.parametrize("order", ["engine-first", "weights-first"])
 def test_weights_and_settings_stay_and_the_base_goes(scene: Scene, order: str) -> None:
-    source = scene.bake(first_base(scene), order=order)
-    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0", "new": "yes"}, {"lib/x": b"x"})
+    source = scene.bake(scene.base, order=order)
+    onto = scene.engine("2", {ENGINE: "llamacpp", VERSION: "1.1.0", "new": "yes"}, {"lib/x": b"x"})
     done, _ = scene.rebase(source, onto)
     before, after = scene.image("team/app:1"), scene.image("team/app:2")
     place = 0 if order == "engine-first" else 2
@@ -111,12 +84,11 @@ def test_weights_and_settings_stay_and_the_base_goes(scene: Scene, order: str) -
 
 
 def test_provenance_stays_with_a_new_link(scene: Scene) -> None:
-    source = scene.bake(first_base(scene))
-    scene.rebase(source, scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}))
+    scene.rebase(scene.name, scene.engine("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}))
     second = f"{scene.fake.host}/team/app:2"
-    third = scene.base("3", {ENGINE: "llamacpp", VERSION: "1.2.0"}, {})
+    third = scene.engine("3", {ENGINE: "llamacpp", VERSION: "1.2.0"})
     scene.rebase(second, third, "team/app:3")
-    for name in (source, second, f"{scene.fake.host}/team/app:3"):
+    for name in (scene.name, second, f"{scene.fake.host}/team/app:3"):
         result = verify_image(name, scene.public, scene.client, Silent())
     found = {one.name: one.found for one in result.checks}
     assert scene.image("team/app:1").digest.short in found["rebase"]
@@ -125,14 +97,13 @@ def test_provenance_stays_with_a_new_link(scene: Scene) -> None:
 
 def test_what_others_attached_to_the_old_image_stays_with_it(scene: Scene) -> None:
     """A scan of the old engine, or a signature of the old digest, says nothing of the new one."""
-    source = scene.bake(first_base(scene))
-    place = Reference.parse(source)
+    place = Reference.parse(scene.name)
     theirs = ("application/sarif+json", "application/vnd.dev.sigstore.bundle.v0.3+json")
     for kind in theirs:
         part = AttachmentPart.of_bytes(b"{}", kind)
         subject = scene.image("team/app:1").manifest_blob
         scene.client.attach(place, Attachment(artifact_type=kind, subject=subject, parts=(part,)))
-    scene.rebase(source, scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}))
+    scene.rebase(scene.name, scene.engine("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}))
     found = {
         tag: {one.artifact_type for one in read_attached(
             RegistryLocation(scene.client, place), scene.image(f"team/app:{tag}").digest)}
@@ -155,31 +126,36 @@ def test_what_others_attached_to_the_old_image_stays_with_it(scene: Scene) -> No
 def test_a_broken_contract_is_refused(
     scene: Scene, labels: dict[str, str], files: dict[str, bytes], why: str
 ) -> None:
-    source = scene.bake(first_base(scene))
-    onto = scene.base("2", labels, files)
+    onto = scene.engine("2", labels, files)
     with pytest.raises(InputRefused, match=why):
-        scene.rebase(source, onto)
+        scene.rebase(scene.name, onto)
     assert ("team/app", "2") not in scene.fake.manifests
 
 
 def test_a_base_that_deletes_the_weights_or_has_another_platform_is_refused(
     scene: Scene,
 ) -> None:
-    source = scene.bake(first_base(scene))
     name = f"{scene.fake.host}/base/engine:2"
     scene.client.push(foreign_image(tar_of(entry(".wh.models"))), Reference.parse(name))
     with pytest.raises(InputRefused, match="models"):
-        scene.rebase(source, name)
+        scene.rebase(scene.name, name)
     with pytest.raises(InputRefused, match="linux/arm64"):
-        scene.rebase(source, scene.base("3", {ENGINE: "llamacpp"}, {}, platform="linux/arm64"))
+        scene.rebase(scene.name, scene.engine("3", {ENGINE: "llamacpp"}, platform="linux/arm64"))
 
 
 @pytest.mark.slow
 def test_an_index_stays_one(scene: Scene) -> None:
     """Every platform's image is moved, or none is."""
-    first, second = (
-        scene.index_base(tag, {ENGINE: "llamacpp", VERSION: f"1.{tag}.0"}) for tag in "12"
-    )
+    bases = []
+    for tag in "12":
+        labels = {ENGINE: "llamacpp", VERSION: f"1.{tag}.0"}
+        each = []
+        for machine in ("amd64", "arm64"):
+            name = scene.engine(f"{tag}-{machine}", labels, platform=f"linux/{machine}")
+            each.append(scene.client.pull(Reference.parse(name), platform=f"linux/{machine}"))
+        bases.append(f"{scene.fake.host}/base/engine:{tag}")
+        scene.client.push(Index(images=tuple(each)), Reference.parse(bases[-1]), force=True)
+    first, second = bases
     source = scene.bake(first)
     done, before = scene.rebase(source, second)
     assert before == scene.client.digest_of(Reference.parse(source))
@@ -194,37 +170,35 @@ def test_an_index_stays_one(scene: Scene) -> None:
     assert {image.labels["dev.weightsmith.engine.version"] for image in each} == {"1.2.0"}
     assert each[0].layers[0].digest != each[1].layers[0].digest
     with pytest.raises(InputRefused, match=r"linux/amd64.*linux/arm64"):
-        scene.rebase(source, scene.base("3", {ENGINE: "llamacpp"}, {}), "team/app:3")
+        scene.rebase(source, scene.engine("3", {ENGINE: "llamacpp"}), "team/app:3")
     assert ("team/app", "3") not in scene.fake.manifests
 
 
 def test_folders_of_the_base_do_not_collide(scene: Scene) -> None:
-    source = scene.bake(first_base(scene))
     name = f"{scene.fake.host}/base/engine:2"
     tar = tar_of(entry("models", b"5", 0o755), entry("etc", b"5", 0o755), (entry("etc/x"), b"1"))
     scene.client.push(foreign_image(tar), Reference.parse(name))
-    scene.rebase(source, name)
+    scene.rebase(scene.name, name)
 
 
 def test_only_our_own_images_can_be_taken_apart(scene: Scene) -> None:
     with pytest.raises(InputRefused, match="base/engine"):
-        scene.rebase(first_base(scene), scene.base("2", {}, {}))
+        scene.rebase(scene.base, scene.engine("2", {}))
 
 
 @pytest.mark.parametrize("kind", ["modelpack", "ollama"])
 def test_a_form_without_an_engine_has_no_base(scene: Scene, kind: str) -> None:
     with pytest.raises(InputRefused, match="holds a model's files and no engine"):
-        scene.rebase(scene.bake("", kind=kind), scene.base("2", {ENGINE: "llamacpp"}, {}))
+        scene.rebase(scene.bake("", kind=kind), scene.engine("2", {ENGINE: "llamacpp"}))
 
 
 @pytest.mark.docker
 @pytest.mark.slow
 def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) -> None:
     """It had been the engine's fault: "see `docker info`"."""
-    source = scene.bake(first_base(scene))
-    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}, program="")
+    onto = scene.engine("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}, program="")
     wanted = RebaseCommand(
-        source=source, onto=onto, to=f"{scene.fake.host}/team/app:2", smoke=True, force=False
+        source=scene.name, onto=onto, to=f"{scene.fake.host}/team/app:2", smoke=True, force=False
     )
     with open_tools(RunOptions(), Silent()) as tools:
         assert tools.images_in_engine
@@ -238,10 +212,9 @@ def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) ->
 
 
 def test_a_tag_that_exists_needs_force(scene: Scene) -> None:
-    source = scene.bake(first_base(scene))
-    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {})
+    onto = scene.engine("2", {ENGINE: "llamacpp", VERSION: "1.1.0"})
     with pytest.raises(UsageError, match="team/app:1"):
-        scene.rebase(source, onto, "team/app:1")
-    scene.rebase(source, onto, "team/app:1", force=True)
-    done, _ = scene.rebase(source, onto, "prod/app:1")
+        scene.rebase(scene.name, onto, "team/app:1")
+    scene.rebase(scene.name, onto, "team/app:1", force=True)
+    done, _ = scene.rebase(scene.name, onto, "prod/app:1")
     assert done.mounted == 4
