@@ -165,7 +165,7 @@ def test_a_push_and_a_pull_through_a_storm(
     """What networks do, each once: nothing is half-visible, and nothing is lost."""
     way, faults = broken
     if seed % 2:  # send small layers as large ones are sent: a part, and then its end
-        monkeypatch.setattr("weightsmith.oci.uploads._SMALL", 0)
+        monkeypatch.setattr("weightsmith.oci.transfers._SMALL", 0)
     image, source = tiny_image(tmp_path / "model"), random.Random(seed)
     places = [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PATCH PUT", "/uploads/"), ("GET", "/"),
               ("HEAD", "/manifests/"), ("PUT", "/manifests/")]  # fmt: skip

@@ -135,7 +135,7 @@ def test_in_chunks(
         return response
 
     monkeypatch.setattr(httpx.Client, "send", asking)
-    monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 5 << 20)
+    monkeypatch.setattr("weightsmith.oci.transfers._CHUNK", 5 << 20)
     image = Image(layers=(_large(tmp_path),), settings={})
     client.push(image, place)
     (back,) = client.pull(place, platform="").layers

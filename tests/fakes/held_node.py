@@ -71,11 +71,11 @@ def main() -> int:
     if name := os.environ.get("SLURMD_NODENAME"):
         os.environ["WEIGHTSMITH_STORE"] = f"{os.environ[FOLDER]}/store-{name}"
     from weightsmith.fleets import node_program as node
-    from weightsmith.oci import uploads
+    from weightsmith.oci import transfers
     from weightsmith.outside.local import LocalRunner
 
     LocalRunner.run = _held_runner(LocalRunner.run)  # type: ignore[method-assign]
-    uploads.send = _held_send(uploads.send)
+    transfers.send = _held_send(transfers.send)
     return node.main()
 
 

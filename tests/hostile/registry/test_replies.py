@@ -28,7 +28,7 @@ from weightsmith.oci.session import (
     json_object,
     parse_challenge,
 )
-from weightsmith.oci.uploads import _bytes_kept
+from weightsmith.oci.transfers import _bytes_kept
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.outside.store import FileStore
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci import uploads
+from weightsmith.oci import transfers
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer, Member, TarLayer
@@ -181,13 +181,13 @@ def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
     layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
     known = TarLayer(members=layer.members, epoch=0, known_digest=layer.digest)
     checked = []
-    plain = uploads.verified
+    plain = transfers.verified
 
     def counting(chunks: Iterator[bytes], blob: Blob, *more: str) -> Iterator[bytes]:
         checked.append(blob.digest)
         return plain(chunks, blob, *more)
 
-    monkeypatch.setattr(uploads, "verified", counting)
+    monkeypatch.setattr(transfers, "verified", counting)
     for number, each in enumerate((layer, known)):
         client.push(Image(layers=(each,), settings={}), at(fake, f"team/{number}:1"))
         assert len(checked) == number
@@ -199,7 +199,7 @@ def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
 
 @pytest.mark.parametrize("limits", [(1000, 0), (0, 50_000)])
 def test_chunks_where_the_registry_asks(fake, client, image, limits, monkeypatch):
-    monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 20_000)
+    monkeypatch.setattr("weightsmith.oci.transfers._CHUNK", 20_000)
     fake.chunk_min, fake.largest_body = limits
     client.push(image, at(fake))
     assert fake.counts()["PATCH"] >= 8
@@ -210,7 +210,7 @@ def test_chunks_where_the_registry_asks(fake, client, image, limits, monkeypatch
 def test_a_registry_that_takes_a_blob_in_one_request_alone(
     fake, client, image, status, monkeypatch
 ):
-    monkeypatch.setattr("weightsmith.oci.uploads._SMALL", 0)
+    monkeypatch.setattr("weightsmith.oci.transfers._SMALL", 0)
     fake.faults = [("PATCH", "/uploads/", status)] * 9
     client.push(image, at(fake))
     assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
@@ -280,7 +280,7 @@ def test_a_broken_download_goes_on_where_it_stopped(fake, client, image, pauses,
 def test_a_broken_upload_goes_on_where_the_registry_kept_it(
     fake, client, image, chunk_min, monkeypatch
 ):
-    monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 20_000)
+    monkeypatch.setattr("weightsmith.oci.transfers._CHUNK", 20_000)
     fake.chunk_min = chunk_min
     method = "PATCH" if chunk_min else "PUT"
     fake.faults = [(method, "/uploads/", "keep:10001")] + [("PATCH", "/uploads/", "keep:777")] * 9

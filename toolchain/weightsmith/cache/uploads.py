@@ -24,7 +24,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Signer, StoreEntry
 from weightsmith.core.values import Blob, Digest, Writable, key_of
 from weightsmith.oci.layers import LAYER_TAR, Memo
-from weightsmith.oci.uploads import checked_opener
+from weightsmith.oci.transfers import checked_opener
 from weightsmith.provenance.signing import Check, check_by
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ import httpx
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Blob, Digest, JsonValue, Published
-from weightsmith.oci import connections, downloads, manifests, uploads
+from weightsmith.oci import connections, manifests, transfers
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.connections import ProxyTransport
 from weightsmith.oci.image import Image, ImageOrIndex, Opener, host_image, image_layers, load_image
@@ -29,6 +29,7 @@ from weightsmith.oci.layout import LayoutLocation, is_layout, locate, require_la
 from weightsmith.oci.limits import UploadDeadline, check_layers, limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.session import Credentials, RegistrySession, anonymous
+from weightsmith.oci.transfers import Transfer
 
 _OK = 200
 _MOST_PAGES = 20
@@ -102,7 +103,7 @@ class Registry:
         """
         namespace = (reference.registry, reference.repository.rpartition("/")[0])
         if namespace not in self._allowed:
-            uploads.try_upload(self.session(reference, "pull,push"), str(reference))
+            transfers.try_upload(self.session(reference, "pull,push"), str(reference))
             self._allowed.add(namespace)
 
     def push(
@@ -136,13 +137,13 @@ class Registry:
         layers = whole.layers if isinstance(whole, Image) else ()
         names = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(names, reference.registry)
-        sources = uploads.mount_sources(layers, reference, mount_from)
+        sources = transfers.mount_sources(layers, reference, mount_from)
         session = self.session(reference, "pull,push", sources)
-        sent: list[tuple[uploads.Transfer, int]] = []
+        sent: list[tuple[Transfer, int]] = []
         done: list[Published] = []
         if is_new := not _guard_tag(session, reference, whole, force):
             if isinstance(whole, Image):
-                sent = uploads.upload_layers(
+                sent = transfers.upload_layers(
                     session,
                     whole,
                     sources,
@@ -154,13 +155,13 @@ class Registry:
             else:
                 target = Reference(reference.registry, reference.repository)
                 done = [self.push(x, target, progress=progress, warn=warn) for x in whole.images]
-            uploads.put_manifest(session, whole.digest, whole.manifest_bytes, whole.media_type)
+            transfers.put_manifest(session, whole.digest, whole.manifest_bytes, whole.media_type)
         before_tag()
         tags = (*also_tags, *([reference.tag] if is_new and reference.tag else []))
         for tag in tags:
             named = Reference(reference.registry, reference.repository, tag)
             manifest, kind = whole.manifest_bytes, whole.media_type
-            uploads.put_tag(session, named, manifest, kind, force=force)
+            transfers.put_tag(session, named, manifest, kind, force=force)
         if self._memory and is_new and layers:
             large = [layer.digest for layer in layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
@@ -174,7 +175,7 @@ class Registry:
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one); layers are read when opened."""
-        body, kind = downloads.manifest(self.session(reference, "pull"), reference)
+        body, kind = transfers.manifest(self.session(reference, "pull"), reference)
         return self._image(reference, body, kind, platform)
 
     def _image(self, reference: Reference, body: bytes, kind: str, platform: str | None) -> Image:
@@ -185,19 +186,19 @@ class Registry:
             index = manifests.read_json(body, str(reference))
             rows = manifests.listed(index, "manifests", str(reference))
             chosen = manifests.choose(rows, platform, str(reference))
-            body, kind = downloads.manifest(session, reference.at(chosen.digest))
+            body, kind = transfers.manifest(session, reference.at(chosen.digest))
         return load_image(
             body,
             kind,
-            read=lambda blob: b"".join(downloads.blob(session, blob)),
-            opener=lambda blob: lambda: downloads.blob(session, blob),
+            read=lambda blob: b"".join(transfers.blob(session, blob)),
+            opener=lambda blob: lambda: transfers.blob(session, blob),
             where=str(reference),
             origin=reference,
         )
 
     def pull_all(self, reference: Reference) -> tuple[Image, ...]:
         """Return the images for all Linux platforms of an index, or the only image."""
-        body, kind = downloads.manifest(self.session(reference, "pull"), reference)
+        body, kind = transfers.manifest(self.session(reference, "pull"), reference)
         if kind not in manifests.INDEXES:
             return (self._image(reference, body, kind, None),)
         found = manifests.platforms_in(body, str(reference))
@@ -205,18 +206,18 @@ class Registry:
 
     def digest_of(self, reference: Reference) -> Digest | None:
         """Return the digest that the reference resolves to now (image or index), or None."""
-        return downloads.digest_of(self.session(reference, "pull"), reference)
+        return transfers.digest_of(self.session(reference, "pull"), reference)
 
     def confirmed(self, reference: Reference) -> Digest | None:
         """Return the same, or None also if the registry does not answer after few tries."""
         try:
-            return downloads.digest_of(self.session(reference, "pull"), reference, tries=2)
+            return transfers.digest_of(self.session(reference, "pull"), reference, tries=2)
         except WeightsmithError:
             return None
 
     def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
         """Return a manifest's bytes, checked against its digest, and its media type."""
-        return downloads.manifest(self.session(reference, "pull"), reference)
+        return transfers.manifest(self.session(reference, "pull"), reference)
 
     def check_tag(self, reference: Reference, digest: Digest) -> None:
         """Raise UsageError if the reference's tag names another digest."""
@@ -224,7 +225,7 @@ class Registry:
 
     def has(self, reference: Reference, blob: Blob) -> bool:
         """Say whether the reference's repository has a blob."""
-        return uploads.has(self.session(reference, "pull,push"), blob)
+        return transfers.has(self.session(reference, "pull,push"), blob)
 
     def push_manifest(
         self,
@@ -252,7 +253,7 @@ class Registry:
         deadline = UploadDeadline(limits_of(reference.registry), warn, self._clock)
         unique = {blob.digest: (blob, deadline.over(opener, blob.size)) for blob, opener in blobs}
         meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
-        sent = uploads.upload_each(
+        sent = transfers.upload_each(
             session,
             [*unique.values()],
             lambda pair: pair,
@@ -260,11 +261,11 @@ class Registry:
             meter,
             elsewhere=lambda blob: self._elsewhere(reference, blob),
         )
-        uploads.put_manifest(session, digest, manifest, media_type)
+        transfers.put_manifest(session, digest, manifest, media_type)
         before_tag()
         if reference.tag:
             target = replace(reference, digest=None)
-            uploads.put_tag(session, target, manifest, media_type, force=force)
+            transfers.put_tag(session, target, manifest, media_type, force=force)
         return _published(reference, digest, sent, began)
 
     def attach(self, reference: Reference, *attachments: Attachment, every: bool = False) -> None:
@@ -280,20 +281,20 @@ class Registry:
         digests = {attachment.blob.digest for attachment in attachments}
         listed = set() if every else _listed(session, reference, attachments)
         there = listed | {
-            one for one in digests - listed if downloads.digest_of(session, reference.at(one))
+            one for one in digests - listed if transfers.digest_of(session, reference.at(one))
         }
         missing = [a for a in attachments if a.blob.digest not in there]
         blobs = {blob.digest: (blob, o) for a in missing for blob, o in a.blobs()}
         for blob, opener in blobs.values():
-            uploads.upload_blob(session, blob, opener)
+            transfers.upload_blob(session, blob, opener)
         for attachment in attachments:
             data, digest = attachment.manifest_bytes, attachment.blob.digest
             reply = None
             if digest not in there:
-                reply = uploads.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
+                reply = transfers.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
             if attachment.tag:
                 named = Reference(reference.registry, reference.repository, attachment.tag)
-                uploads.put_tag(session, named, data, manifests.OCI_MANIFEST, force=True)
+                transfers.put_tag(session, named, data, manifests.OCI_MANIFEST, force=True)
             if _has_subject(attachment):
                 knows = knows and (reply is None or "oci-subject" in reply.headers)
                 added.setdefault(attachment.subject.digest, []).append(attachment)
@@ -322,7 +323,7 @@ class Registry:
         for suffix in _COSIGN if tagged else ():
             tag = fallback_tag(subject, suffix)
             target = Reference(reference.registry, reference.repository, tag)
-            if digest := downloads.digest_of(session, target):
+            if digest := transfers.digest_of(session, target):
                 unsized = Blob(digest=digest, size=0, media_type=manifests.OCI_MANIFEST)
                 found[digest] = (found[digest][0] if digest in found else unsized, tag)
         return list(found.values())
@@ -331,8 +332,8 @@ class Registry:
         """Return an attachment; raises Altered if it does not match its digest."""
         session, target = self.session(reference, "pull"), reference.at(blob.digest)
         return load_attachment(
-            downloads.manifest(session, target)[0],
-            lambda part: lambda: downloads.blob(session, part),
+            transfers.manifest(session, target)[0],
+            lambda part: lambda: transfers.blob(session, part),
             str(target),
             tag,
         )
@@ -368,15 +369,18 @@ class Registry:
 
 
 def _published(
-    reference: Reference, digest: Digest, sent: Sequence[tuple[uploads.Transfer, int]], began: float
+    reference: Reference,
+    digest: Digest,
+    sent: Sequence[tuple[transfers.Transfer, int]],
+    began: float,
 ) -> Published:
     """Return what was pushed, without layers; `began` is a time of the monotonic clock."""
     return Published(
         reference=str(reference),
         digest=digest,
         layers=(),
-        uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
-        mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
+        uploaded_bytes=sum(size for how, size in sent if how is Transfer.SENT),
+        mounted=sum(how is Transfer.MOUNTED for how, _ in sent),
         seconds=time.monotonic() - began,
     )
 
@@ -390,9 +394,9 @@ def _guard_tag(
     """
     if force or not reference.tag:
         return False
-    found = downloads.digest_of(session, replace(reference, digest=None))
+    found = transfers.digest_of(session, replace(reference, digest=None))
     if found and found != (image if isinstance(image, Digest) else image.digest):
-        raise uploads.tag_conflict(reference, found)
+        raise transfers.tag_conflict(reference, found)
     return found is not None
 
 
@@ -427,7 +431,7 @@ def _list(
         )
     index = with_rows(rows, those)
     if index != with_rows(rows, ()):
-        uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
+        transfers.put_manifest(session, tag, index, manifests.OCI_INDEX)
 
 
 def _rows(session: RegistrySession, reference: Reference, subject: Digest) -> list[JsonValue]:
@@ -462,7 +466,7 @@ def _by_api(
 def _by_tag(session: RegistrySession, reference: Reference, tag: str) -> list[JsonValue] | None:
     """Return the list under a tag, or None if the tag is an image: `cosign copy` leaves such."""
     target = Reference(reference.registry, reference.repository, tag)
-    found = downloads.manifest_or_none(session, target)
+    found = transfers.manifest_or_none(session, target)
     if found is None:
         return []
     body, kind = found

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.ports import CacheUse, OpenedBlob
 from weightsmith.core.values import Blob, Digest, canonical
-from weightsmith.oci import downloads, manifests
+from weightsmith.oci import manifests, transfers
 from weightsmith.oci.attachments import EMPTY, EMPTY_TYPE
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -46,7 +46,7 @@ class RegistryCache:
     def find(self, key: Digest, *, use: bool = True) -> bytes | None:
         """Return the entry's document, in one request if it is small; no use is marked."""
         del use
-        found = downloads.manifest_or_none(self._pulling, self._tag(key), _FEW)
+        found = transfers.manifest_or_none(self._pulling, self._tag(key), _FEW)
         if found is None:
             return None
         manifest = manifests.read_json(found[0], self.where, manifests.LARGEST_MANIFEST)
@@ -57,11 +57,11 @@ class RegistryCache:
             inline = base64.b64decode(str(manifest["config"].get("data", "")), validate=True)
             if Digest.of(inline) == blob.digest:
                 return inline
-        return b"".join(downloads.blob(self._pulling, blob))
+        return b"".join(transfers.blob(self._pulling, blob))
 
     def read(self, blob: Blob) -> Iterator[bytes]:
         """Yield a blob's bytes; raises Altered at the end if they are others."""
-        return downloads.blob(self._pulling, blob)
+        return transfers.blob(self._pulling, blob)
 
     def write(self, key: Digest, document: bytes, blobs: Sequence[OpenedBlob]) -> int:
         """Push the missing blobs, then the manifest under the key's tag."""
@@ -95,14 +95,14 @@ class RegistryCache:
                 key = Digest(f"sha256:{tag}")
             except ValueError:
                 continue  # something else in the same repository
-            if found := downloads.manifest_or_none(self._pulling, self._tag(key)):
+            if found := transfers.manifest_or_none(self._pulling, self._tag(key)):
                 yield self._cache_use(key, found[0])
 
     def remove(self, keys: Collection[Digest]) -> int:
         """Delete manifests; the registry's own garbage collection frees their blobs."""
         freed, session = 0, self._registry.session(self._place, "pull,push,delete")
         for key in keys:
-            found = downloads.manifest_or_none(session, self._tag(key))
+            found = transfers.manifest_or_none(session, self._tag(key))
             if found is None:
                 continue
             what = f"cannot delete {self._tag(key)}"

@@ -1,4 +1,6 @@
-"""Uploads blobs and manifests to a registry; blobs are skipped, mounted or streamed.
+"""Moves blobs and manifests to a registry and back; blobs are skipped, mounted or streamed.
+
+What is downloaded is verified.
 
 What a tag names is there: a registry takes a manifest after its blobs, and our tag comes last. So
 if the tag already names the image, its layers are not looked for, and the tag is not written again,
@@ -25,17 +27,17 @@ from urllib.parse import quote
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, UsageError, WeightsmithError
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci import downloads
+from weightsmith.oci import connections, manifests
 from weightsmith.oci.attachments import BINARY
-from weightsmith.oci.downloads import after, altered_hint, declared_digest
 from weightsmith.oci.image import Image, Opener, blob_of
-from weightsmith.oci.layers import Advance, BlobLayer, Layer, Meter, TarLayer, verified
+from weightsmith.oci.layers import CHUNK, Advance, BlobLayer, Layer, Meter, TarLayer, verified
 from weightsmith.oci.limits import UploadDeadline, limits_of
 from weightsmith.oci.references import Reference
-from weightsmith.oci.session import RegistryReply, RegistrySession, Transient
+from weightsmith.oci.session import TRIES, RegistryReply, RegistrySession, Transient
 
 T = TypeVar("T")
-_OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
+_ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
+_OK, _CREATED, _ACCEPTED, _NO_CONTENT, _PARTIAL = 200, 201, 202, 204, 206
 _BAD, _MISSING, _TOO_LARGE, _KIND, _OUT_OF_STEP = 400, 404, 413, 415, 416
 _SUCCEEDED = (_ACCEPTED, _NO_CONTENT, _CREATED)
 """Replies to a chunk: the specification's, and those of registries that differ."""
@@ -299,7 +301,7 @@ def put_tag(
     The tag is read again, since others may have pushed during a long upload. A tag that names this
     digest is not put again: Amazon ECR and Harbor refuse even that if tags are immutable.
     """
-    found, digest = downloads.digest_of(session, reference), Digest.of(manifest)
+    found, digest = digest_of(session, reference), Digest.of(manifest)
     if found and found != digest and not force:
         raise tag_conflict(reference, found)
     if found != digest and reference.tag:
@@ -485,3 +487,118 @@ def check_created(
             f"{what}: {session.registry} stored {there.short} instead",
             hint=altered_hint(session),
         )
+
+
+def digest_of(session: RegistrySession, reference: Reference, tries: int = TRIES) -> Digest | None:
+    """Return the digest that a tag or digest resolves to now, or None if it does not exist."""
+    name = reference.digest or reference.tag
+    what = f"cannot look up {reference}"
+    reply = session.attempt(
+        what, lambda: session.call("HEAD", f"manifests/{name}", headers=_ACCEPT), tries
+    )
+    if reply.status == _MISSING:
+        return None
+    if reply.status != _OK:
+        raise session.refusal(what, reply)
+    # The header is optional in the specification; without it, hash the manifest.
+    return declared_digest(reply, str(reference)) or Digest.of(manifest(session, reference)[0])
+
+
+def manifest(session: RegistrySession, reference: Reference) -> tuple[bytes, str]:
+    """Return a manifest's or index's bytes and media type; Altered for a wrong digest."""
+    return _checked(session, _ask(session, reference, TRIES), reference)
+
+
+def manifest_or_none(
+    session: RegistrySession, reference: Reference, tries: int = TRIES
+) -> tuple[bytes, str] | None:
+    """Return the same, or None if the name does not exist."""
+    reply = _ask(session, reference, tries)
+    return None if reply.status == _MISSING else _checked(session, reply, reference)
+
+
+def _ask(session: RegistrySession, reference: Reference, tries: int) -> RegistryReply:
+    name = reference.digest or reference.tag
+    return session.attempt(
+        f"cannot read {reference}",
+        lambda: session.call(
+            "GET", f"manifests/{name}", headers=_ACCEPT, limit=manifests.LARGEST_MANIFEST
+        ),
+        tries,
+    )
+
+
+def _checked(
+    session: RegistrySession, reply: RegistryReply, reference: Reference
+) -> tuple[bytes, str]:
+    if reply.status != _OK:
+        raise session.refusal(f"cannot read {reference}", reply)
+    digest = Digest.of(reply.body)
+    if {reference.digest or digest, declared_digest(reply, str(reference)) or digest} != {digest}:
+        raise Altered(
+            f"{reference}: the registry sent a manifest with the wrong digest ({digest.short})",
+            hint=altered_hint(session),
+        )
+    kind = reply.headers.get("content-type", "").partition(";")[0].strip()
+    if kind not in (*manifests.MANIFESTS, *manifests.INDEXES):
+        kind = str(manifests.read_json(reply.body, str(reference)).get("mediaType", kind))
+    return reply.body, kind
+
+
+def blob(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
+    """Yield a blob in chunks of about 1 MiB; a broken connection is resumed.
+
+    Raises Altered at the end if the content does not match the digest.
+    """
+    chunks = _resumed(session, wanted)
+    return verified(chunks, wanted, session.registry, altered_hint(session), Altered)
+
+
+def altered_hint(session: RegistrySession) -> str:
+    """Return the hint for data that was changed on its way here."""
+    proxy = connections.display_proxy(session.root)
+    who = f"the proxy {proxy} or the registry" if proxy else "the registry or a proxy before it"
+    return f"try again; if it happens again, {who} changes the data: ask its administrator"
+
+
+def declared_digest(reply: RegistryReply, where: str) -> Digest | None:
+    """Return the digest in the reply's header, or None without the header."""
+    text = reply.headers.get("docker-content-digest", "")
+    try:
+        return Digest(text) if text else None
+    except ValueError:
+        raise Altered(
+            f"{where}: the registry sent a malformed digest",
+            hint="try again; if it happens again, ask the administrator of the registry",
+        ) from None
+
+
+def _resumed(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
+    at = failures = 0
+    while at < wanted.size:
+        # Some registries refuse a range without an end, though RFC 9110 allows it.
+        headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
+        try:
+            with session.stream("GET", f"blobs/{wanted.digest}", headers=headers) as response:
+                if response.status_code not in (_OK, _PARTIAL):
+                    session.check(f"cannot read the blob {wanted.digest.short}", response)
+                skip = at if response.status_code == _OK else 0
+                for chunk in after(response.iter_raw(CHUNK), skip):
+                    at += len(chunk)
+                    failures = 0
+                    yield chunk
+            if at < wanted.size:
+                raise Transient("the connection ended early")
+        except Transient as trouble:
+            failures += 1
+            what = f"cannot read the blob {wanted.digest.short} from {session.registry}"
+            session.wait_after(what, trouble, failures)
+
+
+def after(chunks: Iterator[bytes], at: int) -> Iterator[bytes]:
+    """Skip the first `at` bytes."""
+    for chunk in chunks:
+        rest = chunk[at:]
+        at -= len(chunk) - len(rest)
+        if rest:
+            yield rest
