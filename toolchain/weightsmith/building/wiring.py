@@ -131,7 +131,7 @@ def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str 
     keep_apart(inputs, flags, folders)
 
 
-def keep_places_clean(request: Any, *inputs: str | Path) -> None:
+def keep_places_clean(request: object, *inputs: str | Path) -> None:
     """Raise UsageError if a command would write into a folder that it reads.
 
     Its fields say what it does there; `inputs` are read as well.
@@ -143,7 +143,8 @@ def keep_places_clean(request: Any, *inputs: str | Path) -> None:
             read += value if isinstance(value, tuple) else [value]
         elif value and PathUse.WRITTEN in field.metadata:
             written[name] = value
-    keep_clean(read, cache=request.run.cache if hasattr(request, "run") else "", **written)
+    run = getattr(request, "run", RunOptions())
+    keep_clean(read, cache=run.cache, **written)
 
 
 @contextmanager

@@ -309,7 +309,7 @@ class Results:
         other._outcomes = dict(self._outcomes)
         return other
 
-    def outcomes(self, of: TargetBuild | None) -> Iterator[tuple[AnyStep, StageResult[Any]]]:
+    def outcomes(self, of: TargetBuild | None) -> Iterator[tuple[AnyStep, StageResult[object]]]:
         """Yield the steps of a target, and those that all share, with what they gave."""
         for step, outcome in self._outcomes.items():
             if step.of in (None, of):
