@@ -342,7 +342,7 @@ def test_an_image_for_each_platform_of_its_base_shares_the_weights(memory: Memor
     for place in (name, str(layout)):
         found = verify_image(place, key, memory.client, Silent())
         checks = {one.name for one in found.checks}
-        assert found["digest"] == built.digest
+        assert found.digest == built.digest
         assert {"signature", "linux/amd64 signature", "linux/arm64 weights"} <= checks
     for machine, image in zip(MACHINES, pulled, strict=True):
         seen = inspect_image(name, memory.client, memory.engine, f"linux/{machine}")

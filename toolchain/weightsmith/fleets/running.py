@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,16 @@ class FleetRun:
 
     def _submit(self) -> None:
         """Give the engine every task whose predecessors have ended well."""
-        works = []
-        for task in self._ready():
+        works, now = [], time.monotonic()
+        for task in self.graph.tasks:
+            waits = self._not_before.get(task.id, now) > now
+            if task.id in self._done or task.id in self._given or waits:
+                continue
+            if broken := [self._failures[key] for key in task.after if key in self._failures]:
+                self._fail(task, broken[0])
+                continue
+            if not self._done.issuperset(task.after):
+                continue
             try:
                 works.append(self._work(task))
             except (UsageError, InputRefused) as error:  # what it names cannot go to a node
@@ -167,17 +175,6 @@ class FleetRun:
             self._given.add(task.id)
         if works:
             self.engine.submit(works)
-
-    def _ready(self) -> Iterator[FleetTask]:
-        now = time.monotonic()
-        for task in self.graph.tasks:
-            waits = self._not_before.get(task.id, now) > now
-            if task.id in self._done or task.id in self._given or waits:
-                continue
-            if broken := [self._failures[key] for key in task.after if key in self._failures]:
-                self._fail(task, broken[0])
-            elif self._done.issuperset(task.after):
-                yield task
 
     def _work(self, task: FleetTask) -> NodeTask:
         request, needs = self._request(task), task.needs
