@@ -19,10 +19,10 @@ from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.checkpoints import (
     MATRICES,
-    awq_config,
     check_grouped,
     finish,
     group_size,
+    grouped_config,
     is_kept,
     keep_option,
     kept_modules,
@@ -71,7 +71,7 @@ def model(tmp_path):
 def made(request, model, tmp_path, out):
     awq = request.param == "awq"
     (save_awq if awq else save_gptq)(model, tmp_path / "raw")
-    finish(model, tmp_path / "raw", out, awq_config(GROUP) if awq else GPTQ_CONFIG)
+    finish(model, tmp_path / "raw", out, grouped_config("awq", GROUP) if awq else GPTQ_CONFIG)
     return out, AWQ_LAYOUT if awq else GPTQ_LAYOUT
 
 
@@ -233,7 +233,7 @@ def test_scales_moved_between_layers_are_no_fault(model, tmp_path, out):
     save_file(weights, moved / "model.safetensors")
     raw = tmp_path / "raw"
     save_awq(moved, raw)
-    finish(model, raw, out, awq_config(GROUP))
+    finish(model, raw, out, grouped_config("awq", GROUP))
     assert check_checkpoint(out, model, AWQ_LAYOUT)["weight_error"] < 0.25
 
 

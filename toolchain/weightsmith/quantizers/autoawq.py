@@ -73,7 +73,7 @@ def main() -> None:
         max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    checkpoints.finish(model, raw, settings.out, checkpoints.awq_config(group))
+    checkpoints.finish(model, raw, settings.out, checkpoints.grouped_config("awq", group))
 
 
 def patch_searches(search: Any) -> None:

@@ -268,23 +268,18 @@ def with_cache_scheme(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {**config, "quantization_config": {**weights, "kv_cache_scheme": _CACHE_SCHEME}}
 
 
-def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, JsonValue]:
-    """Return the quantization_config of AutoAWQ's GEMM layout."""
-    return {
-        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
-        "zero_point": True, "modules_to_not_convert": list(kept) or None,
-    }  # fmt: skip
-
-
 def grouped_config(
-    method: str, group: int, keep: Sequence[str], kept: Sequence[str]
+    method: str, group: int, keep: Sequence[str] = (), kept: Sequence[str] = ()
 ) -> dict[str, JsonValue]:
     """Return the quantization_config of AutoAWQ's GEMM layout, or of GPTQ's first layout.
 
     `kept` are all modules that stay in 16 bits, by `keep` or for other reasons.
     """
     if method == "awq":
-        return awq_config(group, kept)
+        return {
+            "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
+            "zero_point": True, "modules_to_not_convert": list(kept) or None,
+        }  # fmt: skip
     found: dict[str, JsonValue] = {
         "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True,
         "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",

@@ -211,7 +211,12 @@ def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
     partial, journal = _unfinished(output.path)
     key = hashlib.sha256(start + output.key.encode()).hexdigest()
     spans = {name: (offsets[name], bytes_) for name, (_, bytes_) in sized.items()}
-    done = _reached(journal, key, partial, spans)
+    done = frozenset[str]()
+    if journal.is_file() and partial.is_file():
+        first, *lines = journal.read_text("utf-8", errors="replace").split("\n")
+        with partial.open("rb") as begun:
+            names = [_finished(line, begun, spans) for line in lines] if first == key else []
+        done = frozenset(filter(None, names))
     with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
         log.write("\n" if done else key + "\n")  # the last line may have been cut off
         log.flush()
@@ -240,25 +245,11 @@ def _unfinished(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.journal")
 
 
-def _reached(
-    journal: Path, key: str, partial: Path, spans: Mapping[str, tuple[int, int]]
-) -> frozenset[str]:
-    """Return the tensors that an interrupted run of the same inputs finished, read back.
-
-    `spans` are offset and bytes of each tensor. Those whose bytes are not the ones that were
-    written are left out, as are lines that were cut off.
-    """
-    if not journal.is_file() or not partial.is_file():
-        return frozenset()
-    first, *lines = journal.read_text("utf-8", errors="replace").split("\n")
-    if first != key:
-        return frozenset()
-    with partial.open("rb") as file:
-        return frozenset(name for line in lines if (name := _finished(line, file, spans)))
-
-
 def _finished(line: str, file: IO[bytes], spans: Mapping[str, tuple[int, int]]) -> str:
-    """Return a line's tensor if the file has what it says, or an empty name."""
+    """Return a line's tensor if the file has what it says, or an empty name.
+
+    `spans` are offset and bytes of each tensor. A line may have been cut off.
+    """
     try:
         name, *pieces = parse(line)
         at, left = spans[name]
