@@ -27,6 +27,9 @@ PROMISE = Promise(
 )
 
 
+CALL = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
+
+
 class Server(Serving):
     """A good server, but for what a test changes."""
 
@@ -39,6 +42,7 @@ class Server(Serving):
     most_at_once = 100
     logprobs_status = 200
     picture_status = 200
+    tools = 200, {"choices": [{"message": {"content": None, "tool_calls": [{"id": "1"}]}}]}
 
     def __init__(self):
         super().__init__(Handler)
@@ -83,6 +87,9 @@ class Handler(openai_server.Handler):
             server.pictures.append(body["messages"][0]["content"])
             self.send(server.picture_status, {"choices": [{"message": {"content": "red"}}]})
             return
+        if "tools" in body:
+            self.send(*server.tools)
+            return
         if len(body["messages"][0]["content"].split()) > 64:
             server.crowd = threading.Barrier(PROMISE.max_num_seqs, timeout=120)
             self.send(server.long_status, {"error": {"message": server.long_error}})
@@ -96,7 +103,7 @@ class Handler(openai_server.Handler):
         with server.lock:
             server.busy += 1
             server.together = max(server.together, server.busy)
-        if server.crowd and "logprobs" not in body:
+        if server.crowd and "logprobs" not in body and body["max_tokens"] < 64:
             server.crowd.wait()  # broken, and so no answer, unless as many are asked at once
         with server.lock:
             text = server.text if server.busy <= server.most_at_once else ""
@@ -142,6 +149,38 @@ def look(server, promise=PROMISE):
     with ServerSession(server.endpoint, QUICK) as session:
         check_serving(smoke, session, promise)
     return {check["name"]: check["seen"] for check in smoke.checks}
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (Server.tools, "called the tool"),
+        ((200, {"choices": [{"message": {"content": "Sunny."}}]}), "answered without a call"),
+        ((400, {"error": {"message": '"auto" tool choice requires'}}), "!tools got HTTP 400"),
+        (
+            (200, {"choices": [{"message": {"content": f"<tool_call>{CALL}</tool_call>"}}]}),
+            "!left a tool call in the text",
+        ),
+    ],
+)
+def test_a_server_with_a_parser_reads_calls(server, reply, says):
+    server.tools = reply
+    promise = replace(PROMISE, calls=True)
+
+    if says.startswith("!"):
+        with pytest.raises(CheckFailed, match=says[1:]):
+            look(server, promise)
+    else:
+        assert look(server, promise)["tools"].startswith(says)
+
+
+def test_a_server_with_a_parser_keeps_thoughts_out_of_the_answer(server):
+    promise = replace(PROMISE, thinks=True)
+    assert look(server, promise)["thoughts"] == "none: 'Hello there'"
+
+    server.text = "<think>The user greets.</think>Hello"
+    with pytest.raises(CheckFailed, match=r"left thoughts in the answer: 'The user greets\.'"):
+        look(server, promise)
 
 
 def test_a_good_server_passes_and_what_was_seen_is_kept(server):

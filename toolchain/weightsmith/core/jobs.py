@@ -214,6 +214,8 @@ class Question:
     """Answers to choose from."""
     plain: bool = False
     """The choices continue the one message as text, without a chat template."""
+    tools: str = ""
+    """Tools that the model may call, as JSON; the answer then keeps its special tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

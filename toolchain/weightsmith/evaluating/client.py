@@ -125,7 +125,9 @@ class Served:
     def question(self, item: Item) -> dict[str, JsonValue]:
         """Return the part of a body that asks; raise InputRefused for a chat without a template."""
         if self.chat:
-            return {"messages": [dict(message) for message in item.messages]}
+            messages: JsonValue = [dict(message) for message in item.messages]
+            tools = {"tools": parse(item.tools), "tool_choice": "auto"} if item.tools else {}
+            return {"messages": messages, **tools}
         if len(item.messages) != 1:
             raise InputRefused(
                 f"the model has no chat template, but a question has {len(item.messages)} messages",
@@ -137,7 +139,16 @@ class Served:
         """Return the text of a response's choice; raise KeyError or TypeError if it has none."""
         if not self.chat:
             return choice["text"]
-        return (choice["delta"] or {}).get("content") if stream else choice["message"]["content"]
+        if not stream:
+            return choice["message"]["content"]
+        delta = choice["delta"] or {}
+        return delta.get("content") or thoughts_of(delta)
+
+
+def thoughts_of(message: Mapping[str, Json]) -> str:
+    """Return the thoughts that a server took out of an answer, or of a piece of one."""
+    said = message.get("reasoning_content") or message.get("reasoning")
+    return said if isinstance(said, str) else ""
 
 
 def find_served(session: ServerSession, name: str, *, may_ask: bool = True) -> Served:
@@ -191,8 +202,24 @@ def ask(
         # JSON can contain lone surrogates, which UTF-8 cannot.
         "answer": text.encode("utf-8", "replace").decode() if isinstance(text, str) else "",
         "finish_reason": choice.get("finish_reason"),
+        **_found_by_parsers(choice, item),
         **({"prompt_tokens": counted} if type(counted) is int else {}),
     }
+
+
+def _found_by_parsers(choice: Json, item: Item) -> Mapping[str, JsonValue]:
+    """Return what a server took out of an answer: `thoughts`, and `calls` where it has tools."""
+    message = choice.get("message") or {}
+    said = thoughts_of(message)
+    found: dict[str, JsonValue] = {"thoughts": said} if said else {}
+    if item.tools:
+        rows = message.get("tool_calls")
+        found["calls"] = [
+            {"name": f.get("name"), "arguments": f.get("arguments")}
+            for row in (rows if isinstance(rows, list) else [])
+            if isinstance(row, dict) and isinstance(f := row.get("function"), dict)
+        ]
+    return found
 
 
 def ask_all(
@@ -273,7 +300,9 @@ class KeptAnswers:
         """Return what asks only questions without an answer, and writes each answer down."""
 
         def asked(item: Item) -> Mapping[str, JsonValue]:
-            key = key_of([about, [dict(m) for m in item.messages], item.choices, item.plain])
+            tools = [item.tools] if item.tools else []
+            chat = [dict(m) for m in item.messages]
+            key = key_of([about, chat, item.choices, item.plain, *tools])
             if key in self._found:
                 return self._found[key]
             began = time.monotonic()

@@ -12,6 +12,7 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse, small_file
 from weightsmith.core.values import JsonValue, key_of
+from weightsmith.evaluating.tool_calls import check_expected, check_tools
 
 _LONGEST_LINE = 1 << 20
 _KEPT = 4 << 20
@@ -36,6 +37,8 @@ class Item:
     line: int
     choices: tuple[str, ...] = ()
     """The options of metric `choice`."""
+    tools: str = ""
+    """Tools that may be called, as JSON in the form of OpenAI's API; empty for none."""
     tolerance: str = ""
     """For metric `numeric`: how far this answer may be off; empty: as far as the suite says."""
     plain: bool = False
@@ -64,7 +67,7 @@ def _read(path: Path, metric: str, _content: bytes) -> tuple[Item, ...]:
     asked: dict[str, int] = {}
     for number, value in _lines(path):
         item = _item(value, number, f"{path}:{number}", metric)
-        asks = [[dict(message) for message in item.messages], item.choices]
+        asks = [[dict(message) for message in item.messages], item.choices, item.tools]
         key = json.dumps(asks, sort_keys=True)
         if key in asked:
             raise UsageError(
@@ -91,7 +94,8 @@ def sample(items: Sequence[Item], limit: int) -> tuple[Item, ...]:
 
     def place(number: int) -> str:
         item = items[number]
-        return key_of([[dict(message) for message in item.messages], list(item.choices)])
+        tools = [item.tools] if item.tools else []
+        return key_of([[dict(m) for m in item.messages], list(item.choices), *tools])
 
     chosen = sorted(range(len(items)), key=place)[:limit]
     return tuple(items[number] for number in sorted(chosen))
@@ -168,6 +172,12 @@ def _item(
         raise UsageError(f"{where} has no expected", hint=_SHAPE)
     expected = value["expected"]
     answers = expected if isinstance(expected, list) else [expected]
+    tools = ""
+    if metric == "tool-call" or "tools" in value:
+        names = check_tools(value.get("tools"), where)
+        tools = json.dumps(value["tools"], sort_keys=True)
+        if metric == "tool-call":
+            answers = [check_expected(expected, names, where)]
     if metric == "numeric":
         numbers = (int, float)
         answers = [json.dumps(a) if type(a) in numbers else a for a in answers]
@@ -178,6 +188,7 @@ def _item(
         expected=tuple(_answer(answer, choices, where) for answer in answers),
         line=number,
         choices=choices,
+        tools=tools,
         tolerance=_tolerance(value.get("tolerance", ""), where),
         plain="prompt" in value,
     )

@@ -11,10 +11,19 @@ from weightsmith.core import time_limits
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.time_limits import TooLong, cpu_limit
-from weightsmith.core.values import JsonValue, Score
+from weightsmith.core.values import Json, JsonValue, Score
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.tool_calls import (
+    Call,
+    are_expected,
+    calls_text,
+    read_calls,
+    without_thoughts,
+)
 
-METRICS = ("contains", "exact", "regex", "choice", "numeric", "json-schema", "command")
+METRICS = (
+    "contains", "exact", "regex", "choice", "numeric", "json-schema", "tool-call", "command",
+)  # fmt: skip
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
@@ -35,7 +44,7 @@ def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: st
     number is at most `tolerance` from the expected one: an amount, or a share as in `2%`. choice:
     the answer, the most likely of the item's choices, is an expected one. json-schema: the answer,
     which may be in a Markdown fence, is JSON that matches the schema. command: judged elsewhere, by
-    the user's program.
+    the user's program. tool-call: the answer makes exactly the expected calls, in any order.
     """
     alternatives = (expected,) if isinstance(expected, str) else expected
     match metric:
@@ -47,6 +56,8 @@ def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: st
             return any(_matches(text, answer) for text in alternatives)
         case "numeric":
             return any(_is_near(text, answer, tolerance) for text in alternatives)
+        case "tool-call":
+            return any(are_expected(text, _calls(answer)) for text in alternatives)
         case "json-schema":
             return any(_is_valid(text, answer) for text in alternatives)
         case _:
@@ -103,6 +114,14 @@ def _forbidden(expected: str) -> tuple[str, ...]:
     if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
         return ()
     return tuple(patterns)
+
+
+def _calls(answer: str) -> list[Call]:
+    """Return the calls that an answer was read as; none if it is text."""
+    try:
+        return [(row["name"], row["arguments"]) for row in parse(answer)]
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
 def _matches(expected: str, answer: str) -> bool:
@@ -194,13 +213,15 @@ def score_answers(
     try:  # with a time limit: patterns and schemas may take forever
         with cpu_limit(seconds):
             for item, answer in zip(items, answers, strict=True):
+                facts = {"answer": answer} if isinstance(answer, str) else dict(answer)
                 row: dict[str, JsonValue] = {
                     "prompt": item.prompt,
                     **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),
                     "expected": list(item.expected),
                     **({"choices": list(item.choices)} if item.choices else {}),
                     **({"tolerance": item.tolerance} if item.tolerance else {}),
-                    **({"answer": answer} if isinstance(answer, str) else answer),
+                    **({"tools": parse(item.tools)} if item.tools else {}),
+                    **_read(facts, item),
                 }
                 if metric != "command":
                     said, near = str(row["answer"]), item.tolerance or tolerance
@@ -214,6 +235,36 @@ def score_answers(
     right = sum(bool(row["ok"]) for row in rows)
     share = right / len(rows) if rows else 0.0
     return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
+
+
+def _read(facts: dict[str, Json], item: Item) -> dict[str, Json]:
+    """Return an answer without its thoughts; of a question with tools, the calls that it makes.
+
+    `raw` is then the answer as it was written, and `parser` says that the server's parser left a
+    call in the text: its fault, and not the model's.
+    """
+    text, thoughts = without_thoughts(str(facts["answer"]))
+    if thoughts:  # where its tokens end is no longer known
+        kept = {k: v for k, v in facts.items() if k not in ("token_ends", "margins")}
+        facts = {**kept, "answer": text, "thoughts": thoughts}
+    if not item.tools:
+        return facts
+    names = [str(tool["function"]["name"]) for tool in parse(item.tools)]
+    left = read_calls(text, names)
+    if "calls" not in facts:  # of a reference
+        return {**facts, "answer": calls_text(left) if left else text, "raw": text}
+    calls: list[Call] = []
+    for row in facts.pop("calls"):
+        try:
+            given = parse(str(row["arguments"] or "{}"))
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            facts["parser"] = f"the arguments of a call are no JSON: {str(row['arguments'])[:200]}"
+        calls.append((str(row["name"]), given if isinstance(given, dict) else {}))
+    if left and not calls:
+        facts["parser"] = "the server's parser left a call in the text"
+    return {**facts, "answer": calls_text(calls) if calls else text, "raw": text}
 
 
 def _loose(text: str) -> str:

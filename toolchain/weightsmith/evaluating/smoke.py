@@ -23,6 +23,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.client import Served, ask, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
+from weightsmith.evaluating.tool_calls import read_calls, without_thoughts
 
 PICTURE = "picture"
 """Name of the check with a picture; what it saw begins with REFUSED if the server takes none."""
@@ -54,6 +55,10 @@ class Promise:
     """Whether the model reads pictures."""
     parts: bool = True
     """Whether the chat template takes contents in parts, as a message with a picture has."""
+    calls: bool = False
+    """Whether the server reads tool calls out of answers."""
+    thinks: bool = False
+    """Whether it has a parser for thoughts."""
     grace_seconds: float = 0
     """How long running requests may take after SIGTERM; 0 if the server does not wait for them."""
 
@@ -101,6 +106,10 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
         f"{count} requests at once", session, lambda: _concurrent_requests(session, served, count)
     )
     smoke.check("log-probabilities", session, lambda: _logprobs(session, served))
+    if promise.calls:
+        smoke.check("tools", session, lambda: _tools(session, served))
+    if promise.thinks:
+        smoke.check("thoughts", session, lambda: _thoughts(session, served))
     if promise.sees:
         smoke.check(PICTURE, session, lambda: _picture(session, promise))
 
@@ -127,13 +136,18 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
 
 
 def _chat(session: ServerSession, served: Served) -> str:
-    answer = ask(session, served, _GREETING, _SHORT)["answer"]
-    if not str(answer).strip():
+    answer = _said(ask(session, served, _GREETING, _SHORT))
+    if not answer:
         raise CheckFailed(
             f"{session.endpoint.shown}{served.path}: empty answer to 'Hello'",
             hint="check that the checkpoint has its chat template",
         )
-    return excerpt(str(answer))
+    return excerpt(answer)
+
+
+def _said(answer: Mapping[str, JsonValue]) -> str:
+    """Return what a server answered; of one that was cut off while it thought, its thoughts."""
+    return str(answer["answer"]).strip() or str(answer.get("thoughts", "")).strip()
 
 
 def _stream(session: ServerSession, served: Served) -> str:
@@ -190,7 +204,7 @@ def _context(session: ServerSession, served: Served, max_model_len: int) -> str:
 def _concurrent_requests(session: ServerSession, served: Served, count: int) -> str:
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(ask, session, served, _GREETING, _SHORT) for _ in range(count)]
-        empty = sum(not str(one.result()["answer"]).strip() for one in asked)
+        empty = sum(not _said(one.result()) for one in asked)
     if empty:
         raise session.failed(
             served.path, f"{empty} of {count} concurrent requests got an empty answer"
@@ -206,6 +220,52 @@ def _logprobs(session: ServerSession, served: Served) -> str:
     if answer.status >= 500 or not session.endpoint.alive():
         raise session.failed(served.path, f"log-probabilities: HTTP {answer.status}")
     return "supported" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
+
+
+_WEATHER: JsonValue = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather in a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+
+
+def _tools(session: ServerSession, served: Served) -> str:
+    """Offer a tool: the server must take it, and leave no call in the text of its answer."""
+    asked = {"role": "user", "content": "What is the weather in Rome? Use the tool."}
+    body = served.body(_GREETING, _RUNNING)
+    body |= {"messages": [asked], "tools": _WEATHER, "tool_choice": "auto"}
+    answer = session.try_post(served.path, body)
+    if answer.status != 200:
+        raise session.failed(served.path, f"tools got HTTP {answer.status}: {excerpt(answer.text)}")
+    try:
+        message = parse(answer.text)["choices"][0]["message"]
+        text, calls = str(message.get("content") or ""), message.get("tool_calls") or []
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise session.failed(served.path, f"tools: no answer: {excerpt(answer.text)}") from None
+    if read_calls(text, ["get_weather"]):
+        raise session.failed(
+            served.path, f"the server's parser left a tool call in the text: {excerpt(text)}"
+        )
+    return "called the tool" if calls else f"answered without a call: {excerpt(text)}"
+
+
+def _thoughts(session: ServerSession, served: Served) -> str:
+    answer = ask(session, served, _GREETING, _RUNNING)
+    text, left = without_thoughts(str(answer["answer"]))
+    if left:
+        raise session.failed(
+            served.path, f"the server's parser left thoughts in the answer: {excerpt(left)}"
+        )
+    return "apart from the answer" if answer.get("thoughts") else f"none: {excerpt(text)}"
 
 
 def _picture(session: ServerSession, promise: Promise) -> str:

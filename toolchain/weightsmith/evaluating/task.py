@@ -44,6 +44,8 @@ class Task:
     def digest(self) -> Digest:
         """Key of the questions, without expected answers: changing those needs no new run."""
         asked: list[JsonValue] = [[dict(m) for m in item.messages] for item in self.items]
+        if any(item.tools for item in self.items):
+            return key_of([asked, [item.tools for item in self.items]])
         if self.metric != "choice":
             return key_of(asked)
         return key_of([asked, [[item.choices, item.plain] for item in self.items]])
@@ -52,14 +54,19 @@ class Task:
     def questions(self) -> tuple[Question, ...]:
         """The task's questions for a job that asks a checkpoint."""
         return tuple(
-            Question(messages=item.messages, choices=item.choices, plain=item.plain)
+            Question(
+                messages=item.messages, choices=item.choices, plain=item.plain, tools=item.tools
+            )
             for item in self.items
         )
 
     @property
     def most_tokens(self) -> int:
         """Upper estimate of tokens read and written: one per character."""
-        letters = [sum(len(str(m["content"])) for m in item.messages) for item in self.items]
+        letters = [
+            sum(len(str(m["content"])) for m in item.messages) + len(item.tools)
+            for item in self.items
+        ]
         if self.metric == "choice":
             return sum(
                 count * len(item.choices) + sum(map(len, item.choices))

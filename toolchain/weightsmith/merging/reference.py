@@ -92,6 +92,8 @@ class GenerationRequest:
     subject: UnmergedModel
     items: Sequence[Sequence[Message]]
     max_tokens: int
+    tools: Sequence[str] = ()
+    """Per item, the tools that may be called, as JSON; () for none anywhere."""
 
 
 def answers(
@@ -101,10 +103,11 @@ def answers(
     progress: Progress | None = None,
     *,
     batch_bytes: int = 0,
+    tools: Sequence[str] = (),
 ) -> dict[str, Rows]:
     """Return one greedy answer per item of each subject, in order; see `answered`."""
     asked = {
-        name: GenerationRequest(subject=one, items=items, max_tokens=max_tokens)
+        name: GenerationRequest(subject=one, items=items, max_tokens=max_tokens, tools=tools)
         for name, one in subjects.items()
     }
     count = Count(len(items) * len(subjects), progress)
@@ -151,12 +154,16 @@ def answered(
     asked, found = dict[str, _Asked](), dict[str, Answered]()
     for name, one in subjects.items():
         model, tokenizer = one.subject.model, speaker(one.subject, loaded)
+        tools = one.tools or ("",) * len(one.items)
+        pairs = zip(one.items, tools, strict=True)
         questions = Questions(
-            prompts=[prompt_tokens(tokenizer, item, model) for item in one.items],
+            prompts=[prompt_tokens(tokenizer, item, model, offered) for item, offered in pairs],
             ends=_ends(model, tokenizer),
             most=one.max_tokens,
         )
-        asked[name] = _Asked(subject=one.subject, tokenizer=tokenizer, questions=questions)
+        asked[name] = _Asked(
+            subject=one.subject, tokenizer=tokenizer, questions=questions, tools=tools
+        )
     for round_ in (False, True):
         names = [name for name, one in asked.items() if bool(one.subject.draft) is round_]
         for name in names:
@@ -178,12 +185,20 @@ class _Asked:
     subject: UnmergedModel
     tokenizer: PreTrainedTokenizerBase
     questions: Questions
+    tools: Sequence[str]
+
+    def decode(self, number: int, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return texts of an item's tokens; with tools, special ones stay: they mark calls."""
+        skip, ends = not self.tools[number], set(self.questions.ends)
+        kept = rows if skip else [[token for token in row if token not in ends] for row in rows]
+        return list(self.tokenizer.batch_decode(kept, skip_special_tokens=skip))
 
 
 def _drafts(asked: _Asked, found: Mapping[str, Answered]) -> Mapping[int, Sequence[int]]:
     if asked.subject.draft in found:
         return {n: answer for n, (_, answer) in enumerate(found[asked.subject.draft].texts)}
     end = asked.questions.ends[:1]
+    # With tools, what a text says of special tokens is read back as such.
     return {
         number: [*asked.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
         for number, text in enumerate(asked.subject.draft_texts)
@@ -199,22 +214,22 @@ def _answered(
     lockstep: Lockstep,
 ) -> Answered:
     found, prompts = greedy(network, asked.questions, count), asked.questions.prompts
-    decode = partial(asked.tokenizer.batch_decode, skip_special_tokens=True)
     ends = set(asked.questions.ends)
     with lockstep.away():
         rows: Rows = [
             {
-                "answer": str(text),
+                "answer": str(asked.decode(number, [row])[0]),
                 "finish_reason": "stop" if set(row) & ends else "length",
                 "prompt_tokens": len(prompt),
                 # How many characters of the answer each token completes.
                 "token_ends": " ".join(
-                    str(len(part)) for part in decode([row[: n + 1] for n in range(len(row))])
+                    str(len(part))
+                    for part in asked.decode(number, [row[: n + 1] for n in range(len(row))])
                 ),
                 "margins": " ".join(f"{round(margin, 4):g}" for margin in margins),
             }
-            for text, row, margins, prompt in zip(
-                decode(found.tokens), found.tokens, found.margins, prompts, strict=True
+            for number, (row, margins, prompt) in enumerate(
+                zip(found.tokens, found.margins, prompts, strict=True)
             )
         ]
         finished(rows)
@@ -319,11 +334,11 @@ def _weigh(network: Model, weights: Sequence[float]) -> None:
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, item: Sequence[Message], model: Path
+    tokenizer: PreTrainedTokenizerBase, item: Sequence[Message], model: Path, tools: str = ""
 ) -> list[int]:
     """Return an item's token ids; raise InputRefused if there are none to continue."""
     if tokenizer.chat_template:
-        text = render_chat(tokenizer, item, answer=True)
+        text = render_chat(tokenizer, item, answer=True, tools=tools)
         with doing(f"tokenizing with the tokenizer of {model}"):
             # The template adds the begin token.
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.safe_parse import read_json
+from weightsmith.core.safe_parse import parse, read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
 from weightsmith.core.values import JsonValue
 
@@ -73,9 +73,16 @@ def own_template(model: Path) -> str | None:
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, JsonValue]], *, answer: bool, hint: str = ""
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, JsonValue]],
+    *,
+    answer: bool,
+    hint: str = "",
+    tools: str = "",
 ) -> str:
     """Render messages by the tokenizer's chat template; `answer` adds the generation prompt.
+
+    `tools` are what the model may call, as JSON.
 
     Raises InputRefused if the template raises an error or takes too much time or memory.
     """
@@ -86,6 +93,7 @@ def render_chat(
                 tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     add_generation_prompt=answer,
+                    **({"tools": parse(tools)} if tools else {}),
                     tokenize=False,
                 )
             )

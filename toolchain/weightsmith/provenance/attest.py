@@ -308,10 +308,19 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
     return [
         {
             "prompt": row[0]["prompt"],
-            **{key: row[0][key] for key in ("messages", "choices", "tolerance") if key in row[0]},
+            **{
+                key: row[0][key]
+                for key in ("messages", "choices", "tolerance", "tools")
+                if key in row[0]
+            },
             "expected": row[0]["expected"],
             **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
             "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
+            **{
+                key: {n: a[key] for n, a in zip(names, row, strict=True) if key in a}
+                for key in ("raw", "parser")
+                if any(key in answer for answer in row)
+            },
         }
         for row in rows
     ]

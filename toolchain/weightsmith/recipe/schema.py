@@ -57,9 +57,16 @@ class Base(Section):
 class Scoring(Section):
     """How answers are judged."""
 
-    metric: Literal["contains", "exact", "regex", "choice", "numeric", "json-schema", "command"] = (
-        Field("contains", description="How an answer is judged.")
-    )
+    metric: Literal[
+        "contains",
+        "exact",
+        "regex",
+        "choice",
+        "numeric",
+        "json-schema",
+        "tool-call",
+        "command",
+    ] = Field("contains", description="How an answer is judged.")
     tolerance: str = Field(
         "0",
         pattern=r"^\d+(\.\d+)?([eE]-?\d+)?%?$",

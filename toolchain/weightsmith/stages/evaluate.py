@@ -137,6 +137,8 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         max_model_len=config.plan.max_model_len,
         max_num_seqs=config.plan.max_num_seqs,
         start_seconds=seconds,
+        calls="tool-call-parser" in config.plan.settings,
+        thinks="reasoning-parser" in config.plan.settings,
         sees=takes_pictures(evaluation.artifact),
         parts=evaluation.parts,
     )

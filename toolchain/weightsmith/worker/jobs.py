@@ -175,6 +175,7 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Answered | list[
                     subject=subject(one),
                     items=[question.messages for question in task.questions],
                     max_tokens=task.max_tokens,
+                    tools=[question.tools for question in task.questions],
                 )
                 for one, task in models
             }
@@ -355,7 +356,8 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]
             asked = {"": (subject, job.questions)}
             return {"answers": likelihoods(asked, Count(len(job.questions), tell))[""]}
         given = [question.messages for question in job.questions], job.max_tokens, tell
-        found = answers({"": subject}, *given, batch_bytes=job.batch_bytes)[""]
+        tools = [question.tools for question in job.questions]
+        found = answers({"": subject}, *given, batch_bytes=job.batch_bytes, tools=tools)[""]
     except Unmeasurable as error:
         return {"skipped": error.message}
     return {"answers": plain(found)}

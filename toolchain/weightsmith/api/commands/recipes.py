@@ -296,8 +296,10 @@ def _with_questions(
     try:
         for item in parse(parts[0].read(), largest=PART)["items"] if parts else ():
             keys = ["messages" if "messages" in item else "prompt", "expected"]
-            keys += [key for key in ("choices", "tolerance") if key in item]
+            keys += [key for key in ("choices", "tolerance", "tools") if key in item]
             row = {key: item[key] for key in keys}
+            if "tools" in item:  # the calls that are expected
+                row["expected"] = parse(item["expected"][0]) or "none"
             items.setdefault(str(item.get("suite", "")), []).append(row)
     except (ValueError, LookupError, TypeError):  # one is invalid
         items = {}

@@ -1,0 +1,158 @@
+"""Tool calls and thoughts in answers, read and judged."""
+
+import json
+
+import pytest
+from jinja2 import Environment
+from weightsmith.core.errors import UsageError
+from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.tool_calls import are_expected, read_calls, without_thoughts
+
+from tests.fakes.chat_templates import FAMILIES
+from tests.fakes.memory import write_rows
+
+ROME = {"city": 'Łódź "old" town', "days": 3, "at": {"note": "a\nb", "exact": True}}
+CALLS = [("get_weather", ROME), ("send", {"to": "a@b.c"})]
+NAMES = ["get_weather", "send"]
+
+
+def tool(name, **fields):
+    kinds = {key: {"type": kind} for key, kind in fields.items()}
+    schema = {"type": "object", "properties": kinds}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOOLS = [tool("get_weather", city="string", days="integer", at="object"), tool("send", to="string")]
+ASKED = {"prompt": "Weather in Rome?", "tools": TOOLS}
+CALL = {"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}
+
+
+def said(family, calls):
+    """Render an answer by the template alone, as a model would write it."""
+    environment = Environment()
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    template = environment.from_string(family.template)
+    rows = [{"function": {"name": name, "arguments": given}} for name, given in calls]
+    text = template.render(messages=[{"role": "assistant", "tool_calls": rows}])
+    return text.replace("\\u003c", "<").removeprefix("<ROLE:assistant>")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_calls_are_read_in_every_familys_form(family, count):
+    assert list(read_calls(said(family, CALLS[:count]), NAMES)) == CALLS[:count]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_text_is_no_call_and_neither_is_one_to_another_tool(family):
+    assert read_calls("The weather is [fine] {today}. get_weather(city)", NAMES) == ()
+    assert read_calls(said(family, CALLS), ["other"]) == ()
+
+
+@pytest.mark.parametrize("text", [
+    "<tool_call>{", "[TOOL_CALLS][{]", "[" * 5000, '{"name": 3}', "<function=a>", "[f(1)]",
+    "<tool_call>" * 3000, "[f(x=__import__('os'))]",
+])  # fmt: skip
+def test_what_a_model_garbled_is_text(text):
+    assert read_calls(text, ["f", "a"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "thoughts"),
+    [
+        ("<think>\nhm\n</think>\n\n42", "42", "hm"),
+        ("hm</think>42", "42", "hm"),  # the prompt began them
+        ("<think>and so on", "", "and so on"),
+        ("[THINK]hm[/THINK]42", "42", "hm"),
+        ("<|channel>thought\nhm<channel|>42", "42", "hm"),
+        ("no thoughts, 42", "no thoughts, 42", ""),
+    ],
+)
+def test_thoughts_are_no_part_of_an_answer(text, answer, thoughts):
+    assert without_thoughts(text) == (answer, thoughts)
+
+
+@pytest.mark.parametrize(
+    ("expected", "calls", "ok"),
+    [
+        ([CALL], [("get_weather", {"days": 1, "city": "Rome"})], True),
+        ([CALL], [("get_weather", {"days": 1.0, "city": "Rome"})], True),
+        ([CALL], [("get_weather", {"days": True, "city": "Rome"})], False),
+        ([CALL], [("get_weather", {"city": "Rome"})], False),
+        ([CALL], [("get_weather", {"days": 1, "city": "Rome", "x": 1})], False),
+        ([CALL], [("send", {"days": 1, "city": "Rome"})], False),
+        ([CALL], [], False),
+        ([], [], True),
+        ([], [("send", {})], False),
+        ([CALL, {"name": "send", "arguments": {}}],
+         [("send", {}), ("get_weather", {"city": "Rome", "days": 1})], True),
+        ([{"name": "send", "arguments": {"to": {"contains": "rome"}}}],
+         [("send", {"to": "the mayor of Rome"})], True),
+        ([{"name": "send", "arguments": {"to": {"regex": r"^\w+@b\.c$"}}}],
+         [("send", {"to": "a@b.c"})], True),
+        ([{"name": "send", "arguments": {"to": {"regex": r"^\w+@b\.c$"}}}],
+         [("send", {"to": "a@x.c"})], False),
+    ],
+)  # fmt: skip
+def test_calls_are_equal_as_json(expected, calls, ok):
+    assert are_expected(json.dumps(expected), calls) is ok
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({}, "is not a list of tools"),
+        ({"tools": []}, "is not a list of tools"),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\] has no function with a name"),
+        ({"tools": [tool("f", x="circle")]}, "parameters of tool f are no JSON Schema"),
+        ({"tools": [{"function": {"name": "f", "parameters": 3}}]}, "are no JSON Schema"),
+        ({"tools": TOOLS, "expected": {"name": "fly", "arguments": {}}},
+         "expected calls fly, which tools does not offer"),
+        ({"tools": TOOLS, "expected": "Rome"}, "expected is no call of a tool"),
+        ({"tools": TOOLS, "expected": {"name": "send", "arguments": {"to": {"regex": "("}}}},
+         "invalid regular expression"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path, row, says):
+    write_rows(tmp_path / "data.jsonl", [{"prompt": "q", "expected": CALL, **row}])
+
+    with pytest.raises(UsageError, match=says) as caught:
+        read_items(tmp_path / "data.jsonl", "tool-call")
+    assert "data.jsonl:1" in caught.value.message
+
+
+def scored(tmp_path, expected, *answers):
+    rows = [{**ASKED, "prompt": f"{n}?", "expected": expected} for n in range(len(answers))]
+    write_rows(tmp_path / "data.jsonl", rows)
+    items = read_items(tmp_path / "data.jsonl", "tool-call")
+    return score_answers(answers, items, "tool-call").per_item
+
+
+def test_a_parsers_fault_is_told_from_the_models(tmp_path):
+    text = said(FAMILIES["hermes"], [("get_weather", CALL["arguments"])])
+    server = {"answer": "", "calls": [{**CALL, "arguments": json.dumps(CALL["arguments"])}]}
+    reference, read, left, cut, other = scored(
+        tmp_path,
+        CALL,
+        text,
+        server,
+        {"answer": text, "calls": []},
+        {"answer": "", "calls": [{"name": "get_weather", "arguments": '{"city": '}]},
+        {"answer": "It rains.", "calls": []},
+    )
+
+    assert [row["ok"] for row in (reference, read, left, cut, other)] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    assert reference["raw"] == text
+    assert reference["answer"] == read["answer"] == json.dumps([CALL], sort_keys=True)
+    assert left["parser"] == "the server's parser left a call in the text"
+    assert "are no JSON" in cut["parser"]
+    assert "parser" not in other
+
+
+def test_no_call_may_be_what_is_expected(tmp_path):
+    text, call = scored(tmp_path, "none", "Hello!", said(FAMILIES["hermes"], CALLS))
+
+    assert (text["ok"], call["ok"]) == (True, False)

@@ -1,0 +1,288 @@
+"""Tool calls and thoughts in the text of an answer, and whether the calls are the expected ones.
+
+References answer in text, as the model wrote it; a server returns calls that its parser found. Both
+are judged alike, so these readers read the forms that models write (the marks are those of
+`serving/parsers.py`). Where a server's text still holds a call, its parser has failed, and not the
+model.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.safe_parse import check_pattern, parse
+from weightsmith.core.values import Json, JsonValue
+
+Call: TypeAlias = tuple[str, Mapping[str, JsonValue]]
+"""Name of the tool, and its arguments."""
+
+_THOUGHTS = (
+    re.compile(r"\A\s*(?:<think>)?(.*)</think>\s*", re.DOTALL),
+    re.compile(r"\A\s*\[THINK\](.*)\[/THINK\]\s*", re.DOTALL),
+    re.compile(r"\A\s*<\|channel>thought(.*?)<channel\|>\s*", re.DOTALL),
+    re.compile(r"\A\s*<seed:think>(.*)</seed:think>\s*", re.DOTALL),
+    re.compile(r"\A\s*<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>", re.DOTALL),
+)
+_UNENDED = re.compile(
+    r"\A\s*(?:<think>|\[THINK\]|<\|channel>thought|<seed:think>|<\|channel\|>analysis<\|message\|>)"
+    r"(.*)\Z",
+    re.DOTALL,
+)
+
+
+def without_thoughts(text: str) -> tuple[str, str]:
+    """Return an answer without the thoughts before it, and these; ("", thoughts) if they go on."""
+    for pattern in _THOUGHTS:
+        if found := pattern.match(text):
+            return text[found.end() :], found[1].strip()
+    if found := _UNENDED.match(text):
+        return "", found[1].strip()
+    return text, ""
+
+
+def read_calls(text: str, names: Sequence[str]) -> tuple[Call, ...]:
+    """Return the calls to these tools in an answer's text; () if it has none."""
+    for reader in _READERS:
+        try:
+            found = tuple(reader(text))
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue  # it is of another form, or the model was cut off
+        if found and all(name in names for name, _ in found):
+            return found
+    return ()
+
+
+def calls_text(calls: Sequence[Call]) -> str:
+    """Return calls as one text: a JSON list of `{name, arguments}`, with sorted keys."""
+    rows = [{"name": name, "arguments": dict(given)} for name, given in calls]
+    return json.dumps(rows, sort_keys=True, ensure_ascii=False)
+
+
+def _object(value: JsonValue, *keys: str) -> Call:
+    """Return a call of a JSON object with a name, and arguments under one of these keys."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise TypeError("no call")
+    given: Json = next((value[key] for key in keys if key in value), {})
+    given = parse(given) if isinstance(given, str) else given
+    if not isinstance(given, dict):
+        raise TypeError("no arguments")
+    return value["name"], given
+
+
+def _between(begin: str, end: str, text: str) -> list[str]:
+    return re.findall(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}|\\Z)", text, re.DOTALL)
+
+
+def _value(text: str) -> JsonValue:
+    """Return a parameter's value: JSON, else the text itself."""
+    try:
+        found: JsonValue = parse(text)
+    except ValueError:
+        return text
+    return found
+
+
+def _hermes(text: str) -> Iterator[Call]:
+    for inner in _between("<tool_call>", "</tool_call>", text):
+        yield _object(parse(inner), "arguments", "parameters")
+
+
+def _functions(text: str) -> Iterator[Call]:
+    for name, inner in re.findall(r"<function=([^>\s]+)>(.*?)</function>", text, re.DOTALL):
+        rows = re.findall(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", inner, re.DOTALL)
+        yield name, {key: _value(value) for key, value in rows}
+
+
+def _arg_keys(text: str) -> Iterator[Call]:
+    for inner in _between("<tool_call>", "</tool_call>", text):
+        name = inner.partition("<arg_key>")[0].strip()
+        rows = re.findall(
+            r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", inner, re.DOTALL
+        )
+        if not rows and name.startswith("{"):
+            raise ValueError("JSON")
+        yield name, {key.strip(): _value(value) for key, value in rows}
+
+
+def _invokes(text: str) -> Iterator[Call]:
+    for name, inner in re.findall(r'invoke name="([^"]+)">(.*?)</[^>]*invoke>', text, re.DOTALL):
+        pattern = r'parameter name="([^"]+)"(?: string="(true|false)")?>(.*?)</[^>]*parameter>'
+        rows = re.findall(pattern, inner, re.DOTALL)
+        yield name, {key: v if is_text == "true" else _value(v) for key, is_text, v in rows}
+
+
+def _listed(text: str) -> Iterator[Call]:
+    """Yield calls of a JSON list after a mark: Mistral's, Granite's, Jamba's and Phi's."""
+    mark = re.search(r"\[TOOL_CALLS\]|<\|tool_call\|>|<tool_calls>|functools|<TOOLCALL>", text)
+    if not mark:
+        return
+    rest = text[mark.end() :].strip()
+    named = re.findall(
+        r"([\w.-]+)\[ARGS\](\{.*?\})(?=\s*(?:\[TOOL_CALLS\]|</s>|\Z))", rest, re.DOTALL
+    )
+    if named:
+        yield from ((name, parse(given)) for name, given in named)
+        return
+    value, _ = json.JSONDecoder().raw_decode(rest)
+    for row in value if isinstance(value, list) else [value]:
+        yield _object(row, "arguments", "parameters")
+
+
+def _deepseek(text: str) -> Iterator[Call]:
+    for inner in _between("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", text):  # noqa: RUF001
+        first, _, rest = inner.partition("<｜tool▁sep｜>")  # noqa: RUF001
+        fenced = re.match(r"(.*?)\n```json\n(.*?)\n```", rest, re.DOTALL)
+        name, given = (fenced[1], fenced[2]) if fenced else (first, rest)
+        yield name.strip(), parse(given)
+
+
+def _kimi(text: str) -> Iterator[Call]:
+    for inner in _between("<|tool_call_begin|>", "<|tool_call_end|>", text):
+        name, _, given = inner.partition("<|tool_call_argument_begin|>")
+        yield name.strip().removeprefix("functions.").rpartition(":")[0], parse(given)
+
+
+def _harmony(text: str) -> Iterator[Call]:
+    pattern = r"to=functions\.([\w.-]+).*?<\|message\|>(.*?)(?:<\|call\|>|\Z)"
+    for name, given in re.findall(pattern, text, re.DOTALL):
+        yield name, parse(given)
+
+
+def _gemma(text: str) -> Iterator[Call]:
+    for inner in _between("<|tool_call>call:", "<tool_call|>", text):
+        name, _, rest = inner.partition("{")
+        quoted = ("{" + rest).split('<|"|>')
+        # Every second part is a text; the others are JSON with bare keys.
+        parts = [
+            json.dumps(part) if n % 2 else re.sub(r"([{,]\s*)([\w.-]+)(\s*):", r'\1"\2"\3:', part)
+            for n, part in enumerate(quoted)
+        ]
+        yield name, parse("".join(parts))
+
+
+def _pythonic(text: str) -> Iterator[Call]:
+    bare = re.sub(r"<\|?/?[\w|]+\|?>", "", text).strip()
+    body = ast.parse(bare, mode="eval").body
+    for call in body.elts if isinstance(body, ast.List) else []:
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("no call")
+        yield (
+            ast.unparse(call.func),
+            {str(word.arg): ast.literal_eval(word.value) for word in call.keywords},
+        )
+
+
+def _bare(text: str) -> Iterator[Call]:
+    """Yield Llama 3's calls: JSON objects, with nothing else in the answer."""
+    rest = re.sub(r"<\|[\w]+\|>", "", text).strip()
+    while rest:
+        value, end = json.JSONDecoder().raw_decode(rest)
+        yield _object(value, "parameters", "arguments")
+        rest = rest[end:].lstrip(" ;\n")
+
+
+_READERS: tuple[Callable[[str], Iterator[Call]], ...] = (
+    _hermes, _functions, _arg_keys, _invokes, _listed, _deepseek, _kimi, _harmony, _gemma,
+    _pythonic, _bare,
+)  # fmt: skip
+
+
+def check_tools(tools: JsonValue, where: str) -> tuple[str, ...]:
+    """Return the names of a question's tools; raise UsageError unless each has a JSON Schema."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    hint = (
+        '"tools": [{"type": "function", "function": {"name": …, "parameters": {"type": "object",'
+        ' "properties": …}}}]'
+    )
+    if not isinstance(tools, list) or not tools:
+        raise UsageError(f"{where}: tools is not a list of tools", hint=hint)
+    names = []
+    for position, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            raise UsageError(f"{where}: tools[{position}] has no function with a name", hint=hint)
+        schema = function.get("parameters", {})
+        try:
+            if not isinstance(schema, dict):
+                raise SchemaError("it is no object")
+            validator_for(schema).check_schema(schema)
+        except (SchemaError, AttributeError, TypeError, ValueError, RecursionError) as error:
+            said = error.message if isinstance(error, SchemaError) else str(error)
+            raise UsageError(
+                f"{where}: the parameters of tool {name} are no JSON Schema: {said[:200]}",
+                hint=hint,
+            ) from None
+        names.append(name)
+    return tuple(names)
+
+
+def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str:
+    """Return the expected calls as JSON; raise UsageError for what is none, or is not offered."""
+    hint = '"expected": {"name": …, "arguments": {…}}, a list of such calls, or "none"'
+    if expected == "none":
+        return "[]"
+    rows = expected if isinstance(expected, list) else [expected]
+    for row in rows:
+        try:
+            name, given = _object(row, "arguments")
+        except (ValueError, TypeError):
+            raise UsageError(f"{where}: expected is no call of a tool", hint=hint) from None
+        if name not in names:
+            raise UsageError(
+                f"{where}: expected calls {name}, which tools does not offer",
+                hint=f"offered are {', '.join(names)}",
+            )
+        for value in given.values():
+            if isinstance(value, dict) and set(value) == {"regex"}:
+                try:
+                    check_pattern(str(value["regex"]))
+                except ValueError as error:
+                    shown = repr(str(value["regex"])[:60])
+                    raise UsageError(
+                        f"{where}: invalid regular expression {shown}: {error}",
+                        hint="escape special characters with a backslash",
+                    ) from None
+    return json.dumps(rows, sort_keys=True)
+
+
+def are_expected(expected: str, calls: Sequence[Call]) -> bool:
+    """Return whether an answer makes exactly the expected calls, in any order."""
+    left = list(calls)
+    for row in parse(expected):
+        wanted = _object(row, "arguments")
+        found = next((call for call in left if _is_call(wanted, call)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return not left
+
+
+def _is_call(wanted: Call, call: Call) -> bool:
+    (name, arguments), (other, given) = wanted, call
+    return (
+        name == other
+        and arguments.keys() == given.keys()
+        and all(_is_argument(value, given[key]) for key, value in arguments.items())
+    )
+
+
+def _is_argument(wanted: JsonValue, given: JsonValue) -> bool:
+    """Return whether an argument is as expected: equal as JSON, or by `contains` or `regex`."""
+    if isinstance(wanted, dict) and len(wanted) == 1:
+        (rule, text), *_ = wanted.items()
+        if rule == "contains" and isinstance(text, str):
+            return text.casefold() in str(given).casefold()
+        if rule == "regex" and isinstance(text, str):
+            return re.search(text, str(given)) is not None
+    same: bool = json.dumps(wanted, sort_keys=True) == json.dumps(given, sort_keys=True)
+    numbers = (wanted, given)
+    both = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+    return same or (both and wanted == given)
