@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.ports import Signer
@@ -73,11 +74,12 @@ def content_inputs(files: Iterable[FileEntry]) -> StageInputs:
     return StageInputs(stage=_CONTENT, recipe_number=1, inputs={"files": tree_digest(files)})
 
 
-def packing_of(note: Mapping[str, Json]) -> str:
+def packing_of(note: Mapping[str, object]) -> str:
     """Return how an image packs the files of a result that was made of this."""
     if note.get("stage") != "base":
         return "models"
-    return "root" if assembles_itself(str(dict(note["inputs"])["engine"])) else "program"
+    inputs = cast("Mapping[str, object]", note["inputs"])
+    return "root" if assembles_itself(str(inputs["engine"])) else "program"
 
 
 def layers_of(
