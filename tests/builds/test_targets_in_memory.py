@@ -16,7 +16,7 @@ from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.models.folder import scan
 from weightsmith.models.safetensors import read_header
-from weightsmith.models.virtual_weights import has_no_data
+from weightsmith.models.tensors import has_no_data
 from weightsmith.oci import weights
 from weightsmith.oci.image import Index
 from weightsmith.oci.references import Reference

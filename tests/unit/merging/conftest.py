@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from weightsmith.merging import engine
 from weightsmith.merging.virtual import VirtualCheckpoint
 from weightsmith.models.safetensors import open_checkpoint
-from weightsmith.models.virtual_weights import has_no_data
+from weightsmith.models.tensors import has_no_data
 
 from tests.unit.merging.oracle import MakeBase, build, make_base, model_class, save_adapter
 

@@ -8,8 +8,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_save
 from weightsmith.models.safetensors import NO_DATA, build_header, open_checkpoint
-from weightsmith.models.tensors import CheckpointTensors, array_type, largest
-from weightsmith.models.virtual_weights import filled
+from weightsmith.models.tensors import CheckpointTensors, array_type, filled, largest
 
 VALUES = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
 ALL = slice(None)

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.models.safetensors import TensorInfo, open_checkpoint
-from weightsmith.models.virtual_weights import Data, data_of
+from weightsmith.models.tensors import Data, data_of
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter

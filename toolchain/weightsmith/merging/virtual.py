@@ -25,7 +25,7 @@ from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
 from weightsmith.models.safetensors import BITS, TensorInfo, read_header
-from weightsmith.models.virtual_weights import filled
+from weightsmith.models.tensors import filled
 
 _SOME = 4 << 20
 """Bytes that are read at a time for their digest alone."""

@@ -371,7 +371,7 @@ class Registry:
 def _published(
     reference: Reference,
     digest: Digest,
-    sent: Sequence[tuple[transfers.Transfer, int]],
+    sent: Sequence[tuple[Transfer, int]],
     began: float,
 ) -> Published:
     """Return what was pushed, without layers; `began` is a time of the monotonic clock."""

@@ -35,7 +35,7 @@ from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_m
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
 from weightsmith.models.templates import VOCABULARY_FILES, render_chat
-from weightsmith.models.virtual_weights import computed
+from weightsmith.models.tensors import computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from weightsmith.core.kernels import quants
-from weightsmith.models import virtual_weights
+from weightsmith.models import tensors
 
 Read = Callable[[int, int], np.ndarray]
 """(first row, end) -> float32 [rows, columns], C-contiguous."""
@@ -63,7 +63,7 @@ class StoredRows:
     def _stored(self, start: int, end: int) -> np.ndarray:
         dtype, count = STORED[self.kind], (end - start) * self.columns
         at = self.offset + start * self.columns * dtype.itemsize
-        if virtual := virtual_weights.computed(self.path):
+        if virtual := tensors.computed(self.path):
             data = virtual.read(at, count * dtype.itemsize).view(dtype)
         else:
             data = np.fromfile(self.path, dtype, count, offset=at)

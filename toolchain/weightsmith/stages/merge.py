@@ -37,7 +37,7 @@ from weightsmith.merging.plan import (
 )
 from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
-from weightsmith.models.virtual_weights import HeaderOnlyTree
+from weightsmith.models.tensors import HeaderOnlyTree
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import parameters

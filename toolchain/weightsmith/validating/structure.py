@@ -14,7 +14,7 @@ from weightsmith.models.safetensors import (
     CheckpointIndex,
     open_checkpoint,
 )
-from weightsmith.models.virtual_weights import data_of
+from weightsmith.models.tensors import data_of
 from weightsmith.validating.result import ERROR, NOTE, Finding, finding
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")

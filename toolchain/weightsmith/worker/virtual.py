@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.core.jobs import Job, read_job, write_job
 from weightsmith.models.safetensors import read_header
-from weightsmith.models.virtual_weights import has_no_data
+from weightsmith.models.tensors import has_no_data
 
 _VARIABLE = "WEIGHTSMITH_JOB"
 _FILE = ".job.json"
