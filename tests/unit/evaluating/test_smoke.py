@@ -176,10 +176,10 @@ def test_a_server_with_a_parser_reads_calls(server, reply, says):
 
 def test_a_server_with_a_parser_keeps_thoughts_out_of_the_answer(server):
     promise = replace(PROMISE, thinks=True)
-    assert look(server, promise)["thoughts"] == "none: 'Hello there'"
+    assert look(server, promise)["thoughts"] == "none: Hello there"
 
-    server.text = "<think>The user greets.</think>Hello"
-    with pytest.raises(CheckFailed, match=r"left thoughts in the answer: 'The user greets\.'"):
+    server.text, server.crowd = "<think>The user greets.</think>Hello", None
+    with pytest.raises(CheckFailed, match="left thoughts in the answer: The user greets"):
         look(server, promise)
 
 
