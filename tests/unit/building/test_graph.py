@@ -73,7 +73,6 @@ def test_every_step_comes_after_those_that_it_needs(tmp_path: Path) -> None:
         # Names and places tell no step apart.
         ("vllm-awq", {"version": "9", "serve": {"gpu": "nvidia-l4"}}, {"merge", "weights"}),
     ],
-    ids=str,
 )
 def test_what_a_change_makes_another_step(
     tmp_path: Path, target: str, change: Any, same: set[str]
