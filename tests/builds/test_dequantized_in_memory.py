@@ -61,8 +61,9 @@ def test_the_record_says_that_the_weights_answered_and_not_the_image(on_gpu: Mem
     (run,) = (line for line in report.splitlines() if "docker run" in line)
     assert run.split()[-3:-1] == ["--gpus", "all"]
     (job,) = (one for one in on_gpu.runner.jobs if isinstance(one, DequantizedJob))
-    prompts = [each.messages[-1]["content"] for each in job.questions]
-    assert list(job.drafts) == [on_gpu.minds.facts[prompt][1] for prompt in prompts]
+    (task,) = job.tasks
+    prompts = [each.messages[-1]["content"] for each in task.questions]
+    assert list(task.drafts) == [on_gpu.minds.facts[prompt][1] for prompt in prompts]
 
     on_gpu.build()
     assert on_gpu.jobs() == []

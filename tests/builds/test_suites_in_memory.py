@@ -144,6 +144,19 @@ def test_all_suites_are_asked_in_one_walk(memory: Memory) -> None:
     assert [len(task.questions) for task in walk.tasks] == [8, COUNT]
 
 
+def test_dequantized_weights_are_asked_all_suites_in_one_job(memory: Memory) -> None:
+    serve = {"max_model_len": 256, "max_num_seqs": 2, "gpu": "nvidia-h100-80gb"}
+    memory.use_vllm("vllm-fp8", serve=serve, evaluate=[TASK, GENERAL])
+    memory.build()
+
+    assert memory.jobs().count("dequantized") == 1
+    assert [set(suite["scores"]) for suite in memory.record("vllm-fp8")["suites"]] == [
+        {"base", "adapter", "merged", "dequantized"}
+    ] * 2
+    memory.build()
+    assert memory.jobs() == []
+
+
 @pytest.mark.parametrize(
     ("evaluate", "says"),
     [

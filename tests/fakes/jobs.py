@@ -102,7 +102,8 @@ class Bench:
         if "skipped" in self.quality:  # what the gate cannot read cannot be asked
             return self.quality
         adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
-        return {"answers": self._said("dequantized", adapters, job.questions)}
+        said = [self._said("dequantized", adapters, task.questions) for task in job.tasks]
+        return {"answers": said}
 
     def _answers(
         self, job: ReferenceJob, task: AskedTask, asked: AskedModel

@@ -16,6 +16,7 @@ from weightsmith.core.jobs import (
     CombinationRule,
     ConvertAdaptersJob,
     DequantizedJob,
+    DequantizedTask,
     ExportEngineJob,
     ImportGgufJob,
     Input,
@@ -138,9 +139,7 @@ JOBS = (
         model=KNOWN,
         artifact=UNKNOWN,
         quantizer="rounded",
-        questions=(Question(messages=CHAT),),
-        max_tokens=8,
-        choose=False,
+        tasks=(DequantizedTask(questions=(Question(messages=CHAT),), max_tokens=8, choose=False),),
     ),
     EchoJob(**ENVELOPE, text=UNKNOWN, try_to_write=("/x",), targets={"port": 1}),
 )

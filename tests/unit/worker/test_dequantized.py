@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from weightsmith.core.jobs import DequantizedJob, Input, Question
+from weightsmith.core.jobs import DequantizedJob, DequantizedTask, Input, Question
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.packed import view_of
 from weightsmith.stages.quantize import QuantizeOptions, job_of
@@ -25,17 +25,24 @@ LINES = (TINY / "eval-a.jsonl").read_text().splitlines()
 ASKED = [json.loads(line)["prompt"] for line in LINES[:6]]
 
 
-def job_of_questions(artifact: Path, quantizer: str) -> DequantizedJob:
+def job_of_questions(artifact, quantizer, *suites):
     """The job that asks a quantized form of the tiny example."""
     return DequantizedJob(
         builder="merge",
         model=Input(path=TINY / "base"),
         artifact=Input(path=artifact),
         quantizer=quantizer,
-        questions=tuple(Question(messages=({"role": "user", "content": q},)) for q in ASKED),
-        max_tokens=12,
-        choose=False,
-        drafts=("red", "", ASKED[0]),  # nearly all of it is wrong
+        tasks=tuple(
+            DequantizedTask(
+                questions=tuple(
+                    Question(messages=({"role": "user", "content": q},)) for q in asked
+                ),
+                max_tokens=12,
+                choose=False,
+                drafts=("red", "", ASKED[0])[: len(asked)],  # nearly all of it is wrong
+            )
+            for asked in suites
+        ),
         output=artifact,
         seconds=0,
     )
@@ -49,7 +56,7 @@ def test_a_gguf_file_of_an_unsupported_architecture_is_not_asked(tmp_path: Path)
     writer.write_tensors_to_file()
     writer.close()
 
-    found = STAGES["dequantized"](job_of_questions(tmp_path, "gguf"), lambda *_: None)
+    found = STAGES["dequantized"](job_of_questions(tmp_path, "gguf", ASKED), lambda *_: None)
 
     why = "measuring GGUF files of architecture nemotron is not supported"
     assert found == {"skipped": why}
@@ -66,7 +73,9 @@ def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path)
     save_file({name: torch.from_numpy(view.tensor(name).copy()) for name in view.names},
               plain / "model.safetensors", {"format": "pt"})  # fmt: skip
 
-    rows = STAGES["dequantized"](job_of_questions(packed, "rounded"), lambda *_: None)["answers"]
+    job = job_of_questions(packed, "rounded", ASKED[:2], ASKED[2:])
+    first, second = STAGES["dequantized"](job, lambda *_: None)["answers"]
+    rows = [*first, *second]
 
     network = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(plain)

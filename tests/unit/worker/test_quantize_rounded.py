@@ -16,6 +16,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import (
     CacheScalesJob,
     DequantizedJob,
+    DequantizedTask,
     Input,
     QualityJob,
     QuantizeJob,
@@ -100,6 +101,7 @@ def test_gate_answers_and_cache_scales_are_those_of_the_written_merge(
     adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
     texts = tuple(json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2])
     asked = (Question(messages=({"role": "user", "content": "Hi"},)),)
+    task = DequantizedTask(questions=asked, max_tokens=4, choose=False)
     found = []
     for headers_only in (False, True):
         model, packed = tmp_path / f"model-{headers_only}", tmp_path / f"packed-{headers_only}"
@@ -115,7 +117,7 @@ def test_gate_answers_and_cache_scales_are_those_of_the_written_merge(
         weights = {"artifact": Input(path=packed), "quantizer": "rounded"}
         jobs = (
             QualityJob(**read, **weights, texts=texts, tokens=100),
-            DequantizedJob(**read, **weights, questions=asked, max_tokens=4, choose=False),
+            DequantizedJob(**read, **weights, tasks=(task,)),
             CacheScalesJob(**read, texts=texts),
         )
         for job in jobs:

@@ -358,13 +358,9 @@ class QualityJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DequantizedJob(Job):
-    """Ask a quantized model's weights, dequantized, in the network of its checkpoint."""
+class DequantizedTask:
+    """A task for a model's dequantized weights."""
 
-    kind = "dequantized"
-    model: Input
-    artifact: Input
-    quantizer: str
     questions: tuple[Question, ...]
     max_tokens: int
     """Maximum length of an answer."""
@@ -372,6 +368,18 @@ class DequantizedJob(Job):
     """Return each choice's log-likelihood instead of an answer."""
     drafts: tuple[str, ...] = ()
     """Its probable answers, which save passes over the weights and change nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DequantizedJob(Job):
+    """Ask a quantized model's weights, dequantized, in the network of its checkpoint."""
+
+    kind = "dequantized"
+    model: Input
+    artifact: Input
+    quantizer: str
+    tasks: tuple[DequantizedTask, ...]
+    """Those that are not to choose are asked in one walk over the weights."""
     batch_bytes: int = 0
     """Memory for the questions that are answered together; 0 for a default."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
-from weightsmith.core.jobs import DequantizedJob, Input, Virtual
+from weightsmith.core.jobs import DequantizedJob, DequantizedTask, Input, Virtual
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
@@ -23,11 +23,11 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.results import RecipeTask, Result, require, scored
 from weightsmith.evaluating.task import Task, score_task
 from weightsmith.evaluating.walks import answer_seconds, batch_memory, memory_limit, task_walk
-from weightsmith.forward.memory import DEQUANTIZED, LayerTime, model_walk_bytes
+from weightsmith.forward.memory import DEQUANTIZED, LayerTime, joint_walk, model_walk_bytes
 from weightsmith.quantizers import formats, of_format
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.steps.bases import base_reference, platforms_of
-from weightsmith.steps.destinations import InStore
+from weightsmith.steps.destinations import InStore, StoredDocument
 from weightsmith.steps.launch import missing_device
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
@@ -68,34 +68,68 @@ def inputs(checkpoint: Digest, artifact: Digest, task: Task) -> StageInputs:
     )
 
 
-def _run(
-    checkpoint: Checkpoint, artifact: Artifact, result: Result, tools: Tools, folder: Path
-) -> Mapping[str, JsonValue]:
-    tools.runner.prepare(BUILDER, tools.progress)
-    task, size, model = result.task.task, checkpoint.tree.size, checkpoint.tree.texts
+def _task(result: Result) -> DequantizedTask:
+    task = result.task.task
     # The answers of the merged model, or of what it was compared with.
     known = next(who for who in ("merged", "adapter", "base") if who in result.scores)
     rows = result.scores[known].per_item
-    drafts = tuple(str(row.get("answer", "")) for row in rows)
+    drafts = tuple(str(row.get("raw", row.get("answer", ""))) for row in rows)
     if task.metric == "choice" or len(rows) != len(task.items):  # a command chooses its own rows
         drafts = ()
+    return DequantizedTask(
+        questions=task.questions,
+        max_tokens=task.max_tokens,
+        choose=task.metric == "choice",
+        drafts=drafts,
+    )
+
+
+def _run(
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    results: Sequence[Result],
+    tools: Tools,
+    folder: Path,
+) -> Sequence[Mapping[str, JsonValue]]:
+    """Ask all of these tasks in one job; return what is kept of each."""
+    tools.runner.prepare(BUILDER, tools.progress)
+    size, model = checkpoint.tree.size, checkpoint.tree.texts
+    walk = reduce(joint_walk, (task_walk(one.task.task) for one in results))
     job = DequantizedJob(
         builder=BUILDER,
         model=Input.checkpoint(checkpoint),
         virtual=Virtual.of(checkpoint),
         artifact=Input.tree(artifact.tree),
         quantizer=of_format(artifact.format.name).name,
-        questions=task.questions,
-        max_tokens=task.max_tokens,
-        choose=task.metric == "choice",
-        drafts=drafts,
-        batch_bytes=batch_memory(model, task_walk(task), tools.memory.budget),
+        tasks=tuple(map(_task, results)),
+        batch_bytes=batch_memory(model, walk, tools.memory.budget),
         output=folder,
         memory_bytes=memory_limit(size),
-        seconds=job_seconds(size, tokens=task.most_tokens),
+        seconds=job_seconds(size, tokens=sum(one.task.task.most_tokens for one in results)),
         use_gpu=True,
     )
-    return tools.runner.run(job, tools.progress)
+    reply = tools.runner.run(job, tools.progress)
+    if "skipped" in reply:
+        return [reply] * len(results)
+    return [{"answers": rows} for rows in reply["answers"]]
+
+
+def _answers(
+    checkpoint: Checkpoint, artifact: Artifact, results: Sequence[Result], tools: Tools
+) -> list[StoredDocument]:
+    """Return what is stored for each task; one job answers all that have nothing yet."""
+    to, made = InStore(tools.store), dict[int, Mapping[str, JsonValue]]()
+    keys = [partial(inputs, checkpoint.digest, artifact.digest, r.task.task) for r in results]
+    missing = [number for number, key in enumerate(keys) if not to.find(key)]
+
+    def stored(number: int, folder: Path) -> Mapping[str, JsonValue]:
+        if number not in made:
+            left = [n for n in missing if n >= number]
+            asked = _run(checkpoint, artifact, [results[n] for n in left], tools, folder)
+            made.update(zip(left, asked, strict=True))
+        return made[number]
+
+    return [to.document(key, _ANSWERS, partial(stored, n)) for n, key in enumerate(keys)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -153,19 +187,14 @@ class DequantizedStep(TargetStep[Trial, None]):
         count = sum(len(result.task.task.items) for result in trial.results)
         timer = Timer(self.name, f"{count} questions to the dequantized weights", tools)
         cached, scores = True, list[Score | None]()
-        for result in trial.results:
-            task = result.task.task
-            found = InStore(tools.store).document(
-                partial(inputs, checkpoint.digest, weights.digest, task),
-                _ANSWERS,
-                partial(_run, checkpoint, weights, result, tools),
-            )
-            cached = cached and found.cached
-            if why := found.value.get("skipped"):
+        found = _answers(checkpoint, weights, trial.results, tools)
+        for result, one in zip(trial.results, found, strict=True):
+            task, cached = result.task.task, cached and one.cached
+            if why := one.value.get("skipped"):
                 tools.progress.warn(f"the dequantized weights were not asked: {why}")
                 scores.append(None)
             else:
-                answers = task.answers_of(found.value["answers"])
+                answers = task.answers_of(one.value["answers"])
                 scores.append(score_task(task, answers, tools.command))
         results = scored(trial.results, self.name, scores)
         return timer.done(replace(trial, results=results), cached=cached)

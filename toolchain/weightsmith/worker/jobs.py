@@ -31,6 +31,7 @@ from weightsmith.core.jobs import (
     ProofJob,
     QualityJob,
     QuantizeJob,
+    Question,
     ReferenceJob,
     SiblingFormat,
     ValidateJob,
@@ -343,24 +344,34 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, JsonValue]:
 def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
     from weightsmith.forward.walk import Count
-    from weightsmith.merging.reference import answers, likelihoods
+    from weightsmith.merging.reference import GenerationRequest, answered, likelihoods
     from weightsmith.quantizers.quality.runs import QuantizedSubject
 
     model, tell = job.model.path, partial(report_items, report)
     view: Any = _quantizer(job.quantizer).view
     try:
-        subject: Any = QuantizedSubject(
-            model, view(job.artifact.path, model), draft_texts=job.drafts
-        )
-        if job.choose:
-            asked = {"": (subject, job.questions)}
-            return {"answers": likelihoods(asked, Count(len(job.questions), tell))[""]}
-        given = [question.messages for question in job.questions], job.max_tokens, tell
-        tools = [question.tools for question in job.questions]
-        found = answers({"": subject}, *given, batch_bytes=job.batch_bytes, tools=tools)[""]
+        count = Count(sum(len(task.questions) for task in job.tasks), tell)
+        weights = view(job.artifact.path, model)
+        chosen: dict[str, tuple[Any, Sequence[Question]]] = {}
+        asked: dict[str, GenerationRequest] = {}
+        for number, task in enumerate(job.tasks):
+            subject: Any = QuantizedSubject(model, weights, draft_texts=task.drafts)
+            if task.choose:
+                chosen[str(number)] = subject, task.questions
+                continue
+            asked[str(number)] = GenerationRequest(
+                subject=subject,
+                items=[question.messages for question in task.questions],
+                max_tokens=task.max_tokens,
+                tools=[question.tools for question in task.questions],
+            )
+        found: dict[str, Answered | list[list[float]]] = {}
+        found |= answered(asked, count, batch_bytes=job.batch_bytes) if asked else {}
+        found |= likelihoods(chosen, count) if chosen else {}
     except Unmeasurable as error:
         return {"skipped": error.message}
-    return {"answers": plain(found)}
+    rows = rows_of(found)
+    return {"answers": [rows[str(number)] for number in range(len(job.tasks))]}
 
 
 def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, JsonValue]:
