@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from weightsmith.cli.commands import _facts, _lines
 from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.evaluating.pages import write_comparison
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
@@ -67,6 +68,9 @@ def test_each_suite_has_its_scores_its_verdict_and_its_place_in_all_that_is_said
     assert [(one.get("name"), one.get("tests")) for one in suites[1:]] == [
         ("questions task", "8"), ("questions general", "40"),
     ]  # fmt: skip
+    compared = write_comparison(memory.results(), memory.results(), memory.folder / "compared")
+    assert "score of the image, general" in compared.markdown.read_text("utf-8")
+    assert "general: passed" in compared.html.read_text("utf-8")
     image = memory.client.pull(Reference.parse(f"{memory.repository}:1.0.0-{TARGET}"))
     (said,) = (text for key, text in image.labels.items() if key.endswith(".suites"))
     assert [one["verdict"] for one in json.loads(said)] == ["not proven", "passed"]

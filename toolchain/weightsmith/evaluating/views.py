@@ -445,8 +445,12 @@ def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, object]]:
     rows.append(_numbers("size of the weights", sizes, human))
     bits = [one.artifact.bits_per_weight if one.artifact else None for one in both]
     rows.append(_numbers("bits per weight", bits, "{:.2f}".format))
-    scores = [one.scores["image"].score if "image" in one.scores else None for one in both]
-    rows.append(_numbers("score of the image", scores, "{:.3f}".format))
+    suites = [{suite.name: suite.scores for suite in one.tasks} for one in both]
+    for name in dict.fromkeys((*suites[0], *suites[1])) or [""]:
+        asked = [one.get(name, {}) for one in suites]
+        scores = [one["image"].score if "image" in one else None for one in asked]
+        what = f"score of the image, {name}" if name else "score of the image"
+        rows.append(_numbers(what, scores, "{:.3f}".format))
     layers = [{x.digest: x.size for x in one.image.layers} if one.image else {} for one in both]
     shared = sum(size for digest, size in layers[0].items() if digest in layers[1])
     total = [sum(sizes.values()) or None for sizes in layers]
