@@ -15,6 +15,7 @@ from weightsmith.evaluating.pages import write_comparison
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
+from tests.fakes.fleet import run, write_fleet
 from tests.fakes.memory import Memory, in_memory, write_rows
 
 TARGET = "llamacpp-q4_k_m"
@@ -146,6 +147,21 @@ def test_all_suites_are_asked_in_one_walk(memory: Memory) -> None:
     assert [len(job.walks) for job in jobs] == [1]
     (walk,) = jobs[0].walks
     assert [len(task.questions) for task in walk.tasks] == [8, COUNT]
+
+
+@pytest.mark.slow
+def test_a_fleet_takes_suites_and_an_adapters_own_go_on_top_by_name(
+    memory: Memory, at_once: None
+) -> None:
+    own = {"source": "./a", "evaluate": [{"name": "task", "max_drop": 0.5}]}
+    memory.write_recipe(evaluate=[TASK, GENERAL], adapters=[])
+    rows, _ = run(memory, write_fleet(memory, adapters=[own], targets=[TARGET]))
+
+    (cell,) = rows.cells
+    assert [(suite.name, suite.verdict, suite.score) for suite in cell.suites] == [
+        ("task", "passed", 1), ("general", "passed", 1),
+    ]  # fmt: skip
+    assert "general: passed, 1.000" in (memory.dist / "fleet.html").read_text("utf-8")
 
 
 def test_dequantized_weights_are_asked_all_suites_in_one_job(memory: Memory) -> None:
