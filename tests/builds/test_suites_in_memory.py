@@ -107,6 +107,7 @@ def test_what_quantizing_forgot_is_not_the_adapters_fault(memory: Memory) -> Non
         "the adapter itself lost none, merging lost none, quantizing and serving lost 12 of 40"
         in caught.value.message
     )
+    assert "training" not in caught.value.hint
 
 
 def test_the_adapters_suite_is_held_against_the_adapter_whatever_the_base_could(

@@ -232,7 +232,8 @@ def _verdict(one: Result, subject: str, against: str, rule: Rule, p: float | Non
     reason, hint = found.reason, found.hint
     if against == "base" and "adapter" in scores:
         reason = f"{reason}: {_who_lost(scores, subject)}"
-        hint = f"{_RETAIN}; {hint}" if hint else hint
+        if hint and subject not in _SERVED:  # else the adapter has passed
+            hint = f"{_RETAIN}; {hint}"
     return replace(found, reason=named(one.task, reason), hint=hint)
 
 
