@@ -51,11 +51,20 @@ def takes(name: str, measured: bool) -> bool:
     return row.takes_imatrix if measured else not row.needs_imatrix
 
 
+SEARCHED = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"}
+"""Types whose rows llama.cpp searches a codebook for: a minute for this model."""
+
+
 @pytest.mark.grid(9)
 @pytest.mark.parametrize(
     ("name", "measured"),
     [
-        pytest.param(name, measured, id=f"{name}-{'with' if measured else 'without'}")
+        pytest.param(
+            name,
+            measured,
+            id=f"{name}-{'with' if measured else 'without'}",
+            marks=[pytest.mark.full] * (name in SEARCHED),
+        )
         for name in TYPES
         for measured in (False, True)
         if takes(name, measured)

@@ -107,13 +107,15 @@ def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.grid(2)
-@pytest.mark.parametrize("cpu", ["Haswell", "EPYC-Rome"])
-def test_bits_are_those_of_other_cpus(tmp_path, cpu):
+@pytest.mark.parametrize(
+    ("cpu", "names"), [("Haswell", MODELS[:1]), ("EPYC-Rome", MODELS)], ids=["Haswell", "EPYC-Rome"]
+)
+def test_bits_are_those_of_other_cpus(tmp_path, cpu, names):
     found = (shutil.which(name) for name in ("qemu-x86_64-static", "qemu-x86_64"))
     emulator = next(filter(None, found), "")
     if not emulator:
         pytest.skip("no qemu-x86_64 (tests/engine.sh as root installs it)")
-    models = [make_any(tmp_path / name, name) for name in MODELS]
+    models = [make_any(tmp_path / name, name) for name in names]
     texts, root = tmp_path / "texts.jsonl", ROOT
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     paths = {**os.environ, "PYTHONPATH": f"{root / 'toolchain'}:{root}"}
