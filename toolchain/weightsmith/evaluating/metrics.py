@@ -64,15 +64,16 @@ def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: st
             raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
 
 
-def check_metric(metric: str, items: Iterable[Item]) -> None:
-    """Raise UsageError with the line for an unknown metric, or items that do not fit the metric.
+def check_metric(metric: str, items: Iterable[Item], path: str = "") -> None:
+    """Raise UsageError with file and line for an unknown metric, or items that do not fit it.
 
-    That is, items without choices, or with an invalid pattern or schema.
+    That is, items without choices, or with an invalid pattern or schema. Without a `path`, it has
+    the line alone.
     """
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
     for item in items:
-        where = f"line {item.line}"
+        where = f"{path}:{item.line}" if path else f"line {item.line}"
         if metric == "choice" and not item.choices:
             raise UsageError(
                 f"{where} has no choices, which metric choice needs",
@@ -82,7 +83,7 @@ def check_metric(metric: str, items: Iterable[Item]) -> None:
             if metric == "json-schema":
                 _check_schema(expected, where)
             elif metric == "regex":
-                for pattern in (expected, *_forbidden(expected)):
+                for pattern in _forbidden(expected) or (expected,):
                     _check_pattern(pattern, where)
             elif metric == "numeric" and not _NUMBER.fullmatch(expected.strip()):
                 raise UsageError(

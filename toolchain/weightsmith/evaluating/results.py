@@ -107,7 +107,7 @@ def task_of(
 ) -> RecipeTask:
     """Return one suite with its questions; raises UsageError."""
     everything = read_items(file.folder / settings.data, settings.metric)
-    check_metric(settings.metric, everything)
+    check_metric(settings.metric, everything, settings.data)
     items = sample(everything, settings.limit)
     task = Task(
         items=items,

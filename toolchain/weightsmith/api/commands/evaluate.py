@@ -107,7 +107,7 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
         raise AssertionError("without tasks, there are questions")
     scoring = asked.scoring
     everything = read_items(asked.data, scoring.metric)
-    check_metric(scoring.metric, everything)
+    check_metric(scoring.metric, everything, str(asked.data))
     items = sample(everything, asked.limit)
     if len(items) < len(everything):
         tools.progress.note(sampled(len(items), len(everything)))
