@@ -52,10 +52,6 @@ def test_judges(metric, expected, answer, ok):
         ("json-schema", '{"$schema": 5}', "line 7: .*JSON schema"),
     ],
 )
-def test_flags_of_a_forbidden_pattern_begin_it():
-    check_metric("regex", [item("q", '{"not": "(?i)sorry"}', '{"not": ["(?i)no", "x"]}')])
-
-
 def test_what_a_metric_cannot_judge_is_found_before_anything_is_asked(metric, expected, says):
     with pytest.raises(UsageError, match=says):
         check_metric(metric, [item("q", expected, line=7)])
