@@ -187,7 +187,7 @@ def test_dequantized_weights_are_asked_all_suites_in_one_job(memory: Memory) -> 
         ([TASK, {**GENERAL, "against": "nobody"}], "evaluate.1.against"),
         ([TASK, {**GENERAL, "name": "../x"}], "evaluate.1.name"),
         ([TASK, {**GENERAL, "data": "nowhere.jsonl"}], "nowhere.jsonl"),
-        ([TASK, {**GENERAL, "metric": "numeric"}], r"general\.jsonl:1: expected 'fact 0' is not a number"),
+        ([TASK, {**GENERAL, "metric": "numeric"}], r"general\.jsonl:1: .* is not a number"),
         ([TASK, {**GENERAL, "metric": "numeric", "tolerance": "-1"}], "evaluate.1.tolerance"),
     ],
 )
