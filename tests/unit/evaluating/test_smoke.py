@@ -54,6 +54,8 @@ class Server(Serving):
         self.alive, self.exit_code, self.restarts = True, 0, 0
         self.told = threading.Event()
         """Set by SIGTERM, for which the answers wait that it interrupts."""
+        self.late = 0
+        """How many requests come after SIGTERM."""
         self.after = "answers"
         """Or `cuts the stream`, `loses the other`, `refuses it`."""
 
@@ -116,7 +118,7 @@ class Handler(openai_server.Handler):
 
     def end_plain(self):
         assert self.server.told.wait(120)
-        if self.server.after == "refuses it":
+        if self.server.after == "refuses it" or self.server.restarts < self.server.late:
             self.send(503, {"error": {"message": "it ends"}})
         elif self.server.after != "loses the other":
             self.send(200, {"choices": [{"message": {"content": "Hello"}}]})
@@ -251,6 +253,13 @@ def test_requests_that_run_at_sigterm_are_answered(server):
         "exit code 0; a stream went on for 1 events, and a request was answered"
     )
     assert server.patience == 60
+
+
+def test_a_request_that_came_after_sigterm_is_sent_again_to_the_next_server(server):
+    server.late = 2
+
+    assert "a request was answered" in life(server, GRACE)["SIGTERM"]
+    assert server.restarts == 3
 
 
 @pytest.mark.parametrize(
