@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from weightsmith.api.commands.bench import load_test
 from weightsmith.core.errors import CheckFailed, WeightsmithError
 from weightsmith.core.ports import Endpoint, Silent
 from weightsmith.evaluating import client, smoke
 from weightsmith.evaluating.client import Served, ask, wait_until_healthy
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.load import load_test
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.task import Task, ask_server
 

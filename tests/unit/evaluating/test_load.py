@@ -5,11 +5,18 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from weightsmith.api.commands import bench as load
-from weightsmith.api.commands.bench import Sample, Spread, load_test, measure, percentile, summary
 from weightsmith.core.ports import Silent
+from weightsmith.evaluating import load
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.load import (
+    Sample,
+    Spread,
+    load_test,
+    measure,
+    percentile,
+    summary,
+)
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 
 QUESTIONS = tuple(
