@@ -129,3 +129,5 @@ def test_the_cpu_is_known_only_where_images_are_started_on_this_machine(
     case: LauncherCase,
 ) -> None:
     assert case.launcher.cpu_flags() in (None, frozenset(), flags())
+    here = case.launcher.devices("oci:anything")
+    assert here is None or here.cpus > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from weightsmith.core.devices import Devices
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
 from weightsmith.core.values import Json
@@ -82,12 +84,18 @@ class MemoryLauncher:
     journal: Journal = field(default_factory=Journal)
     flags: frozenset[str] | None = frozenset()
     """What the CPU can do that it starts images on."""
+    runs_on: Devices | None = field(default_factory=lambda: Devices(cpu="Memory CPU 7", cpus=2))
+    pace: float = 0.0
+    """Seconds before each word of a stream."""
     with_gpu: list[bool] = field(default_factory=list)
     """Whether each start asked for GPUs."""
     name: str = "memory"
 
     def cpu_flags(self) -> frozenset[str] | None:
         return self.flags
+
+    def devices(self, image: str) -> Devices | None:
+        return self.runs_on
 
     @contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
@@ -197,6 +205,7 @@ class _Handler(Replying):
         self.send_response(200)
         self.end_headers()
         for word in text.split():
+            time.sleep(self.started.launcher.pace)
             part: Json = {"delta": {"content": word}} if chat else {"text": word}
             self.wfile.write(f"data: {json.dumps({'choices': [part]})}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")

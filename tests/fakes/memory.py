@@ -25,6 +25,7 @@ from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
 from weightsmith.core.jobs import Job, ProofJob, ReferenceJob
 from weightsmith.core.ports import CANDIDATES, Cache, Progress, Signer
+from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.folders import FolderReader
 from weightsmith.outside.hub import HubWriter
@@ -166,6 +167,7 @@ class Memory:
         *settings: str,
         targets: Sequence[str] = (),
         locked: bool = False,
+        results: Sequence[ResultsFile] = (),
         **outputs: Any,
     ) -> BuildRequest:
         """Return what `invoke build` would ask for with these `--set`s, targets and outputs."""
@@ -178,6 +180,7 @@ class Memory:
             dist=self.dist,
             engine_answers=self.engine.answering,
             locked=locked,
+            bench_results=tuple(results),
         )
 
     def build(self, *settings: str, **wanted: Any) -> dict[str, BuiltTarget]:

@@ -38,6 +38,7 @@ from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.ports import Cache, Silent
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree, canonical
+from weightsmith.evaluating.bench_files import read_results
 from weightsmith.fleets.file import read_fleet
 from weightsmith.fleets.node import _written
 from weightsmith.fleets.requests import TaskRequest
@@ -60,11 +61,13 @@ from weightsmith.provenance.labels import plan_in, roles_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
 from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe
+from weightsmith.recipe.schema import Bench
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
 
+from tests.fakes.bench_results import aiperf, guidellm
 from tests.fakes.cache import MemoryCache
 from tests.fakes.images import entry, foreign_image, tar_of, tree_of
 from tests.fakes.rebuilding import COMMIT, Scene
@@ -180,6 +183,21 @@ def read_report(data: bytes, folder: Path) -> None:
     assert "<script>alert" not in (folder / "report.html").read_text("utf-8")
     lines = (folder / "report.md").read_text("utf-8").splitlines()
     assert not [x for x in lines if "<script>alert" in x and not x.startswith("    ")], "no code"
+
+
+def changed_results(random: Random) -> bytes:
+    """Change what guidellm or AIPerf wrote: its values, or its bytes."""
+    found = random.choice((guidellm, aiperf))()
+    if random.randrange(2):
+        return bytes_changed(random, json.dumps(found).encode())
+    return json.dumps(json_changed(random, found)).encode()
+
+
+def read_results_file(data: bytes, folder: Path) -> None:
+    """Take it as evidence; what was read can be recorded."""
+    (folder / "results.json").write_bytes(data)
+    found = read_results(folder / "results.json").evidence(Bench(max_ttft_p95_ms=5))
+    json.dumps(found.to_json(), allow_nan=False).encode()
 
 
 @cache
@@ -578,6 +596,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "tar": (lambda r: bytes_changed(r, layer()), read_layer),
     "config": (changed_config, read_config),
     "report": (lambda r: json.dumps(json_changed(r, BUILD)).encode(), read_report),
+    "results": (changed_results, read_results_file),
     "image": (changed_image, read_image),
     "envelope": (
         lambda r: json.dumps(json_changed(r, ENVELOPE)).encode(),

@@ -11,6 +11,7 @@ from weightsmith.outside import checkup
 from tests.fakes.command_line import PROGRAMS, ROOT, run, started
 from tests.fakes.tiny import write_model
 
+RECIPE = ("--recipe", "examples/tiny/recipe.yaml", "--bench-results")
 TINY = ("--model", "examples/tiny/base", "--target", "vllm")
 SERVER = "http://127.0.0.1:9"
 NOBODY = "~nobody-of-this-name"
@@ -39,6 +40,14 @@ def own_places(tmp_path, monkeypatch):
         (("verify", "a", "--key", f"{NOBODY}/key.pem"), 2, "has no home folder"),
         (("cache", "stat", "--cache", f"{NOBODY}/cache"), 2, "has no home folder"),
         (("plan", "--base", f"{NOBODY}/base", "--target", "vllm"), 2, "has no home folder"),
+        (("plan", *RECIPE, "none.json"), 2, "--bench-results none.json cannot be read"),
+        (("build", *RECIPE, "README.md"), 3, "--bench-results README.md: it is no valid JSON"),
+        (("build", *RECIPE, "examples/tiny/base/config.json"), 3, "no `time_to_first_token`"),
+        (
+            ("plan", *RECIPE, "x.json", "--target", "vllm", "--target", "llamacpp-q8_0"),
+            2,
+            "--bench-results is about one image, and this build makes 2",
+        ),
         (("inspect", "a" * 5000), 2, "hint: "),
         (("verify", "a:" * 3000), 2, "hint: "),
         (("plan", "--recipe", "a" * 300), 2, "hint: "),

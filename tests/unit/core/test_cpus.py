@@ -70,3 +70,12 @@ def test_flags_are_those_of_the_first_cpu(tmp_path):
     info.write_text("processor : 0\nflags\t\t: fpu amx_tile avx2\nflags : other\n")
     assert {"fpu", "amx_tile"} < cpus.flags(info)
     assert "other" not in cpus.flags(info)
+
+
+def test_the_cpu_has_the_kernels_name(tmp_path):
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9R14\nmodel name\t: another\n")
+    assert cpus.model(told) == "AMD EPYC 9R14"
+    told.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
+    assert cpus.model(told) == ""
+    assert cpus.model(tmp_path / "none") == ""

@@ -30,6 +30,7 @@ from weightsmith.outside.docker_containers import (
     server_request,
 )
 from weightsmith.outside.docker_images import _only_said, base_reference, build_command
+from weightsmith.outside.hardware import devices
 from weightsmith.outside.process import Completed
 from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 
@@ -249,6 +250,9 @@ def test_an_engine_tells_its_cpu_only_under_this_machine_s_kernel(
     assert launcher.cpu_flags() == (flags() if here else None)
     assert EitherLauncher(launcher, layouts).cpu_flags() == launcher.cpu_flags()
     assert layouts.cpu_flags() == flags()
+    either = EitherLauncher(launcher, layouts)
+    assert either.devices("name") == (devices() if here else None)
+    assert either.devices("oci:folder") == devices()
 
 
 NOT_STARTED = "runc create failed: waiting for init preliminary setup: connection reset by peer"

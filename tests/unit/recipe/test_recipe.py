@@ -54,6 +54,15 @@ def test_examples_pass_the_published_schema(path):
         ({"serve": {"gpu_memory_utilization": 0}}, "_utilization`: must be above 0 and at most 1"),
         ({"serve": {"gpu_memory_utilization": 90}}, "_utilization`: must be above 0 and at most"),
         ({"serve": {"max_num_seqs": 1.5}}, ".yaml: `serve.max_num_seqs`: expected a whole number"),
+        ({"bench": {"max_ttft_ms": 5}}, "`bench.max_ttft_ms`, did you mean `max_ttft_p95_ms`"),
+        ({"bench": {"max_ttft_p95_ms": 0}}, "`bench.max_ttft_p95_ms`"),
+        ({"bench": {"max_itl_p95_ms": float("inf")}}, "`bench.max_itl_p95_ms`"),
+        ({"bench": {"min_tokens_per_s": -1}}, "`bench.min_tokens_per_s`"),
+        ({"bench": {"concurrency": 0}}, "`bench.concurrency`"),
+        ({"bench": {"goodput": 1.5, "max_itl_p95_ms": 5}}, "`bench.goodput`"),
+        ({"bench": {"goodput": 0.9}}, "`bench`: `goodput` is the share of requests that meet"),
+        ({"bench": {"device": "NVIDIA GPU"}}, "`bench`: device 'NVIDIA GPU' tells no device from"),
+        ({"bench": "fast"}, "`bench`: expected keys below it"),
         ({"quality": {"gate": "x"}}, ".yaml: `quality.gate`: expected true, false or 'measure'"),
     ],
 )
@@ -63,6 +72,17 @@ def test_faults_are_named(change, message):
 
     assert message in caught.value.message
     assert caught.value.hint
+
+
+def test_bench_may_be_left_out_null_or_empty():
+    """Null is nothing; an empty one measures, without a limit."""
+    without = check_recipe(SMALLEST, "here")
+
+    assert check_recipe(SMALLEST | {"bench": None}, "here") == without
+    assert "bench" not in without.model_dump(mode="json", exclude_defaults=True)
+    found = check_recipe(SMALLEST | {"bench": {}}, "here").bench
+    assert found
+    assert found.limits == {}
 
 
 def test_settings_override_and_leave_the_original_alone():

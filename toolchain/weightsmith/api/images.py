@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from weightsmith.api.commands.arguments import (
     AnyPath,
     Texts,
     options_of,
     path_of,
+    paths_of,
     request_of,
     sources_of,
     texts_of,
@@ -41,9 +43,12 @@ from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, Silent
-from weightsmith.core.values import Json, Published, Uploaded, plain
+from weightsmith.core.values import LORA, Json, Published, Uploaded, plain
+from weightsmith.evaluating.bench_files import ResultsFile, read_results
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import ImageNames
 from weightsmith.recipe.user_config import RunOptions
+from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
 
 
@@ -246,6 +251,7 @@ def plan(
     set: Texts = (),  # noqa: A002 - the flag's name
     locked: bool = False,
     update_lock: bool = False,
+    bench_results: AnyPath | Sequence[AnyPath] = (),
     measure: bool = False,
     dist: AnyPath = "dist",
     runner: str = "auto",
@@ -277,6 +283,7 @@ def plan(
         settings=texts_of(set),
         locked=locked,
         update_lock=update_lock,
+        bench_results=paths_of(bench_results),
         measure=measure,
         dist=path_of(dist),
         run=RunOptions(
@@ -292,6 +299,7 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
     targets = chosen_targets(file, asked.targets)
+    results = _results(asked.bench_results, file, targets)
     with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
         return forecast(
             file,
@@ -301,6 +309,7 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
             outputs=_outputs(asked),
             locked=asked.locked,
             update_lock=asked.update_lock,
+            bench_results=results,
             measure=asked.measure,
         )
 
@@ -318,6 +327,7 @@ def build(
     sign_key: str = "",
     locked: bool = False,
     update_lock: bool = False,
+    bench_results: AnyPath | Sequence[AnyPath] = (),
     dist: AnyPath = "dist",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
@@ -329,7 +339,8 @@ def build(
     """Build, test and publish the image of each target; return them by target name.
 
     Relative paths of a recipe file start at its folder, those of a mapping or Recipe at the current
-    one. `targets` and `set` (`key.path=value` texts) change the recipe for this run. Without
+    one. `targets` and `set` (`key.path=value` texts) change the recipe for this run.
+    `bench_results` are results files of guidellm or AIPerf about the one target's image. Without
     `push`, `load` and `layout`, images go to the container engine, or to a layout below `dist`.
 
     Raises UsageError, InputRefused, CheckFailed (a gate said no; the report's path is in `hint`) or
@@ -350,6 +361,7 @@ def build(
         force=force,
         locked=locked,
         update_lock=update_lock,
+        bench_results=paths_of(bench_results),
         dist=path_of(dist),
         run=RunOptions(
             runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
@@ -389,6 +401,7 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
     targets = chosen_targets(file, asked.targets, to_build=True)
+    results = _results(asked.bench_results, file, targets)
     with wiring.open_tools(asked.run, progress) as tools:
         request = BuildRequest(
             file=file,
@@ -397,9 +410,25 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             dist=asked.dist.absolute(),
             engine_answers=tools.images_in_engine,
             locked=asked.locked,
+            bench_results=results,
             update_lock=asked.update_lock,
         )
         return list(build_all(request, tools))
+
+
+def _results(
+    paths: Sequence[Path], file: RecipeFile, targets: Sequence[Target]
+) -> tuple[ResultsFile, ...]:
+    """Read the results files of other tools; raises UsageError for more than one target."""
+    if paths and len(targets) != 1:
+        raise UsageError(
+            f"--bench-results is about one image, and this build makes {len(targets)}",
+            hint="choose it with --target",
+        )
+    # With several adapters, an image serves each under a name of its own.
+    serve, one_name = file.recipe.serve, targets[0].format != LORA
+    served = targets[0].engine.fixed_name or serve.served_model_name or file.recipe.name
+    return tuple(read_results(path, served if one_name else "") for path in paths)
 
 
 def _outputs(asked: RecipeCommand) -> ImageOutputs:

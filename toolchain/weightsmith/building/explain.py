@@ -17,6 +17,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Input, LayerTimeJob
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import JsonValue, Sources
+from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.results import check_contamination
 from weightsmith.forward.memory import LayerTime
@@ -88,6 +89,7 @@ def forecast(
     outputs: ImageOutputs = _NOWHERE,
     locked: bool = False,
     update_lock: bool = False,
+    bench_results: tuple[ResultsFile, ...] = (),
     measure: bool = False,
 ) -> Mapping[str, JsonValue]:
     """Return stages, serving plans and totals of a build, as `plan --json` prints them.
@@ -103,6 +105,7 @@ def forecast(
         engine_answers=tools.images_in_engine,
         locked=locked,
         update_lock=update_lock,
+        bench_results=bench_results,
     )
     plan = plan_of(request, tools)
     recipe, rows = file.recipe, plan.rows

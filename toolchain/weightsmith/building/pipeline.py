@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.values import LORA, Artifact, Checkpoint, Form, Published, Sources
 from weightsmith.evaluating.results import RecipeTask, Result, probes, tasks_of
+from weightsmith.evaluating.speed import Speed
 from weightsmith.provenance.attest import ImageMaterials
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import BakeStep, FormStep, LabelStep
+from weightsmith.stages.bench import BenchStep
 from weightsmith.stages.cache_scales import CacheScalesStep
 from weightsmith.stages.dequantized import DequantizedStep
 from weightsmith.stages.evaluate import EvaluateStep
@@ -49,6 +51,8 @@ class TargetSteps:
     image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
     trials: tuple[Step[Trial, None], ...]
     """The last that has run has all scores."""
+    bench: Step[Speed, None] | None
+    """None if the recipe asks for no speed, and no results file was given."""
     published: Step[Published, None]
     forms: tuple[tuple[str, Step[Form, None]], ...]
     """What else is published of the same weights, by kind."""
@@ -138,6 +142,17 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     )
     labelled = LabelStep(of=of, image=image, trial=answered)
     steps: list[AnyStep] = [*made, quality, served, config, image, started, answered, labelled]
+    bench = None
+    if of.file.recipe.bench or request.bench_results:
+        bench = BenchStep(
+            of=of,
+            config=config,
+            image=image,
+            labelled=labelled,
+            trial=answered,
+            results=request.bench_results,
+        )
+        steps.append(bench)
 
     places = {kind: request.outputs_of_form(target, kind) for kind in request.forms_of(target)}
     forms = {
@@ -169,6 +184,7 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         config=config,
         image=image,
         trials=(started, answered),
+        bench=bench,
         published=published,
         forms=tuple(every.items()),
     )

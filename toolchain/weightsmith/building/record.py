@@ -270,6 +270,7 @@ class Record:
             checks=tuple(
                 map(CheckRecord.from_json, checks_of(image.digest, self.tools) if image else ())
             ),
+            bench=have.get(target.bench) if target else None,
             stages=self.run.records(target.of if target else None),
             inputs={
                 step.name: found.inputs

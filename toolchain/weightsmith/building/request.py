@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import LORA
+from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import LOADABLE
 from weightsmith.serving.targets import Target
@@ -30,6 +31,8 @@ class BuildRequest:
     """Start images in the container engine; if false, from a layout."""
     locked: bool = False
     """Refuse sources that differ from the recipe's lock."""
+    bench_results: tuple[ResultsFile, ...] = ()
+    """What other tools measured of the image."""
     update_lock: bool = False
     """Pin sources and bases again."""
 

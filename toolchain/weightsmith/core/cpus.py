@@ -34,6 +34,16 @@ def flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
 
 
+def model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the CPU's model name; empty where the kernel has none, as on 64-bit Arm."""
+    try:
+        lines = cpuinfo.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "")[:200]
+
+
 def all_but_one() -> int:
     """Return the CPUs of this process but one, and at least one.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from weightsmith.core.devices import Devices
 from weightsmith.core.jobs import Job
 from weightsmith.core.values import (
     Blob,
@@ -314,6 +315,9 @@ class Launcher(Protocol):
 
         Of layouts, which it may start in another place than the engine's images, nothing is said.
         """
+
+    def devices(self, image: str) -> Devices | None:
+        """Return what `image` (as for `serve`; it need not exist) runs on; None if unknown."""
 
 
 CANDIDATES = "weightsmith-candidate"

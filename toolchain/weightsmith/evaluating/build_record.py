@@ -11,6 +11,7 @@ from weightsmith.core.json_objects import INLINE, OMITTED, JsonObject
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import FileEntry, Json, JsonValue
+from weightsmith.evaluating.speed import Speed
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.validating.result import Validation
 
@@ -258,6 +259,8 @@ class BuildRecord(JsonObject):
     suites: tuple[SuiteRecord, ...] = ()
     """Every suite, the first one and the adapters' own too."""
     checks: tuple[CheckRecord, ...] = ()
+    bench: Speed | None = field(default=None, metadata=OMITTED)
+    """How fast the started image was, and what other tools measured of it."""
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     inputs: Mapping[str, Json] = field(default_factory=dict)
     """What each cached stage depended on; `plan` compares it to say what changed."""

@@ -43,6 +43,7 @@ from weightsmith.evaluating import views
 from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard
 from weightsmith.evaluating.gate import compare
+from weightsmith.evaluating.speed import EXCEEDED, MET
 from weightsmith.serving.memory import human
 
 _AGAIN = "build it again; cached stages are not repeated"
@@ -166,6 +167,7 @@ def build_view(
         "stages": views.stages(build),
         "targets": views.targets(targets, build.target),
         "bench": bench,
+        "speed": views.speed(build.bench),
         "title": build.title,
     }
 
@@ -382,6 +384,12 @@ def _gates(root: ET.Element, build: BuildRecord) -> None:
             case = _case(suite, "gate", f"{task.name}: {who}" if task.name else who)
             if not verdict.passed:
                 _child(case, "failure", verdict.reason, "")
+    for one in views.speed_limits(build.bench):
+        case = _case(suite, "speed", one.name)
+        if one.verdict == EXCEEDED and build.refused:
+            _child(case, "failure", one.reason, "")
+        elif one.verdict != MET:
+            _child(case, "skipped", f"{one.verdict}: {one.reason}", "")
     if build.refused and not suite.findall("testcase/failure"):
         _child(_case(suite, "gate", "published"), "failure", build.refused, "")
     for number, reason in enumerate(build.unproven, start=1):

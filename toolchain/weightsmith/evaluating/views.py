@@ -22,6 +22,7 @@ from weightsmith.evaluating.build_record import (
     SuiteRecord,
 )
 from weightsmith.evaluating.gate import reference_of
+from weightsmith.evaluating.speed import FIGURES, Speed, SpeedFigure, spelled
 from weightsmith.serving.memory import human
 from weightsmith.validating.result import Validation
 
@@ -153,6 +154,55 @@ def suite_rows(build: BuildRecord) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def speed(found: Speed | None) -> list[dict[str, object]]:
+    """Return each measurement's rows: what was measured here, and each results file."""
+    if found is None:
+        return []
+    parts: list[dict[str, object]] = []
+    if found.skipped:
+        parts.append(_speed_part("Not measured", found.skipped, ()))
+    if found.figures:
+        prompt = f"{found.prompt_tokens} " if found.prompt_tokens else ""
+        said = (
+            f"{found.requests} requests in {found.rounds} rounds, {found.concurrency} at once,"
+            f" {prompt}tokens in and {found.output_tokens} out"
+        )
+        failed = f"; {found.errors} failed" if found.errors else ""
+        on = found.machine or "an unknown device"
+        parts.append(_speed_part(f"Measured on {on}", said + failed, found.figures))
+    for one in found.evidence:
+        seen = f" on {', '.join(one.devices)}" if one.devices else ""
+        said = (
+            f"{one.requests} requests, {one.errors} failed, {one.concurrency:g} at once,"
+            f" {one.prompt_tokens:g} tokens in and {one.output_tokens:g} out; sha256 {one.sha256}"
+        )
+        title = f"{one.file}, measured by {one.tool} {one.version}".rstrip() + seen
+        parts.append(_speed_part(title, said, one.figures))
+    return parts
+
+
+def _speed_part(title: str, said: str, figures: Sequence[SpeedFigure]) -> dict[str, object]:
+    return {"title": title, "said": said, "rows": [*map(_speed_row, figures)]}
+
+
+def _speed_row(one: SpeedFigure) -> dict[str, object]:
+    title, unit = FIGURES.get(one.name, (one.name, ""))
+    low, high = one.interval or (one.value, one.value)
+    ends = f"{spelled(low)} to {spelled(high)}" if one.interval else ""
+    return {
+        "name": f"{title}, {unit}" if unit else title,
+        "value": spelled(one.value),
+        "interval": ends,
+        "limit": "" if one.limit is None else spelled(one.limit),
+        "verdict": one.verdict,
+    }
+
+
+def speed_limits(found: Speed | None) -> list[SpeedFigure]:
+    """Return the figures that have a limit, measured here."""
+    return [one for one in found.figures if one.verdict] if found else []
 
 
 def floor(task: SuiteRecord) -> float | None:

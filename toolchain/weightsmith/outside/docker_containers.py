@@ -25,6 +25,7 @@ from docker.utils.socket import frames_iter
 from requests.exceptions import RequestException
 
 from weightsmith.core.cpus import flags
+from weightsmith.core.devices import Devices
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import Job, write_job
 from weightsmith.core.ports import Endpoint, Progress, StartSpec
@@ -40,6 +41,7 @@ from weightsmith.outside.docker import (
     remove,
 )
 from weightsmith.outside.docker_images import build_image, image_tag
+from weightsmith.outside.hardware import devices
 from weightsmith.outside.image_sandbox import PROCESSES
 from weightsmith.outside.lines import RESULT, Lines, when_readable
 from weightsmith.outside.local import worker_environment
@@ -340,6 +342,11 @@ class DockerLauncher:
     def cpu_flags(self) -> frozenset[str] | None:
         """Return this machine's if the engine runs on it, else None: an engine does not tell."""
         return flags() if self._engine.is_here() else None
+
+    def devices(self, image: str) -> Devices | None:
+        """Return this machine's if the engine runs on it, else None: an engine does not tell."""
+        del image
+        return devices() if self._engine.is_here() else None
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:

@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from weightsmith.core.cpus import model
+from weightsmith.core.devices import Devices
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.outside import process
 
@@ -42,6 +44,11 @@ def _number(path: Path, pattern: str) -> int:
     except OSError:
         return 0
     return int(found[1]) if found else 0
+
+
+def devices() -> Devices:
+    """Return what programs run on here."""
+    return Devices(cpu=model(), cpus=cores(), gpus=gpu_names())
 
 
 @functools.cache

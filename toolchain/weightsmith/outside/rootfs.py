@@ -19,10 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.cpus import flags
+from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError, too_many_processes
 from weightsmith.core.ports import Endpoint, Launcher, StartSpec
 from weightsmith.core.trees import give
 from weightsmith.outside import process
+from weightsmith.outside.hardware import devices
 from weightsmith.outside.image_sandbox import SandboxSettings
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.privileges import NOBODY, Facts, is_root, words
@@ -71,6 +73,11 @@ class RootfsLauncher:
     def cpu_flags(self) -> frozenset[str]:
         """Return what this machine's CPU can do."""
         return flags()
+
+    def devices(self, image: str) -> Devices:
+        """Return this machine's."""
+        del image
+        return devices()
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
@@ -185,12 +192,18 @@ class EitherLauncher:
 
     def serve(self, image: str, spec: StartSpec) -> AbstractContextManager[Endpoint]:
         """Start `image`."""
-        launcher = self._layouts if image.startswith(_SCHEME) else self._engine
-        return launcher.serve(image, spec)
+        return self._starting(image).serve(image, spec)
 
     def cpu_flags(self) -> frozenset[str] | None:
         """Return what the engine's CPU can do, None if unknown."""
         return self._engine.cpu_flags()
+
+    def devices(self, image: str) -> Devices | None:
+        """Return those of the launcher that starts `image`."""
+        return self._starting(image).devices(image)
+
+    def _starting(self, image: str) -> Launcher:
+        return self._layouts if image.startswith(_SCHEME) else self._engine
 
 
 def free_port() -> int:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from weightsmith.core.devices import telling_words
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.platforms import usual_names
 from weightsmith.core.safe_parse import check_pattern
@@ -320,6 +321,72 @@ class Quality(Section):
     )
 
 
+class Bench(Section):
+    """A load test of the started image, and what it must reach on the device that it is for."""
+
+    concurrency: int = Field(4, ge=1, le=1024, description="Number of requests at once.")
+    prompt_tokens: int = Field(
+        128, ge=1, le=1_000_000, description="Tokens of each prompt, as near as words allow."
+    )
+    output_tokens: int = Field(64, ge=2, le=131072, description="Tokens of each answer.")
+    max_ttft_p95_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest time to the first text in ms, of 95 % of the requests.",
+    )
+    max_itl_p95_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest pause between two pieces of text in ms, of 95 % of the pauses.",
+    )
+    min_tokens_per_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Fewest tokens of answers per second, of all requests together.",
+    )
+    goodput: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Smallest share of requests that meet both latency limits, or the one that is "
+        "given; a request's pauses count by their mean.",
+    )
+    device: str = Field(
+        "",
+        max_length=100,
+        description="Where the limits hold: words of a CPU's model name (/proc/cpuinfo) or a GPU's "
+        "name (nvidia-smi), such as `H100`. Elsewhere, and without it, nothing is refused.",
+    )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are given, by the name of what they limit."""
+        given = {
+            "ttft_p95_ms": self.max_ttft_p95_ms,
+            "itl_p95_ms": self.max_itl_p95_ms,
+            "tokens_per_s": self.min_tokens_per_s,
+            "goodput": self.goodput,
+        }
+        return {name: limit for name, limit in given.items() if limit is not None}
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.goodput is not None and not {"ttft_p95_ms", "itl_p95_ms"} & self.limits.keys():
+            raise ValueError(
+                "`goodput` is the share of requests that meet `max_ttft_p95_ms` and "
+                "`max_itl_p95_ms`: give one of them, or both"
+            )
+        if self.device and not telling_words(self.device):
+            raise ValueError(
+                f"device {self.device!r} tells no device from another: write a model's name, as "
+                "in /proc/cpuinfo or from nvidia-smi"
+            )
+        return self
+
+
 class Serve(Section):
     """The hardware to serve on, and the limits and options of the server."""
 
@@ -518,5 +585,8 @@ class Recipe(Section):
         json_schema_extra=_list_or_section,
     )
     serve: Serve = Serve()
+    bench: Bench | None = Field(
+        None, description="How fast the started image must be, measured after it passed."
+    )
     image: ImageNames = ImageNames()
     card: Card = Card()

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.ports import StartSpec
-from weightsmith.core.values import LORA, Artifact, Digest, JsonValue, StageInputs
+from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.results import Result, scored
 from weightsmith.evaluating.session import ServerSession
@@ -27,26 +26,28 @@ from weightsmith.evaluating.smoke import (
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.models.facts import read_facts
-from weightsmith.models.templates import own_template, takes_parts
+from weightsmith.models.templates import takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.labels import has_own_engine
-from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine, projector_in
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.steps.delivery import candidate
 from weightsmith.steps.destinations import InStore
-from weightsmith.steps.launch import idle_cpus, start, what_is_missing, why_not_started
-from weightsmith.steps.served_adapters import unmerged_adapters
+from weightsmith.steps.launch import (
+    start,
+    start_seconds,
+    started_by,
+    what_is_missing,
+    why_not_started,
+)
+from weightsmith.steps.served_adapters import chat_template, how_asked
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Results, Step, Trial, UnforeseenStep
 from weightsmith.steps.tools import Tools
 
 RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"
-_START_SECONDS = 600.0
-_SLOWEST_DISK = 50_000_000
-"""Read speed of the slowest supported disk, in bytes per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,16 +122,7 @@ def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, JsonValue]]:
 def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> None:
     """Start the image, check it, and ask every question without a cached answer."""
     config, engine, smoke = evaluation.config, evaluation.engine, Smoke()
-    spec = StartSpec(
-        port=config.port,
-        env=idle_cpus(engine.threads_variable),
-        port_variable=engine.port_variable,
-        host_variable=engine.host_variable,
-        memory_bytes=config.plan.memory_limit_bytes,
-        shm_bytes=config.plan.shm_bytes,
-        use_gpu=not is_cpu(config.plan.device),
-    )
-    seconds = max(_START_SECONDS, evaluation.artifact.tree.size / _SLOWEST_DISK)
+    spec, seconds = started_by(config, engine), start_seconds(evaluation.artifact.tree.size)
     promise = Promise(
         served=Served(name=config.served_name, chat=evaluation.chat),
         health_path=config.health_path,
@@ -249,17 +241,11 @@ class EvaluateStep(UnforeseenStep[Trial]):
             raise AssertionError("an image built from a recipe has a serving configuration")
         target, sources, questions = self.of.target, inputs.sources, []
         for result in results:
-            asked, number = TaskInProgress(result=result), result.task.adapter
-            # An image that serves several adapters unmerged is told which one is to answer.
-            if target.format == LORA and number is not None and len(sources.adapters) > 1:
-                if fields_of := target.engine.adapter_fields:
-                    asked = replace(asked, fields=fields_of(number))
-                else:
-                    served = unmerged_adapters(self.file, target, sources)
-                    asked = replace(asked, model=served[number].name)
-            questions.append(asked)
-        served_model = sources.base if target.format == LORA else inputs.checkpoint
-        template = own_template(served_model.tree.texts)
+            model, fields = "", dict[str, JsonValue]()
+            if (number := result.task.adapter) is not None:
+                model, fields = how_asked(self.file, target, sources, number)
+            questions.append(TaskInProgress(result=result, model=model, fields=fields))
+        template = chat_template(target, sources, inputs.checkpoint)
         return ImageEvaluation(
             artifact=inputs.artifact,
             config=inputs.config,

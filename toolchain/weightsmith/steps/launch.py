@@ -13,7 +13,13 @@ from weightsmith.evaluating.smoke import Smoke
 from weightsmith.oci.image import Image, is_for_host
 from weightsmith.provenance.labels import plan_of
 from weightsmith.serving.devices import AMX, AMX_FLAGS, is_cpu
+from weightsmith.serving.engine import Engine
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.steps.tools import Tools
+
+_START_SECONDS = 600.0
+_SLOWEST_DISK = 50_000_000
+"""Read speed of the slowest supported disk, in bytes per second."""
 
 
 @contextmanager
@@ -44,6 +50,24 @@ def start(
 
         (smoke or Smoke()).check("health", session, healthy)
         yield session
+
+
+def started_by(config: ServingConfig, engine: Engine) -> StartSpec:
+    """Return how a built image is started, as its users would."""
+    return StartSpec(
+        port=config.port,
+        env=idle_cpus(engine.threads_variable),
+        port_variable=engine.port_variable,
+        host_variable=engine.host_variable,
+        memory_bytes=config.plan.memory_limit_bytes,
+        shm_bytes=config.plan.shm_bytes,
+        use_gpu=not is_cpu(config.plan.device),
+    )
+
+
+def start_seconds(size: int) -> float:
+    """Return how long an image with weights of so many bytes may take to be healthy."""
+    return max(_START_SECONDS, size / _SLOWEST_DISK)
 
 
 def idle_cpus(variable: str) -> Mapping[str, str]:

@@ -10,9 +10,18 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import LORA, AdapterSnapshot, Artifact, Digest, Sources
+from weightsmith.core.values import (
+    LORA,
+    AdapterSnapshot,
+    Artifact,
+    Checkpoint,
+    Digest,
+    JsonValue,
+    Sources,
+)
 from weightsmith.merging.claims import require_all_targeted
 from weightsmith.models.safetensors import read_header
+from weightsmith.models.templates import own_template
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.targets import Target
@@ -46,6 +55,26 @@ def unmerged_adapters(
         own = adapter.snapshot
         _require_all_targeted(sources.base.tree.root, own.tree.root, own.digest)
     return found
+
+
+def how_asked(
+    file: RecipeFile, target: Target, sources: Sources, number: int
+) -> tuple[str, dict[str, JsonValue]]:
+    """Return name and further fields of a request that an adapter is to answer; both may be empty.
+
+    An image that serves several adapters unmerged is told which one; others have one alone.
+    """
+    if target.format != LORA or len(sources.adapters) < 2:
+        return "", {}
+    if fields_of := target.engine.adapter_fields:
+        return "", dict(fields_of(number))
+    return unmerged_adapters(file, target, sources)[number].name, {}
+
+
+def chat_template(target: Target, sources: Sources, checkpoint: Checkpoint) -> str | None:
+    """Return the chat template of what a target serves; None without one."""
+    served = sources.base if target.format == LORA else checkpoint
+    return own_template(served.tree.texts)
 
 
 @lru_cache(maxsize=4096)

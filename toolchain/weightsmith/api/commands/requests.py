@@ -359,6 +359,12 @@ class RecipeCommand:
         False
     )
     update_lock: UpdateLock = False
+    bench_results: Annotated[
+        tuple[Path, ...],
+        READ,
+        "results file of guidellm (benchmarks.json) or AIPerf (profile_export_aiperf.json) that "
+        "measured this very image, kept as evidence of its speed",
+    ] = ()
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
     run: Annotated[RunOptions, FlagFields()] = _RUN
 
