@@ -334,6 +334,7 @@ def test_the_page_lists_every_public_name() -> None:
     assert listed == set(weightsmith.__all__)
 
 
+@pytest.mark.full  # the commands that call the same are run by other tests
 @pytest.mark.builders
 @pytest.mark.timeout(3600)
 def test_the_page_runs(tmp_path: Path, shared_store: Path) -> None:
