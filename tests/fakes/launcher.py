@@ -14,6 +14,7 @@ from weightsmith.core.devices import Devices
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
 from weightsmith.core.values import Json
+from weightsmith.evaluating.tool_calls import read_calls
 from weightsmith.oci.layout import read_layout
 from weightsmith.provenance.labels import plan_of
 
@@ -74,6 +75,10 @@ class MemoryLauncher:
     answer: Answerer = lambda question, adapter: "7481"
     asked: list[tuple[str, str]] = field(default_factory=list)
     """(adapter, question) of each request for an answer."""
+    reads_calls: bool = True
+    """Whether its parser finds calls in what the model wrote."""
+    refuses: str = ""
+    """The question that it answers with HTTP 400."""
     dies_at: str = ""
     """The question at which the server ends."""
     ends: str = "stop"
@@ -180,6 +185,9 @@ class _Handler(Replying):
         if isinstance(question, list):
             self.send(launcher.pictures, {"error": {"message": "of a picture"}})
             return
+        if launcher.refuses and launcher.refuses in question:
+            self.send(400, {"error": {"message": "it does not like the question"}})
+            return
         if len(question.split()) > program.longest:
             self.send(400, {"error": {"message": "the prompt is longer than the context"}})
             return
@@ -192,10 +200,13 @@ class _Handler(Replying):
             self.stream(text, chat="messages" in body)
             return
         said: Json = {"message": {"role": "assistant", "content": text}}
-        choice = {
-            **(said if "messages" in body else {"text": text}),
-            "finish_reason": launcher.ends,
-        }
+        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+        ends = launcher.ends
+        if calls := read_calls(text, names) if launcher.reads_calls else ():
+            rows = [{"name": name, "arguments": json.dumps(given)} for name, given in calls]
+            said["message"] |= {"content": None, "tool_calls": [{"function": row} for row in rows]}
+            ends = "tool_calls"
+        choice = {**(said if "messages" in body else {"text": text}), "finish_reason": ends}
         self.send(200, {"model": body["model"], "choices": [choice]})
 
     def send(self, status: int, value: Json) -> None:

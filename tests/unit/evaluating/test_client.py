@@ -8,10 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 from weightsmith.core import network
-from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.errors import (
+    CheckFailed,
+    EnvironmentFailure,
+    InputRefused,
+    WeightsmithError,
+)
 from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating import client
 from weightsmith.evaluating.client import (
+    KeptAnswers,
     Served,
     ask_all,
     find_served,
@@ -20,6 +26,7 @@ from weightsmith.evaluating.client import (
 from weightsmith.evaluating.client import ask as ask_one
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
+from weightsmith.evaluating.task import Task, ask_server
 from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.serving import engines
 
@@ -253,6 +260,77 @@ def test_a_failure_among_many_ends_the_rest(serve):
         ask_many(server, [ASKED] * 500, 4)
 
     assert len(server.asked) < 100
+
+
+def refusing(*bad, large=False):
+    """Return a server's behaviour that refuses these questions, or answers them without end."""
+
+    def behave(handler, body):
+        said = body["messages"][-1]["content"]
+        if said not in bad:
+            handler.send(200, answer(said))
+        elif large:
+            flood(handler, body)
+        else:
+            handler.send(400, {"error": "I do not like it"})
+
+    return behave
+
+
+def ask_task(server, texts, limits=QUICK, **more):
+    with ServerSession(server.endpoint, limits) as session:
+        task = Task(items=tuple(questions(*texts)), max_tokens=9)
+        return ask_server(session, SUPPORT, task, QUIET, **more)
+
+
+@pytest.mark.parametrize("bad", ["q0", "q5", "q11"])
+@pytest.mark.parametrize(
+    ("large", "says"), [(False, "HTTP 400: "), (True, "the response is larger than 100000 bytes")]
+)
+def test_a_question_that_is_refused_is_answered_wrongly(serve, bad, large, says):
+    texts = [f"q{n}" for n in range(12)]
+
+    found = ask_task(serve(refusing(bad, large=large)), texts)
+
+    (row,) = [one for one in found if "error" in one]
+    assert row == found[texts.index(bad)]
+    assert (row["answer"], row["finish_reason"]) == ("", "error")
+    assert row["error"].startswith(says)
+    assert "127.0.0.1" not in row["error"]
+    assert [one["answer"] for one in found if one is not row] == [t for t in texts if t != bad]
+
+
+@pytest.mark.parametrize("count", [1, 3, 500])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_server_that_refuses_every_question_is_at_fault(serve, count, concurrency):
+    texts = [f"q{n}" for n in range(count)]
+    server = serve(refusing(*texts))
+
+    with pytest.raises(CheckFailed, match=r"HTTP 400: .*I do not like it"):
+        ask_task(server, texts, concurrency=concurrency)
+    assert len(server.asked) <= min(count, 30)
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, 4), (401, 5), (403, 5), (500, 4)])
+def test_what_is_not_the_questions_fault_ends_the_questions(serve, status, code):
+    def behave(handler, body):
+        bad = body["messages"][-1]["content"] == "q2"
+        handler.send(status if bad else 200, {} if bad else answer())
+
+    with pytest.raises(WeightsmithError, match=f"HTTP {status}") as caught:
+        ask_task(serve(behave), ["q1", "q2", "q3"])
+    assert caught.value.exit_code == code
+
+
+def test_a_refused_question_is_asked_again_by_the_next_run(serve, tmp_path):
+    texts, path = ["q1", "q2", "q3"], tmp_path / "kept.jsonl"
+    first = ask_task(serve(refusing("q2")), texts, kept=KeptAnswers(path))
+    again = serve()
+    second = ask_task(again, texts, kept=KeptAnswers(path))
+
+    assert ["error" in row for row in first] == [False, True, False]
+    assert [row["answer"] for row in second] == ["q1", "7481", "q3"]
+    assert len(again.asked) == 1
 
 
 def test_connections_are_kept(serve):

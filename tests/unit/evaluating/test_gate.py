@@ -165,6 +165,25 @@ def test_a_low_score_fails_even_where_the_reference_is_as_low() -> None:
     assert "train the adapter further" in caught.value.hint
 
 
+def test_what_is_the_servers_fault_is_said_before_what_changed() -> None:
+    rows = [dict(row) for row in score(5, 5).per_item]
+    rows[0] |= {"ok": False, "parser": "the server's parser left a call in the text"}
+    rows[1] |= {"ok": False, "answer": "", "error": "HTTP 400: too long"}
+    image = Score(score=0.6, n=5, metric="tool-call", per_item=tuple(rows))
+
+    with pytest.raises(CheckFailed, match="in 1 of 5 questions the server's parser") as caught:
+        gate(image, score(5, 5), 0.1)
+    assert caught.value.message.endswith(
+        "1 of 5 questions got no answer, the first: HTTP 400: too long"
+    )
+    assert caught.value.hint.startswith("another serve.tool_parser may read it")
+    assert "now gives 'no answer: HTTP 400: too long', was '1 True'" in caught.value.hint
+
+    passed = gate(image, score(5, 5), 0.5)
+    assert "the server's parser" in passed.reason
+    assert passed.hint == ""
+
+
 def test_a_verdict_says_how_certain_it_is_and_how_many_questions_would_do() -> None:
     verdict = gate(score(29, 30), score(30, 30), 0.05)
 

@@ -152,6 +152,35 @@ def test_a_parsers_fault_is_told_from_the_models(tmp_path):
     assert "parser" not in other
 
 
+def test_tools_are_asked_in_the_order_in_which_servers_render_them(tmp_path):
+    """vLLM and llama.cpp write each tool anew; a reference that had another order would differ."""
+    fields = {"zone": {"type": "string"}, "at": {"type": "string"}}
+    schema = {"type": "object", "properties": fields}
+    told = {"parameters": schema, "strict": True, "name": "f", "description": "Łódź"}
+    row = {"prompt": "q", "tools": [{"function": told}], "expected": "none"}
+    write_rows(tmp_path / "data.jsonl", [row])
+
+    (item,) = read_items(tmp_path / "data.jsonl", "tool-call")
+
+    function = {"name": "f", "description": "Łódź", "parameters": schema, "strict": True}
+    right = [{"type": "function", "function": function}]
+    assert item.tools == json.dumps(right, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("tool-call", "none"), ("regex", {"not": "sorry"}), ("regex", "^$")]
+)
+def test_no_answer_is_never_right(tmp_path, metric, expected):
+    write_rows(tmp_path / "data.jsonl", [{**ASKED, "expected": expected}])
+    items = read_items(tmp_path / "data.jsonl", metric)
+    failed = {"answer": "", "finish_reason": "error", "error": "HTTP 400: no"}
+
+    (row,) = score_answers([failed], items, metric).per_item
+
+    assert row["ok"] is False
+    assert row["error"] == "HTTP 400: no"
+
+
 def test_no_call_may_be_what_is_expected(tmp_path):
     text, call = scored(tmp_path, "none", "Hello!", said(FAMILIES["hermes"], CALLS))
 

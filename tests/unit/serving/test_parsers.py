@@ -87,3 +87,17 @@ def test_an_engine_that_reads_calls_itself_has_nothing_to_choose():
     with pytest.raises(UsageError, match="has no parsers to choose from"):
         rendered("llamacpp-q4_k_m", tool_parser="hermes")
     assert rendered("llamacpp-q4_k_m", tool_parser="none")
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_the_readme_says_that_tools_work_where_they_do(target):
+    wishes = {"tool_parser": "mistral", "reasoning_parser": "mistral"}
+    own = rendered(target, gpu="nvidia-h100-80gb", **wishes).files["README.md"]
+    none = rendered(target, gpu="nvidia-h100-80gb").files["README.md"]
+
+    said = "Requests with `tools` get `tool_calls`: the parser `mistral` reads them.\n\n"
+    assert said in own
+    assert "Thoughts come apart from the answer: the parser `mistral`" in own
+    assert "`tool_calls`" not in none
+    assert "Thoughts" not in none
+    assert "\n\n\n" not in own

@@ -22,7 +22,7 @@ from weightsmith.core.ports import Endpoint, Progress
 from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import Json, JsonValue, key_of
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession, died, excerpt
+from weightsmith.evaluating.session import ServerSession, Unanswered, died, excerpt
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0
@@ -30,6 +30,8 @@ _DATED = re.compile(r"-\d{4}-\d\d-\d\d")
 """Date suffix that hosted servers append to a model's name."""
 _CHATML = "message.role + '\n' + message.content + '<|im_end|>\n'"
 """In the template that llama.cpp shows for a model without one; nobody else writes it so."""
+_MOST_REFUSED = 8
+"""Refusals before the first answer that end the questions: the server refuses all of them."""
 _BEGIN = b'\n["sha256:'
 
 Ask = Callable[[Item], Mapping[str, JsonValue]]
@@ -202,17 +204,17 @@ def ask(
         # JSON can contain lone surrogates, which UTF-8 cannot.
         "answer": text.encode("utf-8", "replace").decode() if isinstance(text, str) else "",
         "finish_reason": choice.get("finish_reason"),
-        **_found_by_parsers(choice, item),
+        **_found_by_parsers(choice, item, served),
         **({"prompt_tokens": counted} if type(counted) is int else {}),
     }
 
 
-def _found_by_parsers(choice: Json, item: Item) -> Mapping[str, JsonValue]:
+def _found_by_parsers(choice: Json, item: Item, served: Served) -> Mapping[str, JsonValue]:
     """Return what a server took out of an answer: `thoughts`, and `calls` where it has tools."""
     message = choice.get("message") or {}
     said = thoughts_of(message)
     found: dict[str, JsonValue] = {"thoughts": said} if said else {}
-    if item.tools:
+    if item.tools and served.chat:  # else it was told of none
         rows = message.get("tool_calls")
         found["calls"] = [
             {"name": f.get("name"), "arguments": f.get("arguments")}
@@ -265,6 +267,43 @@ def _in_order(
             yield ahead()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Refusals:
+    """Takes a question that a server refuses as answered wrongly, if it answers another one.
+
+    Several threads may ask.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answered = False
+        self._refused: list[Unanswered] = []
+
+    def around(self, ask: Ask) -> Ask:
+        """Return what gives `{answer, finish_reason, error}` for a question that is refused.
+
+        It raises Unanswered once the server has refused many, and answered none.
+        """
+
+        def asked(item: Item) -> Mapping[str, JsonValue]:
+            try:
+                said = ask(item)
+            except Unanswered as error:
+                with self._lock:
+                    self._refused.append(error)
+                    if not self._answered and len(self._refused) > _MOST_REFUSED:
+                        raise
+                return {"answer": "", "finish_reason": "error", "error": error.reason}
+            self._answered = True
+            return said
+
+        return asked
+
+    def require_an_answer(self) -> None:
+        """Raise the first refusal if no question was answered."""
+        if self._refused and not self._answered:
+            raise self._refused[0]
 
 
 class KeptAnswers:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import JsonValue, Score, Scores
+from weightsmith.evaluating.tool_calls import ANOTHER_PARSER
 
 _Z = 1.96
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -229,8 +230,44 @@ def judge_drop(
     """Judge a score by `min_score` and by its drop from another score.
 
     Scores without items, such as a harness's, are compared without an interval. A drop of exactly
-    `max_drop` passes. `p` is the comparison's p value if it is adjusted for other suites.
+    `max_drop` passes. `p` is the comparison's p value if it is adjusted for other suites. What was
+    the server's fault, and not the model's, is said.
     """
+    found = _judged(subject, now, against, before, rule, p)
+    faults, parsed = server_faults(now), any("parser" in row for row in now.per_item)
+    hints = (ANOTHER_PARSER if parsed else "", found.hint)
+    return replace(
+        found,
+        reason="; ".join((found.reason, *faults)),
+        hint=found.hint if found.passed else "; ".join(filter(None, hints)),
+    )
+
+
+def server_faults(score: Score) -> tuple[str, ...]:
+    """Return what a server, and not the model, is to blame for; one text a kind, with a count."""
+    found = []
+    parsed = sum("parser" in row for row in score.per_item)
+    refused = [str(row["error"]) for row in score.per_item if "error" in row]
+    if parsed:
+        found.append(
+            f"in {parsed} of {score.n} questions the server's parser left a call in the text or"
+            " gave arguments that are no JSON"
+        )
+    if refused:
+        found.append(
+            f"{len(refused)} of {score.n} questions got no answer, the first: {refused[0]}"
+        )
+    return tuple(found)
+
+
+def _judged(
+    subject: str,
+    now: Score,
+    against: str,
+    before: Score | None,
+    rule: Rule,
+    p: float | None,
+) -> Verdict:
     comparison = comparison_of(now, before)
     reason = f"{NAMES[subject]} scores {shown(now)}"
     if now.score < rule.min_score:
@@ -287,9 +324,13 @@ def changed(now: Score, before: Score | None) -> str:
         was_row = earlier[position] if position < len(earlier) else None
         if row["ok"] or (was_row and not was_row["ok"]):
             continue
-        was = f", was {_short(was_row['answer'])}" if was_row else ""
-        lines.append(f"{_short(row['prompt'])} now gives {_short(row['answer'])}{was}")
+        was = f", was {_short(_said(was_row))}" if was_row else ""
+        lines.append(f"{_short(row['prompt'])} now gives {_short(_said(row))}{was}")
     return "; ".join(lines[:_MOST_SHOWN])
+
+
+def _said(row: Mapping[str, JsonValue]) -> JsonValue:
+    return f"no answer: {row['error']}" if "error" in row else row["answer"]
 
 
 def _short(text: JsonValue) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse, small_file
 from weightsmith.core.values import JsonValue, key_of
-from weightsmith.evaluating.tool_calls import check_expected, check_tools
+from weightsmith.evaluating.tool_calls import check_expected, check_tools, tools_text
 
 _LONGEST_LINE = 1 << 20
 _KEPT = 4 << 20
@@ -175,7 +175,7 @@ def _item(
     tools = ""
     if metric == "tool-call" or "tools" in value:
         names = check_tools(value.get("tools"), where)
-        tools = json.dumps(value["tools"], sort_keys=True)
+        tools = tools_text(value["tools"])
         if metric == "tool-call":
             answers = [check_expected(expected, names, where)]
     if metric == "numeric":

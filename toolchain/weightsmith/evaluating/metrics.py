@@ -226,7 +226,8 @@ def score_answers(
                 }
                 if metric != "command":
                     said, near = str(row["answer"]), item.tolerance or tolerance
-                    row["ok"] = judge(metric, item.expected, said, near)
+                    # An expected "no call", or a pattern, may fit what is no answer at all.
+                    row["ok"] = "error" not in row and judge(metric, item.expected, said, near)
                 rows.append(row)
     except TooLong:
         raise UsageError(
@@ -244,6 +245,8 @@ def _read(facts: dict[str, Json], item: Item) -> dict[str, Json]:
     `raw` is then the answer as it was written, and `parser` says that the server's parser left a
     call in the text: its fault, and not the model's.
     """
+    if "error" in facts:
+        return facts
     text, thoughts = without_thoughts(str(facts["answer"]))
     if thoughts:  # where its tokens end is no longer known
         kept = {k: v for k, v in facts.items() if k not in ("token_ends", "margins")}

@@ -67,6 +67,21 @@ class Refused(Exception):
         self.status = status
 
 
+class TooLarge(Refused):
+    """A response beyond the limit of its size."""
+
+
+class Unanswered(CheckFailed):
+    """A question that the server refuses, or answers at too great a length (exit 4).
+
+    It may well answer another one. `reason` is without the server's address and log.
+    """
+
+    def __init__(self, message: str, *, hint: str, reason: str) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Status and whole body of a response."""
@@ -79,8 +94,8 @@ class ServerSession:
     """Sends requests to one endpoint, from any number of threads.
 
     `key` is sent as a bearer token; `trusted` are certificate authorities, by default those of the
-    certifi package. Failures raise CheckFailed with the server's last log lines, or
-    EnvironmentFailure if no server listens.
+    certifi package. Failures raise CheckFailed with the server's last log lines
+    (Unanswered if others may be answered), or EnvironmentFailure if no server listens.
     """
 
     def __init__(
@@ -198,7 +213,12 @@ class ServerSession:
                         f"{self.endpoint.shown}{path}: {refusal}",
                         hint="set WEIGHTSMITH_API_KEY to a key that the server accepts",
                     ) from None
-                raise self.failed(path, str(refusal)) from None
+                failed = self.failed(path, str(refusal))
+                if _of_question(refusal):
+                    raise Unanswered(
+                        failed.message, hint=failed.hint, reason=str(refusal)
+                    ) from None
+                raise failed from None
             except TryAgain as failure:
                 if not self.endpoint.alive():
                     raise died(self.endpoint, f"during a request to {path}") from None
@@ -258,7 +278,7 @@ class ServerSession:
         for part in response.iter_raw():
             size += len(part)
             if size > most:
-                raise Refused(f"the response is larger than {most} bytes")
+                raise TooLarge(f"the response is larger than {most} bytes")
             yield part
 
     def _data(self, response: httpx.Response) -> Iterator[str]:
@@ -289,6 +309,12 @@ def excerpt(text: str) -> str:
     """Return a text on one line, at most 200 characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= 200 else flat[:199] + "…"
+
+
+def _of_question(refusal: Refused) -> bool:
+    """Return whether it is the question, and not the address or the server, that is at fault."""
+    refused = 400 <= refusal.status < 500 and refusal.status != httpx.codes.NOT_FOUND
+    return refused or isinstance(refusal, TooLarge)
 
 
 def _object(answer: Answer) -> Mapping[str, Json]:

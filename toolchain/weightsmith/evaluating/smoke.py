@@ -23,7 +23,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.client import Served, ask, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
-from weightsmith.evaluating.tool_calls import read_calls, without_thoughts
+from weightsmith.evaluating.tool_calls import ANOTHER_PARSER, read_calls, without_thoughts
 
 PICTURE = "picture"
 """Name of the check with a picture; what it saw begins with REFUSED if the server takes none."""
@@ -267,8 +267,10 @@ def _tools(session: ServerSession, served: Served) -> str:
     except (ValueError, LookupError, TypeError, AttributeError):
         raise session.failed(served.path, f"tools: no answer: {excerpt(answer.text)}") from None
     if read_calls(text, ["get_weather"]):
-        raise session.failed(
-            served.path, f"the server's parser left a tool call in the text: {excerpt(text)}"
+        raise CheckFailed(
+            f"{session.endpoint.shown}{served.path}: the server's parser left a tool call in the"
+            f" text: {excerpt(text)}",
+            hint=ANOTHER_PARSER,
         )
     return "called the tool" if calls else f"answered without a call: {excerpt(text)}"
 

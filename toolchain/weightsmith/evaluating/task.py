@@ -14,7 +14,7 @@ from weightsmith.core.jobs import Question
 from weightsmith.core.ports import Progress, RunCommand
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Digest, Json, JsonValue, Score, key_of
-from weightsmith.evaluating.client import Ask, KeptAnswers, Served, ask, ask_all
+from weightsmith.evaluating.client import Ask, KeptAnswers, Refusals, Served, ask, ask_all
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import Scorer, choose, scorer
 from weightsmith.evaluating.metrics import score_answers
@@ -92,7 +92,8 @@ def ask_server(
 ) -> Answers:
     """Return a server's answers in order, but ask for none that is `kept`.
 
-    Raises CheckFailed if the server fails.
+    A question that the server refuses, or answers at too great a length, has an `error`, and counts
+    as answered wrongly. Raises CheckFailed if the server fails, or refuses all questions.
     """
     answer: Ask = partial(ask, session, served, max_tokens=task.max_tokens)
     if task.metric == "choice":
@@ -100,7 +101,11 @@ def ask_server(
         answer = partial(_choice, score)
     if kept:
         answer = kept.around(answer, [served.name, served.path, task.max_tokens])
-    return ask_all(task.items, answer, progress, concurrency=concurrency)
+    refusals = Refusals()
+    asked = refusals.around(answer)
+    answers = ask_all(task.items, asked, progress, concurrency=concurrency)
+    refusals.require_an_answer()
+    return answers
 
 
 def _choice(score: Scorer, item: Item) -> Mapping[str, JsonValue]:
@@ -137,6 +142,7 @@ def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, JsonVal
                 "messages": [dict(message) for message in item.messages],
                 "expected": list(item.expected),
                 "answer": answer["answer"],
+                **({"error": answer["error"]} if "error" in answer else {}),
             },
             ensure_ascii=False,
         )
@@ -196,7 +202,12 @@ def _judged(
         count = len(verdicts) if isinstance(verdicts, list) else "no"
         raise CheckFailed(f"the command judged {count} of {len(items)} answers", hint=_HINT)
     rows = tuple(
-        {"prompt": item.prompt, "expected": list(item.expected), **answer, "ok": bool(verdict)}
+        {
+            "prompt": item.prompt,
+            "expected": list(item.expected),
+            **answer,
+            "ok": bool(verdict) and "error" not in answer,
+        }
         for item, answer, verdict in zip(items, answers, verdicts, strict=True)
     )
     right = sum(bool(row["ok"]) for row in rows)

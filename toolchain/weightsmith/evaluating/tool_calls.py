@@ -18,6 +18,11 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.values import Json, JsonValue
 
+ANOTHER_PARSER = (
+    "another serve.tool_parser may read it: vLLM and SGLang have one for each form, llama.cpp goes"
+    " by the chat template alone"
+)
+"""What to do where a server left a call in the text."""
 Call: TypeAlias = tuple[str, Mapping[str, JsonValue]]
 """Name of the tool, and its arguments."""
 
@@ -222,6 +227,20 @@ def check_tools(tools: JsonValue, where: str) -> tuple[str, ...]:
             ) from None
         names.append(name)
     return tuple(names)
+
+
+def tools_text(tools: Json) -> str:
+    """Return checked tools as JSON, with fields in the order in which servers render them.
+
+    vLLM and llama.cpp read each tool and write it anew; the order within `parameters` stays. It is
+    of weight: a model is trained on one order.
+    """
+    rows = []
+    for tool in tools:
+        told = tool["function"]
+        first = {key: told[key] for key in ("name", "description", "parameters") if key in told}
+        rows.append({"type": "function", "function": {**first, **told}})
+    return json.dumps(rows, ensure_ascii=False)
 
 
 def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str:

@@ -355,11 +355,17 @@ def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
         Asked(
             prompt=str(item["prompt"]),
             expected=[str(text) for text in item["expected"]],
-            said={path: str(item[path]) for path in _PATHS if path in item},
+            said={path: _said(item, path) for path in _PATHS if path in item},
             ok={path: bool(right) for path, right in item["ok"].items()},
         )
         for item in items
     ]
+
+
+def _said(item: Mapping[str, Json], path: str) -> str:
+    """Return an answer, with what went wrong at the server."""
+    error, fault = (item.get(key, {}).get(path) for key in ("error", "parser"))
+    return f"(no answer: {error})" if error else f"{item[path]}" + (f" ({fault})" if fault else "")
 
 
 def shared_questions(first: BuildRecord, second: BuildRecord) -> list[Asked]:

@@ -18,6 +18,8 @@ from weightsmith.core.values import JsonValue
 
 _PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
 """A loop over a message's content, which only a template for contents in parts has."""
+_TOOLS = re.compile(r"\btools\b")
+"""The variable that templates have the tools in."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -47,6 +49,11 @@ _NAMED_TEMPLATES = "additional_chat_templates"
 def takes_parts(template: str) -> bool:
     """Return whether a chat template takes contents in parts, as those of pictures are."""
     return _PARTS.search(template) is not None
+
+
+def has_tools(template: str) -> bool:
+    """Return whether a chat template says which tools may be called."""
+    return _TOOLS.search(template) is not None
 
 
 def own_template(model: Path) -> str | None:

@@ -12,20 +12,18 @@ tests/real/test_parsers.py. vLLM's own `auto` (pull request 34809) is not releas
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weightsmith.core.errors import UsageError
 from weightsmith.models.facts import ModelFacts
+from weightsmith.models.templates import has_tools
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import OptionList
 
 AUTO, NONE = "auto", "none"
 WITH_PARSERS = frozenset({"vllm", "sglang"})
 """Engines whose parsers can be chosen."""
-_TOOLS = re.compile(r"\btools\b")
-"""The variable that templates have the tools in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +131,7 @@ def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: Serve
         fitting = next((d for d in TOOLS if d.fits(template, model.model_type)), None)
         if not template:
             pass  # it does not chat
-        elif not _TOOLS.search(template):
+        elif not has_tools(template):
             notes.append("the chat template has no tools, so the server has no parser for calls")
         elif fitting and fitting.of(engine) in offered[0]:
             chosen = fitting.of(engine)

@@ -26,7 +26,7 @@ from weightsmith.evaluating.smoke import (
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.models.facts import read_facts
-from weightsmith.models.templates import takes_parts
+from weightsmith.models.templates import has_tools, takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.labels import has_own_engine
@@ -46,8 +46,10 @@ from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Results, Step, Trial, UnforeseenStep
 from weightsmith.steps.tools import Tools
 
-RECIPE_NUMBER = 3
+RECIPE_NUMBER = 4
 _ANSWERS = "answers.json"
+_ENDS = frozenset({"stop", "tool_calls", "error"})
+"""Why an answer is over that does not run on; what the server refused is judged as wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class ImageEvaluation:
     """Whether the served model has a chat template."""
     parts: bool
     """Whether that template takes contents in parts, as a message with a picture has."""
+    tools: bool
+    """Whether it says which tools may be called."""
     questions: tuple[TaskInProgress, ...]
 
     def inputs(self, question: TaskInProgress) -> StageInputs:
@@ -129,7 +133,8 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         max_model_len=config.plan.max_model_len,
         max_num_seqs=config.plan.max_num_seqs,
         start_seconds=seconds,
-        calls="tool-call-parser" in config.plan.settings,
+        calls="tool-call-parser" in config.plan.settings
+        or (engine.reads_calls and evaluation.tools),
         thinks="reasoning-parser" in config.plan.settings,
         sees=takes_pictures(evaluation.artifact),
         parts=evaluation.parts,
@@ -170,7 +175,7 @@ def _answers(
             question.result.task.task,
             tools.progress,
         )
-        ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
+        ends = sum(answer.get("finish_reason") in _ENDS for answer in answers)
         if 2 * ends < (expected := question.result.ends):
             raise CheckFailed(
                 f"only {ends} of {len(answers)} answers end before the length limit; the reference"
@@ -253,5 +258,6 @@ class EvaluateStep(UnforeseenStep[Trial]):
             engine=target.engine,
             chat=template is not None,
             parts=template is None or takes_parts(template),
+            tools=template is not None and has_tools(template),
             questions=tuple(questions),
         )
