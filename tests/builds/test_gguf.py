@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quality.measure import measure
 
 from tests.fakes.ggufs import TINY
+from tests.fakes.ggufs import made as made_files
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.builders
@@ -49,6 +51,20 @@ def test_a_type_of_four_bits_is_real_measured_and_says_its_matrix(made):
     assert details["imatrix"].startswith("sha256:")
     assert 0 < quality["kl_mean"] < quality["limits"]["kl_mean"]
     assert quality["exceeded"] == []
+
+
+def test_a_template_of_its_own_file_is_before_that_of_the_configuration(tmp_path):
+    """As in transformers: an adapter brings the file, and its base has both."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "base", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "older"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    (file,) = made_files(model, tmp_path / "out", "q8_0")
+
+    field = gguf.GGUFReader(file).fields["tokenizer.chat_template"]
+    assert field.contents() == (model / "chat_template.jinja").read_text()
 
 
 def test_parts_are_no_larger_than_asked_and_nothing_else_is_left(made):

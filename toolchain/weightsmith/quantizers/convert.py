@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
-from weightsmith.models.templates import VOCABULARY_FILES, render_chat
+from weightsmith.models.templates import VOCABULARY_FILES, own_template, render_chat
 from weightsmith.models.tensors import computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
@@ -212,6 +212,9 @@ def _patch(model: Path) -> None:
     def add_to_gguf(special: SpecialVocab, writer: object, quiet: bool = False) -> None:
         with suppress(InputRefused):  # the converter reads more tokenizers than transformers
             special.add_special_token |= added_tokens(load_tokenizer(model))
+        # It reads tokenizer_config.json before the newer file, which may be an adapter's.
+        if isinstance(special.chat_template, str):
+            special.chat_template = own_template(model) or special.chat_template
         add(special, writer, quiet)
 
     def by_hash_or_split(converted: _TextModel, tokenizer: object) -> str:
