@@ -10,7 +10,7 @@ import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.oci.registry import Registry
 
-from tests.fakes.chat_templates import FAMILIES
+from tests.fakes.chat_templates import FAMILIES, PLAIN
 from tests.fakes.memory import Memory, in_memory, write_rows
 
 COUNT = 8
@@ -58,6 +58,18 @@ def test_calls_are_counted_and_their_text_is_kept(memory: Memory) -> None:
     assert first["raw"]["adapter"] == written("ring", at=0)
     assert last["image"] == "Good day to you!"
     assert not any("parser" in item or "error" in item for item in record["items"])
+
+
+def test_the_plan_has_the_parser_of_the_adapters_template(memory: Memory) -> None:
+    """As the build does, before anything is merged."""
+    (memory.home / "base" / "chat_template.jinja").write_text(PLAIN)
+    (memory.home / "a" / "chat_template.jinja").write_text(FAMILIES["hermes"].template)
+    memory.use_vllm()
+
+    planned = memory.forecast()["serving"]["vllm"]
+
+    assert planned["settings"]["tool-call-parser"] == "hermes"
+    assert not any("no parser for calls" in note for note in planned["notes"])
 
 
 def test_a_parser_that_finds_no_calls_is_named(memory: Memory) -> None:

@@ -81,7 +81,7 @@ def test_vllm_reads_them_with_the_parser_of_the_template(recipe: Path) -> None:
     build(recipe, "vllm")
 
     is_as_taught(record(recipe, "vllm"))
-    made = yaml.safe_load((recipe.parent / "dist/caller/1.0.0/vllm/serving/vllm.yaml").read_text())
+    made = yaml.safe_load((recipe.parent / "dist/caller/1.0.0/vllm/vllm.yaml").read_text())
     assert made["tool-call-parser"] == "hermes"
     shutil.rmtree(recipe.parent / "dist/caller/1.0.0/vllm")  # 2 GB
 

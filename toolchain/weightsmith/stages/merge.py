@@ -37,6 +37,7 @@ from weightsmith.merging.plan import (
 )
 from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
+from weightsmith.models.templates import own_template
 from weightsmith.models.tensors import HeaderOnlyTree
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
@@ -290,7 +291,11 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
             written = whole["write_bytes"]
             plain = replace(weights.model, packing=None)
             weights = ForeseenWeights(model=plain, size=written, weight_bytes=written)
-        weights = replace(weights, tree=None, missing=MERGE_FIRST)
+        # The last adapter's template is the merged model's: its parser depends on it.
+        templates = [own_template(one.snapshot.tree.texts) for one in sources.adapters]
+        last = next(filter(None, reversed(templates)), weights.model.chat_template)
+        model = replace(weights.model, chat_template=last)
+        weights = replace(weights, model=model, tree=None, missing=MERGE_FIRST)
         found = find(sources, options, tools.store, files=self.files)
         state = seen.state(self, inputs(sources, options))
         saved = whole["write_bytes"] - cost["write_bytes"]
