@@ -16,8 +16,8 @@ def guidellm(
 ) -> dict[str, Any]:
     """Return a report of three loads: half of that concurrency, it, and twice as much."""
     return {
-        "metadata": {"version": 1, "guidellm_version": "0.5.0"},
-        "args": {"model": model, "target": "http://127.0.0.1:8080"},
+        "metadata": {"version": 2, "guidellm_version": "0.8.1"},
+        "config": {"spec": {"backend": {"kind": "openai_http", "model": ""}}},
         "benchmarks": [
             {
                 "type_": "generative_benchmark",
@@ -46,7 +46,10 @@ def aiperf(
     """Return an export; its unit of the inter-token latency is not the usual one."""
     return {
         "schema_version": "1.0",
-        "aiperf_version": "0.6.0",
+        "aiperf_version": "0.13.0",
+        "was_cancelled": False,
+        "is_complete": True,
+        "effective_concurrency": {"unit": "requests", "avg": 0.8 * streams},
         "request_count": {"unit": "requests", "avg": 100.0},
         "error_request_count": {"unit": "requests", "avg": 3.0},
         "time_to_first_token": {"unit": "ms", "avg": ttft / 2, "p95": ttft},
@@ -55,8 +58,12 @@ def aiperf(
         "input_sequence_length": {"unit": "tokens", "avg": 128.0},
         "output_sequence_length": {"unit": "tokens", "avg": 64.0},
         "input_config": {
-            "endpoint": {"model_names": [model], "streaming": True},
-            "loadgen": {"concurrency": streams},
+            "models": {"items": [{"name": model}]},
+            "endpoint": {"type": "chat", "streaming": True},
+            "phases": [
+                {"name": "warmup", "kind": "warmup", "concurrency": 1},
+                {"name": "profiling", "kind": "profiling", "concurrency": streams},
+            ],
         },
         "telemetry_data": {
             "endpoints": {"a": {"gpus": {"0": {"gpu_name": "NVIDIA H100 80GB HBM3"}}}}

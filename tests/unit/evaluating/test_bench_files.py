@@ -21,7 +21,7 @@ def test_guidellms_load_that_is_the_recipes_is_taken(tmp_path):
     bench = Bench(concurrency=8, max_ttft_p95_ms=30, max_itl_p95_ms=5, min_tokens_per_s=100)
     found = read_results(path, "tiny").evidence(bench)
 
-    assert (found.tool, found.version, found.model) == ("guidellm", "0.5.0", "tiny")
+    assert (found.tool, found.version, found.model) == ("guidellm", "0.8.1", "tiny")
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (found.concurrency, found.requests, found.errors) == (8, 98, 2)
     assert (found.prompt_tokens, found.output_tokens, found.devices) == (128, 64, ())
@@ -36,7 +36,7 @@ def test_aiperfs_units_and_gpus_are_read(tmp_path):
     path = write(tmp_path / "profile_export_aiperf.json", aiperf())
     found = read_results(path, "tiny").evidence(Bench(concurrency=2, max_itl_p95_ms=5))
 
-    assert (found.tool, found.version, found.model) == ("aiperf", "0.6.0", "tiny")
+    assert (found.tool, found.version, found.model) == ("aiperf", "0.13.0", "tiny")
     assert found.devices == ("NVIDIA H100 80GB HBM3",)
     assert (found.concurrency, found.requests, found.errors) == (2, 100, 3)
     assert figures(found)["itl_p95_ms"] == (5.0, "met")
@@ -45,8 +45,11 @@ def test_aiperfs_units_and_gpus_are_read(tmp_path):
 
 def test_names_and_loads_of_other_versions_are_read(tmp_path):
     new, old = aiperf(), guidellm()
-    new["input_config"] = {"models": {"items": [{"name": "tiny"}]}}
-    new["effective_concurrency"] = {"unit": "requests", "avg": 1.96}
+    del new["is_complete"]
+    new["input_config"] = {
+        "endpoint": {"model_names": ["tiny"]},
+        "loadgen": {"concurrency": 2},
+    }
     for run in old["benchmarks"]:
         del run["config"]
         run["worker"] = {"backend_model": "tiny"}
@@ -55,7 +58,7 @@ def test_names_and_loads_of_other_versions_are_read(tmp_path):
     bench = Bench(concurrency=2, max_ttft_p95_ms=50)
     found = [
         read_results(write(tmp_path / name, one), "tiny").evidence(bench)
-        for name, one in (("new.json", new), ("old.json", old))
+        for name, one in (("aiperf.json", new), ("guidellm.json", old))
     ]
 
     assert [one.model for one in found] == ["tiny", "tiny"]
@@ -89,6 +92,8 @@ def without(found, *keys):
         ({"time_to_first_token": {"p95": 1e300, "unit": "ms"}}, "looks like aiperf's"),
         ({"time_to_first_token": {"p95": True, "unit": "ms"}}, "looks like aiperf's"),
         (without(aiperf(), "time_to_first_token"), "no `benchmarks`"),
+        (aiperf() | {"was_cancelled": True}, "its run was cancelled"),
+        (aiperf() | {"is_complete": False}, "its run was cancelled"),
         (guidellm(model="other"), "about the model 'other', and this image serves 'tiny'"),
         (aiperf(model="other"), "about the model 'other'"),
     ],

@@ -94,6 +94,8 @@ def read_results(path: Path, served: str = "") -> ResultsFile:
     if isinstance(_at(found, "benchmarks"), list):
         read = _guidellm(found, name, sha256)
     elif isinstance(_at(found, "time_to_first_token"), dict):
+        if _at(found, "was_cancelled") is True or _at(found, "is_complete") is False:
+            raise _refused(path, "its run was cancelled", "let AIPerf finish, and give that file")
         read = _aiperf(found, name, sha256)
     else:
         raise _refused(path, "it has no `benchmarks` and no `time_to_first_token`", _KINDS)
@@ -118,7 +120,7 @@ def _refused(path: Path, why: str, hint: str) -> InputRefused:
 
 
 def _guidellm(found: Json, name: str, sha256: str) -> ResultsFile:
-    """Read a GenerativeBenchmarksReport, as guidellm 0.2 to 0.5 write it."""
+    """Read a report of guidellm; where the model stands differs from 0.2 to 0.8."""
     runs = [run for run in found["benchmarks"] if isinstance(run, dict)]
     models = (
         _text(_at(part, *keys))
@@ -164,7 +166,7 @@ def _guidellm_load(run: Json) -> _Load | None:
 
 
 def _aiperf(found: Json, name: str, sha256: str) -> ResultsFile:
-    """Read a JsonExportData, as AIPerf writes it (and GenAI-Perf before it)."""
+    """Read a JsonExportData, as AIPerf writes it; older versions name model and load elsewhere."""
 
     def of(key: str, which: str = "avg") -> float | None:
         return _number(_at(found, key, which))
@@ -180,6 +182,7 @@ def _aiperf(found: Json, name: str, sha256: str) -> ResultsFile:
         itl=ms("inter_token_latency"),
         rate=of("output_token_throughput"),
         concurrency=_number(_at(asked, "loadgen", "concurrency"))
+        or _of_phases(asked)
         or of("effective_concurrency")
         or 0.0,
         requests=of("request_count") or 0.0,
@@ -196,6 +199,17 @@ def _aiperf(found: Json, name: str, sha256: str) -> ResultsFile:
         devices=tuple(dict.fromkeys(_gpus(found))),
         loads=[load] if load else [],
     )
+
+
+def _of_phases(asked: Json) -> float | None:
+    """Return the requests at once of the phase that was measured; None if there is not one."""
+    phases = _at(asked, "phases")
+    found = [
+        _number(_at(phase, "concurrency"))
+        for phase in (phases if isinstance(phases, list) else ())
+        if _at(phase, "kind") in (None, "profiling")
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _only(models: Json) -> str:
