@@ -121,6 +121,8 @@ def test_a_refused_question_is_wrong_and_nothing_else_suffers(
     verdicts = [v for v in record["verdicts"] if v["binding"] and v["subject"] == "image"]
     (reason,) = [v["reason"] for v in verdicts]
     assert "1 of 9 questions got no answer, the first: HTTP 400" in reason
+    (warning,) = [text for text in memory.progress.warnings if "got no answer" in text]
+    assert warning.startswith("the image: 1 of 9 questions")
 
 
 def test_a_server_that_refuses_all_questions_ends_the_build(memory: Memory) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs
 from weightsmith.evaluating.client import Served
-from weightsmith.evaluating.results import Result, scored
+from weightsmith.evaluating.gate import server_faults
+from weightsmith.evaluating.results import Result, named, scored
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import (
     PICTURE,
@@ -238,6 +239,9 @@ class EvaluateStep(UnforeseenStep[Trial]):
             score_task(one.task.task, said, tools.command)
             for one, said in zip(results, answers, strict=True)
         ]
+        for one, score in zip(results, scores, strict=True):
+            for fault in server_faults(score):
+                tools.progress.warn(named(one.task, f"the image: {fault}"))
         trial = Trial(results=scored(results, "image", scores), started=image.platform)
         return timer.done(trial, cached=cached)
 

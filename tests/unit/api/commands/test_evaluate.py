@@ -111,6 +111,18 @@ def test_a_bad_server_is_reported(serve, evaluate, behave, says):
     assert server.endpoint.url in told["error"]["message"]
 
 
+def test_a_question_that_is_refused_is_wrong_and_the_other_is_judged(serve, evaluate):
+    def behave(handler, body):
+        why = body["messages"][-1]["content"] == "And why?"
+        handler.send(*((400, {"error": "not that"}) if why else (200, answer())))
+
+    code, told, err = evaluate(serve(behave).endpoint.url, QUESTIONS)
+
+    assert (code, told["score"], told["n"]) == (0, 0.5, 2)
+    assert told["per_item"][1]["error"] == 'HTTP 400: {"error": "not that"}'
+    assert "1 of 2 questions got no answer, the first: HTTP 400" in err
+
+
 def test_a_model_that_is_not_served_is_reported(serve, evaluate):
     code, told, _ = evaluate(serve().endpoint.url, QUESTIONS, "--served-name", "other")
 

@@ -20,7 +20,14 @@ from weightsmith.core.trees import below
 from weightsmith.core.values import Score, Writable, plain
 from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe_contamination
-from weightsmith.evaluating.gate import Rule, judge_drop, sampled, too_few, wilson
+from weightsmith.evaluating.gate import (
+    Rule,
+    judge_drop,
+    sampled,
+    server_faults,
+    too_few,
+    wilson,
+)
 from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
@@ -63,6 +70,8 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
         before = _earlier(before)
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
     score = _score(task, asked, tools, kept)
+    for fault in server_faults(score):
+        tools.progress.warn(fault)
     right = sum(bool(row["ok"]) for row in score.per_item)
     rule = Rule(
         max_drop=1.0 if asked.max_drop is None else asked.max_drop,
