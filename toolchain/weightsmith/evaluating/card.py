@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.json_objects import OMITTED, JsonObject
 from weightsmith.core.safe_parse import parse
 from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord, SuiteRecord
 from weightsmith.evaluating.gate import wilson
@@ -56,27 +56,33 @@ class Parent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardSuite(JsonObject):
-    """A suite's verdict, and the score of the last that was asked; as JSON in an image's label."""
+    """A suite's verdict, and the score of the last that was asked; as JSON in an image's label.
+
+    A label has no score: of many questions, one near tie that another CPU decides otherwise would
+    give another image.
+    """
 
     name: str
     verdict: str
-    who: str
-    score: float
     n: int
+    """Questions."""
     metric: str
     against: str = "adapter"
+    score: float | None = field(default=None, metadata=OMITTED)
+    who: str = field(default="", metadata=OMITTED)
+    """Whose score it is."""
 
     @property
     def said(self) -> str:
-        """The score in words."""
-        right, who = round(self.score * self.n), LABELS.get(self.who, self.who)
+        """What was asked, and the score with its 95 % interval if it is known, in words."""
         than = ", held against the base" if self.against == "base" else ""
-        return f"{self.score:.3f} {self.metric}: {right} of {self.n} by {who}{than}"
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %, Wilson."""
-        return wilson(round(self.score * self.n), self.n)
+        text = f"{self.n} questions, {self.metric}{than}"
+        if self.score is None:
+            return text
+        right = round(self.score * self.n)
+        low, high = wilson(right, self.n)
+        who = LABELS.get(self.who, self.who)
+        return f"{text}: {right} right by {who} ({low:.2f} to {high:.2f})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -200,22 +200,17 @@ def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, st
 
 
 def _suites(results: Sequence[Result]) -> list[JsonValue]:
-    """Return each suite's verdict, and the score of the last that was asked."""
-    found: list[JsonValue] = []
-    for one, verdict in zip(results, verdicts_of(results), strict=True):
-        who = list(one.scores)[-1]
-        score = one.scores[who]
-        suite = CardSuite(
+    """Return each suite's verdict."""
+    return [
+        CardSuite(
             name=one.task.task.name,
             verdict=verdict,
-            who=who,
-            score=round(score.score, 4),
-            n=score.n,
-            metric=score.metric,
+            n=len(one.task.task.items),
+            metric=one.task.task.metric,
             against=one.task.rule.against,
-        )
-        found.append(suite.to_json())
-    return found
+        ).to_json()
+        for one, verdict in zip(results, verdicts_of(results), strict=True)
+    ]
 
 
 def moved_labels(old: Mapping[str, str], digest: Digest) -> dict[str, str]:
