@@ -152,6 +152,14 @@ def test_a_parsers_fault_is_told_from_the_models(tmp_path):
     assert "parser" not in other
 
 
+def test_half_a_call_at_the_length_limit_is_not_the_parsers_fault(tmp_path):
+    half = {"name": "get_weather", "arguments": '{"city": "Ro'}
+    (row,) = scored(tmp_path, CALL, {"answer": "", "calls": [half], "finish_reason": "length"})
+
+    assert row["ok"] is False
+    assert "parser" not in row
+
+
 def test_tools_are_asked_in_the_order_in_which_servers_render_them(tmp_path):
     """vLLM and llama.cpp write each tool anew; a reference that had another order would differ."""
     fields = {"zone": {"type": "string"}, "at": {"type": "string"}}
