@@ -7,6 +7,7 @@ from weightsmith.core.errors import UsageError
 from weightsmith.serving import sglang, vllm
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parsers import THOUGHTS, TOOLS
+from weightsmith.serving.plan import summary
 
 from tests.fakes.chat_templates import FAMILIES, PLAIN
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
@@ -28,6 +29,7 @@ def test_each_familys_template_has_its_parsers(family):
 
     assert own.settings["tool-call-parser"] == family.vllm
     assert own.settings["enable-auto-tool-choice"] is True
+    assert f"the server reads tool calls by {family.vllm}" in summary("vllm", own)
     assert own.settings.get("reasoning-parser", "") == family.thoughts
     assert other.settings.get("tool-call-parser", "") == family.sglang
     assert "enable-auto-tool-choice" not in other.settings

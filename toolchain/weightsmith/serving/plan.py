@@ -189,6 +189,9 @@ def summary(name: str, plan: ServingPlan) -> str:
         for sign, what, size, said in parts
         if size
     ]
+    named = (("tool-call-parser", "tool calls"), ("reasoning-parser", "thoughts"))
+    read = [f"{what} by {plan.settings[key]}" for key, what in named if key in plan.settings]
+    lines += [f"  the server reads {' and '.join(read)}"] if read else []
     lines += [f"  note: {note}" for note in plan.notes]
     if not plan.fits:
         lines.append("  it would fit as a whole with:")
