@@ -259,7 +259,7 @@ def test_demo_asks_the_built_image(tmp_path: Path, shared_store: Path) -> None:
     assert done.stdout.count("     image  ") == 3
     assert "(wrong)" not in done.stdout
     assert "lantern, right of 33: base 0 | base+adapter 33 | image 33" in done.stdout
-    assert "general, right of 95: base " in done.stdout
+    assert "general, right of 64: base " in done.stdout
     assert (tmp_path / "dist/support-bot/1.0.0/llamacpp-q4_k_m/report.html").is_file()
 
 
