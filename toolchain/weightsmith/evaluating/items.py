@@ -13,14 +13,14 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse, small_file
 from weightsmith.core.values import JsonValue, key_of
 from weightsmith.evaluating.tool_calls import check_expected, check_tools, tools_text
+from weightsmith.recipe.schema import TOLERANCE
 
 _LONGEST_LINE = 1 << 20
 _KEPT = 4 << 20
 """Bytes of a file whose questions stay in memory for who asks next."""
 _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
-TOLERANCE = re.compile(r"\d+(\.\d+)?([eE]-?\d+)?%?", re.ASCII)
-"""A number, or a share of the expected one."""
+_TOLERANCE = re.compile(TOLERANCE, re.ASCII)
 _SHAPE = (
     'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"};'
     ' metric choice also needs "choices": ["…", "…"]'
@@ -212,7 +212,7 @@ def _messages(value: JsonValue, where: str) -> tuple[dict[str, str], ...]:
 
 def _tolerance(value: JsonValue, where: str) -> str:
     text = value if isinstance(value, str) else "" if isinstance(value, bool) else json.dumps(value)
-    if value != "" and not TOLERANCE.fullmatch(text):
+    if value != "" and not _TOLERANCE.fullmatch(text):
         raise UsageError(
             f"{where}: tolerance {str(value)[:60]!r} is not one",
             hint="give how far the answer may be off: a number such as 0.5, or a share, as '2%'",

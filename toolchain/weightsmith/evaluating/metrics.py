@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, get_args
 
 from weightsmith.core import time_limits
 from weightsmith.core.errors import CheckFailed, UsageError
@@ -20,10 +20,9 @@ from weightsmith.evaluating.tool_calls import (
     read_calls,
     without_thoughts,
 )
+from weightsmith.recipe.schema import Scoring
 
-METRICS = (
-    "contains", "exact", "regex", "choice", "numeric", "json-schema", "tool-call", "command",
-)  # fmt: skip
+METRICS: tuple[str, ...] = get_args(Scoring.model_fields["metric"].annotation)
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"

@@ -27,9 +27,9 @@ from weightsmith.recipe.section import Flag, Section
 _SHOWN = 60
 SIZE = r"^(\d+(\.\d+)?\s*([KMGTkmgt]i?)?[Bb]?)?$"
 """Pattern of a size, such as `10GB`, or nothing."""
+TOLERANCE = r"^\d+(\.\d+)?([eE]-?\d+)?%?$"
+"""Pattern of a number, or of a share of the expected one, such as `2%`."""
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
-
-
 _PARSER = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$"
 
 
@@ -70,7 +70,7 @@ class Scoring(Section):
     ] = Field("contains", description="How an answer is judged.")
     tolerance: str = Field(
         "0",
-        pattern=r"^\d+(\.\d+)?([eE]-?\d+)?%?$",
+        pattern=TOLERANCE,
         coerce_numbers_to_str=True,
         description="For metric `numeric`: how far an answer may be off, as `0.5` or `2%`.",
     )
