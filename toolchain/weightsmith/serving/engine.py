@@ -197,6 +197,8 @@ class Engine:
     """Settings of a plan that change no answer: slots, total context, threads."""
     adapter_fields: Callable[[int], Mapping[str, JsonValue]] | None = None
     """(adapter's number) -> request fields that choose it; None where its name is the model's."""
+    has_parsers: bool = False
+    """Whether `serve.tool_parser` and `serve.reasoning_parser` choose how it reads answers."""
     reads_calls: bool = False
     """Whether it finds out by itself how the chat template words tool calls."""
     probe_seconds: int = 3

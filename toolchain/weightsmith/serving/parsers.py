@@ -22,8 +22,6 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import OptionList
 
 AUTO, NONE = "auto", "none"
-WITH_PARSERS = frozenset({"vllm", "sglang"})
-"""Engines whose parsers can be chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -231,6 +231,7 @@ ENGINE = Engine(
     ),
     # /health generates a token, and waits up to 20 seconds for it.
     probe_seconds=25,
+    has_parsers=True,
     image_files={CONFIG_FILE: "sglang.yaml"},
     support=_SUPPORT,
     support_versions={"gpu": "0.5.23"},

@@ -442,6 +442,7 @@ ENGINE = Engine(
     neutral_settings=frozenset(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization", _DRAIN}
     ),
+    has_parsers=True,
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,
     support_versions=_VERSIONS,

@@ -47,7 +47,7 @@ from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.memory import human, parse_size
-from weightsmith.serving.parsers import NONE, WITH_PARSERS
+from weightsmith.serving.parsers import NONE
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
     GRACE_SECONDS,
@@ -108,7 +108,7 @@ def render(
     check_served(model)
     engine = target.engine
     for key in ("tool_parser", "reasoning_parser"):
-        if getattr(options, key) not in ("", NONE) and engine.name not in WITH_PARSERS:
+        if getattr(options, key) not in ("", NONE) and not engine.has_parsers:
             raise UsageError(
                 f"serve.{key}: {engine.title} has no parsers to choose from",
                 hint="leave it out; it is for vLLM and SGLang",
