@@ -48,16 +48,21 @@ def test_every_name_is_one_that_the_pinned_engine_has():
     [
         (PLAIN, "has no tools, so the server has no parser"),
         ("{{ tools }} <my_call>", "the form of its calls is not known here: the server will"),
-        ("", ""),
     ],
 )
 def test_a_template_without_known_calls_gets_none_and_a_sentence(template, says):
     plan = planned(template)
+    (note,) = [note for note in plan.notes if "chat template" in note]
 
     assert {"tool-call-parser", "enable-auto-tool-choice"}.isdisjoint(plan.settings)
-    assert [note for note in plan.notes if "chat template" in note] == ([] if not says else [
-        note for note in plan.notes if says in note
-    ])  # fmt: skip
+    assert says in note
+
+
+def test_a_model_that_does_not_chat_has_no_parser_and_no_sentence():
+    plan = planned("")
+
+    assert {"tool-call-parser", "enable-auto-tool-choice"}.isdisjoint(plan.settings)
+    assert not [note for note in plan.notes if "chat template" in note]
 
 
 def test_a_parser_may_be_named_or_turned_off():
