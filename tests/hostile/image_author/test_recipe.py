@@ -89,6 +89,30 @@ def test_gates_that_a_stated_recipe_opens_are_told(scene):
     assert "quality.gate: false, quality.limits, evaluate.max_drop: 0.2" in said
 
 
+def test_a_stated_score_that_replaces_the_drop_is_told(scene):
+    """With `min_score` alone no drop is too large."""
+
+    def twist(recipe: dict[str, Any]) -> None:
+        del recipe["evaluate"]["max_drop"]
+        recipe["evaluate"]["min_score"] = 0.01
+
+    scene.publish(HUB, "hf://a/b", twist)
+    told = RecordingProgress()
+    scene.again(progress=told)
+    assert "weakens checks: evaluate.min_score: 0.01, without max_drop" in "\n".join(told.said)
+
+
+@pytest.mark.parametrize("expected", ["{", "[[]]", '[{"name": "other"}]', ""])
+def test_stated_calls_that_are_none_are_refused(scene, expected):
+    """An image's questions expect what is no call of the tools: nothing of it is asked."""
+    tools = [{"type": "function", "function": {"name": "send"}}]
+    metric = {"metric": "tool-call"}
+    asked = {"expected": [expected], "tools": tools}
+    scene.publish(HUB, "hf://a/b", lambda recipe: recipe["evaluate"].update(metric), asked)
+    with pytest.raises(InputRefused, match="invalid questions"):
+        scene.again()
+
+
 def test_options_of_the_server_that_reach_out_are_refused_by_name(scene):
     """A statement gives the server a path, a module or another model: each is named, exit 3."""
     reaching = {

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
@@ -57,6 +58,33 @@ def test_conversations_and_choices_come_back(scene: Scene) -> None:
     (item,) = read_items(file.folder / file.recipe.evaluate[0].data)
     assert (item.messages, item.choices, item.expected) == (tuple(chat), ("A", "B"), ("A",))
     assert not item.plain
+
+
+OFFERED = [{"type": "function", "function": {"name": "send", "parameters": {"type": "object"}}}]
+CALL = '[{"arguments": {"to": {"regex": "a|b"}}, "name": "send"}]'
+
+
+@pytest.mark.parametrize(
+    ("metric", "asked", "expected"),
+    [
+        ("numeric", {"expected": ["5"], "tolerance": "2%"}, "5"),
+        ("tool-call", {"expected": [CALL], "tools": OFFERED}, CALL),
+        ("tool-call", {"expected": ["[]"], "tools": OFFERED}, "[]"),
+        ("contains", {"expected": ["no call"], "tools": OFFERED}, "no call"),
+        ("regex", {"expected": ['{"not": "x"}']}, '{"not": "x"}'),
+    ],
+)
+def test_the_expected_answers_of_each_metric_come_back(
+    scene: Scene, metric: str, asked: dict[str, Any], expected: str
+) -> None:
+    change = {"metric": metric}
+    scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b", lambda r: r["evaluate"].update(change), asked)
+    file = scene.again()
+    (suite,) = file.recipe.evaluate
+    (item,) = read_items(file.folder / suite.data, suite.metric)
+    assert (suite.metric, json.loads(item.tools or "null")) == (metric, asked.get("tools"))
+    assert item.expected == (expected,)
+    assert item.tolerance == asked.get("tolerance", "")
 
 
 def test_the_lock_has_what_a_build_reads_of_the_adapters(scene: Scene) -> None:

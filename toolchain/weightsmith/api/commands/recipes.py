@@ -16,7 +16,7 @@ from weightsmith.core.files import sibling_folder
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Digest, FileEntry, JsonValue, tree_digest
+from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.oci.attachments import Attachment
@@ -32,8 +32,8 @@ from weightsmith.serving.options import not_to_be_stated
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """Maximum depth of a model folder."""
-_METRICS = ("contains", "exact", "regex", "choice")
-"""Metrics that run no program chosen by the image's publisher."""
+_METRICS = ("contains", "exact", "regex", "choice", "numeric", "tool-call")
+"""Metrics that run no program chosen by the image's publisher, and validate no schema of theirs."""
 _HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 """The oldest models on the hub, such as gpt2, have no owner."""
 _WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
@@ -178,11 +178,13 @@ def _check(recipe: Mapping[str, JsonValue], source: str, progress: Progress) -> 
         whole = check_recipe(recipe, source)
     except UsageError as error:
         raise _malformed(source, error.message) from None
-    drop = max((suite.allowed_drop for suite in whole.evaluate), default=0.0)
     opened = [] if whole.quality.gate is True else ["quality.gate: false"]
     opened += ["quality.limits"] if whole.quality.limits else []
-    if drop > Suite(data="x").allowed_drop:
-        opened.append(f"evaluate.max_drop: {drop}")
+    for suite in whole.evaluate:
+        if suite.is_bar:
+            opened.append(f"evaluate.min_score: {suite.min_score}, without max_drop")
+        elif suite.allowed_drop > Suite(data="x").allowed_drop:
+            opened.append(f"evaluate.max_drop: {suite.allowed_drop}")
     if opened:
         progress.warn(f"{source}: its recipe weakens checks: {', '.join(opened)}")
 
@@ -292,15 +294,12 @@ def _with_questions(
     said = recipe.pop("evaluate", None)
     suites = [said] if isinstance(said, dict) else said if isinstance(said, list) else []
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
-    items: dict[str, list[dict[str, JsonValue]]] = {}
+    items: dict[str, list[dict[str, Json]]] = {}
     try:
         for item in parse(parts[0].read(), largest=PART)["items"] if parts else ():
             keys = ["messages" if "messages" in item else "prompt", "expected"]
             keys += [key for key in ("choices", "tolerance", "tools") if key in item]
-            row = {key: item[key] for key in keys}
-            if "tools" in item:  # the calls that are expected
-                row["expected"] = parse(item["expected"][0]) or "none"
-            items.setdefault(str(item.get("suite", "")), []).append(row)
+            items.setdefault(str(item.get("suite", "")), []).append({k: item[k] for k in keys})
     except (ValueError, LookupError, TypeError):  # one is invalid
         items = {}
     kept = []
@@ -310,8 +309,8 @@ def _with_questions(
         # What the build called it.
         by_file = PurePosixPath(str(suite.get("data"))).stem if several else ""
         name = str(suite.get("name") or by_file)
-        asked = items.get(name)
-        if not asked or suite.get("metric", "contains") not in _METRICS:
+        asked, metric = items.get(name), str(suite.get("metric", "contains"))
+        if not asked or metric not in _METRICS:
             progress.warn(
                 "the image's evaluation cannot be repeated: the new recipe has no `evaluate`"
                 if not several
@@ -319,14 +318,15 @@ def _with_questions(
             )
             continue
         data = f"eval-{number}.jsonl" if several else "eval.jsonl"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
-        (folder / data).write_text(text, "utf-8")
         try:
-            metric = str(suite.get("metric", "contains"))
+            if metric == "tool-call":  # answers have the expected calls as text
+                asked = [{**row, "expected": parse(row["expected"][0]) or "none"} for row in asked]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
+            (folder / data).write_text(text, "utf-8")
             check_metric(metric, read_items(folder / data, metric))
-        except UsageError as error:
+        except (UsageError, ValueError, LookupError, TypeError) as error:
             raise InputRefused(
-                f"the image's evaluation has invalid questions: {error.message[:300]}",
+                f"the image's evaluation has invalid questions: {str(error)[:300]}",
                 hint="do not use the image, or build from its sources with your own recipe",
             ) from None
         named = {"name": name} if name else {}
