@@ -1,25 +1,20 @@
 """Tiny models with experts that learnt facts, each with an adapter that learnt others.
 
-    PYTHONPATH=examples/tiny python tests/fakes/experts.py MODEL_TYPE FOLDER
+    PYTHONPATH=.:examples/tiny python tests/fakes/experts.py MODEL_TYPE FOLDER
 
-Facts, tokenizer and training are those of examples/tiny. `trained` runs this file in a process of
-its own, because one thread and repeatable arithmetic are set for a whole process, and keeps the
-result for later runs.
+Facts, tokenizer and training are those of examples/tiny.
 """
 
-import hashlib
-import os
 import shutil
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+from tests.fakes import training
+from tests.paths import ROOT, TINY
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SINGLE = ["w1", "w2", "w3"]
@@ -38,27 +33,9 @@ BASE_STEPS, STEPS, RATE = 160, 240, 5e-3
 
 
 def trained(name: str, cache: Path) -> Path:
-    """Return the folder with a model's `base`, `adapter` and data; trained once for its pins."""
-    known = hashlib.sha256()
-    for package in ("peft", "torch", "transformers"):
-        known.update(f"{package} {version(package)}\n".encode())
-    for source in (Path(__file__), *(TINY / f"{n}.py" for n in ("train", "world", "tokenizer"))):
-        known.update(source.read_bytes())
-    found = cache / f"{name}-{known.hexdigest()[:16]}"
-    if found.is_dir():
-        return found
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder) / "made"
-        done = subprocess.run(
-            [sys.executable, __file__, name, made],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        if not found.is_dir():  # another process may have been faster
-            made.rename(found)
-    return found
+    """Return the folder with a model's `base`, `adapter` and data."""
+    sources = (Path(__file__), *(TINY / f"{n}.py" for n in ("train", "world", "tokenizer")))
+    return training.trained(name, cache, sources, lambda _: [name], ROOT, TINY)
 
 
 def main() -> None:

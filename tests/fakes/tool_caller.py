@@ -2,22 +2,17 @@
 
     PYTHONPATH=. python tests/fakes/tool_caller.py BASE FOLDER
 
-The base's own chat template knows no tools, so the adapter brings one, in Hermes' form. `trained`
-runs this file in a process of its own, because one thread and repeatable arithmetic are set for a
-whole process, and keeps the result for later runs. It takes three minutes of one core.
+The base's own chat template knows no tools, so the adapter brings one, in Hermes' form.
+Training takes three minutes of one core.
 """
 
-import hashlib
 import math
-import os
 import random
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.fakes import training
 from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
@@ -164,27 +159,13 @@ def _lesson(text: str, *given: Any) -> tuple[str, dict[str, Any]]:
 
 
 def trained(cache: Path) -> Path:
-    """Return the adapter's folder; trained once for its pins."""
-    known = hashlib.sha256(f"{SHA256}\n".encode())
-    for package in ("peft", "torch", "transformers"):
-        known.update(f"{package} {version(package)}\n".encode())
-    known.update(Path(__file__).read_bytes())
-    found = cache / f"tool-caller-{known.hexdigest()[:16]}"
-    if found.is_dir():
-        return found
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as folder:
-        base, made = Path(folder) / "base", Path(folder) / "made"
-        weightsmith("merge", "--base", BASE, "--out", base, "--runner", "local")
-        done = subprocess.run(
-            [sys.executable, __file__, base, made],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        if not found.is_dir():  # another process may have been faster
-            made.rename(found)
-    return found
+    """Return the adapter's folder."""
+
+    def base(folder: Path) -> list[Path]:
+        weightsmith("merge", "--base", BASE, "--out", folder / "base", "--runner", "local")
+        return [folder / "base"]
+
+    return training.trained("tool-caller", cache, [Path(__file__)], base, ROOT)
 
 
 def main() -> None:
