@@ -112,7 +112,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker("full")
     if part := config.getoption("part"):
         number, parts = map(int, part.split("/"))
-        drawn = [zlib.crc32(item.nodeid.encode()) % parts == number - 1 for item in items]
+        # In turn within a file, so that its long tests are spread over the parts.
+        turns = {path: zlib.crc32(path.name.encode()) for path in {item.path for item in items}}
+        drawn = []
+        for item in items:
+            turns[item.path] += 1
+            drawn.append(turns[item.path] % parts == number - 1)
         config.hook.pytest_deselected(items=[*compress(items, map(not_, drawn))])
         items[:] = compress(items, drawn)
 

@@ -297,6 +297,8 @@ def _with_questions(
     items: dict[str, list[dict[str, Json]]] = {}
     try:
         for item in parse(parts[0].read(), largest=PART)["items"] if parts else ():
+            if not isinstance(item, dict):
+                raise TypeError("a question is no object")
             keys = ["messages" if "messages" in item else "prompt", "expected"]
             keys += [key for key in ("choices", "tolerance", "tools") if key in item]
             items.setdefault(str(item.get("suite", "")), []).append({k: item[k] for k in keys})
