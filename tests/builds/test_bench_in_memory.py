@@ -9,9 +9,11 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from weightsmith.cli.commands import _facts
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.bench_files import read_results
+from weightsmith.evaluating.pages import write_comparison
 
 from tests.fakes.bench_results import aiperf, guidellm, write
 from tests.fakes.fleet import GOOD, Q4, run, write_fleet
@@ -102,6 +104,17 @@ def test_met_limits_pass(memory: Memory, bench: Any) -> None:
     assert found["here"]
     assert found["requests"] == 40
     assert memory.record()["stages"]["bench"]["cached"] is False
+
+
+def test_it_is_printed_and_compared(memory: Memory, bench: Any) -> None:
+    bench(device=CPU, max_ttft_p95_ms=60_000)
+    facts: Any = _facts(memory.build()["llamacpp-q4_k_m"])
+    pages = write_comparison(memory.results(), memory.results(), memory.folder / "compared")
+    rows = pages.markdown.read_text("utf-8").splitlines()
+
+    assert facts["bench"] == memory.record()["bench"]
+    assert f"| speed measured on | {CPU} | {CPU} | the same |" in rows
+    assert any(row.startswith("| first token, p95, ms |") for row in rows)
 
 
 def test_it_is_measured_anew_in_each_build(memory: Memory, bench: Any) -> None:

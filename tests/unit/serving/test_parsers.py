@@ -90,10 +90,13 @@ def test_what_the_engine_lacks_is_refused(options, says):
         planned(PLAIN, options=replace(GPU, **options))
 
 
-def test_an_engine_that_reads_calls_itself_has_nothing_to_choose():
-    with pytest.raises(UsageError, match="has no parsers to choose from"):
-        rendered("llamacpp-q4_k_m", tool_parser="hermes")
-    assert rendered("llamacpp-q4_k_m", tool_parser="none")
+def test_an_engine_that_reads_calls_itself_says_that_it_does_not_use_a_parser():
+    named, none = (rendered("llamacpp-q4_k_m", tool_parser=one) for one in ("hermes", "none"))
+    said = "serve.tool_parser is for other targets: llama.cpp's server reads calls and thoughts"
+    said += " itself"
+    assert said in named.plan.notes
+    assert said not in none.plan.notes
+    assert named.command == none.command
 
 
 @pytest.mark.parametrize("target", ["vllm", "sglang"])

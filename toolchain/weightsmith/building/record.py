@@ -50,6 +50,7 @@ from weightsmith.evaluating.results import (
     verdict_of,
     verdicts_of,
 )
+from weightsmith.evaluating.speed import Speed
 from weightsmith.oci.image import Image, host_image
 from weightsmith.provenance.attest import index_of_materials, items_of
 from weightsmith.provenance.bills import license_of
@@ -77,6 +78,8 @@ class BuiltTarget:
     report: Path
     started: str = ""
     """The platform whose image was started and tested; "" if none was."""
+    bench: Speed | None = None
+    """How fast the image is; None if the recipe does not ask."""
 
     @property
     def scores(self) -> Scores:
@@ -150,6 +153,7 @@ class Record:
             stages=self.run.records(of),
             report=self._write(published, of.folder, ""),
             started=trial.started,
+            bench=self.run.have.get(self.target.bench),
         )
 
     def names_published(self) -> bool:

@@ -86,6 +86,7 @@ def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
             for one, verdict in zip(built.results, verdicts_of(built.results), strict=True)
         ],
         "verdicts": [v.facts for result in built.results for v in result.verdicts],
+        "bench": built.bench.to_json() if built.bench else None,
         "forms": {
             kind: {key: getattr(form, key) for key in _OF_A_FORM}
             for kind, form in built.forms.items()

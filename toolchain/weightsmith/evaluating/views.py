@@ -514,6 +514,13 @@ def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, object]]:
     rows.append(_numbers("of it in layers that both have", [shared, shared], human, note=False))
     for key, name in (("max_num_seqs", "requests at once"), ("max_model_len", "tokens a request")):
         rows.append(_row(name, [str((one.plan or {}).get(key, _NOTHING)) for one in both]))
+    speeds = [one.bench or Speed(image="") for one in both]
+    if any(one.figures for one in speeds):
+        rows.append(_row("speed measured on", [one.machine or _NOTHING for one in speeds]))
+    for key, (name, unit) in FIGURES.items():
+        values = [next((f.value for f in one.figures if f.name == key), None) for one in speeds]
+        if values != [None, None]:
+            rows.append(_numbers(f"{name}, {unit}" if unit else name, values, spelled))
     return rows
 
 

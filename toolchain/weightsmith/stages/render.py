@@ -109,9 +109,9 @@ def render(
     engine = target.engine
     for key in ("tool_parser", "reasoning_parser"):
         if getattr(options, key) not in ("", NONE) and not engine.has_parsers:
-            raise UsageError(
-                f"serve.{key}: {engine.title} has no parsers to choose from",
-                hint="leave it out; it is for vLLM and SGLang",
+            notes = (
+                *notes,
+                f"serve.{key} is for other targets: {engine.title} reads calls and thoughts itself",
             )
     size = projector.size if projector else 0
     options = replace(options, format=target.format, projector_bytes=size)
