@@ -6,6 +6,7 @@ from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.models.facts import read_facts
 from weightsmith.models.shape import cache_layers
+from weightsmith.models.task import of_class
 from weightsmith.serving import llamacpp, vllm
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import ServeOptions
@@ -69,7 +70,8 @@ def test_what_no_target_serves_is_refused_by_its_kind_whatever_else_is_wrong():
 def test_a_folder_of_sentence_transformers_gives_vectors_whatever_its_class(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     check_served(read_facts(tmp_path))
-    (tmp_path / "modules.json").write_text("[]")
+    row = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    (tmp_path / "modules.json").write_text(json.dumps([row]))
 
     with pytest.raises(InputRefused, match=r"gives vectors, says its modules\.json"):
         check_served(read_facts(tmp_path))
@@ -103,7 +105,7 @@ def test_classes_are_told_apart_as_transformers_does():
     others -= {*of_transformers("SEQ_TO_SEQ_CAUSAL_LM"), "FlaubertWithLMHeadModel"}
 
     def task(name):
-        return facts({"architectures": [name]}).other_task
+        return of_class(name)[1]
 
     assert {name for name in continue_texts if task(name)} == set()
     assert {name for name in others - continue_texts if not task(name)} == set()

@@ -20,6 +20,13 @@ from weightsmith.core.safe_parse import SMALL, json_object, read_bytes
 from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_config import gguf_config
 from weightsmith.models.shape import ModelShape, has_states_alone
+from weightsmith.models.task import (
+    NO_SENTENCES,
+    ModelTask,
+    SentenceTransformers,
+    read_sentence_transformers,
+    task_of,
+)
 from weightsmith.models.templates import own_template
 
 _STATEFUL = re.compile(
@@ -27,24 +34,9 @@ _STATEFUL = re.compile(
     "|global_head_dim|global_key_value|kv_shared|attn_layer|hybrid|cross_attention|compress|rwkv"
     "|hyena|per_layer_config|^swa_"
 )
-_SENTENCE_TRANSFORMERS = "modules.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _KEPT = 1 << 20
 """Bytes of configurations whose facts stay in memory for who asks next."""
-_GENERATES = re.compile(
-    r"For(?:CausalLM|ConditionalGeneration|BlockDiffusion)|(?<!BERT)LMHead|Chat|Omni(?:Model|_)"
-    r"|Ultravox|DecoderModel"
-)
-"""In names of classes that continue texts."""
-_TASKS = (
-    (r"For\w*Classification|ForMultipleChoice|ForNextSentence|Reward", "gives scores"),
-    (r"ForMaskedLM|ForPreTraining|BERTLMHead", "fills gaps in texts"),
-    (r"ForQuestionAnswering", "marks an answer in a text"),
-    (r"For(?:CTC|RNNT|TDT)$", "writes down speech"),
-    (r"For[A-Z]", "is for something else than to continue texts"),
-    (r"(?:Model|Encoder|Backbone|Transformer|BERT)$|bert|^t5encoder$|-embedding$", "gives vectors"),
-)
-"""Pattern in the name of a class, or of a GGUF file's architecture -> what such models do."""
 _Part = TypeVar("_Part")
 _LENGTHS = (
     "max_position_embeddings",
@@ -213,8 +205,6 @@ class ModelFacts:
     encoder_decoder: bool
     states_alone: bool
     """Whether no layer attends: it has states in place of keys and values, as Mamba and RWKV do."""
-    gives_vectors: bool
-    """Whether a file says that sentence-transformers makes vectors of its outputs."""
     sees_images: bool
     text_architecture: str
     """The language model's own class, or the model's."""
@@ -238,16 +228,14 @@ class ModelFacts:
     tokenizer_class: str
     tokenizer_length: int
     """The tokenizer's limit in tokens; 0 for none."""
+    read_task: ModelTask | InputRefused
     read_shape: ModelShape | InputRefused
     read_matrices: Matrices | InputRefused
 
     @property
-    def other_task(self) -> str:
-        """What the model's class does instead of continuing texts; "" for one that does."""
-        name = self.architecture
-        if not name or _GENERATES.search(name):
-            return ""
-        return next((what for pattern, what in _TASKS if re.search(pattern, name)), "")
+    def task(self) -> ModelTask:
+        """What it is asked for; raises InputRefused if files that say so are invalid."""
+        return _checked(self.read_task)
 
     @property
     def shape(self) -> ModelShape:
@@ -271,7 +259,7 @@ class ModelFacts:
         tokenizer: Mapping[str, JsonValue] | None = None,
         *,
         describes_images: bool = False,
-        gives_vectors: bool = False,
+        sentence: SentenceTransformers | InputRefused = NO_SENTENCES,
         chat_template: str = "",
     ) -> ModelFacts:
         """Return the facts in a config.json and a tokenizer_config.json."""
@@ -285,7 +273,6 @@ class ModelFacts:
             text_model_type=str(text.get("model_type") or config.get("model_type") or ""),
             encoder_decoder=bool(config.get("is_encoder_decoder")),
             states_alone=has_states_alone(text),
-            gives_vectors=gives_vectors,
             sees_images=isinstance(config.get("vision_config"), Mapping),
             text_architecture=_architecture(config.get("text_config")) or architecture,
             vision_architecture=_architecture(config.get("vision_config")) or architecture,
@@ -300,6 +287,9 @@ class ModelFacts:
             chat_template=chat_template,
             tokenizer_class=str(settings.get("tokenizer_class") or ""),
             tokenizer_length=whole(settings.get("model_max_length")),
+            read_task=sentence
+            if isinstance(sentence, InputRefused)
+            else _read(lambda: task_of(config, sentence)),
             read_shape=shape,
             read_matrices=shape
             if isinstance(shape, InputRefused)
@@ -315,10 +305,8 @@ def read_facts(path: Path) -> ModelFacts:
     if path.suffix == ".gguf" and not path.is_dir():
         return ModelFacts.of(gguf_config(path))
     config = read_bytes(path / "config.json", SMALL)
-    present: dict[str, bool] = {
-        "describes_images": any((path / name).is_file() for name in _PROCESSORS),
-        "gives_vectors": (path / _SENTENCE_TRANSFORMERS).is_file(),
-    }
+    images = any((path / name).is_file() for name in _PROCESSORS)
+    sentence = _read(lambda: read_sentence_transformers(path))
     try:
         tokenizer = read_bytes(path / "tokenizer_config.json", SMALL)
     except InputRefused:
@@ -329,12 +317,17 @@ def read_facts(path: Path) -> ModelFacts:
         template = ""  # whoever needs it says why
     size = len(config) + len(tokenizer) + len(template)
     read = _facts if size <= _KEPT else _facts.__wrapped__
-    return read(path, config, tokenizer, template, **present)
+    return read(path, config, tokenizer, template, images, sentence)
 
 
 @lru_cache(maxsize=8)
 def _facts(
-    path: Path, config: bytes, tokenizer: bytes, template: str, **present: bool
+    path: Path,
+    config: bytes,
+    tokenizer: bytes,
+    template: str,
+    describes_images: bool,
+    sentence: SentenceTransformers | InputRefused,
 ) -> ModelFacts:
     """Return the facts in files with this content; a build asks for them ten times."""
     try:
@@ -342,7 +335,13 @@ def _facts(
     except InputRefused:
         settings = None
     model = json_object(config, str(path / "config.json"), unique=True)
-    return ModelFacts.of(model, settings, chat_template=template, **present)
+    return ModelFacts.of(
+        model,
+        settings,
+        describes_images=describes_images,
+        sentence=sentence,
+        chat_template=template,
+    )
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:

@@ -94,8 +94,7 @@ def check_served(model: ModelFacts) -> None:
             " planned, started and tested as the server of a decoder",
             hint=_DONE_HERE,
         )
-    what = "gives vectors, says its modules.json," if model.gives_vectors else model.other_task
-    if what:
+    if what := model.task.does:
         raise InputRefused(
             f"{name} {what}, and no target serves such a model: an image here is planned, started"
             " and tested as a server that continues text",

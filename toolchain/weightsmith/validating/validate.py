@@ -27,6 +27,7 @@ from weightsmith.forward.views import require_finite
 from weightsmith.forward.walk import Count, DoesNotRun, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
 from weightsmith.models.facts import read_facts
+from weightsmith.models.task import of_class
 from weightsmith.validating import probes
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
@@ -187,7 +188,7 @@ def _compare(
 def _model(request: ValidationRequest, findings: list[Finding]) -> Model:
     """Return the merged model without weights."""
     facts, kind = read_facts(request.base), ""
-    if facts.other_task:  # transformers would load only a part of it, such as a decoder
+    if of_class(facts.architecture)[1]:  # transformers would load a part of it
         kind = facts.architecture
     elif facts.encoder_decoder:
         kind = f"{facts.architecture or 'the model'}, an encoder with a decoder,"
