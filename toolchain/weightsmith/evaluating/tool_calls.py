@@ -3,7 +3,7 @@
 References answer in text, as the model wrote it; a server returns calls that its parser found. Both
 are judged alike, so these readers read the forms that models write (the marks are those of
 `serving/parsers.py`). Where a server's text still holds a call, its parser has failed, and not the
-model.
+model. References do not go through the engine's parser, which would hide its faults.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """AWQ and GPTQ by our own walk, with one decoder layer in memory at a time.
 
+AutoAWQ and GPTQModel load the whole model, and begin anew after a kill; both stay as formats of
+their own.
+
 Only inputs are in the key: these results are multiplied in float32 by the machine's own libraries,
 in an order that threads and CPUs decide, so another machine's may differ. An image's digest covers
 the actual bytes.
