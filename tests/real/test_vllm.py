@@ -6,7 +6,7 @@ With `-s` the differences are printed.
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,13 @@ from weightsmith.quantizers.architectures import DENSE
 from weightsmith.quantizers.packed import PackedView
 from weightsmith.recipe.user_config import RunOptions
 
+from tests import vllm_parts
 from tests.fakes.decoders import make_dense
 from tests.fakes.started import weightsmith
 from tests.paths import TINY
 
-TOKENS = 256
+# Tokens at random: nothing is memorised, so that every weight has its say.
+IDS = torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,12 @@ def test_log_probabilities_are_those_of_the_dequantized_checkpoint(
 ) -> None:
     target, facts = built
     layout = Path(facts["image"].removeprefix("oci:"))
-    # Tokens at random: nothing is memorised, so that every weight has its say.
-    ids = torch.randint(5, 500, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
-    compare(target, layout, weights_of(layout, tmp_path), ids, FORMATS[target])
+    compare(target, served(layout, IDS), weights_of(layout, tmp_path), FORMATS[target])
 
 
-def compare(name: str, layout: Path, model: Path, ids: list[int], allowed: Allowed) -> None:
-    """Hold what the started image says of the tokens against the model read by us."""
-    expected = reference(model, ids)
-    found = served(layout, ids)
+def compare(name: str, found: list[float], model: Path, allowed: Allowed) -> None:
+    """Hold what vLLM says of the tokens against the model read by us."""
+    expected = reference(model, IDS)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     mean = abs(math.fsum(found) - math.fsum(expected)) / len(found)
     nats = -math.fsum(found) / len(found)
@@ -177,14 +176,22 @@ def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
 CASES = [(name, kind) for name in sorted(DENSE) for kind in ("fp8", "w8a8", "gptq", "awq")]
 
 
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """vLLM's packages in one process: an image of them would be packed and started per model."""
+    root = tmp_path_factory.mktemp("engine")
+    with vllm_parts.answering(Path(__file__).with_name("text_engine.py"), root) as ask:
+        yield ask
+
+
 @pytest.mark.parametrize(("architecture", "kind"), CASES)
 def test_every_architectures_numbers_are_the_files(
-    tmp_path: Path, architecture: str, kind: str
+    engine: Callable[..., Any], tmp_path: Path, architecture: str, kind: str
 ) -> None:
     model = make_dense(tmp_path / "model", architecture, hidden=256)
-    packed, layout = tmp_path / "packed", tmp_path / "layout"
+    packed = tmp_path / "packed"
     weightsmith("quantize", "--model", model, "--format", kind, "--no-gate", "--out", packed,
                 "--runner", "local")  # fmt: skip
-    weightsmith("bake", "--model", packed, "--target", f"vllm-{kind}", "--layout", layout)
-    ids = torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(3)).tolist()
-    compare(f"{architecture} {kind}", layout, packed, ids, FORMATS[f"vllm-{kind}"])
+    found = engine({"model": str(packed), "ids": IDS})
+    assert isinstance(found, list), found
+    compare(f"{architecture} {kind}", found, packed, FORMATS[f"vllm-{kind}"])
