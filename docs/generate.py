@@ -283,15 +283,22 @@ def _commands() -> Iterator[str]:
     yield "## Flags of several commands\n\nEach command names those that it has.\n"
     yield _FLAGS
     yield from map(_as_row, common)
+    first = {row: name for name in reversed(names) for row in rows[name]}
     for name in names:
         yield f"\n## {name}\n\n{inspect.getdoc(namespace[name].body)}\n"
         own = [row for row in rows[name] if row not in common]
-        also = ", ".join(f"`{row[0]}`" for row in rows[name] if row in common)
-        if own:
+        if any(first[row] == name for row in own):
             yield _FLAGS
-            yield from map(_as_row, own)
+            yield from (_as_row(row) for row in own if first[row] == name)
             yield ""
-        yield f"Also {also}."
+        for other in sorted({first[row] for row in own} - {name}):
+            same = [row for row in own if first[row] == other]
+            yield f"As in [{other}](#{other}): {_named(same)}.\n"
+        yield f"Also {_named([row for row in rows[name] if row in common])}."
+
+
+def _named(flags: Iterable[tuple[str, str, str]]) -> str:
+    return ", ".join(f"`{flag[0]}`" for flag in flags)
 
 
 _FLAGS = "| flag | meaning |\n|---|---|"
@@ -304,7 +311,8 @@ def _flag_row(argument: Argument) -> tuple[str, str, str]:
     name = argument.name.upper() if argument.positional else to_flag(argument.name)
     default = argument.default if argument.default not in (None, [], "") else ""
     shown = "" if default in ("", False, "0", "0.0") else f"; default `{default}`"
-    return name, "*" if argument.kind is list else "", _oneline(argument.help) + shown
+    meaning = _oneline(argument.help).removesuffix("; repeat for several") + shown
+    return name, "*" if argument.kind is list else "", meaning
 
 
 def _as_row(flag: tuple[str, str, str]) -> str:
