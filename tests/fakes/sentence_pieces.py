@@ -10,12 +10,12 @@ from transformers import GemmaTokenizer, LlamaTokenizer
 
 from tests.paths import ROOT
 
-TEXT = ROOT / "LICENSE"
+TEXT = ROOT / "docs" / "design.md"
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
 
 
 def train(kind: str, size: int = 500) -> SentencePieceProcessor:
-    """Return byte pairs of about `size` pieces, learnt from a text that does not change."""
+    """Return byte pairs of about `size` pieces, learnt from our own documentation."""
     gemma = kind == "gemma"
     numbers = (0, 1, 2, 3) if gemma else (-1, 2, 1, 0)
     model, text = io.BytesIO(), TEXT.read_text("utf-8")

@@ -24,6 +24,8 @@ from weightsmith.evaluating.gate import (
     judge_drop,
     mcnemar,
     paired_interval,
+    score_interval,
+    sign_flips,
     too_few,
     wilson,
 )
@@ -305,3 +307,82 @@ def test_with_nothing_to_lose_nothing_is_shown(right: int, max_drop: float) -> N
     reasons = doubted(max_drop, base=score(0), adapter=score(right), image=score(right))
 
     assert "an image without a right answer would pass" in reasons[0]
+
+
+def graded(*values: float, guess: float | None = None) -> Score:
+    more = {} if guess is None else {"guess": guess}
+    rows = [
+        {"prompt": str(n), "answer": "…", "ok": value == 1, "value": value, **more}
+        for n, value in enumerate(values)
+    ]
+    share = sum(values) / len(values)
+    return Score(score=share, n=len(values), metric="embedding", per_item=tuple(rows))
+
+
+def test_scores_of_right_and_wrong_alone_are_judged_as_ever() -> None:
+    right, wrong = graded(1.0, 1.0, 0.0, 1.0), graded(1.0, 0.0, 1.0, 0.0)
+    found = compare(wrong.values, right.values)
+    assert found == compare([True, False, True, False], [True, True, False, True])
+    assert (found.lost, found.won, found.p) == (2, 1, mcnemar(2, 1))
+    assert found.interval == paired_interval(2, 1, 4)
+
+
+@pytest.mark.slow
+def test_the_randomization_test_is_that_of_scipy() -> None:
+    import numpy as np
+    from scipy.stats import permutation_test
+
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        changes = draw.normal(0.1, 0.3, 10)
+        expected = permutation_test(
+            (changes,), np.mean, permutation_type="samples", n_resamples=np.inf
+        )
+        assert sign_flips(changes.tolist()) == pytest.approx(expected.pvalue)
+    many = draw.normal(0.03, 0.2, 200)
+    drawn = permutation_test(
+        (many,), np.mean, permutation_type="samples", n_resamples=20_000, rng=draw
+    )
+    assert sign_flips(many.tolist()) == pytest.approx(drawn.pvalue, abs=0.02)
+
+
+def test_the_interval_holds_losses_that_are_rare() -> None:
+    """Of nDCG, where a query in thirty loses most of its score, and the others nothing."""
+    draw, held = random.Random(0), 0
+    for _ in range(400):
+        changes = [draw.uniform(0.5, 1) if draw.random() < 1 / 30 else 0.0 for _ in range(30)]
+        low, high = compare([1 - change for change in changes], [1.0] * 30).interval
+        held += low <= 0.75 / 30 <= high
+    assert held >= 0.95 * 400
+    low, high = compare([1.0] * 3, [1.0] * 3).interval
+    assert high > 0.3, "three queries that did not change show next to nothing"
+
+
+def test_a_graded_score_has_an_interval_by_its_spread() -> None:
+    alike, spread = graded(*[0.5] * 40), graded(*[0.0, 1.0] * 20)
+    narrow, wide = score_interval(alike), score_interval(spread)
+    assert narrow[0] > wide[0]
+    assert wide == pytest.approx(wilson(20, 40), abs=0.01)
+
+
+def test_a_graded_drop_is_judged_and_its_worst_questions_are_named() -> None:
+    before, now = graded(*[0.9] * 30), graded(*[0.9] * 28, 0.2, 0.3)
+    verdict = judge_drop("image", now, "adapter", before, Rule(max_drop=0.01))
+    assert not verdict.passed
+    assert "0.043 below base + adapter" in verdict.reason
+    assert verdict.hint.startswith("'28' now gives '… (0.200)', was '… (0.900)'; '29' now gives")
+    assert judge_drop("image", now, "adapter", before, Rule(max_drop=0.05)).passed
+
+
+def test_where_the_base_lacks_the_head_guessing_stands_for_it() -> None:
+    """A gate that whoever has not read the texts would pass proves nothing."""
+    rule = Rule(max_drop=0.05)
+    known = graded(*[1.0] * 300, guess=0.4)
+    scores = {"adapter": known, "merged": known, "image": known}
+    assert inconclusive_reasons(scores, rule) == ()
+    guessed = graded(*[1.0] * 300, guess=0.96)
+    scores = {"adapter": guessed, "merged": guessed, "image": guessed}
+    (reason,) = inconclusive_reasons(scores, rule)
+    assert reason.startswith("who has not read the texts scores 0.960")
+    few = {who: graded(*[1.0] * 4, guess=0.4) for who in ("adapter", "merged", "image")}
+    assert any("not significantly more than" in one for one in inconclusive_reasons(few, rule))

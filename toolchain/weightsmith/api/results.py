@@ -77,7 +77,10 @@ class Evaluation:
     interval: tuple[float, float]
     """Of 95 %."""
     per_item: tuple[Mapping[str, Json], ...]
-    """Each question's `prompt`, `expected`, `answer` and `ok`."""
+    """Each question's `prompt`, `expected`, `answer` and `ok`; `value`, from 0 to 1, if it is more
+    than right or wrong."""
+    figures: Mapping[str, float]
+    """Other measures of the same answers, such as macro-F1 or recall."""
     comparison: Mapping[str, Json]
     """With `against`, how it compares with the earlier result; else {}."""
     warnings: tuple[str, ...]

@@ -40,7 +40,7 @@ from weightsmith.evaluating.build_record import (
     read_build,
     recorded,
 )
-from weightsmith.evaluating.gate import wilson
+from weightsmith.evaluating.gate import score_interval
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import (
     Result,
@@ -363,10 +363,15 @@ def _suite(result: Result, verdict: str, reasons: tuple[str, ...]) -> SuiteRecor
         ),
         scores={
             name: ScoreRecord(
-                score=s.score, n=s.n, metric=s.metric, interval=(round(low, 6), round(high, 6))
+                score=s.score,
+                n=s.n,
+                metric=s.metric,
+                interval=(round(low, 6), round(high, 6)),
+                graded=s.graded,
+                figures=s.figures,
             )
             for name, s in result.scores.items()
-            for low, high in [wilson(round(s.score * s.n), s.n)]
+            for low, high in [score_interval(s)]
         },
         verdicts=tuple(VerdictRecord.from_json(dict(one.facts)) for one in result.verdicts),
         verdict=verdict,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.json_objects import read_exactly
@@ -205,17 +205,25 @@ class ValidateJob(_OfAdapters):
     mixture: CombinationRule | None
 
 
+Pooled: TypeAlias = Literal["", "vectors", "label", "word-labels", "relevance"]
+"""What models that do not chat say of texts: a vector for each; a label; a label for each word; a
+number for each document of a query. Empty for models that answer in words."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One question of a task, without the answers that count as right."""
 
     messages: Chat
+    """A text that gets a vector is one message, whose role is `query` or `document`."""
     choices: tuple[str, ...] = ()
     """Answers to choose from."""
     plain: bool = False
     """The choices continue the one message as text, without a chat template."""
     tools: str = ""
     """Tools that the model may call, as JSON; the answer then keeps its special tokens."""
+    parts: tuple[str, ...] = ()
+    """Words of the text that get labels, or documents of the query."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +255,9 @@ class AskedTask:
     questions: tuple[Question, ...]
     max_tokens: int
     """Maximum length of an answer."""
+    pooled: Pooled = ""
+    prompts: tuple[str, str] = ("", "")
+    """Put before queries and documents that get vectors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

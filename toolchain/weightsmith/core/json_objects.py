@@ -61,7 +61,7 @@ class JsonObject:
             value = getattr(self, one.name)
             if is_inline(one):
                 found |= value.to_json() if value is not None else {}
-            elif not (is_omitted(one) and value == one.default):
+            elif not (is_omitted(one) and value == _default(one)):
                 found[one.name] = _written(value)
         return found
 
@@ -72,6 +72,10 @@ def read_exactly(kind: type[_Value], value: JsonValue, place: str = "") -> _Valu
     Every field must be there, and nothing else. A `JsonObject` inside is read by its own rules.
     """
     return cast("_Value", _read(kind, value, place, exact=True))
+
+
+def _default(one: Field[Any]) -> object:
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def is_inline(one: Field[object]) -> bool:

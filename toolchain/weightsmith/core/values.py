@@ -342,6 +342,25 @@ class Score:
     n: int
     metric: str
     per_item: tuple[Mapping[str, Json], ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Other measures of the same answers, such as macro-F1, which nothing is judged by."""
+    vectors: tuple[str, ...] = ()
+    """Of texts, float32 in base64, to compare with those of another model; not recorded."""
+
+    @property
+    def graded(self) -> bool:
+        """Whether items are more than right or wrong: they have a `value` from 0 to 1."""
+        return any("value" in row for row in self.per_item)
+
+    @property
+    def values(self) -> list[float]:
+        """Each item's score."""
+        return [value_of(row) for row in self.per_item]
+
+
+def value_of(row: Mapping[str, Json]) -> float:
+    """Return an item's score, from 0 to 1."""
+    return float(row.get("value", bool(row["ok"])))
 
 
 Scores: TypeAlias = Mapping[str, Score]

@@ -133,7 +133,16 @@ class ScoreRecord(JsonObject):
     n: int
     metric: str
     interval: tuple[float, float] | None = field(default=None, metadata=OMITTED)
-    """95 %, Wilson."""
+    """95 %: Wilson's, or Agresti and Coull's of a `graded` score."""
+    graded: bool = field(default=False, metadata=OMITTED)
+    """Whether questions are more than right or wrong, as with nDCG."""
+    figures: Mapping[str, float] = field(default_factory=dict, metadata=OMITTED)
+    """Other measures of the same answers, such as macro-F1 or recall."""
+
+    @property
+    def right(self) -> int | None:
+        """Number of right answers; None if there is no such number."""
+        return round(self.score * self.n) if self.n and not self.graded else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +153,11 @@ class DropRecord(JsonObject):
     interval: tuple[float, float]
     """95 %, Bonett and Price."""
     lost: int
-    """Answers that were right and are wrong now."""
+    """Answers that were right and are wrong now, or are worse."""
     won: int
     n: int
     p: float
-    """McNemar's exact test."""
+    """McNemar's exact test; of graded scores, Fisher's randomization test."""
     p_adjusted: float | None = field(default=None, metadata=OMITTED)
     """The same, adjusted by Holm's method for the other suites."""
 
@@ -188,6 +197,8 @@ class SamenessRecord(JsonObject):
     same: int
     n: int
     differences: tuple[DifferenceRecord, ...] = ()
+    cosine: tuple[float, float] | None = field(default=None, metadata=OMITTED)
+    """Of vectors, with the reference's of the same texts: the mean and the smallest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

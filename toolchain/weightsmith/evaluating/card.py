@@ -71,6 +71,8 @@ class CardSuite(JsonObject):
     score: float | None = field(default=None, metadata=OMITTED)
     who: str = field(default="", metadata=OMITTED)
     """Whose score it is."""
+    interval: tuple[float, float] | None = field(default=None, metadata=OMITTED)
+    graded: bool = field(default=False, metadata=OMITTED)
 
     @property
     def said(self) -> str:
@@ -80,9 +82,11 @@ class CardSuite(JsonObject):
         if self.score is None:
             return text
         right = round(self.score * self.n)
-        low, high = wilson(right, self.n)
-        who = LABELS.get(self.who, self.who)
-        return f"{text}: {right} right by {who} ({low:.2f} to {high:.2f})"
+        low, high = self.interval or wilson(right, self.n)
+        who, said = LABELS.get(self.who, self.who), f"{right} right"
+        if self.graded:
+            said = f"{self.score:.3f}"
+        return f"{text}: {said} by {who} ({low:.2f} to {high:.2f})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +136,14 @@ class ModelCard:
         front["tags"] = ["weightsmith", *(["gguf"] if gguf else [])]
         rows = []
         for who, score in self.scores.items():
-            right = round(score.score * score.n)
-            low, high = score.interval or wilson(right, score.n)
-            shown = {"right": right, "n": score.n, "score": score.score, "low": low, "high": high}
+            low, high = score.interval or wilson(round(score.score * score.n), score.n)
+            shown = {
+                "right": score.right,
+                "n": score.n,
+                "score": score.score,
+                "low": low,
+                "high": high,
+            }
             rows.append({"who": LABELS.get(who, who), "metric": score.metric, **shown})
         return {
             "card": self,
@@ -239,6 +248,8 @@ def _suite(suite: SuiteRecord) -> CardSuite:
         n=score.n,
         metric=score.metric,
         against=rule.against,
+        interval=score.interval,
+        graded=score.graded,
     )
 
 

@@ -184,13 +184,7 @@ def ask(
     response is truncated, too large or from another model.
     """
     answer = session.post(served.path, served.body(item, max_tokens))
-    said = answer.get("model")
-    if isinstance(said, str) and said != served.name:
-        rest = said.removeprefix(served.name)
-        if rest == said or not _DATED.fullmatch(rest):
-            raise session.failed(
-                served.path, f"requested model {served.name!r}, but {said!r} answered"
-            )
+    require_model(session, served.path, answer, served.name)
     try:
         choice = answer["choices"][0]
         text = served.text(choice)
@@ -207,6 +201,15 @@ def ask(
         **_found_by_parsers(choice, item, served),
         **({"prompt_tokens": counted} if type(counted) is int else {}),
     }
+
+
+def require_model(session: ServerSession, path: str, answer: Mapping[str, Json], name: str) -> None:
+    """Raise CheckFailed if an answer says that another model gave it."""
+    said = answer.get("model")
+    if isinstance(said, str) and said != name:
+        rest = said.removeprefix(name)
+        if rest == said or not _DATED.fullmatch(rest):
+            raise session.failed(path, f"requested model {name!r}, but {said!r} answered")
 
 
 def _found_by_parsers(choice: Json, item: Item, served: Served) -> Mapping[str, JsonValue]:
@@ -339,9 +342,9 @@ class KeptAnswers:
         """Return what asks only questions without an answer, and writes each answer down."""
 
         def asked(item: Item) -> Mapping[str, JsonValue]:
-            tools = [item.tools] if item.tools else []
+            more = [one for one in (item.tools, item.parts) if one]
             chat = [dict(m) for m in item.messages]
-            key = key_of([about, chat, item.choices, item.plain, *tools])
+            key = key_of([about, chat, item.choices, item.plain, *more])
             if key in self._found:
                 return self._found[key]
             began = time.monotonic()

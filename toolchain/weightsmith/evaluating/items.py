@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,10 @@ class Item:
     """For metric `numeric`: how far this answer may be off; empty: as far as the suite says."""
     plain: bool = False
     """True for a single prompt: metric `choice` continues it without a chat template."""
+    parts: tuple[str, ...] = ()
+    """For `label`, the words that have a label each; for `rerank`, the documents."""
+    grades: tuple[tuple[str, float], ...] = ()
+    """For `embedding` and `rerank`: the relevant documents, by id or index, and how relevant."""
 
     @property
     def prompt(self) -> str:
@@ -66,8 +71,10 @@ def _read(path: Path, metric: str, _content: bytes) -> tuple[Item, ...]:
     items: list[Item] = []
     asked: dict[str, int] = {}
     for number, value in _lines(path):
-        item = _item(value, number, f"{path}:{number}", metric)
-        asks = [[dict(message) for message in item.messages], item.choices, item.tools]
+        where = f"{path}:{number}"
+        pooled = _POOLED.get(metric)
+        item = pooled(value, number, where) if pooled else _item(value, number, where, metric)
+        asks = [[dict(message) for message in item.messages], item.choices, item.tools, item.parts]
         key = json.dumps(asks, sort_keys=True)
         if key in asked:
             raise UsageError(
@@ -95,7 +102,8 @@ def sample(items: Sequence[Item], limit: int) -> tuple[Item, ...]:
     def place(number: int) -> str:
         item = items[number]
         tools = [item.tools] if item.tools else []
-        return key_of([[dict(m) for m in item.messages], list(item.choices), *tools])
+        more = [*tools, *([list(item.parts)] if item.parts else [])]
+        return key_of([[dict(m) for m in item.messages], list(item.choices), *more])
 
     chosen = sorted(range(len(items)), key=place)[:limit]
     return tuple(items[number] for number in sorted(chosen))
@@ -244,3 +252,175 @@ def _text(value: JsonValue, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{where}: {name} is not a non-empty string", hint=_SHAPE)
     return value
+
+
+_LABEL = (
+    'a line is {"text": "…", "expected": "LABEL"} or {"words": ["…", …], "expected": ["LABEL", …]}'
+)
+_EMBEDDING = (
+    'a line is {"query": "…", "expected": ["ID", …]} or {"query": "…", "expected": {"ID": 2}}'
+)
+_RERANK = (
+    'a line is {"query": "…", "documents": ["…", "…"], "expected": 0}, where expected is the index'
+    ' of the relevant one, a list of them, or {"INDEX": GRADE}'
+)
+_CORPUS = 'a line is {"id": "…", "text": "…"}, and may have a "title"'
+_MOST_PARTS = 1000
+_MOST_DOCUMENTS = 50_000
+_MOST_LETTERS = 64 << 20
+
+
+def _label_item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
+    """Return a text with its label, or words with a label each."""
+    expected = value.get("expected")
+    listed = expected if isinstance(expected, list) else [expected]
+    labels = [_given(label, "a label of expected", where, _LABEL) for label in listed]
+    if "words" not in value:
+        text = _one_of(value, ("text", "prompt"), where, _LABEL)
+        if not labels:
+            raise UsageError(f"{where}: expected has no label", hint=_LABEL)
+        return _pooled(text, number, expected=tuple(labels))
+    words = _texts(value["words"], "words", where, _LABEL)
+    if any(word.split() != [word] for word in words):
+        raise UsageError(f"{where}: a word of words has white space in it", hint=_LABEL)
+    if len(labels) != len(words):
+        raise UsageError(
+            f"{where} has {len(words)} words and {len(labels)} labels", hint="give each word one"
+        )
+    return _pooled(" ".join(words), number, expected=tuple(labels), parts=words)
+
+
+def _embedding_item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
+    """Return a query with the ids of its relevant documents."""
+    query = _one_of(value, ("query", "prompt"), where, _EMBEDDING)
+    grades = _grades(value.get("expected"), where, _EMBEDDING)
+    return _pooled(query, number, expected=tuple(dict(grades)), grades=grades)
+
+
+def _rerank_item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
+    """Return a query with documents, and the indices of the relevant ones."""
+    query = _one_of(value, ("query", "prompt"), where, _RERANK)
+    documents = _texts(value.get("documents"), "documents", where, _RERANK)
+    if len(set(documents)) < max(2, len(documents)):
+        raise UsageError(
+            f"{where}: fewer than two documents, or duplicates", hint="list each document once"
+        )
+    grades = _grades(value.get("expected"), where, _RERANK)
+    for index, _ in grades:
+        if not index.isdecimal() or int(index) >= len(documents):
+            raise UsageError(
+                f"{where}: expected {index!r} is not the index of a document",
+                hint=f"give an index from 0 to {len(documents) - 1}",
+            )
+    return _pooled(query, number, expected=tuple(dict(grades)), parts=documents, grades=grades)
+
+
+_POOLED: Mapping[str, Callable[[Mapping[str, JsonValue], int, str], Item]] = {
+    "label": _label_item,
+    "embedding": _embedding_item,
+    "rerank": _rerank_item,
+}
+"""Metrics of models that do not chat -> what reads their lines."""
+
+
+def _pooled(
+    text: str,
+    number: int,
+    *,
+    expected: tuple[str, ...],
+    parts: tuple[str, ...] = (),
+    grades: tuple[tuple[str, float], ...] = (),
+) -> Item:
+    messages = ({"role": "user", "content": text},)
+    return Item(
+        messages=messages, expected=expected, line=number, plain=True, parts=parts, grades=grades
+    )
+
+
+def _one_of(value: Mapping[str, JsonValue], names: Sequence[str], where: str, shape: str) -> str:
+    found = [name for name in names if name in value]
+    if len(found) != 1:
+        raise UsageError(f"{where} has {' and '.join(found) or f'no {names[0]}'}", hint=shape)
+    return _given(value[found[0]], found[0], where, shape)
+
+
+def _texts(value: JsonValue, name: str, where: str, shape: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not 0 < len(value) <= _MOST_PARTS:
+        raise UsageError(f"{where}: {name} is not a list of 1 to {_MOST_PARTS} texts", hint=shape)
+    return tuple(_given(one, f"one of {name}", where, shape) for one in value)
+
+
+def _given(value: JsonValue, name: str, where: str, shape: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{where}: {name} is not a non-empty string", hint=shape)
+    return value
+
+
+def _grades(value: JsonValue, where: str, shape: str) -> tuple[tuple[str, float], ...]:
+    """Return the relevant documents with their grades, the most relevant first."""
+    rows = value if isinstance(value, dict) else None
+    if rows is None:
+        rows = {}
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool) or not isinstance(one, str | int) or str(one) in rows:
+                raise UsageError(
+                    f"{where}: expected does not name documents, each once", hint=shape
+                )
+            rows[str(one)] = 1
+    found = {}
+    for key, grade in rows.items():
+        number = isinstance(grade, int | float) and not isinstance(grade, bool)
+        if not number or not 0 <= grade <= 1000 or not math.isfinite(grade):
+            raise UsageError(
+                f"{where}: {str(grade)[:60]!r} is no grade of a document",
+                hint="give a number from 0, not relevant, to 1000",
+            )
+        if grade > 0:
+            found[key] = float(grade)
+    if not found:
+        raise UsageError(f"{where}: expected names no relevant document", hint=shape)
+    return tuple(sorted(found.items(), key=lambda row: (-row[1], row[0])))
+
+
+def read_corpus(path: Path) -> tuple[tuple[str, str], ...]:
+    """Return the documents of a corpus in order: id, and the title before the text.
+
+    Raises UsageError with file and line for invalid lines and ids that occur twice, and for a file
+    without documents or with too many.
+    """
+    found: dict[str, str] = {}
+    letters = 0
+    for number, value in _lines(path):
+        where = f"{path}:{number}"
+        key = value.get("id", value.get("_id"))
+        if isinstance(key, int) and not isinstance(key, bool):
+            key = str(key)
+        key = _given(key, "id", where, _CORPUS)
+        if key in found:
+            raise UsageError(f"{where}: another document has the id {key!r}", hint="remove one")
+        title = value.get("title") or ""
+        texts = [title] if isinstance(title, str) and title.strip() else []
+        found[key] = " ".join([*texts, _given(value.get("text"), "text", where, _CORPUS)])
+        letters += len(found[key])
+        if len(found) > _MOST_DOCUMENTS or letters > _MOST_LETTERS:
+            raise UsageError(
+                f"{path} has more than {_MOST_DOCUMENTS} documents or {_MOST_LETTERS >> 20} MiB",
+                hint="take a part of the corpus: the relevant documents and some others",
+            )
+    if len(found) < 2:
+        raise UsageError(f"{path} has fewer than two documents", hint=_CORPUS)
+    return tuple(found.items())
+
+
+def check_documents(
+    items: Sequence[Item], corpus: Sequence[tuple[str, str]], path: str, corpus_path: str
+) -> None:
+    """Raise UsageError with file and line of a question whose document the corpus lacks."""
+    known = {key for key, _ in corpus}
+    for item in items:
+        for key, _ in item.grades:
+            if key not in known:
+                raise UsageError(
+                    f"{path}:{item.line}: expected {key!r} is no document of {corpus_path}",
+                    hint="add it to the corpus, or correct the id",
+                )

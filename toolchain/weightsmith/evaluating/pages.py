@@ -199,11 +199,13 @@ def _compared(questions: Sequence[views.Asked]) -> dict[str, object]:
             "reasons": ["the two images were evaluated on different questions"],
         }
     found = compare(
-        [one.ok["image"] for one in questions], [one.ok["adapter"] for one in questions]
+        [one.value["image"] for one in questions], [one.value["adapter"] for one in questions]
     )
     low, high = found.interval
+    graded = any(value not in {0, 1} for one in questions for value in one.value.values())
+    lost = "better in A than in B" if graded else "right in A and wrong in B"
     reason = (
-        f"over {found.n} questions, {found.lost} are right in A and wrong in B, {found.won} the"
+        f"over {found.n} questions, {found.lost} are {lost}, {found.won} the"
         f" other way; the drop from A to B is {found.drop:.3f}, {low:.3f} to {high:.3f} with 95 %"
         f" confidence, p={found.p:.2g}"
     )

@@ -31,7 +31,7 @@ from weightsmith.evaluating.gate import (
 )
 from weightsmith.evaluating.items import read_items, read_prompts, sample
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.evaluating.task import Task
+from weightsmith.evaluating.task import Task, task_with
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Suite
 
@@ -109,14 +109,7 @@ def task_of(
     everything = read_items(file.folder / settings.data, settings.metric)
     check_metric(settings.metric, everything, settings.data)
     items = sample(everything, settings.limit)
-    task = Task(
-        items=items,
-        metric=settings.metric,
-        max_tokens=settings.max_tokens,
-        command=settings.command,
-        tolerance=settings.tolerance,
-        name=name,
-    )
+    task = task_with(settings, items, settings.data, file.folder, name)
     of = len(everything) if len(items) < len(everything) else 0
     return RecipeTask(task=task, settings=settings, of=of, adapter=adapter)
 
@@ -336,8 +329,18 @@ def sameness(scores: Scores) -> Mapping[str, SamenessRecord]:
             same=len(rows) - len(others),
             n=len(rows),
             differences=others,
+            cosine=_cosine(reference, scores[who]),
         )
     return found
+
+
+def _cosine(reference: Score, score: Score) -> tuple[float, float] | None:
+    if not reference.vectors or len(reference.vectors) != len(score.vectors):
+        return None
+    from weightsmith.evaluating.ranking import cosines_of  # with numpy
+
+    found = cosines_of(reference.vectors, score.vectors)
+    return (round(sum(found) / len(found), 6), round(min(found), 6)) if found else None
 
 
 def _difference(

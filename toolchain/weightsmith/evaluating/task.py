@@ -8,22 +8,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.jobs import Question
+from weightsmith.core.jobs import Pooled, Question
 from weightsmith.core.ports import Progress, RunCommand
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Digest, Json, JsonValue, Score, key_of
 from weightsmith.evaluating.client import Ask, KeptAnswers, Refusals, Served, ask, ask_all
-from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.items import Item, check_documents, read_corpus
 from weightsmith.evaluating.likelihood import Scorer, choose, scorer
 from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.pooling_client import PoolingClient
 from weightsmith.evaluating.session import ServerSession
+from weightsmith.models.task import ModelTask, SentenceTransformers
+from weightsmith.recipe.schema import Scoring
 
 Answers = tuple[Mapping[str, JsonValue], ...]
 """One per item, in order: `answer` and further facts, such as `finish_reason`."""
 
 _COMMAND_SECONDS = 3600.0
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+_POOLED: Mapping[str, Pooled] = {"embedding": "vectors", "rerank": "relevance"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +45,42 @@ class Task:
     """How far a number may be off, for metric `numeric`: `0.5` or `2%`."""
     name: str = ""
     """The task's name, if a build has several."""
+    corpus: tuple[tuple[str, str], ...] = ()
+    """For metric `embedding`: id and text of each document."""
+    recall_at: int = 10
+    query_prompt: str | None = None
+    """Put before each query; None: what sentence-transformers' files say."""
+    document_prompt: str | None = None
+
+    @property
+    def pooled(self) -> Pooled:
+        """What a model that does not chat is asked for."""
+        if self.metric == "label":
+            return "word-labels" if self.items[0].parts else "label"
+        return _POOLED.get(self.metric, "")
+
+    @cached_property
+    def texts(self) -> tuple[Item, ...]:
+        """What is asked one by one: the questions; for vectors, queries and then documents."""
+        if self.pooled != "vectors":
+            return self.items
+        both = (
+            ("query", [item.prompt for item in self.items]),
+            ("document", dict(self.corpus).values()),
+        )
+        return tuple(
+            Item(messages=({"role": role, "content": text},), expected=(), line=0, plain=True)
+            for role, texts in both
+            for text in texts
+        )
 
     @cached_property
     def digest(self) -> Digest:
         """Key of the questions, without expected answers: changing those needs no new run."""
+        if self.pooled:
+            prompts = [self.query_prompt, self.document_prompt]
+            texts: JsonValue = [[dict(one.messages[0]), one.parts] for one in self.texts]
+            return key_of([self.pooled, texts, prompts])
         asked: list[JsonValue] = [[dict(m) for m in item.messages] for item in self.items]
         if any(item.tools for item in self.items):
             return key_of([asked, [item.tools for item in self.items]])
@@ -55,14 +93,20 @@ class Task:
         """The task's questions for a job that asks a checkpoint."""
         return tuple(
             Question(
-                messages=item.messages, choices=item.choices, plain=item.plain, tools=item.tools
+                messages=item.messages,
+                choices=item.choices,
+                plain=item.plain,
+                tools=item.tools,
+                parts=item.parts,
             )
-            for item in self.items
+            for item in self.texts
         )
 
     @property
     def most_tokens(self) -> int:
         """Upper estimate of tokens read and written: one per character."""
+        if self.pooled:
+            return sum(self.lengths)
         letters = [
             sum(len(str(m["content"])) for m in item.messages) + len(item.tools)
             for item in self.items
@@ -74,11 +118,57 @@ class Task:
             )
         return sum(letters) + self.max_tokens * len(self.items)
 
+    def prompts(self, model: ModelTask | None = None) -> tuple[str, str]:
+        """Return what is put before queries and before documents, by itself or by the model.
+
+        sentence-transformers takes the prompts of these names, else the default one
+        (`encode_query` and `encode_document`, 5.0).
+        """
+        found = []
+        for own, names in ((self.query_prompt, _QUERY), (self.document_prompt, _DOCUMENT)):
+            sentence = model.sentence if model else SentenceTransformers()
+            known = dict(sentence.prompts)
+            named = next((name for name in names if known.get(name)), sentence.default_prompt)
+            found.append(known.get(named, "") if own is None else own)
+        return found[0], found[1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters of each text that a model which does not chat reads at once."""
+        texts = (
+            (item.prompt, item.parts if self.pooled == "relevance" else ()) for item in self.texts
+        )
+        return [len(text) + len(part) for text, parts in texts for part in (parts or ("",))]
+
     def answers_of(self, answers: Json) -> Answers:
         """Return a job's answers; for metric `choice`, the most likely choices."""
         if self.metric == "choice":
             return tuple(choose(i, s) for i, s in zip(self.items, answers, strict=True))
         return tuple(answers)
+
+
+def task_with(
+    settings: Scoring, items: Sequence[Item], data: str, folder: Path, name: str = ""
+) -> Task:
+    """Return the task of a suite's settings and its questions, which are from the file `data`.
+
+    Raises UsageError for a corpus, whose path starts from the folder.
+    """
+    documents = read_corpus(folder / settings.corpus) if settings.corpus else ()
+    if documents:
+        check_documents(items, documents, data, settings.corpus)
+    return Task(
+        items=tuple(items),
+        metric=settings.metric,
+        max_tokens=settings.max_tokens,
+        command=settings.command,
+        tolerance=settings.tolerance,
+        name=name,
+        corpus=documents,
+        recall_at=settings.recall_at,
+        query_prompt=settings.query_prompt,
+        document_prompt=settings.document_prompt,
+    )
 
 
 def ask_server(
@@ -89,21 +179,34 @@ def ask_server(
     *,
     concurrency: int = 1,
     kept: KeptAnswers | None = None,
+    model: ModelTask | None = None,
 ) -> Answers:
     """Return a server's answers in order, but ask for none that is `kept`.
+
+    `model` is what is known of one that does not chat: its prompts, and its labels.
 
     A question that the server refuses, or answers at too great a length, has an `error`, and counts
     as answered wrongly. Raises CheckFailed if the server fails, or refuses all questions.
     """
     answer: Ask = partial(ask, session, served, max_tokens=task.max_tokens)
+    about: JsonValue = [served.name, served.path, task.max_tokens]
     if task.metric == "choice":
         score = scorer(session, served)
         answer = partial(_choice, score)
+    elif task.pooled:
+        client = PoolingClient(
+            session=session,
+            name=served.name,
+            pooled=task.pooled,
+            prompts=task.prompts(model),
+            labels=model.labels if model else (),
+        )
+        answer, about = client.ask, [served.name, task.pooled, *client.prompts]
     if kept:
-        answer = kept.around(answer, [served.name, served.path, task.max_tokens])
+        answer = kept.around(answer, about)
     refusals = Refusals()
     asked = refusals.around(answer)
-    answers = ask_all(task.items, asked, progress, concurrency=concurrency)
+    answers = ask_all(task.texts, asked, progress, concurrency=concurrency)
     refusals.require_an_answer()
     return answers
 
@@ -122,6 +225,16 @@ def score_task(
 
     Raises CheckFailed for a program that fails or prints no valid result.
     """
+    if task.pooled:
+        from weightsmith.evaluating import ranking  # with numpy, which a command may not need
+
+        match task.pooled:
+            case "vectors":
+                return ranking.score_vectors(answers, task.items, task.corpus, task.recall_at)
+            case "relevance":
+                return ranking.score_orders(answers, task.items)
+            case _:
+                return ranking.score_labels(answers, task.items)
     if task.metric != "command":
         return score_answers(answers, task.items, task.metric, task.tolerance)
     output = run(

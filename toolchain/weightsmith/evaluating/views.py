@@ -105,7 +105,8 @@ def sameness(task: SuiteRecord) -> list[dict[str, object]]:
     for who, same in task.sameness.items():
         known = [one.margin for one in same.differences if one.margin is not None]
         ends = dict.fromkeys(f"{end:.2g}" for end in (min(known), max(known))) if known else ()
-        rows.append({"label": LABELS[who], **same.to_json(), "margins": " to ".join(ends)})
+        row = {"label": LABELS[who], **same.to_json(), "margins": " to ".join(ends)}
+        rows.append({**row, "cosine": same.cosine})
     return rows
 
 
@@ -123,7 +124,8 @@ def score_rows(task: SuiteRecord) -> list[dict[str, object]]:
                 "label": LABELS[path],
                 "score": facts.score,
                 "n": facts.n,
-                "right": round(facts.score * facts.n),
+                "right": facts.right,
+                "figures": [f"{n} {spelled(v)}" for n, v in facts.figures.items()],
                 "interval": (low, high),
                 "at": _percent(facts.score),
                 "from": _percent(low),
@@ -347,6 +349,8 @@ class Asked:
     expected: Sequence[str]
     said: Mapping[str, str]
     ok: Mapping[str, bool]
+    value: Mapping[str, float]
+    """Everyone's score, from 0 (wrong) to 1 (right)."""
 
 
 def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
@@ -357,6 +361,7 @@ def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
             expected=[str(text) for text in item["expected"]],
             said={path: _said(item, path) for path in _PATHS if path in item},
             ok={path: bool(right) for path, right in item["ok"].items()},
+            value={**item["ok"], **item.get("value", {})},
         )
         for item in items
     ]
@@ -364,8 +369,12 @@ def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
 
 def _said(item: Mapping[str, Json], path: str) -> str:
     """Return an answer, with what went wrong at the server."""
-    error, fault = (item.get(key, {}).get(path) for key in ("error", "parser"))
-    return f"(no answer: {error})" if error else f"{item[path]}" + (f" ({fault})" if fault else "")
+    keys = ("error", "parser", "value")
+    error, fault, value = (item.get(key, {}).get(path) for key in keys)
+    if error:
+        return f"(no answer: {error})"
+    graded = "" if value is None else f" ({float(value):.3f})"
+    return f"{item[path]}{graded}" + (f" ({fault})" if fault else "")
 
 
 def shared_questions(first: BuildRecord, second: BuildRecord) -> list[Asked]:
@@ -381,6 +390,7 @@ def shared_questions(first: BuildRecord, second: BuildRecord) -> list[Asked]:
             expected=now.expected,
             said={"adapter": was.said["image"], "image": now.said["image"]},
             ok={"adapter": was.ok["image"], "image": now.ok["image"]},
+            value={"adapter": was.value["image"], "image": now.value["image"]},
         )
         for was, now in pairs
         if was is not None
@@ -409,7 +419,7 @@ class AnswerRow:
     worded: bool
     wrong: bool
     lost: bool
-    """Whether image or dequantized weights are wrong where the adapter was right."""
+    """Whether image or dequantized weights are worse than the adapter was."""
 
 
 def answer_rows(
@@ -421,8 +431,8 @@ def answer_rows(
         said: dict[tuple[str, bool], list[str]] = {}
         for path, text in one.said.items():
             said.setdefault((text, one.ok.get(path, False)), []).append(path)
-        before = one.ok.get("adapter", one.ok.get("base", True))
-        served = one.ok.get("image", one.ok.get("dequantized"))
+        before = one.value.get("adapter", one.value.get("base", 1.0))
+        served = one.value.get("image", one.value.get("dequantized"))
         rows.append(
             AnswerRow(
                 number=number,
@@ -432,10 +442,10 @@ def answer_rows(
                     Said([(names or {}).get(path, path) for path in who], ok, _cut(text, longest))
                     for (text, ok), who in said.items()
                 ],
-                changed=len({one.ok[path] for path in _PATHS[1:] if path in one.ok}) > 1,
+                changed=len({one.value[path] for path in _PATHS[1:] if path in one.value}) > 1,
                 worded=len({text for (text, _), who in said.items() if who != ["base"]}) > 1,
-                wrong=not (one.ok.get("merged", True) if served is None else served),
-                lost=before and served is not None and not served,
+                wrong=(one.value.get("merged", 1.0) if served is None else served) < 1,
+                lost=served is not None and served < before,
             )
         )
     return rows

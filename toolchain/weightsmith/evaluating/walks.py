@@ -14,7 +14,15 @@ from functools import reduce
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, Input, ReferenceJob, Virtual
+from weightsmith.core.jobs import (
+    AskedModel,
+    AskedTask,
+    AskedWalk,
+    Input,
+    Pooled,
+    ReferenceJob,
+    Virtual,
+)
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
@@ -30,6 +38,7 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.evaluating.task import Task
 from weightsmith.forward.memory import (
+    BATCH_TOKENS,
     VIEWS,
     LayerTime,
     WalkSize,
@@ -41,6 +50,7 @@ from weightsmith.forward.memory import (
 )
 from weightsmith.models.facts import read_facts
 from weightsmith.models.shape import ModelShape
+from weightsmith.models.task import Kind, ModelTask, read_task
 from weightsmith.models.templates import TEMPLATE_FILES, TOKENIZER_FILES
 
 BUILDER = "merge"
@@ -53,6 +63,8 @@ _TEMPLATE_TOKENS = 32
 _MOST_BYTES = 128 << 20
 """Of the answers of one job: a part of what is read of its result."""
 _PER_TOKEN, _PER_ANSWER = 24, 200
+_PER_VECTOR = 6 * 1024
+"""Of a thousand numbers."""
 _TOKENIZER = 6
 """Bytes in memory for one of a tokenizer's files."""
 _MOST_UNITS = 256
@@ -78,8 +90,71 @@ class EvaluatedModel:
         return self.weights or tuple(adapter.weight for adapter in self.adapters)
 
 
-def subjects(sources: Sources, adapter: int | None) -> Mapping[str, EvaluatedModel]:
+_KINDS: Mapping[Pooled, Kind] = {
+    "vectors": "embed",
+    "label": "classify",
+    "relevance": "rerank",
+    "word-labels": "token-classify",
+}
+"""What is asked -> the kind of model that says it."""
+_ASKED = {
+    "embed": "embedding",
+    "classify": "label",
+    "rerank": "rerank",
+    "token-classify": "label, with words",
+}
+"""Kind of model -> the metric that is for it."""
+
+
+def model_task(sources: Sources) -> ModelTask:
+    """Return what base and adapters are together, by the first adapter that changes it."""
+    base = sources.base.tree.texts
+    alone = read_task(base)
+    tasks = (read_task(base, one.snapshot.tree.texts) for one in sources.adapters)
+    return next((one for one in tasks if one != alone), alone)
+
+
+def check_fits(task: Task, sources: Sources, data: str) -> None:
+    """Raise InputRefused if a task's metric is not for this model, or a label is none of its own.
+
+    `data` is the file of its questions.
+    """
+    model, wanted = model_task(sources), _KINDS.get(task.pooled, "generate")
+    if model.kind != wanted and (task.pooled or model.kind in _ASKED):
+        what = f"a model that {model.does}" if model.does else "a model that generates text"
+        fits = _ASKED.get(model.kind, "of answers in words")
+        raise InputRefused(
+            f"{data}: metric {task.metric} is not for {what}",
+            hint=f"use a metric for it ({fits}), or leave the suite out",
+        )
+    if task.metric != "label":
+        return
+    if model.problem == "multi_label_classification":
+        raise InputRefused(
+            f"{data}: the model gives a text several labels, and metric label is for one",
+            hint="leave the suite out",
+        )
+    for item in task.items:
+        for label in item.expected:
+            if label not in model.labels:
+                more = f" and {len(model.labels) - 8} more" if model.labels[8:] else ""
+                raise InputRefused(
+                    f"{data}:{item.line}: the model has no label {label!r}",
+                    hint=f"its labels are {', '.join(model.labels[:8])}{more}",
+                )
+
+
+def has_head(base: Tree, pooled: Pooled) -> bool:
+    """Return whether a base can say by itself what is asked; any model can give vectors."""
+    return pooled in {"", "vectors"} or read_task(base.texts).kind == _KINDS[pooled]
+
+
+def subjects(
+    sources: Sources, adapter: int | None, pooled: Pooled = ""
+) -> Mapping[str, EvaluatedModel]:
     """Return the models that answer a task before merging: `base`, and `adapter` if there is one.
+
+    A base without the head that the answers come from is left out.
 
     `adapter` is the number of the adapter that the task belongs to, used at full weight; None means
     all adapters together. All are asked alike: a tokenizer or chat template that an adapter brings
@@ -90,19 +165,17 @@ def subjects(sources: Sources, adapter: int | None) -> Mapping[str, EvaluatedMod
         return {"base": EvaluatedModel(model=base)}
     used = sources.adapters if adapter is None else (sources.adapters[adapter],)
     speakers = used if any(_voice(one.snapshot.tree) - _voice(base) for one in used) else ()
-    return {
-        "base": EvaluatedModel(model=base, speakers=speakers),
-        "adapter": EvaluatedModel(
-            model=base, adapters=used, weights=None if adapter is None else (1.0,)
-        ),
-    }
+    tuned = EvaluatedModel(model=base, adapters=used, weights=None if adapter is None else (1.0,))
+    if not has_head(base, pooled):
+        return {"adapter": tuned}
+    return {"base": EvaluatedModel(model=base, speakers=speakers), "adapter": tuned}
 
 
 def with_merged(
     task: RecipeTask, sources: Sources, checkpoint: Checkpoint
 ) -> Mapping[str, EvaluatedModel]:
     """Return the same for a task of a recipe, and `merged`, if anything was merged."""
-    found = dict(subjects(sources, task.adapter))
+    found = dict(subjects(sources, task.adapter, task.task.pooled))
     if checkpoint.digest != sources.base.digest:
         found["merged"] = EvaluatedModel(model=checkpoint.tree, computed=checkpoint.computed)
     return found
@@ -154,7 +227,7 @@ def asked_of(subjects: Mapping[str, EvaluatedModel], task: Task) -> Unit:
         AskedSubject(name=name, key=str(inputs(one, task).key), subject=one, task=task)
         for name, one in subjects.items()
     )
-    if task.metric == "choice":
+    if task.metric == "choice" or task.pooled:
         return found
     like = next((one.key for one in found if one.name == "adapter"), "")
     return tuple(replace(one, draft=like) if one.name == "merged" else one for one in found)
@@ -172,6 +245,12 @@ def once(units: Iterable[Unit], known: Iterable[str] = ()) -> Iterator[Unit]:
 
 def task_walk(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> WalkSize:
     """Return what runs side by side when so many models are asked a task."""
+    if task.pooled:  # which keeps no state: a batch after another
+        lengths = task.lengths
+        letters = min(sum(lengths), max(BATCH_TOKENS * LETTERS, *lengths))
+        return WalkSize(
+            views=views, rows=1, tokens=letters // LETTERS + 1, adapter_bytes=adapter_bytes
+        )
     rows, letters = len(task.items), task.most_tokens
     if task.metric == "choice":  # one by one: the longest question with its longest choice
         rows, letters = (
@@ -216,10 +295,10 @@ def walks(units: Iterable[Unit], shape: ModelShape | None, budget: int) -> list[
     """
     found: list[list[Unit]] = []
     together = WalkSize(views=0, rows=0, tokens=0)
-    for unit in sorted(units, key=_chooses):
+    for unit in sorted(units, key=_kind):
         alone = walk_of(unit)
         both = joint_walk(together, alone)
-        alike = bool(found) and _chooses(found[-1][0]) == _chooses(unit)
+        alike = bool(found) and _kind(found[-1][0]) == _kind(unit)
         if alike and shape and all_at_once(shape, both, budget):
             found[-1].append(unit)
             together = both
@@ -231,6 +310,11 @@ def walks(units: Iterable[Unit], shape: ModelShape | None, budget: int) -> list[
 
 def _chooses(unit: Unit) -> bool:
     return unit[0].task.metric == "choice"
+
+
+def _kind(unit: Unit) -> tuple[bool, bool]:
+    """Return what units in one walk have in common."""
+    return bool(unit[0].task.pooled), _chooses(unit)
 
 
 def memory_limit(size: int) -> int:
@@ -267,6 +351,8 @@ def shape_of(model: Path) -> ModelShape | None:
 
 def steps_of(task: Task) -> int:
     """Return how many tokens a model answers a task with, at most."""
+    if task.pooled:
+        return 1
     return len(task.items) * max(1, task.max_tokens)
 
 
@@ -318,6 +404,8 @@ def job_of(
                 models=tuple(_model(one, places, keys, known) for one in together),
                 questions=together[0].task.questions,
                 max_tokens=together[0].task.max_tokens,
+                pooled=together[0].task.pooled,
+                prompts=_prompts(together[0]),
             )
             for together in alike.values()
         )
@@ -341,12 +429,20 @@ def job_of(
     )
 
 
+def _prompts(one: AskedSubject) -> tuple[str, str]:
+    """Return what is put before queries and documents, as the model's own files say."""
+    if one.task.pooled != "vectors":
+        return "", ""
+    return one.task.prompts(read_task(one.subject.model.texts))
+
+
 def _readable(units: Sequence[Unit]) -> Iterator[Unit]:
     """Yield the first units, of which one result may have all answers."""
     size = 0
     for number, unit in enumerate(units):
         task = unit[0].task
-        size += len(unit) * len(task.items) * (_PER_ANSWER + _PER_TOKEN * task.max_tokens)
+        each = _PER_VECTOR if task.pooled == "vectors" else _PER_TOKEN * task.max_tokens
+        size += len(unit) * len(task.texts) * (_PER_ANSWER + each)
         if number and (size > _MOST_BYTES or number == _MOST_UNITS):
             return
         yield unit

@@ -251,7 +251,11 @@ def _is_answered(one: _Shared, seen: Foresight, tools: Tools) -> bool:
         task_of(one.build.file, check_section(Suite, asked, "evaluate")).task
         for asked in one.questions
     )
-    return all(tools.store.find(references.inputs(base, task).key) for task in tasks)
+    return all(
+        tools.store.find(references.inputs(base, task).key)
+        for task in tasks
+        if references.has_head(base.model, task.pooled)
+    )
 
 
 def _cell_task(

@@ -21,6 +21,7 @@ for memory."""
 NAMED = (
     ("evaluate", "data"),
     ("evaluate", "training"),
+    ("evaluate", "corpus"),
     ("validate", "probes"),
     ("calibration", "data"),
     ("quantize", "imatrix"),
@@ -48,7 +49,8 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
         for part, key in sections
         if isinstance(part, dict) and str(part.get(key) or "") not in WORDS
     ]
-    asked = [(one, key) for one in questions for key in ("data", "training") if one.get(key)]
+    keys = [key for section, key in NAMED if section == "evaluate"]
+    asked = [(one, key) for one in questions for key in keys if one.get(key)]
     for part, key in (*named, *asked):
         path = Path(str(part[key]))
         try:

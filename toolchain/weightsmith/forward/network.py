@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,12 +33,24 @@ _CONFIG_HINT = (
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
-def skeleton(root: Path) -> Model:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a network ends in, if not in the logits of tokens."""
+
+    kind: str
+    """The name of one of transformers' auto classes, such as AutoModelForSequenceClassification."""
+    labels: tuple[str, ...] = ()
+    """Of its outputs, if it has any of its own."""
+
+
+def skeleton(root: Path, head: Head | None = None) -> Model:
     """Return the folder's model in float32 with every parameter missing but real buffers.
 
     A missing parameter is one NaN expanded to the parameter's shape, so that using it by mistake
-    gives NaN. Raises InputRefused if transformers cannot build what config.json describes.
+    gives NaN. Without a `head` it is one that generates text. Raises InputRefused if transformers
+    cannot build what config.json describes.
     """
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -46,6 +59,11 @@ def skeleton(root: Path) -> Model:
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         kind: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        if head:
+            kind = getattr(transformers, head.kind)
+            if head.labels:
+                config.id2label = dict(enumerate(head.labels))
+                config.label2id = {label: number for number, label in enumerate(head.labels)}
         with _without_memory(), _nothing_drawn():
             model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     set_missing(model)
@@ -103,10 +121,10 @@ def set_missing(model: Model) -> None:
                 setattr(module, name, missing(parameter.shape))
 
 
-def skeleton_with_weights(root: Path) -> tuple[Model, Weights]:
+def skeleton_with_weights(root: Path, head: Head | None = None) -> tuple[Model, Weights]:
     """Return the folder's model, with no weights but its buffers, and the weights in its files."""
     check_model_folder(root)
-    model = skeleton(root)
+    model = skeleton(root, head)
     weights = Weights(root, model)
     for name, buffer in model.named_buffers():
         if weights.has(name):

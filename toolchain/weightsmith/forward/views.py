@@ -25,6 +25,7 @@ from weightsmith.forward.heads import multiplied
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Key, Lockstep
 from weightsmith.forward.network import (
+    Head,
     base_name,
     fill_while_running,
     is_missing,
@@ -61,9 +62,45 @@ def view(
     return model
 
 
+def view_with_head(
+    checkpoint: Path,
+    adapters: Sequence[tuple[Path, float]],
+    head: Head,
+    lockstep: Lockstep,
+    number: int,
+) -> Model:
+    """Return the same of a model that ends in another head, which an adapter may bring.
+
+    What it returns is not checked.
+    """
+    model, weights = skeleton_with_weights(checkpoint, head)
+    names = lacking(model, weights)
+    model = with_adapters(model, adapters) if adapters else model
+    replaced = _replaced(model)
+    require_no_more(checkpoint, [name for name in names if name not in replaced])
+    stream(model, weights, lockstep, number, [*replaced.values()])
+    return model
+
+
+def _replaced(model: Model) -> dict[str, nn.Module]:
+    """Return the parameters of modules that an adapter replaces as wholes, with these modules."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        own = getattr(module, "original_module", None)
+        if isinstance(own, nn.Module) and getattr(module, "modules_to_save", None):
+            names = (base_name(f"{path}.{name}") for name, _ in own.named_parameters())
+            found |= dict.fromkeys(names, own)
+    return found
+
+
 def require_complete(checkpoint: Path, model: Model, weights: Weights) -> None:
     """Raise InputRefused if a checkpoint lacks a tensor of its architecture."""
-    if names := lacking(model, weights):
+    require_no_more(checkpoint, lacking(model, weights))
+
+
+def require_no_more(checkpoint: Path, names: Sequence[str]) -> None:
+    """Raise InputRefused if these tensors, which a checkpoint lacks, are any."""
+    if names:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise InputRefused(
             f"{checkpoint} has no tensor {names[0]}{more}, which its architecture needs",

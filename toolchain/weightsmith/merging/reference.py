@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -68,16 +68,16 @@ class UnmergedModel:
         return self.model
 
     @property
-    def source(self) -> Path:
+    def source(self) -> Hashable:
         """The folder, whose matrices are read once for all subjects."""
         return self.model
 
     def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return the model with its weights in files; raise InputRefused if one is missing."""
         check_model_folder(self.model)
-        with _loading(self.adapters):
+        with loading(self.adapters):
             network = view(self.model, self.adapters, lockstep, number)
-        _weigh(network, [weight for _, weight in self.adapters])
+        weigh(network, [weight for _, weight in self.adapters])
         return network
 
     def whole(self) -> Model:
@@ -288,14 +288,14 @@ def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Model:
         network, weights = skeleton_with_weights(model)
         fill(network, weights)
     if adapters:
-        with doing("loading the adapters"), _loading(adapters):
+        with doing("loading the adapters"), loading(adapters):
             network = with_adapters(network, adapters)
-        _weigh(network, [weight for _, weight in adapters])
+        weigh(network, [weight for _, weight in adapters])
     return network
 
 
 @contextmanager
-def _loading(adapters: Sequence[tuple[Path, float]]) -> Iterator[None]:
+def loading(adapters: Sequence[tuple[Path, float]]) -> Iterator[None]:
     """Raise InputRefused for adapters that PEFT cannot run together.
 
     Of weighted sums its forward pass can compute low-rank terms alone: PEFT scales only B·A, also
@@ -323,7 +323,8 @@ def _loading(adapters: Sequence[tuple[Path, float]]) -> Iterator[None]:
         ) from None
 
 
-def _weigh(network: Model, weights: Sequence[float]) -> None:
+def weigh(network: Model, weights: Sequence[float]) -> None:
+    """Multiply what each LoRA adapter adds by its weight."""
     from peft.tuners.lora import LoraLayer
 
     for layer in network.modules():

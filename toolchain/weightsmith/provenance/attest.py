@@ -57,6 +57,9 @@ from weightsmith.recipe.schema import Card, Recipe
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
 
+_LARGEST_CORPORA = 16 << 20
+"""Characters of the documents that are attached with an evaluation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInputs:
@@ -170,7 +173,7 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
         return {k: _without_folders(inner, k) for k, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner, key) for inner in value]
-    files = ("data", "training", "probes", "imatrix")
+    files = ("data", "training", "corpus", "probes", "imatrix")
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 
@@ -310,7 +313,7 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
             "prompt": row[0]["prompt"],
             **{
                 key: row[0][key]
-                for key in ("messages", "choices", "tolerance", "tools")
+                for key in ("messages", "choices", "tolerance", "tools", "parts", "grades")
                 if key in row[0]
             },
             "expected": row[0]["expected"],
@@ -318,7 +321,7 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
             "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
             **{
                 key: {n: a[key] for n, a in zip(names, row, strict=True) if key in a}
-                for key in ("raw", "parser", "error")
+                for key in ("raw", "parser", "error", "value")
                 if any(key in answer for answer in row)
             },
         }
@@ -346,7 +349,17 @@ def evaluation(results: Sequence[Result]) -> dict[str, JsonValue]:
             for one, verdict in zip(results, verdicts_of(results), strict=True)
         ],
         "items": items_of(results),
+        **({"corpora": corpora} if (corpora := _corpora(results)) else {}),
     }
+
+
+def _corpora(results: Sequence[Result]) -> dict[str, JsonValue]:
+    """Return the documents of each suite that has any, unless they are too many to attach."""
+    found = {one.task.task.name: one.task.task.corpus for one in results}
+    size = sum(len(text) for corpus in found.values() for _, text in corpus)
+    if size > _LARGEST_CORPORA:
+        return {}
+    return {name: [{"id": k, "text": t} for k, t in rows] for name, rows in found.items() if rows}
 
 
 def _scores(scores: Scores) -> dict[str, JsonValue]:

@@ -172,8 +172,9 @@ _PATHS = frozenset(
     tuple(path.split("."))
     for path in (
         "base.source", "adapters.*.source", "adapters.*.evaluate.data",
-        "adapters.*.evaluate.training", "validate.probes", "evaluate.data", "evaluate.training",
-        "calibration.data", "quantize.imatrix", "image.base",
+        "adapters.*.evaluate.training", "adapters.*.evaluate.corpus", "validate.probes",
+        "evaluate.data", "evaluate.training", "evaluate.corpus", "calibration.data",
+        "quantize.imatrix", "image.base",
     )
 )  # fmt: skip
 """Keys of a recipe that may name a file or a folder; one of several suites has the same."""

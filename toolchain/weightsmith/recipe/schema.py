@@ -66,6 +66,9 @@ class Scoring(Section):
         "numeric",
         "json-schema",
         "tool-call",
+        "label",
+        "embedding",
+        "rerank",
         "command",
     ] = Field("contains", description="How an answer is judged.")
     tolerance: str = Field(
@@ -76,6 +79,26 @@ class Scoring(Section):
     )
     command: Annotated[tuple[str, ...], Flag(read=shlex.split, many=False)] = Field(
         (), description="Program and arguments that judge the answers, for metric `command`."
+    )
+    corpus: str = Field(
+        "",
+        description="For metric `embedding`: JSON Lines of the documents, `{id, text}`, that each "
+        "query is asked over.",
+    )
+    recall_at: int = Field(
+        10,
+        ge=1,
+        le=1000,
+        description="For metric `embedding`: of how many documents recall is reported.",
+    )
+    query_prompt: str | None = Field(
+        None,
+        max_length=2000,
+        description="For metric `embedding`: put before each query; default: what the model's "
+        "sentence-transformers files say.",
+    )
+    document_prompt: str | None = Field(
+        None, max_length=2000, description="The same for each document of the corpus."
     )
     max_drop: float | None = Field(
         None,
@@ -105,6 +128,14 @@ class Scoring(Section):
         if (self.metric == "command") != bool(self.command):
             raise ValueError(
                 "metric `command` needs a `command`, and other metrics must not have one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _with_corpus(self) -> Self:
+        if (self.metric == "embedding") != bool(self.corpus):
+            raise ValueError(
+                "metric `embedding` needs a `corpus`, and other metrics must not have one"
             )
         return self
 

@@ -151,7 +151,8 @@ class DequantizedStep(TargetStep[Trial, None]):
         """Return its row, if this machine will not start the image."""
         format_ = self.of.target.format
         known = not format_.packed or format_.name in formats()
-        if not self.tasks or not known or not _can_answer(format_):
+        tasks = [one for one in self.tasks if not one.task.pooled]
+        if not tasks or not known or not _can_answer(format_):
             return Foreseen(value=None)
         device = seen[self.config].device
         base = base_reference(self.of.target.engine, device, self.file.recipe.image.base)
@@ -167,10 +168,10 @@ class DequantizedStep(TargetStep[Trial, None]):
         state = State(cached=False, why=f"{why}; {NOT_YET}")
         if checkpoint.tree and weights.tree:
             digests = checkpoint.tree.digest, weights.tree.digest
-            keys = [inputs(*digests, one.task).key for one in self.tasks]
+            keys = [inputs(*digests, one.task).key for one in tasks]
             cached = all(seen.tools.store.find(key) for key in keys)
             state = State(cached=cached, why="" if cached else why)
-        walks, budget = (task_walk(one.task) for one in self.tasks), seen.tools.memory.budget
+        walks, budget = (task_walk(one.task) for one in tasks), seen.tools.memory.budget
         peak = max(model_walk_bytes(checkpoint.model, walk, budget) for walk in walks)
         row = self.row(state, read=weights.weight_bytes, memory=peak + DEQUANTIZED)
         return Foreseen(value=None, rows=(row,))
@@ -182,14 +183,20 @@ class DequantizedStep(TargetStep[Trial, None]):
         leaves a task as it is if the weights of an architecture cannot be dequantized.
         """
         trial, checkpoint, weights = have[self.trial], have[self.checkpoint], have[self.weights]
-        if trial.started or not trial.results or not _can_answer(weights.format):
+        asked = [result for result in trial.results if not result.task.task.pooled]
+        if trial.started or not asked or not _can_answer(weights.format):
             return unrecorded(trial)
-        count = sum(len(result.task.task.items) for result in trial.results)
+        count = sum(len(result.task.task.items) for result in asked)
         timer = Timer(self.name, f"{count} questions to the dequantized weights", tools)
         cached, scores = True, list[Score | None]()
-        found = _answers(checkpoint, weights, trial.results, tools)
-        for result, one in zip(trial.results, found, strict=True):
-            task, cached = result.task.task, cached and one.cached
+        found = iter(_answers(checkpoint, weights, asked, tools))
+        for result in trial.results:
+            task = result.task.task
+            if task.pooled:  # a network with another head, of which no weights are dequantized
+                scores.append(None)
+                continue
+            one = next(found)
+            cached = cached and one.cached
             if why := one.value.get("skipped"):
                 tools.progress.warn(f"the dequantized weights were not asked: {why}")
                 scores.append(None)
@@ -209,4 +216,5 @@ class DequantizedStep(TargetStep[Trial, None]):
         return sum(
             answer_seconds(layer, shape, task_walk(one.task), one.task, budget)
             for one in self.tasks
+            if not one.task.pooled
         )

@@ -26,7 +26,9 @@ from weightsmith.evaluating.smoke import (
     check_serving,
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
+from weightsmith.evaluating.walks import model_task
 from weightsmith.models.facts import read_facts
+from weightsmith.models.task import ModelTask
 from weightsmith.models.templates import has_tools, takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
@@ -79,6 +81,8 @@ class ImageEvaluation:
     """Whether that template takes contents in parts, as a message with a picture has."""
     tools: bool
     """Whether it says which tools may be called."""
+    model: ModelTask
+    """What its checkpoint says of a model that does not chat."""
     questions: tuple[TaskInProgress, ...]
 
     def inputs(self, question: TaskInProgress) -> StageInputs:
@@ -88,6 +92,9 @@ class ImageEvaluation:
         neutral = self.engine.neutral_settings
         settings = {k: v for k, v in plan.settings.items() if k not in neutral}
         longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
+        longest = (
+            max(task.lengths) + sum(map(len, task.prompts(self.model))) if task.pooled else longest
+        )
         return StageInputs(
             stage="trial",
             recipe_number=RECIPE_NUMBER,
@@ -101,6 +108,7 @@ class ImageEvaluation:
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
                 "chat": self.chat,
+                **({"prompts": task.prompts(self.model)} if task.pooled == "vectors" else {}),
                 **({"of": [model, fields]} if model or fields else {}),
             },
         )
@@ -175,6 +183,7 @@ def _answers(
             Served(name=question.model or evaluation.config.served_name, chat=evaluation.chat),
             question.result.task.task,
             tools.progress,
+            model=evaluation.model,
         )
         ends = sum(answer.get("finish_reason") in _ENDS for answer in answers)
         if 2 * ends < (expected := question.result.ends):
@@ -263,5 +272,6 @@ class EvaluateStep(UnforeseenStep[Trial]):
             chat=template is not None,
             parts=template is None or takes_parts(template),
             tools=template is not None and has_tools(template),
+            model=model_task(sources),
             questions=tuple(questions),
         )

@@ -21,6 +21,8 @@ from weightsmith.evaluating.walks import (
     Unit,
     answer_seconds,
     asked_of,
+    check_fits,
+    has_head,
     inputs,
     job_of,
     once,
@@ -172,10 +174,17 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         return [[suite.model_dump(mode="json") for suite in suites] for suites in each]
 
     def foresee(self, seen: Foresight) -> Foreseen[None]:
-        """Return its row, if there are questions."""
+        """Return its row, if there are questions; refuse those that are not for the model."""
         if not self.tasks:
             return Foreseen(value=None)
         sources, model = seen[self.sources], seen[self.checkpoint].model
+        for one in self.tasks:
+            check_fits(one.task, sources, one.settings.data)
+            if one.rule.against == "base" and not has_head(sources.base.tree, one.task.pooled):
+                raise InputRefused(
+                    f"{one.settings.data}: `against: base`, but the base has no head of its own",
+                    hint="hold the suite against the adapter, or give it a min_score alone",
+                )
         states = [seen.state(self, _main_inputs(sources, task)) for task in self.tasks]
         state = next((one for one in states if not one.cached), states[-1])
         try:  # whichever answers are missing
@@ -188,7 +197,9 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
 
     def _asked_before_merging(self, sources: Sources) -> tuple[Unit, ...]:
         """Return what base and adapters are asked; the merged model follows them."""
-        return tuple(once(asked_of(subjects(sources, t.adapter), t.task) for t in self.tasks))
+        return tuple(
+            once(asked_of(subjects(sources, t.adapter, t.task.pooled), t.task) for t in self.tasks)
+        )
 
     @property
     def joins(self) -> Step[object, None]:
@@ -265,5 +276,5 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
 
 def _main_inputs(sources: Sources, task: RecipeTask) -> StageInputs:
     """Return what the answers depend on that others are compared with."""
-    asked = subjects(sources, task.adapter)
-    return inputs(asked.get("adapter", asked["base"]), task.task)
+    asked = subjects(sources, task.adapter, task.task.pooled)
+    return inputs(asked.get("adapter") or asked["base"], task.task)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, Unmeasurable
 from weightsmith.core.jobs import (
@@ -45,8 +45,12 @@ from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
 
 if TYPE_CHECKING:
-    from weightsmith.merging.reference import Answered, UnmergedModel
+    from weightsmith.merging.reference import Answered, Rows, UnmergedModel
     from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest
+
+    Given: TypeAlias = Answered | Rows | list[list[float]]
+    """What a model says: in words, of texts, or log-likelihoods of choices."""
+    Subject = TypeVar("Subject", bound=UnmergedModel)
 
 
 def tools_folder() -> Path:
@@ -132,17 +136,20 @@ def reference(job: ReferenceJob, report: Report) -> Mapping[str, JsonValue]:
     return {"answers": rows_of(found)}
 
 
-def rows_of(found: Mapping[str, Answered | list[list[float]]]) -> Mapping[str, JsonValue]:
+def rows_of(found: Mapping[str, Given]) -> Mapping[str, JsonValue]:
     """Return the rows that a job returns of what `answered` found."""
     return {key: plain(getattr(one, "rows", one)) for key, one in found.items()}
 
 
-def answered(job: ReferenceJob, report: Report) -> Mapping[str, Answered | list[list[float]]]:
+def answered(job: ReferenceJob, report: Report) -> Mapping[str, Given]:
     """Return what each model answers by key, or log-likelihoods where it chooses.
+
+    Models that do not chat are asked in walks of their own.
 
     What a model has finished also lies in the output at once, in case the job does not end.
     """
     from weightsmith.forward.walk import Count
+    from weightsmith.merging import pooled as pooling
     from weightsmith.merging import reference as generating
 
     early = AnswerCheckpoint(job.output)
@@ -150,30 +157,44 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Answered | list[
     total = sum(len(task.questions) * len(task.models) for task in tasks)
     count = Count(total, partial(report_items, report))
     journal = generating.AnswerJournal(job.output / ANSWER_JOURNAL)
-    found: dict[str, Answered | list[list[float]]] = {}
+    found: dict[str, Given] = {}
 
     def finished(key: str, rows: Writable) -> None:
         early.keep(key, plain(rows))
 
-    def subject(one: AskedModel) -> UnmergedModel:
+    def subject(one: AskedModel, kind: type[Subject], **more: str) -> Subject:
         paths = [job.adapters[number].path for number in one.adapters]
-        return generating.UnmergedModel(
+        return kind(
             model=job.models[one.model].path,
             adapters=tuple(zip(paths, one.weights, strict=True)),
             speakers=tuple(job.adapters[number].path for number in one.speakers),
             draft=one.draft,
             draft_texts=one.draft_texts,
+            **more,
         )
 
     for walk in job.walks:
         models = [(one, task) for task in walk.tasks for one in task.models]
-        if walk.choose:
-            given = {one.key: (subject(one), task.questions) for one, task in models}
+        if any(task.pooled for task in walk.tasks):
+            requests = {
+                one.key: pooling.PooledRequest(
+                    subject=subject(one, pooling.PooledModel, pooled=task.pooled),
+                    questions=task.questions,
+                    prompts=task.prompts,
+                )
+                for one, task in models
+            }
+            found |= pooling.pooled_answers(requests, count, finished)
+        elif walk.choose:
+            given = {
+                one.key: (subject(one, generating.UnmergedModel), task.questions)
+                for one, task in models
+            }
             found |= generating.likelihoods(given, count, finished)
         else:
             asked = {
                 one.key: generating.GenerationRequest(
-                    subject=subject(one),
+                    subject=subject(one, generating.UnmergedModel),
                     items=[question.messages for question in task.questions],
                     max_tokens=task.max_tokens,
                     tools=[question.tools for question in task.questions],
@@ -365,7 +386,7 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]
                 max_tokens=task.max_tokens,
                 tools=[question.tools for question in task.questions],
             )
-        found: dict[str, Answered | list[list[float]]] = {}
+        found: dict[str, Given] = {}
         found |= answered(asked, count, batch_bytes=job.batch_bytes) if asked else {}
         found |= likelihoods(chosen, count) if chosen else {}
     except Unmeasurable as error:

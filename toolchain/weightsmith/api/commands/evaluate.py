@@ -24,16 +24,16 @@ from weightsmith.evaluating.gate import (
     Rule,
     judge_drop,
     sampled,
+    score_interval,
     server_faults,
     too_few,
-    wilson,
 )
 from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
-from weightsmith.evaluating.task import Task, ask_server, score_task
-from weightsmith.evaluating.walks import BUILDER, EvaluatedModel
+from weightsmith.evaluating.task import Task, ask_server, score_task, task_with
+from weightsmith.evaluating.walks import BUILDER, EvaluatedModel, check_fits
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
@@ -72,7 +72,6 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
     score = _score(task, asked, tools, kept)
     for fault in server_faults(score):
         tools.progress.warn(fault)
-    right = sum(bool(row["ok"]) for row in score.per_item)
     rule = Rule(
         max_drop=1.0 if asked.max_drop is None else asked.max_drop,
         min_score=asked.scoring.min_score,
@@ -91,8 +90,9 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
         score=score.score,
         n=score.n,
         metric=score.metric,
-        interval=wilson(right if score.per_item else round(score.score * score.n), score.n),
+        interval=score_interval(score),
         per_item=score.per_item,
+        figures=score.figures,
         comparison={} if before is None else verdict.facts,
         warnings=tuple(tools.progress.warnings),
     )
@@ -100,7 +100,8 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
 
 def evaluation_facts(found: Evaluation) -> Mapping[str, Writable]:
     """Return what `evaluate --json` prints."""
-    left_out = {"warnings"} if found.comparison else {"warnings", "comparison"}
+    left_out = {"warnings", *([] if found.comparison else ["comparison"])}
+    left_out |= set() if found.figures else {"figures"}
     return {key: value for key, value in plain(found).items() if key not in left_out}
 
 
@@ -108,6 +109,7 @@ def evaluate_text(found: Evaluation) -> str:
     """Return the score with its interval as text, and the comparison's reason below it."""
     low, high = found.interval
     text = f"{found.score:.4f} ({found.metric}, n={found.n}, 95 %: {low:.3f} to {high:.3f})"
+    text += "".join(f", {name} {value:.4f}" for name, value in found.figures.items())
     return joined([text, found.comparison["reason"]] if found.comparison else [text])
 
 
@@ -128,13 +130,7 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
             )
         if leaks:
             tools.progress.warn(leaks)
-    return Task(
-        items=items,
-        metric=scoring.metric,
-        max_tokens=scoring.max_tokens,
-        command=scoring.command,
-        tolerance=scoring.tolerance,
-    )
+    return task_with(scoring, items, str(asked.data), Path())
 
 
 def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers | None) -> Score:
@@ -142,13 +138,16 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         read_facts(asked.model)
         weights = [1.0] * len(asked.adapters)
         sources = open_sources(asked.model, asked.adapters, weights, tools.store)
+        check_fits(task, sources, str(asked.data))
         subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
         answers = reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
         return score_task(task, answers, tools.command)
     image, url = asked.image, asked.url
     limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
     with session_with(tools, limits, image=image, url=url, modest=True) as session:
-        served = served_model(session, asked.served_name, may_ask=bool(image))
+        # Only a model that chats is asked whether it does.
+        may_ask = bool(image) and not task.pooled
+        served = served_model(session, asked.served_name, may_ask=may_ask)
         count = asked.concurrency
         answers = ask_server(session, served, task, tools.progress, concurrency=count, kept=kept)
         # The server must still be running: the command may query it.

@@ -17,7 +17,7 @@ from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.trees import discard
 from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, tree_digest
-from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.items import check_documents, read_corpus, read_items
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.registry import Registry, open_location
@@ -32,7 +32,9 @@ from weightsmith.serving.options import not_to_be_stated
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """Maximum depth of a model folder."""
-_METRICS = ("contains", "exact", "regex", "choice", "numeric", "tool-call")
+_METRICS = (
+    "contains", "exact", "regex", "choice", "numeric", "tool-call", "label", "embedding", "rerank",
+)  # fmt: skip
 """Metrics that run no program chosen by the image's publisher, and validate no schema of theirs."""
 _HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 """The oldest models on the hub, such as gpt2, have no owner."""
@@ -295,14 +297,15 @@ def _with_questions(
     suites = [said] if isinstance(said, dict) else said if isinstance(said, list) else []
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
     items: dict[str, list[dict[str, Json]]] = {}
+    corpora: Mapping[str, Json] = {}
     try:
-        for item in parse(parts[0].read(), largest=PART)["items"] if parts else ():
+        document: Json = parse(parts[0].read(), largest=PART) if parts else {"items": ()}
+        corpora = dict(document.get("corpora", {}))
+        for item in document["items"]:
             if not isinstance(item, dict):
                 raise TypeError("a question is no object")
-            keys = ["messages" if "messages" in item else "prompt", "expected"]
-            keys += [key for key in ("choices", "tolerance", "tools") if key in item]
-            items.setdefault(str(item.get("suite", "")), []).append({k: item[k] for k in keys})
-    except (ValueError, LookupError, TypeError):  # one is invalid
+            items.setdefault(str(item.get("suite", "")), []).append(_asked_again(item))
+    except (ValueError, LookupError, TypeError, AttributeError):  # one is invalid
         items = {}
     kept = []
     for number, suite in enumerate(suites, start=1):
@@ -312,32 +315,54 @@ def _with_questions(
         by_file = PurePosixPath(str(suite.get("data"))).stem if several else ""
         name = str(suite.get("name") or by_file)
         asked, metric = items.get(name), str(suite.get("metric", "contains"))
-        if not asked or metric not in _METRICS:
+        lacks = metric == "embedding" and not corpora.get(name)
+        if not asked or metric not in _METRICS or lacks:
+            why = ", for its corpus is not attached" if lacks else ""
             progress.warn(
-                "the image's evaluation cannot be repeated: the new recipe has no `evaluate`"
+                f"the image's evaluation cannot be repeated{why}: the new recipe has no `evaluate`"
                 if not several
-                else f"suite {number} of the image's evaluation cannot be repeated: it is left out"
+                else f"suite {number} of the image's evaluation cannot be repeated{why}: it is left"
+                " out"
             )
             continue
         data = f"eval-{number}.jsonl" if several else "eval.jsonl"
+        corpus = f"corpus-{number}.jsonl" if metric == "embedding" else ""
         try:
             if metric == "tool-call":  # answers have the expected calls as text
                 asked = [{**row, "expected": parse(row["expected"][0]) or "none"} for row in asked]
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
             (folder / data).write_text(text, "utf-8")
-            check_metric(metric, read_items(folder / data, metric))
+            asked_again = read_items(folder / data, metric)
+            check_metric(metric, asked_again)
+            if corpus:
+                rows = [json.dumps(row, ensure_ascii=False) for row in corpora[name]]
+                (folder / corpus).write_text("\n".join(rows), "utf-8")
+                check_documents(asked_again, read_corpus(folder / corpus), data, corpus)
         except (UsageError, ValueError, LookupError, TypeError) as error:
             raise InputRefused(
                 f"the image's evaluation has invalid questions: {str(error)[:300]}",
                 hint="do not use the image, or build from its sources with your own recipe",
             ) from None
-        named = {"name": name} if name else {}
+        named = {**({"name": name} if name else {}), **({"corpus": corpus} if corpus else {})}
         again = {key: suite[key] for key in _KEPT_OF_SUITES if key in suite}
         kept.append({"data": data, **named, **again})
     if kept:
         recipe["evaluate"] = kept if len(suites) > 1 else kept[0]
 
 
+def _asked_again(item: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a recorded question as a line of a data file."""
+    expected = item.get("grades", item["expected"])
+    if "parts" in item and "grades" in item:
+        return {"query": item["prompt"], "documents": item["parts"], "expected": expected}
+    if "parts" in item:
+        return {"words": item["parts"], "expected": expected}
+    keys = ["messages" if "messages" in item else "prompt"]
+    keys += [key for key in ("choices", "tolerance", "tools") if key in item]
+    return {**{key: item[key] for key in keys}, "expected": expected}
+
+
 _KEPT_OF_SUITES = (
-    "metric", "tolerance", "against", "max_drop", "min_score", "max_tokens", "require",
+    "metric", "tolerance", "recall_at", "query_prompt", "document_prompt", "against", "max_drop",
+    "min_score", "max_tokens", "require",
 )  # fmt: skip

@@ -1,0 +1,245 @@
+"""Metrics of models that do not chat: labels, and the order of documents by vectors or scores.
+
+What such a model says of a text is one text in an answer's row: a label, numbers with blanks
+between them, or a vector as float32 in base64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from weightsmith.core.values import Json, JsonValue, Score
+from weightsmith.core.vectors import unpacked
+from weightsmith.evaluating.items import Item
+
+Answer = Mapping[str, Json]
+_TOP = 10
+"""Documents that nDCG and the reciprocal rank count, and that are shown."""
+_DISCOUNTS = [1 / math.log2(place + 2) for place in range(_TOP)]
+Gains = Mapping[int, float]
+"""The relevant documents, by their places -> their grades, above 0."""
+
+
+def weighed(scores: np.ndarray, gains: Gains, weights: Sequence[float]) -> float:
+    """Return the sum of gains, each times the weight of its place in descending order of scores.
+
+    Of equal scores no order is known: each gets the mean weight of their places, which is the mean
+    over all orders. McSherry and Najork, "Computing information retrieval performance measures
+    efficiently in the presence of tied scores", 2008; scikit-learn's `ndcg_score` does the same.
+    """
+    total = 0.0
+    for place, gain in gains.items():
+        before, tied = (scores > scores[place]).sum(), (scores == scores[place]).sum()
+        total += gain * sum(weights[before : before + tied]) / float(tied)
+    return total
+
+
+def ndcg(scores: np.ndarray, gains: Gains) -> float:
+    """Return the normalized discounted cumulative gain of the first ten, from 0 to 1.
+
+    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002, with the
+    discount 1 / log2(place + 1) and the grade itself as gain, as in trec_eval.
+    """
+    ideal = zip(sorted(gains.values(), reverse=True), _DISCOUNTS, strict=False)
+    return weighed(scores, gains, _DISCOUNTS) / sum(gain * weight for gain, weight in ideal)
+
+
+def recall(scores: np.ndarray, gains: Gains, top: int) -> float:
+    """Return the share of the relevant ones that are among the first `top`."""
+    return weighed(scores, dict.fromkeys(gains, 1 / len(gains)), [1.0] * top)
+
+
+def reciprocal_rank(scores: np.ndarray, gains: Gains) -> float:
+    """Return 1 / the place of the first relevant one, 0 if it is not among the first ten.
+
+    Others with its score are before it.
+    """
+    relevant = np.array(list(gains))
+    best = scores[relevant].max()
+    place = 1 + (scores >= best).sum() - (scores[relevant] >= best).sum()
+    return 1 / float(place) if place <= _TOP else 0.0
+
+
+def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
+    """Return the mean of the F1 scores of all labels that occur, of (expected, given) pairs."""
+    right = Counter(want for want, got in pairs if want == got)
+    wanted, given = Counter(want for want, _ in pairs), Counter(got for _, got in pairs)
+    labels = sorted(label for label in wanted.keys() | given.keys() if label)
+    return sum(2 * right[one] / (wanted[one] + given[one]) for one in labels) / max(1, len(labels))
+
+
+def score_labels(answers: Sequence[Answer], items: Sequence[Item]) -> Score:
+    """Return the accuracy by text, or the mean share of right words; with macro-F1 beside it.
+
+    Of several expected labels of a text, each is right.
+    """
+    wanted = [item.expected if item.parts else item.expected[:1] for item in items]
+    often = Counter(label for labels in wanted for label in labels)
+    guess = min(often, key=lambda label: (-often[label], label))
+    rows: list[dict[str, JsonValue]] = []
+    pairs: list[tuple[str, str]] = []
+    for item, answer in zip(items, answers, strict=True):
+        said, failed = str(answer["answer"]), "error" in answer
+        row: dict[str, JsonValue] = {**_question(item), **answer}
+        if item.parts:
+            given = [] if failed else said.split()
+            given += [""] * (len(item.parts) - len(given))
+            words = list(zip(item.expected, given, strict=True))
+            pairs += words
+            row["value"] = sum(want == got for want, got in words) / len(words)
+            row["guess"] = sum(label == guess for label in item.expected) / len(words)
+            row["ok"] = row["value"] == 1
+        else:
+            row["ok"] = not failed and said in item.expected
+            row["guess"] = guess in item.expected
+            pairs.append((said if row["ok"] else item.expected[0], "" if failed else said))
+        rows.append(row)
+    return _score("label", rows, {"macro_f1": macro_f1(pairs)})
+
+
+def score_vectors(
+    answers: Sequence[Answer],
+    items: Sequence[Item],
+    corpus: Sequence[tuple[str, str]],
+    recall_at: int,
+) -> Score:
+    """Return the mean nDCG@10 of documents in the order of their cosine to each query.
+
+    `answers` are the vectors of all queries, then of all documents. A document without a vector is
+    the last one, and the queries that it is relevant for get nothing.
+    """
+    answers = list(_of_one_length(answers))
+    queries, documents = answers[: len(items)], answers[len(items) :]
+    places = {key: place for place, (key, _) in enumerate(corpus)}
+    lost = {
+        key: str(answer["error"])
+        for (key, _), answer in zip(corpus, documents, strict=True)
+        if "error" in answer
+    }
+    rows: list[dict[str, JsonValue]] = []
+    found: list[float] = []
+    alike = np.zeros(len(corpus))
+    for item, answer, cosines in zip(items, queries, _cosines(queries, documents), strict=True):
+        gains = {places[key]: grade for key, grade in item.grades}
+        why = answer.get("error") or next(
+            (f"document {key}: {lost[key]}" for key, _ in item.grades if key in lost), None
+        )
+        first = np.argsort(-cosines, kind="stable")[:_TOP]
+        row: dict[str, JsonValue] = {
+            **_question(item),
+            **{key: value for key, value in answer.items() if key != "answer"},
+            "answer": "" if why else "\n".join(corpus[place][0] for place in first),
+            **({"error": why} if why else {}),
+        }
+        _grade(row, 0.0 if why else ndcg(cosines, gains), ndcg(alike, gains))
+        found.append(0.0 if why else recall(cosines, gains, recall_at))
+        rows.append(row)
+    figures = {f"recall@{recall_at}": sum(found) / len(found)}
+    score = _score("embedding", rows, figures)
+    vectors = tuple("" if "error" in one else str(one["answer"]) for one in answers)
+    return Score(
+        score=score.score,
+        n=score.n,
+        metric=score.metric,
+        per_item=score.per_item,
+        figures=score.figures,
+        vectors=vectors,
+    )
+
+
+def _of_one_length(answers: Sequence[Answer]) -> Iterator[Answer]:
+    """Yield the answers; a vector of another length than most is an error."""
+    lengths = [0 if "error" in one else len(unpacked(str(one["answer"]))) for one in answers]
+    usual = Counter(filter(None, lengths)).most_common(1)
+    for one, length in zip(answers, lengths, strict=True):
+        if length and length != usual[0][0]:
+            yield {"answer": "", "error": f"{length} numbers, where others have {usual[0][0]}"}
+        else:
+            yield one
+
+
+def _cosines(queries: Sequence[Answer], documents: Sequence[Answer]) -> Iterator[np.ndarray]:
+    """Yield each query's cosine to all documents, in float64; -2 for what has no vector.
+
+    They are rounded to 9 digits, so that equal texts have equal cosines.
+    """
+    rows = _unit([*queries, *documents])
+    for query in rows[: len(queries)]:
+        yield np.nan_to_num(np.round(rows[len(queries) :] @ query, 9), nan=-2.0)
+
+
+def _unit(answers: Sequence[Answer]) -> np.ndarray:
+    """Return vectors of length 1 as rows, NaN for those that there are not."""
+    vectors = [None if "error" in one else unpacked(str(one["answer"])) for one in answers]
+    width = next((len(vector) for vector in vectors if vector is not None), 0)
+    rows = np.full((len(vectors), width), np.nan)
+    for row, vector in zip(rows, vectors, strict=True):
+        if vector is not None:
+            row[:] = vector / np.linalg.norm(vector)
+    return rows
+
+
+def score_orders(answers: Sequence[Answer], items: Sequence[Item]) -> Score:
+    """Return the mean nDCG@10 of each query's documents in order of their scores, and MRR@10."""
+    rows: list[dict[str, JsonValue]] = []
+    ranks: list[float] = []
+    for item, answer in zip(items, answers, strict=True):
+        gains = {int(index): grade for index, grade in item.grades}
+        failed, scores = "error" in answer, np.zeros(len(item.parts))
+        guess = ndcg(scores, gains)
+        if not failed:
+            scores = np.array([float(number) for number in str(answer["answer"]).split()])
+        order = np.argsort(-scores, kind="stable").tolist()
+        row: dict[str, JsonValue] = {
+            **_question(item),
+            **answer,
+            "answer": "" if failed else " ".join(map(str, order)),
+            **({} if failed else {"scores": answer["answer"]}),
+        }
+        _grade(row, 0.0 if failed else ndcg(scores, gains), guess)
+        ranks.append(0.0 if failed else reciprocal_rank(scores, gains))
+        rows.append(row)
+    return _score("rerank", rows, {f"mrr@{_TOP}": sum(ranks) / len(ranks)})
+
+
+def _question(item: Item) -> dict[str, JsonValue]:
+    return {
+        "prompt": item.prompt,
+        "expected": list(item.expected),
+        **({"parts": list(item.parts)} if item.parts else {}),
+        **({"grades": dict(item.grades)} if item.grades else {}),
+    }
+
+
+def _grade(row: dict[str, JsonValue], value: float, guess: float) -> None:
+    row["value"], row["guess"] = round(value, 9), round(guess, 9)
+    row["ok"] = row["value"] == 1
+
+
+def _score(
+    metric: str, rows: Sequence[Mapping[str, JsonValue]], figures: Mapping[str, float]
+) -> Score:
+    whole = Score(score=0.0, n=len(rows), metric=metric, per_item=tuple(rows))
+    return Score(
+        score=sum(whole.values) / len(rows),
+        n=len(rows),
+        metric=metric,
+        per_item=tuple(rows),
+        figures={name: round(value, 9) for name, value in figures.items()},
+    )
+
+
+def cosines_of(one: Sequence[str], other: Sequence[str]) -> list[float]:
+    """Return the cosine of each pair of vectors; pairs that lack one are left out."""
+    found = []
+    for first, second in zip(one, other, strict=True):
+        if not first or not second:
+            continue
+        a, b = unpacked(first), unpacked(second)
+        if len(a) == len(b) and (length := float(np.linalg.norm(a) * np.linalg.norm(b))):
+            found.append(float(a @ b) / length)
+    return found
