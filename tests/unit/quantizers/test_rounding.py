@@ -194,7 +194,7 @@ def whole(model, tmp_path):
 @pytest.mark.parametrize(("room", "times"), [(1 << 20, 1), (100_000, 2), (0, 2)])
 def test_rows_are_read_once_where_they_fit_into_memory(model, out, whole, monkeypatch, room, times):
     """A scale that matrices share needs all of their rows before the first one is rounded."""
-    monkeypatch.setattr(rounded, "_KEPT", room)
+    monkeypatch.setattr(rounded, "KEPT_ROWS", room)
     monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
     read = counting(monkeypatch)
     write(SCHEMES["nvfp4a16"], model, out, [])
@@ -223,7 +223,7 @@ def test_rows_are_read_once_where_the_largest_weights_are_recorded(
     model, out, whole, monkeypatch, missing
 ):
     known = {name: most for name, most in recorded(model).items() if missing not in name}
-    monkeypatch.setattr(rounded, "_KEPT", 0)
+    monkeypatch.setattr(rounded, "KEPT_ROWS", 0)
     monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
     read = counting(monkeypatch)
     write(SCHEMES["nvfp4a16"], model, out, [], recorded=known)

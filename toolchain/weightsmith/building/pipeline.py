@@ -14,7 +14,7 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
-from weightsmith.stages.bake import BakeStep, FormStep, LabelStep
+from weightsmith.stages.bake import BakeStep, FormStep, LabelStep, ThinStep
 from weightsmith.stages.bench import BenchStep
 from weightsmith.stages.cache_scales import CacheScalesStep
 from weightsmith.stages.dequantized import DequantizedStep
@@ -24,12 +24,18 @@ from weightsmith.stages.publish import PermitStep, PublishFormStep, PublishStep
 from weightsmith.stages.quality import QualityStep
 from weightsmith.stages.quantize import QuantizeStep
 from weightsmith.stages.reference import ReferenceStep
-from weightsmith.stages.render import RenderStep, VolumeManifestsStep
+from weightsmith.stages.render import (
+    RenderStep,
+    ThinConfigStep,
+    ThinManifestsStep,
+    VolumeManifestsStep,
+)
 from weightsmith.stages.resolve import ResolveStep
 from weightsmith.stages.unmerged import BaseStep, UnmergedStep
 from weightsmith.stages.upload import CheckHubStep, UploadStep
 from weightsmith.stages.validate import ValidateStep
 from weightsmith.steps.step import AnyStep, ForeseenWeights, Step, TargetBuild, Trial
+from weightsmith.steps.thin import THIN
 from weightsmith.validating.result import Validation
 
 Weights = Step[Artifact, ForeseenWeights]
@@ -158,7 +164,21 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     forms = {
         kind: FormStep(of=of, kind=kind, push=to.push, image=labelled, trial=answered)
         for kind, to in places.items()
+        if kind != THIN
     }
+    moved = ThinConfigStep(of=of, rendered=config)
+    if thin := places.get(THIN):
+        steps.append(moved)
+        forms[THIN] = ThinStep(
+            of=of,
+            kind=THIN,
+            push=thin.push,
+            image=labelled,
+            trial=answered,
+            sources=sources,
+            weights=weights,
+            config=moved,
+        )
     hub = request.hub_of(target)
     if hub:
         steps.append(CheckHubStep(of=of, destination=hub, weights=served))
@@ -172,6 +192,8 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     steps += [*forms.values(), permit, published, *others.values()]
     if volume := others.get("volume"):
         steps.append(VolumeManifestsStep(of=of, config=config, image=image, volume=volume))
+    if shown := others.get(THIN):
+        steps.append(ThinManifestsStep(of=of, config=moved, form=forms[THIN], thin=shown))
     if hub:
         every["hub"] = UploadStep(of=of, destination=hub, weights=served, image=published)
         steps.append(every["hub"])

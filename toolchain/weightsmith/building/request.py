@@ -16,6 +16,7 @@ from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.lock import pinned, read_lock
 from weightsmith.steps.step import TargetBuild
+from weightsmith.steps.thin import THIN, check_thin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +55,16 @@ class BuildRequest:
     def forms_of(self, target: Target) -> tuple[str, ...]:
         """Return the kinds to publish of a target beside the image, each once.
 
-        Only a target with merged weights in one GGUF file has one for Ollama. Raises UsageError
-        if Ollama's is wanted and no target has it.
+        Only a target with merged weights in one GGUF file has one for Ollama, and only one whose
+        image can merge again has a thin one. Raises UsageError if either is wanted and no target
+        has it.
         """
         recipe = self.file.recipe
         kinds = [kind for kind in dict.fromkeys(recipe.outputs.kinds) if kind != "image"]
+        if THIN in kinds and (fault := self._no_thin(target)):
+            if all(map(self._no_thin, self.targets)):
+                raise fault
+            kinds.remove(THIN)
         if "ollama" not in kinds or has_gguf(target):
             if "ollama" in kinds and recipe.quantize.split_max_size:
                 raise UsageError(
@@ -73,6 +79,14 @@ class BuildRequest:
                 hint="build a target such as llamacpp-q4_k_m, or leave the kind ollama out",
             )
         return tuple(kind for kind in kinds if kind != "ollama")
+
+    def _no_thin(self, target: Target) -> UsageError | None:
+        merges = bool(self.file.recipe.adapters)
+        try:
+            check_thin(target.engine, target.format, merges=merges)
+        except UsageError as error:
+            return error
+        return None
 
     def hub_of(self, target: Target) -> HubDestination | None:
         """Return where on a hub a target's weights go; None if nowhere.

@@ -52,6 +52,16 @@ def all_but_one() -> int:
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
+def granted(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return the CPUs that this process may use, by its container's limit too, and at least one."""
+    there = len(os.sched_getaffinity(0))
+    try:
+        most, period = map(int, quota.read_text("ascii").split())
+    except (OSError, ValueError):  # there is no limit
+        return there
+    return max(1, min(there, round(most / period)))
+
+
 def idle() -> int:
     """Return how many of this process's CPUs had nothing to do just now, and at least one.
 

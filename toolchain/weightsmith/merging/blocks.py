@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.small_floats import as_float, is_finite
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.merging.kernel import (
     PIECE,
@@ -212,7 +213,7 @@ class RowMaker:
         """Return rows without terms: patched and cast, with one rounding."""
         base = output.source.rows(self.files, first, count, output.columns)
         weight = patched(output.patches, self.files, base, first)
-        if output.kind != "copied" and not np.isfinite(weight).all():
+        if output.kind != "copied" and not is_finite(weight).all():
             raise InputRefused(
                 f"the adapter's {output.name} has NaN or infinite values",
                 hint="the training diverged or a file is damaged; use an earlier checkpoint",
@@ -234,10 +235,10 @@ class RowMaker:
     def _rounded(self, output: MergedTensor, values: np.ndarray) -> np.ndarray:
         dtype = ARRAY_TYPES[output.dtype]
         out = values if values.dtype == dtype else round_once(values, dtype)
-        if not np.array_equal(np.isfinite(out), np.isfinite(values)):
+        if not np.array_equal(is_finite(out), is_finite(values)):
             raise InputRefused(
                 f"{output.name} overflows {dtype.name}: its largest value is "
-                f"{float(np.abs(values).max()):g}",
+                f"{float(np.abs(as_float(values, F64)).max()):g}",
                 hint="merge with dtype bfloat16 or float32",
             )
         return out
@@ -251,6 +252,6 @@ def patched(
     for patch in patches:
         for row, place in enumerate(patch.places):
             if first <= place < first + len(weight):
-                weight = weight.astype(F64)
-                weight[place - first] = patch.stored.rows(files, row, 1, columns)[0].astype(F64)
+                weight = as_float(weight, F64)
+                weight[place - first] = as_float(patch.stored.rows(files, row, 1, columns)[0], F64)
     return weight

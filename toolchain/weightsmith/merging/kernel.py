@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.small_floats import as_float, is_finite
 from weightsmith.merging import native
 from weightsmith.merging.repair import LowRankUpdate, Repairs, repair
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once
@@ -135,7 +136,7 @@ def finish_rows(
     """Repair what a first pass could not decide: the flat indices `flagged`; all if not `safe`."""
     rows, columns = weight.shape
     if not safe:
-        if not np.isfinite(weight).all():
+        if not is_finite(weight).all():
             raise InputRefused(
                 f"the base's {prepared.name} has NaN or infinite values",
                 hint="the base checkpoint is damaged; download it again",
@@ -156,7 +157,7 @@ def finish_rows(
         inside = prepared.zero_rows - first
         inside = inside[(inside >= 0) & (inside < rows)]
         out[inside] = round_once(weight[inside], prepared.dtype)
-    if not safe and not np.isfinite(out).all():
+    if not safe and not is_finite(out).all():
         factors = prepared.factors
         largest = (np.abs(factors.left * factors.gains) @ np.abs(factors.right.astype(F64))).max()
         raise InputRefused(
@@ -196,7 +197,7 @@ def _sums(prepared: PreparedAddition, weight: np.ndarray, first: int, space: Spa
         if halves and not ((weight.view(np.int16) & 0x7C00) == 0x7C00).any():
             _widen_half(weight, wide)
         else:
-            np.copyto(wide, weight)
+            np.copyto(wide, as_float(weight) if weight.dtype == BF16 else weight)
         weight = wide
     sums += weight
     return sums
@@ -295,7 +296,7 @@ def check_arithmetic() -> None:
     exact = left.astype(F64) @ right.astype(F64)
     room = 100 * 2.0**-24 * (np.abs(left.astype(F64)) @ np.abs(right.astype(F64)))
     small = np.array([2.0**-133, 2.0**-127, 2.0**-24], np.float32)
-    kept = small.astype(BF16).astype(F32)
+    kept = as_float(round_once(small, BF16))
     if (np.abs(left @ right - exact) > room).any() or (kept != small).any() or small[0] / 2 == 0:
         raise EnvironmentFailure(
             "this machine computes float32 with reduced precision or flushes small numbers to zero",

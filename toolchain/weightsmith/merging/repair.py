@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from weightsmith.core.small_floats import as_float
 from weightsmith.merging import native
 from weightsmith.merging.rounding import F64, FORMATS, Binary, round_dyadic, round_once
 
@@ -76,7 +77,7 @@ def repair(
     done, out = Repairs(), np.empty(len(weights), dtype)
     for start in range(0, len(weights), step):
         part = slice(start, start + step)
-        base = weights[part].astype(F64)
+        base = as_float(weights[part], F64)
         out[part] = _decide(factors, rows[part], columns[part], base, dtype, done)
     return out, done
 

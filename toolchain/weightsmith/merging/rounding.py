@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
-BF16, F16, F32, F64 = (
-    np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
-)
+from weightsmith.core.small_floats import BFLOAT16, as_float, small_float, to_bfloat16
+
+BF16: np.dtype = small_float(BFLOAT16)
+F16, F32, F64 = (np.dtype(kind) for kind in (np.float16, np.float32, np.float64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +49,20 @@ def round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if values.dtype == dtype:
+            return values.copy()
         if values.dtype != F64 or dtype == F32:
-            return values.astype(dtype)
+            return _cast(as_float(values, F64 if values.dtype == F64 else F32), dtype)
         single = values.astype(F32)
         back = single.astype(F64)
         inexact = (back != values) & ~np.isnan(values)
         bits = single.view(np.uint32) - (np.abs(back) > np.abs(values))
         bits |= inexact
-        rounded: np.ndarray = bits.view(F32).astype(dtype)
-        return rounded
+        return _cast(bits.view(F32), dtype)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return to_bfloat16(values) if dtype == BF16 else values.astype(dtype)
 
 
 def round_dyadic(numerator: int, exponent: int, form: Binary) -> int:

@@ -34,8 +34,9 @@ _Sink = TypeVar("_Sink", Writer, "HeaderOnlyShard")
 class ShardMaker:
     """Writes the shards of one plan."""
 
-    def __init__(self, settings: Settings, tally: MergeCounts) -> None:
-        self._settings, self._rows = settings, RowMaker(settings, tally)
+    def __init__(self, settings: Settings, tally: MergeCounts, *, proven: bool = True) -> None:
+        """Prepare; shards that are not `proven` are compared with known digests instead."""
+        self._settings, self._rows, self._proven = settings, RowMaker(settings, tally), proven
         self.files = self._rows.files
         self._second = RowMaker(settings, MergeCounts())  # its rows count nowhere
         self.sketches: dict[str, Sketch] = {}
@@ -103,7 +104,7 @@ class ShardMaker:
                 yield partial(reader.read_into, np.empty(size, np.uint8), start)
             return
         sketch = None
-        if output.terms:
+        if output.terms and self._proven:
             sketch = self.sketches[output.name] = Sketch(output)
         for span in self._rows.spans(output, sketch):
             for first, count in span.blocks():

@@ -15,6 +15,7 @@ import numpy as np
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.files import sync_folder
+from weightsmith.core.small_floats import as_float
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.libc import reserve
 from weightsmith.merging.native import sum_words
@@ -125,7 +126,7 @@ class OpenFiles:
             if tensor is not None:
                 self._kept.move_to_end(key)
         if tensor is None:
-            tensor = part.stored.rows(self, 0, part.height, part.width).astype(F32, copy=False)
+            tensor = as_float(part.stored.rows(self, 0, part.height, part.width), F32)
             if not np.isfinite(tensor).all():
                 raise InputRefused(
                     f"{path}: {info.name} has NaN or infinite values",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.small_floats import BFLOAT16, as_float, name_of, small_float
 from weightsmith.core.values import FileEntry, Tree
 from weightsmith.models.safetensors import NO_DATA, SafetensorsHeader, TensorInfo, open_checkpoint
 
@@ -35,10 +36,7 @@ def array_type(dtype: str) -> np.dtype[np.generic]:
     import numpy as np
 
     if dtype in _SMALL:
-        import ml_dtypes
-
-        small: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
-        return small
+        return small_float(_SMALL[dtype])
     return np.dtype("<" + _NUMPY[dtype])
 
 
@@ -53,12 +51,7 @@ def unsupported(name: str, dtype: str) -> InputRefused:
 
 def widened(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """Return floats as float32; bfloat16 by its bits, faster than ml_dtypes does it."""
-    import numpy as np
-
-    if values.dtype.name != "bfloat16":
-        return np.asarray(values.astype(np.float32, copy=False))
-    bits = values.view("<u2").astype(np.uint32)
-    return np.left_shift(bits, 16, out=bits).view(np.float32)
+    return as_float(values).view("f4")
 
 
 def largest(values: npt.NDArray[np.generic]) -> float:
@@ -72,7 +65,8 @@ def largest(values: npt.NDArray[np.generic]) -> float:
     # As signed integers, floats below zero are below all others; as unsigned ones, above them. So
     # two maxima find the largest of both kinds, three times as fast as removing signs first.
     most = max(int(signed.max()), int(bits.max()) & np.iinfo(signed.dtype).max)
-    return float(np.array([most], bits.dtype).view(values.dtype).item())
+    found = np.array([most], bits.dtype).view(values.dtype)
+    return float((as_float(found) if name_of(found.dtype) == BFLOAT16 else found).item())
 
 
 class View(Protocol):

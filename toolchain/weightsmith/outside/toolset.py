@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TextIO
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.platforms import machine_of
+from weightsmith.core.platforms import host_platform, machine_of
 from weightsmith.core.ports import Progress
 from weightsmith.core.privacy import private
 from weightsmith.core.resources import (
     assembles_itself,
     engine_pins,
+    engine_platforms,
     engine_source,
     images,
     optional_engines,
@@ -137,7 +138,9 @@ def _compile(
     require(fetched, "fetch.py")
     made = work / "tools"
     words = ("--source", work / "source", "--out", made, "--jobs", str(cores()))
-    other = ("--arch", machine, "--engine-only") if machine else ()
+    # Libraries are compiled as a whole.
+    alone = ("--engine-only",) if engine_platforms(engine) else ()
+    other = ("--arch", machine, *alone) if machine else ()
     require(run("compile.py", *words, *other), "compile.py")
     if not made.is_dir():
         raise EnvironmentFailure(
@@ -157,8 +160,10 @@ def make_engine_files(
     """
     machine = machine_of(platform)
     if not assembles_itself(engine):
-        tools = make_toolset(cache, engine, progress, machine=machine)
-        shutil.copytree(tools / "app", folder, dirs_exist_ok=True)
+        is_server = bool(engine_platforms(engine))
+        own = not is_server and platform == host_platform()  # which builders need, too
+        tools = make_toolset(cache, engine, progress, machine="" if own else machine)
+        shutil.copytree(tools / "app" if is_server else tools, folder, dirs_exist_ok=True)
         return
     room = int(str(engine_source(engine)["room_bytes"]))
     progress.note(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from weightsmith.core.errors import CacheLost, WeightsmithError
 from weightsmith.core.resources import builder_pins
+from weightsmith.core.thin import ThinModel
 from weightsmith.core.values import (
     Artifact,
     Checkpoint,
@@ -27,7 +28,7 @@ from weightsmith.models.gguf_config import gguf_models
 from weightsmith.models.reshard import Resharded
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, ImageOrIndex, Order, index_of
-from weightsmith.oci.layers import TITLE
+from weightsmith.oci.layers import TITLE, TarLayer
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import (
     MEDIA_TYPE,
@@ -59,6 +60,19 @@ from weightsmith.serving.plan import ServingConfig
 
 _LARGEST_CORPORA = 16 << 20
 """Characters of the documents that are attached with an evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinParts:
+    """What a thin image has instead of merged weights."""
+
+    model: ThinModel
+    weights: tuple[TarLayer, ...]
+    """The base's layers, as in an image of the base alone, and a layer of what is its own."""
+    program: Mapping[str, TarLayer]
+    """Platform -> our modules and kernels."""
+    entrypoint: tuple[str, ...]
+    """What comes before the engine's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +113,8 @@ class ImageInputs:
     sources: Sources | None = None
     checkpoint: Checkpoint | None = None
     recipe: Recipe | None = None
+    thin: ThinParts | None = None
+    """Of an image that merges where it starts; its artifact is what it merges."""
     quantizer_builder: str = ""
     network_in_jobs: bool = False
     """Whether a job that made any of it had network access, because the user allowed it."""

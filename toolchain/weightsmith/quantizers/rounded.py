@@ -38,7 +38,7 @@ from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _BLOCK = 1 << 20
 """Weights that are rounded at a time: few enough for the CPU's cache."""
-_KEPT = 256 << 20
+KEPT_ROWS = 256 << 20
 """Bytes of rows that are kept for their second use, with a fused scale: gate and up of a model of 8
 billion weights in bfloat16."""
 
@@ -123,7 +123,7 @@ class _FusedRows:
         self._parts: dict[str, list[Matrix]] = {}
         self._known: dict[str, np.float32] = {}
         self._kept: dict[tuple[str, int], npt.NDArray[np.generic]] = {}
-        self._room = _KEPT
+        self._room = KEPT_ROWS
         for matrix in found:
             self._parts.setdefault(matrix.fused, []).append(matrix)
 

@@ -108,10 +108,11 @@ def _scales(
     if shared is None:
         scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
         return scale, scale
-    small = np.minimum(scale * shared, np.float32(_LARGEST_SCALE)).astype(array_type(scheme.scales))
-    wide = small.astype(np.float32)
-    wide = np.where(wide == 0, np.float32(_LEAST_SCALE), wide)
-    return wide.astype(small.dtype), np.asarray(wide / shared, np.float32)
+    small = _float8(np.minimum(scale * shared, np.float32(_LARGEST_SCALE)))
+    exponent = (small >> np.uint8(3)).astype(np.int32)
+    wide = np.ldexp((small & 7) + np.float32(8) * (exponent > 0), np.maximum(exponent, 1) - 10)
+    wide = np.where(wide == 0, np.float32(_LEAST_SCALE), wide).astype(np.float32)
+    return _float8(wide).view(array_type(scheme.scales)), np.asarray(wide / shared, np.float32)
 
 
 def _float8(values: Floats) -> npt.NDArray[np.uint8]:

@@ -531,12 +531,15 @@ class ImageNames(Section):
     )
 
 
-Kind: TypeAlias = Literal["image", "modelcar", "volume", "modelpack", "modelpack-tar", "ollama"]
+Kind: TypeAlias = Literal[
+    "image", "modelcar", "volume", "modelpack", "modelpack-tar", "ollama", "thin"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 """`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights;
 `modelpack` is no image, but an artifact with the model's files, for model runners to pull;
-`modelpack-tar` is one of the image's own layers; `ollama` is what Ollama pulls, for GGUF."""
-LOADABLE = ("image", "modelcar", "volume")
+`modelpack-tar` is one of the image's own layers; `ollama` is what Ollama pulls, for GGUF; `thin`
+runs a server after it has merged the adapters into the base."""
+LOADABLE = ("image", "modelcar", "volume", "thin")
 """Kinds that a container engine can load."""
 
 
@@ -546,7 +549,8 @@ class Outputs(Section):
     kinds: tuple[Kind, ...] = Field(
         ("image",),
         description="`image`: always, since it is what was tested; the other kinds hold the same "
-        "weights, under the image's name and `-KIND`. `ollama` is made of GGUF targets only.",
+        "weights, under the image's name and `-KIND`. `ollama` is made of GGUF targets only. "
+        "`thin` holds base and adapters instead, and merges them where it starts.",
     )
     hub: str = Field(
         "",

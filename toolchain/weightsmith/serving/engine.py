@@ -178,6 +178,8 @@ class Engine:
     """(plan, model) -> what the engine's own file says, for its template."""
     healthcheck: tuple[str, ...]
     """Command inside the CPU image; empty where there is no program for it."""
+    python: str = ""
+    """The Python in its image that has numpy; empty if none has."""
     model_dir: str = "/models"
     image_files: Mapping[str, str] = field(default_factory=dict)
     """Absolute path in the image -> template name in the engine's template folder."""

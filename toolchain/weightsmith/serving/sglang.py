@@ -222,6 +222,7 @@ ENGINE = Engine(
     health_path="/health",
     plan=plan,
     env=env,
+    python="python3",
     entrypoint=("python3", "-m", "sglang.launch_server"),
     command=command,
     file_settings=file_settings,

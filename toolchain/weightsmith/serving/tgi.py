@@ -206,6 +206,7 @@ ENGINE = Engine(
     health_path="/health",
     plan=plan,
     env=env,
+    python="/usr/src/.venv/bin/python",
     entrypoint=("/tgi-entrypoint.sh",),
     command=lambda _plan, _model: (),
     healthcheck=(),

@@ -428,6 +428,7 @@ ENGINE = Engine(
     health_path="/health",
     plan=plan,
     env=env,
+    python="python3",
     entrypoint=("vllm", "serve"),
     command=command,
     file_settings=file_settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +13,8 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Store
 from weightsmith.core.resources import engine_source
-from weightsmith.core.values import Artifact, Checkpoint, Sources, Tree
+from weightsmith.core.thin import MANIFEST
+from weightsmith.core.values import SAFETENSORS, Artifact, Checkpoint, Sources, Tree
 from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_config import gguf_models, projector_of
@@ -47,6 +49,7 @@ from weightsmith.provenance.labels import (
     assemble_in_roles,
     engine_version,
     labels,
+    plan_label,
     reference,
     result_labels,
 )
@@ -69,6 +72,7 @@ from weightsmith.steps.bases import (
 )
 from weightsmith.steps.delivery import network_in_jobs
 from weightsmith.steps.destinations import layers_in
+from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
@@ -81,6 +85,7 @@ from weightsmith.steps.step import (
     Trial,
     UnforeseenStep,
 )
+from weightsmith.steps.thin import grown, plan_thin, thin_parts
 from weightsmith.steps.tools import Tools
 
 USER = "65532:65532"
@@ -117,11 +122,7 @@ def bake(
     """
     timer = Timer("bake", name, tools)
     inputs = prepare()
-    tree, largest = inputs.artifact.tree, inputs.largest_layer
-    if largest is None:  # `auto` splits where it can and refuses nothing
-        split = reshard(tree, fastest_layer(tree.weight_bytes), tools.store.memo, strict=False)
-    else:
-        split = reshard(tree, largest, tools.store.memo) if largest else Resharded(tree, {})
+    split = _split(inputs, tools.store)
     below: list[tuple[Image | None, str]] = [(base, base.platform) for base in inputs.bases]
     if not below:  # what holds no image is for all platforms at once
         wanted = () if inputs.kind in _FILES else inputs.platforms
@@ -144,6 +145,16 @@ def layer_limit(text: str) -> int | None:
     return parse_size(text) if text not in ("none", "") else 0
 
 
+def _split(inputs: ImageInputs, store: Store) -> Resharded:
+    """Return the artifact's files as they lie in the image."""
+    tree, largest = inputs.artifact.tree, inputs.largest_layer
+    if inputs.thin or largest == 0:
+        return Resharded(tree, {})
+    if largest is None:  # `auto` splits where it can and refuses nothing
+        return reshard(tree, fastest_layer(tree.weight_bytes), store.memo, strict=False)
+    return reshard(tree, largest, store.memo)
+
+
 def _made(
     inputs: ImageInputs,
     split: Resharded,
@@ -159,14 +170,16 @@ def _made(
         return ImageMaterials(inputs=inputs, split=split, base=None, image=image, results=results)
     config, model_dir = inputs.config, inputs.engine.model_dir
     stand_in = started if base and base.platform != started else ""
-    first = base if inputs.order == "weights-first" else None
+    first = base if inputs.order == "weights-first" and not inputs.thin else None
     if first and (found := first_collision(first, [model_dir.strip("/")], store.memo)):
         raise InputRefused(
             f"the base {inputs.base_name or 'image'} has /{found}, which would hide weights "
             "below it",
             hint="use the order engine-first, or another base",
         )
-    weights = _weights(inputs, split, len(base.layers) if base else 0, store)
+    thin = inputs.thin
+    below = len(base.layers) if base else 0
+    weights = thin.weights if thin else _weights(inputs, split, below, store)
     labels = {
         ARTIFACT: split.tree.digest,
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
@@ -177,23 +190,24 @@ def _made(
     settings = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
+    program = (thin.program[platform],) if thin else ()
     added = ImageConfig(user=USER, labels=labels)
     if config:
         added = replace(
             added,
             env=dict(sorted(config.env.items())),  # an order that survives the label
-            entrypoint=config.entrypoint or None,
+            entrypoint=(*(thin.entrypoint if thin else ()), *config.entrypoint) or None,
             cmd=config.command,
             ports=(config.port,),
             healthcheck=Healthcheck(command=config.healthcheck) if config.healthcheck else None,
         )
     image = assemble_in_roles(
         weights,
-        (TarLayer(members=settings),) if settings else (),
+        (*program, TarLayer(members=settings)) if settings else (),
         added,
         base,
         inputs.base_name,
-        order=inputs.order,
+        order="engine-first" if thin else inputs.order,
         version=engine_version(base.labels) if base and config else "",
         platform=platform,
     )
@@ -428,3 +442,55 @@ class FormStep(UnforeseenStep[Images]):
             },
             parameters={**image.parameters, "kind": self.kind},
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ThinStep(FormStep):
+    """Assembles an image that merges where it starts: base and adapters instead of weights.
+
+    What it merges has the digests of the image that was tested, so that one's scores are its own.
+    """
+
+    sources: Step[Sources, Sources]
+    weights: Step[Artifact, ForeseenWeights]
+    """As they were made, without what lies beside them."""
+    config: Step[ServingConfig, None]
+    """For the folder that it merges into."""
+
+    def foresee(self, seen: Foresight) -> Foreseen[None]:
+        """Return nothing; refuses a merge that another machine may do otherwise."""
+        sources = seen[self.sources]
+        if not isinstance(sources.base.tree, ForeseenTree):
+            plan_thin(sources, self.file.recipe.merge)
+        return Foreseen(value=None)
+
+    def _made_of(self, have: Results, tools: Tools) -> ImageInputs:
+        made, sources = super()._made_of(have, tools), have[self.sources]
+        image = have[self.image][0].inputs
+        parts = thin_parts(
+            sources,
+            self.file.recipe.merge,
+            have[self.weights],
+            image.artifact,
+            self._base(image, sources, tools.store),
+            image.engine,
+            [base.platform for base in image.bases],
+            tools,
+        )
+        config = have[self.config]
+        manifest = json.dumps(parts.model.to_json(), indent=2) + "\n"
+        return replace(
+            made,
+            thin=parts,
+            bases=image.bases,
+            base_name=image.base_name,
+            config=replace(config, image_files={**config.image_files, MANIFEST: manifest}),
+            labels={**made.labels, PLAN: plan_label(grown(config.plan, parts.model.size))},
+        )
+
+    def _base(self, image: ImageInputs, sources: Sources, store: Store) -> tuple[TarLayer, ...]:
+        """Return the base's layers as an image of the base alone has them."""
+        tree = sources.base.tree
+        plain = replace(image, artifact=Artifact(format=SAFETENSORS, tree=tree))
+        below = max((len(base.layers) for base in image.bases), default=0)
+        return _weights(plain, _split(plain, store), below, store)

@@ -26,6 +26,7 @@ from jinja2 import (
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.resources import templates
+from weightsmith.core.thin import SERVED, SPARE
 from weightsmith.core.values import (
     LORA,
     Artifact,
@@ -39,7 +40,7 @@ from weightsmith.core.values import (
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models
 from weightsmith.oci.layout import is_layout
-from weightsmith.provenance.attest import ImageMaterials
+from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving.architectures import check_served
@@ -70,6 +71,7 @@ from weightsmith.steps.step import (
     TargetStep,
     UnforeseenStep,
 )
+from weightsmith.steps.thin import THIN
 from weightsmith.steps.tools import Tools
 
 USER_ID = 65532
@@ -203,6 +205,42 @@ def render_volume(
     environment = _environment((*folders, templates() / "deploy"))
     names = sorted(path.name for folder in folders for path in folder.glob("*.j2"))
     return {name.removesuffix(".j2"): _one(environment, name, facts) for name in names}
+
+
+def render_thin(
+    config: ServingConfig,
+    engine: Engine,
+    name: str,
+    version: str,
+    *,
+    image: str,
+    parts: ThinParts,
+) -> dict[str, str]:
+    """Return manifests and README of an image that merges where it starts.
+
+    `config` is the thin image's. Limits of time and memory are those of merging and serving.
+    """
+    plan, size = config.plan, parts.model.size
+    served = ServedModel(
+        path=SERVED, name=config.served_name, startup_seconds=2 * startup_seconds(size)
+    )
+    facts = {
+        "name": name,
+        "version": version,
+        "image": image,
+        "env": config.env,
+        "healthcheck": list(config.healthcheck),
+        "startup_seconds": served.startup_seconds,
+        **_engine_facts(engine, plan, served),
+        "merged_bytes": size,
+        "merged_spare": SPARE,
+        "merge_memory": parts.model.memory_bytes,
+        "merge_limit": ServingPlan(host_bytes=parts.model.memory_bytes).memory_limit_bytes,
+        "merge_command": list(parts.entrypoint),
+    }
+    environment = _environment((templates() / THIN, templates() / "deploy"))
+    names = ["compose.yaml.j2", *(path.name for path in (templates() / THIN).glob("*.j2"))]
+    return {each.removesuffix(".j2"): _one(environment, each, facts) for each in sorted(names)}
 
 
 def render_unplanned(
@@ -487,19 +525,24 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     def run(self, have: Results, tools: Tools) -> StageResult[ServingConfig]:
         """Plan and render for the finished weights."""
         timer = Timer(self.name, self.target, tools)
+        config = self.rendered(have, self.of.target)
+        return timer.done(config, cached=is_written(config.files, self.of.folder))
+
+    def rendered(self, have: Results, target: Target) -> ServingConfig:
+        """Plan and render for the finished weights, which may lie elsewhere for this `target`."""
         sources, artifact = have[self.sources], have[self.served]
-        model = sources.base if self.of.target.format == LORA else have[self.checkpoint]
+        model = sources.base if target.format == LORA else have[self.checkpoint]
         # A GGUF model is served as a file, a checkpoint as a folder.
         files = gguf_models(one.path for one in artifact.tree.files if "/" not in one.path)
-        config = self._config(
+        return self._config(
             read_facts(model.tree.texts),
             base_weight_bytes(artifact),
             sources,
             weights=files[0] if files else "",
             made_from=(artifact.digest,),
             projector=projector_in(artifact.tree),
+            target=target,
         )
-        return timer.done(config, cached=is_written(config.files, self.of.folder))
 
     def _config(
         self,
@@ -511,12 +554,13 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         made_from: tuple[Digest, ...] = (),
         projector: Projector | None = None,
         notes: tuple[str, ...] = (),
+        target: Target | None = None,
     ) -> ServingConfig:
         """Plan and render; `weights` is the served file, "" if it does not exist yet.
 
         `weight_bytes` are with the projector, and without the adapters.
         """
-        recipe, target = self.file.recipe, self.of.target
+        recipe, target = self.file.recipe, target or self.of.target
         adapters = unmerged_adapters(self.file, target, sources)
         return render(
             target=target,
@@ -531,6 +575,52 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             projector=projector,
             notes=notes,
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ThinConfigStep(UnforeseenStep[ServingConfig]):
+    """Renders the files of an image that serves a model from where it is merged at the start."""
+
+    name = "thin-config"
+
+    rendered: RenderStep
+
+    def run(self, have: Results, tools: Tools) -> StageResult[ServingConfig]:
+        """Plan and render as for the tested image; raises what that does."""
+        del tools
+        target, engine = self.of.target, self.of.target.engine
+        named = SERVED if engine.fixed_name == engine.model_dir else engine.fixed_name
+        moved = replace(engine, model_dir=SERVED, fixed_name=named)
+        return unrecorded(self.rendered.rendered(have, replace(target, engine=moved)))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ThinManifestsStep(UnforeseenStep[None]):
+    """Writes manifests of an image that merges where it starts, with the sizes that this takes."""
+
+    name = "thin-manifests"
+
+    config: ThinConfigStep
+    form: Step[tuple[ImageMaterials, ...], None]
+    thin: Step[Published, None]
+
+    def run(self, have: Results, tools: Tools) -> StageResult[None]:
+        """Write them."""
+        del tools
+        recipe, inputs = self.file.recipe, have[self.form][0].inputs
+        if inputs.thin is None:
+            raise AssertionError("it is an image of another kind")
+        digest, name = have[self.thin].digest, f"{reference(recipe, self.target)}-{inputs.kind}"
+        files = render_thin(
+            have[self.config],
+            self.of.target.engine,
+            recipe.name,
+            recipe.version,
+            image=f"{name}@{digest}" if self.of.outputs.push else name,
+            parts=inputs.thin,
+        )
+        write_files(files, self.of.folder / THIN)
+        return unrecorded(None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

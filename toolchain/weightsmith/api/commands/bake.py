@@ -84,6 +84,11 @@ def _check(request: BakeCommand) -> None:
         )
     if request.kind not in KINDS:
         raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
+    if request.kind == "thin":
+        raise UsageError(
+            "--kind thin: bake gets merged weights, and a thin image holds base and adapters",
+            hint="build it: outputs.kinds: [thin] in a recipe",
+        )
     if request.load and Reference.parse(request.load).digest:
         raise UsageError(
             f"--load {request.load}: an engine takes an image by its tag, not by a digest",

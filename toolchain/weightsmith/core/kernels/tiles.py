@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weightsmith.core.kernels import library
+from weightsmith.core.small_floats import name_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,7 @@ _LANES = 16
 
 def reads(dtype: np.dtype[np.generic]) -> bool:
     """Return whether the library is there and reads weights of this type."""
-    return dtype.name in _TYPES and library.found() is not None
+    return name_of(dtype) in _TYPES and library.found() is not None
 
 
 def round_tiles(
@@ -42,7 +43,7 @@ def round_tiles(
     rows = np.ascontiguousarray(rows)
     room = np.empty(-(-columns // wide) + _LANES, np.float32)
     wrong = library.kernels().weightsmith_round_tiles(
-        *(rows.ctypes.data, _TYPES[rows.dtype.name], count, columns, high, wide),
+        *(rows.ctypes.data, _TYPES[name_of(rows.dtype)], count, columns, high, wide),
         *(_CODES[codes[0]], _SCALES[scales[0]], shared),
         *(codes[1].ctypes.data, scales[1].ctypes.data, room.ctypes.data),
     )
@@ -72,6 +73,6 @@ def compare_tiles(
     wrong = library.kernels().weightsmith_compare_tiles(
         *(codes.ctypes.data, values.ctypes.data, values.shape[1]),
         *(scales.ctypes.data, high, wide),
-        *(weights.ctypes.data, _TYPES[weights.dtype.name], count, columns, sums.ctypes.data),
+        *(weights.ctypes.data, _TYPES[name_of(weights.dtype)], count, columns, sums.ctypes.data),
     )
     return None if wrong else (float(sums[0]), float(sums[1]))

@@ -1,0 +1,356 @@
+"""Thin images built in memory, and what they do when they start: their own program, run here."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import pytest
+from safetensors.numpy import load_file
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.jobs import QuantizeJob
+from weightsmith.models.safetensors import build_header
+from weightsmith.oci.references import Reference
+from weightsmith.quantizers.rounded import quantize
+from weightsmith.quantizers.schemes import SCHEMES
+
+from tests.fakes.memory import Memory
+from tests.fakes.tiny import write_adapter
+
+THIN = "outputs=[image, thin]"
+SAY = "import os; print('served', sorted(os.listdir(os.environ['SERVED'])))"
+
+
+def files(memory: Memory, tag: str) -> Mapping[str, bytes]:
+    return memory.engine.held(f"{memory.repository}:1.0.0-{tag}").files()
+
+
+@dataclass
+class Container:
+    """The files of a thin image in a folder, whose program takes that folder for its root."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, image: Mapping[str, bytes], root: Path) -> Container:
+        for name, data in image.items():
+            path = root / name.lstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        made = cls(root)
+        text = made.manifest.read_text()
+        for folder in ("/models", "/adapters", "/etc/weightsmith"):
+            text = text.replace(f'"{folder}', f'"{root}{folder}')
+        made.manifest.write_text(text)
+        made.volume.mkdir()
+        return made
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "etc/weightsmith/thin.json"
+
+    @property
+    def volume(self) -> Path:
+        return self.root / "volume"
+
+    @property
+    def served(self) -> Path:
+        return self.root / "model"
+
+    def command(self, *words: str, before: str = "") -> list[str]:
+        """Start as the image does, with this folder's paths; `before` is run before that."""
+        program = (
+            "import sys; from pathlib import Path\n"
+            f"sys.path.insert(0, {str(self.root / 'opt/weightsmith')!r})\n"
+            f"sys.argv[0] = {str(self.root / 'opt/weightsmith')!r}\n"
+            "from weightsmith.worker import start\n"
+            "import weightsmith.core.thin as thin\n"
+            f"thin.PLACES, thin.SERVED = ({str(self.volume)!r},), {str(self.served)!r}\n"
+            f"{before}\n"
+            f"raise SystemExit(start.main(sys.argv[1:], Path({str(self.manifest)!r})))"
+        )
+        return [sys.executable, "-I", "-B", "-c", program, *words]
+
+    def start(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": os.environ["PATH"], "SERVED": str(self.served), **variables}
+        words = words or (sys.executable, "-c", SAY)
+        return subprocess.run(
+            self.command(*words), env=env, capture_output=True, text=True, check=False
+        )
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.volume.iterdir())
+
+
+@pytest.fixture
+def container(memory: Memory, tmp_path: Path) -> Container:
+    memory.use_vllm()
+    memory.build(THIN)
+    return Container.of(files(memory, "vllm-thin"), tmp_path / "root")
+
+
+def model_of(image: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {n.removeprefix("/models/"): d for n, d in image.items() if n.startswith("/models/")}
+
+
+def use_bfloat16(memory: Memory) -> None:
+    """Write the base in bfloat16, in two shards."""
+    base = memory.home / "base"
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(tensors)
+    places = {}
+    for number, part in enumerate((names[:5], names[5:]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        places |= dict.fromkeys(part, file)
+        header = build_header([(n, "BF16", tensors[n].shape) for n in part], {"format": "pt"})
+        data = [tensors[n].astype(ml_dtypes.bfloat16).tobytes() for n in part]
+        (base / file).write_bytes(header + b"".join(data))
+    index = {"metadata": {}, "weight_map": places}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def round_really(memory: Memory) -> None:
+    """Let jobs make rounded weights as builders do."""
+
+    def rounded(job: QuantizeJob, _report: object) -> Mapping[str, Any]:
+        keep = job.options.get("keep", ())
+        quantize(SCHEMES[job.format], job.model.path, job.output, keep)
+        return {"warnings": [], "bits_per_weight": 8.0}
+
+    memory.runner.stages = {**memory.runner.stages, "quantize": rounded}
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["vllm", "vllm-fp8", "vllm-fp8-block", "vllm-w8a8", "vllm-nvfp4a16", "vllm-mxfp4a16"],
+)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_it_serves_the_bytes_of_the_image_that_was_tested(
+    memory: Memory, tmp_path: Path, target: str, kind: str
+) -> None:
+    if kind == "bfloat16":
+        use_bfloat16(memory)
+    round_really(memory)
+    memory.use_vllm(target, serve={"gpu": "nvidia-h100", "max_model_len": 512})
+    memory.build(THIN)
+    fat, thin = files(memory, target), files(memory, f"{target}-thin")
+    container = Container.of(thin, tmp_path / "root")
+
+    done = container.start()
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("served ['.weightsmith.json', 'config.json'")
+    found = {
+        path.relative_to(container.served).as_posix(): path.read_bytes()
+        for path in container.served.rglob("*")
+        if path.name != ".weightsmith.json"
+    }
+    assert found == model_of(fat)
+    assert "/tmp/model" in thin["/etc/weightsmith/vllm.yaml"].decode()
+
+
+def test_a_second_start_compares_and_merges_nothing(container: Container) -> None:
+    assert "merging: 100 %" in container.start().stderr
+    again = container.start()
+
+    assert again.returncode == 0
+    assert again.stdout == container.start(WEIGHTSMITH_CHECK="time").stdout
+    assert "comparing: 100 %" in again.stderr
+    assert "merging" not in again.stderr
+    told = json.loads((container.root / "merging.json").read_text())
+    assert told["state"] == "ready"
+    assert told["done_bytes"] == told["total_bytes"]
+
+
+def test_without_a_server_it_only_merges(container: Container) -> None:
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(container.command(), env=env, capture_output=True, check=False)
+
+    assert done.returncode == 0
+    assert done.stdout == b""
+    assert (container.served / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("check", ["digest", "time"])
+def test_a_file_that_was_altered_in_the_volume_is_made_anew(
+    container: Container, check: str
+) -> None:
+    container.start()
+    path = (container.served / "model.safetensors").resolve()
+    right = path.read_bytes()
+    times = path.stat().st_mtime_ns
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    if check == "digest":
+        os.utime(path, ns=(times, times))
+
+    done = container.start(WEIGHTSMITH_CHECK=check)
+
+    assert "model.safetensors is not as it was merged: merging anew" in done.stderr
+    assert (container.served / "model.safetensors").read_bytes() == right
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("adapters/0/adapter_model.safetensors", "model.safetensors is not what was tested"),
+        ("models/model.safetensors", "model.safetensors is not what was tested"),
+        ("models/tokenizer_config.json", "tokenizer_config.json is not what was tested"),
+    ],
+)
+def test_what_differs_from_what_was_tested_is_never_served(
+    container: Container, place: str, said: str
+) -> None:
+    path = container.root / place
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+    done = container.start()
+
+    assert done.returncode == 4
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert container.left() == []
+    assert not container.served.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"made": 3}'])
+def test_a_damaged_manifest_is_refused(container: Container, text: str) -> None:
+    container.manifest.write_text(text)
+    done = container.start()
+
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_while_it_merges_leaves_nothing_behind(container: Container) -> None:
+    slow = (
+        "import time, weightsmith.worker.merging_at_start as made\n"
+        "made._copy = lambda *_: time.sleep(600)"
+    )
+    env = {"PATH": os.environ["PATH"]}
+    with subprocess.Popen(
+        container.command("true", before=slow), env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "100 %" in line:
+                break
+        assert container.left() != []
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+
+    assert container.left() == []
+    assert not container.served.exists()
+    assert json.loads((container.root / "merging.json").read_text())["state"] == "failed"
+
+
+def test_it_waits_for_another_container_that_merges(container: Container) -> None:
+    handle = os.open(container.volume, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    env = {"PATH": os.environ["PATH"]}
+    with subprocess.Popen(
+        container.command("true"), env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert any("waiting for another container" in line for line in process.stderr)
+        os.close(handle)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+def test_a_volume_that_is_full_or_cannot_be_written_to_is_named(
+    container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=9)"
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        container.command("true", before=full), env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert "--shm-size" in done.stderr
+
+    container.volume.rmdir()
+    container.volume.write_bytes(b"")
+    done = container.start()
+    assert done.returncode == 5
+    assert "mount a volume at" in done.stderr
+
+
+def test_base_layers_are_those_of_an_image_of_the_base_and_of_other_fine_tunes(
+    memory: Memory, tmp_path: Path
+) -> None:
+    memory.use_vllm()
+    memory.build(THIN, push=True)
+    thin = pulled(memory, "vllm-thin")
+    write_adapter(memory.home / "other", seed=7)
+    memory.write_recipe(
+        targets=["vllm"],
+        image={"repository": memory.repository, "base": f"{memory.registry.host}/engines/vllm:1"},
+        adapters=[{"source": "./other", "version": "v1"}],
+        version="2.0.0",
+        evaluate=None,
+    )
+    other = memory.build(THIN, push=True)["vllm"]
+    memory.write_recipe(
+        targets=["vllm"],
+        image={"repository": memory.repository, "base": f"{memory.registry.host}/engines/vllm:1"},
+        adapters=None,
+        version="3.0.0",
+        evaluate=None,
+    )
+    memory.build(push=True)
+
+    shared = {layer.digest for layer in thin.layers}
+    second, plain = pulled(memory, "vllm-thin", "2.0.0"), pulled(memory, "vllm", "3.0.0")
+    own = [layer for layer in second.layers if layer.digest not in shared]
+    assert sum(layer.size for layer in own) < 0.05 * memory_size(memory.home / "base")
+    assert other.forms["thin"].uploaded_bytes < 0.1 * memory_size(memory.home / "base")
+    base = [layer.digest for layer in plain.layers if layer.file.startswith("models/")]
+    assert base
+    assert set(base) <= shared
+
+
+def pulled(memory: Memory, target: str, version: str = "1.0.0") -> Any:
+    return memory.client.pull(Reference.parse(f"{memory.repository}:{version}-{target}"))
+
+
+def memory_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_targets_and_merges_that_cannot_be_thin_are_refused_before_any_work(
+    memory: Memory,
+) -> None:
+    with pytest.raises(UsageError, match="has no thin image"):
+        memory.build(THIN)
+    memory.use_vllm("vllm-awq")
+    with pytest.raises(UsageError, match="made with calibration"):
+        memory.forecast(THIN)
+    with pytest.raises(UsageError, match="made with calibration"):
+        memory.build(THIN)
+    memory.use_vllm("vllm-lora")
+    with pytest.raises(UsageError, match="nothing is merged"):
+        memory.build(THIN)
+    memory.use_vllm()
+    with pytest.raises(InputRefused, match="no thin image of this merge"):
+        memory.forecast(THIN, "merge.method=ties", "merge.density=0.5")
+    assert memory.jobs() == []
+
+
+def test_of_several_targets_those_that_can_have_one(memory: Memory) -> None:
+    memory.use_vllm()
+    request = memory.request(THIN, targets=["vllm", "llamacpp-q4_k_m"])
+
+    assert [request.forms_of(target) for target in request.targets] == [("thin",), ()]
