@@ -15,11 +15,13 @@ from weightsmith.core.values import (
     Artifact,
     Checkpoint,
     Digest,
+    FileEntry,
     JsonValue,
     Scores,
     Sources,
     Tree,
     plain,
+    tree_digest,
     without_passwords,
 )
 from weightsmith.evaluating.results import Result, main_scores, named, unproven_of, verdicts_of
@@ -48,6 +50,8 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.labels import public_name, without_secrets
 from weightsmith.provenance.statements import (
+    BASE_FILES,
+    CONTENTS,
     Resource,
     Statement,
     file_resources,
@@ -71,8 +75,20 @@ class ThinParts:
     """The base's layers, as in an image of the base alone, and a layer of what is its own."""
     program: Mapping[str, TarLayer]
     """Platform -> our modules and kernels."""
+    base_files: Digest
+    """Of the base's files as they lie in the image: large ones may be split."""
     entrypoint: tuple[str, ...]
     """What comes before the engine's."""
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """The files in the layers of weights, as `verify` names them."""
+        return tuple(
+            FileEntry(path=one.path.removeprefix("models/"), size=one.size, digest=one.digest)
+            for layer in self.weights
+            for one in layer.members
+            if one.digest
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,14 +261,16 @@ def _builder(name: str, details: Mapping[str, JsonValue]) -> list[Resource]:
 
 def _baked(made: ImageMaterials, documents: Sequence[Attachment]) -> Statement:
     needed = [tree_resource("artifact", made.served.digest)]
+    inside = made.served.tree.files
+    if (thin := made.inputs.thin) and made.inputs.sources:
+        inside = thin.files
+        needed.append(tree_resource(CONTENTS, tree_digest(inside)))
+        needed.append(tree_resource(BASE_FILES, thin.base_files))
     if made.base:
         needed.append(
             Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)
         )
-    needed += (
-        Resource(name=f"file:{resource.name}", digest=resource.digest)
-        for resource in file_resources(made.served.tree)
-    )
+    needed += (Resource(name=f"file:{file.path}", digest=file.digest) for file in inside)
     image = statements.image_resource(made.image.manifest_blob)
     network = {"network_in_jobs": True} if made.inputs.network_in_jobs else {}
     return provenance(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from weightsmith.core.thin import ADAPTERS, OWN_FILES
 from weightsmith.core.values import Digest, FileEntry, tree_digest
 from weightsmith.evaluating.results import NOT_PROVEN
 from weightsmith.oci.attachments import Attachment
@@ -23,7 +24,13 @@ from weightsmith.provenance.evidence import (
     resource_of,
 )
 from weightsmith.provenance.labels import PREFIX, TESTED, VERDICT
-from weightsmith.provenance.statements import TEST_RESULT, Resource, Statement
+from weightsmith.provenance.statements import (
+    BASE_FILES,
+    CONTENTS,
+    TEST_RESULT,
+    Resource,
+    Statement,
+)
 
 _PASSED = ("PASSED", "WARNED")
 """Results of a test whose image may be served; a warned one says why it proves nothing."""
@@ -111,6 +118,8 @@ def check_chain(
         return
     yield _weights(baked, files)
     yield from _sources(image, lineage)
+    if CONTENTS in baked.dependencies:
+        yield from _thin(baked, lineage, files)
     yield _documents(own, documents)
     yield from _unnamed(lineage, documents)
     if gate := _gate(image, lineage):
@@ -167,7 +176,7 @@ def _weights(baked: Statement, files: Mapping[str, str]) -> Check:
     whole = tree_digest(
         FileEntry(path=path, size=0, digest=Digest(digest)) for path, digest in stated.items()
     )
-    if whole != baked.dependencies.get("artifact"):
+    if whole != baked.dependencies.get(CONTENTS, baked.dependencies.get("artifact")):
         return Check(name="weights", ok=False, found="the statement contradicts itself")
     return Check(name="weights", ok=True, found=f"{len(stated)} files match the statement")
 
@@ -193,6 +202,31 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
         ok = digest == lineage.made["merge"]
         found = "served as it is" if ok else "not the model that was quantized or served"
         yield Check(name="base", ok=ok, found=found)
+
+
+def _thin(baked: Statement, lineage: Lineage, files: Mapping[str, str]) -> Iterator[Check]:
+    """Yield the checks of what a thin image merges: the base's own files, and each adapter's.
+
+    Large files of a base may be split; that the parts are the base's is then the statement's word.
+    """
+    merged = lineage.steps.get("merge")
+    sources = dict(merged.dependencies) if merged else {}
+    groups: dict[str, list[FileEntry]] = {name: [] for name in sources}
+    for path, digest in files.items():
+        folder, number, *rest = [*path.split("/", 2), ""]
+        if f"/{folder}" == ADAPTERS:
+            name, path = f"adapter:{number}", rest[0]
+        elif f"/{path}".startswith(f"{OWN_FILES}/"):
+            continue
+        else:
+            name = "base"
+        groups.setdefault(name, []).append(FileEntry(path=path, size=0, digest=Digest(digest)))
+    for name, group in sorted(groups.items()):
+        whole, wanted = tree_digest(group), sources.get(name, "")
+        split = name == "base" and wanted and whole == baked.dependencies.get(BASE_FILES) != wanted
+        ok = whole == wanted or bool(split)
+        said = f"{len(group)} files of {wanted[7:19]}" + (", split" if split else "")
+        yield Check(name=f"files {name}", ok=ok, found=said if ok else "not those that were merged")
 
 
 def _documents(own: Statement, documents: Sequence[Attachment]) -> Check:

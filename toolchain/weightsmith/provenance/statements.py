@@ -166,6 +166,11 @@ def tree_resource(name: str, digest: Digest, uri: str = "") -> Resource:
     return Resource(name=name, digest=digest, uri=uri, annotations={"of": "sha256sum list"})
 
 
+CONTENTS, BASE_FILES = "contents", "base files"
+"""What the statement of a thin image names: all files in it but the engine's and the program's, and
+of these the base's, perhaps split."""
+
+
 def file_resources(tree: Tree) -> list[Resource]:
     """Return one resource per file of a tree."""
     return [Resource(name=file.path, digest=file.digest) for file in tree.files]

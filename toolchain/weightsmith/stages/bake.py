@@ -14,7 +14,7 @@ from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Store
 from weightsmith.core.resources import engine_source
 from weightsmith.core.thin import MANIFEST
-from weightsmith.core.values import SAFETENSORS, Artifact, Checkpoint, Sources, Tree
+from weightsmith.core.values import SAFETENSORS, Artifact, Checkpoint, Digest, Sources, Tree
 from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_config import gguf_models, projector_of
@@ -472,7 +472,7 @@ class ThinStep(FormStep):
             self.file.recipe.merge,
             have[self.weights],
             image.artifact,
-            self._base(image, sources, tools.store),
+            *self._base(image, sources, tools.store),
             image.engine,
             [base.platform for base in image.bases],
             tools,
@@ -488,9 +488,12 @@ class ThinStep(FormStep):
             labels={**made.labels, PLAN: plan_label(grown(config.plan, parts.model.size))},
         )
 
-    def _base(self, image: ImageInputs, sources: Sources, store: Store) -> tuple[TarLayer, ...]:
-        """Return the base's layers as an image of the base alone has them."""
+    def _base(
+        self, image: ImageInputs, sources: Sources, store: Store
+    ) -> tuple[tuple[TarLayer, ...], Digest]:
+        """Return the base's layers as an image of the base alone has them, and their files'."""
         tree = sources.base.tree
         plain = replace(image, artifact=Artifact(format=SAFETENSORS, tree=tree))
         below = max((len(base.layers) for base in image.bases), default=0)
-        return _weights(plain, _split(plain, store), below, store)
+        split = _split(plain, store)
+        return _weights(plain, split, below, store), split.tree.digest

@@ -27,6 +27,7 @@ from weightsmith.core.thin import (
 from weightsmith.core.values import (
     LORA,
     Artifact,
+    Digest,
     FileEntry,
     Format,
     JsonValue,
@@ -103,6 +104,7 @@ def thin_parts(
     made: Artifact,
     served: Artifact,
     base: tuple[TarLayer, ...],
+    base_files: Digest,
     engine: Engine,
     platforms: Sequence[str],
     tools: Tools,
@@ -110,13 +112,13 @@ def thin_parts(
     """Return the parts of a thin image.
 
     `made` are the weights as they were quantized or merged, `served` the same with what lies beside
-    them; `base` are the layers of the base's own files. Raises what `plan_thin` does.
+    them; `base` are the layers of the base's own files, which have the digest `base_files`. Raises what `plan_thin` does.
     """
     plan = plan_thin(sources, options)
-    base_files = {file.path: file for file in sources.base.tree.files}
+    known = {file.path: file for file in sources.base.tree.files}
     weights = {file.path for file in made.tree.files if file.path.endswith(".safetensors")}
     beside = [file for file in served.tree.files if file.path not in weights]
-    own = [file for file in beside if not _same(file, base_files)]
+    own = [file for file in beside if not _same(file, known)]
     format_ = made.format.name if made.format.packed else ""
     model = ThinModel(
         base=engine.model_dir,
@@ -163,6 +165,7 @@ def thin_parts(
         weights=(*base, TarLayer(members=tuple(members), epoch=epoch, memo=memo)),
         program={each: program_layer(each, tools) for each in platforms},
         entrypoint=(engine.python, "-I", "-B", PROGRAM),
+        base_files=base_files,
     )
 
 
