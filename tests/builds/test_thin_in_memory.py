@@ -16,13 +16,23 @@ from typing import Any
 import ml_dtypes
 import pytest
 from safetensors.numpy import load_file
-from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.requests import RebaseCommand
+from weightsmith.api.commands.verify import verify_image
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.jobs import QuantizeJob
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import FileEntry, Sources
 from weightsmith.models.safetensors import build_header
 from weightsmith.oci.references import Reference
+from weightsmith.oci.weights import weight_layers
+from weightsmith.provenance import attest
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
+from weightsmith.stages.bake import ThinStep
 
+from tests.fakes.baking import push_base
+from tests.fakes.images import tree_of
 from tests.fakes.memory import Memory
 from tests.fakes.tiny import write_adapter
 
@@ -354,3 +364,73 @@ def test_of_several_targets_those_that_can_have_one(memory: Memory) -> None:
     request = memory.request(THIN, targets=["vllm", "llamacpp-q4_k_m"])
 
     assert [request.forms_of(target) for target in request.targets] == [("thin",), ()]
+
+
+@pytest.mark.parametrize("size", ["auto", "1MB"])
+def test_verify_compares_base_and_adapters_with_what_was_merged(
+    memory: Memory, tmp_path: Path, size: str
+) -> None:
+    """Also where the base's large file is split; the start then joins its parts again."""
+    base = memory.use_vllm()
+    image = {"repository": memory.repository, "base": base, "max_layer_size": size}
+    memory.write_recipe(targets=["vllm"], image=image)
+    thin = memory.build(THIN, push=True)["vllm"].forms["thin"]
+    checks = verify_image(thin.reference, None, memory.client, Silent()).checks
+    found = {check.name: check.found for check in checks}
+
+    assert found["files base"].endswith(", split") == (size == "1MB")
+    assert found["files adapter:0"].startswith("2 files of ")
+    memory.build(THIN)
+    container = Container.of(files(memory, "vllm-thin"), tmp_path / "root")
+    assert container.start().returncode == 0
+
+
+def test_verify_finds_another_base_below_the_adapters(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.use_vllm()
+    right = attest.ThinParts.files.fget
+    assert right is not None
+
+    def others(parts: attest.ThinParts) -> tuple[FileEntry, ...]:
+        return tuple(file for file in right(parts) if file.path != "tokenizer_config.json")
+
+    monkeypatch.setattr(attest.ThinParts, "files", property(others))
+    thin = memory.build(THIN, push=True)["vllm"].forms["thin"]
+
+    with pytest.raises(CheckFailed, match=r"weights.*tokenizer_config\.json"):
+        verify_image(thin.reference, None, memory.client, Silent())
+
+
+def test_verify_finds_files_that_are_not_the_base_that_was_merged(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the image's own statement lists them."""
+    memory.use_vllm()
+    other = weight_layers(tree_of(tmp_path / "other", {"model.safetensors": b"other"}), "/models")
+
+    def wrong(_step: object, _image: object, sources: Sources, _store: object) -> Any:
+        return other, sources.base.digest
+
+    monkeypatch.setattr(ThinStep, "_base", wrong)
+    thin = memory.build(THIN, push=True)["vllm"].forms["thin"]
+
+    with pytest.raises(CheckFailed, match="failed verification: files base"):
+        verify_image(thin.reference, None, memory.client, Silent())
+
+
+def test_another_engine_below_it_keeps_what_it_merges(memory: Memory, tmp_path: Path) -> None:
+    base = memory.use_vllm()
+    built = memory.build(THIN, push=True)["vllm"].forms["thin"]
+    newer = base.replace(":1", ":2")
+    push_base(memory.client, newer, {"dev.weightsmith.engine": "vllm"}, {"usr/bin/vllm": b"2"})
+    to = f"{memory.repository}:moved"
+
+    asked = RebaseCommand(source=built.reference, onto=newer, to=to, smoke=False)
+    rebase_image(asked, memory.tools)
+    old, new = (memory.client.pull(Reference.parse(name)) for name in (built.reference, to))
+
+    assert new.layers[1:] != ()
+    assert [layer.digest for layer in new.layers[1:]] == [layer.digest for layer in old.layers[1:]]
+    assert new.config["Entrypoint"] == old.config["Entrypoint"]
+    verify_image(to, None, memory.client, Silent())

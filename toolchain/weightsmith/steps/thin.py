@@ -112,7 +112,8 @@ def thin_parts(
     """Return the parts of a thin image.
 
     `made` are the weights as they were quantized or merged, `served` the same with what lies beside
-    them; `base` are the layers of the base's own files, which have the digest `base_files`. Raises what `plan_thin` does.
+    them; `base` are the layers of the base's own files, which have the digest `base_files`. Raises
+    what `plan_thin` does.
     """
     plan = plan_thin(sources, options)
     known = {file.path: file for file in sources.base.tree.files}
