@@ -14,10 +14,11 @@ from weightsmith.core.ports import Silent
 from weightsmith.core.trees import below, discard
 from weightsmith.models.folder import ignored_files
 from weightsmith.oci.attachments import Attachment, AttachmentPart
+from weightsmith.oci.image import ROLES
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import EVALUATION_TYPE
-from weightsmith.provenance.labels import ADDED, LAYERS, plan_in, roles_of
+from weightsmith.provenance.labels import ADDED, plan_in, roles_of
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.journal import RecordingProgress
@@ -221,7 +222,7 @@ def test_a_deep_signature_is_nobodys():
 
 
 def test_deep_labels_say_nothing():
-    labels = {LAYERS: "base:1", ADDED: DEEP.decode(), "dev.weightsmith.plan": DEEP.decode()}
+    labels = {ROLES: "base:1", ADDED: DEEP.decode(), "dev.weightsmith.plan": DEEP.decode()}
     image = foreign_image(tar_of((entry("a"), b"")), config={"Labels": labels})
     assert plan_in(image.labels) == {}
     with pytest.raises(InputRefused, match=ADDED):

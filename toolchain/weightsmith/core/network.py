@@ -6,6 +6,7 @@ A server that sends a byte a minute keeps every timeout for a read, and holds it
 from __future__ import annotations
 
 import re
+import socket
 import ssl
 import threading
 import time
@@ -26,6 +27,10 @@ LEAST_RATE = 1000
 """Bytes per second."""
 _END = re.compile(rb"\n\r?\n")
 """Of a head: httpx takes both kinds of lines."""
+
+
+class Unreachable(Exception):
+    """An address that a client must not connect to."""
 
 
 class Limit(Protocol):
@@ -147,6 +152,19 @@ def pace(transport: httpx.HTTPTransport) -> httpx.HTTPTransport:
     return transport
 
 
+def pinned_to(client: httpx.Client, allowed: Callable[[str], bool]) -> httpx.Client:
+    """Return a paced client, which now connects only to addresses that are allowed.
+
+    A name is looked up once and its address is connected to, so it cannot be another one then. A
+    proxy is connected to whatever its address: it reaches the others itself.
+    """
+    transport = client._transport  # noqa: SLF001 - its own
+    if isinstance(transport, httpx.HTTPTransport):
+        pool: Any = transport._pool  # noqa: SLF001 - httpx accepts no network backend
+        pool._network_backend = _Network(ReplyLimiter, allowed)  # noqa: SLF001
+    return client
+
+
 def _limit(transport: httpx.HTTPTransport, limit: Callable[[], Limit]) -> None:
     pool: Any = transport._pool  # noqa: SLF001 - httpx accepts no network backend
     pool._network_backend = _Network(limit)  # noqa: SLF001
@@ -183,9 +201,12 @@ class _Stream(httpcore.NetworkStream):
 
 
 class _Network(httpcore.NetworkBackend):
-    def __init__(self, limit: Callable[[], Limit]) -> None:
+    def __init__(
+        self, limit: Callable[[], Limit], allowed: Callable[[str], bool] | None = None
+    ) -> None:
         self._inner = httpcore.SyncBackend()
         self._limit = limit
+        self._allowed = allowed
 
     def connect_tcp(
         self,
@@ -197,9 +218,21 @@ class _Network(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:
         limit = self._limit()
         left = limit.left(timeout)
+        if self._allowed:
+            host = self._address(host, port)
         return _Stream(
             self._inner.connect_tcp(host, port, left, local_address, socket_options), limit
         )
+
+    def _address(self, host: str, port: int) -> str:
+        try:
+            rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        found = [str(row[4][0]) for row in rows]
+        if self._allowed and not all(map(self._allowed, found)):
+            raise Unreachable(f"{host} is an address that a redirect must not lead to")
+        return found[0]
 
     def sleep(self, seconds: float) -> None:
         self._inner.sleep(seconds)

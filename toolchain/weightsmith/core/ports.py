@@ -169,9 +169,12 @@ class Cache(Protocol):
 
 
 class SourceReader(Protocol):
-    """Fetches one kind of source (`hf://`, `pypi://`, a folder) to the local disk."""
+    """Fetches one kind of source (`hf://`, `s3://`, a folder) to the local disk."""
 
     scheme: str
+
+    def check(self, source: str) -> None:
+        """Raise UsageError if a package that reads this kind of source is not installed."""
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the source's files by digest; raises InputRefused or EnvironmentFailure."""

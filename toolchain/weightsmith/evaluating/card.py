@@ -22,6 +22,7 @@ from weightsmith.core.safe_parse import parse
 from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord, SuiteRecord
 from weightsmith.evaluating.gate import wilson
 from weightsmith.models.gguf_config import gguf_models, projector_of
+from weightsmith.recipe.sources import is_remote
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 _SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")
@@ -287,7 +288,7 @@ def _licenses() -> frozenset[str]:
 
 def _public(source: str) -> str:
     """Return a source's name; of a folder, only the last part."""
-    return source if "://" in source else source.rstrip("/").rpartition("/")[2]
+    return source if is_remote(source) else source.rstrip("/").rpartition("/")[2]
 
 
 def _named(pin: str, otherwise: str) -> str:

@@ -19,6 +19,7 @@ from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe.file import RecipeFile, check_recipe, placed, with_settings
+from weightsmith.recipe.sources import is_remote, without_pin
 from weightsmith.recipe.user_text import read_mapping
 from weightsmith.serving.targets import Target
 from weightsmith.stages.upload import SCHEME, repository_of
@@ -97,7 +98,7 @@ def builds_of(
     found: dict[str, str] = {}
     builds = []
     for place, entry in _entries(fleet, path):
-        source = entry.source.partition("@")[0] if "://" in entry.source else entry.source
+        source = without_pin(entry.source)
         last = source.rstrip("/").rpartition("/")[2].lower()
         last = re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:60].strip("-") or "adapter"
         name = entry.name or last
@@ -119,7 +120,7 @@ def _entries(fleet: Fleet, path: Path) -> Iterator[tuple[str, FleetAdapter]]:
         if isinstance(given, FleetAdapter):
             yield place, given
             continue
-        if "://" in given:
+        if is_remote(given):
             yield place, FleetAdapter(source=given)
             continue
         pattern = Path(given).expanduser()
@@ -164,7 +165,7 @@ def _build(
     data = {**data, **{key: _over(data.get(key), value) for key, value in own.items()}}
     one = {key: given[key] for key in given if key not in (*SECTIONS, "name", "targets")}
     source = str(entry.source)
-    if "://" not in source:  # of a folder, its absolute path: the last part is its own name
+    if not is_remote(source):  # of a folder, its absolute path: the last part is its own name
         source = _text(str(folder / Path(source).expanduser()))
     data["adapters"] = [{**one, "source": source}]
     data.pop("targets", None)

@@ -33,8 +33,9 @@ class FleetAdapter(Section):
         max_length=60,
         description="Name of the adapter in the fleet; default: the last part of its source.",
     )
-    source: str = Field(min_length=1, description="Folder or `hf://owner/name`.")
-    revision: str = Field("", description="Commit of an `hf://` source.")
+    source: str = Field(min_length=1, description="As an adapter's in a recipe.")
+    revision: str = Field("", description="What pins the source, as in a recipe.")
+    sha256: str = Field("", description="The same for an `https://` source.")
     version: str = Field("", description="The adapter's version, kept as a label.")
     run_id: str = Field("", description="The training run, kept as a label.")
     weight: float = Field(1.0, description="Factor on the adapter's delta.", allow_inf_nan=False)

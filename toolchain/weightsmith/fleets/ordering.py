@@ -18,6 +18,7 @@ from weightsmith.fleets.graph import Graph, graph_of
 from weightsmith.fleets.page import Page
 from weightsmith.fleets.rows import Changed, FleetRows
 from weightsmith.fleets.running import FleetRun, Order
+from weightsmith.recipe.sources import is_remote
 from weightsmith.steps.lock import Lock
 from weightsmith.steps.tools import Tools
 
@@ -39,7 +40,7 @@ class Ordered:
             for recipe in recipes
             for name in (recipe.base.source, *(adapter.source for adapter in recipe.adapters))
         ]
-        return [Path(name) for name in names if "://" not in name]
+        return [Path(name) for name in names if not is_remote(name)]
 
 
 def ordered(

@@ -13,6 +13,7 @@ from weightsmith.cache.document import content_inputs
 from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
 from weightsmith.core.values import Digest, JsonValue, Tree
 from weightsmith.fleets.requests import TaskRequest
+from weightsmith.recipe.sources import is_remote
 from weightsmith.steps.tools import Tools
 
 _ALONG = 64 << 10
@@ -69,7 +70,7 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
             files[place], part[key] = base64.b64encode(content).decode(), place
     for part in (data["base"], *data["adapters"]):
         source = str(part["source"])
-        if "://" not in source:
+        if not is_remote(source):
             tree = tools.readers[""].fetch(source, "", "", tools.progress).tree
             name = f"folders/{len(payloads)}/{Path(source).name}"
             payloads[name], part["source"] = _sent(tree, tools, again=again), name

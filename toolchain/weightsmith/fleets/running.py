@@ -36,6 +36,7 @@ from weightsmith.fleets.rows import (
     failed,
     of_reply,
 )
+from weightsmith.recipe.sources import is_remote
 from weightsmith.steps.lock import Lock, write_lock
 from weightsmith.steps.tools import Tools
 
@@ -250,7 +251,7 @@ class FleetRun:
         self._done.add(task.id)
         # Later tasks use the same commits and base images.
         before, pinned = self._lock or self.order.lock, reply.lock
-        sources = {n: row for n, row in pinned.get("sources", {}).items() if "://" in n}
+        sources = {n: row for n, row in pinned.get("sources", {}).items() if is_remote(n)}
         bases: dict[str, Any] = dict(before.bases)
         for name, platforms in pinned.get("bases", {}).items():
             bases[name] = {**platforms, **bases.get(name, {})}

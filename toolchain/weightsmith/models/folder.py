@@ -47,10 +47,12 @@ _CODE_CONFIGS = (
     "video_preprocessor_config.json",
     "generation_config.json",
 )
-_MAX_DEPTH = 16
+MAX_DEPTH = 16
 _SHOWN = 3
-_SCHEMES = ("hf", "pypi")
-"""Of sources that recipes name and that are no folders."""
+_REMOTE = re.compile(
+    r"(?P<scheme>hf|pypi|oci|s3|gs|https|modelscope):/(?P<place>.*)|(?P<mlflow>mlflow:.*)"
+)
+"""A source that recipes name and that is no folder, as a path: it has lost a slash."""
 
 
 def scan(root: Path, *, gguf: bool = False) -> list[str]:
@@ -79,6 +81,23 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
         for name in names
         if _ALLOWED.fullmatch(PurePosixPath(name).name) or (gguf and name.endswith(".gguf"))
     ]
+
+
+def is_used(path: str) -> bool:
+    """Return whether a model's file of this relative POSIX path is read, GGUF files included."""
+    *folders, name = path.split("/")
+    if any(part.startswith(".") for part in (*folders, name)):
+        return False
+    if any(_JUNK_FOLDERS.fullmatch(folder) for folder in folders):
+        return False
+    if name.endswith(".gguf"):
+        return True
+    return bool(_ALLOWED.fullmatch(name)) and not _JUNK_FILES.fullmatch(name)
+
+
+def is_pickle(path: str) -> bool:
+    """Return whether a file of this name is one that can run code when it is read."""
+    return bool(_PICKLES.fullmatch(path.rpartition("/")[2]))
 
 
 def is_ignored(name: str) -> bool:
@@ -144,9 +163,9 @@ def _link_root(real: Path) -> Path:
 
 
 def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
-    if depth > _MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise InputRefused(
-            f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}",
+            f"{root} is nested deeper than {MAX_DEPTH} folders: {prefix!r}",
             hint="give the folder of a single model",
         )
     with os.scandir(root / prefix) as entries:
@@ -191,10 +210,10 @@ def _check_link(root: Path, name: str, home: Path) -> None:
 
 def no_folder(root: Path, hint: str) -> InputRefused:
     """Return the refusal of a path that is no folder, or that was the source of a recipe."""
-    scheme, colon, place = str(root).partition(":/")  # a path has lost the second slash of a URL
-    if scheme in _SCHEMES and colon:
+    if found := _REMOTE.fullmatch(str(root)):
+        source = found["mlflow"] or f"{found['scheme']}://{found['place']}"
         return InputRefused(
-            f"{scheme}://{place} is not a folder, and this command downloads no models",
+            f"{source} is not a folder, and this command downloads no models",
             hint="download it first, and give the folder with the files",
         )
     return InputRefused(f"{root} is not a folder", hint=hint)

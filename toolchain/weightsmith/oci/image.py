@@ -5,6 +5,7 @@ The configuration is a base's with what is added; those from outside are checked
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,6 +30,9 @@ _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 DEFAULT_PLATFORM = "linux/amd64"
 """Of an image from scratch, on every machine, so that it has one digest."""
 OWN_LABELS = "dev.weightsmith."
+ROLES = f"{OWN_LABELS}layers"
+"""Label: roles of the layers, bottom first, such as `base:1 weights:2 settings:1`."""
+_ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
 _ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
 """Beginnings of labels that are not inherited: a base's are of its own version and weights."""
 _SECOND = 1_000_000_000
@@ -352,6 +356,19 @@ class Index:
 
 ImageOrIndex: TypeAlias = Image | Index
 """What a name resolves to: an image, or an index of one image per platform."""
+
+
+def layers_by_role(image: Image) -> Mapping[str, tuple[Layer, ...]]:
+    """Return an image's layers by role, bottom first; {} if its label is missing or wrong."""
+    parts = [_ROLE.fullmatch(part) for part in image.labels.get(ROLES, "").split()]
+    counts = {part[1]: int(part[2]) for part in parts if part}
+    if not all(parts) or sum(counts.values()) != len(image.layers):
+        return {}
+    at, found = 0, {}
+    for role, count in counts.items():
+        found[role] = image.layers[at : at + count]
+        at += count
+    return found
 
 
 def index_of(images: Sequence[Image]) -> ImageOrIndex:

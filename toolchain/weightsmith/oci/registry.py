@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,6 +218,10 @@ class Registry:
     def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
         """Return a manifest's bytes, checked against its digest, and its media type."""
         return transfers.manifest(self.session(reference, "pull"), reference)
+
+    def read_blob(self, reference: Reference, blob: Blob, start: int = 0) -> Iterator[bytes]:
+        """Yield a blob's bytes from an offset on; the caller verifies them."""
+        return transfers.blob_from(self.session(reference, "pull"), blob, start)
 
     def check_tag(self, reference: Reference, digest: Digest) -> None:
         """Raise UsageError if the reference's tag names another digest."""

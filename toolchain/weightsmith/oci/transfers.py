@@ -554,6 +554,11 @@ def blob(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
     return verified(chunks, wanted, session.registry, altered_hint(session), Altered)
 
 
+def blob_from(session: RegistrySession, wanted: Blob, start: int) -> Iterator[bytes]:
+    """Yield a blob's bytes from an offset on, which the caller verifies; resumed as in `blob`."""
+    return _resumed(session, wanted, start)
+
+
 def altered_hint(session: RegistrySession) -> str:
     """Return the hint for data that was changed on its way here."""
     proxy = connections.display_proxy(session.root)
@@ -573,8 +578,8 @@ def declared_digest(reply: RegistryReply, where: str) -> Digest | None:
         ) from None
 
 
-def _resumed(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
-    at = failures = 0
+def _resumed(session: RegistrySession, wanted: Blob, at: int = 0) -> Iterator[bytes]:
+    failures = 0
     while at < wanted.size:
         # Some registries refuse a range without an end, though RFC 9110 allows it.
         headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}

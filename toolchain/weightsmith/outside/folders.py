@@ -22,6 +22,9 @@ class FolderReader:
     def __init__(self, store: Store) -> None:
         self._store = store
 
+    def check(self, source: str) -> None:
+        """Do nothing: what reads it is always installed."""
+
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the folder's safe files; raises InputRefused if it is missing or unsafe."""
         return self._snapshot(source, revision, sha256, progress, read=True)
@@ -41,7 +44,8 @@ class FolderReader:
             what = "is a file, not a folder" if root.exists() else "does not exist"
             raise InputRefused(
                 f"{source} {what}",
-                hint="a source is a folder, hf://owner/name or pypi://package==version",
+                hint="a source is a folder, or has a scheme: hf://, pypi://, oci://, s3://, gs://, "
+                "https://, modelscope:// or mlflow:",
             )
         if revision or sha256:
             raise InputRefused(

@@ -44,6 +44,9 @@ class HubReader:
     def __init__(self, store: Store) -> None:
         self._store = store
 
+    def check(self, source: str) -> None:
+        """Do nothing: what reads it is always installed."""
+
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the repository's files at a commit; resolves an unpinned revision first.
 

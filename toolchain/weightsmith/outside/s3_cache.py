@@ -21,6 +21,12 @@ from weightsmith.core.ports import CacheUse, OpenedBlob
 from weightsmith.core.values import Blob, Digest
 from weightsmith.outside.folder_cache import of_rows, to_rows
 
+CLIENT = {
+    "connect_timeout": 5,
+    "read_timeout": 60,
+    "retries": {"max_attempts": 2, "mode": "standard"},
+}
+"""Settings of botocore's client."""
 _CHUNK = 8 << 20
 _SMALL = 16 << 20
 _PART = 64 << 20
@@ -51,11 +57,7 @@ class S3Cache:
             use_listings_cache=False,
             skip_instance_cache=True,
             default_block_size=_PART,
-            config_kwargs={
-                "connect_timeout": 5,
-                "read_timeout": 60,
-                "retries": {"max_attempts": 2, "mode": "standard"},
-            },
+            config_kwargs=CLIENT,
         )
 
     def find(self, key: Digest, *, use: bool = True) -> bytes | None:

@@ -27,17 +27,20 @@ from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of, verdi
 from weightsmith.oci.image import (
     DEFAULT_PLATFORM,
     OWN_LABELS,
+    ROLES,
     Healthcheck,
     Image,
     ImageConfig,
     Order,
     assemble,
+    layers_by_role,
 )
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import OLLAMA_MODEL
 from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.sources import is_remote
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 
 PREFIX = OWN_LABELS
@@ -60,13 +63,10 @@ TESTED_PLATFORM = PREFIX + "tested.platform"
 """Label: the platform whose image was started and questioned in place of this one."""
 TESTED = PREFIX + "tested.image"
 """Label: the digest of the image that was started and questioned with the same weights."""
-LAYERS = PREFIX + "layers"
-"""Label: roles of the layers, bottom first, such as `base:1 weights:2 settings:1`."""
 ADDED = PREFIX + "config"
 """Label: what was added to the base's configuration, so that the base can be replaced."""
 BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
-_ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
 
 
 def tag(recipe: Recipe, target: str) -> str:
@@ -165,7 +165,7 @@ def public_name(source: str) -> str:
 
     With its path, the same inputs would give another digest on another machine.
     """
-    return source if "://" in source else Path(source).absolute().name
+    return source if is_remote(source) else Path(source).absolute().name
 
 
 def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, str]:
@@ -305,7 +305,7 @@ def assemble_in_roles(
         **({BASE_NAME: base_name} if base_name else {}),
         **({BASE_DIGEST: base.digest} if base else {}),
         **({ENGINE_VERSION: version} if version else {}),
-        LAYERS: " ".join(f"{role}:{n}" for role, n in (*counts, ("settings", len(settings)))),
+        ROLES: " ".join(f"{role}:{n}" for role, n in (*counts, ("settings", len(settings)))),
     }
     # What is added to a base, without the labels' own values.
     stated = {**plain(config), "labels": sorted(labels)}
@@ -337,22 +337,17 @@ def roles_of(image: Image, where: str) -> Roles:
         raise InputRefused(
             f"{where} holds a model's files and no engine", hint="give the image of the same build"
         )
-    parts = [_ROLE.fullmatch(part) for part in image.labels.get(LAYERS, "").split()]
-    counts = {part[1]: int(part[2]) for part in parts if part}
-    if not all(parts) or not counts or sum(counts.values()) != len(image.layers):
+    found = layers_by_role(image)
+    if not found:
         raise InputRefused(
             f"{where} has no label that says which layers are weights",
             hint="only images made by `build` or `bake` have it",
         )
-    at, found = 0, {}
-    for role, count in counts.items():
-        found[role] = image.layers[at : at + count]
-        at += count
     return Roles(
         base=found.get("base", ()),
         weights=found.get("weights", ()),
         settings=found.get("settings", ()),
-        weights_first=next(iter(counts)) == "weights",
+        weights_first=next(iter(found)) == "weights",
         config=_config(image, where),
     )
 

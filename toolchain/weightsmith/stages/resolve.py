@@ -21,6 +21,7 @@ from weightsmith.core.values import (
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Adapter, Base
+from weightsmith.recipe.sources import scheme_of
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import Lock, read_lock, with_sources, write_lock
 from weightsmith.steps.sizes import foreseen
@@ -37,6 +38,10 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
 
     Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for network errors.
     """
+    parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
+    for part in parts:
+        reader, name, *_ = _reader(part, file.folder, tools)
+        reader.check(name)  # all of them before the first, which may take an hour
     base = resolve_base(file.recipe.base, file.folder, tools)
     adapters = []
     for adapter in file.recipe.adapters:
@@ -109,16 +114,18 @@ def _known(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot | Non
 def _reader(
     source: Base | Adapter, folder: Path, tools: Tools
 ) -> tuple[SourceReader, str, str, str]:
-    sha256 = source.sha256 if isinstance(source, Base) else ""
-    scheme, separator, _ = source.source.partition("://")
-    if not separator:
+    scheme = scheme_of(source.source)
+    if not scheme:
         path = Path(source.source).expanduser()
         place = str(path if path.is_absolute() else folder / path)
-        return tools.readers[""], place, source.revision, sha256
+        return tools.readers[""], place, source.revision, source.sha256
     if scheme not in tools.readers:
-        schemes = ", ".join(f"{s}://" for s in sorted(tools.readers) if s)
-        raise UsageError(f"{source.source}: unknown kind of source", hint=f"use one of: {schemes}")
-    return tools.readers[scheme], source.source, source.revision, sha256
+        kinds = sorted(set(tools.readers) - {"", "http", "mlflow"})
+        schemes = ", ".join((*(f"{one}://" for one in kinds), "mlflow:"))
+        raise UsageError(
+            f"{source.source}: unknown kind of source", hint=f"use a folder, or one of: {schemes}"
+        )
+    return tools.readers[scheme], source.source, source.revision, source.sha256
 
 
 def _named(adapter: Adapter, snapshot: Snapshot) -> AdapterSnapshot:

@@ -28,6 +28,7 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Adapter, Base
+from weightsmith.recipe.sources import has_own_pin, pin_fields
 
 T = TypeVar("T")
 
@@ -182,21 +183,14 @@ def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, 
 
 
 def _pin(source: Base | Adapter, lock: Lock) -> dict[str, str]:
-    pin = lock.sources.get(source.source, {}).get("pin", "")
-    if _has_own_pin(source) or not pin.startswith(source.source):
+    if _has_own_pin(source):
         return {}
-    given = pin.removeprefix(source.source)
-    if source.source.startswith("hf://") and given.startswith("@"):
-        return {"revision": given.removeprefix("@")}
-    if isinstance(source, Base) and given.startswith("#sha256="):
-        return {"sha256": given.removeprefix("#sha256=")}
-    return {}
+    pin = lock.sources.get(source.source, {}).get("pin", "")
+    return dict(pin_fields(source.source, pin))
 
 
 def _has_own_pin(source: Base | Adapter) -> bool:
-    """Return whether the recipe pins a source; folders are not pinned, and may change."""
-    written = "://" not in source.source or "@" in source.source or source.revision
-    return bool(written or (isinstance(source, Base) and source.sha256))
+    return has_own_pin(source.source, source.revision, source.sha256)
 
 
 def _row(snapshot: Snapshot, lock: Lock) -> Mapping[str, str]:

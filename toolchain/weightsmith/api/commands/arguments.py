@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeAlias, TypeVar, cast
 from weightsmith.core.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
 from weightsmith.recipe.file import RecipeFile, check_section, validated
+from weightsmith.recipe.sources import is_remote
 
 AnyPath: TypeAlias = str | Path
 Texts: TypeAlias = str | Sequence[str]
@@ -30,7 +31,7 @@ def path_of(given: AnyPath) -> Path:
 
 def source_of(given: AnyPath) -> str:
     """Return a folder's path, or a source such as `hf://owner/name` as it is."""
-    return given if isinstance(given, str) and "://" in given else str(path_of(given))
+    return given if isinstance(given, str) and is_remote(given) else str(path_of(given))
 
 
 def paths_of(given: AnyPath | Sequence[AnyPath]) -> tuple[Path, ...]:
@@ -66,6 +67,6 @@ def sources_of(file: RecipeFile) -> list[Path]:
     """Return a recipe's local source folders, and the layout of its base image if it is local."""
     recipe = file.recipe
     names = [recipe.base.source, *(adapter.source for adapter in recipe.adapters)]
-    found = [file.folder / Path(name).expanduser() for name in names if "://" not in name]
+    found = [file.folder / Path(name).expanduser() for name in names if not is_remote(name)]
     base = recipe.image.base
     return [*found, locate(base)[0]] if base and is_layout(base) else found

@@ -21,6 +21,7 @@ from weightsmith.evaluating.items import read_prompts
 from weightsmith.merging.plan import KINDS
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.recipe.schema import Base
+from weightsmith.recipe.sources import is_remote
 from weightsmith.stages import validate as validation
 from weightsmith.stages.merge import BUILDER, check, combine, merge
 from weightsmith.stages.resolve import resolve_base
@@ -110,7 +111,7 @@ def open_sources(
 
 def base_folder(base: str, tools: Tools) -> Path:
     """Return a base's folder; one of a hub or an index is fetched first."""
-    if "://" not in base:
+    if not is_remote(base):
         return Path(base)
     return resolve_base(Base(source=base), Path(), tools).tree.root
 

@@ -27,6 +27,7 @@ from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBE
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Recipe, Suite
+from weightsmith.recipe.sources import is_remote, scheme_of, without_pin
 from weightsmith.recipe.user_text import require_plain
 from weightsmith.serving.options import not_to_be_stated
 
@@ -44,7 +45,7 @@ _KEPT_KEYS = (
 )  # fmt: skip
 """Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
 _OF_ADAPTERS = ("version", "run_id", "weight")
-_REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision")
+_REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision", "adapters[].sha256")
 """Keys that are derived from the statement about the merge instead."""
 
 
@@ -58,7 +59,8 @@ def recipe_of(asked: RecipeCommand) -> RecipeFile:
             hint = "use --set base.source=…"
             raise UsageError("--recipe and --base exclude each other", hint=hint)
         source = asked.adapters[-1] if asked.adapters else asked.base
-        last = source.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
+        named = source if scheme_of(source) in ("", "hf", "pypi") else without_pin(source)
+        last = named.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
         words = "".join(c if c.isascii() and c.isalnum() else " " for c in last).split()
         recipe = {
             "name": "-".join(words) or "model",
@@ -231,11 +233,16 @@ def _with_base(
         )
     row: dict[str, JsonValue]
     if base:
-        row = {"source": base if "://" in base else str(Path(base).absolute())}
+        row = {"source": base if is_remote(base) else str(Path(base).absolute())}
     elif hub := _HUB.fullmatch(pin):
         row = {"source": hub["name"], "revision": hub["revision"]}
     elif wheel := _WHEEL.fullmatch(pin):
         row = {"source": wheel["name"], "sha256": wheel["sha256"]}
+    elif is_remote(pin):  # with the user's credentials, only at the user's own word
+        raise UsageError(
+            f"the image's base is {pin[:300]}",
+            hint="it is fetched only if you name it: --base and the source without its pin",
+        )
     else:
         raise UsageError(
             f"the image's base was a folder ({digest[7:19]})",
@@ -243,7 +250,7 @@ def _with_base(
         )
     recipe["base"] = row
     name = str(row["source"])
-    return {name: {"pin": digest if "://" not in name else pin, "digest": digest}}
+    return {name: {"pin": pin if is_remote(name) else digest, "digest": digest}}
 
 
 def _with_adapters(

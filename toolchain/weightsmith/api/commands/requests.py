@@ -53,7 +53,7 @@ _KIND = (
 )
 _TARGET = "engine and format, such as llamacpp-q4_k_m"
 _ADAPTER = "adapter folder, in the order of merging"
-_BASE = "base model: a folder, hf://owner/name or pypi://package==version"
+_BASE = "base model: a folder, hf://owner/name, pypi://package==version, or another source"
 _MODEL = "model folder or .gguf file"
 _OUT = "where the result goes; it must not exist yet"
 

@@ -1,0 +1,232 @@
+"""Sources in an MLflow server or folder (`mlflow:runs:/…`, `mlflow:models:/…`), by its own client.
+
+The client says where the artifacts are. A folder is read in place of a download, and object stores
+by the readers of `s3://` and `gs://`; everything else, such as a server's own store, by the client.
+A run and a version of a model are immutable names; an alias is pinned to the version that it names.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.core.ports import Progress
+from weightsmith.core.trees import below
+from weightsmith.core.values import without_passwords
+from weightsmith.models.folder import scan
+from weightsmith.outside.object_stores import S3, Gcs, ObjectRemote
+from weightsmith.outside.remote import Broken, Place, RemoteFile, require_packages
+from weightsmith.recipe.sources import MLFLOW
+
+_CHUNK = 1 << 20
+_MOST_FILES = 20_000
+_DEEPEST = 16
+_STORES = (ObjectRemote(S3()), ObjectRemote(Gcs()))
+_HINT = (
+    "check MLFLOW_TRACKING_URI, the network, and MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_USERNAME "
+    "and its password"
+)
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+}
+"""Of the client, unless the user says otherwise: it reports home and shows bars of its own."""
+
+
+class MlflowRemote:
+    """Runs and registered models of MLFLOW_TRACKING_URI."""
+
+    scheme = "mlflow"
+    packages = ("mlflow",)
+    extra = "mlflow"
+
+    @property
+    def where(self) -> str:
+        """Return the server or folder, without credentials."""
+        return str(without_passwords(os.environ.get("MLFLOW_TRACKING_URI", "")))
+
+    def pin_of(self, source: str, revision: str, sha256: str) -> str:
+        """Return the source, of an alias with its version."""
+        del sha256
+        found = MLFLOW.fullmatch(source)
+        if not found or not found["alias"]:
+            return source
+        return f"{source}@{revision}" if revision else ""
+
+    def open(self, source: str, revision: str, sha256: str, progress: Progress) -> Place:
+        """Find the artifacts and list them."""
+        del sha256
+        found = MLFLOW.fullmatch(source)
+        if not found:
+            raise AssertionError("a recipe's sources are checked")
+        path = found["path"].strip("/")
+        with _asked(source):
+            client, run = _client(), found["run"]
+            version = found["version"] or revision
+            if found["alias"] and not version:
+                alias = found["alias"].removeprefix("@")
+                version = str(client.get_model_version_by_alias(found["name"], alias).version)
+            if run:
+                location, path = _of_run(client, run, path)
+            elif found["id"]:
+                location = client.get_logged_model(found["id"]).artifact_location
+            else:
+                location = client.get_model_version_download_uri(found["name"], version)
+                if location.startswith("models:/m-"):
+                    model = location.removeprefix("models:/")
+                    location = client.get_logged_model(model).artifact_location
+        pin = f"{source}@{version}" if found["alias"] else source
+        pinned = bool(revision) or not found["alias"]
+        location = f"{str(location).rstrip('/')}/{path}".rstrip("/")
+        parts = urlsplit(location)
+        for store in _STORES:
+            if parts.scheme == store.scheme:
+                require_packages(store, source)
+                there = store.open(location, "", "", progress)
+                return Place(
+                    pin=pin, pinned=pinned, files=there.files, read=there.read, hint=there.hint
+                )
+        if parts.scheme in ("", "file"):
+            files, read = _in_folder(Path(unquote(parts.path)), source)
+            return Place(pin=pin, pinned=pinned, files=files, read=read, hint=_HINT)
+        return Place(
+            pin=pin,
+            pinned=pinned,
+            files=_on_server(location, source),
+            read=_ended_early,
+            hint=_HINT,
+            take=lambda file, folder: _taken(f"{location}/{file.path}", folder, source),
+        )
+
+
+def _client() -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # Imported here: it loads for a second.
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    return mlflow.MlflowClient()
+
+
+def _of_run(client: Any, run: str, path: str) -> tuple[str, str]:
+    """Return where the artifacts of a run are, or of a model that it logged, and the path there."""
+    found = client.get_run(run).info
+    name, _, rest = path.partition("/")
+    if name and not client.list_artifacts(run, path):
+        token = None
+        while True:
+            page = client.search_logged_models(
+                experiment_ids=[found.experiment_id],
+                filter_string=f"name = '{name.replace(chr(39), '')}'",
+                page_token=token,
+            )
+            for model in page:
+                if model.source_run_id == run:
+                    return model.artifact_location, rest
+            token = page.token
+            if not token:
+                break
+    return found.artifact_uri, path
+
+
+def _in_folder(root: Path, source: str) -> tuple[tuple[RemoteFile, ...], Any]:
+    import mlflow
+
+    if urlsplit(mlflow.get_tracking_uri()).scheme in ("http", "https"):
+        raise InputRefused(
+            f"{source}: its server keeps the artifacts in a folder of a machine ({root})",
+            hint="if it is on this one, give the folder as the source; else let the server serve "
+            "them (mlflow server --serve-artifacts)",
+        )
+    if not root.is_dir():
+        raise InputRefused(f"{source}: {root} is not a folder", hint="check the path")
+    scan(root)  # refuses links that leave the folder
+    files = tuple(
+        RemoteFile(path=path.relative_to(root).as_posix(), size=path.stat().st_size)
+        for path in below(root)
+        if path.is_file()
+    )
+
+    def read(file: RemoteFile, start: int) -> Iterator[bytes]:
+        with (root / file.path).open("rb") as content:
+            content.seek(start)
+            while chunk := content.read(_CHUNK):
+                yield chunk
+
+    return files, read
+
+
+def _on_server(location: str, source: str) -> tuple[RemoteFile, ...]:
+    """List the artifacts below a location; the server is asked folder by folder."""
+    from mlflow.artifacts import list_artifacts
+
+    found: list[RemoteFile] = []
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with _asked(source):
+            rows = list_artifacts(artifact_uri=f"{location}/{folder}".rstrip("/"))
+        for row in rows:
+            # Its paths start from the parent of what was asked for, or from that itself.
+            name = str(row.path).rstrip("/").rpartition("/")[2]
+            path = f"{folder}/{name}".lstrip("/")
+            if not name or path.count("/") > _DEEPEST or len(found) + len(folders) > _MOST_FILES:
+                raise InputRefused(
+                    f"{source} has too many files or folders, or one without a name",
+                    hint="give the path of the folder with a single model",
+                )
+            if row.is_dir:
+                folders.append(path)
+            else:
+                size = row.file_size if isinstance(row.file_size, int) else -1
+                found.append(RemoteFile(path=path, size=size))
+    if not found:
+        raise InputRefused(f"{source} does not exist, or is empty", hint="check its path")
+    return tuple(found)
+
+
+def _taken(address: str, folder: Path, source: str) -> Path:
+    """Let the client fetch an artifact into a folder."""
+    from mlflow.artifacts import download_artifacts
+
+    folder.mkdir(exist_ok=True)
+    with _asked(source):
+        return Path(download_artifacts(artifact_uri=address, dst_path=str(folder)))
+
+
+def _ended_early(file: RemoteFile, start: int) -> Iterator[bytes]:
+    """Fail for a file that the client has fetched, but not whole."""
+    raise Broken(f"only {start} of {file.size} bytes of {file.path} came")
+
+
+@contextmanager
+def _asked(source: str) -> Iterator[None]:
+    """Turn the client's errors into ours, without its texts, which may hold signed addresses."""
+    try:
+        yield
+    except WeightsmithError:
+        raise
+    except Exception as error:  # noqa: BLE001 - it passes on those of a dozen libraries
+        code = str(getattr(error, "error_code", ""))
+        if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+            raise InputRefused(
+                f"{source} does not exist in {_server()}", hint="check its name; " + _HINT
+            ) from None
+        if code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            raise InputRefused(f"{source}: {_server()} denies access", hint=_HINT) from None
+        raise EnvironmentFailure(
+            f"{source}: {_server()} could not be asked: {type(error).__name__} {code}".rstrip(),
+            hint=_HINT,
+        ) from None
+
+
+def _server() -> str:
+    return str(without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))) or "./mlruns"
