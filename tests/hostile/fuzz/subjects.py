@@ -11,6 +11,7 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
@@ -24,6 +25,7 @@ from unittest.mock import patch
 import fsspec
 import numpy as np
 import yaml
+from pydantic import ValidationError
 from safetensors.numpy import save
 from weightsmith.api.commands import recipes
 from weightsmith.api.commands.cache import describe_cache, prune_cache
@@ -53,15 +55,20 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, open_location
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
+from weightsmith.outside.archives import extract
 from weightsmith.outside.folder_cache import FolderCache
+from weightsmith.outside.https import parse_list
+from weightsmith.outside.image_sources import _unpacked
+from weightsmith.outside.modelscope import parse_files
 from weightsmith.outside.pypi import extract_model
+from weightsmith.outside.remote import chosen_files
 from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in, roles_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
 from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe
-from weightsmith.recipe.schema import Bench
+from weightsmith.recipe.schema import Base, Bench
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
@@ -418,6 +425,69 @@ def read_wheel(data: bytes, folder: Path) -> None:
         assert written <= {"x.whl", "out"}, "written outside its folder"
 
 
+SOURCES = (
+    "oci://registry.example.com/team/bot:1@sha256:" + "0" * 64,
+    "s3://bucket/models/bot", "gs://bucket/bot.tar",
+    "https://example.com/bot.tar#sha256=" + "0" * 64,
+    "https://example.com:8443/a/SHA256SUMS", "mlflow:runs:/0123abcd/model/peft",
+    "mlflow:models:/bot@champion/model", "modelscope://team/bot@v1.0", "hf://a/b@main",
+)  # fmt: skip
+
+
+@cache
+def kept() -> Mapping[str, bytes]:
+    """Return what those send who keep sources: a list, a reply, an archive, a layer, a name."""
+    files = {"config.json": b"{}", "a/model.safetensors": b"w" * 700, "pytorch_model.bin": b"p"}
+    rows = "".join(f"{Digest.of(data).hex}  {name}\n" for name, data in files.items())
+    listed = [
+        {"Path": name, "Type": "blob", "Size": len(data), "Sha256": Digest.of(data).hex}
+        for name, data in files.items()
+    ]
+    return {
+        "list": rows.encode(),
+        "reply": json.dumps({"Data": {"Files": listed}}).encode(),
+        "archive": tar_of(*((entry(name), data) for name, data in files.items())),
+        "layer": tar_of(
+            (entry("models/config.json"), b"{}"), (entry("models/m.safetensors"), b"w" * 700),
+            (entry("models/.wh.x.json"), b""), entry("models/y.json", tarfile.SYMTYPE, to="z"),
+        ),
+    }  # fmt: skip
+
+
+def changed_source(random: Random) -> bytes:
+    """Change one of them; the first line says which."""
+    kind = random.choice([*kept(), "name"])
+    if kind == "name":
+        return b"name\n" + bytes_changed(random, random.choice(SOURCES).encode())
+    if kind == "reply" and random.randrange(2):
+        return b"reply\n" + json.dumps(json_changed(random, json.loads(kept()[kind]))).encode()
+    return kind.encode() + b"\n" + bytes_changed(random, kept()[kind])
+
+
+def read_source(data: bytes, folder: Path) -> None:
+    """Read it; nothing is written beside its folder, and no name leads out of it."""
+    kind, _, data = data.partition(b"\n")
+    out, file = folder / "out" / "data", folder / "model.tar"
+    out.mkdir(parents=True)
+    match kind:
+        case b"name":
+            with suppress(ValidationError):
+                made = Base(source=data.decode(errors="surrogateescape"))
+                assert ".." not in made.source.split("/") or "://" not in made.source
+        case b"list" | b"reply":
+            rows = parse_list(data, "x") if kind == b"list" else parse_files(data, "x")
+            for one in chosen_files(rows, "x"):
+                assert (folder / one.path).resolve().is_relative_to(folder.resolve())
+        case b"archive":
+            file.write_bytes(data)
+            extract(file, out, "x", lambda *_: None)
+        case _:
+            image = foreign_image(data, packed=False)
+            _unpacked(image.layers, "x", out, Silent())
+    written = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
+    assert written <= {"model.tar", "out"}, "written outside its folder"
+
+
 # Places that machines share: a cache's entries in a folder, a bucket, a registry; payloads. Whoever
 # may write there puts something odd at one key. That result may be lost, and no other: the cache is
 # used on, it can be described and cleaned, and no file is ever another than its key says.
@@ -605,6 +675,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "text": (changed_text, read_text),
     "from": (changed_statements, read_statements),
     "wheel": (changed_wheel, read_wheel),
+    "sources": (changed_source, read_source),
     "folder-cache": (changed_entry, read_folder_entry),
     "s3-cache": (changed_entry, read_bucket_entry),
     "registry-cache": (changed_manifest, read_manifest_entry),

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ipaddress
 import netrc
+import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from urllib.parse import urlsplit
 
@@ -143,7 +144,18 @@ class HttpFiles:
         if not host or after.username or (after.scheme != "https" and not plain):
             kind = f"{after.scheme}://{host}" if host else f"{after.scheme}:"
             raise self._led_away(f"{kind}, which is not HTTPS" if not after.username else kind)
+        # Behind a proxy it is not us who connect, so an address is looked at here too.
+        with suppress(ValueError):
+            ipaddress.ip_address(host.partition("%")[0])
+            if not _may_reach(host, self._home(first)):
+                raise self._led_away("an address of this machine or its network")
         return target
+
+    def _home(self, first: str) -> tuple[_Address, ...]:
+        if "_found" not in self.__dict__:
+            self.__dict__["_found"] = _addresses(urlsplit(first).hostname or "")
+        found: tuple[_Address, ...] = self.__dict__["_found"]
+        return found
 
     def _led_away(self, where: str) -> WeightsmithError:
         return InputRefused(
@@ -179,7 +191,7 @@ class HttpFiles:
             return {}
         host = urlsplit(url).hostname or ""
         try:
-            found = netrc.netrc().authenticators(host)
+            found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
         except (FileNotFoundError, PermissionError):
             return {}
         except (netrc.NetrcParseError, OSError, ValueError):
@@ -203,7 +215,7 @@ class HttpFiles:
         """Return the client for where redirects lead, which reaches only what they may."""
         found = self.__dict__.get("_other")
         if found is None:
-            home = _addresses(urlsplit(first).hostname or "")
+            home = self._home(first)
             found = self.__dict__["_other"] = pinned_to(
                 _client(), lambda address: _may_reach(address, home)
             )

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Progress, Store
-from weightsmith.core.trees import remove
+from weightsmith.core.trees import below, remove
 from weightsmith.core.values import Digest, JsonValue, Snapshot, Writable, canonical, key_of
 from weightsmith.models.folder import MAX_DEPTH, check_no_code, is_pickle, is_used
 from weightsmith.outside.archives import WEIGHTS, extract, require_weights
@@ -246,7 +246,7 @@ def _fetch_list(
 ) -> dict[str, str]:
     files = chosen_files(place.files, source)
     total = sum(max(0, file.size) for file in files)
-    store.require_room(total - sum(p.stat().st_size for p in folder.rglob("*")), source)
+    store.require_room(total - sum(p.stat().st_size for p in below(folder)), source)
     digests: dict[str, str] = {}
     done, checked = 0, False
     for file in files:
