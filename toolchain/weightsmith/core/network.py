@@ -29,7 +29,7 @@ _END = re.compile(rb"\n\r?\n")
 """Of a head: httpx takes both kinds of lines."""
 
 
-class Unreachable(Exception):
+class ForbiddenAddress(Exception):
     """An address that a client must not connect to."""
 
 
@@ -231,7 +231,7 @@ class _Network(httpcore.NetworkBackend):
             raise httpcore.ConnectError(str(error)) from error
         found = [str(row[4][0]) for row in rows]
         if self._allowed and not all(map(self._allowed, found)):
-            raise Unreachable(f"{host} is an address that a redirect must not lead to")
+            raise ForbiddenAddress(f"{host} is an address that a redirect must not lead to")
         return found[0]
 
     def sleep(self, seconds: float) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from weightsmith.core.errors import WeightsmithError
@@ -19,6 +20,8 @@ from weightsmith.outside.docker_containers import DockerRunner
 from weightsmith.outside.hardware import cores, gpu_names
 from weightsmith.outside.hub import hub_endpoint
 from weightsmith.outside.local import WAYS_OUT, LocalRunner
+from weightsmith.outside.mlflow import MlflowRemote
+from weightsmith.outside.object_stores import S3, Gcs
 from weightsmith.outside.registries import docker_config
 from weightsmith.outside.toolset import toolset_folder
 
@@ -57,6 +60,7 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> MachineRe
         "privacy": _privacy(cache, store),
         "credentials": _credentials(),
         "hub": _hub(),
+        "sources": _sources(),
         "builders": _builders(engine, cache),
         "jobs": _jobs(),
         "platforms": _platforms(cache),
@@ -172,6 +176,23 @@ def _hub() -> Checkup:
     return Checkup(
         f"no token for {hub_endpoint()}",
         todo="`hf auth login`, or HF_TOKEN, before `push --to hf://…` and for private models",
+    )
+
+
+def _sources() -> Checkup:
+    """Say which kinds of sources lack a package; the others need none."""
+    lacking, ready = {}, []
+    for remote in (S3(), Gcs(), MlflowRemote()):
+        if all(map(find_spec, remote.packages)):
+            ready.append(remote.scheme)
+        else:
+            lacking[remote.scheme] = remote.extra
+    return Checkup(
+        f"packages for {', '.join(ready) or 'none'} of s3, gs and mlflow; other sources need none",
+        ok=True,
+        todo="; ".join(
+            f"for {scheme}: pip install 'weightsmith[{extra}]'" for scheme, extra in lacking.items()
+        ),
     )
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.core.network import Unreachable, paced, pinned_to
+from weightsmith.core.network import ForbiddenAddress, paced, pinned_to
 from weightsmith.oci.connections import trusted
 from weightsmith.oci.references import is_loopback
 from weightsmith.outside.remote import Broken
@@ -121,7 +121,7 @@ class HttpFiles:
                 url = self._next(first, url, there)
         except (httpx.TransportError, httpx.StreamError) as error:
             raise Broken(_cause(error)) from None
-        except Unreachable:
+        except ForbiddenAddress:
             raise self._led_away("an address of this machine or its network") from None
         except (httpx.InvalidURL, UnicodeError) as error:
             raise EnvironmentFailure(

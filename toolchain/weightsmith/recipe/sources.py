@@ -23,7 +23,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 BUCKET = re.compile(
-    r"(?P<scheme>s3|gs)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,221})(/(?P<key>.*))?"
+    r"(?P<scheme>s3|gs)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,221})(/(?P<key>[^?#]*))?"
 )
 MODELSCOPE = re.compile(
     rf"modelscope://(?P<name>{_PART}/{_PART})(@(?P<revision>[\w./-]+))?", re.ASCII
@@ -67,6 +67,8 @@ def check_source(source: str) -> str:
     """
     scheme = "https" if source.startswith("http://") else scheme_of(source)
     if scheme not in _FORMS:
+        if scheme.lower() in (*_FORMS, "http"):
+            raise ValueError(f"write {scheme.lower()} in lower case")
         return source
     if not source.isprintable() or "\\" in source or ".." in source.split("/"):
         raise ValueError(f"has a `..`, a backslash or a control character: {source[:200]!r}")

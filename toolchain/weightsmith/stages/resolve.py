@@ -17,6 +17,7 @@ from weightsmith.core.values import (
     Sources,
     StageInputs,
     Writable,
+    without_passwords,
 )
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
 from weightsmith.recipe.file import RecipeFile
@@ -123,7 +124,8 @@ def _reader(
         kinds = sorted(set(tools.readers) - {"", "http", "mlflow"})
         schemes = ", ".join((*(f"{one}://" for one in kinds), "mlflow:"))
         raise UsageError(
-            f"{source.source}: unknown kind of source", hint=f"use a folder, or one of: {schemes}"
+            f"{without_passwords(source.source)}: unknown kind of source",
+            hint=f"use a folder, or one of: {schemes}",
         )
     return tools.readers[scheme], source.source, source.revision, source.sha256
 
