@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,25 +67,15 @@ class MlflowRemote:
         found = MLFLOW.fullmatch(source)
         if not found:
             raise AssertionError("a recipe's sources are checked")
-        path = found["path"].strip("/")
+        is_alias, version = bool(found["alias"]), found["version"] or revision
         with _asked(source):
-            client, run = _client(), found["run"]
-            version = found["version"] or revision
-            if found["alias"] and not version:
+            client = _client()
+            if is_alias and not version:
                 alias = found["alias"].removeprefix("@")
                 version = str(client.get_model_version_by_alias(found["name"], alias).version)
-            if run:
-                location, path = _of_run(client, run, path)
-            elif found["id"]:
-                location = client.get_logged_model(found["id"]).artifact_location
-            else:
-                location = client.get_model_version_download_uri(found["name"], version)
-                if location.startswith("models:/m-"):
-                    model = location.removeprefix("models:/")
-                    location = client.get_logged_model(model).artifact_location
-        pin = f"{source}@{version}" if found["alias"] else source
-        pinned = bool(revision) or not found["alias"]
-        location = f"{str(location).rstrip('/')}/{path}".rstrip("/")
+            location = _location(client, found, version)
+        pin = f"{source}@{version}" if is_alias else source
+        pinned = bool(revision) or not is_alias
         parts = urlsplit(location)
         for store in _STORES:
             if parts.scheme == store.scheme:
@@ -96,6 +87,11 @@ class MlflowRemote:
         if parts.scheme in ("", "file"):
             files, read = _in_folder(Path(unquote(parts.path)), source)
             return Place(pin=pin, pinned=pinned, files=files, read=read, hint=_HINT)
+        if parts.scheme in ("runs", "models"):  # the client would follow them to any folder here
+            raise InputRefused(
+                f"{source}: {_server()} says that it is in {location[:200]}",
+                hint="name that as the source",
+            )
         return Place(
             pin=pin,
             pinned=pinned,
@@ -116,25 +112,46 @@ def _client() -> Any:
     return mlflow.MlflowClient()
 
 
+def _location(client: Any, found: re.Match[str], version: str) -> str:
+    """Return the address of a source's artifacts."""
+    path = found["path"].strip("/")
+    if not found["run"] and not found["id"]:
+        named = str(client.get_model_version_download_uri(found["name"], version))
+        place = f"{named.rstrip('/')}/{path}".rstrip("/")
+        # It may be of a run, or of a logged model.
+        inner = MLFLOW.fullmatch(f"mlflow:{place}")
+        if not inner or not (inner["run"] or inner["id"]):
+            return place
+        found, path = inner, inner["path"].strip("/")
+    if found["run"]:
+        root, path = _of_run(client, found["run"], path)
+    else:
+        root = client.get_logged_model(found["id"]).artifact_location
+    return f"{str(root).rstrip('/')}/{path}".rstrip("/")
+
+
 def _of_run(client: Any, run: str, path: str) -> tuple[str, str]:
     """Return where the artifacts of a run are, or of a model that it logged, and the path there."""
+    from mlflow.artifacts import list_artifacts
+
     found = client.get_run(run).info
     name, _, rest = path.partition("/")
-    if name and not client.list_artifacts(run, path):
-        token = None
-        while True:
-            page = client.search_logged_models(
-                experiment_ids=[found.experiment_id],
-                filter_string=f"name = '{name.replace(chr(39), '')}'",
-                page_token=token,
-            )
-            for model in page:
-                if model.source_run_id == run:
-                    return model.artifact_location, rest
-            token = page.token
-            if not token:
-                break
-    return found.artifact_uri, path
+    if not name or list_artifacts(artifact_uri=f"{found.artifact_uri.rstrip('/')}/{path}"):
+        return found.artifact_uri, path
+    # Since MLflow 3 a model that a run logs has a folder of its own.
+    token = None
+    while True:
+        page = client.search_logged_models(
+            experiment_ids=[found.experiment_id],
+            filter_string=f"name = '{name.replace(chr(39), '')}'",
+            page_token=token,
+        )
+        for model in page:
+            if model.source_run_id == run:
+                return model.artifact_location, rest
+        token = page.token
+        if not token:
+            return found.artifact_uri, path
 
 
 def _in_folder(root: Path, source: str) -> tuple[tuple[RemoteFile, ...], Any]:
