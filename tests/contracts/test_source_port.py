@@ -23,7 +23,7 @@ from tests.fakes.s3_server import s3_server
 from tests.fakes.sources import BESIDE, MODEL, SECRET, Scene
 
 PLACES = (
-    "https-list", "https-tar", "modelscope", "s3", "mlflow",
+    "https-list", "https-tar", "modelscope", "s3", "gs", "mlflow",
     "model-pack", "our-image", "modelcar",
     *(
         pytest.param(kind, marks=pytest.mark.registry)
@@ -44,6 +44,19 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def gcs() -> Iterator[str]:
+    """Google's protocol, by an emulator that is not among our own packages: install both to try."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    emulator = pytest.importorskip(
+        "gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed"
+    )
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True)
+    server.start()
+    yield f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
+    server.stop()
+
+
 @pytest.fixture(params=PLACES)
 def scene(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,6 +74,8 @@ def scene(
                 found = sources.modelscope(store, stack, monkeypatch)
             case "s3":
                 found = sources.s3_folder(store, request.getfixturevalue("s3"), monkeypatch)
+            case "gs":
+                found = sources.gs_folder(store, request.getfixturevalue("gcs"), monkeypatch)
             case "mlflow":
                 found = sources.mlflow_run(store, tmp_path, monkeypatch)
             case _:
