@@ -19,6 +19,7 @@ from weightsmith.core.jobs import (
     DequantizedJob,
     ExportEngineJob,
     QuantizeJob,
+    Question,
     ReferenceJob,
     SiblingFormat,
 )
@@ -113,12 +114,17 @@ class Bench:
         who = "adapter" if adapters else "base" if model == self.base else "merged"
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
-        return self._said(who, adapters, task.questions)
+        folder = job.pictures.path if job.pictures else None
+        return self._said(who, adapters, task.questions, folder)
 
     def _said(
-        self, who: str, adapters: tuple[str, ...], questions: Sequence[Any]
+        self,
+        who: str,
+        adapters: tuple[str, ...],
+        questions: Sequence[Question],
+        folder: Path | None = None,
     ) -> list[dict[str, str]]:
-        asked = [each.messages[-1]["content"] for each in questions]
+        asked = [_words(each, folder) for each in questions]
         answers = [self.minds.answer(who, adapters, question) for question in asked]
         return [{"answer": text, "finish_reason": "stop"} for text in answers]
 
@@ -171,6 +177,20 @@ class Bench:
         for name in self.programs:
             (job.output / name).write_bytes(b"\x7fELF " + name.encode())
         return {}
+
+
+def seen_as(picture: Digest) -> str:
+    """Return the word for a picture in a question that a mind knows."""
+    return f"<{picture.short}>"
+
+
+def _words(question: Question, folder: Path | None) -> str:
+    """Return the text of a question's last message, with words for the pictures before it."""
+    seen = []
+    for one in question.pictures:
+        assert folder
+        seen.append(seen_as(Digest.of((folder / one.file).read_bytes())))
+    return " ".join([*seen, question.messages[-1]["content"]])
 
 
 def _cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,13 @@ import yaml
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
-from weightsmith.core.values import Json
+from weightsmith.core.values import Digest, Json
 from weightsmith.evaluating.tool_calls import read_calls
 from weightsmith.oci.layout import read_layout
 from weightsmith.provenance.labels import plan_of
 
 from tests.fakes.engine import Held, MemoryEngine
+from tests.fakes.jobs import seen_as
 from tests.fakes.journal import Journal
 from tests.fakes.serving import Replying, Serving, serving
 
@@ -166,6 +168,14 @@ class _Server:
         self.launcher.running -= 1
 
 
+def _words(part: Json) -> str:
+    """Return a part's text; of a picture, what `jobs.seen_as` makes of its digest."""
+    if part["type"] == "text":
+        return str(part["text"])
+    data = part["image_url"]["url"].partition(";base64,")[2]
+    return seen_as(Digest.of(base64.b64decode(data, validate=True)))
+
+
 class _Handler(Replying):
     started: _Server
     program: Program
@@ -183,8 +193,10 @@ class _Handler(Replying):
             self.close_connection = True
             return
         if isinstance(question, list):
-            self.send(launcher.pictures, {"error": {"message": "of a picture"}})
-            return
+            if launcher.pictures != 200:
+                self.send(launcher.pictures, {"error": {"message": "of a picture"}})
+                return
+            question = " ".join(_words(part) for part in question)
         if launcher.refuses and launcher.refuses in question:
             self.send(400, {"error": {"message": "it does not like the question"}})
             return

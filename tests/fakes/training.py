@@ -16,12 +16,14 @@ def trained(
     sources: Sequence[Path],
     words: Callable[[Path], Sequence[str | Path]],
     *paths: Path,
+    python: str | Path = sys.executable,
 ) -> Path:
     """Return the folder that the first of `sources` writes; run once for its pins.
 
     The pins are the sources and the versions of what trains. The program gets the `words` for an
     empty folder and then the folder to write, imports from `paths`, and is a process of its own,
-    because one thread and repeatable arithmetic are set for a whole process.
+    because one thread and repeatable arithmetic are set for a whole process. Its Python is this
+    one, unless another is named.
     """
     known = hashlib.sha256()
     for package in ("peft", "torch", "transformers"):
@@ -36,7 +38,7 @@ def trained(
         made = Path(folder) / "made"
         path = os.pathsep.join(map(str, paths))
         done = subprocess.run(
-            [sys.executable, sources[0], *words(Path(folder)), made],
+            [python, sources[0], *words(Path(folder)), made],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

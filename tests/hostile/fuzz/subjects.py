@@ -41,6 +41,10 @@ from weightsmith.core.ports import Cache, Silent
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree, canonical
 from weightsmith.evaluating.bench_files import read_results
+from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.pictures import MOST_PIXELS
+from weightsmith.evaluating.task import Task
 from weightsmith.fleets.file import read_fleet
 from weightsmith.fleets.node import _written
 from weightsmith.fleets.requests import TaskRequest
@@ -76,6 +80,7 @@ from weightsmith.stages.render import render
 
 from tests.fakes.bench_results import aiperf, guidellm
 from tests.fakes.cache import MemoryCache
+from tests.fakes.drawn import png
 from tests.fakes.images import entry, foreign_image, tar_of, tree_of
 from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.records import BUILD
@@ -280,6 +285,48 @@ def read_text(data: bytes, folder: Path) -> None:
             "fleet": lambda: read_fleet(path),
         }[kind.decode()]()
     json.dumps(found.model_dump(mode="json"), allow_nan=False).encode()
+
+
+PICTURES = {
+    "png": png(12, 9, b"\0" * 9 * 37),
+    "jpeg": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0\xff\xdb\0\x43" + bytes(65)
+    + b"\xff\xc0\0\x0b\x08\0\x09\0\x0c\1\1\x11\0\xff\xda\0\x08\1\1\0\0\x3f\0",
+    "vp8": b"RIFF\x26\0\0\0WEBPVP8 \x1a\0\0\0\0\0\0\x9d\1\x2a\x0c\0\x09\0" + bytes(16),
+    "vp8l": b"RIFF\x26\0\0\0WEBPVP8L\x1a\0\0\0\x2f\x0b\0\2\0" + bytes(16),
+    "vp8x": b"RIFF\x26\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\x0b\0\0\x08\0\0" + bytes(16),
+}  # fmt: skip
+"""Pictures of every format, as far as their headers go."""
+SEEN = [
+    {"prompt": "What?", "image": "x.png", "expected": "x"},
+    {"messages": [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": [
+            {"type": "text", "text": "One "},
+            {"type": "image_url", "image_url": {"url": "x.png"}},
+            {"type": "image_url", "image_url": {
+                "url": f"data:image/png;base64,{base64.b64encode(PICTURES['png']).decode()}"}},
+        ]},
+    ], "expected": ["x"]},
+]  # fmt: skip
+
+
+def changed_picture(random: Random) -> bytes:
+    """Change a picture, and half of the time the question that names it."""
+    row = random.choice(SEEN)
+    row = json_changed(random, row) if random.randrange(2) else row
+    data = bytes_changed(random, random.choice(list(PICTURES.values())))
+    return json.dumps(row).encode() + b"\n" + data
+
+
+def read_picture(data: bytes, folder: Path) -> None:
+    """Read the question; what was read can be asked and written as JSON."""
+    row, _, picture = data.partition(b"\n")
+    (folder / "x.png").write_bytes(picture)
+    (folder / "rows.jsonl").write_bytes(row)
+    for item in read_items(folder / "rows.jsonl"):
+        body = Served(name="x").body(item, 8)
+        json.dumps([body, Task(items=(item,)).digest], allow_nan=False).encode()
+        assert all(0 < one.seen.width * one.seen.height <= MOST_PIXELS for one in item.pictures)
 
 
 @dataclass(frozen=True)
@@ -673,6 +720,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
         lambda data, _: open_envelope(data, lambda *_: True) and None,
     ),
     "text": (changed_text, read_text),
+    "picture": (changed_picture, read_picture),
     "from": (changed_statements, read_statements),
     "wheel": (changed_wheel, read_wheel),
     "sources": (changed_source, read_source),

@@ -13,7 +13,8 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Runner, Silent
 from weightsmith.core.values import Sources
 from weightsmith.evaluating.build_record import read_build
-from weightsmith.evaluating.results import say_samples
+from weightsmith.evaluating.results import named, say_samples
+from weightsmith.models.templates import own_template, takes_parts
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.modelpack import check_name
@@ -21,6 +22,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import LARGEST_ANYWHERE
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
+from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import texts_of
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.memory import human
@@ -62,6 +64,7 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     Warns of what the build will not show.
     """
     file, sources, tools = request.file, seen[steps.sources], seen.tools
+    check_pictures(request, steps, seen)
     if not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
     say_samples(steps.tasks, tools.progress)
@@ -88,6 +91,47 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
                 require_builder(target, tools.runner)
         stored = [step for step in steps if not step.publishes]
         tools.store.require_room(disk_needed(stored, seen), "the build")
+
+
+def check_pictures(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Raise InputRefused for questions with pictures that the model or an image cannot see."""
+    tasks = [one for one in steps.tasks if one.task.pictures]
+    if not tasks:
+        return
+    first = tasks[0].task.pictures[0].name
+    what = named(tasks[0], f"a question has the picture {first}")
+    sources, model = seen[steps.sources], seen[steps.checkpoint].model
+    voices = [sources.base, *(one.snapshot for one in sources.adapters)]
+    template = next(filter(None, (own_template(one.tree.texts) for one in reversed(voices))), "")
+    if not model.sees_images:
+        why = f"{model.architecture or 'the model'} reads text only: config.json has no vision part"
+    elif not model.describes_images:
+        why = "the model has no preprocessor_config.json, which says how pictures are prepared"
+    elif not takes_parts(template):
+        why = "the chat template is for text alone"
+    else:
+        why = ""
+    if why:
+        raise InputRefused(
+            f"{what}, and {why}",
+            hint="take a model that reads pictures, with all of its files, or remove these"
+            " questions from `evaluate`",
+        )
+    kinds = {one.kind: one for task in tasks for one in task.task.pictures}
+    for target in request.targets:
+        if "gguf" in target.engine.accepts and not has_projector(model):
+            raise InputRefused(
+                f"{what}, and {target.name} would read text only: the pinned llama.cpp has no"
+                f" projector for {model.vision_architecture}",
+                hint="choose another target, such as vllm, or remove these questions",
+            )
+        for kind, one in kinds.items():
+            if kind not in target.engine.pictures:
+                raise InputRefused(
+                    f"{one.name} is a {kind.upper()} file, which {target.engine.title} does not"
+                    f" read ({target.name})",
+                    hint=f"save it as {' or '.join(map(str.upper, target.engine.pictures))}",
+                )
 
 
 def require_memory(steps: BuildSteps, seen: Foresight) -> None:

@@ -7,7 +7,7 @@ them. A runner on this machine reads them in place.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -15,7 +15,15 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.json_objects import read_exactly
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.values import Checkpoint, FileEntry, Json, Tree, UnreadDigest, plain
+from weightsmith.core.values import (
+    Checkpoint,
+    FileEntry,
+    Json,
+    JsonValue,
+    Tree,
+    UnreadDigest,
+    plain,
+)
 
 Chat: TypeAlias = tuple[Mapping[str, str], ...]
 """Messages, each with `role` and `content`."""
@@ -211,6 +219,48 @@ number for each document of a query. Empty for models that answer in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SeenPicture:
+    """A picture in a chat: its file, the size that its header says, and its place."""
+
+    file: str
+    """In the job's folder of pictures: its digest and format."""
+    name: str
+    """What the user calls it."""
+    width: int
+    height: int
+    """In pixels."""
+    message: int = 0
+    """Number of the message that it is in."""
+    at: int = 0
+    """Characters of that message's text before it."""
+
+
+def in_parts(
+    chat: Chat, pictures: Sequence[SeenPicture], part: Callable[[int], JsonValue]
+) -> list[dict[str, JsonValue]]:
+    """Return messages, with contents in parts where they have pictures, as in OpenAI's API.
+
+    `part` makes that of the picture with this number.
+    """
+    found: list[dict[str, JsonValue]] = []
+    for number, message in enumerate(chat):
+        mine = [(place, one.at) for place, one in enumerate(pictures) if one.message == number]
+        if not mine:
+            found.append(dict(message))
+            continue
+        text, parts, begin = message["content"], list[JsonValue](), 0
+        for place, at in mine:
+            parts += [*_text_part(text[begin:at]), part(place)]
+            begin = at
+        found.append({**message, "content": [*parts, *_text_part(text[begin:])]})
+    return found
+
+
+def _text_part(text: str) -> list[JsonValue]:
+    return [{"type": "text", "text": text}] if text else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One question of a task, without the answers that count as right."""
 
@@ -224,6 +274,8 @@ class Question:
     """Tools that the model may call, as JSON; the answer then keeps its special tokens."""
     parts: tuple[str, ...] = ()
     """Words of the text that get labels, or documents of the query."""
+    pictures: tuple[SeenPicture, ...] = ()
+    """In their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +335,8 @@ class ReferenceJob(Job):
     models: tuple[Input, ...]
     adapters: tuple[Input, ...]
     walks: tuple[AskedWalk, ...]
+    pictures: Input | None = None
+    """The folder of the questions' pictures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

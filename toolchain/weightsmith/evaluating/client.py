@@ -22,6 +22,7 @@ from weightsmith.core.ports import Endpoint, Progress
 from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import Json, JsonValue, key_of
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.pictures import Picture
 from weightsmith.evaluating.session import ServerSession, Unanswered, died, excerpt
 
 _POLL_SECONDS = 0.05
@@ -127,12 +128,13 @@ class Served:
     def question(self, item: Item) -> dict[str, JsonValue]:
         """Return the part of a body that asks; raise InputRefused for a chat without a template."""
         if self.chat:
-            messages: JsonValue = [dict(message) for message in item.messages]
+            messages: JsonValue = item.in_parts(_sent_part)
             tools = {"tools": parse(item.tools), "tool_choice": "auto"} if item.tools else {}
             return {"messages": messages, **tools}
-        if len(item.messages) != 1:
+        if len(item.messages) != 1 or item.pictures:
+            has = "a picture" if item.pictures else f"{len(item.messages)} messages"
             raise InputRefused(
-                f"the model has no chat template, but a question has {len(item.messages)} messages",
+                f"the model has no chat template, but a question has {has}",
                 hint="give plain prompts, or add chat_template.jinja to the model or the adapter",
             )
         return {"prompt": item.prompt}
@@ -145,6 +147,10 @@ class Served:
             return choice["message"]["content"]
         delta = choice["delta"] or {}
         return delta.get("content") or thoughts_of(delta)
+
+
+def _sent_part(picture: Picture) -> JsonValue:
+    return {"type": "image_url", "image_url": {"url": picture.url()}}
 
 
 def thoughts_of(message: Mapping[str, Json]) -> str:
@@ -343,7 +349,7 @@ class KeptAnswers:
 
         def asked(item: Item) -> Mapping[str, JsonValue]:
             more = [one for one in (item.tools, item.parts) if one]
-            chat = [dict(m) for m in item.messages]
+            chat: JsonValue = item.asks if item.pictures else [dict(m) for m in item.messages]
             key = key_of([about, chat, item.choices, item.plain, *more])
             if key in self._found:
                 return self._found[key]

@@ -26,7 +26,9 @@ def describe_contamination(items: Sequence[Item], other: Path) -> str:
     '' if there are none. Case, white space and punctuation are ignored. Lines have `{"text"}`,
     `{"prompt"}` or `{"messages"}`. Raises UsageError for a file that cannot be read.
     """
-    asked = {key: item for item in items if (key := _key(item.prompt))}
+    # The same words about another picture are another question.
+    texts = (item for item in items if not item.pictures)
+    asked = {key: item for item in texts if (key := _key(item.prompt))}
     searched = _by_part(asked)
     found: dict[int, int] = {}  # line of a question -> first line that has it
     data = small_file(other, _KEPT)

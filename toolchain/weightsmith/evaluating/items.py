@@ -6,13 +6,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.jobs import in_parts
 from weightsmith.core.safe_parse import parse, small_file
 from weightsmith.core.values import JsonValue, key_of
+from weightsmith.evaluating.pictures import Picture, picture_in
 from weightsmith.evaluating.tool_calls import check_expected, check_tools, tools_text
 from weightsmith.recipe.schema import TOLERANCE
 
@@ -22,6 +25,8 @@ _KEPT = 4 << 20
 _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
 _TOLERANCE = re.compile(TOLERANCE, re.ASCII)
+_MOST_PICTURES = 16
+"""Of one question."""
 _SHAPE = (
     'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"};'
     ' metric choice also needs "choices": ["…", "…"]'
@@ -48,11 +53,33 @@ class Item:
     """For `label`, the words that have a label each; for `rerank`, the documents."""
     grades: tuple[tuple[str, float], ...] = ()
     """For `embedding` and `rerank`: the relevant documents, by id or index, and how relevant."""
+    pictures: tuple[Picture, ...] = ()
+    """In their order."""
 
     @property
     def prompt(self) -> str:
-        """The text of the last message, for display."""
-        return self.messages[-1]["content"]
+        """The text of the last message with its pictures' names, for display."""
+        shown = [one.shown for one in self.pictures]
+        return " ".join([*shown, *filter(None, [self.messages[-1]["content"]])])
+
+    @property
+    def asks(self) -> JsonValue:
+        """All that a model is told, with the digests of its pictures: equal for equal questions."""
+        asked: list[JsonValue] = [
+            [dict(m) for m in self.messages],
+            list(self.choices),
+            self.tools,
+            list(self.parts),
+        ]
+        seen: list[JsonValue] = [
+            [one.digest, one.seen.message, one.seen.at] for one in self.pictures
+        ]
+        return [*asked, seen] if seen else asked
+
+    def in_parts(self, part: Callable[[Picture], JsonValue]) -> list[dict[str, JsonValue]]:
+        """Return the messages, with contents in parts where they have pictures."""
+        seen = [one.seen for one in self.pictures]
+        return in_parts(self.messages, seen, lambda place: part(self.pictures[place]))
 
 
 def read_items(path: Path, metric: str = "contains") -> tuple[Item, ...]:
@@ -63,7 +90,11 @@ def read_items(path: Path, metric: str = "contains") -> tuple[Item, ...]:
     without questions.
     """
     data = small_file(path, _KEPT)
-    return _read(path, metric, data) if data else _read.__wrapped__(path, metric, data)
+    if data:
+        items = _read(path, metric, data)
+        if not any(item.pictures for item in items):  # whose files may change meanwhile
+            return items
+    return _read.__wrapped__(path, metric, data)
 
 
 @lru_cache(maxsize=4)  # a build asks for them ten times
@@ -73,9 +104,12 @@ def _read(path: Path, metric: str, _content: bytes) -> tuple[Item, ...]:
     for number, value in _lines(path):
         where = f"{path}:{number}"
         pooled = _POOLED.get(metric)
-        item = pooled(value, number, where) if pooled else _item(value, number, where, metric)
-        asks = [[dict(message) for message in item.messages], item.choices, item.tools, item.parts]
-        key = json.dumps(asks, sort_keys=True)
+        item = (
+            pooled(value, number, where)
+            if pooled
+            else _item(value, number, where, path.parent, metric)
+        )
+        key = json.dumps(item.asks, sort_keys=True)
         if key in asked:
             raise UsageError(
                 f"{path}:{number} duplicates the question of line {asked[key]}",
@@ -101,6 +135,8 @@ def sample(items: Sequence[Item], limit: int) -> tuple[Item, ...]:
 
     def place(number: int) -> str:
         item = items[number]
+        if item.pictures:
+            return key_of(item.asks)
         tools = [item.tools] if item.tools else []
         more = [*tools, *([list(item.parts)] if item.parts else [])]
         return key_of([[dict(m) for m in item.messages], list(item.choices), *more])
@@ -110,17 +146,31 @@ def sample(items: Sequence[Item], limit: int) -> tuple[Item, ...]:
 
 
 def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:
-    """Return the chats of a data file in order, ignoring expected answers.
+    """Return the chats of a data file in order, without expected answers and pictures.
 
     Raises UsageError with file and line for invalid lines, and for a file without chats.
     """
     found = tuple(
-        _item({**value, "expected": "-"}, number, f"{path}:{number}")
+        _item({**value, "expected": "-"}, number, f"{path}:{number}", path.parent)
         for number, value in _lines(path)
     )
     if not found:
         raise UsageError(f"{path} has no prompts", hint='a line is {"prompt": "…"}')
-    return tuple(item.messages for item in found)
+    texts = (item.messages for item in found)
+    return tuple(chat for chat in texts if all(message["content"] for message in chat))
+
+
+def picture_files(path: Path) -> tuple[str, ...]:
+    """Return the pictures that a data file's lines name, relative to it; () for other texts."""
+    found: dict[str, None] = {}
+    if b"image" not in small_file(path, _KEPT) and path.stat().st_size <= _KEPT:
+        return ()
+    with suppress(UsageError):  # of other columns, which have no pictures
+        for number, value in _lines(path):
+            if "image" in value or "messages" in value:
+                _, pictures = _asked(value, f"{path}:{number}", path.parent)
+                found |= {one.name: None for one in pictures if one.path}
+    return tuple(found)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
@@ -158,16 +208,18 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
 
 
 def _item(
-    value: Mapping[str, JsonValue], number: int, where: str, metric: str = "contains"
+    value: Mapping[str, JsonValue],
+    number: int,
+    where: str,
+    folder: Path,
+    metric: str = "contains",
 ) -> Item:
-    if ("prompt" in value) == ("messages" in value):
-        found = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
-        raise UsageError(f"{where} has {found}", hint=_SHAPE)
-    messages: tuple[Mapping[str, str], ...]
-    if "prompt" in value:
-        messages = ({"role": "user", "content": _text(value["prompt"], "prompt", where)},)
-    else:
-        messages = _messages(value["messages"], where)
+    messages, pictures = _asked(value, where, folder)
+    if pictures and metric == "choice":
+        raise UsageError(
+            f"{where} has a picture, and metric choice asks for likelihoods of texts",
+            hint="name the choices in the question, and use metric exact or contains",
+        )
     listed = value.get("choices", [])
     if not isinstance(listed, list):
         raise UsageError(f"{where}: choices is not a list of strings", hint=_SHAPE)
@@ -199,13 +251,44 @@ def _item(
         tools=tools,
         tolerance=_tolerance(value.get("tolerance", ""), where),
         plain="prompt" in value,
+        pictures=pictures,
     )
 
 
-def _messages(value: JsonValue, where: str) -> tuple[dict[str, str], ...]:
+def _asked(
+    value: Mapping[str, JsonValue], where: str, folder: Path
+) -> tuple[tuple[Mapping[str, str], ...], tuple[Picture, ...]]:
+    """Return a row's messages with their texts alone, and its pictures."""
+    if ("prompt" in value) == ("messages" in value):
+        found = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
+        raise UsageError(f"{where} has {found}", hint=_SHAPE)
+    messages: tuple[Mapping[str, str], ...]
+    pictures: tuple[Picture, ...] = ()
+    if "prompt" in value:
+        messages = ({"role": "user", "content": _text(value["prompt"], "prompt", where)},)
+    else:
+        messages, pictures = _messages(value["messages"], where, folder)
+    if "image" in value:
+        name = _text(value["image"], "image", where)
+        last = len(messages) - 1
+        first = picture_in(folder, name, where).at(last, 0)
+        before = [one for one in pictures if one.seen.message < last]
+        pictures = (*before, first, *pictures[len(before) :])
+    if len(pictures) > _MOST_PICTURES:
+        raise UsageError(
+            f"{where} has {len(pictures)} pictures; at most {_MOST_PICTURES} are asked at once",
+            hint="ask about fewer",
+        )
+    return messages, pictures
+
+
+def _messages(
+    value: JsonValue, where: str, folder: Path
+) -> tuple[tuple[dict[str, str], ...], tuple[Picture, ...]]:
+    """Return messages with their texts alone, and the pictures in them."""
     if not isinstance(value, list) or not value:
         raise UsageError(f"{where}: messages is not a list of messages", hint=_SHAPE)
-    found = []
+    found, pictures = [], list[Picture]()
     for position, message in enumerate(value):
         name = f"messages[{position}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -213,9 +296,33 @@ def _messages(value: JsonValue, where: str) -> tuple[dict[str, str], ...]:
             raise UsageError(
                 f"{where}: {name} has an unknown role", hint=f"one of: {', '.join(sorted(_ROLES))}"
             )
-        content = _text(message.get("content"), f"{name}.content", where)
-        found.append({"role": role, "content": content})
-    return tuple(found)
+        content = message.get("content")
+        if isinstance(content, list) and content:
+            text = ""
+            for part in content:
+                said, url = _part(part, f"{name}.content", where)
+                if url:
+                    pictures.append(picture_in(folder, url, where).at(position, len(text)))
+                text += said
+        else:
+            text = _text(content, f"{name}.content", where)
+        found.append({"role": role, "content": text})
+    return tuple(found), tuple(pictures)
+
+
+def _part(part: JsonValue, name: str, where: str) -> tuple[str, str]:
+    """Return the text or the picture's address of a part of a content, as in OpenAI's API."""
+    if isinstance(part, dict) and part.get("type") == "text":
+        return _text(part.get("text"), f"{name}.text", where), ""
+    if isinstance(part, dict) and part.get("type") == "image_url":
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else None
+        return "", _text(url, f"{name}.image_url.url", where)
+    raise UsageError(
+        f"{where}: {name} has a part that is neither a text nor a picture",
+        hint='a part is {"type": "text", "text": "…"} or'
+        ' {"type": "image_url", "image_url": {"url": "PATH"}}',
+    )
 
 
 def _tolerance(value: JsonValue, where: str) -> str:

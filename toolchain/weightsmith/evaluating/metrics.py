@@ -13,6 +13,7 @@ from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.time_limits import TooLong, cpu_limit
 from weightsmith.core.values import Json, JsonValue, Score
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.pictures import named_part
 from weightsmith.evaluating.tool_calls import (
     Call,
     are_expected,
@@ -216,7 +217,7 @@ def score_answers(
                 facts = {"answer": answer} if isinstance(answer, str) else dict(answer)
                 row: dict[str, JsonValue] = {
                     "prompt": item.prompt,
-                    **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),
+                    **({} if item.plain and not item.pictures else _messages(item)),
                     "expected": list(item.expected),
                     **({"choices": list(item.choices)} if item.choices else {}),
                     **({"tolerance": item.tolerance} if item.tolerance else {}),
@@ -236,6 +237,16 @@ def score_answers(
     right = sum(bool(row["ok"]) for row in rows)
     share = right / len(rows) if rows else 0.0
     return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
+
+
+def _messages(item: Item) -> dict[str, JsonValue]:
+    """Return the messages of a record's row, and what its pictures are."""
+    shown: list[JsonValue] = [
+        {"name": one.name, "file": one.seen.file, "size": [one.seen.width, one.seen.height]}
+        for one in item.pictures
+    ]
+    messages: JsonValue = item.in_parts(named_part)
+    return {"messages": messages, **({"pictures": shown} if shown else {})}
 
 
 def _read(facts: dict[str, Json], item: Item) -> dict[str, Json]:

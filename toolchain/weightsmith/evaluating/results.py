@@ -146,7 +146,10 @@ def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
         return read_prompts(file.folder / probes)
     suites = file.recipe.evaluate[:1]
     return tuple(
-        i.messages for one in suites for i in read_items(file.folder / one.data, one.metric)
+        i.messages
+        for one in suites
+        for i in read_items(file.folder / one.data, one.metric)
+        if all(message["content"] for message in i.messages)  # pictures are left out
     )
 
 

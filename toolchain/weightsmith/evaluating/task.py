@@ -19,6 +19,7 @@ from weightsmith.evaluating.client import Ask, KeptAnswers, Refusals, Served, as
 from weightsmith.evaluating.items import Item, check_documents, read_corpus
 from weightsmith.evaluating.likelihood import Scorer, choose, scorer
 from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.pictures import Picture, named_part
 from weightsmith.evaluating.pooling_client import PoolingClient
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.models.task import ModelTask, SentenceTransformers
@@ -82,6 +83,8 @@ class Task:
             texts: JsonValue = [[dict(one.messages[0]), one.parts] for one in self.texts]
             return key_of([self.pooled, texts, prompts])
         asked: list[JsonValue] = [[dict(m) for m in item.messages] for item in self.items]
+        if any(item.pictures for item in self.items):
+            return key_of([item.asks for item in self.items])
         if any(item.tools for item in self.items):
             return key_of([asked, [item.tools for item in self.items]])
         if self.metric != "choice":
@@ -98,13 +101,19 @@ class Task:
                 plain=item.plain,
                 tools=item.tools,
                 parts=item.parts,
+                pictures=tuple(one.seen for one in item.pictures),
             )
             for item in self.texts
         )
 
     @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Those of all questions."""
+        return tuple(one for item in self.items for one in item.pictures)
+
+    @property
     def most_tokens(self) -> int:
-        """Upper estimate of tokens read and written: one per character."""
+        """Upper estimate of tokens read and written: one per character, and those of pictures."""
         if self.pooled:
             return sum(self.lengths)
         letters = [
@@ -116,7 +125,8 @@ class Task:
                 count * len(item.choices) + sum(map(len, item.choices))
                 for count, item in zip(letters, self.items, strict=True)
             )
-        return sum(letters) + self.max_tokens * len(self.items)
+        seen = sum(one.tokens for one in self.pictures)
+        return sum(letters) + seen + self.max_tokens * len(self.items)
 
     def prompts(self, model: ModelTask | None = None) -> tuple[str, str]:
         """Return what is put before queries and before documents, by itself or by the model.
@@ -252,7 +262,7 @@ def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, JsonVal
         json.dumps(
             {
                 "prompt": item.prompt,
-                "messages": [dict(message) for message in item.messages],
+                "messages": item.in_parts(named_part),
                 "expected": list(item.expected),
                 "answer": answer["answer"],
                 **({"error": answer["error"]} if "error" in answer else {}),

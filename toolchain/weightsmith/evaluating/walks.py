@@ -251,7 +251,8 @@ def task_walk(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> WalkSize
         return WalkSize(
             views=views, rows=1, tokens=letters // LETTERS + 1, adapter_bytes=adapter_bytes
         )
-    rows, letters = len(task.items), task.most_tokens
+    rows, seen = len(task.items), sum(one.tokens for one in task.pictures)
+    letters = task.most_tokens - seen
     if task.metric == "choice":  # one by one: the longest question with its longest choice
         rows, letters = (
             1,
@@ -264,7 +265,7 @@ def task_walk(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> WalkSize
                 default=0,
             ),
         )
-    tokens = letters // LETTERS + rows * (_TEMPLATE_TOKENS + task.max_tokens)
+    tokens = letters // LETTERS + seen + rows * (_TEMPLATE_TOKENS + task.max_tokens)
     return WalkSize(views=views, rows=rows, tokens=tokens, adapter_bytes=adapter_bytes)
 
 

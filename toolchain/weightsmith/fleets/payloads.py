@@ -12,6 +12,7 @@ from pathlib import Path
 from weightsmith.cache.document import content_inputs
 from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
 from weightsmith.core.values import Digest, JsonValue, Tree
+from weightsmith.evaluating.items import picture_files
 from weightsmith.fleets.requests import TaskRequest
 from weightsmith.recipe.sources import is_remote
 from weightsmith.steps.tools import Tools
@@ -55,9 +56,17 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
     for part, key in (*named, *asked):
         path = Path(str(part[key]))
         try:
-            name, sent = path.name, path.stat().st_size > _ALONG
+            name, beside = path.name, picture_files(path) if key == "data" else ()
+            sent = bool(beside) or path.stat().st_size > _ALONG
             content = b"" if sent else path.read_bytes()
-            tree = Tree(root=path.parent, files=(tools.store.digest_file(path),) if sent else ())
+            files_sent = [path, *(path.parent / one for one in beside)] if sent else []
+            tree = Tree(
+                root=path.parent,
+                files=tuple(
+                    replace(tools.store.digest_file(one), path=str(one.relative_to(path.parent)))
+                    for one in files_sent
+                ),
+            )
         except OSError as error:
             raise UsageError(
                 f"cannot read {path}: {error.strerror}", hint="correct its path in the recipe"

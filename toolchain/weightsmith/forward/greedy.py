@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ import torch
 from weightsmith.forward.heads import BatchPositions, only, some_logits
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
+from weightsmith.forward.pictures import ACTIVATIONS, Sight, alike, joined
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel
@@ -34,6 +37,8 @@ Tokens = Sequence[int]
 Written = tuple[int, int, list[int]]
 """An answer's number, and tokens from a position on."""
 Keep = Callable[[Sequence[Written]], None]
+Fits = Callable[[int, int], bool]
+"""(rows, the longest one's tokens) -> whether they fit into memory."""
 FIRST, MOST = 16, 64
 """Tokens that are read at first, and at most: twice as many whenever all of them were right."""
 _NEAR = 4
@@ -123,6 +128,31 @@ class Questions:
     """For one batch: keys and values, and a layer's activations."""
     keep: Keep = lambda _: None
     """Called with new tokens as soon as they are known, and again with those of a whole batch."""
+    sights: Mapping[int, Sight] = field(default_factory=dict)
+    """Prompt's number -> what the processor made of its pictures."""
+
+    def batches(
+        self, rows: Mapping[int, Tokens], fits: Fits, padding: int | None = None
+    ) -> Iterator[list[int]]:
+        """Yield batches, as the function does; pictures that cannot be joined are apart."""
+        if not self.sights:
+            yield from batches(rows, fits, padding)
+            return
+        room = self.batch_bytes // ACTIVATIONS
+        for some in alike(rows, self.sights):
+            largest = max((self.sights[n].size for n in some if n in self.sights), default=0)
+            most = max(1, room // max(1, largest))
+            yield from batches(some, partial(_both_fit, most, fits), padding)
+
+    def seen(
+        self, model: Model, batch: Sequence[int], rows: Sequence[Tokens], *, left: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return what the model is called with for the pictures of a batch, padded to its rows."""
+        if batch[0] not in self.sights:
+            return {}
+        lengths = [len(row) for row in rows]
+        found = joined([self.sights[n] for n in batch], lengths, max(lengths), left=left)
+        return {name: data for name, data in found.items() if takes(model, name)}
 
 
 @torch.inference_mode()
@@ -136,7 +166,8 @@ def greedy(model: Model, asked: Questions, advance: Callable[[int], None]) -> An
     answers = Answers([[] for _ in numbers], [[] for _ in numbers])
     empty = empty_prefix(model, asked.prompts, asked.most)
     alone = batches_change(model, empty, asked.prompts, asked.filler)
-    shared = Prefix() if alone else shared_prefix(model, asked.prompts, empty)
+    apart = alone or bool(asked.sights)
+    shared = Prefix() if apart else shared_prefix(model, asked.prompts, empty)
     drafts = {} if alone else _usable_drafts(model, asked)
     if not shared.layers:
         _read_drafts(model, asked, answers, drafts)
@@ -144,7 +175,7 @@ def greedy(model: Model, asked: Questions, advance: Callable[[int], None]) -> An
     advance(len(numbers) - len(left))
     rows = {n: [*asked.prompts[n], *answers.tokens[n]] for n in left}
     fits = (lambda count, _: count == 1) if alone else _fits(model, asked, shared, drafts)
-    for batch in batches(rows, fits):
+    for batch in asked.batches(rows, fits):
         if shared.layers:
             texts = {n: Draft(drafts.get(n, ())) for n in batch}
             _continue(model, asked, shared, texts, answers)
@@ -169,14 +200,16 @@ def _usable_drafts(model: Model, asked: Questions) -> dict[int, list[int]]:
     return drafts
 
 
+def _both_fit(most: int, fits: Fits, rows: int, longest: int) -> bool:
+    return rows <= most and fits(rows, longest)
+
+
 def batch_tokens(model: Model, asked: Questions) -> int:
     """Return how many tokens of prompts and answers a batch may have."""
     return min(BATCH_TOKENS, asked.batch_bytes // token_bytes(**_sizes(model)))
 
 
-def _fits(
-    model: Model, asked: Questions, shared: Prefix, drafts: Mapping[int, Tokens]
-) -> Callable[[int, int], bool]:
+def _fits(model: Model, asked: Questions, shared: Prefix, drafts: Mapping[int, Tokens]) -> Fits:
     """Return whether a batch of so many rows, the longest of so many tokens, fits into memory.
 
     With a cache, all tokens have keys and values, but only those of one pass have activations.
@@ -222,7 +255,7 @@ def _size(config: PretrainedConfig, name: str) -> int:
 
 
 def batches(
-    rows: Mapping[int, Tokens], fits: Callable[[int, int], bool], padding: int | None = None
+    rows: Mapping[int, Tokens], fits: Fits, padding: int | None = None
 ) -> Iterator[list[int]]:
     """Yield batches of row numbers of similar length, to keep padding small.
 
@@ -287,9 +320,10 @@ def _read_drafts(
     rest, most = dict(drafts), batch_tokens(model, asked)
     for _ in range(_ROUNDS):
         rows = {n: [*asked.prompts[n], *found.tokens[n], *rest[n]] for n in rest}
-        for batch in batches(rows, lambda count, longest: count * longest <= most, _PADDING):
-            counts = [len(rest[n]) + 1 for n in batch]
-            read = _read(model, [rows[n] for n in batch], counts, asked.filler)
+        for batch in asked.batches(rows, lambda count, longest: count * longest <= most, _PADDING):
+            counts, texts = [len(rest[n]) + 1 for n in batch], [rows[n] for n in batch]
+            pictures = asked.seen(model, batch, texts, left=False)
+            read = _read(model, texts, counts, asked.filler, pictures=pictures)
             for number, (tokens, margins) in zip(batch, read, strict=True):
                 draft = rest[number]
                 same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
@@ -301,7 +335,12 @@ def _read_drafts(
 
 
 def _read(
-    model: Model, rows: Sequence[Tokens], counts: Sequence[int], filler: int, keys: Cache = None
+    model: Model,
+    rows: Sequence[Tokens],
+    counts: Sequence[int],
+    filler: int,
+    keys: Cache = None,
+    pictures: Mapping[str, torch.Tensor] = {},
 ) -> list[tuple[list[int], list[float]]]:
     """Return the most likely token after each of a row's last tokens, so many per row, and margins.
 
@@ -315,11 +354,12 @@ def _read(
     wanted = tokens & (columns >= (lengths - torch.tensor(counts))[:, None])
     asked_at = wanted.flatten().nonzero()[:, 0]
     positions = BatchPositions(len(rows), width, tokens.flatten().nonzero()[:, 0], asked_at)
-    given: dict[str, Any] = {"use_cache": False}
+    given: dict[str, Any] = {"use_cache": False, **pictures}
     if keys is not None:
         given = keys.given(lengths, width)
         keys.narrow(positions)
-    with only(positions):
+    # A batch of pictures may look like one of texts.
+    with nullcontext() if pictures else only(positions):
         parts = some_logits(model, ids, (asked_at // width, asked_at % width), **given)
         found = [_best(part) for part in parts]
     both = (torch.cat(each) for each in zip(*found, strict=True))
@@ -372,6 +412,7 @@ def _generate(model: Model, asked: Questions, batch: Sequence[int], found: Answe
         made = model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **asked.seen(model, batch, rows, left=True),
             generation_config=settings,
             logits_processor=LogitsProcessorList([record]),
         )

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.jobs import Question
+from weightsmith.core.jobs import Chat, Question, SeenPicture, in_parts
 from weightsmith.core.safe_parse import parse, read_json
 from weightsmith.core.time_limits import doing
 from weightsmith.core.values import JsonValue
@@ -29,6 +29,7 @@ from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import fill, skeleton_with_weights
+from weightsmith.forward.pictures import Sight, load_processor, sight_of
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
@@ -90,15 +91,19 @@ class GenerationRequest:
     """A subject, its chats, and the maximum length of an answer in tokens."""
 
     subject: UnmergedModel
-    items: Sequence[Sequence[Message]]
+    items: Sequence[Chat]
     max_tokens: int
     tools: Sequence[str] = ()
     """Per item, the tools that may be called, as JSON; () for none anywhere."""
+    pictures: Mapping[int, Sequence[SeenPicture]] = field(default_factory=dict)
+    """Those of items with any, by the item's number."""
+    folder: Path = Path()
+    """The pictures' folder."""
 
 
 def answers(
     subjects: Mapping[str, UnmergedModel],
-    items: Sequence[Sequence[Message]],
+    items: Sequence[Chat],
     max_tokens: int,
     progress: Progress | None = None,
     *,
@@ -155,11 +160,13 @@ def answered(
     for name, one in subjects.items():
         model, tokenizer = one.subject.model, speaker(one.subject, loaded)
         tools = one.tools or ("",) * len(one.items)
-        pairs = zip(one.items, tools, strict=True)
+        sights = _sights(one, tokenizer, tools)
+        prompts = [
+            sights[n].tokens if n in sights else prompt_tokens(tokenizer, item, model, tools[n])
+            for n, item in enumerate(one.items)
+        ]
         questions = Questions(
-            prompts=[prompt_tokens(tokenizer, item, model, offered) for item, offered in pairs],
-            ends=_ends(model, tokenizer),
-            most=one.max_tokens,
+            prompts=prompts, ends=_ends(model, tokenizer), most=one.max_tokens, sights=sights
         )
         asked[name] = _Asked(
             subject=one.subject, tokenizer=tokenizer, questions=questions, tools=tools
@@ -178,6 +185,24 @@ def answered(
         }
         found |= walk(chosen, ask) if names else {}
     return {name: found[name] for name in subjects}
+
+
+def _sights(
+    asked: GenerationRequest, tokenizer: PreTrainedTokenizerBase, tools: Sequence[str]
+) -> dict[int, Sight]:
+    """Return the items with pictures as the model's processor prepares them, by their numbers."""
+    found: dict[int, Sight] = {}
+    processor = load_processor(asked.subject.model, tokenizer) if asked.pictures else None
+    for number, pictures in asked.pictures.items():
+        chat = in_parts(asked.items[number], pictures, lambda _: {"type": "image"})
+        if not tokenizer.chat_template:
+            raise InputRefused(
+                f"{asked.subject.model} has no chat template, and a question has a picture",
+                hint="add chat_template.jinja to the model or the adapter",
+            )
+        text = render_chat(tokenizer, chat, answer=True, tools=tools[number])
+        found[number] = sight_of(processor, text, asked.folder, pictures)
+    return found
 
 
 @dataclass(slots=True, kw_only=True)

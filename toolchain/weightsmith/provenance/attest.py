@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from weightsmith.core.errors import CacheLost, WeightsmithError
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.thin import ThinModel
 from weightsmith.core.values import (
     Artifact,
+    Blob,
     Checkpoint,
     Digest,
     FileEntry,
@@ -24,6 +26,7 @@ from weightsmith.core.values import (
     tree_digest,
     without_passwords,
 )
+from weightsmith.evaluating.pictures import FOLDER, Picture
 from weightsmith.evaluating.results import Result, main_scores, named, unproven_of, verdicts_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models
@@ -64,6 +67,10 @@ from weightsmith.serving.plan import ServingConfig
 
 _LARGEST_CORPORA = 16 << 20
 """Characters of the documents that are attached with an evaluation."""
+_ASKED = ("messages", "pictures", "choices", "tolerance", "tools", "parts", "grades")
+"""What a record keeps of a question beside its text and what is expected."""
+_MOST_PICTURES = 256 << 20
+"""Bytes of a build's pictures that are attached to its image; of more, none are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +181,9 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Attachment]) -> Evid
     """
     documents = [titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made))), *base_documents]
     if made.results:
-        documents.append(titled(EVALUATION_TYPE, "evaluation.json", evaluation(made.results)))
+        document = titled(EVALUATION_TYPE, "evaluation.json", evaluation(made.results))
+        parts = (*document.parts, *_pictures(made.results))
+        documents.append(replace(document, parts=parts))
     documents += _adapters(made.inputs.sources)
     found = [*_made(made), _baked(made, documents)]
     if any("image" in one.scores for one in made.results):
@@ -186,6 +195,25 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Attachment]) -> Evid
             )
         )
     return Evidence(statements=tuple(found), documents=tuple(documents))
+
+
+def _pictures(results: Sequence[Result]) -> list[AttachmentPart]:
+    """Return the questions' pictures, each once; none if they are too large together."""
+    found = {one.seen.file: one for result in results for one in result.task.task.pictures}
+    if sum(one.size for one in found.values()) > _MOST_PICTURES:
+        return []
+    return [
+        AttachmentPart(
+            blob=Blob(digest=one.digest, size=one.size, media_type=f"image/{one.kind}"),
+            open=partial(_bytes_of, one),
+            annotations={TITLE: f"{FOLDER}/{name}"},
+        )
+        for name, one in sorted(found.items())
+    ]
+
+
+def _bytes_of(picture: Picture) -> Iterator[bytes]:
+    yield picture.read()
 
 
 def public_recipe(recipe: Recipe) -> Mapping[str, JsonValue]:
@@ -345,11 +373,7 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
     return [
         {
             "prompt": row[0]["prompt"],
-            **{
-                key: row[0][key]
-                for key in ("messages", "choices", "tolerance", "tools", "parts", "grades")
-                if key in row[0]
-            },
+            **{key: row[0][key] for key in _ASKED if key in row[0]},
             "expected": row[0]["expected"],
             **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
             "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},

@@ -172,7 +172,10 @@ class Suite(Scoring):
         pattern=r"^([^\W_][\w .+-]*)?$",
         description="What reports call it; of several suites, by default its data file's name.",
     )
-    data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
+    data: str = Field(
+        min_length=1,
+        description="JSON Lines: `{prompt | messages, expected}`, and `image` for a picture.",
+    )
     against: Literal["adapter", "base"] = Field(
         "adapter",
         description="Whose score merged model and image are held against. `adapter`: base with "

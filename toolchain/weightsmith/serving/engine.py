@@ -201,6 +201,8 @@ class Engine:
     """(adapter's number) -> request fields that choose it; None where its name is the model's."""
     has_parsers: bool = False
     """Whether `serve.tool_parser` and `serve.reasoning_parser` choose how it reads answers."""
+    pictures: tuple[str, ...] = ("png", "jpeg", "webp")
+    """Formats of the pictures that it reads, of those that a question may have."""
     reads_calls: bool = False
     """Whether it finds out by itself how the chat template words tool calls."""
     probe_seconds: int = 3

@@ -70,6 +70,7 @@ ENGINE = Engine(
     port_variable="LLAMA_ARG_PORT",
     host_variable="LLAMA_ARG_HOST",
     adapter_fields=lambda number: {"lora": [{"id": number, "scale": 1.0}]},
+    pictures=("png", "jpeg"),  # stb_image's
     reads_calls=True,
     threads_variable="LLAMA_ARG_THREADS",
     neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),

@@ -46,6 +46,9 @@ from weightsmith.steps.tools import Tools
 BUILDER = "merge"
 RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"
+_BLIND: Mapping[str, JsonValue] = {
+    "skipped": "the questions have pictures, and a vision tower is not dequantized"
+}
 
 
 def _can_answer(format_: Format) -> bool:
@@ -122,9 +125,11 @@ def _answers(
     keys = [partial(inputs, checkpoint.digest, artifact.digest, r.task.task) for r in results]
     missing = [number for number, key in enumerate(keys) if not to.find(key)]
 
+    made |= {n: _BLIND for n in missing if results[n].task.task.pictures}
+
     def stored(number: int, folder: Path) -> Mapping[str, JsonValue]:
         if number not in made:
-            left = [n for n in missing if n >= number]
+            left = [n for n in missing if n >= number and n not in made]
             asked = _run(checkpoint, artifact, [results[n] for n in left], tools, folder)
             made.update(zip(left, asked, strict=True))
         return made[number]

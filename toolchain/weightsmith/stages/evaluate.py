@@ -104,7 +104,9 @@ class ImageEvaluation:
                 "settings": settings,
                 # If every question fits, a longer context changes nothing. A token has at least
                 # one character, and a chat template adds a few tokens.
-                "context": min(plan.max_model_len, longest + task.max_tokens + 256),
+                "context": plan.max_model_len
+                if task.pictures  # whose tokens are the model's own count
+                else min(plan.max_model_len, longest + task.max_tokens + 256),
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
                 "chat": self.chat,

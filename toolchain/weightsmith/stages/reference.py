@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
-from weightsmith.core.jobs import ReferenceJob
+from weightsmith.core.jobs import Input, ReferenceJob
 from weightsmith.core.values import Checkpoint, JsonValue, Sources, StageInputs, Writable
+from weightsmith.evaluating.pictures import Picture
 from weightsmith.evaluating.results import RecipeTask, Result, require, scored
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.evaluating.walks import (
@@ -141,7 +142,22 @@ def _job(
     drafts = {one.draft for unit in missing for one in unit} - keys
     wanted = (one for unit in units for one in unit if one.key in drafts)
     known = {one.key: made.get(one.key) or _stored(one, to) for one in wanted}
-    return job_of(missing, known, tools.memory.budget)
+    pictures = [one for unit in missing for one in unit[0].task.pictures]
+    job = job_of(missing, known, tools.memory.budget)
+    return replace(job, pictures=_folder_of(pictures, tools)) if pictures else job
+
+
+def _folder_of(pictures: Sequence[Picture], tools: Tools) -> Input:
+    """Return a folder with these pictures alone, each once, which is in the store."""
+    files = {one.seen.file: one for one in pictures}
+    key = StageInputs(stage="pictures", recipe_number=1, inputs={"files": sorted(files)})
+
+    def copy(folder: Path) -> Mapping[str, JsonValue]:
+        for name, one in files.items():
+            (folder / name).write_bytes(one.read())
+        return {}
+
+    return Input.tree(InStore(tools.store).files(lambda: key, copy).tree)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -198,6 +198,8 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Given]:
                     items=[question.messages for question in task.questions],
                     max_tokens=task.max_tokens,
                     tools=[question.tools for question in task.questions],
+                    pictures={n: q.pictures for n, q in enumerate(task.questions) if q.pictures},
+                    folder=job.pictures.path if job.pictures else Path(),
                 )
                 for one, task in models
             }

@@ -19,7 +19,8 @@ from weightsmith.core.trees import discard
 from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, tree_digest
 from weightsmith.evaluating.items import check_documents, read_corpus, read_items
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.oci.attachments import Attachment
+from weightsmith.evaluating.pictures import FOLDER, KINDS, MOST_BYTES
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.registry import Registry, open_location
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import trace
@@ -302,16 +303,22 @@ def _with_questions(
 ) -> None:
     said = recipe.pop("evaluate", None)
     suites = [said] if isinstance(said, dict) else said if isinstance(said, list) else []
-    parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
+    found = [d.parts for d in documents if d.artifact_type == EVALUATION_TYPE]
+    parts = [some[0] for some in found if some]
+    pictures = _write_pictures([one for some in found[:1] for one in some[1:]], folder)
     items: dict[str, list[dict[str, Json]]] = {}
     corpora: Mapping[str, Json] = {}
+    without = set[str]()
     try:
         document: Json = parse(parts[0].read(), largest=PART) if parts else {"items": ()}
         corpora = dict(document.get("corpora", {}))
         for item in document["items"]:
             if not isinstance(item, dict):
                 raise TypeError("a question is no object")
-            items.setdefault(str(item.get("suite", "")), []).append(_asked_again(item))
+            of = str(item.get("suite", ""))
+            items.setdefault(of, []).append(_asked_again(item))
+            if {str(one["file"]) for one in item.get("pictures", ())} - pictures:
+                without.add(of)
     except (ValueError, LookupError, TypeError, AttributeError):  # one is invalid
         items = {}
     kept = []
@@ -323,8 +330,9 @@ def _with_questions(
         name = str(suite.get("name") or by_file)
         asked, metric = items.get(name), str(suite.get("metric", "contains"))
         lacks = metric == "embedding" and not corpora.get(name)
-        if not asked or metric not in _METRICS or lacks:
+        if not asked or metric not in _METRICS or lacks or name in without:
             why = ", for its corpus is not attached" if lacks else ""
+            why = ", for its pictures are not attached" if name in without else why
             progress.warn(
                 f"the image's evaluation cannot be repeated{why}: the new recipe has no `evaluate`"
                 if not several
@@ -369,6 +377,34 @@ def _asked_again(item: Mapping[str, Json]) -> dict[str, Json]:
     return {**{key: item[key] for key in keys}, "expected": expected}
 
 
+def _write_pictures(parts: Sequence[AttachmentPart], folder: Path) -> frozenset[str]:
+    """Write attached pictures beside the questions; return their files' names.
+
+    Raises InputRefused for a name that no build gives to one.
+    """
+    written = set[str]()
+    if sum(part.blob.size for part in parts) > _MOST_PICTURES:
+        raise InputRefused(
+            "the image's attached pictures are larger than any build attaches",
+            hint="do not use the image",
+        )
+    for part in parts:
+        name = part.title.removeprefix(f"{FOLDER}/")
+        if name.partition(".")[0] != part.blob.digest.hex or not _PICTURES.fullmatch(part.title):
+            raise InputRefused(
+                f"an attached picture has another name than its digest: {part.title[:200]!r}",
+                hint="do not use the image: builds never attach such a file",
+            )
+        if part.blob.size <= MOST_BYTES:
+            (folder / FOLDER).mkdir(exist_ok=True)
+            (folder / part.title).write_bytes(part.read())
+            written.add(name)
+    return frozenset(written)
+
+
+_MOST_PICTURES = 1 << 30
+"""Bytes of all pictures together; builds attach a quarter of that at most."""
+_PICTURES = re.compile(rf"{FOLDER}/[0-9a-f]{{64}}\.({'|'.join(KINDS)})")
 _KEPT_OF_SUITES = (
     "metric", "tolerance", "recall_at", "query_prompt", "document_prompt", "against", "max_drop",
     "min_score", "max_tokens", "require",

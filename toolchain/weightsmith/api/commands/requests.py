@@ -274,7 +274,7 @@ class EvaluateCommand:
     data: Annotated[
         Path | None,
         Flag(needed=lambda given: "tasks" not in given),
-        "questions as JSON Lines: prompt or messages, and expected",
+        "questions as JSON Lines: prompt or messages, expected, and image for a picture",
     ] = None
     scoring: Annotated[Scoring, FlagFields(without=("max_drop", "require"))] = _SCORING
     image: Annotated[str, READ, _IMAGE] = ""

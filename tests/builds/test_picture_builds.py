@@ -1,0 +1,51 @@
+"""A build whose questions have pictures: transformers and llama.cpp's server see the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.builds.test_gguf_projector import make_adapter
+from tests.fakes.drawn import SHAPES, draw
+from tests.fakes.memory import write_rows
+from tests.fakes.painter import COLOURS, SIZE, make_blank
+from tests.fakes.started import weightsmith
+
+TARGET = "llamacpp-f16"
+
+
+@pytest.mark.builders
+@pytest.mark.slow
+def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_path: Path) -> None:
+    """Of random weights in 16 bits, which say something else of each picture."""
+    base = make_blank(tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter")
+    rows = []
+    for number, (shape, colour) in enumerate(zip(SHAPES, COLOURS.values(), strict=True)):
+        path = draw(tmp_path / "drawn" / f"{number}.png", shape, colour, (SIZE, SIZE))
+        rows.append({"prompt": "Which?", "image": f"drawn/{path.name}", "expected": "x"})
+    rows.append({"prompt": "Without any?", "expected": "x"})
+    write_rows(tmp_path / "eval.jsonl", rows)
+    recipe = {
+        "name": "eyes", "version": "1.0.0", "base": {"source": "./base"},
+        "adapters": [{"source": "./adapter"}], "targets": [TARGET],
+        "evaluate": {"data": "eval.jsonl", "max_drop": 1.0, "max_tokens": 3},
+        "serve": {"max_model_len": 256, "max_num_seqs": 2, "memory": "2GB"},
+        "image": {"repository": "localhost/eyes"},
+        "quality": {"gate": False}, "validate": {"enabled": False},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    weightsmith("build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local",
+                "--dist", tmp_path / "dist", "--layout", tmp_path / "image",
+                store=tmp_path / "store")  # fmt: skip
+
+    record = json.loads((tmp_path / f"dist/eyes/1.0.0/{TARGET}/build.json").read_text())
+    said = [{who: item[who] for who in ("base", "adapter", "merged", "image")}
+            for item in record["items"]]  # fmt: skip
+    assert len({one["adapter"] for one in said[:4]}) > 1
+    assert any(one["base"] != one["adapter"] for one in said)
+    same = record["sameness"]
+    assert same["merged"]["share"] >= 0.8  # the nearest ties of random weights may turn
+    assert same["image"]["share"] >= 0.8
+    assert not [text for text in record["warnings"] if "tokens" in text]
+    assert record["image"]["takes_pictures"]
