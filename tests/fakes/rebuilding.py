@@ -53,12 +53,13 @@ class Scene:
         source: str,
         twist: Callable[[dict[str, Any]], None] = lambda _: None,
         asked: Mapping[str, Any] = MappingProxyType({}),
+        corpus: tuple[tuple[str, str], ...] = (),
         **more: str,
     ) -> None:
         """Push an image as `build` would, of two adapters; `twist` changes its stated recipe.
 
-        `asked` are further facts of its one question, `more` files that lie in both adapters, by
-        name.
+        `asked` are further facts of its one question, `corpus` its documents, and `more` files that
+        lie in both adapters, by name.
         """
         push_base(self.client, self.name, {}, {"models/x": b"1"})
         image = self.client.pull(Reference.parse(self.name), platform="linux/amd64")
@@ -81,7 +82,7 @@ class Scene:
         twist(told)
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True, **asked}
         score = Score(score=1.0, n=1, metric="contains", per_item=(item,))
-        asked = RecipeTask(task=Task(items=()), settings=Suite(data="x"))
+        asked = RecipeTask(task=Task(items=(), corpus=corpus), settings=Suite(data="x"))
         artifact = Artifact(format=SAFETENSORS, tree=merged)
         inputs = ImageInputs(
             artifact=artifact,

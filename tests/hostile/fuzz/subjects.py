@@ -42,9 +42,10 @@ from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree, canonical
 from weightsmith.evaluating.bench_files import read_results
 from weightsmith.evaluating.client import Served
-from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.items import Item, read_corpus, read_items
 from weightsmith.evaluating.pictures import MOST_PIXELS
-from weightsmith.evaluating.task import Task
+from weightsmith.evaluating.session import Answer
+from weightsmith.evaluating.task import Task, ask_server, score_task
 from weightsmith.fleets.file import read_fleet
 from weightsmith.fleets.node import _written
 from weightsmith.fleets.requests import TaskRequest
@@ -52,6 +53,7 @@ from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
 from weightsmith.models.gguf_import import import_gguf
 from weightsmith.models.safetensors import open_checkpoint
+from weightsmith.models.task import ModelTask
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, load_image
 from weightsmith.oci.layers import LAYER_TAR
@@ -705,6 +707,86 @@ def read_request(data: bytes, folder: Path) -> None:
         }, "written through a link"
 
 
+LINES: dict[str, list[Any]] = {
+    "label": [{"text": "a", "expected": "X"}, {"words": ["a", "b"], "expected": ["X", "O"]}],
+    "embedding": [{"query": "q", "expected": ["a"]}, {"query": "r", "expected": {"b": 2}}],
+    "rerank": [{"query": "q", "documents": ["a", "b"], "expected": {"1": 1.5}}],
+    "corpus": [{"id": "a", "text": "t"}, {"_id": 2, "title": "u", "text": "v"}],
+}
+"""Data files for models that do not chat."""
+
+
+def changed_lines(random: Random) -> bytes:
+    kind = random.choice(list(LINES))
+    rows = [json.dumps(json_changed(random, row)) for row in LINES[kind]]
+    text = "\n".join(rows).encode()
+    return kind.encode() + b"\n" + (bytes_changed(random, text) if random.random() < 0.2 else text)
+
+
+def read_lines(data: bytes, folder: Path) -> None:
+    kind, _, text = data.partition(b"\n")
+    path = folder / "data.jsonl"
+    path.write_bytes(text)
+    if kind == b"corpus":
+        read_corpus(path)
+    else:
+        read_items(path, kind.decode())
+
+
+def question(text: str, *parts: str, **grades: float) -> Item:
+    message = {"role": "user", "content": text}
+    return Item(
+        messages=(message,),
+        expected=("X",) * max(1, len(parts)),
+        line=1,
+        parts=parts,
+        grades=tuple(grades.items()),
+    )
+
+
+REPLIES: dict[str, tuple[Task, Any]] = {
+    "embedding": (
+        Task(items=(question("q", a=1.0),), metric="embedding", corpus=(("a", "t"), ("b", "u"))),
+        {"model": "m", "data": [{"embedding": [0.5, -1]}], "usage": {"prompt_tokens": 3}},
+    ),
+    "rerank": (
+        Task(items=(question("q", "t", "u", **{"1": 1.0}),), metric="rerank"),
+        {"results": [{"index": 1, "relevance_score": 2.5}, {"index": 0, "relevance_score": 0}]},
+    ),
+    "label": (
+        Task(items=(question("q"),), metric="label"),
+        {"data": [{"label": "X", "probs": [0.75, 0.25]}]},
+    ),
+    "words": (
+        Task(items=(question("a b", "a", "b"),), metric="label"),
+        {"data": [{"data": [[0.1, 0.9], [1, 0], [0, 1], [0.5, 0.5]]}]},
+    ),
+}
+"""What servers say of texts."""
+
+
+def changed_replies(random: Random) -> bytes:
+    kind = random.choice(list(REPLIES))
+    data = json.dumps(json_changed(random, REPLIES[kind][1])).encode()
+    return kind.encode() + b"\n" + (bytes_changed(random, data) if random.random() < 0.2 else data)
+
+
+def read_replies(data: bytes, _: Path) -> None:
+    """Ask a server that says this of each text, and score it."""
+    kind, _, text = data.partition(b"\n")
+    task = REPLIES[kind.decode()][0]
+    session: Any = SimpleNamespace(
+        endpoint=SimpleNamespace(shown="fuzz"),
+        log=lambda: "",
+        try_post=lambda *_: Answer(200, text.decode("utf-8", "replace")),
+        post=lambda *_: {"tokens": [1]},
+        failed=lambda path, what: WeightsmithError(f"{path}: {what}"),
+    )
+    model = ModelTask(kind="embed", labels=("X", "O"))
+    answers = ask_server(session, Served(name="m"), task, Silent(), model=model)
+    assert 0 <= score_task(task, answers, lambda *_: "").score <= 1
+
+
 ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}
 
 SUBJECTS: dict[str, tuple[Make, Read]] = {
@@ -728,6 +810,8 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "s3-cache": (changed_entry, read_bucket_entry),
     "registry-cache": (changed_manifest, read_manifest_entry),
     "payloads": (changed_request, read_request),
+    "lines": (changed_lines, read_lines),
+    "replies": (changed_replies, read_replies),
 }
 
 

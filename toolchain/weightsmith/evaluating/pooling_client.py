@@ -109,8 +109,8 @@ class PoolingClient:
         ends = [self._count(text) for text in accumulate(item.parts, "{} {}".format)]
         # Special tokens: as many before the text as behind it, or one more.
         first = (len(tokens) - ends[-1] + 1) // 2
-        if len({len(self.labels), *map(len, tokens)}) > 1:
-            raise ValueError(f"the response does not have {len(self.labels)} numbers a token")
+        if len(tokens) < ends[-1] or len({len(self.labels), *map(len, tokens)}) > 1:
+            raise ValueError(f"the response does not have {len(self.labels)} numbers per token")
         best = [max(range(len(token)), key=token.__getitem__) for token in tokens]
         said = [self.labels[best[first + place]] for place in (0, *ends[:-1])]
         return {"answer": " ".join(said), **_counted(answer)}

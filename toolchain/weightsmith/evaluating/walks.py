@@ -114,6 +114,14 @@ def model_task(sources: Sources) -> ModelTask:
     return next((one for one in tasks if one != alone), alone)
 
 
+def worded(task: Task, sources: Sources) -> Task:
+    """Return a task with what is put before queries and documents, by itself or by the model."""
+    if task.pooled != "vectors":
+        return task
+    query, document = task.prompts(model_task(sources))
+    return replace(task, query_prompt=query, document_prompt=document)
+
+
 def check_fits(task: Task, sources: Sources, data: str) -> None:
     """Raise InputRefused if a task's metric is not for this model, or a label is none of its own.
 
@@ -406,7 +414,7 @@ def job_of(
                 questions=together[0].task.questions,
                 max_tokens=together[0].task.max_tokens,
                 pooled=together[0].task.pooled,
-                prompts=_prompts(together[0]),
+                prompts=together[0].task.prompts(),
             )
             for together in alike.values()
         )
@@ -428,13 +436,6 @@ def job_of(
         seconds=job_seconds(size, tokens=sum(one.task.most_tokens for one in asked)),
         use_gpu=True,
     )
-
-
-def _prompts(one: AskedSubject) -> tuple[str, str]:
-    """Return what is put before queries and documents, as the model's own files say."""
-    if one.task.pooled != "vectors":
-        return "", ""
-    return one.task.prompts(read_task(one.subject.model.texts))
 
 
 def _readable(units: Sequence[Unit]) -> Iterator[Unit]:

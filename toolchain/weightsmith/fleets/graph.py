@@ -248,7 +248,9 @@ def _is_answered(one: _Shared, seen: Foresight, tools: Tools) -> bool:
     sources = replace(seen[one.plan.steps.sources], adapters=())
     base = references.subjects(sources, None)["base"]
     tasks = (
-        task_of(one.build.file, check_section(Suite, asked, "evaluate")).task
+        references.worded(
+            task_of(one.build.file, check_section(Suite, asked, "evaluate")).task, sources
+        )
         for asked in one.questions
     )
     return all(

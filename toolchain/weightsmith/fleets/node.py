@@ -33,7 +33,7 @@ from weightsmith.core.trees import below
 from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.build_record import BuildRecord, StageRecord, SuiteRecord, read_build
 from weightsmith.evaluating.results import task_of
-from weightsmith.evaluating.walks import has_head, subjects
+from weightsmith.evaluating.walks import has_head, subjects, worded
 from weightsmith.evaluating.walks import inputs as answer_inputs
 from weightsmith.fleets.payloads import unpack
 from weightsmith.fleets.requests import (
@@ -164,7 +164,8 @@ def _answered(request: TaskRequest, file: RecipeFile, tools: Tools) -> Mapping[s
     asked, cached, began = subjects(sources, None), True, time.monotonic()
     for settings in request.questions:
         with _left_to_cells(tools, UsageError, InputRefused, CheckFailed):
-            task = task_of(file, check_section(Suite, settings, "evaluate")).task
+            suite = check_section(Suite, settings, "evaluate")
+            task = worded(task_of(file, suite).task, sources)
             if not has_head(sources.base.tree, task.pooled):
                 continue
             cached &= tools.store.find(answer_inputs(asked["base"], task).key) is not None

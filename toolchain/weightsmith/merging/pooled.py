@@ -41,7 +41,8 @@ _CLASSES: Mapping[Pooled, str] = {
     "relevance": "AutoModelForSequenceClassification",
     "word-labels": "AutoModelForTokenClassification",
 }
-_MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
+_MODULES = frozenset({"Transformer", "Pooling", "Normalize", "Dropout"})
+"""Modules that are computed here, or that do nothing after training."""
 _PADDING = 1024
 _UNLIMITED = 1_000_000
 """A tokenizer's limit from which on it has none."""
@@ -284,13 +285,21 @@ def _read(
     if not bool(torch.isfinite(found[mask.bool()] if found.dim() == 3 else found).all()):
         raise ModelFails("what the model returns is not finite")
     if pooled == "vectors":
-        vectors = pooled_vectors(found, mask, task.sentence.pooling or "mean")
+        mode = task.sentence.pooling or _usual_pooling(network)
+        vectors = pooled_vectors(found, mask, mode)
         if task.sentence.normalizes:
             vectors = torch.nn.functional.normalize(vectors)
         return list(vectors)
     if pooled == "word-labels":
         return [row[:length] for row, length in zip(found, lengths.tolist(), strict=True)]
     return list(found)
+
+
+def _usual_pooling(network: Model) -> str:
+    """Return how engines pool where no file says it: an encoder's mean, a decoder's last token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return "mean" if type(network.config) in MODEL_FOR_MASKED_LM_MAPPING else "lasttoken"
 
 
 def pooled_vectors(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:

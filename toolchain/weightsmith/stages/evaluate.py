@@ -81,8 +81,8 @@ class ImageEvaluation:
     """Whether that template takes contents in parts, as a message with a picture has."""
     tools: bool
     """Whether it says which tools may be called."""
-    model: ModelTask
-    """What its checkpoint says of a model that does not chat."""
+    pooled_model: ModelTask
+    """What the checkpoint of a model that does not chat says of it."""
     questions: tuple[TaskInProgress, ...]
 
     def inputs(self, question: TaskInProgress) -> StageInputs:
@@ -93,7 +93,9 @@ class ImageEvaluation:
         settings = {k: v for k, v in plan.settings.items() if k not in neutral}
         longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
         longest = (
-            max(task.lengths) + sum(map(len, task.prompts(self.model))) if task.pooled else longest
+            max(task.lengths) + sum(map(len, task.prompts(self.pooled_model)))
+            if task.pooled
+            else longest
         )
         return StageInputs(
             stage="trial",
@@ -110,7 +112,9 @@ class ImageEvaluation:
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
                 "chat": self.chat,
-                **({"prompts": task.prompts(self.model)} if task.pooled == "vectors" else {}),
+                **(
+                    {"prompts": task.prompts(self.pooled_model)} if task.pooled == "vectors" else {}
+                ),
                 **({"of": [model, fields]} if model or fields else {}),
             },
         )
@@ -185,7 +189,7 @@ def _answers(
             Served(name=question.model or evaluation.config.served_name, chat=evaluation.chat),
             question.result.task.task,
             tools.progress,
-            model=evaluation.model,
+            model=evaluation.pooled_model,
         )
         ends = sum(answer.get("finish_reason") in _ENDS for answer in answers)
         if 2 * ends < (expected := question.result.ends):
@@ -274,6 +278,6 @@ class EvaluateStep(UnforeseenStep[Trial]):
             chat=template is not None,
             parts=template is None or takes_parts(template),
             tools=template is not None and has_tools(template),
-            model=model_task(sources),
+            pooled_model=model_task(sources),
             questions=tuple(questions),
         )

@@ -34,6 +34,7 @@ from weightsmith.evaluating.walks import (
     walk_of,
     walks,
     with_merged,
+    worded,
 )
 from weightsmith.forward.memory import UNKNOWN, LayerTime, joint_walk
 from weightsmith.recipe.file import RecipeFile
@@ -214,7 +215,10 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
     def _asked_before_merging(self, sources: Sources) -> tuple[Unit, ...]:
         """Return what base and adapters are asked; the merged model follows them."""
         return tuple(
-            once(asked_of(subjects(sources, t.adapter, t.task.pooled), t.task) for t in self.tasks)
+            once(
+                asked_of(subjects(sources, t.adapter, t.task.pooled), worded(t.task, sources))
+                for t in self.tasks
+            )
         )
 
     @property
@@ -237,7 +241,9 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
 
     def _units(self, have: Results) -> tuple[Unit, ...]:
         given = have[self.sources], have[self.checkpoint]
-        return tuple(asked_of(with_merged(one, *given), one.task) for one in self.tasks)
+        return tuple(
+            asked_of(with_merged(one, *given), worded(one.task, given[0])) for one in self.tasks
+        )
 
     def run(self, have: Results, tools: Tools) -> StageResult[tuple[Result, ...]]:
         """Return the tasks with the scores of base, adapters and merged model.
@@ -293,4 +299,4 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
 def _main_inputs(sources: Sources, task: RecipeTask) -> StageInputs:
     """Return what the answers depend on that others are compared with."""
     asked = subjects(sources, task.adapter, task.task.pooled)
-    return inputs(asked.get("adapter") or asked["base"], task.task)
+    return inputs(asked.get("adapter") or asked["base"], worded(task.task, sources))

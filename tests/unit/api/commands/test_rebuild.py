@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
-from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.items import read_corpus, read_items
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.folders import FolderReader
@@ -19,6 +19,7 @@ from weightsmith.outside.store import FileStore
 from weightsmith.steps.lock import read_lock
 
 from tests.fakes.baking import make_key, push_base
+from tests.fakes.journal import RecordingProgress
 from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
 
@@ -85,6 +86,51 @@ def test_the_expected_answers_of_each_metric_come_back(
     assert (suite.metric, json.loads(item.tools or "null")) == (metric, asked.get("tools"))
     assert item.expected == (expected,)
     assert item.tolerance == asked.get("tolerance", "")
+
+
+GRADES = {"grades": {"a": 2.0, "b": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "asked", "line"),
+    [
+        ("label", {}, {"prompt": "Capital of Ö?", "expected": ["A"]}),
+        (
+            "label",
+            {"prompt": "a b", "parts": ["a", "b"], "expected": ["X", "O"]},
+            {"words": ["a", "b"], "expected": ["X", "O"]},
+        ),
+        ("embedding", GRADES, {"prompt": "Capital of Ö?", "expected": GRADES["grades"]}),
+        (
+            "rerank",
+            {"parts": ["t", "u"], "grades": {"1": 1.0}},
+            {"query": "Capital of Ö?", "documents": ["t", "u"], "expected": {"1": 1.0}},
+        ),
+    ],
+)
+def test_what_models_were_asked_that_do_not_chat_comes_back(
+    scene: Scene, metric: str, asked: dict[str, Any], line: dict[str, Any]
+) -> None:
+    change = {"metric": metric, **({"corpus": "c.jsonl"} if metric == "embedding" else {})}
+    corpus = (("a", "t"), ("b", "u")) if metric == "embedding" else ()
+    scene.publish(
+        f"hf://a/b@{COMMIT}", "hf://a/b", lambda r: r["evaluate"].update(change), asked, corpus
+    )
+    file = scene.again()
+    (suite,) = file.recipe.evaluate
+    assert suite.metric == metric
+    assert json.loads((file.folder / suite.data).read_text()) == line
+    assert read_items(file.folder / suite.data, metric)
+    if corpus:
+        assert read_corpus(file.folder / suite.corpus) == corpus
+
+
+def test_a_suite_whose_corpus_is_not_attached_is_left_out_and_that_is_said(scene: Scene) -> None:
+    change = {"metric": "embedding", "corpus": "c.jsonl"}
+    scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b", lambda r: r["evaluate"].update(change), GRADES)
+    progress = RecordingProgress()
+    assert scene.again(progress=progress).recipe.evaluate == ()
+    assert any("its corpus is not attached" in text for text in progress.warnings)
 
 
 def test_the_lock_has_what_a_build_reads_of_the_adapters(scene: Scene) -> None:

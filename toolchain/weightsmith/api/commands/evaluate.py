@@ -33,7 +33,7 @@ from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.task import Task, ask_server, score_task, task_with
-from weightsmith.evaluating.walks import BUILDER, EvaluatedModel, check_fits
+from weightsmith.evaluating.walks import BUILDER, EvaluatedModel, check_fits, worded
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
@@ -140,7 +140,8 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         sources = open_sources(asked.model, asked.adapters, weights, tools.store)
         check_fits(task, sources, str(asked.data))
         subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
-        answers = reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
+        asks, to = worded(task, sources), Unkept(tools)
+        answers = reference_answers({"model": subject}, asks, to, tools)["model"]
         return score_task(task, answers, tools.command)
     image, url = asked.image, asked.url
     limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
