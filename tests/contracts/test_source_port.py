@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save as safetensors
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.ports import Silent
 from weightsmith.models.folder import check_model_folder
@@ -219,6 +222,30 @@ def test_names_that_leave_the_folder_or_clash(scene: Scene, tmp_path: Path, name
         fetched(scene)
 
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_plan_reads_headers_alone(scene: Scene, tmp_path: Path) -> None:
+    weights = safetensors({f"t{n}": np.zeros((1000, 1000), np.float32) for n in range(3)})
+    scene.sha256 = ""
+    scene.put({"config.json": MODEL["config.json"], "model.safetensors": weights})
+    scene.reader._scratch = lambda: tmp_path / "scratch"
+
+    seen = scene.reader.glance(scene.source, "", scene.sha256, Silent())
+
+    if seen is None:  # an archive, or layers that are, has to be unpacked
+        assert scene.source.endswith(".tar") or scene.source.startswith("oci://")
+        return
+    sizes = {file.path: file.size for file in seen.tree.files}
+    assert sizes == {"config.json": len(MODEL["config.json"]), "model.safetensors": len(weights)}
+    path = seen.tree.path("model.safetensors")
+    with safe_open(path, "np") as opened:
+        assert sorted(opened.keys()) == ["t0", "t1", "t2"]
+    assert path.stat().st_blocks * 512 < len(weights) // 4
+    found = fetched(scene)
+    assert found.pin == seen.pin
+    assert found.digest != seen.digest
+    if scene.web:
+        assert scene.web.sent < 1.2 * len(weights)
 
 
 def test_an_interrupted_one_goes_on(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

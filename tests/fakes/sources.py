@@ -113,17 +113,18 @@ class WebHandler(Replying):
 
     def _send(self, data: bytes, fault: str) -> None:
         asked = self.headers.get("Range", "") if fault != "norange" else ""
-        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
-        body, headers = data[start:], {}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        start, end = int(first or 0), int(last or len(data) - 1) + 1
+        body, headers = data[start:end], {}
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
         if fault == "spoil":
             body = bytes(byte ^ 1 for byte in body[:1]) + body[1:]
         body = {"short": body[: len(body) // 2], "long": body + b"more"}.get(fault, body)
         sent = body[: len(body) // 2] if fault == "half" else body
         headers["Content-Length"] = str(len(body))
         self.state.sent += len(sent) if self.command == "GET" else 0
-        self.reply(206 if start else 200, sent, headers)
+        self.reply(206 if asked else 200, sent, headers)
         if fault == "half":
             self.wfile.flush()
             self.reset()

@@ -248,10 +248,12 @@ def open_tools(
         open_store(
             sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
         ) as store,
+        ExitStack() as stack,
     ):
+        scratch = cache_once(lambda: stack.enter_context(_scratch()))
         yield Tools(
             store=store,
-            readers=make_readers(store, registry),
+            readers=make_readers(store, registry, scratch),
             runner=WithinMemory(_runner(run, engine if answers else None), room.limit),
             engine=engine,
             launcher=_launcher(engine if answers else None),
@@ -270,7 +272,9 @@ def open_tools(
         )
 
 
-def make_readers(store: Store, registry: Registry) -> Mapping[str, SourceReader]:
+def make_readers(
+    store: Store, registry: Registry, scratch: Callable[[], Path]
+) -> Mapping[str, SourceReader]:
     """Return what fetches each kind of source, by its scheme; folders have none."""
     remotes = (
         OciRemote(registry),
@@ -285,7 +289,7 @@ def make_readers(store: Store, registry: Registry) -> Mapping[str, SourceReader]
         FolderReader(store),
         HubReader(store),
         PypiReader(store),
-        *(RemoteReader(store, remote) for remote in remotes),
+        *(RemoteReader(store, remote, scratch) for remote in remotes),
     )
     return {reader.scheme: reader for reader in readers}
 

@@ -182,6 +182,14 @@ class SourceReader(Protocol):
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
         """Return the result of `fetch` if it needs no network and no copying, else None."""
 
+    def glance(
+        self, source: str, revision: str, sha256: str, progress: Progress
+    ) -> Snapshot | None:
+        """Return the source with the headers of its weights alone, None if this kind has no such.
+
+        It lasts as long as the tools. Large files have an UnreadDigest. Raises as `fetch`.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubContent:

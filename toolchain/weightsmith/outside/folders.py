@@ -36,6 +36,13 @@ class FolderReader:
         """
         return self._snapshot(source, revision, sha256, Silent(), read=False)
 
+    def glance(
+        self, source: str, revision: str, sha256: str, progress: Progress
+    ) -> Snapshot | None:
+        """Return None: a folder is always here."""
+        del source, revision, sha256, progress
+        return None
+
     def _snapshot(
         self, source: str, revision: str, sha256: str, progress: Progress, *, read: bool
     ) -> Snapshot:

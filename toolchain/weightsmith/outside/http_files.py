@@ -71,9 +71,10 @@ class HttpFiles:
             said = answer.headers.get("Content-Length", "")
             return int(said) if said.isdecimal() and len(said) < 16 else -1
 
-    def read(self, url: str, start: int = 0) -> Iterator[bytes]:
-        """Yield a file's bytes from an offset on; raises as `size` does."""
-        ranged = {"Range": f"bytes={start}-"} if start else {}
+    def read(self, url: str, start: int = 0, end: int = -1) -> Iterator[bytes]:
+        """Yield a file's bytes from an offset on, to `end` if its server can; raises as `size`."""
+        last = str(end - 1) if end >= 0 else ""
+        ranged = {"Range": f"bytes={start}-{last}"} if start or last else {}
         with self._asked("GET", url, ranged) as answer:
             if start and answer.status_code == _NO_RANGE:
                 return  # nothing is left

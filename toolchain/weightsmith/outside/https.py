@@ -59,8 +59,8 @@ class HttpsRemote:
             rows = chosen_files(parse_list(found, shown(address)), shown(address))
             sized = tuple(_sized(files, address, one) for one in rows)
 
-            def read(file: RemoteFile, start: int) -> Iterator[bytes]:
-                return files.read(_beside(address, file.path), start)
+            def read(file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
+                return files.read(_beside(address, file.path), start, end)
 
             return Place(pin=pin, pinned=True, files=sized, read=read, hint=_HINT)
         only = RemoteFile(path=name, size=_size(files, address), digest=Digest(f"sha256:{digest}"))
@@ -68,7 +68,7 @@ class HttpsRemote:
             pin=pin,
             pinned=True,
             files=(only,),
-            read=lambda _, start: files.read(address, start),
+            read=lambda _, start, end: files.read(address, start, end),
             hint=_HINT,
             is_archive=is_archive(name),
             pinned_bytes=True,

@@ -104,6 +104,13 @@ class HubReader:
             return None
         return Snapshot(tree=tree, source=source, pin=f"hf://{repository}@{revision}", pinned=True)
 
+    def glance(
+        self, source: str, revision: str, sha256: str, progress: Progress
+    ) -> Snapshot | None:
+        """Return None: the hub's client fetches whole files."""
+        del source, revision, sha256, progress
+        return None
+
     def _download(
         self, repository: str, revision: str, progress: Progress, *, pinned: bool
     ) -> tuple[Path, str]:

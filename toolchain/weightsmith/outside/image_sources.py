@@ -95,7 +95,7 @@ class OciRemote:
         )
 
     def _read(
-        self, place: Reference, blobs: dict[str, Blob], file: RemoteFile, start: int
+        self, place: Reference, blobs: dict[str, Blob], file: RemoteFile, start: int, _end: int
     ) -> Iterator[bytes]:
         return self._registry.read_blob(place, blobs[file.path], start)
 

@@ -172,7 +172,7 @@ def _in_folder(root: Path, source: str) -> tuple[tuple[RemoteFile, ...], Any]:
         if path.is_file()
     )
 
-    def read(file: RemoteFile, start: int) -> Iterator[bytes]:
+    def read(file: RemoteFile, start: int, _end: int) -> Iterator[bytes]:
         with (root / file.path).open("rb") as content:
             content.seek(start)
             while chunk := content.read(_CHUNK):
@@ -219,7 +219,7 @@ def _taken(address: str, folder: Path, source: str) -> Path:
         return Path(download_artifacts(artifact_uri=address, dst_path=str(folder)))
 
 
-def _ended_early(file: RemoteFile, start: int) -> Iterator[bytes]:
+def _ended_early(file: RemoteFile, start: int, _end: int) -> Iterator[bytes]:
     """Fail for a file that the client has fetched, but not whole."""
     raise Broken(f"only {start} of {file.size} bytes of {file.path} came")
 

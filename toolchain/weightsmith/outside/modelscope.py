@@ -59,9 +59,9 @@ class ModelScopeRemote:
         digest = list_pin(rows)
         require_pin(source, pinned, digest)
 
-        def read(file: RemoteFile, start: int) -> Iterator[bytes]:
+        def read(file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
             asked = urlencode({"Revision": branch, "FilePath": file.path})
-            return files.read(f"{root}/repo?{asked}", start)
+            return files.read(f"{root}/repo?{asked}", start, end)
 
         return Place(
             pin=f"{source}@{digest}",

@@ -106,7 +106,7 @@ class ObjectRemote:
             pin=f"{source}@{digest}",
             pinned=bool(revision),
             files=rows,
-            read=lambda file, start: self._read(files, place, file, start, source),
+            read=lambda file, start, end: self._read(files, place, file, (start, end), source),
             hint=self._store.hint,
             is_archive=is_archive(key),
         )
@@ -124,18 +124,19 @@ class ObjectRemote:
         )
 
     def _read(
-        self, files: Any, place: str, file: RemoteFile, start: int, source: str
+        self, files: Any, place: str, file: RemoteFile, part: tuple[int, int], source: str
     ) -> Iterator[bytes]:
-        path = f"{place}/{file.path}"
-        while start < file.size:
-            end = min(file.size, start + _CHUNK)
+        path, start = f"{place}/{file.path}", part[0]
+        last = file.size if part[1] < 0 else min(part[1], file.size)
+        while start < last:
+            end = min(last, start + _CHUNK)
             with self._asked(source, again=True):
                 data = self._store.read(files, path, file.version, start, end)
             if not data:
                 raise Broken("the store sent nothing")
             yield data
             start += len(data)
-        if start:
+        if start == file.size > 0:
             bucket, _, key = path.partition("/")
             with self._asked(source, again=True):
                 now = self._store.describe(files, bucket, key, file.path)

@@ -86,6 +86,13 @@ class PypiReader:
             tree=entry.tree, source=source, pin=f"{source}#sha256={sha256}", pinned=True
         )
 
+    def glance(
+        self, source: str, revision: str, sha256: str, progress: Progress
+    ) -> Snapshot | None:
+        """Return None: a wheel is fetched whole."""
+        del source, revision, sha256, progress
+        return None
+
     def _download_wheel(
         self,
         name: str,

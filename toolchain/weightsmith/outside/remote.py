@@ -22,7 +22,17 @@ from typing import Protocol
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Progress, Store
 from weightsmith.core.trees import below, remove
-from weightsmith.core.values import Digest, JsonValue, Snapshot, Writable, canonical, key_of
+from weightsmith.core.values import (
+    Digest,
+    FileEntry,
+    JsonValue,
+    Snapshot,
+    Tree,
+    UnreadDigest,
+    Writable,
+    canonical,
+    key_of,
+)
 from weightsmith.models.folder import MAX_DEPTH, check_no_code, is_pickle, is_used
 from weightsmith.outside.archives import WEIGHTS, extract, require_weights
 
@@ -31,6 +41,12 @@ _CHUNK = 1 << 20
 _MOST_FILES = 20_000
 _LARGEST = 4 << 40
 """Bytes of a file whose size is not known."""
+_LENGTH = 8
+"""Bytes at the start of a safetensors file that say how long its header is."""
+_FIRST = 1 << 20
+"""Bytes of a weights file that have its whole header, seldom not."""
+_LARGEST_HEADER = 100_000_000
+"""Bytes, as in the safetensors library."""
 _PAUSES = (1.0, 5.0, 20.0)
 """Seconds before the second and further tries without progress."""
 
@@ -61,8 +77,11 @@ class Place:
     pin: str
     pinned: bool
     files: Sequence[RemoteFile]
-    read: Callable[[RemoteFile, int], Iterator[bytes]]
-    """Yields a file's bytes from an offset on; raises Broken if that may be tried again."""
+    read: Callable[[RemoteFile, int, int], Iterator[bytes]]
+    """Yields a file's bytes from an offset on, to the other if that is not -1, or a little more.
+
+    Raises Broken if that may be tried again.
+    """
     hint: str
     """What to do if it cannot be reached."""
     is_archive: bool = False
@@ -110,8 +129,12 @@ class Remote(Protocol):
 class RemoteReader:
     """Fetches the sources of one kind of place into the store."""
 
-    def __init__(self, store: Store, remote: Remote) -> None:
+    def __init__(
+        self, store: Store, remote: Remote, scratch: Callable[[], Path] | None = None
+    ) -> None:
+        """`scratch` returns a folder that lasts as long as the tools, for what `glance` reads."""
         self._store = store
+        self._scratch = scratch
         self._remote = remote
         self.scheme = remote.scheme
 
@@ -135,6 +158,29 @@ class RemoteReader:
         pin = self._remote.pin_of(source, revision, sha256)
         entry = self._store.find(key_of(self._note(pin))) if pin else None
         return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=True) if entry else None
+
+    def glance(
+        self, source: str, revision: str, sha256: str, progress: Progress
+    ) -> Snapshot | None:
+        """Return a list's small files, and of its weights the headers; None for other places."""
+        if found := self.known(source, revision, sha256):
+            return found
+        self.check(source)
+        place = self._remote.open(source, revision, sha256, progress)
+        if self._scratch is None or place.make or place.take or place.is_archive:
+            return None
+        files = chosen_files(place.files, source)
+        if any(file.size < 0 or file.path.endswith(".gguf") for file in files):
+            return None
+        root = self._scratch() / hashlib.sha256(place.pin.encode()).hexdigest()
+        remove(root)
+        try:
+            entries = [_glanced(place, file, root / file.path) for file in files]
+        except Broken as trouble:
+            raise EnvironmentFailure(f"{source}: {trouble}", hint=place.hint) from None
+        check_no_code(root, [file.path for file in files])
+        tree = Tree(root=root, files=tuple(sorted(entries, key=lambda entry: entry.path)))
+        return Snapshot(tree=tree, source=source, pin=place.pin, pinned=place.pinned)
 
     def _note(self, pin: str) -> dict[str, Writable]:
         where = {"where": self._remote.where} if self._remote.where else {}
@@ -212,6 +258,41 @@ def chosen_files(files: Sequence[RemoteFile], source: str) -> list[RemoteFile]:
     pickles = [file.path for file in files if is_pickle(file.path)]
     require_weights([file.path for file in used], source, pickles)
     return sorted(used, key=lambda file: (file.path.endswith(WEIGHTS), file.path))
+
+
+def _glanced(place: Place, file: RemoteFile, target: Path) -> FileEntry:
+    """Write a file, of weights only the header and a hole; raises Altered if it is another."""
+    is_weights = file.path.endswith(WEIGHTS)
+    wanted = min(file.size, _FIRST) if is_weights else file.size
+    data = _bytes(place, file, 0, wanted)
+    if is_weights:
+        length = int.from_bytes(data[:_LENGTH], "little")
+        wanted = min(file.size, _LENGTH + min(length, _LARGEST_HEADER))
+        data += _bytes(place, file, len(data), wanted) if wanted > len(data) else b""
+        digest: Digest = UnreadDigest.of(canonical(["not read", place.pin, file.path]))
+    else:
+        content = _Content()
+        content.add(data)
+        if not content.is_of(file):
+            raise Altered(
+                f"{file.path} does not match what its sender lists", hint=f"try again; {place.hint}"
+            )
+        digest = Digest.of(data)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as out:
+        out.write(data[:wanted])
+        out.truncate(file.size)
+    return FileEntry(path=file.path, size=file.size, digest=digest)
+
+
+def _bytes(place: Place, file: RemoteFile, start: int, end: int) -> bytes:
+    """Return a part of a file; fewer bytes if it ends, and one more if its sender has more."""
+    data = bytearray()
+    for chunk in place.read(file, start, end) if end > start else ():
+        data += chunk
+        if len(data) > end - start:
+            break
+    return bytes(data)
 
 
 def _fetched(
@@ -340,7 +421,7 @@ def _complete(
     with part.open("ab") as out:
         while file.size < 0 or content.size < file.size:
             try:
-                for chunk in place.read(file, content.size):
+                for chunk in place.read(file, content.size, -1):
                     content.add(chunk)
                     if content.size > most:
                         return  # more than its sender says
