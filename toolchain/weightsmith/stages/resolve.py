@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.jobs import ImportGgufJob, Input
 from weightsmith.core.ports import SourceReader
 from weightsmith.core.resources import builder_pins
@@ -219,11 +219,14 @@ class ResolveStep(Step[Sources, Sources]):
         if sources is not None:
             self._pin(read_lock(self.file), sources, seen.tools)
             sources, note = foreseen(sources)
-        elif (sources := glanced(self.file, seen.tools)) is not None:
-            # Of these the digests are not known that the lock has; their pins were compared.
-            note = f"{why}; the headers of its weights were read"
         else:
-            raise NotHere(why)
+            # The digests that the lock has are not known of these; their pins were compared.
+            try:
+                sources, note = glanced(self.file, seen.tools), f"{why}; its headers were read"
+            except EnvironmentFailure as error:
+                raise NotHere(f"{why}; {error.message}") from None
+            if sources is None:
+                raise NotHere(why)
         state = State(cached=False, why=note) if note else CACHED
         return Foreseen(value=sources, rows=(self.row(state, read=sources.base.tree.size),))
 
