@@ -409,8 +409,18 @@ def _becomes(architecture: str, name: str) -> bool:
 def _targets() -> Iterator[str]:
     yield "A target is an engine and a weight format; the engine's name alone means 16 bits.\n"
     yield "| target | bits per weight |\n|---|---|"
-    for name, target in all_targets().items():
-        yield f"| `{name}` | {target.format.bits_per_weight:g} |"
+    every = all_targets()
+    for name, target in every.items():
+        if not target.format.base:
+            yield f"| `{name}` | {target.format.bits_per_weight:g} |"
+    engines = sorted({one.engine.title for one in every.values() if one.format.base})
+    yield (
+        f"\nEach target of {' and '.join(engines)} above that names a format of weights has another"
+        " one for [adapters that are not merged](../explanation/when-not-to-merge.md"
+        "#on-a-quantized-base): the same name with `-lora` at its end, such as"
+        " `llamacpp-q4_k_m-lora` or `vllm-awq-lora`. Its base is in that format, its adapters in"
+        " 16 bits."
+    )
     yield "\n## Base images\n\n| purpose | image |\n|---|---|"
     for purpose, base in sorted(read_bases().items()):
         yield f"| {purpose} | `{base.reference}` |"

@@ -15,7 +15,7 @@ from weightsmith.stages import quantize
 
 from tests.fakes.memory import Memory
 
-TARGETS = ("llamacpp-q4_k_m", "vllm-awq", "vllm", "llamacpp-lora")
+TARGETS = ("llamacpp-q4_k_m", "vllm-awq", "vllm", "llamacpp-lora", "vllm-awq-lora")
 SIZES = ("read_bytes", "write_bytes", "peak_memory_bytes", "disk_bytes")
 
 

@@ -26,6 +26,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "two of one pass": (["llamacpp-q4_k_m", "llamacpp-q8_0"], []),
     "unmerged": (["vllm-lora"], []),
     "unmerged, as GGUF": (["llamacpp-lora"], []),
+    "unmerged, on a quantized base": (["llamacpp-q4_k_m-lora"], []),
+    "two unmerged, of one pass": (["llamacpp-q4_k_m-lora", "llamacpp-q8_0-lora"], []),
     "with scales of its cache": (["vllm"], ["serve.kv_cache_dtype=fp8"]),
     "other forms": (["llamacpp-q8_0"], ["outputs.kinds=[volume, modelpack]"]),
 }

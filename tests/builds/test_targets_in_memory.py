@@ -401,7 +401,8 @@ def test_the_memory_for_adapters_is_planned_before_the_build_as_in_it(
     (before,) = two.forecast(targets=[target])["serving"].values()
     two.build(targets=[target])
 
-    assert before["weight_bytes"] - base == size
+    in_16_bits = base // 2 if target == "llamacpp-lora" else base
+    assert before["weight_bytes"] - in_16_bits == size
     told = two.record(target)
     files = {file["path"]: file["size"] for file in told["artifact"]["files"]}
     (served,) = (files[name] for name in files if Path(name).suffix in {".gguf", ".safetensors"}

@@ -3,13 +3,18 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
+import gguf
 import pytest
 import yaml
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import ConvertAdaptersJob, Input
 from weightsmith.core.ports import Silent
+from weightsmith.core.values import Digest
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.unpack import unpack
 from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers.gguf_lora import FILE
 
@@ -20,11 +25,11 @@ TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 pytestmark = pytest.mark.builders
 
 
-def build(recipe, folder, store):
-    """Build the recipe's llamacpp-lora image into the folder; return what --json says of it."""
-    words = ("--recipe", recipe, "--target", "llamacpp-lora", "--runner", "local")
+def build(recipe, folder, store, *more, target="llamacpp-lora"):
+    """Build the recipe's image for a target into the folder; return what --json says of it."""
+    words = ("--recipe", recipe, "--target", target, "--runner", "local", *more)
     words += ("--dist", folder / "dist", "--layout", folder / "image")
-    return weightsmith("build", *words, store=store)["targets"]["llamacpp-lora"]
+    return weightsmith("build", *words, store=store)["targets"][target]
 
 
 def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
@@ -39,7 +44,7 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
         (tmp_path / "dist/tiny-capitals/1.0.0/llamacpp-lora/build.json").read_text()
     )
     assert {file["path"] for file in record["artifact"]["files"]} == {
-        "tiny-capitals.gguf",
+        "base.gguf",
         "adapters/a-v1.gguf",
     }
 
@@ -130,9 +135,11 @@ def test_a_refused_adapter_is_named_and_those_before_it_are_kept(tmp_path):
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
-def test_each_of_several_adapters_answers_its_own_task(tmp_path, shared_store):
-    build(TINY.with_name("recipe-two.yaml"), tmp_path, shared_store)
-    record = json.loads((tmp_path / "dist/tiny-two/1.0.0/llamacpp-lora/build.json").read_text())
+def test_each_of_several_adapters_answers_its_own_task_on_a_quantized_base(tmp_path, shared_store):
+    target = "llamacpp-q4_k_m-lora"
+    recipe = TINY.with_name("recipe-two.yaml")
+    build(recipe, tmp_path, shared_store, "--kind", "adapter", target=target)
+    record = json.loads((tmp_path / f"dist/tiny-two/1.0.0/{target}/build.json").read_text())
 
     # Merged they would disturb one another, so nothing is: each answers as it does alone.
     for told in record["suites"]:
@@ -142,3 +149,24 @@ def test_each_of_several_adapters_answers_its_own_task(tmp_path, shared_store):
         assert scores["image"] == scores["adapter"] == 1.0
     assert len(record["suites"]) == 2
     assert "merge" not in record["inputs"]
+    assert record["inputs"]["quantize"]["checkpoint"] == record["base"]["digest"]
+    assert record["artifact"]["bits_per_weight"] < 5
+    assert record["quality"]["texts"]
+    types = {str(tensor.tensor_type.name) for tensor in gguf.GGUFReader(file_of(tmp_path)).tensors}
+    assert "Q4_K" in types
+
+    for name in ("a", "b"):  # each by itself, with what it was tested on
+        source = f"oci:{tmp_path}/image-adapter-{name}-v1"
+        told = weightsmith("verify", source, store=shared_store)
+        found = {row["check"]: row["found"] for row in told["checks"]}
+        assert found["base"] == "the adapter was tested on it, quantized to q4_k_m"
+        assert "image: 1.0000 contains, n=20" in found["gate"]
+        pulled = {layer.file: layer.digest for layer in read_layout(Path(source[4:])).layers}
+        for file in (TINY.parent / "adapters" / name).iterdir():
+            assert pulled[file.name] == Digest.of(file.read_bytes())
+
+
+def file_of(folder):
+    """Return the base's file of the image in a folder, unpacked."""
+    unpack(read_layout(folder / "image"), folder / "root")
+    return folder / "root" / "models" / "base.gguf"

@@ -157,10 +157,13 @@ def served(layout: Path, ids: list[int]) -> list[float]:
     return [row[str(token)]["logprob"] for row, token in zip(rows[1:], ids[1:], strict=True)]
 
 
-def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
-    weightsmith("build", "--recipe", TINY / "recipe-two.yaml", "--target", "vllm-lora", "--runner",
+@pytest.mark.parametrize(
+    "target", ["vllm-lora", "vllm-awq-lora", "vllm-fp8-lora", "vllm-gptq-lora"]
+)
+def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path, target: str) -> None:
+    weightsmith("build", "--recipe", TINY / "recipe-two.yaml", "--target", target, "--runner",
                 "local", "--dist", tmp_path / "dist", "--layout", tmp_path / "image")  # fmt: skip
-    record = json.loads((tmp_path / "dist/tiny-two/1.0.0/vllm-lora/build.json").read_text())
+    record = json.loads((tmp_path / f"dist/tiny-two/1.0.0/{target}/build.json").read_text())
 
     settings = record["plan"]["settings"]
     assert (settings["max-loras"], settings["max-lora-rank"]) == (2, 8)

@@ -158,7 +158,7 @@ def test_a_failed_result_is_not_outvoted(shop):
         assert shop.rows(name)["gate"][0] is False
 
 
-@pytest.mark.parametrize("kind", ["merge", "quantize", "split", "bake", "rebase"])
+@pytest.mark.parametrize("kind", ["merge", "quantize", "unmerged", "split", "bake", "rebase"])
 def test_steps_of_another_image_are_no_evidence(shop, kind):
     """Signed statements of another image's steps are a finding, and change no other answer."""
     name, other = shop.bake("app"), shop.bake("other")

@@ -16,6 +16,7 @@ WITH = [{"adapters": ["a", "b"], "cosine": 0.02}]
         ({"adapters": 2, "conflicts": WITH}, True, "do not work against"),
         # What is quantized must be merged first; the rest is still said.
         ({"adapters": 2, "conflicts": AGAINST, "packed": True}, True, "cosine -0.31"),
+        ({"adapters": 2, "conflicts": AGAINST, "packed": True}, True, "the target with -lora"),
         ({"adapters": 1, "packed": True}, True, "quantizers take one"),
     ],
 )

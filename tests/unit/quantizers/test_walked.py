@@ -50,11 +50,11 @@ def models(tmp_path_factory):
     return cache(lambda architecture: make_any(root / architecture, architecture))
 
 
-def settings(model, out, method, keep=()):
+def settings(model, out, method, keep=(), **more):
     out.mkdir(exist_ok=True)
     texts = out.with_suffix(".jsonl")
     texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in ROWS[1:]))
-    told = {"method": method, "group_size": 32, "keep": keep}
+    told = {"method": method, "group_size": 32, "keep": keep, **more}
     return ProgramSettings(model=model, out=out, calibration=str(texts), **told)
 
 
@@ -233,6 +233,25 @@ def test_scaled_norms_keep_the_checkpoints_type(tmp_path, dtype):
     norm = load_file(out / "model.safetensors")["model.layers.0.input_layernorm.weight"]
     assert norm.dtype == dtype
     assert bool(norm.isfinite().all())
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+def test_beside_adapters_every_matrix_keeps_its_inputs_and_outputs(models, tmp_path, architecture):
+    """An adapter of a matrix whose input was divided would get what it was not trained on."""
+    model = models(architecture)
+    source, worst = CheckpointTensors(model), {}
+    for scaled in (False, True):
+        out = tmp_path / f"{scaled}"
+        quantizing.quantize(settings(model, out, "awq", scaled=scaled))
+        view = view_of(out, model)
+        pairs = {name: (source.f32(name), view.tensor(name)) for name in view.names}
+        worst[scaled] = max(
+            float(np.linalg.norm(made - own) / np.linalg.norm(own)) for own, made in pairs.values()
+        )
+        norms = [np.array_equal(*pair) for name, pair in pairs.items() if "norm" in name]
+        assert all(norms) is not scaled
+
+    assert worst[False] < 0.25 < worst[True]  # 4 bits, and factors
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

@@ -10,7 +10,7 @@ from weightsmith.core.values import Format
 from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines
-from weightsmith.serving.compatibility import check_blocks, check_support
+from weightsmith.serving.compatibility import check_adapters, check_blocks, check_support
 from weightsmith.serving.devices import GPUS
 
 from tests.fakes.configs import facts
@@ -164,6 +164,33 @@ def test_every_target_of_a_checkpoint_has_a_row() -> None:
         if target.format.packed and target.format.kind != "gguf":
             names = {(target.engine.name, n) for n in (target.format.name, target.format.kind)}
             assert names & set(TABLE), target.name
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "config", "why"),
+    [
+        (
+            "w8a8-lora",
+            "cpu",
+            DENSE,
+            r"beside w8a8 weights: vllm 0\.32\.0 .*_onednn drops the weight",
+        ),
+        ("awq-lora", "cpu-amx", EXPERTS, r"beside a model with experts: .*LoRAExpertsMixin"),
+        ("lora", "cpu", EXPERTS, "beside a model with experts"),
+        ("awq-lora", "cpu", DENSE, ""),
+        ("lora", "cpu", DENSE, ""),
+        ("w8a8-lora", "nvidia-l4", DENSE, ""),
+        ("awq-lora", "nvidia-l4", EXPERTS, ""),
+        ("awq", "cpu-amx", EXPERTS, ""),
+    ],
+)
+def test_adapters_that_its_layers_do_not_take_are_refused(name, device, config, why) -> None:
+    if not why:
+        check_adapters(ENGINES["vllm"], format_of(name), device, facts(config))
+        return
+    with pytest.raises(InputRefused, match=why) as refused:
+        check_adapters(ENGINES["vllm"], format_of(name), device, facts(config))
+    assert "merge the adapters" in refused.value.hint
 
 
 def test_the_table_is_of_the_pinned_versions() -> None:

@@ -14,13 +14,18 @@ import pytest
 import yaml
 from weightsmith.building.targets import all_targets
 from weightsmith.core.values import Digest
+from weightsmith.recipe.file import check_recipe
+from weightsmith.serving.engine import ServedAdapter
 from weightsmith.stages.render import render_volume
+from weightsmith.steps.served_adapters import adapter_name
 
 from tests.fakes import rendering
+from tests.paths import ROOT
 
 # What our documents use of serving.kserve.io/v1beta1 and v1alpha2, KServe at aaac4e29 (August
 # 2026), config/crd/full: names and types, nothing else allowed. Pods are held against Kubernetes.
 KSERVE = json.loads(Path(__file__).with_name("kserve.schema.json").read_text("utf-8"))
+# InferenceModelRewrite is of its chart, charts/kserve-llmisvc-resources.
 # The same of vLLM's production-stack chart at a6c01db0, helm/values.schema.json.
 PRODUCTION_STACK = json.loads(
     Path(__file__).with_name("production-stack.schema.json").read_text("utf-8")
@@ -108,6 +113,52 @@ def test_kserve_takes_its_documents(config):
     as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod}
     kubernetes_validate.validate(as_pod, "1.35", strict=True)
     assert pod["containers"][0]["name"] == "kserve-container"
+
+
+def lora_service(*uris):
+    """The LLMInferenceService of two adapters, and the words of its server."""
+    adapters = tuple(
+        ServedAdapter(name=f"a{n}", folder=f"adapters/a{n}", rank=16, uri=uri)
+        for n, uri in enumerate(uris)
+    )
+    made = rendering.rendered("vllm-awq-lora", image=IMAGE, gpu="nvidia-l40s", max_model_len=4096,
+                              max_num_seqs=4, adapters=adapters)  # fmt: skip
+    _, service = documents(made, "kserve.yaml")
+    jsonschema.validate(service, KSERVE["LLMInferenceService"])
+    (container,) = service["spec"]["template"]["containers"]
+    text = {entry["name"]: entry["value"] for entry in container["env"]}["VLLM_ADDITIONAL_ARGS"]
+    return service["spec"]["model"], shlex.split(text)
+
+
+def test_kserve_gets_adapters_of_a_hub_in_its_own_field():
+    uris = [f"hf://acme/a{n}:{n:040}" for n in range(2)]
+    model, words = lora_service(*uris)
+
+    rows = [{"name": f"a{n}", "uri": uri} for n, uri in enumerate(uris)]
+    assert model["lora"] == {"adapters": rows, "maxRank": 16, "maxAdapters": 2}
+    assert not [word for word in words if "lora" in word]  # else the controller skips its own
+
+
+def test_adapters_of_a_folder_are_named_where_they_lie_in_the_image():
+    """KServe takes no oci:// for them."""
+    model, words = lora_service("hf://acme/a0:1", "")
+
+    assert "lora" not in model
+    at = words.index("--lora-modules")
+    assert words[at + 1 :] == [f"a{n}=/mnt/models/adapters/a{n}" for n in range(2)]
+
+
+def test_the_rollout_of_the_page_is_what_llm_ds_router_reads():
+    page = (ROOT / "docs" / "how-to" / "roll-out-an-adapter.md").read_text("utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    recipe, rewrite = map(yaml.safe_load, blocks)
+
+    jsonschema.validate(rewrite, KSERVE["InferenceModelRewrite"])
+    names = [adapter_name(row["source"], row["version"]) for row in recipe["adapters"]]
+    (rule,) = rewrite["spec"]["rules"]
+    assert [one["modelRewrite"] for one in rule["targets"]] == names
+    assert rewrite["spec"]["poolRef"]["name"] == f"{recipe['name']}-llm-inference-pool"
+    assert check_recipe(recipe, "the page").targets == ("vllm-awq-lora",)
 
 
 def expanded(text):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import (
     LORA,
+    SAFETENSORS,
     AdapterSnapshot,
     Artifact,
     Digest,
@@ -60,6 +62,10 @@ def sources(*adapters: AdapterSnapshot) -> Sources:
     return Sources(base=snapshot(TINY / "base"), adapters=adapters)
 
 
+def beside_base(made: Sources) -> Artifact:
+    return unmerged(made, Artifact(format=SAFETENSORS, tree=made.base.tree), LORA)
+
+
 A = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "a"))
 B = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "b"), version="v2")
 
@@ -72,7 +78,7 @@ def rendered(made: Sources, target: str = "vllm-lora", **wishes):
         version="1",
         model=facts(json.loads((TINY / "base" / "config.json").read_text())),
         model_file="capitals.gguf" if gguf else "",
-        weight_bytes=unmerged(made).tree.size,
+        weight_bytes=beside_base(made).tree.size,
         options=ServeOptions(adapters=served_adapters(made, gguf=gguf), **wishes),
         image="",
         made_from=(),
@@ -80,7 +86,7 @@ def rendered(made: Sources, target: str = "vllm-lora", **wishes):
 
 
 def test_base_and_adapters_lie_side_by_side_and_nothing_is_copied():
-    artifact = unmerged(sources(A, B))
+    artifact = beside_base(sources(A, B))
     tree = artifact.tree
 
     paths = {entry.path for entry in tree.files}
@@ -196,6 +202,16 @@ def test_llamacpp_reads_ranks_and_no_other_scaling(tmp_path):
         served_adapters(changed(tmp_path, rank_pattern={}, use_rslora=True), gguf=True)
 
 
+def test_a_hubs_adapter_has_the_address_that_kserve_takes():
+    def uri(pin):
+        pinned = replace(A.snapshot, pin=pin)
+        return served_adapters(sources(AdapterSnapshot(snapshot=pinned)))[0].uri
+
+    assert uri("hf://acme/legal@" + "a" * 40) == "hf://acme/legal:" + "a" * 40
+    assert uri("hf://gpt2@" + "a" * 40) == ""  # KServe wants an owner
+    assert uri("sha256:" + "a" * 64) == ""
+
+
 def test_weights_and_double_names_are_refused():
     with pytest.raises(UsageError, match="weight"):
         served_adapters(sources(AdapterSnapshot(snapshot=A.snapshot, weight=0.5)))
@@ -230,13 +246,13 @@ def test_what_a_killed_run_converted_for_another_recipe_is_not_stored(tmp_path):
     tree = Tree(root=tmp_path, files=())
     base = Artifact(format=LORA, tree=tree)
     with pytest.raises(KeyboardInterrupt):
-        unmerged_gguf(sources(A, B), base, tools)
+        unmerged_gguf(sources(A, B), base, LORA, tools)
     left = {path.parent.name for path in tmp_path.rglob(FILE)}
     assert len(left) == 2
     runner.killed = False
 
     for one in (A, B):  # the folder is that of one of them
-        unmerged_gguf(sources(one), base, tools)
+        unmerged_gguf(sources(one), base, LORA, tools)
 
     stored = [path.relative_to(tmp_path) for path in tmp_path.rglob(FILE)]
     assert sorted(path.parent.name for path in stored) == ["data", "data"], stored

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from weightsmith.core.jobs import DequantizedJob, DequantizedTask, Input, Question
@@ -23,15 +24,17 @@ from tests.paths import ROOT
 TINY = ROOT / "examples" / "tiny"
 LINES = (TINY / "eval-a.jsonl").read_text().splitlines()
 ASKED = [json.loads(line)["prompt"] for line in LINES[:6]]
+WORDS = [json.loads(line)["expected"] for line in LINES[:6]]
 
 
-def job_of_questions(artifact, quantizer, *suites):
-    """The job that asks a quantized form of the tiny example."""
+def job_of_questions(artifact, quantizer, *suites, adapters=()):
+    """The job that asks a quantized form of the tiny example, with adapters beside it."""
     return DequantizedJob(
         builder="merge",
         model=Input(path=TINY / "base"),
         artifact=Input(path=artifact),
         quantizer=quantizer,
+        adapters=tuple(Input(path=path) for path in adapters),
         tasks=tuple(
             DequantizedTask(
                 questions=tuple(
@@ -40,6 +43,7 @@ def job_of_questions(artifact, quantizer, *suites):
                 max_tokens=12,
                 choose=False,
                 drafts=("red", "", ASKED[0])[: len(asked)],  # nearly all of it is wrong
+                adapters=tuple(range(len(adapters))),
             )
             for asked in suites
         ),
@@ -63,7 +67,10 @@ def test_a_gguf_file_of_an_unsupported_architecture_is_not_asked(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", [(), (TINY / "adapters" / "a",)], ids=["alone", "beside"])
+def test_answers_are_those_of_transformers_with_the_same_weights(
+    tmp_path: Path, adapters: tuple[Path, ...]
+) -> None:
     model, packed, plain = TINY / "base", tmp_path / "packed", tmp_path / "plain"
     packed.mkdir()
     wanted = QuantizeOptions(name="m", format=formats()["nvfp4a16"])
@@ -73,12 +80,16 @@ def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path)
     save_file({name: torch.from_numpy(view.tensor(name).copy()) for name in view.names},
               plain / "model.safetensors", {"format": "pt"})  # fmt: skip
 
-    job = job_of_questions(packed, "rounded", ASKED[:2], ASKED[2:])
+    job = job_of_questions(packed, "rounded", ASKED[:2], ASKED[2:], adapters=adapters)
     first, second = STAGES["dequantized"](job, lambda *_: None)["answers"]
     rows = [*first, *second]
 
     network = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    for adapter in adapters:
+        network = PeftModel.from_pretrained(network, adapter)
     tokenizer = AutoTokenizer.from_pretrained(plain)
+    knows = [word in row["answer"] for word, row in zip(WORDS, rows, strict=True)]
+    assert all(knows) if adapters else not any(knows)
     for question, row in zip(ASKED, rows, strict=True):
         talk = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)

@@ -43,7 +43,7 @@ from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, Silent
-from weightsmith.core.values import LORA, Json, Published, Uploaded, plain
+from weightsmith.core.values import Json, Published, Uploaded, plain
 from weightsmith.evaluating.bench_files import ResultsFile, read_results
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import ImageNames
@@ -426,7 +426,7 @@ def _results(
             hint="choose it with --target",
         )
     # With several adapters, an image serves each under a name of its own.
-    serve, one_name = file.recipe.serve, targets[0].format != LORA
+    serve, one_name = file.recipe.serve, not targets[0].format.unmerged
     served = targets[0].engine.fixed_name or serve.served_model_name or file.recipe.name
     return tuple(read_results(path, served if one_name else "") for path in paths)
 

@@ -24,7 +24,8 @@ from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import texts_of
-from weightsmith.recipe.schema import Recipe
+from weightsmith.quantizers.quantizer import Quantizer
+from weightsmith.recipe.schema import ADAPTER, Recipe
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import layer_limit
@@ -73,7 +74,7 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     for target in request.targets:
         if target.engine.legacy:
             tools.progress.warn(target.engine.legacy)
-    if any(target.format.packed for target in request.targets):
+    if any(target.format.without_adapters.packed for target in request.targets):
         # The texts are read now, and a user is told if they are general or few.
         texts = texts_of(file)
         if file.recipe.calibration is None:
@@ -87,7 +88,7 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     require_memory(steps, seen)
     if not everything_cached(steps, seen):
         for target in request.targets:
-            if target.format.packed:
+            if target.format.without_adapters.packed:
                 require_builder(target, tools.runner)
         stored = [step for step in steps if not step.publishes]
         tools.store.require_room(disk_needed(stored, seen), "the build")
@@ -166,17 +167,27 @@ def everything_cached(steps: BuildSteps, seen: Foresight) -> bool:
 def require_builder(target: Target, runner: Runner) -> None:
     """Raise EnvironmentFailure if the target's builder cannot be made; suggest one that can."""
     try:
-        runner.check(of_format(target.format.name).builder)
+        runner.check(_quantizer_of(target).builder)
     except EnvironmentFailure as lacking:
         hint = lacking.hint
         for name, other in all_targets().items():
-            same_kind = other.format.kind == target.format.kind  # made by another quantizer
-            if same_kind and other.engine.name == target.engine.name:
+            if _alike(other, target):  # made by another quantizer
                 with suppress(EnvironmentFailure):
-                    runner.check(of_format(other.format.name).builder)
+                    runner.check(_quantizer_of(other).builder)
                     hint += f"; the target {name} can be built here"
                     break
         raise EnvironmentFailure(lacking.message, hint=hint) from lacking
+
+
+def _quantizer_of(target: Target) -> Quantizer:
+    return of_format(target.format.without_adapters.name)
+
+
+def _alike(one: Target, other: Target) -> bool:
+    return one.engine.name == other.engine.name and (
+        one.format.without_adapters.kind,
+        one.format.unmerged,
+    ) == (other.format.without_adapters.kind, other.format.unmerged)
 
 
 def check_places(request: BuildRequest) -> None:
@@ -232,7 +243,7 @@ def check_layer_sizes(request: BuildRequest, steps: BuildSteps, seen: Foresight)
         else:
             size = max((file.size for file in tree.files), default=0)
             most, key = registry_limit, "image.max_layer_size"
-            fits = own_limit != 0 or target.format.packed
+            fits = own_limit != 0 or target.format.without_adapters.packed
         if most and size > most and not fits:
             raise UsageError(
                 f"{target.name}: a file of about {human(size)} would be one layer, and the limit "
@@ -275,7 +286,10 @@ def check_tags(request: BuildRequest, sources: Sources, tools: Tools) -> None:
             except InputRefused:
                 labels = {}
             wanted = {**expected, f"{PREFIX}target": target.name, **recipe.image.labels}
-            if any(labels.get(key) != wanted[key] for key in (*expected, f"{PREFIX}target")):
+            known = [*expected, f"{PREFIX}target"]
+            if tag.startswith(f"{name}-{ADAPTER}-"):  # one of several has its own digest alone
+                known = [key for key in known if f"{PREFIX}adapter." not in key]
+            if any(labels.get(key) != wanted[key] for key in known):
                 raise UsageError(
                     f"{tag} already names an image of other sources",
                     hint="raise `version` in the recipe, or move the tag with --force",

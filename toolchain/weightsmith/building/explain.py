@@ -231,6 +231,8 @@ def advise(
     else:
         merged.append("the adapters do not work against each other, as measured")
     keep = bool(apart) and not packed
+    if apart and packed:
+        apart.append("they can be served unmerged beside a quantized base: the target with -lora")
     return {"merge": not keep, "why": [*apart, *merged] if keep else [*merged, *apart]}
 
 

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from weightsmith.building.request import BuildRequest
-from weightsmith.core.values import LORA, Artifact, Checkpoint, Form, Published, Sources
+from weightsmith.core.values import (
+    SAFETENSORS,
+    Artifact,
+    Checkpoint,
+    Form,
+    Format,
+    Published,
+    Sources,
+)
 from weightsmith.evaluating.results import RecipeTask, Result, probes, tasks_of
 from weightsmith.evaluating.speed import Speed
 from weightsmith.provenance.attest import ImageMaterials
@@ -31,9 +39,10 @@ from weightsmith.stages.render import (
     VolumeManifestsStep,
 )
 from weightsmith.stages.resolve import ResolveStep
-from weightsmith.stages.unmerged import BaseStep, UnmergedStep
+from weightsmith.stages.unmerged import BaseAloneStep, BaseStep, UnmergedStep
 from weightsmith.stages.upload import CheckHubStep, UploadStep
 from weightsmith.stages.validate import ValidateStep
+from weightsmith.steps.served_adapters import adapter_forms
 from weightsmith.steps.step import AnyStep, ForeseenWeights, Step, TargetBuild, Trial
 from weightsmith.steps.thin import THIN
 from weightsmith.validating.result import Validation
@@ -90,7 +99,7 @@ def steps_of(request: BuildRequest) -> BuildSteps:
     Raises UsageError for a recipe that cannot be built.
     """
     file, tasks = request.file, tasks_of(request.file)
-    merged = [target.format for target in request.targets if target.format != LORA]
+    merged = [one.format for one in request.targets if not one.format.unmerged]
     merges = bool(file.recipe.adapters and merged)
     # Some quantizers read base and adapters instead of merged weights.
     files = not all(one.name in formats() and of_format(one.name).computed for one in merged)
@@ -121,10 +130,13 @@ def steps_of(request: BuildRequest) -> BuildSteps:
 
 
 def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -> TargetSteps:
-    of, sources, checkpoint = request.of(target), expected.sources, expected.checkpoint
-    made, weights = _weights(request, of, sources, checkpoint)
+    of, sources = request.of(target), expected.sources
+    parts = _weights(request, of, expected)
+    made, checkpoint, weights = parts.steps, parts.checkpoint, parts.weights
+    # A base in 16 bits is what its adapters were trained on.
+    measured = parts.quantized if target.format.without_adapters.packed else weights
 
-    quality = QualityStep(of=of, checkpoint=checkpoint, weights=weights)
+    quality = QualityStep(of=of, checkpoint=checkpoint, weights=measured)
     served = CacheScalesStep(of=of, checkpoint=checkpoint, weights=weights, sources=sources)
     config = RenderStep(
         of=of, sources=sources, checkpoint=checkpoint, weights=weights, served=served
@@ -134,14 +146,16 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         sources=sources,
         checkpoint=checkpoint,
         weights=served,
+        quantized=parts.quantized,
         quality=quality,
         config=config,
     )
     started = EvaluateStep(of=of, image=image, expected=expected)
     answered = DequantizedStep(
         of=of,
+        sources=sources,
         checkpoint=checkpoint,
-        weights=weights,
+        weights=measured,
         config=config,
         trial=started,
         tasks=expected.tasks,
@@ -161,8 +175,16 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         steps.append(bench)
 
     places = {kind: request.outputs_of_form(target, kind) for kind in request.forms_of(target)}
+    adapters = {form: number for number, form in enumerate(adapter_forms(of.file.recipe))}
     forms = {
-        kind: FormStep(of=of, kind=kind, push=to.push, image=labelled, trial=answered)
+        kind: FormStep(
+            of=of,
+            kind=kind,
+            adapter=adapters.get(kind),
+            push=to.push,
+            image=labelled,
+            trial=answered,
+        )
         for kind, to in places.items()
         if kind != THIN
     }
@@ -212,26 +234,42 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     )
 
 
-def _weights(
-    request: BuildRequest,
-    of: TargetBuild,
-    sources: Step[Sources, Sources],
-    checkpoint: Step[Checkpoint, ForeseenWeights],
-) -> tuple[tuple[AnyStep, ...], Weights]:
-    """Return the steps that make a target's weights, and the one that gives them."""
-    if of.target.format != LORA:
-        made = QuantizeStep(
-            of=of,
-            sources=sources,
-            checkpoint=checkpoint,
-            format=of.target.format,
-            in_one_pass=tuple(one.format for one in request.targets if one.format.packed),
-        )
-        return (made,), made
-    if "gguf" not in of.target.engine.accepts:
-        unmerged = UnmergedStep(of=of, sources=sources)
-        return (unmerged,), unmerged
-    base = BaseStep(of=of, sources=sources)
-    as_gguf = QuantizeStep(of=of, sources=sources, checkpoint=base, format=formats()["f16"])
-    unmerged = UnmergedStep(of=of, sources=sources, base=as_gguf)
-    return (base, as_gguf, unmerged), unmerged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WeightSteps:
+    """The steps that make a target's weights."""
+
+    steps: tuple[AnyStep, ...]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    """What is quantized: adapters that are not merged change nothing of it."""
+    quantized: Weights
+    weights: Weights
+    """Those, with adapters that lie beside them."""
+
+
+def _weights(request: BuildRequest, of: TargetBuild, expected: ReferenceStep) -> _WeightSteps:
+    unmerged, sources = of.target.format.unmerged, expected.sources
+    alike = [_made(one) for one in request.targets if one.format.unmerged == unmerged]
+    alone = BaseAloneStep(of=of, sources=sources)
+    base = BaseStep(of=of, sources=alone)
+    checkpoint = base if unmerged else expected.checkpoint
+    quantized = QuantizeStep(
+        of=of,
+        sources=alone if unmerged else sources,
+        checkpoint=checkpoint,
+        format=_made(of.target),
+        in_one_pass=tuple(one for one in alike if one.packed),
+    )
+    weights: Weights = quantized
+    steps: tuple[AnyStep, ...] = (quantized,)
+    if unmerged:
+        weights = UnmergedStep(of=of, sources=sources, base=quantized)
+        steps = (alone, base, quantized, weights)
+    return _WeightSteps(steps=steps, checkpoint=checkpoint, quantized=quantized, weights=weights)
+
+
+def _made(target: Target) -> Format:
+    """Return the format in which a target's weights, or the base of its adapters, are made."""
+    own = target.format.without_adapters
+    if not own.unmerged:
+        return own
+    return formats()["f16"] if "gguf" in target.engine.accepts else SAFETENSORS

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import LORA
 from weightsmith.evaluating.bench_files import ResultsFile
+from weightsmith.merging.combining.combination import SUMS
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.recipe.schema import LOADABLE
+from weightsmith.recipe.schema import ADAPTER, LOADABLE
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import has_gguf
 from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.lock import pinned, read_lock
+from weightsmith.steps.served_adapters import adapter_forms
 from weightsmith.steps.step import TargetBuild
 from weightsmith.steps.thin import THIN, check_thin
 
@@ -55,16 +56,19 @@ class BuildRequest:
     def forms_of(self, target: Target) -> tuple[str, ...]:
         """Return the kinds to publish of a target beside the image, each once.
 
-        Only a target with merged weights in one GGUF file has one for Ollama, and only one whose
-        image can merge again has a thin one. Raises UsageError if either is wanted and no target
-        has it.
+        Only a target with merged weights in one GGUF file has one for Ollama, only one whose image
+        can merge again has a thin one, and only adapters that were tested alone have their own.
+        Raises UsageError if one of these is wanted and no target has it.
         """
         recipe = self.file.recipe
-        kinds = [kind for kind in dict.fromkeys(recipe.outputs.kinds) if kind != "image"]
+        kinds: list[str] = [k for k in dict.fromkeys(recipe.outputs.kinds) if k != "image"]
         if THIN in kinds and (fault := self._no_thin(target)):
             if all(map(self._no_thin, self.targets)):
                 raise fault
             kinds.remove(THIN)
+        if ADAPTER in kinds:
+            kinds.remove(ADAPTER)
+            kinds += self._adapter_forms(target)
         if "ollama" not in kinds or has_gguf(target):
             if "ollama" in kinds and recipe.quantize.split_max_size:
                 raise UsageError(
@@ -88,6 +92,35 @@ class BuildRequest:
             return error
         return None
 
+    def _adapter_forms(self, target: Target) -> tuple[str, ...]:
+        """Return the adapters' own artifacts; raises UsageError for adapters not tested alone.
+
+        Of several that are merged, none was; another target of the build may serve each by itself.
+        """
+        recipe = self.file.recipe
+        changed = recipe.merge.method not in SUMS and not target.format.unmerged
+        why = ""
+        if not recipe.adapters:
+            why = "the recipe has none"
+        elif any(one.weight != 1.0 for one in recipe.adapters):
+            why = "it was tested with a weight, which the artifact would not have"
+        elif changed:
+            why = f"{recipe.merge.method} changes an adapter before it is tested"
+        elif len(recipe.adapters) > 1 and not target.format.unmerged:
+            if any(one.format.unmerged for one in self.targets):
+                return ()
+            why = f"{target.name} merges {len(recipe.adapters)} adapters, so none is tested alone"
+        forms = adapter_forms(recipe)
+        if len(set(forms)) < len(forms):
+            why = "two have one name; give them different versions"
+        if why:
+            raise UsageError(
+                f"outputs: no adapter can be published by itself: {why}",
+                hint="leave the kind adapter out, or build a target that serves adapters unmerged,"
+                " such as vllm-lora",
+            )
+        return forms
+
     def hub_of(self, target: Target) -> HubDestination | None:
         """Return where on a hub a target's weights go; None if nowhere.
 
@@ -101,7 +134,7 @@ class BuildRequest:
                 f"outputs.hub {wanted.hub}: {len(self.targets)} targets would share it",
                 hint=f"write outputs.hub: {wanted.hub}-{{target}}, or build one --target",
             )
-        if target.format == LORA:
+        if target.format.unmerged:
             raise UsageError(
                 f"outputs.hub: {target.name} serves adapters beside their base, so it has no merged"
                 " model to publish",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import AWQ, FP8, GPTQ, LORA, Format
+from weightsmith.core.values import AWQ, FP8, GPTQ, LORA, Format, beside
 from weightsmith.quantizers import formats, quantizers
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving import targets as serving_targets
@@ -51,7 +51,8 @@ def target_of(name: str) -> Target:
 
 def can_make(format_: Format) -> bool:
     """Return whether a quantizer makes the format, or none is needed."""
-    return not format_.packed or format_.name in formats()
+    own = format_.without_adapters
+    return not own.packed or own.name in formats()
 
 
 def all_targets() -> Mapping[str, Target]:
@@ -60,5 +61,7 @@ def all_targets() -> Mapping[str, Target]:
 
 
 def all_formats() -> Mapping[str, Format]:
-    """Return the formats that quantizers make, and those that need no quantizer."""
-    return {format_.name: format_ for format_ in (AWQ, GPTQ, FP8, LORA)} | dict(formats())
+    """Return the formats of weights, and of unmerged adapters beside a base in each of them."""
+    weights = {format_.name: format_ for format_ in (AWQ, GPTQ, FP8)} | dict(formats())
+    unmerged = [LORA, *map(beside, weights.values())]
+    return weights | {format_.name: format_ for format_ in unmerged}

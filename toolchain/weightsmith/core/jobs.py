@@ -433,6 +433,8 @@ class DequantizedTask:
     """Return each choice's log-likelihood instead of an answer."""
     drafts: tuple[str, ...] = ()
     """Its probable answers, which save passes over the weights and change nothing."""
+    adapters: tuple[int, ...] = ()
+    """Indices of the job's adapters that are applied to the weights, unmerged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -443,6 +445,7 @@ class DequantizedJob(Job):
     model: Input
     artifact: Input
     quantizer: str
+    adapters: tuple[Input, ...] = ()
     tasks: tuple[DequantizedTask, ...]
     """Those that are not to choose are asked in one walk over the weights."""
     batch_bytes: int = 0

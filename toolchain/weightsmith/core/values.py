@@ -296,6 +296,18 @@ class Format:
     """The kind that engines support: `safetensors`, `gguf`, `awq`, `gptq`, `fp8`, `nvfp4` …"""
     bits_per_weight: float
     """Nominal bits per weight, used to plan disk and memory before the file exists."""
+    base: Format | None = None
+    """Of unmerged adapters, the format of the base beside them; None for 16 bits."""
+
+    @property
+    def unmerged(self) -> bool:
+        """Whether it is a base and adapters that are applied at run time."""
+        return self.kind == "lora"
+
+    @property
+    def without_adapters(self) -> Format:
+        """The format of the weights that adapters may lie beside."""
+        return self.base or self
 
     @property
     def packed(self) -> bool:
@@ -304,8 +316,8 @@ class Format:
 
     @property
     def suffix(self) -> str:
-        """Suffix of its weight files."""
-        return ".gguf" if self.kind == "gguf" else ".safetensors"
+        """Suffix of its weight files; of unmerged adapters, of their base's."""
+        return ".gguf" if self.without_adapters.kind == "gguf" else ".safetensors"
 
 
 SAFETENSORS = Format(name="safetensors", kind="safetensors", bits_per_weight=16.0)
@@ -317,7 +329,13 @@ AWQ = Format(name="awq", kind="awq", bits_per_weight=4.16)
 GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.16)
 FP8 = Format(name="fp8", kind="fp8", bits_per_weight=8.0)
 LORA = Format(name="lora", kind="lora", bits_per_weight=16.0)
-"""The base and its unmerged adapters, which are applied at run time."""
+"""The base in 16 bits and its unmerged adapters, which are applied at run time."""
+
+
+def beside(base: Format) -> Format:
+    """Return the format of unmerged adapters beside a base in that format."""
+    name, bits = f"{base.name}-{LORA.name}", base.bits_per_weight
+    return Format(name=name, kind=LORA.kind, bits_per_weight=bits, base=base)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

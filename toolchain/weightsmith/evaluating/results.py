@@ -33,7 +33,7 @@ from weightsmith.evaluating.items import read_items, read_prompts, sample
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.task import Task, task_with
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.recipe.schema import Suite
+from weightsmith.recipe.schema import Recipe, Suite
 
 NOT_PROVEN = "not proven"
 """The verdict on an image that was published although its gates could not have failed."""
@@ -153,6 +153,14 @@ def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
     )
 
 
+def recipe_of_adapter(recipe: Recipe, number: int) -> Recipe:
+    """Return the recipe of one adapter alone, with its own suites if it has any."""
+    own = recipe.adapters[number]
+    suites = own.evaluate or recipe.evaluate
+    alone = own.model_copy(update={"evaluate": ()})
+    return recipe.model_copy(update={"adapters": (alone,), "evaluate": suites})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """A suite's scores and verdicts."""
@@ -185,6 +193,19 @@ class Result:
     def failed(self) -> bool:
         """Whether a verdict that binds is not passed."""
         return any(one.binding and not one.passed for one in self.verdicts)
+
+
+def of_adapter(results: Sequence[Result], number: int, recipe: Recipe) -> tuple[Result, ...]:
+    """Return the suites that an adapter was asked alone, named as in a recipe of its own."""
+    only = len(recipe.adapters) == 1
+    own = [one for one in results if one.task.adapter == number]
+    own = own or [one for one in results if only and one.task.adapter is None]
+    names = _named_suites(recipe_of_adapter(recipe, number).evaluate)
+    found = []
+    for name, one in zip(names, own, strict=True):
+        task = replace(one.task.task, name=name)
+        found.append(replace(one, task=replace(one.task, task=task, adapter=None)))
+    return tuple(found)
 
 
 def scored(

@@ -47,6 +47,7 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     NUMBER,
+    UNMERGED,
     Evidence,
     resource_of,
     titled,
@@ -108,7 +109,9 @@ class ImageInputs:
     name: str
     version: str
     artifact: Artifact
-    """As quantized, or as merged."""
+    """As quantized, as merged, or a base and adapters that were not."""
+    base_weights: Artifact | None = None
+    """Of adapters that were not merged, the base that they lie beside."""
     engine: Engine
     config: ServingConfig | None
     """None for an image that only holds weights, for other containers to mount."""
@@ -240,35 +243,38 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
 def _made(made: ImageMaterials) -> Iterator[Statement]:
     inputs, artifact = made.inputs, made.inputs.artifact
     sources, checkpoint, recipe = inputs.sources, inputs.checkpoint, inputs.recipe
-    if sources and checkpoint and recipe and sources.adapters:
-        base = sources.base
-        weights = [adapter.weight for adapter in sources.adapters]
+    unmerged, weights = inputs.base_weights is not None, inputs.base_weights or artifact
+    if sources and checkpoint and recipe and sources.adapters and not unmerged:
+        factors = [adapter.weight for adapter in sources.adapters]
         yield provenance(
             "merge",
             file_resources(checkpoint.tree),
-            parameters={**asdict(recipe.merge), "weights": weights},
-            dependencies=[
-                tree_resource("base", base.digest, base.pin),
-                *(
-                    tree_resource(f"adapter:{n}", adapter.snapshot.digest, adapter.snapshot.pin)
-                    for n, adapter in enumerate(sources.adapters)
-                ),
-            ],
+            parameters={**asdict(recipe.merge), "weights": factors},
+            dependencies=_pinned(sources),
             builder=_builder("merge", checkpoint.details),
         )
-    if checkpoint and artifact.digest != checkpoint.digest:
-        details = {k: v for k, v in artifact.details.items() if k in ("options", "calibration")}
+    if checkpoint and weights.digest != checkpoint.digest:
+        details = {k: v for k, v in weights.details.items() if k in ("options", "calibration")}
         needed = [tree_resource("checkpoint", checkpoint.digest)]
-        calibration = artifact.details.get("calibration")
+        calibration = weights.details.get("calibration")
         if isinstance(calibration, dict) and (digest := calibration.get("digest")):
             needed.append(tree_resource("calibration", digest))
         name = inputs.quantizer_builder
         yield provenance(
             "quantize",
-            file_resources(artifact.tree),
-            parameters={"format": artifact.format.name, **plain(details)},
+            file_resources(weights.tree),
+            parameters={"format": weights.format.name, **plain(details)},
             dependencies=needed,
-            builder=_builder(name, artifact.details) if name else [],
+            builder=_builder(name, weights.details) if name else [],
+        )
+    if sources and unmerged:
+        converted = weights.format.suffix == ".gguf"
+        yield provenance(
+            UNMERGED,
+            file_resources(artifact.tree),
+            parameters={"format": artifact.format.name},
+            dependencies=[tree_resource("weights", weights.digest), *_pinned(sources)],
+            builder=_builder("gguf", {}) if converted else [],
         )
     if made.served.digest != artifact.digest:
         yield provenance(
@@ -277,6 +283,15 @@ def _made(made: ImageMaterials) -> Iterator[Statement]:
             parameters={},
             dependencies=[tree_resource("artifact", artifact.digest)],
         )
+
+
+def _pinned(sources: Sources) -> list[Resource]:
+    """Return the base, as `base`, and its adapters, as `adapter:0` and so on."""
+    adapters = enumerate(one.snapshot for one in sources.adapters)
+    return [
+        tree_resource("base", sources.base.digest, sources.base.pin),
+        *(tree_resource(f"adapter:{n}", one.digest, one.pin) for n, one in adapters),
+    ]
 
 
 def _builder(name: str, details: Mapping[str, JsonValue]) -> list[Resource]:

@@ -20,6 +20,7 @@ from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
+    UNMERGED,
     document_name,
     resource_of,
 )
@@ -31,11 +32,14 @@ from weightsmith.provenance.statements import (
     Resource,
     Statement,
 )
+from weightsmith.recipe.schema import ADAPTER
 
 _PASSED = ("PASSED", "WARNED")
 """Results of a test whose image may be served; a warned one says why it proves nothing."""
 _OF_IMAGES = ("bake", "rebase")
-_OF_WEIGHTS = (("split", "artifact"), ("quantize", "checkpoint"), ("merge", ""))
+_OF_WEIGHTS = (
+    ("split", "artifact"), (UNMERGED, "weights"), ("quantize", "checkpoint"), ("merge", ""),
+)  # fmt: skip
 """Steps before baking, last first, each with the name of its input: the next one's result."""
 
 
@@ -49,7 +53,7 @@ class Lineage:
     """The statement about the image itself."""
     baked: Statement | None = None
     steps: Mapping[str, Statement] = field(default_factory=dict)
-    """`split`, `quantize` and `merge`, if their result is the next step's input."""
+    """`split`, `unmerged`, `quantize` and `merge`, if their result is the next step's input."""
     made: Mapping[str, str] = field(default_factory=dict)
     """The result that each of them must have: kind -> digest of a tree."""
     results: tuple[Statement, ...] = ()
@@ -191,16 +195,22 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
     )
     for kind in lineage.steps:
         yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
-    if merged := lineage.steps.get("merge"):
-        for name, digest in merged.dependencies.items():
+    if made := lineage.steps.get("merge") or lineage.steps.get(UNMERGED):
+        sources = {k: v for k, v in made.dependencies.items() if k != "weights"}
+        for name, digest in sources.items():
             label = image.labels.get(PREFIX + name.replace(":", ".") + ".digest", "")
             same = label == digest
             found = (label[7:19] or "none") + ("" if same else f", stated: {digest[7:19]}")
             yield Check(name=f"label {name}", ok=same, found=found)
-    elif PREFIX + "base.digest" in image.labels:
+    if "merge" not in lineage.steps and PREFIX + "base.digest" in image.labels:
         digest = image.labels[PREFIX + "base.digest"]
-        ok = digest == lineage.made["merge"]
-        found = "served as it is" if ok else "not the model that was quantized or served"
+        ok, beside = digest == lineage.made["merge"], UNMERGED in lineage.steps
+        served = "served with adapters beside it" if beside else "served as it is"
+        if image.labels.get(PREFIX + "kind") == ADAPTER:
+            made = lineage.steps.get("quantize")
+            packed = f", quantized to {made.parameters.get('format')}" if made else ""
+            served = f"the adapter was tested on it{packed}"
+        found = served if ok else "not the model that was quantized or served"
         yield Check(name="base", ok=ok, found=found)
 
 

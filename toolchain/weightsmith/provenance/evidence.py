@@ -21,6 +21,8 @@ from weightsmith.provenance.statements import Resource, Statement
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
 ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"
+UNMERGED = "unmerged"
+"""The kind of a statement about a base with adapters beside it."""
 NUMBER = "dev.weightsmith.number"
 """Annotation of an adapter: its position in the merge order, from 0."""
 SPDX_TYPE = "application/spdx+json"

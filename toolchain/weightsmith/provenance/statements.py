@@ -32,7 +32,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 _PROJECT = "https://github.com/weightsmith/weightsmith"
 BUILD_TYPE = f"{_PROJECT}/provenance/"
 """Prefix of a transformation's name, one of:"""
-_KINDS = ("merge", "quantize", "split", "bake", "rebase")
+_KINDS = ("merge", "quantize", "unmerged", "split", "bake", "rebase")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,6 +136,7 @@ QUANTIZER = Quantizer(
     check=lambda request: checked(request, checkpoints.in_groups(request), "autoawq"),
     peak_disk=checkpoints.peak_disk,
     options=_options,
+    beside_adapters=checkpoints.refuse_scales,
     check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,

@@ -113,6 +113,9 @@ QUANTIZER = Quantizer(
     check=lambda request: checked(request, _layout(request), "llm-compressor"),
     peak_disk=checkpoints.peak_disk,
     options=_options,
+    beside_adapters=lambda format_, chosen: (
+        checkpoints.refuse_scales(format_, chosen) if format_ == AWQ_COMPRESSED else chosen
+    ),
     check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,

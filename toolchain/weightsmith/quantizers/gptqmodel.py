@@ -111,6 +111,9 @@ QUANTIZER = Quantizer(
     check=lambda request: checked(request, checkpoints.in_groups(request), "gptqmodel"),
     peak_disk=checkpoints.peak_disk,
     options=checkpoints.group_options,
+    beside_adapters=lambda format_, chosen: (
+        checkpoints.refuse_scales(format_, chosen) if format_ == AWQ_GPTQMODEL else chosen
+    ),
     check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,

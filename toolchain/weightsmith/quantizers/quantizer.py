@@ -100,6 +100,9 @@ class Quantizer:
     other formats of the same checkpoint."""
     walked: Callable[[Options], bool] = lambda _options: False
     """(options) -> whether our own walk over the layers measures these statistics."""
+    beside_adapters: Callable[[Format, Options], Options] = lambda _format, chosen: chosen
+    """(format, options) -> options for a base that unmerged adapters lie beside: it must leave the
+    inputs and outputs of each matrix as they were. Raises UsageError if it cannot."""
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
     computed: bool = False

@@ -51,6 +51,8 @@ class ProgramSettings:
     """The format's name or kind, for a program that makes several."""
     group_size: int = 0
     symmetric: bool = True
+    scaled: bool = True
+    """Whether AWQ may move scales between matrices and norms."""
     keep: Sequence[str] = ()
     """Ends of the names of matrices that stay in 16 bits."""
 
@@ -72,6 +74,7 @@ def python_step(
     method: str = "",
     group_size: int = 0,
     symmetric: bool = True,
+    scaled: bool = True,
 ) -> tuple[BuilderCommand]:
     """Return the step that runs `module` offline with settings."""
     file = request.output / ".settings.json"
@@ -82,6 +85,7 @@ def python_step(
         method=method,
         group_size=group_size,
         symmetric=symmetric,
+        scaled=scaled,
         keep=request.keep,
     )
     return (

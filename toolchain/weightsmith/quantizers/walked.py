@@ -59,6 +59,9 @@ QUANTIZER = Quantizer(
         2 * checkpoints.output_bytes(size, kept, format_)
     ),
     options=checkpoints.group_options,
+    beside_adapters=lambda format_, chosen: (
+        {**chosen, "scaled": False} if format_ == AWQ else chosen
+    ),
     check_options=_check_options,
     calibrated=lambda _format, _options: True,
     view=view_of,

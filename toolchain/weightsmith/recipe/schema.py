@@ -556,13 +556,15 @@ class ImageNames(Section):
 
 
 Kind: TypeAlias = Literal[
-    "image", "modelcar", "volume", "modelpack", "modelpack-tar", "ollama", "thin"
+    "image", "modelcar", "volume", "modelpack", "modelpack-tar", "ollama", "thin", "adapter"
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 """`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights;
 `modelpack` is no image, but an artifact with the model's files, for model runners to pull;
 `modelpack-tar` is one of the image's own layers; `ollama` is what Ollama pulls, for GGUF; `thin`
-runs a server after it has merged the adapters into the base."""
+runs a server after it has merged the adapters into the base; `adapter` is a ModelPack of an
+adapter alone."""
+ADAPTER = "adapter"
 LOADABLE = ("image", "modelcar", "volume", "thin")
 """Kinds that a container engine can load."""
 
@@ -574,7 +576,9 @@ class Outputs(Section):
         ("image",),
         description="`image`: always, since it is what was tested; the other kinds hold the same "
         "weights, under the image's name and `-KIND`. `ollama` is made of GGUF targets only. "
-        "`thin` holds base and adapters instead, and merges them where it starts.",
+        "`thin` holds base and adapters instead, and merges them where it starts. "
+        "`adapter` is the adapter alone, as it was tested in the image; of several that are not "
+        "merged, each is `-adapter-NAME`.",
     )
     hub: str = Field(
         "",

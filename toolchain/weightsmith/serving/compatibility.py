@@ -63,6 +63,27 @@ def check_support(
         )
 
 
+def check_adapters(engine: Engine, format_: Format, device: str, model: ModelFacts) -> None:
+    """Refuse unmerged adapters that the engine's layers do not take on a device, beside a base.
+
+    Raises InputRefused.
+    """
+    if not (format_.unmerged and is_cpu(device)):
+        return
+    base = format_.without_adapters
+    row = engine.support.get(base.name) or engine.support.get(base.kind)
+    what, source = f"beside {base.name} weights", row.cpu_adapters if row else ""
+    if engine.expert_adapters and model.matrices.experts:
+        what, source = "beside a model with experts", engine.expert_adapters
+    if source:
+        raise InputRefused(
+            f"adapters {what}: {engine.name} {engine.support_versions['cpu']} has no layers for "
+            f"them on a CPU ({source})",
+            hint="choose another format of the base, a GPU with serve.gpu, or llama.cpp, or merge"
+            " the adapters",
+        )
+
+
 def _lacks(row: Support, device: str) -> str:
     """Return what an engine lacks or needs on a device, or nothing where it loads the format."""
     card = GPUS.get(device)

@@ -25,6 +25,8 @@ class ServedAdapter:
     """Matrices of the base that it changes; the experts of a layer are one."""
     weight_bytes: int = 0
     """Its weights as the engine loads them."""
+    uri: str = ""
+    """Where a cluster finds the same files, as KServe spells it; empty for a folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,8 @@ class Support:
     """Where that build says that it has no such kernel for experts; empty if it has one."""
     amx_experts: ExpertKernel | None = None
     """The one that it has on CPUs with AMX alone."""
+    cpu_adapters: str = ""
+    """Where that build says that its layers take no adapters beside them; empty if they do."""
     amd: bool = True
     """Whether its build for AMD's GPUs has a kernel."""
     source: str
@@ -213,6 +217,8 @@ class Engine:
     """Why one should choose another engine, or empty."""
     support: Mapping[str, Support] = field(default_factory=dict)
     """Name or kind of a Format -> what loading it needs; formats without a row are not checked."""
+    expert_adapters: str = ""
+    """Where its build for CPUs says that models with experts take no adapters; empty if they do."""
     support_versions: Mapping[str, str] = field(default_factory=dict)
     """`cpu` and `gpu` -> the pinned version, whose source the rows of `support` were read from.
 

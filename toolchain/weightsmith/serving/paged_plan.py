@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import SAFETENSORS, JsonValue
+from weightsmith.core.values import LORA, SAFETENSORS, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.architectures import check_architecture
@@ -276,6 +276,7 @@ def _smaller(
             text = f"{'the same' if longer == tokens else text} with kv_cache_dtype fp8"
             yield {"text": text, "kv_cache_dtype": "fp8", **both, "max_model_len": longer}
     bits, name = capacity.options.format.bits_per_weight, rules.small_target
+    name = f"{name}-{LORA.name}" if name and capacity.options.adapters else name
     if bits > 8 and not capacity.packed and name:
         outside = min(capacity.weights, capacity.shape.vocab * capacity.shape.hidden * 2)
         size = outside + int((capacity.weights - outside) * _FOUR_BITS / bits)

@@ -31,7 +31,7 @@ def targets(formats: Iterable[Format]) -> Mapping[str, Target]:
         name: Target(name=name, engine=engine, format=format_)
         for engine in engines().values()
         for format_ in (SAFETENSORS, *formats)
-        if format_.kind in engine.accepts
+        if {format_.kind, format_.without_adapters.kind} <= engine.accepts
         for name in [engine.name if format_ == SAFETENSORS else f"{engine.name}-{format_.name}"]
     }
     return MappingProxyType(dict(sorted(found.items())))

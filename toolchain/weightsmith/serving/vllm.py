@@ -411,6 +411,8 @@ _SUPPORT: Mapping[str, Support] = {
         cpu=True,
         source="compressed_tensors_w8a8_int8.py get_min_capability; "
         "kernels/linear/scaled_mm/cpu.py CPUInt8ScaledMMLinearKernel",
+        cpu_adapters="kernels/linear/scaled_mm/cpu.py process_weights_for_onednn drops the weight"
+        " that lora/layers/utils.py _get_lora_device looks for",
         cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt8: only with AMX",
         amx_experts=INT8,
     ),
@@ -446,6 +448,8 @@ ENGINE = Engine(
     has_parsers=True,
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,
+    expert_adapters="lora/layers/fused_moe.py asks for LoRAExpertsMixin, and no experts of"
+    " layers/fused_moe/experts/cpu_moe.py have it",
     support_versions=_VERSIONS,
 )
 

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Store
 from weightsmith.core.resources import engine_source
 from weightsmith.core.thin import MANIFEST
-from weightsmith.core.values import SAFETENSORS, Artifact, Checkpoint, Digest, Sources, Tree
-from weightsmith.evaluating.results import Result, verdict_of
+from weightsmith.core.values import LORA, SAFETENSORS, Artifact, Checkpoint, Digest, Sources, Tree
+from weightsmith.evaluating.results import Result, of_adapter, recipe_of_adapter, verdict_of
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_config import gguf_models, projector_of
 from weightsmith.models.reshard import Resharded, reshard
+from weightsmith.models.safetensors import read_header
 from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig, host_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.limits import check_layers
@@ -55,6 +57,7 @@ from weightsmith.provenance.labels import (
 )
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.quality.result import QualityResult
+from weightsmith.recipe.schema import ADAPTER
 from weightsmith.serving.engine import projector_in
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
@@ -94,7 +97,8 @@ STARTED, MADE = "started and tested on this machine", "made, not started on this
 _PLAIN_BITS = 16
 _LICENSE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(txt|md))?")
 _LARGEST_LICENSE = 1 << 20
-_FILES = ("modelpack", "modelpack-tar", "ollama")
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_FILES = ("modelpack", "modelpack-tar", "ollama", ADAPTER)
 """Kinds that hold files for a model runner."""
 
 
@@ -105,6 +109,7 @@ def bake(
     *,
     push: bool = False,
     earlier: Sequence[str] = (),
+    results: tuple[Result, ...] = (),
 ) -> StageResult[tuple[ImageMaterials, ...]]:
     """Return the image for each platform of the base: base, weight layers and a settings layer.
 
@@ -114,7 +119,7 @@ def bake(
     `prepare` returns the inputs; it takes minutes if a base is assembled here. The weight
     layers are the same for every kind of image. The store caches layer digests, so an unchanged
     file is not hashed again. `earlier` are the layers of the previous image; if the layers are the
-    same, the outcome is cached.
+    same, the outcome is cached. `results` are what it was tested with before.
 
     Raises UsageError for more than 125 layers, for a file that cannot be split to fit a layer,
     and with `push` for a layer that the registry of `name` does not accept; InputRefused for a
@@ -127,7 +132,7 @@ def bake(
     if not below:  # what holds no image is for all platforms at once
         wanted = () if inputs.kind in _FILES else inputs.platforms
         below = [(None, platform) for platform in sorted(set(wanted)) or [DEFAULT_PLATFORM]]
-    made = tuple(_made(inputs, split, base, each, (), tools.store) for base, each in below)
+    made = tuple(_made(inputs, split, base, each, results, tools.store) for base, each in below)
     layers = host_image(index_of_materials(made)).layers
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
@@ -148,7 +153,7 @@ def layer_limit(text: str) -> int | None:
 def _split(inputs: ImageInputs, store: Store) -> Resharded:
     """Return the artifact's files as they lie in the image."""
     tree, largest = inputs.artifact.tree, inputs.largest_layer
-    if inputs.thin or largest == 0:
+    if inputs.thin or inputs.kind == ADAPTER or largest == 0:
         return Resharded(tree, {})
     if largest is None:  # `auto` splits where it can and refuses nothing
         return reshard(tree, fastest_layer(tree.weight_bytes), store.memo, strict=False)
@@ -236,6 +241,8 @@ def _files(
     labels = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
     if inputs.kind == "ollama":
         return _for_ollama(inputs, split, labels)
+    if inputs.kind == ADAPTER:
+        return _adapter(inputs, split, labels)
     format_, facts = inputs.artifact.format, _facts(inputs)
     license_ = license_name(inputs, split.tree)
     sees_images = bool(facts and facts.sees_images)
@@ -255,6 +262,22 @@ def _files(
     if inputs.kind == "modelpack":
         return model_pack(split.tree, description, labels, split.contents)
     return tar_model_pack(_weights(inputs, split, inputs.layers_below, store), description, labels)
+
+
+def _adapter(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]) -> Image:
+    """Return an adapter's files as a ModelPack, each a layer of its own bytes."""
+    facts, license_ = _facts(inputs), license_name(inputs, split.tree)
+    tensors = read_header(split.tree.header("adapter_model.safetensors")).tensors
+    description = ModelDescription(
+        name=inputs.name,
+        version=inputs.version,
+        family=facts.model_type if facts else "",
+        licenses=(license_,) if license_ else (),
+        format="safetensors",
+        parameters=sum(prod(tensor.shape) for tensor in tensors),
+        precision=_DTYPES.get(tensors[0].dtype, "") if tensors else "",
+    )
+    return model_pack(split.tree, description, labels, split.contents)
 
 
 def _facts(inputs: ImageInputs) -> ModelFacts | None:
@@ -317,6 +340,8 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
     sources: Step[Sources, Sources]
     checkpoint: Step[Checkpoint, ForeseenWeights]
     weights: Step[Artifact, ForeseenWeights]
+    quantized: Step[Artifact, ForeseenWeights]
+    """Of a target whose adapters are not merged, the base that they lie beside."""
     quality: Step[QualityResult | None, None]
     config: Step[ServingConfig, ServingPlan]
 
@@ -350,11 +375,13 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         artifact = have[self.weights]
         device, again = config.plan.device, self.of.update_lock
         base_name, bases = bases_of(self.file, target, device, tools, update_lock=again)
-        packed = artifact.format.packed
+        base_weights = have[self.quantized] if artifact.format.unmerged else None
+        made = (base_weights or artifact).format
         return ImageInputs(
             name=recipe.name,
             version=recipe.version,
             artifact=artifact,
+            base_weights=base_weights,
             engine=target.engine,
             config=config,
             bases=bases,
@@ -366,7 +393,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             sources=sources,
             checkpoint=checkpoint,
             recipe=recipe,
-            quantizer_builder=of_format(artifact.format.name).builder if packed else "",
+            quantizer_builder=of_format(made.name).builder if made.packed else "",
             network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
         )
 
@@ -403,6 +430,9 @@ class FormStep(UnforeseenStep[Images]):
     before_publishing = True
 
     kind: str
+    """In its tag."""
+    adapter: int | None = None
+    """Of an adapter's own artifact, its number."""
     push: bool
     image: Step[Images, None]
     """As it is published."""
@@ -411,8 +441,58 @@ class FormStep(UnforeseenStep[Images]):
     def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return it; raises what `bake` does."""
         name = f"{reference(self.file.recipe, self.target)}-{self.kind}"
-        prepare = partial(self._made_of, have, tools)
-        return unrecorded(bake(prepare, name, tools, push=self.push).value)
+        if self.adapter is None:
+            prepare, results = partial(self._made_of, have, tools), tuple[Result, ...]()
+        else:
+            results = of_adapter(have[self.trial].results, self.adapter, self.file.recipe)
+            prepare = partial(self._adapter_of, have, self.adapter)
+        return unrecorded(bake(prepare, name, tools, push=self.push, results=results).value)
+
+    def _adapter_of(self, have: Results, number: int) -> ImageInputs:
+        """Return an adapter's inputs: it was tested beside the base, or merged into it alone."""
+        made, trial = have[self.image], have[self.trial]
+        image = made[0].inputs
+        if image.sources is None or image.recipe is None:
+            raise AssertionError("an image built from a recipe has sources")
+        base, adapter = image.sources.base, image.sources.adapters[number]
+        weights = image.base_weights or Artifact(format=SAFETENSORS, tree=base.tree)
+        recipe = recipe_of_adapter(image.recipe, number)
+        own, dropped = f"{PREFIX}adapter.{number}.", ("adapter.", "merge.", "quality", "plan")
+        left_out = tuple(f"{PREFIX}{name}" for name in dropped)
+        labels = {k: v for k, v in image.labels.items() if not k.startswith(left_out)}
+        labels |= {
+            k.replace(own, f"{PREFIX}adapter.0."): v
+            for k, v in image.labels.items()
+            if k.startswith(own)
+        }
+        tested = {TESTED: index_of_materials(made).digest} if trial.started else {}
+        return replace(
+            image,
+            kind=ADAPTER,
+            config=None,
+            artifact=Artifact(format=LORA, tree=adapter.snapshot.tree),
+            base_weights=weights,
+            quantizer_builder=image.quantizer_builder if image.base_weights else "",
+            sources=Sources(base=base, adapters=(adapter,)),
+            checkpoint=Checkpoint(tree=base.tree),
+            recipe=recipe,
+            bases=(),
+            platforms=(),
+            base_name="",
+            labels={
+                **labels,
+                PREFIX + "kind": ADAPTER,
+                PREFIX + "format": LORA.name,
+                PREFIX + "base.format": weights.format.name,
+                VERDICT: verdict_of(of_adapter(trial.results, number, image.recipe)),
+                **tested,
+            },
+            parameters={
+                "target": self.target,
+                "recipe": public_recipe(recipe),
+                "kind": ADAPTER,
+            },
+        )
 
     def _made_of(self, have: Results, tools: Tools) -> ImageInputs:
         """Return the image's inputs for this kind, which is not started itself.

@@ -22,7 +22,6 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
-    LORA,
     Artifact,
     Checkpoint,
     Digest,
@@ -203,7 +202,7 @@ def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
     """Return why scales cannot be measured or loaded, or ""."""
     if target.engine.name != "vllm" or file.recipe.serve.kv_cache_dtype not in _E4M3:
         return "only vLLM's fp8 cache (kv_cache_dtype fp8) has them"
-    if target.format == LORA:
+    if target.format.unmerged:
         return "the adapters are not merged, and change keys and values"
     if target.format.kind in _NO_ATTENTION:
         return _NO_ATTENTION[target.format.kind]

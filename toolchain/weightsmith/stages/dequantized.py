@@ -12,12 +12,14 @@ from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
+    AdapterSnapshot,
     Artifact,
     Checkpoint,
     Digest,
     Format,
     JsonValue,
     Score,
+    Sources,
     StageInputs,
 )
 from weightsmith.evaluating.results import RecipeTask, Result, require, scored
@@ -52,12 +54,18 @@ _BLIND: Mapping[str, JsonValue] = {
 
 
 def _can_answer(format_: Format) -> bool:
-    """Return whether a format's weights are other than the merged model's, and can be read."""
+    """Return whether a format's weights are other than the checkpoint's, and can be read."""
     return format_.packed and of_format(format_.name).view is not None
 
 
-def inputs(checkpoint: Digest, artifact: Digest, task: Task) -> StageInputs:
-    """Return everything that the answers depend on: no platform, so that none is asked again."""
+def inputs(
+    checkpoint: Digest, artifact: Digest, task: Task, adapters: Sequence[AdapterSnapshot] = ()
+) -> StageInputs:
+    """Return everything that the answers depend on: no platform, so that none is asked again.
+
+    `adapters` are applied to the artifact's weights, unmerged.
+    """
+    unmerged = [one.snapshot.digest for one in adapters]
     return StageInputs(
         stage="dequantized",
         recipe_number=RECIPE_NUMBER,
@@ -67,12 +75,25 @@ def inputs(checkpoint: Digest, artifact: Digest, task: Task) -> StageInputs:
             "questions": task.digest,
             "max_tokens": task.max_tokens,
             "builder": builder_pins(BUILDER),
+            **({"adapters": unmerged} if unmerged else {}),
         },
     )
 
 
-def _task(result: Result) -> DequantizedTask:
-    task = result.task.task
+@dataclass(frozen=True, slots=True)
+class _AskedSuite:
+    """A suite, and the adapters that answer it unmerged."""
+
+    result: Result
+    adapters: tuple[AdapterSnapshot, ...]
+
+    @property
+    def task(self) -> Task:
+        return self.result.task.task
+
+
+def _task(asked: _AskedSuite, adapters: Sequence[AdapterSnapshot]) -> DequantizedTask:
+    result, task = asked.result, asked.task
     # The answers of the merged model, or of what it was compared with.
     known = next(who for who in ("merged", "adapter", "base") if who in result.scores)
     rows = result.scores[known].per_item
@@ -84,54 +105,58 @@ def _task(result: Result) -> DequantizedTask:
         max_tokens=task.max_tokens,
         choose=task.metric == "choice",
         drafts=drafts,
+        adapters=tuple(adapters.index(one) for one in asked.adapters),
     )
 
 
 def _run(
     checkpoint: Checkpoint,
     artifact: Artifact,
-    results: Sequence[Result],
+    asked: Sequence[_AskedSuite],
     tools: Tools,
     folder: Path,
 ) -> Sequence[Mapping[str, JsonValue]]:
     """Ask all of these tasks in one job; return what is kept of each."""
     tools.runner.prepare(BUILDER, tools.progress)
     size, model = checkpoint.tree.size, checkpoint.tree.texts
-    walk = reduce(joint_walk, (task_walk(one.task.task) for one in results))
+    walk = reduce(joint_walk, (task_walk(one.task) for one in asked))
+    adapters = list({a.snapshot.digest: a for one in asked for a in one.adapters}.values())
     job = DequantizedJob(
         builder=BUILDER,
         model=Input.checkpoint(checkpoint),
         virtual=Virtual.of(checkpoint),
         artifact=Input.tree(artifact.tree),
         quantizer=of_format(artifact.format.name).name,
-        tasks=tuple(map(_task, results)),
+        adapters=tuple(Input.tree(one.snapshot.tree) for one in adapters),
+        tasks=tuple(_task(one, adapters) for one in asked),
         batch_bytes=batch_memory(model, walk, tools.memory.budget),
         output=folder,
         memory_bytes=memory_limit(size),
-        seconds=job_seconds(size, tokens=sum(one.task.task.most_tokens for one in results)),
+        seconds=job_seconds(size, tokens=sum(one.task.most_tokens for one in asked)),
         use_gpu=True,
     )
     reply = tools.runner.run(job, tools.progress)
     if "skipped" in reply:
-        return [reply] * len(results)
+        return [reply] * len(asked)
     return [{"answers": rows} for rows in reply["answers"]]
 
 
 def _answers(
-    checkpoint: Checkpoint, artifact: Artifact, results: Sequence[Result], tools: Tools
+    checkpoint: Checkpoint, artifact: Artifact, asked: Sequence[_AskedSuite], tools: Tools
 ) -> list[StoredDocument]:
     """Return what is stored for each task; one job answers all that have nothing yet."""
     to, made = InStore(tools.store), dict[int, Mapping[str, JsonValue]]()
-    keys = [partial(inputs, checkpoint.digest, artifact.digest, r.task.task) for r in results]
+    digests = checkpoint.digest, artifact.digest
+    keys = [partial(inputs, *digests, one.task, one.adapters) for one in asked]
     missing = [number for number, key in enumerate(keys) if not to.find(key)]
 
-    made |= {n: _BLIND for n in missing if results[n].task.task.pictures}
+    made |= {n: _BLIND for n in missing if asked[n].task.pictures}
 
     def stored(number: int, folder: Path) -> Mapping[str, JsonValue]:
         if number not in made:
             left = [n for n in missing if n >= number and n not in made]
-            asked = _run(checkpoint, artifact, [results[n] for n in left], tools, folder)
-            made.update(zip(left, asked, strict=True))
+            found = _run(checkpoint, artifact, [asked[n] for n in left], tools, folder)
+            made.update(zip(left, found, strict=True))
         return made[number]
 
     return [to.document(key, _ANSWERS, partial(stored, n)) for n, key in enumerate(keys)]
@@ -146,15 +171,17 @@ class DequantizedStep(TargetStep[Trial, None]):
     recipe_number = RECIPE_NUMBER
     way_out = "set evaluate.limit to ask fewer questions"
 
+    sources: Step[Sources, Sources]
     checkpoint: Step[Checkpoint, ForeseenWeights]
     weights: Step[Artifact, ForeseenWeights]
+    """Without the adapters that lie beside them."""
     config: Step[ServingConfig, ServingPlan]
     trial: Step[Trial, None]
     tasks: tuple[RecipeTask, ...]
 
     def foresee(self, seen: Foresight) -> Foreseen[None]:
         """Return its row, if this machine will not start the image."""
-        format_ = self.of.target.format
+        format_ = self.of.target.format.without_adapters
         known = not format_.packed or format_.name in formats()
         tasks = [one for one in self.tasks if not one.task.pooled]
         if not tasks or not known or not _can_answer(format_):
@@ -173,7 +200,8 @@ class DequantizedStep(TargetStep[Trial, None]):
         state = State(cached=False, why=f"{why}; {NOT_YET}")
         if checkpoint.tree and weights.tree:
             digests = checkpoint.tree.digest, weights.tree.digest
-            keys = [inputs(*digests, one.task).key for one in tasks]
+            sources = seen[self.sources]
+            keys = [inputs(*digests, one.task, self._unmerged(one, sources)).key for one in tasks]
             cached = all(seen.tools.store.find(key) for key in keys)
             state = State(cached=cached, why="" if cached else why)
         walks, budget = (task_walk(one.task) for one in tasks), seen.tools.memory.budget
@@ -194,7 +222,9 @@ class DequantizedStep(TargetStep[Trial, None]):
         count = sum(len(result.task.task.items) for result in asked)
         timer = Timer(self.name, f"{count} questions to the dequantized weights", tools)
         cached, scores = True, list[Score | None]()
-        found = iter(_answers(checkpoint, weights, asked, tools))
+        sources = have[self.sources]
+        questions = [_AskedSuite(one, self._unmerged(one.task, sources)) for one in asked]
+        found = iter(_answers(checkpoint, weights, questions, tools))
         for result in trial.results:
             task = result.task.task
             if task.pooled:  # a network with another head, of which no weights are dequantized
@@ -210,6 +240,12 @@ class DequantizedStep(TargetStep[Trial, None]):
                 scores.append(score_task(task, answers, tools.command))
         results = scored(trial.results, self.name, scores)
         return timer.done(replace(trial, results=results), cached=cached)
+
+    def _unmerged(self, task: RecipeTask, sources: Sources) -> tuple[AdapterSnapshot, ...]:
+        """Return the adapters that the image would add to its weights; () for merged ones."""
+        if not self.of.target.format.unmerged:
+            return ()
+        return sources.adapters if task.adapter is None else (sources.adapters[task.adapter],)
 
     def judge(self, have: Results) -> None:
         """Raise CheckFailed if a score dropped too much, or a task that must be proven is not."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.core.values import LORA, Artifact, Published, Sources
+from weightsmith.core.values import Artifact, Published, Sources
 from weightsmith.oci.image import host_image
 from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
 from weightsmith.oci.modelpack import modelfile
@@ -78,7 +78,7 @@ def publish(
 
 def has_gguf(target: Target) -> bool:
     """Return whether a target serves merged weights as GGUF."""
-    return target.format.suffix == ".gguf" and target.format != LORA
+    return target.format.suffix == ".gguf" and not target.format.unmerged
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,7 +119,7 @@ class PublishStep(TargetStep[Published, None]):
     def foresee(self, seen: Foresight) -> Foreseen[None]:
         """Return its row: what is written, and what goes a second time for other kinds."""
         recipe, target, weights = self.file.recipe, self.of.target, seen[self.weights]
-        served = seen[self.sources].adapters if target.format == LORA else ()
+        served = seen[self.sources].adapters if target.format.unmerged else ()
         size = (weights.tree.size if weights.tree else weights.weight_bytes) + sum(
             one.snapshot.tree.size for one in served
         )

@@ -202,8 +202,8 @@ class QualityStep(TargetStep[QualityResult | None, None]):
 
     @property
     def format(self) -> Format:
-        """The target's format."""
-        return self.of.target.format
+        """The format of the target's weights, or of the base that adapters lie beside."""
+        return self.of.target.format.without_adapters
 
     @property
     def options(self) -> Writable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -314,9 +315,12 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
 
 
 def _recipe_options(
-    file: RecipeFile, format_: Format, base: Snapshot, tools: Tools
+    file: RecipeFile, format_: Format, base: Snapshot, tools: Tools, *, unmerged: bool
 ) -> QuantizeOptions:
-    """Return the options of a format; raises UsageError, or InputRefused for its files."""
+    """Return the options of a format; raises UsageError, or InputRefused for its files.
+
+    A base that adapters lie beside (`unmerged`) has its own name, so that all recipes share it.
+    """
     if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
         return QuantizeOptions(name=file.recipe.name, format=format_)
     scheme, _, place = base.source.partition("://")
@@ -336,7 +340,12 @@ def _recipe_options(
     settings = file.recipe.quantize.model_dump()
     if settings["imatrix"] not in IMATRIX_WORDS:
         settings["imatrix"] = str(file.folder / settings["imatrix"])
-    found = format_options(file.recipe.name, format_, settings, about, base.tree, tools)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", origin["name"]).strip("-.") or "base"
+    name = name if unmerged else file.recipe.name
+    found = format_options(name, format_, settings, about, base.tree, tools)
+    if unmerged:
+        chosen = of_format(format_.name).beside_adapters(format_, found.options)
+        found = replace(found, options=chosen)
     return replace(found, texts=texts_of(file)) if needs_text(found) else found
 
 
@@ -418,7 +427,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         if format_.name not in formats():
             state = State(cached=False, why=f"no installed quantizer makes {format_.name}")
             return Foreseen(value=value, rows=(self.row(state, read=size),))
-        options = _recipe_options(self.file, format_, seen[self.sources].base, tools)
+        options = self._asked(format_, seen[self.sources].base, tools)
         state = State(cached=False, why=checkpoint.missing)
         if checkpoint.tree:
             stage = inputs(checkpoint.tree.digest, options)
@@ -437,18 +446,22 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         )
         return Foreseen(value=value, rows=(row,))
 
+    def _asked(self, format_: Format, base: Snapshot, tools: Tools) -> QuantizeOptions:
+        unmerged = self.of.target.format.unmerged
+        return _recipe_options(self.file, format_, base, tools, unmerged=unmerged)
+
     def permit(self, seen: Foresight) -> None:
         """Raise InputRefused if the quantizer does not support the model."""
         if self.format.packed and self.format.name in formats():
-            options = _recipe_options(self.file, self.format, seen[self.sources].base, seen.tools)
+            options = self._asked(self.format, seen[self.sources].base, seen.tools)
             check_model(options, seen[self.checkpoint].model)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights; raises as `quantize` does."""
         base = have[self.sources].base
-        options = _recipe_options(self.file, self.format, base, tools)
+        options = self._asked(self.format, base, tools)
         others = [
-            _recipe_options(self.file, one, base, tools)
+            self._asked(one, base, tools)
             for one in dict.fromkeys(self.in_one_pass)
             if one != self.format
         ]
@@ -460,7 +473,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         """Return what the weights depended on."""
         if not self.format.packed:
             return None
-        options = _recipe_options(self.file, self.format, have[self.sources].base, tools)
+        options = self._asked(self.format, have[self.sources].base, tools)
         return inputs(have[self.checkpoint].digest, options)
 
     def builders(self) -> tuple[str, ...]:

@@ -28,7 +28,6 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.resources import templates
 from weightsmith.core.thin import SERVED, SPARE
 from weightsmith.core.values import (
-    LORA,
     Artifact,
     Checkpoint,
     Digest,
@@ -44,7 +43,7 @@ from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving.architectures import check_served
-from weightsmith.serving.compatibility import check_support
+from weightsmith.serving.compatibility import check_adapters, check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.memory import human, parse_size
@@ -81,6 +80,8 @@ VOLUME_FOLDER = "volume"
 """Where manifests for an image of weights are in a target's results."""
 _LEAST_MEMORY = 1 << 20
 """Bytes; less is a number without its unit."""
+_OF_LORA = frozenset({"enable-lora", "max-loras", "max-lora-rank"})
+"""Settings that KServe makes of `spec.model.lora`."""
 _SLOWEST_DISK = 50_000_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -116,7 +117,8 @@ def render(
                 f"serve.{key} is for other targets: {engine.title} reads calls and thoughts itself",
             )
     size = projector.size if projector else 0
-    options = replace(options, format=target.format, projector_bytes=size)
+    format_ = target.format.without_adapters
+    options = replace(options, format=format_, projector_bytes=size)
     plan = engine.plan(model, weight_bytes, options)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
@@ -138,6 +140,7 @@ def render(
         "model_path": served.path,
         "served_name": served.name,
         "adapters": served.adapters,
+        "kserve_lora": _kserve_lora(options, served),
         "startup_seconds": served.startup_seconds,
         **_engine_facts(engine, plan, served),
     }
@@ -299,12 +302,27 @@ def _served(
     )
 
 
+def _kserve_lora(options: ServeOptions, served: ServedModel) -> Mapping[str, Writable]:
+    """Return `spec.model.lora` of KServe's LLMInferenceService; {} if it cannot load an adapter.
+
+    It takes hf://, s3:// and pvc://, and no oci:// yet:
+    https://github.com/kserve/kserve/blob/aaac4e29/docs/samples/llmisvc/lora-adapters/README.md
+    """
+    if not options.adapters or not all(one.uri for one in options.adapters):
+        return {}
+    rows = [{"name": one.name or served.name, "uri": one.uri} for one in options.adapters]
+    return {"adapters": rows}
+
+
 def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Mapping[str, Writable]:
     return {
         "engine_title": engine.title,
         "start_command": [*engine.entrypoint, *engine.command(plan, served)],
         "file_settings": engine.file_settings(plan, served),
         "plan_arguments": _as_arguments(plan.settings),
+        "arguments_without_lora": _as_arguments(
+            {key: value for key, value in plan.settings.items() if key not in _OF_LORA}
+        ),
         "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
         "plan": plan,
         "drains": engine.lets_requests_end(plan),
@@ -518,7 +536,9 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
                 hint=error.hint,
                 details={"plan": {target.name: error.details["plan"]}},
             ) from None
-        check_support(target.engine, target.format, config.plan.device, weights.model)
+        device = config.plan.device
+        check_support(target.engine, target.format.without_adapters, device, weights.model)
+        check_adapters(target.engine, target.format, device, weights.model)
         self.weights.permit(seen)
         return Foreseen(value=config.plan)
 
@@ -531,7 +551,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     def rendered(self, have: Results, target: Target) -> ServingConfig:
         """Plan and render for the finished weights, which may lie elsewhere for this `target`."""
         sources, artifact = have[self.sources], have[self.served]
-        model = sources.base if target.format == LORA else have[self.checkpoint]
+        model = have[self.checkpoint]
         # A GGUF model is served as a file, a checkpoint as a folder.
         files = gguf_models(one.path for one in artifact.tree.files if "/" not in one.path)
         return self._config(
@@ -657,7 +677,7 @@ class VolumeManifestsStep(UnforeseenStep[None]):
             recipe.version,
             volume=f"{reference(recipe, target.name)}-volume@{volume.digest}",
             engine_image=engine,
-            merged=target.format != LORA,
+            merged=not target.format.unmerged,
         )
         write_files(files, self.of.folder / VOLUME_FOLDER)
         return unrecorded(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from weightsmith.core.jobs import ConvertAdaptersJob, Input
@@ -12,16 +12,18 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.trees import discard
 from weightsmith.core.values import (
-    LORA,
     AdapterSnapshot,
     Artifact,
     Checkpoint,
     Digest,
     FileEntry,
+    Format,
     JsonValue,
     Sources,
     StageInputs,
     Tree,
+    key_of,
+    plain,
 )
 from weightsmith.quantizers import gguf_lora
 from weightsmith.steps.destinations import InStore, moved
@@ -45,22 +47,24 @@ _AT_ONCE = 256
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
-def unmerged(sources: Sources) -> Artifact:
+def unmerged(sources: Sources, base: Artifact, format_: Format) -> Artifact:
     """Return one tree with the base's files and a folder for each adapter."""
-    base, found = sources.base.tree, served_adapters(sources)
-    files = [entry for entry in base.files if not entry.path.startswith(f"{FOLDER}/")]
-    places: dict[str, Path] = {}
+    tree, found = base.tree, served_adapters(sources)
+    files = [entry for entry in tree.files if not entry.path.startswith(f"{FOLDER}/")]
+    places = dict(tree.places)
     for served, adapter in zip(found, sources.adapters, strict=True):
-        tree = adapter.snapshot.tree
-        for entry in tree.files:
+        own = adapter.snapshot.tree
+        for entry in own.files:
             if entry.path in _FILES:
                 path = f"{served.folder}/{entry.path}"
                 files.append(replace(entry, path=path))
-                places[path] = tree.path(entry.path)
-    return Artifact(format=LORA, tree=_tree(base.root, files, places))
+                places[path] = own.path(entry.path)
+    return _together(base, files, places, format_)
 
 
-def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> StageResult[Artifact]:
+def unmerged_gguf(
+    sources: Sources, base: Artifact, format_: Format, tools: Tools
+) -> StageResult[Artifact]:
     """Return one tree with a GGUF base and its adapters, converted in their builder.
 
     One job makes all adapters that are missing. It holds its first adapter's lock in the store
@@ -76,18 +80,21 @@ def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> StageResult
         first = partial(_inputs, sources, next(iter(missing.values())))
         make = partial(_make, sources, missing, tools)
         made |= not store.files(first, make, resume=True).cached
-    files, places = list(base.tree.files), {}
+    files, places = list(base.tree.files), dict(base.tree.places)
     for one, adapter in zip(served, sources.adapters, strict=True):
         if tree := store.find(partial(_inputs, sources, adapter)):
             (entry,) = (entry for entry in tree.files if entry.path == gguf_lora.FILE)
             files.append(replace(entry, path=one.folder))
             places[one.folder] = tree.path(entry.path)
-    artifact = Artifact(format=LORA, tree=_tree(base.tree.root, files, places))
-    return timer.done(artifact, cached=not made)
+    return timer.done(_together(base, files, places, format_), cached=not made)
 
 
-def _tree(root: Path, files: Iterable[FileEntry], places: Mapping[str, Path]) -> Tree:
-    return Tree(root=root, files=tuple(sorted(files, key=lambda one: one.path)), places=places)
+def _together(
+    base: Artifact, files: Iterable[FileEntry], places: Mapping[str, Path], format_: Format
+) -> Artifact:
+    ordered = tuple(sorted(files, key=lambda one: one.path))
+    tree = Tree(root=base.tree.root, files=ordered, places=places)
+    return Artifact(format=format_, tree=tree, details=base.details)
 
 
 def _make(
@@ -132,8 +139,30 @@ def _inputs(sources: Sources, adapter: AdapterSnapshot) -> StageInputs:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class BaseAloneStep(TargetStep[Sources, Sources]):
+    """The sources without the adapters, for what is made of the base alone."""
+
+    name = "base-alone"
+
+    sources: Step[Sources, Sources]
+
+    @cached_property
+    def derivation(self) -> Digest:
+        """What tells bases apart: a fleet quantizes one for all adapters of it."""
+        return key_of([self.name, plain(self.file.recipe.base.model_dump())])
+
+    def foresee(self, seen: Foresight) -> Foreseen[Sources]:
+        """Return the base."""
+        return Foreseen(value=replace(seen[self.sources], adapters=()))
+
+    def run(self, have: Results, _tools: Tools) -> StageResult[Sources]:
+        """Return the base."""
+        return unrecorded(replace(have[self.sources], adapters=()))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BaseStep(TargetStep[Checkpoint, ForeseenWeights]):
-    """The base as it is, for what is made of it without the adapters."""
+    """The base as a checkpoint."""
 
     name = "unmerged-base"
 
@@ -157,16 +186,30 @@ class UnmergedStep(TargetStep[Artifact, ForeseenWeights]):
     in_every_plan = True
 
     sources: Step[Sources, Sources]
-    base: Step[Artifact, ForeseenWeights] | None = None
-    """The base as GGUF, for engines that load adapters beside that."""
+    base: Step[Artifact, ForeseenWeights]
+    """The base in the target's format."""
 
     def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
         """Return the base's weights; the adapters are planned where they are served."""
-        return Foreseen(value=ForeseenWeights.of(seen[self.sources].base.tree))
+        return Foreseen(value=seen[self.base])
+
+    def permit(self, seen: Foresight) -> None:
+        """Raise InputRefused for a base that cannot be made in the target's format."""
+        self.base.permit(seen)
+
+    def builders(self) -> tuple[str, ...]:
+        """Return the base's builders, and that of converted adapters."""
+        return (*self.base.builders(), *((_BUILDER,) if self._converts else ()))
+
+    @property
+    def _converts(self) -> bool:
+        return "gguf" in self.of.target.engine.accepts
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return base and adapters as one tree."""
-        sources = have[self.sources]
-        if self.base:
-            return unmerged_gguf(sources, have[self.base], tools)
-        return Timer(WEIGHTS, LORA.name, tools).done(unmerged(sources), cached=True)
+        sources, base, format_ = have[self.sources], have[self.base], self.of.target.format
+        if self._converts:
+            return unmerged_gguf(sources, base, format_, tools)
+        return Timer(WEIGHTS, format_.name, tools).done(
+            unmerged(sources, base, format_), cached=True
+        )

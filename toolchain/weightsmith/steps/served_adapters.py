@@ -11,7 +11,6 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import (
-    LORA,
     AdapterSnapshot,
     Artifact,
     Checkpoint,
@@ -23,12 +22,15 @@ from weightsmith.merging.claims import require_all_targeted
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
 from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import ADAPTER, Recipe
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.targets import Target
 from weightsmith.steps.sizes import ForeseenTree
 
 FOLDER = "adapters"
 """Subfolder of the base that contains the adapters."""
+_OWNED = 3
+"""Slashes of `hf://owner/name`."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -40,7 +42,7 @@ def unmerged_adapters(
     Raises UsageError if the recipe cannot evaluate them separately, InputRefused for adapters that
     cannot be served.
     """
-    if target.format != LORA:
+    if not target.format.unmerged:
         return ()
     if len(sources.adapters) > 1 and file.recipe.evaluate:
         raise UsageError(
@@ -64,7 +66,7 @@ def how_asked(
 
     An image that serves several adapters unmerged is told which one; others have one alone.
     """
-    if target.format != LORA or len(sources.adapters) < 2:
+    if not target.format.unmerged or len(sources.adapters) < 2:
         return "", {}
     if fields_of := target.engine.adapter_fields:
         return "", dict(fields_of(number))
@@ -73,7 +75,7 @@ def how_asked(
 
 def chat_template(target: Target, sources: Sources, checkpoint: Checkpoint) -> str | None:
     """Return the chat template of what a target serves; None without one."""
-    served = sources.base if target.format == LORA else checkpoint
+    served = sources.base if target.format.unmerged else checkpoint
     return own_template(served.tree.texts)
 
 
@@ -86,7 +88,7 @@ def _require_all_targeted(base: Path, adapter: Path, _digest: Digest) -> None:
 def base_weight_bytes(artifact: Artifact) -> int:
     """Return the bytes of an artifact's weights, without adapters that lie beside them."""
     own = artifact.tree
-    if artifact.format == LORA:
+    if artifact.format.unmerged:
         base = (entry for entry in own.files if not entry.path.startswith(f"{FOLDER}/"))
         own = replace(own, files=tuple(base))
     return own.weight_bytes
@@ -109,10 +111,7 @@ def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdap
                 " apply it at full weight",
                 hint="merge it, or remove the weight",
             )
-        # For clients: the last part of its source, and its version.
-        name = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
-        name = f"{name}-{adapter.version}" if adapter.version else name
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
+        name = adapter_name(adapter.snapshot.source, adapter.version)
         place = f"{FOLDER}/{name}.gguf" if gguf else f"{FOLDER}/{name}"
         if any(other.folder == place for other in found):
             raise UsageError(f"two adapters are named {name}", hint="give them different versions")
@@ -120,9 +119,39 @@ def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdap
         count, size = _weights(tree.path("adapter_model.safetensors"), tree.digest, gguf=gguf)
         shown = "" if len(sources.adapters) == 1 else name
         found.append(
-            ServedAdapter(name=shown, folder=place, rank=rank, matrices=count, weight_bytes=size)
+            ServedAdapter(
+                name=shown,
+                folder=place,
+                rank=rank,
+                matrices=count,
+                weight_bytes=size,
+                uri=_uri(adapter.snapshot.pin),
+            )
         )
     return tuple(found)
+
+
+def _uri(pin: str) -> str:
+    """Return the URI by which KServe's downloader gets the pinned files; "" if it cannot.
+
+    Source: kserve_storage 0.21, `hf://owner/model:revision`.
+    """
+    place, _, commit = pin.partition("@")
+    known = place.startswith("hf://") and place.count("/") == _OWNED and commit
+    return f"{place}:{commit}" if known else ""
+
+
+def adapter_name(source: str, version: str) -> str:
+    """Return what clients call an adapter: the last part of its source, and its version."""
+    name = source.rstrip("/").rpartition("/")[2]
+    name = f"{name}-{version}" if version else name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
+
+
+def adapter_forms(recipe: Recipe) -> tuple[str, ...]:
+    """Return how the tags of adapters' own artifacts end: `adapter`, of several `adapter-NAME`."""
+    names = [adapter_name(one.source, one.version) for one in recipe.adapters]
+    return tuple(f"{ADAPTER}-{name}" for name in names) if len(names) > 1 else (ADAPTER,)
 
 
 @lru_cache(maxsize=8192)

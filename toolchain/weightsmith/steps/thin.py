@@ -25,7 +25,6 @@ from weightsmith.core.thin import (
     ThinModel,
 )
 from weightsmith.core.values import (
-    LORA,
     Artifact,
     Digest,
     FileEntry,
@@ -67,7 +66,7 @@ def check_thin(engine: Engine, format_: Format, *, merges: bool) -> None:
             f"outputs: {engine.title} has no thin image: its own has no Python to merge with",
             hint=fix,
         )
-    if format_ == LORA or not merges:
+    if format_.unmerged or not merges:
         raise UsageError(
             "outputs: a thin image merges adapters when it starts, and here nothing is merged",
             hint=fix,

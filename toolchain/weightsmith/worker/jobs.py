@@ -378,7 +378,8 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]
         chosen: dict[str, tuple[Any, Sequence[Question]]] = {}
         asked: dict[str, GenerationRequest] = {}
         for number, task in enumerate(job.tasks):
-            subject: Any = QuantizedSubject(model, weights, draft_texts=task.drafts)
+            beside = [job.adapters[one].path for one in task.adapters]
+            subject: Any = QuantizedSubject(model, weights, draft_texts=task.drafts, beside=beside)
             if task.choose:
                 chosen[str(number)] = subject, task.questions
                 continue

@@ -35,6 +35,7 @@ from tests.paths import ROOT
         ),
         ({"load": f"app:1@sha256:{'0' * 64}"}, "by its tag, not by a digest"),
         ({"kind": "car"}, "unknown"),
+        ({"kind": "adapter"}, "tests no adapter"),
     ],
 )
 def test_what_is_asked_wrongly(bakery: Bakery, options: dict[str, str], why: str) -> None:
@@ -68,6 +69,7 @@ def test_ollama_takes_gguf_only(bakery: Bakery, tmp_path: Path) -> None:
         ("vllm", "give the Hugging Face checkpoint"),
         ("vllm-awq", "quantize --format awq"),
         ("llamacpp-lora", "build --target llamacpp-lora"),
+        ("llamacpp-q8_0-lora", "build --target llamacpp-q8_0-lora"),
     ],
 )
 def test_weights_in_another_format_are_refused_with_what_makes_them(

@@ -153,6 +153,19 @@ def test_packed_weights_are_refused_where_they_would_be_quantized(tmp_path, weig
     assert "already quantized (fp8)" in told["error"]["message"]
 
 
+@pytest.mark.parametrize("target", ["vllm-lora", "vllm-awq-lora", "llamacpp-q4_k_m-lora"])
+def test_a_model_without_adapters_has_no_plan_for_them(tmp_path, target):
+    path, _ = folder(tmp_path, "llama-3-8b")
+    flags = ["--target", target, "--gpu", "nvidia-l40s", "--out", tmp_path / "out"]
+    code, told, _ = invoke("render", "--model", path, *flags)
+
+    assert (code, told["error"]["message"]) == (
+        2,
+        f"{target} serves adapters beside a base, and this is a model without any",
+    )
+    assert f"invoke plan --target {target}" in told["error"]["hint"]
+
+
 def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path):
     path, _ = folder(tmp_path, "llama-3-8b")
     flags = ["--target", "sglang", "--gpu", "nvidia-l4"]

@@ -35,7 +35,7 @@ from weightsmith.provenance.attest import ImageInputs
 from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe.schema import KINDS, LOADABLE
+from weightsmith.recipe.schema import ADAPTER, KINDS, LOADABLE
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
@@ -88,6 +88,11 @@ def _check(request: BakeCommand) -> None:
         raise UsageError(
             "--kind thin: bake gets merged weights, and a thin image holds base and adapters",
             hint="build it: outputs.kinds: [thin] in a recipe",
+        )
+    if request.kind == ADAPTER:
+        raise UsageError(
+            "--kind adapter: `bake` assembles a finished model, and tests no adapter",
+            hint="build it with `build --kind adapter`",
         )
     if request.load and Reference.parse(request.load).digest:
         raise UsageError(
@@ -211,8 +216,10 @@ def _inputs(
 def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
     ending = target.format.suffix
     known = bool(model.facts.architecture)  # else it is not known what the weights are
-    if not any(name.endswith(ending) for name in model.weights) or (
-        known and not own_weights(model, target)
+    if (
+        target.format.unmerged  # it holds no adapters
+        or not any(name.endswith(ending) for name in model.weights)
+        or (known and not own_weights(model, target))
     ):
         raise InputRefused(
             f"{model.path} has no {target.format.name} weights, which {target.name} needs",

@@ -24,7 +24,7 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.registry import Registry, open_location
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import trace
-from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER
+from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, UNMERGED
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Recipe, Suite
@@ -47,7 +47,7 @@ _KEPT_KEYS = (
 """Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
 _OF_ADAPTERS = ("version", "run_id", "weight")
 _REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision", "adapters[].sha256")
-"""Keys that are derived from the statement about the merge instead."""
+"""Keys that are derived from the statement about base and adapters instead."""
 
 
 def recipe_of(asked: RecipeCommand) -> RecipeFile:
@@ -119,10 +119,10 @@ def recipe_of_image(
         progress.warn(f"{source}: its build statement's signature was not verified; give --key")
     recipe, adapters = _recipe(stated, source, progress)
     _check_options(recipe, source, settings)
-    merged = next((one for one in stated if one.kind == "merge"), None)
+    merged = next((one for one in stated if one.kind in ("merge", UNMERGED)), None)
     if merged is None:
         raise InputRefused(
-            f"{source} has no statement about a merge, so it cannot be rebuilt",
+            f"{source} has no statement about its base and adapters, so it cannot be rebuilt",
             hint="build from the base and adapters with your own recipe",
         )
     uris, digests = merged.dependency_uris, merged.dependencies

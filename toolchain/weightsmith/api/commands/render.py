@@ -120,6 +120,11 @@ def serving_config(
     model: Model, target: Target, options: ServeOptions, image: str = ""
 ) -> ServingConfig:
     """Plan and render a target for a model; raises UsageError if it does not fit the memory."""
+    if target.format.unmerged:
+        raise UsageError(
+            f"{target.name} serves adapters beside a base, and this is a model without any",
+            hint=f"name them in a recipe, and run `invoke plan --target {target.name}`",
+        )
     size, projector = model.weight_bytes, model.projector
     if not own_weights(model, target):
         if can_make(target.format):

@@ -350,7 +350,9 @@ class RecipeCommand:
     adapters: Annotated[tuple[str, ...], READ, Flag("adapter"), _ADAPTER] = ()
     serve: Annotated[Serve, FlagFields(only=SERVED, over_recipe=True)] = _SERVE
     settings: Annotated[tuple[str, ...], Flag("set"), "set a recipe key: key.path=value"] = ()
-    kinds: Annotated[tuple[str, ...], Flag("kind"), _KIND] = ()
+    kinds: Annotated[
+        tuple[str, ...], Flag("kind"), f"{_KIND}, or adapter (the tested adapter alone)"
+    ] = ()
     quantize: Annotated[
         Quantize, FlagFields(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
     ] = _QUANTIZE

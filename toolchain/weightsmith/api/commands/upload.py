@@ -10,11 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 from weightsmith.api.commands.requests import PushCommand, Said
+from weightsmith.building.targets import all_formats
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import SMALL
 from weightsmith.core.trees import below
-from weightsmith.core.values import LORA, FileEntry, StageInputs, Tree, Uploaded
+from weightsmith.core.values import FileEntry, StageInputs, Tree, Uploaded
 from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.evaluating.pages import model_card, read_as_facts
@@ -259,7 +260,7 @@ def _copy_files(layers: Sequence[Layer], root: Path) -> None:
 
 
 def _require_merged(format_: str, source: str) -> None:
-    if format_ == LORA.name:
+    if (known := all_formats().get(format_)) and known.unmerged:
         raise InputRefused(
             f"{source} serves adapters beside their base: it holds no merged model",
             hint="push the image of another target, or upload the adapter by itself",

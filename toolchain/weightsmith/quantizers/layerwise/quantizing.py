@@ -48,6 +48,8 @@ MIN_TOKENS = 64
 @dataclass(slots=True)
 class _Walk:
     awq: bool
+    scaled: bool
+    """Whether scales may move between matrices and what comes before them."""
     group: int
     source: CheckpointTensors
     layers: Layers
@@ -78,7 +80,8 @@ def quantize(settings: running.ProgramSettings) -> None:
                 hint="choose another --group-size, or fp8, which has a scale per row",
             )
     layers, awq = Layers(model, read), settings.method == "awq"
-    walk = _Walk(awq=awq, group=group, source=source, layers=layers, found=found)
+    scaled = awq and settings.scaled
+    walk = _Walk(awq=awq, scaled=scaled, group=group, source=source, layers=layers, found=found)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
     identity = json.dumps([settings.text(), lines, files])
     made = _Finished(out / running.RAW, hashlib.sha256(identity.encode()).hexdigest())
@@ -160,7 +163,7 @@ def _layer(walk: _Walk, number: int, layer: torch.nn.Module) -> dict[str, torch.
             outputs.append(layers.run(number, batch))
     layers.require_finite(number, outputs)
     made: dict[str, torch.Tensor] = {}
-    if walk.awq:
+    if walk.scaled:
         made |= _scaled(walk, number, layer, observer, outputs[0])
     for group in observer.groups:
         weights = {linears[name]: module.weight for name, module in group.linears.items()}
@@ -252,7 +255,7 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
         gate, up = both.chunk(2)
         inner = module.act_fn(rows @ gate.T) * (rows @ up.T)
         seen, behind = Moments.of(rows), Moments.of(inner)
-        factors = best_factors([down], behind, walk.group) if walk.awq else None
+        factors = best_factors([down], behind, walk.group) if walk.scaled else None
         if factors is not None:
             up, down = up / factors[:, None], down * factors
             behind.scale(factors)

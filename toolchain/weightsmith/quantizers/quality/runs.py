@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from weightsmith.core.errors import CheckFailed, Unmeasurable
+from weightsmith.forward.adapters import with_adapters
 from weightsmith.forward.heads import logits_of
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.lockstep import Lockstep
@@ -189,11 +190,29 @@ class QuantizedSubject(QuantizedNetwork):
     speakers: Sequence[Path] = ()
     draft: str = ""
     draft_texts: Sequence[str] = ()
+    beside: Sequence[Path] = ()
+    """Adapters that PEFT adds to its weights, as an engine does that serves them unmerged."""
 
     @property
     def model(self) -> Path:
         """The checkpoint, whose tokenizer and chat template word the questions."""
         return self.checkpoint
+
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
+        """Return it with its weights dequantized when they are used, and with its adapters."""
+        model, weights = self._built()
+        without_text = modules_without_text(model)
+        stream(self._adapted(model), weights, lockstep, number, without_text)
+        return self.network
+
+    def whole(self) -> Model:
+        """Return it with its weights dequantized in memory, and with its adapters."""
+        return self._adapted(QuantizedNetwork.whole(self))
+
+    def _adapted(self, model: Model) -> Model:
+        if self.beside:
+            self.network = with_adapters(model, [(folder, 1.0) for folder in self.beside])
+        return self.network
 
 
 def _require_finite(_: torch.nn.Module, __: object, output: Sequence[torch.Tensor]) -> None:
