@@ -206,6 +206,14 @@ def without_projector(memory: Memory) -> None:
     memory.write_recipe(evaluate=SUITES, quantize={"allow_text_only": True})
 
 
+def unprepared(memory: Memory) -> None:
+    path = memory.home / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["architectures"] = ["Mistral3ForConditionalGeneration"]
+    path.write_text(json.dumps(config))
+    memory.write_recipe(evaluate=SUITES, quantize={"allow_text_only": True})
+
+
 def as_webp(memory: Memory) -> None:
     body = b"\x2f" + (7 | 7 << 14).to_bytes(4, "little")
     whole = b"WEBPVP8L" + len(body).to_bytes(4, "little") + body
@@ -228,6 +236,7 @@ def gone(memory: Memory) -> None:
         (without_processor, "no preprocessor_config.json", "a model that reads pictures"),
         (for_text_alone, "the chat template is for text alone", "a model that reads pictures"),
         (without_projector, f"{TARGET} would read text only", "another target, such as vllm"),
+        (unprepared, "lacks a package that prepares pictures", "a model that reads pictures"),
         (as_webp, "is a WEBP file, which llama.cpp's server does not read", "PNG or JPEG"),
         (outside, r"bar\.jsonl:1: the picture '\.\./x\.png' is outside of", "put it there"),
         (gone, r"colours\.jsonl:1: cannot read the picture", "relative to the file of questions"),

@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils.import_utils import DummyObject
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import SeenPicture
+from weightsmith.evaluating.pictures import UNPREPARED
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.pictures import load_processor, sight_of
@@ -124,3 +130,16 @@ def test_a_model_without_a_processor_is_refused(tmp_path: Path) -> None:
     (model / "processor_config.json").write_text(json.dumps({"processor_class": "NoProcessor"}))
     with pytest.raises(InputRefused, match="picture processor"):
         load_processor(model, load_tokenizer(model))
+
+
+def test_the_processors_that_need_more_than_pillow_are_known() -> None:
+    """Of all models that transformers knows for pictures and text."""
+    lacking = {"SmolVLMForConditionalGeneration"}  # it imports num2words when it is made
+    for kind, architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
+        found = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
+        name = PROCESSOR_MAPPING_NAMES.get(kind)
+        if (isinstance(found, dict) and "pil" not in found) or (
+            name and isinstance(getattr(transformers, name), DummyObject)
+        ):
+            lacking.add(architecture)
+    assert lacking == UNPREPARED

@@ -13,6 +13,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Runner, Silent
 from weightsmith.core.values import Sources
 from weightsmith.evaluating.build_record import read_build
+from weightsmith.evaluating.pictures import UNPREPARED
 from weightsmith.evaluating.results import named, say_samples
 from weightsmith.models.templates import own_template, takes_parts
 from weightsmith.oci.image import MOST_LAYERS
@@ -108,6 +109,8 @@ def check_pictures(request: BuildRequest, steps: BuildSteps, seen: Foresight) ->
         why = f"{model.architecture or 'the model'} reads text only: config.json has no vision part"
     elif not model.describes_images:
         why = "the model has no preprocessor_config.json, which says how pictures are prepared"
+    elif model.architecture in UNPREPARED:
+        why = f"the builder lacks a package that prepares pictures for {model.architecture}"
     elif not takes_parts(template):
         why = "the chat template is for text alone"
     else:

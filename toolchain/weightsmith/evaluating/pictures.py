@@ -90,6 +90,40 @@ class Picture:
         return replace(self, seen=replace(self.seen, message=message, at=at))
 
 
+UNPREPARED = frozenset(
+    {
+        "Apertus1p5ForConditionalGeneration",
+        "Cohere2VisionForConditionalGeneration",
+        "Gemma4UnifiedForConditionalGeneration",
+        "Inkling2ForConditionalGeneration",
+        "Inkling2LoopForConditionalGeneration",
+        "InklingForConditionalGeneration",
+        "Kimi_K25ForConditionalGeneration",
+        "Lfm2VlForConditionalGeneration",
+        "Llama4ForConditionalGeneration",
+        "MiniCPMOcrForConditionalGeneration",
+        "MiniMaxM3SparseForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
+        "MistralLarge4ForConditionalGeneration",
+        "Molmo2ForConditionalGeneration",
+        "MuseGlimmerForConditionalGeneration",
+        "MuseSparkForConditionalGeneration",
+        "NemotronH_Omni_Reasoning_V3",
+        "PI0ForConditionalGeneration",
+        "PPFormulaNetForConditionalGeneration",
+        "PerceptionLMForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
+        "Step3p7ForConditionalGeneration",
+        "UnlimitedOcrForConditionalGeneration",
+    }
+)
+"""Models whose pictures transformers prepares with torchvision or num2words.
+
+The builder has neither: torchvision's builds for CPUs are not on PyPI, and num2words needs
+a package without a wheel.
+"""
+
+
 def named_part(picture: Picture) -> JsonValue:
     """Return the part of a message's content that names a picture by its file's name."""
     return {"type": "image_url", "image_url": {"url": f"{FOLDER}/{picture.seen.file}"}}
