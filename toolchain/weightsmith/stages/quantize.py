@@ -37,6 +37,7 @@ from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.sources import without_pin
 from weightsmith.steps.destinations import Destination, InStore, moved
 from weightsmith.steps.sizes import calibration_memory, disk_peak, estimated_bytes, kept_bytes
 from weightsmith.steps.stage_result import StageResult, Timer
@@ -332,8 +333,8 @@ def _recipe_options(
         name, _, version = place.partition("==")
         url = f"https://pypi.org/project/{name}/"
         origin = {"name": name, "version": version, "repo_url": url}
-    else:  # a folder, without its path
-        origin = {"name": public_name(base.source)}
+    else:  # of a folder, without its path
+        origin = {"name": public_name(without_pin(base.source))}
     about: dict[str, JsonValue] = {"base_models": [origin]}
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license

@@ -16,7 +16,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.folders import FolderReader
 from weightsmith.outside.store import FileStore
-from weightsmith.steps.lock import read_lock
+from weightsmith.steps.lock import pinned, read_lock
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.journal import RecordingProgress
@@ -156,6 +156,19 @@ def test_a_base_that_was_a_folder_has_to_be_named(scene: Scene) -> None:
     assert "/somewhere" not in caught.value.message
     file = scene.again(str(scene.folder / "base"))
     assert file.recipe.base.source == str(scene.folder / "base")
+
+
+def test_a_base_elsewhere_is_fetched_only_at_the_users_word(scene: Scene) -> None:
+    """It would be read with the user's credentials; what is named then has the stated pin."""
+    source, pin = "s3://acme-models/base", f"sha256:{'ab' * 32}"
+    scene.publish(f"{source}@{pin}", source)
+    with pytest.raises(UsageError, match=f"{source}@{pin}") as caught:
+        scene.again()
+    assert "--base" in caught.value.hint
+
+    file = scene.again(source)
+
+    assert pinned(file, read_lock(file)).recipe.base.revision == pin
 
 
 def test_only_what_the_key_signed_is_believed(scene: Scene) -> None:
