@@ -18,7 +18,7 @@ from weightsmith.core.ports import SourceReader, Store
 from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layers import TarLayer
-from weightsmith.oci.modelpack import ModelDescription, model_pack
+from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.weights import weight_layers
@@ -312,7 +312,7 @@ def gs_folder(store: Store, url: str, patch: pytest.MonkeyPatch) -> Scene:
 
 
 def model_pack_in(
-    store: Store, host: str, writer: Registry, client: Registry, folder: Path
+    store: Store, host: str, writer: Registry, client: Registry, folder: Path, *, tar: bool
 ) -> Scene:
     place = Reference.parse(f"{host}/team/pack:1")
 
@@ -324,6 +324,10 @@ def model_pack_in(
             for name, data in used.items()
         )
         held = {name: (data,) for name, data in used.items()}
+        if tar:
+            layers = weight_layers(tree_of(folder / "packed", used), epoch=0)
+            writer.push(tar_model_pack(layers, described, {}), place, force=True)
+            return
         writer.push(
             model_pack(Tree(root=folder, files=rows), described, {}, held), place, force=True
         )
@@ -334,7 +338,7 @@ def model_pack_in(
         put=put,
         absent=f"oci://{place.name}-none:1",
         stop=lambda: None,
-        can_list=_ODD,
+        can_list=frozenset() if tar else _ODD,
     )
 
 

@@ -18,9 +18,10 @@ from functools import cache
 from typing import IO, cast
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Blob
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image
-from weightsmith.oci.layers import LAYER_TAR, Layer, Memo
+from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer, Memo
 from weightsmith.oci.manifests import hostile
 
 _EXTENDED = (
@@ -65,6 +66,15 @@ def opened(layer: Layer) -> Iterator[tuple[tarfile.TarFile, ChunkFile]]:
             f"the layer {layer.digest.short} cannot be unpacked: {str(error)[:200]}",
             hint="the image is damaged; pull or build it again",
         ) from None
+
+
+def as_tar(layer: Layer) -> Layer:
+    """Return a layer of a ModelPack that is an archive as an image's."""
+    if layer.media_type not in manifests.MODEL_LAYERS:
+        return layer
+    kind = LAYER_TAR + layer.media_type.partition(".tar")[2]
+    blob = Blob(digest=layer.digest, size=layer.size, media_type=kind)
+    return BlobLayer(blob=blob, diff_id=layer.diff_id, opener=layer.open)
 
 
 def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:

@@ -26,7 +26,7 @@ from weightsmith.oci.image import Image, layers_by_role
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.oci.streams import opened
+from weightsmith.oci.streams import as_tar, opened
 from weightsmith.outside.archives import (
     clean_path,
     keep_only,
@@ -132,11 +132,8 @@ class OciRemote:
 def _unpacked(
     layers: Sequence[Layer], source: str, folder: Path, progress: Progress
 ) -> dict[str, str]:
-    """Write the model's files of these layers to a folder; return their SHA-256.
-
-    What a broken run has read is beside the folder.
-    """
-    tree, state = folder.parent / "tree", folder.parent / "layers.json"
+    """Write the model's files of these layers to `model` in a folder; return their SHA-256."""
+    tree, state = folder / "model", folder / "layers.json"
     read: list[str] = []
     files: dict[str, str] = {}
     odd: dict[str, str] = {}
@@ -164,9 +161,7 @@ def _unpacked(
                 hint="make the image from the files themselves: cp -rL copies what links point to",
             )
     kept = {path.removeprefix(root): one for path, one in files.items() if path.startswith(root)}
-    remove(folder)
-    tree.rename(folder)
-    keep_only(folder, root, kept)
+    keep_only(tree, root, kept)
     state.unlink()
     return kept
 
@@ -176,7 +171,7 @@ def _apply(
 ) -> None:
     """Write a layer's files over those of the layers below it, as engines do."""
     below_it = {*files, *odd}
-    with opened(layer) as (archive, stream):
+    with opened(as_tar(layer)) as (archive, stream):
         _entries(archive, tree, files, odd, below_it, source)
         stream.drain()
         if stream.digest != layer.diff_id:

@@ -37,6 +37,8 @@ from weightsmith.models.folder import MAX_DEPTH, check_no_code, is_pickle, is_us
 from weightsmith.outside.archives import WEIGHTS, extract, require_weights
 
 _RECIPE_NUMBER = 1
+INCOMING = ".incoming"
+"""Folder of what is not whole; no model has files of such a name."""
 _CHUNK = 1 << 20
 _MOST_FILES = 20_000
 _LARGEST = 4 << 40
@@ -91,7 +93,10 @@ class Place:
     take: Callable[[RemoteFile, Path], Path] | None = None
     """Writes a whole file into a folder, for a client that cannot begin in its middle."""
     make: Callable[[Path, Progress], dict[str, str]] | None = None
-    """Writes the model's files itself and returns their SHA-256, where no list tells them."""
+    """Writes the files to `model` in a folder and returns their SHA-256, where no list has them.
+
+    What a broken run left is in the folder.
+    """
     size: int = 0
     """Bytes that `make` writes, at most."""
 
@@ -148,6 +153,7 @@ class RemoteReader:
             return found
         self.check(source)
         place = self._remote.open(source, revision, sha256, progress)
+        progress.note(f"fetching {source} (kept in the store)")
         note = self._note(place.pin)
         make = partial(_fetched, place, source, self._store, progress)
         entry = self._store.produce(key_of(note), note, make, resume=True)
@@ -271,9 +277,9 @@ def _glanced(place: Place, file: RemoteFile, target: Path) -> FileEntry:
         data += _bytes(place, file, len(data), wanted) if wanted > len(data) else b""
         digest: Digest = UnreadDigest.of(canonical(["not read", place.pin, file.path]))
     else:
-        content = _Content()
+        content = _Content(file)
         content.add(data)
-        if not content.is_of(file):
+        if not content.is_whole():
             raise Altered(
                 f"{file.path} does not match what its sender lists", hint=f"try again; {place.hint}"
             )
@@ -299,12 +305,13 @@ def _fetched(
     place: Place, source: str, store: Store, progress: Progress, folder: Path
 ) -> dict[str, JsonValue]:
     """Fill a result's folder; what a broken run left of it is there."""
+    # In the result's own folder, which the store keeps for the next run if anything is in it.
+    incoming = folder / INCOMING
+    incoming.mkdir(exist_ok=True)
     if place.make:
         store.require_room(place.size, source)
-        return {"sha256": place.make(folder, progress)}
-    incoming = folder.parent / "incoming"
-    incoming.mkdir(exist_ok=True)
-    if place.is_archive:
+        digests = place.make(incoming, progress)
+    elif place.is_archive:
         (file,) = place.files
         store.require_room(2 * max(0, file.size), source)
         archive = incoming / "archive"
@@ -313,11 +320,14 @@ def _fetched(
             progress.advance(at, max(file.size, at), "bytes")
 
         _download(place, file, archive, incoming / "part", advance, source, progress)
-        remove(folder)
-        folder.mkdir()
-        digests = extract(archive, folder, source, store.require_room)
+        remove(incoming / "model")
+        (incoming / "model").mkdir()
+        digests = extract(archive, incoming / "model", source, store.require_room)
     else:
         digests = _fetch_list(place, source, store, progress, folder, incoming)
+    if (model := incoming / "model").is_dir():
+        for path in model.iterdir():
+            path.replace(folder / path.name)
     remove(incoming)
     return {"sha256": digests}
 
@@ -327,7 +337,7 @@ def _fetch_list(
 ) -> dict[str, str]:
     files = chosen_files(place.files, source)
     total = sum(max(0, file.size) for file in files)
-    store.require_room(total - sum(p.stat().st_size for p in below(folder)), source)
+    store.require_room(total - sum(path.stat().st_size for path in below(folder)), source)
     digests: dict[str, str] = {}
     done, checked = 0, False
     for file in files:
@@ -349,23 +359,27 @@ def _fetch_list(
 class _Content:
     """What has arrived of a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
         self.size = 0
         self.sha256 = hashlib.sha256()
-        self._md5 = hashlib.md5(usedforsecurity=False)
+        only_md5 = file.md5 and not file.digest
+        self._md5 = hashlib.md5(usedforsecurity=False) if only_md5 else None
 
     def add(self, chunk: bytes) -> None:
         self.size += len(chunk)
         self.sha256.update(chunk)
-        self._md5.update(chunk)
+        if self._md5:
+            self._md5.update(chunk)
 
-    def is_of(self, file: RemoteFile) -> bool:
+    def is_whole(self) -> bool:
         """Return whether it is all that its sender says."""
+        file = self._file
         if file.size >= 0 and self.size != file.size:
             return False
-        if file.digest:
-            return self.sha256.hexdigest() == file.digest.hex
-        return not file.md5 or self._md5.hexdigest() == file.md5
+        if file.digest and self.sha256.hexdigest() != file.digest.hex:
+            return False
+        return self._md5 is None or self._md5.hexdigest() == file.md5
 
 
 def _download(
@@ -381,7 +395,7 @@ def _download(
     is_whole = target.exists()
     if place.take and not (is_whole or part.exists()):
         place.take(file, part.with_suffix(".taken")).replace(part)
-    here, content = target if is_whole else part, _Content()
+    here, content = target if is_whole else part, _Content(file)
     if here.exists():
         with here.open("rb") as held:
             while chunk := held.read(_CHUNK):
@@ -389,7 +403,7 @@ def _download(
     if not is_whole:
         _complete(place, file, part, content, advance, source, progress)
     digest = content.sha256.hexdigest()
-    if not content.is_of(file):
+    if not content.is_whole():
         here.unlink()
         if place.pinned_bytes:
             raise InputRefused(

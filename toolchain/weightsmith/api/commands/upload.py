@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
@@ -21,11 +20,11 @@ from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.evaluating.pages import model_card, read_as_facts
 from weightsmith.models.folder import check_model_folder, check_no_code, pickles_in, scan
 from weightsmith.models.gguf_config import files_with, model_name
-from weightsmith.oci.image import Image, blob_of
-from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import Layer
 from weightsmith.oci.layout import held_digest, is_layout
-from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.registry import open_location
+from weightsmith.oci.streams import as_tar
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached
@@ -202,7 +201,7 @@ def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
     if image.has_files and ".tar" not in layers[0].media_type:
         _copy_files(layers, root)
     else:
-        unpack(Image(layers=tuple(map(_as_tar, layers)), settings={}), root)
+        unpack(Image(layers=tuple(map(as_tar, layers)), settings={}), root)
     files = [path for path in below(root) if path.is_file()]
     marked = {p.parent for p in files if p.name == "config.json" or p.suffix == ".gguf"}
     if not marked:
@@ -226,14 +225,6 @@ def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
         image=image.digest if VERDICT in image.labels else "",
     )
     return tree, card
-
-
-def _as_tar(layer: Layer) -> Layer:
-    if layer.media_type not in MODEL_LAYERS:
-        return layer
-    kind = LAYER_TAR + layer.media_type.partition(".tar")[2]
-    blob = replace(blob_of(layer), media_type=kind)
-    return BlobLayer(blob=blob, diff_id=layer.diff_id, opener=layer.open)
 
 
 def _copy_files(layers: Sequence[Layer], root: Path) -> None:
