@@ -1,0 +1,112 @@
+"""Objects in S3, by moto's server: versions, checksums, archives."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.ports import Silent
+from weightsmith.outside.object_stores import S3, ObjectRemote
+from weightsmith.outside.remote import RemoteReader
+from weightsmith.outside.store import FileStore
+
+from tests.fakes.s3_server import s3_server
+from tests.fakes.sources import MODEL, archive_of
+
+LAST = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3_server("objects") as variables:
+        yield dict(variables)
+
+
+@pytest.fixture
+def s3(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    return boto3.client("s3")
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> RemoteReader:
+    return RemoteReader(FileStore(tmp_path / "store"), ObjectRemote(S3()))
+
+
+def put(s3: Any, bucket: str, **more: object) -> None:
+    for name, data in MODEL.items():
+        s3.put_object(Bucket=bucket, Key=f"bot/{name}", Body=data, **more)
+
+
+def test_of_a_bucket_with_versions_the_listed_one_is_read(s3: Any) -> None:
+    s3.create_bucket(Bucket="versions")
+    s3.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    put(s3, "versions")
+    place = ObjectRemote(S3()).open("s3://versions/bot", "", "", Silent())
+    s3.put_object(Bucket="versions", Key=f"bot/{LAST}", Body=b"newer")
+
+    (file,) = (one for one in place.files if one.path == LAST)
+    first = next(place.read(file, 0, 100))
+
+    assert first == MODEL[LAST][:100]
+    assert file.version
+    assert ObjectRemote(S3()).open("s3://versions/bot", "", "", Silent()).pin != place.pin
+
+
+def test_an_object_in_parts_has_no_md5(s3: Any, reader: RemoteReader) -> None:
+    """Its ETag is the MD5 of the parts' MD5s, and a dash."""
+    s3.create_bucket(Bucket="parts")
+    put(s3, "parts")
+    key = f"bot/{LAST}"
+    upload = s3.create_multipart_upload(Bucket="parts", Key=key)["UploadId"]
+    part = {"Bucket": "parts", "Key": key, "UploadId": upload}
+    tag = s3.upload_part(**part, PartNumber=1, Body=MODEL[LAST])["ETag"]
+    done = {"Parts": [{"PartNumber": 1, "ETag": tag}]}
+    s3.complete_multipart_upload(**part, MultipartUpload=done)
+
+    listed = ObjectRemote(S3()).open("s3://parts/bot", "", "", Silent()).files
+    files = {file.path: file for file in listed}
+    tree = reader.fetch("s3://parts/bot", "", "", Silent()).tree
+
+    assert files[LAST].md5 == ""
+    assert files["config.json"].md5 == hashlib.md5(MODEL["config.json"]).hexdigest()
+    assert tree.path(LAST).read_bytes() == MODEL[LAST]
+
+
+def test_a_checksum_that_the_store_has_is_a_digest(s3: Any) -> None:
+    s3.create_bucket(Bucket="checksums")
+    put(s3, "checksums", ChecksumAlgorithm="SHA256")
+
+    files = ObjectRemote(S3()).open("s3://checksums/bot", "", "", Silent()).files
+
+    for file in files:
+        assert file.digest is not None
+        assert file.digest.hex == hashlib.sha256(MODEL[file.path]).hexdigest()
+
+
+def test_an_archive_and_its_pin(s3: Any, reader: RemoteReader, tmp_path: Path) -> None:
+    s3.create_bucket(Bucket="archives")
+    s3.put_object(Bucket="archives", Key="models/bot.tar", Body=archive_of(MODEL, "bot/"))
+    source = "s3://archives/models/bot.tar"
+
+    first = reader.fetch(source, "", "", Silent())
+    s3.put_object(Bucket="archives", Key="models/bot.tar", Body=archive_of({**MODEL, "x.md": b""}))
+    other = RemoteReader(FileStore(tmp_path / "another"), ObjectRemote(S3()))
+
+    assert {file.path for file in first.tree.files} == MODEL.keys()
+    with pytest.raises(InputRefused, match="its pin"):
+        other.fetch(source, first.pin.removeprefix(f"{source}@"), "", Silent())
+
+
+def test_an_empty_folder_and_no_bucket(reader: RemoteReader, s3: Any) -> None:
+    s3.create_bucket(Bucket="denied")
+
+    with pytest.raises(InputRefused, match="does not exist"):
+        reader.fetch("s3://denied/bot", "", "", Silent())
+    with pytest.raises(InputRefused, match="does not exist"):
+        reader.fetch("s3://no-such-bucket/bot", "", "", Silent())
