@@ -115,7 +115,7 @@ def plan() -> None:
         files.append(FileEntry(path=path.name, size=path.stat().st_size, digest=digest))
     began, spent = time.perf_counter(), time.process_time()
     tree = Tree(root=folder, files=tuple(files))
-    cut = reshard(tree, 4 * 10**9, lambda key, _: str(Digest.of(key.encode())))
+    cut = reshard(tree, lambda _: 4 * 10**9, lambda key, _: str(Digest.of(key.encode())))
     layers = weight_layers(cut.tree, contents=cut.contents, largest=4 * 10**9)
     total = sum(layer.size for layer in layers)
     told = f"{total / 1e9:.0f} GB in {len(layers)} layers"

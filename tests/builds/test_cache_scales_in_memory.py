@@ -57,7 +57,11 @@ def test_a_16_bit_checkpoint_gets_scales_beside_its_weights(calibrated: Memory) 
         "quantization_status": "compressed", "ignore": [], "kv_cache_scheme": SCHEME,
     }  # fmt: skip
     assert config == json.loads(before["/models/config.json"])
-    assert after["/models/model.safetensors"] == before["/models/model.safetensors"]
+    weights = {name for name in before if name.endswith(".safetensors")}
+    assert len(weights) == 10
+    assert all(after[name] == before[name] for name in weights)
+    index = json.loads(after["/models/model.safetensors.index.json"])["weight_map"]
+    assert index["model.layers.0.self_attn.k_scale"] == "kv-cache-scales.safetensors"
 
 
 @pytest.mark.parametrize(

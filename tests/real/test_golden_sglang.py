@@ -4,14 +4,26 @@ Needs SGLang's code, not what it depends on: a folder that WEIGHTSMITH_SGLANG na
 `pip install --no-deps --target FOLDER sglang==0.5.23 msgspec`.
 """
 
+import ast
+import fnmatch
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors
+import torch
+from safetensors.numpy import save_file
+from tqdm import tqdm
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Digest, FileEntry, Tree
+from weightsmith.models.reshard import reshard
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.unpack import unpack
+from weightsmith.oci.weights import weight_layers
 from weightsmith.serving import sglang
 
 from tests.golden.cases import MACHINES, MODELS, PACKED, RENDERS, TARGETS, rendered
@@ -85,3 +97,46 @@ def test_it_reads_every_golden_config_as_planned(told):
         assert read["max_running_requests"] == plan.max_num_seqs
         assert read["tp_size"] == plan.tensor_parallel_size
         assert (read["host"], read["port"], read["model_path"]) == ("0.0.0.0", 30000, "/models")
+
+
+def test_its_loader_reads_the_files_of_an_image(tmp_path):
+    """Its two functions that choose and read files, which need none of its dependencies."""
+    model, files = tmp_path / "model", []
+    model.mkdir()
+    draw = np.random.default_rng(0)
+    wanted = {
+        f"model.layers.{layer}.{kind}.weight": draw.random((256, 256), np.float32)
+        for layer in range(4)
+        for kind in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    }
+    save_file(wanted, model / "model.safetensors")
+    for path in model.iterdir():
+        digest = Digest.of(path.read_bytes())
+        files.append(FileEntry(path=path.name, size=path.stat().st_size, digest=digest))
+    tree = Tree(root=model, files=tuple(files))
+    split = reshard(tree, lambda _: 600_000, lambda _, make: make(), strict=False)
+    layers = weight_layers(split.tree, contents=split.contents, epoch=0)
+    unpack(assemble(layers, config=ImageConfig(), epoch=0), tmp_path / "root")
+
+    names = ("filter_duplicate_safetensors_files", "safetensors_weights_iterator")
+    source = Path(FOLDER) / "sglang" / "srt" / "model_loader" / "weight_utils.py"
+    module = ast.parse("from __future__ import annotations\n" + source.read_text())
+    module.body = [
+        one
+        for one in module.body
+        if isinstance(one, ast.ImportFrom | ast.FunctionDef)
+        and getattr(one, "name", "") in (*names, "")
+        and getattr(one, "module", "__future__") == "__future__"
+    ]
+    theirs = {"os": os, "json": json, "fnmatch": fnmatch, "torch": torch, "tqdm": tqdm}
+    theirs |= {"safetensors": safetensors, "BAR_FORMAT": None}
+    exec(compile(module, str(source), "exec"), theirs)
+    choose, read = (theirs[name] for name in names)
+
+    folder = tmp_path / "root" / "models"
+    there = [str(path) for path in folder.glob("*.safetensors")]
+    chosen = choose(there, str(folder), "model.safetensors.index.json")
+    found = dict(read(chosen))
+    assert len(chosen) == len(there) > 5
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name].numpy(), wanted[name]) for name in wanted)

@@ -26,7 +26,7 @@ import fsspec
 import numpy as np
 import yaml
 from pydantic import ValidationError
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from weightsmith.api.commands import recipes
 from weightsmith.api.commands.cache import describe_cache, prune_cache
 from weightsmith.api.commands.recipes import recipe_of_image
@@ -52,6 +52,7 @@ from weightsmith.fleets.requests import TaskRequest
 from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
 from weightsmith.models.gguf_import import import_gguf
+from weightsmith.models.reshard import read_pieces, reshard
 from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.models.task import ModelTask
 from weightsmith.oci.attachments import Attachment, AttachmentPart
@@ -105,6 +106,40 @@ def safetensors_file() -> bytes:
 def read_safetensors(data: bytes, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data)
     open_checkpoint(folder)
+
+
+SHARDS = {f"t{n}": f"model-0000{n % 2}.safetensors" for n in range(5)}
+
+
+def changed_shards(random: Random) -> bytes:
+    """Change an index, or the first of two files that it names."""
+    index: Any = {"metadata": {"total_size": 90}, "weight_map": SHARDS}
+    files = {
+        name: save({t: np.zeros((2000, 3), np.float16) for t in SHARDS if SHARDS[t] == name})
+        for name in sorted(set(SHARDS.values()))
+    }
+    if random.random() < 0.7:
+        index = json_changed(random, index)
+    else:
+        first = min(files)
+        files[first] = early(random, files[first], 200)
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    return json.dumps({name: data.hex() for name, data in files.items()}).encode()
+
+
+def cut_shards(data: bytes, folder: Path) -> None:
+    """Cut them as `bake` does; what is cut has each tensor of the files once."""
+    (folder / "secret.safetensors").write_bytes(save({"t0": np.zeros(3, np.float16)}))
+    root = folder / "model"
+    files = {name: bytes.fromhex(text) for name, text in json.loads(data).items()}
+    tree = tree_of(root, files)
+    for strict in (False, True):
+        split = reshard(tree, lambda _: 40_000, lambda _, make: make(), strict=strict)
+        kept = [file.path for file in split.tree.files if file.path not in split.contents]
+        assert set(kept) <= files.keys()
+        read = {name: b"".join(read_pieces(part)) for name, part in split.contents.items()}
+        found = [tensor for name in split.tensors for tensor in load(read[name])]
+        assert len(found) == len(set(found)), "no tensor is in two files"
 
 
 @cache
@@ -791,6 +826,7 @@ ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "s
 
 SUBJECTS: dict[str, tuple[Make, Read]] = {
     "safetensors": (lambda r: early(r, safetensors_file(), 300), read_safetensors),
+    "cut": (changed_shards, cut_shards),
     "gguf": (changed_gguf, read_gguf),
     "tar": (lambda r: bytes_changed(r, layer()), read_layer),
     "config": (changed_config, read_config),

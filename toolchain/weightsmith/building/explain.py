@@ -23,9 +23,11 @@ from weightsmith.evaluating.results import check_contamination
 from weightsmith.forward.memory import LayerTime
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
+from weightsmith.stages.bake import largest_file, layer_limit
 from weightsmith.stages.merge import find
 from weightsmith.stages.resolve import NotHere
 from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.sharing import foreseen_sharing
 from weightsmith.steps.step import AnyStep, Foresight, PlanRow, State
 from weightsmith.steps.tools import Tools
 
@@ -117,6 +119,7 @@ def forecast(
         "serving": {},
         "plan": {},
         "platforms": {},
+        "sharing": {},
         "advice": None,
         "read_bytes": 0,
         "write_bytes": 0,
@@ -127,6 +130,7 @@ def forecast(
         return found
     sources, steps = seen[plan.steps.sources], plan.steps
     named = {one.of.target.name: one for one in steps.targets}
+    limit = largest_file(layer_limit(recipe.image.max_layer_size))
     serving = {name: seen[one.config].to_json() for name, one in named.items()}
     todo = [row for row in rows if not row.cached]
     written = sum(row.write_bytes for row in todo)
@@ -134,6 +138,12 @@ def forecast(
         "serving": serving,
         "plan": serving,  # the same, under the name that `render` uses
         "platforms": {name: seen[one.image] for name, one in named.items()},
+        "sharing": {
+            name: foreseen_sharing(
+                sources, recipe.merge, one.of.target.format, seen[one.weights], limit
+            ).to_json()
+            for name, one in named.items()
+        },
         "advice": _advice(request, sources, tools),
         "read_bytes": sum(row.read_bytes for row in todo),
         "write_bytes": written,
@@ -217,7 +227,7 @@ def advise(
     if changes >= _OFTEN:
         apart.append(
             f"the adapters changed {changes} times within a week: unmerged, an update moves"
-            " megabytes; merged, it moves all weights"
+            " megabytes; merged, it moves every matrix that they change"
         )
     if packed:
         merged.append("a target is quantized: quantizers take one plain checkpoint")

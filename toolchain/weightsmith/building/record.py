@@ -51,6 +51,7 @@ from weightsmith.evaluating.results import (
     verdicts_of,
 )
 from weightsmith.evaluating.speed import Speed
+from weightsmith.models.reshard import WeightBytes
 from weightsmith.oci.image import Image, host_image
 from weightsmith.provenance.attest import index_of_materials, items_of
 from weightsmith.provenance.bills import license_of
@@ -60,6 +61,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.steps.delivery import discard_candidate, network_in_jobs
 from weightsmith.steps.destinations import write_files
+from weightsmith.steps.sharing import sharing
 from weightsmith.steps.stage_result import unrecorded
 from weightsmith.steps.step import AnyStep, Trial
 from weightsmith.steps.tools import Tools
@@ -126,6 +128,14 @@ class Record:
         """The image for this machine; None if there is none yet."""
         made = self.run.have.get(self.target.image) if self.target else None
         return host_image(index_of_materials(made)) if made else None
+
+    @property
+    def sharing(self) -> WeightBytes | None:
+        """How many bytes of its weights other images have too; None if there is no image yet."""
+        if self.target is None or not (made := self.run.have.get(self.target.image)):
+            return None
+        sources, merge = self.run.have[self.steps.sources], self.request.file.recipe.merge
+        return sharing(made[0].split, made[0].inputs.artifact.format, sources, merge)
 
     @property
     def published(self) -> Published | None:
@@ -264,6 +274,7 @@ class Record:
             quality=have.get(target.quality) if target else None,
             plan=config.plan.to_json() if config else None,
             image=served,
+            sharing=self.sharing,
             forms={} if refused else {kind: _image(form) for kind, form in self.forms.items()},
             task=first.task if first else NO_TASK,
             scores=first.scores if first else {},

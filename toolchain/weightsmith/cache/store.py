@@ -21,6 +21,7 @@ from weightsmith.core.errors import CacheLost, UsageError
 from weightsmith.core.files import replace_file
 from weightsmith.core.ports import Make, Store, StoreEntry
 from weightsmith.core.values import Blob, Digest, FileEntry, JsonValue, Stream, Tree, Writable
+from weightsmith.models.safetensors import header_bytes
 from weightsmith.oci import tar
 from weightsmith.oci.layers import Member, TarLayer, verified
 
@@ -215,18 +216,21 @@ class LazyTree(Tree):
         return Stream(open=lambda: self._stream(name))
 
     def header(self, name: str) -> Path:
-        """Return a file with the header of a GGUF file, and a hole instead of its tensors.
+        """Return a file with the header of a weights file, and a hole instead of its tensors.
 
-        A GGUF file whose header nobody could read has only a hole.
+        A GGUF file whose header nobody could read has only a hole. A safetensors file's header is
+        compared with nothing before its tensors are read.
         """
-        if self._whole is not None or not name.endswith(".gguf"):
-            return self.root / name
+        if self._whole is not None or not name.endswith(_WEIGHTS):
+            return self.path(name)
         path = self._scratch() / self._entry.key.hex / "headers" / name
         with self._fetching:
             if path.exists():
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
-            if blob := self._entry.headers.get(name):
+            if name.endswith(".safetensors"):
+                replace_file(path, (header_bytes(self._stream(name)),))
+            elif blob := self._entry.headers.get(name):
                 with self._kept_honest(blob):
                     read = self._shared.read(blob)
                     replace_file(path, verified(read, blob, self._where, _ALTERED, CacheLost))

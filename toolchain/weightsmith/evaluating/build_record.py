@@ -12,6 +12,7 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import FileEntry, Json, JsonValue
 from weightsmith.evaluating.speed import Speed
+from weightsmith.models.reshard import WeightBytes
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.validating.result import Validation
 
@@ -254,6 +255,8 @@ class BuildRecord(JsonObject):
     plan: Mapping[str, Json] | None = None
     """The serving plan, sizes in bytes."""
     image: ImageRecord | None = None
+    sharing: WeightBytes | None = field(default=None, metadata=OMITTED)
+    """How many bytes of its weights other images of the base have too."""
     forms: Mapping[str, ImageRecord] = field(default_factory=dict)
     """What else was published of the same weights, by kind: volume, modelpack, hub and so on."""
     task: TaskRecord = NO_TASK

@@ -1,24 +1,33 @@
-"""Split large safetensors files into smaller ones; read files and pieces, and notice changes.
+"""Cut a checkpoint into files whose tensors change together; read files and pieces of them.
 
 https://huggingface.co/docs/safetensors/index#format
 
+A file becomes a layer, and a registry or a node that has a layer gets it no second time. An adapter
+changes some kinds of matrices, such as `q_proj` and `v_proj`, in all layers of a model. So a file
+has one kind of matrix, in the order of the model's layers, and its name and end depend only on the
+names, types and sizes of the tensors: fine-tunes of one base share all files of the kinds that they
+leave as they are, whichever adapters they had, in every form of the image.
+
 Runtimes download three layers at a time and unpack one while others arrive: where each connection
 has its own rate, 512 MiB take 23 to 28 s in one layer and 9 to 11 in eight; 8 GiB at 100 MB/s take
-118 s in one and 46 in sixteen. Each layer holds tensors of one file, so a changed file changes only
-its own. One size for all would give 70B models hundreds of layers.
+118 s in one and 46 in sixteen. One size for all would give 70B models hundreds of layers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeAlias, TypeVar
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.safe_parse import INDEX as LARGEST_INDEX
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import (
@@ -27,72 +36,175 @@ from weightsmith.core.values import (
     JsonValue,
     Pieces,
     Slice,
+    Stream,
     Tree,
     Writable,
     canonical,
     key_of,
 )
-from weightsmith.models.safetensors import SafetensorsHeader, TensorInfo, read_header
+from weightsmith.models.safetensors import BITS, TensorInfo, build_header, read_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+CACHE_SCALES = "kv-cache-scales.safetensors"
+"""Scales of a cache, measured on the merged model: a file of its own, so that others stay equal."""
 _SPARE = 64 << 10, 4 << 10
 """Bytes reserved in a layer for tar headers and folders: at most, and at least."""
+WORTH_IT = 1 << 20
+"""Bytes of weights from which a checkpoint is cut: below, there would be more headers than data."""
+_SHARE, _LEAST = 1024, 16 << 10
+"""Kinds with less than this share of the weights, or less bytes, are in one file together."""
+_MOST_KINDS = 20
+"""Kinds with files of their own; the others, which are smaller, are together. So a model that is
+split into 32 files for its size has few enough for an image."""
+_TOGETHER = "rest"
+_HASHED_AT_ONCE = 4
 
 _CHUNK = 1 << 20
+
+_PARAMETER = re.compile(r"\.(?:weight|bias|qweight|qzeros|scales|g_idx|input)(?:_\w+)?$")
+"""What a matrix consists of, plain or packed: it changes as a whole."""
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_MISREAD = re.compile(r"adapter|args|arguments|training|optimizer|consolidated", re.IGNORECASE)
+"""Words in a file's name that make loaders leave it out: TGI's `_weight_files_from_dir` does."""
 
 Memo = Callable[[str, Callable[[], str]], str]
 
 
+class Tensor(Protocol):
+    """What decides a tensor's place."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors dtype."""
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+
+
+T = TypeVar("T", bound=Tensor)
+
+
 @dataclass(frozen=True, slots=True)
 class Resharded:
-    """A tree with split files, and the content of the new files."""
+    """A tree with other weights files, and the content of these."""
 
     tree: Tree
-    contents: Mapping[str, Pieces]
+    contents: Mapping[str, Pieces | Stream]
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the tensors of each file that was cut."""
 
 
-def reshard(tree: Tree, largest: int, memo: Memo, *, strict: bool = True) -> Resharded:
-    """Return the tree with all safetensors files at most `largest` bytes and a new index.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBytes(JsonObject):
+    """How many bytes of an image's weights are in files that other images have too."""
 
-    Tensors keep their bytes and order; files that fit are unchanged. What cannot be split (a
-    single tensor, another format, an adapter) stays larger, or with `strict` raises UsageError.
+    shared_bytes: int
+    """In files that every image of this base and format has, whichever adapters were merged."""
+    own_bytes: int
+    """In files with tensors that depend on the adapters, or were added by them."""
+
+
+def reshard(
+    tree: Tree, largest: Callable[[int], int], memo: Memo, *, strict: bool = True
+) -> Resharded:
+    """Return the tree with its model's weights in the files of `cut`, and a new index.
+
+    Tensors keep their bytes. `largest` gets the bytes of the model's layers and returns the limit
+    of a file with its layer. What cannot be cut (a single tensor, another format, an adapter) stays
+    larger, or with `strict` raises UsageError. Less than 1 MiB stays as it is if it fits.
     """
-    large = [file for file in tree.files if file.size > largest - _spare(largest)]
-    if not large:
-        return Resharded(tree, {})
-    weights, metadata = _index(tree)
-    listed = set(weights.values())
-    whole = [file.path for file in large if file.path not in listed]
-    if whole and strict:
+    try:
+        weights, metadata = _index(tree)
+        found = _tensors(tree, weights)
+    except InputRefused:
+        if strict:
+            raise
+        return Resharded(tree, {})  # whoever gave it was told
+    limit = largest(repeated_bytes(tensor for _, tensor in found.values()))
+    listed = set(weights.values()) - {CACHE_SCALES}
+    large = {file.path for file in tree.files if file.size > limit - _spare(limit)}
+    if strict and (whole := sorted(large - listed)):
         raise UsageError(
             f"{whole[0]} is larger than the maximum layer size",
             hint="split GGUF files with `invoke quantize --split-max-size`"
             if whole[0].endswith(".gguf")
             else "choose a larger --max-layer-size",
         )
-    contents: dict[str, Pieces] = {}
-    gone: dict[str, Digest] = {}
-    for file in large:
-        if file.path not in listed:
-            continue
-        header = read_header(tree.path(file.path))
-        groups = _groups(header, largest, strict)
-        if len(groups) < 2:  # one tensor that is too large for any file
-            continue
-        gone[file.path] = file.digest
-        for number, group in enumerate(groups, 1):
-            stem, count = file.path.removesuffix(".safetensors"), len(groups)
-            name = f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-            contents[name] = _shard(header, group)
-            weights |= {tensor.name: name for tensor in group}
-    if not gone:
+    total = sum(tensor.size for _, tensor in found.values())
+    if not found or (total < WORTH_IT and not large & listed):
         return Resharded(tree, {})
-    contents[INDEX] = (canonical({"metadata": metadata, "weight_map": weights}),)
-    kept = [file for file in tree.files if file.path not in gone and file.path != INDEX]
-    made = [_entry(name, pieces, gone, memo, tree.root) for name, pieces in contents.items()]
-    files = sorted([*kept, *made], key=lambda file: file.path)
-    return Resharded(replace(tree, files=tuple(files)), contents)
+    weights = {tensor: name for tensor, name in weights.items() if name not in listed}
+    parts: dict[str, _Parts] = {}
+    tensors: dict[str, tuple[str, ...]] = {}
+    for name, group in cut([tensor for _, tensor in found.values()], limit, strict=strict).items():
+        parts[name] = _parts_of([found[tensor.name] for tensor in group])
+        tensors[name] = tuple(tensor.name for tensor in group)
+        weights |= dict.fromkeys(tensors[name], name)
+    parts[INDEX] = (canonical({"metadata": metadata, "weight_map": weights}),)
+    contents = {name: _content(tree, some) for name, some in parts.items()}
+    digests = {file.path: file.digest for file in tree.files if file.path in listed}
+
+    def entry(name: str) -> FileEntry:
+        data: list[Writable] = [
+            Digest.of(part) if isinstance(part, bytes) else [digests[part[0]], *part[1:]]
+            for part in parts[name]
+        ]
+        digest = memo(key_of(["pieces", data]), lambda: _hashed(contents[name]))
+        size = sum(len(part) if isinstance(part, bytes) else part[2] for part in parts[name])
+        return FileEntry(path=name, size=size, digest=Digest(digest))
+
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        made = list(pool.map(entry, parts))
+    kept = [file for file in tree.files if file.path not in listed | parts.keys()]
+    files = tuple(sorted([*kept, *made], key=lambda file: file.path))
+    return Resharded(_CutTree(files, tree), contents, tensors)
+
+
+def cut(tensors: Iterable[T], limit: int, *, strict: bool = False) -> dict[str, list[T]]:
+    """Return the files for tensors, by name, each with its tensors in order.
+
+    `limit` is that of a file with its layer, in bytes. With `strict`, raises UsageError for a
+    tensor that is larger; without, it is alone in its file.
+    """
+    kinds: dict[str, list[T]] = {}
+    for tensor in sorted(tensors, key=lambda one: _natural(one.name)):
+        kinds.setdefault(_kind(tensor.name), []).append(tensor)
+    sizes = {kind: sum(tensor.size for tensor in group) for kind, group in kinds.items()}
+    # What has no layer's number may be added by an adapter: it must not move the others.
+    least = max(_LEAST, repeated_bytes(t for group in kinds.values() for t in group) // _SHARE)
+    ranked = sorted(sizes, key=lambda kind: (-sizes[kind], kind))
+    apart = {kind for kind in ranked[:_MOST_KINDS] if sizes[kind] >= least}
+    groups = {label: kinds[kind] for kind, label in _labels(apart).items()}
+    if rest := [tensor for kind, group in kinds.items() if kind not in apart for tensor in group]:
+        groups[_TOGETHER] = rest
+    return {
+        f"model-{label}-{number:03}.safetensors": sorted(part, key=lambda one: -BITS[one.dtype])
+        for label, group in groups.items()
+        for number, part in enumerate(_parts(group, limit, strict=strict), 1)
+    }
+
+
+def module_of(name: str) -> str:
+    """Return the module of a tensor, or the tensor itself if it is not a part of a matrix."""
+    return _PARAMETER.sub("", name)
+
+
+def repeated_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of all tensors that have a layer's number in their names; else of all."""
+    every = list(tensors)
+    numbered = sum(one.size for one in every if is_numbered(one.name))
+    return numbered or sum(one.size for one in every)
+
+
+def is_numbered(name: str) -> bool:
+    """Return whether a name has a layer's number."""
+    return any(part.isdecimal() for part in name.split("."))
 
 
 def read_pieces(pieces: Pieces) -> Iterator[bytes]:
@@ -109,24 +221,50 @@ def size_of(pieces: Pieces) -> int:
     return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)
 
 
-def _groups(header: SafetensorsHeader, largest: int, strict: bool) -> list[list[TensorInfo]]:
-    table = 8 + sum(len(t.name) + 256 for t in header.tensors)
-    room = largest - _spare(largest) - min(table, largest // 2)
-    groups: list[list[TensorInfo]] = [[]]
+def _kind(name: str) -> str:
+    """Return what a module has in common with the same one of other layers and experts."""
+    parts = module_of(name).split(".")
+    return ".".join("N" if part.isdecimal() else part for part in parts)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [(1, int(p), p) if p.isdecimal() else (0, 0, p) for p in name.split(".")]
+
+
+def _labels(kinds: Iterable[str]) -> dict[str, str]:
+    """Return a part of a file's name for each kind: itself, or its digest if it is none."""
+    plain = {kind: kind.replace(".N.", ".").removeprefix("model.") for kind in kinds}
+    often = Counter(label.lower() for label in plain.values())
+    return {
+        kind: label
+        if _PLAIN.fullmatch(label)
+        and not _MISREAD.search(label)
+        and often[label.lower()] == 1
+        and label != _TOGETHER
+        else key_of(["kind", kind]).hex[:16]
+        for kind, label in plain.items()
+    }
+
+
+def _parts(group: list[T], limit: int, *, strict: bool) -> list[list[T]]:
+    table = 8 + sum(len(tensor.name) + 256 for tensor in group)
+    room = limit - _spare(limit) - min(table, limit // 2)
+    parts: list[list[T]] = [[]]
     used = 0
-    for tensor in header.tensors:
+    for tensor in group:
         if tensor.size > room and strict:
             raise UsageError(
-                f"{header.path.name}: tensor {tensor.name} alone has {tensor.size} bytes, and"
-                f" beside its headers a layer of {largest} bytes has room for {max(room, 0)}",
+                f"tensor {tensor.name} alone has {tensor.size} bytes, and beside its headers a"
+                f" layer of {limit} bytes has room for {max(room, 0)}",
                 hint="choose a larger --max-layer-size",
             )
-        if groups[-1] and used + tensor.size > room:
-            groups.append([])
+        if parts[-1] and used + tensor.size > room:
+            parts.append([])
             used = 0
-        groups[-1].append(tensor)
+        parts[-1].append(tensor)
         used += tensor.size
-    return groups
+    return parts
 
 
 def _spare(largest: int) -> int:
@@ -134,22 +272,93 @@ def _spare(largest: int) -> int:
     return max(least, min(most, largest // 16))
 
 
-def _shard(header: SafetensorsHeader, group: list[TensorInfo]) -> Pieces:
-    start = group[0].start
-    table: dict[str, JsonValue] = {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.start - start, tensor.end - start],
-        }
-        for tensor in group
-    }
-    if header.metadata:
-        table["__metadata__"] = dict(header.metadata)
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    body = Slice(path=header.path, offset=start, size=group[-1].end - start)
-    return (len(text).to_bytes(8, "little") + text, body)
+_Parts: TypeAlias = tuple[bytes | tuple[str, int, int], ...]
+"""A file's bytes: given, or by name, offset and size in the files that there are."""
+
+
+def _parts_of(group: list[tuple[str, TensorInfo]]) -> _Parts:
+    tensors = [(tensor.name, tensor.dtype, tensor.shape) for _, tensor in group]
+    parts: list[bytes | tuple[str, int, int]] = [build_header(tensors, {"format": "pt"})]
+    for name, tensor in group:
+        last = parts[-1]
+        if isinstance(last, tuple) and (last[0], last[1] + last[2]) == (name, tensor.start):
+            parts[-1] = (name, last[1], last[2] + tensor.size)
+        elif tensor.size:
+            parts.append((name, tensor.start, tensor.size))
+    return tuple(parts)
+
+
+def _content(tree: Tree, parts: _Parts) -> Pieces | Stream:
+    """Return where a file's bytes come from; what is on another machine is fetched when read."""
+
+    def pieces() -> Pieces:
+        return tuple(
+            part
+            if isinstance(part, bytes)
+            else Slice(path=tree.path(part[0]), offset=part[1], size=part[2])
+            for part in parts
+        )
+
+    names = {part[0] for part in parts if not isinstance(part, bytes)}
+    if any(isinstance(tree.source(name), Stream) for name in names):
+        return Stream(open=lambda: read_pieces(pieces()))
+    return pieces()
+
+
+def _hashed(content: Pieces | Stream) -> str:
+    state = hashlib.sha256()
+    for chunk in content.open() if isinstance(content, Stream) else read_pieces(content):
+        state.update(chunk)
+    return f"sha256:{state.hexdigest()}"
+
+
+class _CutTree(Tree):
+    """Other files of a tree; those that were not cut are where they were."""
+
+    __slots__ = ("_whole",)
+    _whole: Tree
+
+    def __init__(self, files: tuple[FileEntry, ...], whole: Tree) -> None:
+        object.__setattr__(self, "_whole", whole)
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "places", whole.places)
+
+    def __repr__(self) -> str:
+        return f"_CutTree({len(self.files)} files)"
+
+    @property
+    def root(self) -> Path:
+        return self._whole.root
+
+    @property
+    def texts(self) -> Path:
+        return self._whole.texts
+
+    def path(self, name: str) -> Path:
+        return self._whole.path(name)
+
+    def source(self, name: str) -> Path | Stream:
+        return self._whole.source(name)
+
+    def header(self, name: str) -> Path:
+        return self._whole.header(name)
+
+    def mode(self, name: str) -> int:
+        return self._whole.mode(name)
+
+
+def _tensors(tree: Tree, weights: Mapping[str, str]) -> dict[str, tuple[str, TensorInfo]]:
+    """Return each tensor with its file; of one that two files have, that which the index names."""
+    found: dict[str, tuple[str, TensorInfo]] = {}
+    for name in sorted(set(weights.values()) - {CACHE_SCALES}):
+        if not tree.has(name):
+            raise InputRefused(
+                f"{INDEX} names {name}, which is not there", hint="download the model again"
+            )
+        for tensor in read_header(tree.header(name)).tensors:
+            if weights.get(tensor.name, name) == name:
+                found[tensor.name] = name, tensor
+    return found
 
 
 def _index(tree: Tree) -> tuple[dict[str, str], Mapping[str, JsonValue]]:
@@ -163,30 +372,11 @@ def _index(tree: Tree) -> tuple[dict[str, str], Mapping[str, JsonValue]]:
             )
         return dict(places), data.get("metadata") or {}
     names = [f.path for f in tree.files if f.path.endswith(".safetensors") and "/" not in f.path]
-    if _SINGLE in names:  # without an index, loaders read no other
-        names = [_SINGLE]
-    headers = [read_header(tree.path(name)) for name in names]
-    total = sum(tensor.size for header in headers for tensor in header.tensors)
-    weights = {t.name: header.path.name for header in headers for t in header.tensors}
-    return weights, {"total_size": total}
-
-
-def _entry(
-    name: str, pieces: Pieces, sources: Mapping[str, Digest], memo: Memo, root: Path
-) -> FileEntry:
-    def hashed() -> str:
-        state = hashlib.sha256()
-        for chunk in read_pieces(pieces):
-            state.update(chunk)
-        return f"sha256:{state.hexdigest()}"
-
-    data: list[Writable] = [
-        Digest.of(p) if isinstance(p, bytes)
-        else [sources[p.path.relative_to(root).as_posix()], p.offset, p.size]
-        for p in pieces
-    ]  # fmt: skip
-    digest = Digest(memo(key_of(["pieces", data]), hashed))
-    return FileEntry(path=name, size=size_of(pieces), digest=digest)
+    if _SINGLE in names:  # without an index, transformers reads no other, and vLLM every one
+        names = [name for name in names if name in (_SINGLE, CACHE_SCALES)]
+    found = [(name, t) for name in names for t in read_header(tree.header(name)).tensors]
+    weights = {tensor.name: name for name, tensor in found}
+    return weights, {"total_size": sum(tensor.size for _, tensor in found)}
 
 
 def read_file(source: Path, size: int) -> Iterator[bytes]:

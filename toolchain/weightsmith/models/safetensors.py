@@ -122,6 +122,17 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(path=path, tensors=tuple(infos), metadata=metadata, file_size=size)
 
 
+def header_bytes(chunks: Iterable[bytes]) -> bytes:
+    """Return what a file begins with, up to its tensors or the end; reads no more than that."""
+    found = b""
+    for chunk in chunks:
+        found += chunk
+        end = 8 + int.from_bytes(found[:8], "little")
+        if len(found) >= min(end, MAX_HEADER_BYTES + 8):
+            return found[:end]
+    return found
+
+
 def open_checkpoint(root: Path) -> CheckpointIndex:
     """Return the index of `model.safetensors`, or of the shards in `model.safetensors.index.json`.
 

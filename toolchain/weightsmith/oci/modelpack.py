@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Digest, FileEntry, JsonValue, Pieces, Tree, canonical
+from weightsmith.core.values import (
+    Digest,
+    FileEntry,
+    JsonValue,
+    Pieces,
+    Stream,
+    Tree,
+    canonical,
+)
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import FILE_PATH, TITLE, FileLayer, FileSource, NamedLayer, TarLayer
 from weightsmith.oci.manifests import DOCKER_MANIFEST, MODEL_LAYER, MODEL_MANIFEST, OLLAMA_LAYER
@@ -86,11 +94,11 @@ def model_pack(
     tree: Tree,
     description: ModelDescription,
     annotations: Mapping[str, str],
-    contents: Mapping[str, Pieces] | None = None,
+    contents: Mapping[str, Pieces | Stream] | None = None,
 ) -> Image:
     """Return a model's files as an artifact; nothing in it depends on time, owner or machine.
 
-    `contents` are files that are in memory, not on disk.
+    `contents` are files that are not on disk as such.
     """
     ready = contents or {}
     return Image(
@@ -165,7 +173,7 @@ def ollama_model(
     context: int = 0,
     licenses: Sequence[str] = (),
     labels: Mapping[str, str],
-    contents: Mapping[str, Pieces] | None = None,
+    contents: Mapping[str, Pieces | Stream] | None = None,
 ) -> Image:
     """Return a model in Ollama's form; nothing in it depends on time, owner or machine.
 

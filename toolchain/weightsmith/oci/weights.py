@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from weightsmith.core.values import Pieces, Tree
+from weightsmith.core.values import Pieces, Stream, Tree
 from weightsmith.oci import tar
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.layers import Member, Memo, TarLayer
@@ -64,17 +64,21 @@ def weight_layers(
     own_layer: int = OWN_LAYER,
     most: int = _MOST_LAYERS,
     largest: int = 0,
-    contents: Mapping[str, Pieces] | None = None,
+    contents: Mapping[str, Pieces | Stream] | None = None,
+    order: Mapping[str, int] | None = None,
 ) -> tuple[TarLayer, ...]:
     """Return the tree as layers: each weights file alone, small other files together, sorted.
 
+    Files with a higher number in `order` are above others: a node that has a similar image keeps
+    the layers up to the first that differs (Docker), or what it unpacked of them (containerd).
+
     Modes on disk are ignored: all files become 0644. Files that share a layer have at most
-    `largest` bytes together, if given. `contents` are files that are in memory, not on disk.
+    `largest` bytes together, if given. `contents` are files that are not on disk as such.
     """
     when = tar.source_date_epoch() if epoch is None else epoch
     large: list[Member] = []
     small: list[Member] = []
-    for entry in sorted(tree.files, key=lambda entry: entry.path):
+    for entry in sorted(tree.files, key=lambda one: ((order or {}).get(one.path, 0), one.path)):
         path = f"{prefix.rstrip('/')}/{entry.path}"
         pieces = (contents or {}).get(entry.path)
         source = tree.source(entry.path) if pieces is None else pieces

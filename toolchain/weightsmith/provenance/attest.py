@@ -127,7 +127,7 @@ class ImageInputs:
     """All labels that do not follow from the other inputs."""
     order: Order = "engine-first"
     largest_layer: int | None = 0
-    """Bytes; larger safetensors files are split. 0: no limit. None: by the model's size."""
+    """Bytes. 0: files stay as they are. None: by the model's size."""
     layers_below: int = 0
     """Layers of the base of the image whose layers this kind shares."""
     context: int = 0
@@ -152,7 +152,7 @@ class ImageMaterials:
 
     inputs: ImageInputs
     split: Resharded
-    """The artifact's files in the image: large ones may be split."""
+    """The artifact's files in the image, where safetensors files are cut by kind of matrix."""
     base: Image | None
     image: Image
     results: tuple[Result, ...] = ()

@@ -108,6 +108,11 @@ class Quantizer:
     computed: bool = False
     """Whether it reads a few rows at a time, so that they may be computed from base and adapters.
     """
+    data_free: bool = False
+    """Whether a matrix's bytes depend on its own weights alone, or with `fused_scales`, on those of
+    the matrices that engines fuse with it, too."""
+    fused_scales: Callable[[Format], bool] = lambda _format: False
+    """(format) -> whether matrices that engines fuse have a scale in common."""
     streams: bool = False
     """Whether it needs memory for a few rows only, however large the model is."""
     by_layer: bool = False

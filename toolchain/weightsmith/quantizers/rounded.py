@@ -259,5 +259,7 @@ QUANTIZER = Quantizer(
     check_options=checkpoints.check_kept,
     view=view_of,
     computed=True,
+    data_free=True,
+    fused_scales=lambda format_: SCHEMES[format_.name].fused_scale,
     streams=True,
 )

@@ -550,8 +550,9 @@ class ImageNames(Section):
     max_layer_size: str = Field(
         "auto",
         pattern=rf"^(auto|none)$|{SIZE}",
-        description="Largest layer, such as `10GB`; larger safetensors files are split. `auto`: "
-        "about 0.5 GB, which nodes pull fastest; `none`: each file stays whole.",
+        description="Largest layer, such as `10GB`. Safetensors files are cut by kind of matrix, "
+        "so that images of one base share layers. `auto`: about 0.5 GB, which nodes pull fastest; "
+        "`none`: each file stays as it is.",
     )
 
 

@@ -5,21 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from operator import attrgetter
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Store
 from weightsmith.core.resources import engine_source
+from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.thin import MANIFEST
-from weightsmith.core.values import LORA, SAFETENSORS, Artifact, Checkpoint, Digest, Sources, Tree
+from weightsmith.core.values import (
+    LORA,
+    SAFETENSORS,
+    Artifact,
+    Checkpoint,
+    Digest,
+    Sources,
+    StageInputs,
+    Stream,
+    Tree,
+)
 from weightsmith.evaluating.results import Result, of_adapter, recipe_of_adapter, verdict_of
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_config import gguf_models, projector_of
-from weightsmith.models.reshard import Resharded, reshard
+from weightsmith.models.reshard import Memo, Resharded, is_numbered, reshard
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig, host_image
 from weightsmith.oci.layers import Member, TarLayer
@@ -74,7 +87,8 @@ from weightsmith.steps.bases import (
     public_base,
 )
 from weightsmith.steps.delivery import network_in_jobs
-from weightsmith.steps.destinations import layers_in
+from weightsmith.steps.destinations import InStore, layers_in
+from weightsmith.steps.sharing import own_files
 from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
@@ -98,6 +112,10 @@ _PLAIN_BITS = 16
 _LICENSE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(txt|md))?")
 _LARGEST_LICENSE = 1 << 20
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_HASHED_AT_ONCE = 4
+_DIGESTS = "digests.json"
+_IN_LAYERS, _ATTENTION, _OWN = 1, 2, 3
+"""Weights files from the bottom, above tables."""
 _FILES = ("modelpack", "modelpack-tar", "ollama", ADAPTER)
 """Kinds that hold files for a model runner."""
 
@@ -127,17 +145,58 @@ def bake(
     """
     timer = Timer("bake", name, tools)
     inputs = prepare()
-    split = _split(inputs, tools.store)
+    digests = _Digests(inputs, tools.store)
+    split = _cut(inputs, digests.memo)
     below: list[tuple[Image | None, str]] = [(base, base.platform) for base in inputs.bases]
     if not below:  # what holds no image is for all platforms at once
         wanted = () if inputs.kind in _FILES else inputs.platforms
         below = [(None, platform) for platform in sorted(set(wanted)) or [DEFAULT_PLATFORM]]
-    made = tuple(_made(inputs, split, base, each, results, tools.store) for base, each in below)
+    made = tuple(_made(inputs, split, base, each, results, digests.memo) for base, each in below)
     layers = host_image(index_of_materials(made)).layers
+    if split.contents:
+        digests.keep()
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(sizes, Reference.parse(name).registry)
     return timer.done(made, cached=[layer.digest for layer in layers] == list(earlier))
+
+
+def _cut(inputs: ImageInputs, memo: Memo) -> Resharded:
+    """Return the artifact's files as they lie in the image."""
+    tree, limit = inputs.artifact.tree, largest_file(inputs.largest_layer)
+    if inputs.thin or inputs.kind == ADAPTER or limit is None:
+        return Resharded(tree, {})
+    # `auto` splits where it can and refuses nothing.
+    return reshard(tree, limit, memo, strict=inputs.largest_layer is not None)
+
+
+class _Digests:
+    """A memo of what is cut, which a shared cache has too.
+
+    So a machine learns the digests of layers without the weights, and pushes an image of layers
+    that the registry has. Those of weights that are here are not taken from elsewhere.
+    """
+
+    def __init__(self, inputs: ImageInputs, store: Store) -> None:
+        tree = inputs.artifact.tree
+        facts = {"artifact": tree.digest, "largest_layer": inputs.largest_layer}
+        self._inputs = StageInputs(stage="cut", recipe_number=1, inputs=facts)
+        self._memo, self._to = store.memo, InStore(store)
+        self._known: dict[str, str] = {}
+        far = any(isinstance(tree.source(file.path), Stream) for file in tree.files)
+        if far and (found := self._to.find(lambda: self._inputs)):
+            with suppress(OSError, ValueError, TypeError, AttributeError):  # it is untrusted
+                known = parse_file(found.path(_DIGESTS))
+                self._known = {key: Digest(text) for key, text in known.items()}
+
+    def memo(self, key: str, make: Callable[[], str]) -> str:
+        """Return the digest cached under a key; make and cache it if there is none."""
+        self._known[key] = text = self._known.get(key) or self._memo(key, make)
+        return text
+
+    def keep(self) -> None:
+        """Store them."""
+        self._to.document(lambda: self._inputs, _DIGESTS, lambda _: dict(self._known))
 
 
 def layer_limit(text: str) -> int | None:
@@ -150,14 +209,11 @@ def layer_limit(text: str) -> int | None:
     return parse_size(text) if text not in ("none", "") else 0
 
 
-def _split(inputs: ImageInputs, store: Store) -> Resharded:
-    """Return the artifact's files as they lie in the image."""
-    tree, largest = inputs.artifact.tree, inputs.largest_layer
-    if inputs.thin or inputs.kind == ADAPTER or largest == 0:
-        return Resharded(tree, {})
-    if largest is None:  # `auto` splits where it can and refuses nothing
-        return reshard(tree, fastest_layer(tree.weight_bytes), store.memo, strict=False)
-    return reshard(tree, largest, store.memo)
+def largest_file(limit: int | None) -> Callable[[int], int] | None:
+    """Return what `reshard` gets for a result of `layer_limit`; None if files stay whole."""
+    if limit is None:
+        return fastest_layer
+    return (lambda _: limit) if limit else None
 
 
 def _made(
@@ -166,17 +222,17 @@ def _made(
     base: Image | None,
     platform: str,
     results: tuple[Result, ...],
-    store: Store,
+    memo: Memo,
     started: str = "",
 ) -> ImageMaterials:
     """Return one platform's image with its materials; the labels of others name the `started`."""
     if inputs.kind in _FILES:
-        image = _files(inputs, split, results, store)
+        image = _files(inputs, split, results, memo)
         return ImageMaterials(inputs=inputs, split=split, base=None, image=image, results=results)
     config, model_dir = inputs.config, inputs.engine.model_dir
     stand_in = started if base and base.platform != started else ""
     first = base if inputs.order == "weights-first" and not inputs.thin else None
-    if first and (found := first_collision(first, [model_dir.strip("/")], store.memo)):
+    if first and (found := first_collision(first, [model_dir.strip("/")], memo)):
         raise InputRefused(
             f"the base {inputs.base_name or 'image'} has /{found}, which would hide weights "
             "below it",
@@ -184,7 +240,7 @@ def _made(
         )
     thin = inputs.thin
     below = len(base.layers) if base else 0
-    weights = thin.weights if thin else _weights(inputs, split, below, store)
+    weights = thin.weights if thin else _weights(inputs, split, below, memo)
     labels = {
         ARTIFACT: split.tree.digest,
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
@@ -222,21 +278,38 @@ def _made(
 
 
 def _weights(
-    inputs: ImageInputs, split: Resharded, layers_below: int, store: Store
+    inputs: ImageInputs, split: Resharded, layers_below: int, memo: Memo
 ) -> tuple[TarLayer, ...]:
-    return weight_layers(
+    layers = weight_layers(
         split.tree,
         inputs.engine.model_dir,
-        memo=store.memo,
+        memo=memo,
         most=max_weight_layers(layers_below),
         largest=LARGEST_ANYWHERE if inputs.largest_layer is None else inputs.largest_layer,
         contents=split.contents,
+        order=_order(inputs, split),
     )
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        list(pool.map(attrgetter("digest"), layers))  # which the layers remember
+    return layers
 
 
-def _files(
-    inputs: ImageInputs, split: Resharded, results: tuple[Result, ...], store: Store
-) -> Image:
+def _order(inputs: ImageInputs, split: Resharded) -> Mapping[str, int]:
+    """Return the order of weights files: what fewer adapters change is further below.
+
+    Above all is what these adapters change, then attention, which some change alone.
+    """
+    own: frozenset[str] = frozenset()
+    if inputs.sources and inputs.recipe:
+        own = own_files(split, inputs.artifact.format, inputs.sources, inputs.recipe.merge)
+    found = dict.fromkeys(own, _OWN)
+    for path, (name, *_) in split.tensors.items():
+        if path not in own and is_numbered(name):
+            found[path] = _ATTENTION if "att" in name else _IN_LAYERS
+    return found
+
+
+def _files(inputs: ImageInputs, split: Resharded, results: tuple[Result, ...], memo: Memo) -> Image:
     """Return the model's files in the form of a model runner, with the labels as annotations."""
     labels = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
     if inputs.kind == "ollama":
@@ -261,7 +334,7 @@ def _files(
     )
     if inputs.kind == "modelpack":
         return model_pack(split.tree, description, labels, split.contents)
-    return tar_model_pack(_weights(inputs, split, inputs.layers_below, store), description, labels)
+    return tar_model_pack(_weights(inputs, split, inputs.layers_below, memo), description, labels)
 
 
 def _adapter(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]) -> Image:
@@ -416,7 +489,9 @@ class LabelStep(UnforeseenStep[Images]):
         results, started = have[self.trial].results, have[self.trial].started
         return unrecorded(
             tuple(
-                _made(i.inputs, i.split, i.base, i.image.platform, results, tools.store, started)
+                _made(
+                    i.inputs, i.split, i.base, i.image.platform, results, tools.store.memo, started
+                )
                 for i in have[self.image]
             )
         )
@@ -573,7 +648,7 @@ class ThinStep(FormStep):
     ) -> tuple[tuple[TarLayer, ...], Digest]:
         """Return the base's layers as an image of the base alone has them, and their files'."""
         tree = sources.base.tree
-        plain = replace(image, artifact=Artifact(format=SAFETENSORS, tree=tree))
+        plain = replace(image, artifact=Artifact(format=SAFETENSORS, tree=tree), sources=None)
         below = max((len(base.layers) for base in image.bases), default=0)
-        split = _split(plain, store)
-        return _weights(plain, split, below, store), split.tree.digest
+        split = _cut(plain, store.memo)
+        return _weights(plain, split, below, store.memo), split.tree.digest

@@ -34,6 +34,7 @@ from weightsmith.core.values import (
     canonical,
 )
 from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.reshard import CACHE_SCALES
 from weightsmith.models.safetensors import build_header
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.quantizers.calibration import Texts, texts_of
@@ -56,7 +57,6 @@ from weightsmith.steps.step import (
 from weightsmith.steps.tools import Tools
 
 BUILDER = "merge"
-FILE = "kv-cache-scales.safetensors"
 """The scales lie beside the weights, whose files and layers do not change."""
 
 _INDEX = "model.safetensors.index.json"
@@ -181,12 +181,12 @@ def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mappi
     }
     header = build_header(((name, "F32", (1,)) for name in sorted(named)), {"format": "pt"})
     data = np.array([named[name] for name in sorted(named)], "<f4").tobytes()
-    (folder / FILE).write_bytes(header + data)
+    (folder / CACHE_SCALES).write_bytes(header + data)
     config = read_json(folder / "config.json")
     _write_json(folder / "config.json", with_cache_scheme(config))
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX)
-        index["weight_map"] = {**index["weight_map"], **dict.fromkeys(named, FILE)}
+        index["weight_map"] = {**index["weight_map"], **dict.fromkeys(named, CACHE_SCALES)}
         about = index.get("metadata") or {}
         total = about.get("total_size", 0) + len(data)
         index["metadata"] = {**about, "total_size": total}
@@ -310,6 +310,6 @@ class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
 
     def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:
         """Return what the scales depended on."""
-        if not have[self].tree.has(FILE):
+        if not have[self].tree.has(CACHE_SCALES):
             return None
         return inputs(have[self.checkpoint].digest, texts_of(self.file))

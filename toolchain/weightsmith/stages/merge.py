@@ -28,13 +28,7 @@ from weightsmith.core.values import (
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.base import refuse, simulates
 from weightsmith.merging.combining.combination import SUMS, Combination
-from weightsmith.merging.plan import (
-    BLOCK_BYTES,
-    START_BYTES,
-    can_be_virtual,
-    estimate,
-    make_plan,
-)
+from weightsmith.merging.plan import BLOCK_BYTES, START_BYTES
 from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
@@ -43,6 +37,7 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import parameters
 from weightsmith.steps.destinations import Destination, InFolder, InStore
+from weightsmith.steps.sharing import merge_inputs, planned
 from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
@@ -113,32 +108,23 @@ def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[st
 
     The keys are `read_bytes`, `write_bytes` and `peak_memory_bytes`. Raises InputRefused.
     """
-    cost, virtual = _cost(*_planned_of(sources, options))
+    cost, virtual = _cost(*merge_inputs(sources, options))
     return {**cost, "write_bytes": 0} if virtual and not files else cost
-
-
-def _planned_of(
-    sources: Sources, options: Merge
-) -> tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]:
-    adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
-    digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
-    return sources.base.tree.root, adapters, digests, options
 
 
 @lru_cache(maxsize=100_000)
 def _cost(
     base: Path,
     adapters: tuple[tuple[Path, float], ...],
-    _digests: tuple[Digest, ...],
+    digests: tuple[Digest, ...],
     options: Merge,
 ) -> tuple[Mapping[str, int], bool]:
     """Return a plan's cost, and whether it can be virtual, of files with these digests.
 
-    A build asks more than once, and a fleet first for all cells. The plan itself is not kept: it
-    may have 90,000 tensors.
+    A build asks more than once, and a fleet first for all cells.
     """
-    plan = make_plan(base, adapters, options)
-    return estimate(plan), can_be_virtual(plan)
+    found = planned(base, adapters, digests, options)
+    return found.cost, found.virtual
 
 
 def merge(
@@ -154,7 +140,7 @@ def merge(
     if not sources.adapters and not isinstance(to, InFolder):
         return timer.done(Checkpoint(tree=sources.base.tree), cached=True)
     there = to.find(lambda: inputs(sources, options))
-    headers_only = not files and not there and _cost(*_planned_of(sources, options))[1]
+    headers_only = not files and not there and _cost(*merge_inputs(sources, options))[1]
     made = to.files(
         lambda: inputs(sources, options, headers_only=headers_only),
         lambda folder: _run(folder, sources, options, tools, headers_only=headers_only),

@@ -43,6 +43,10 @@ def table(result: Mapping[str, Json]) -> str:
     console.print(rows)
     for name, plan in result["serving"].items():
         console.print(Text(summary(name, ServingPlan.from_json(plan))), soft_wrap=True)
+    for name, sharing in result["sharing"].items():
+        shared, own = (human(sharing[f"{what}_bytes"]) for what in ("shared", "own"))
+        said = f"{name}: {own} of weights are its own, {shared} are in every image of this base"
+        console.print(Text(escaped(said)), soft_wrap=True)
     for name, platforms in result["platforms"].items():
         for platform, said in platforms.items() if len(platforms) > 1 else ():
             console.print(Text(escaped(f"{name}: the image for {platform} is {said}")))

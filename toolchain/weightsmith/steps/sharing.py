@@ -1,0 +1,218 @@
+"""How many of an image's weights other images of the same base have too, and how many are its own.
+
+Weights lie in files that are cut by kind of matrix (`models/reshard.py`). A file is an image's own
+if any of its tensors may depend on the adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import TypeAlias
+
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.values import LORA, Digest, Format, Sources
+from weightsmith.merging.adapter_config import read_adapter_config
+from weightsmith.merging.plan import can_be_virtual, estimate, make_plan
+from weightsmith.models.reshard import (
+    WORTH_IT,
+    Resharded,
+    WeightBytes,
+    cut,
+    is_numbered,
+    module_of,
+    repeated_bytes,
+)
+from weightsmith.models.safetensors import BITS, read_header
+from weightsmith.quantizers import of_format
+from weightsmith.quantizers.matrices import FUSED
+from weightsmith.steps.served_adapters import FOLDER
+from weightsmith.steps.sizes import ForeseenTree, kept_bytes
+from weightsmith.steps.step import ForeseenWeights
+
+_WEIGHTS = (".safetensors", ".gguf")
+_EXPERTS = re.compile(r"\.(?:experts|block_sparse_moe)\..*")
+_PARTS = re.compile("|".join(rf"\.{part}$" for parts in FUSED.values() for part in parts))
+_WHOLE = {f".{part}": f".{whole}" for whole, parts in FUSED.items() for part in parts}
+_SOME = 4
+"""Merges whose plans are remembered: a plan may have 90,000 tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the merged checkpoint; `size` in bytes."""
+
+    name: str
+    dtype: str
+    size: int
+    dimensions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedMerge:
+    """What a merge will take and write."""
+
+    cost: Mapping[str, int]
+    virtual: bool
+    """Whether its rows can be computed where they are read."""
+    tensors: tuple[PlannedTensor, ...]
+    changed: frozenset[str]
+    """Names of the tensors that depend on the adapters."""
+
+
+def planned_merge(sources: Sources, options: Merge) -> PlannedMerge:
+    """Return a merge as it is planned from headers; raises InputRefused as the merge does."""
+    return planned(*merge_inputs(sources, options))
+
+
+MergeInputs: TypeAlias = tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]
+"""Base, adapters with weights, the digests of all, and how they are merged."""
+
+
+def merge_inputs(sources: Sources, options: Merge) -> MergeInputs:
+    """Return what a merge's plan depends on."""
+    adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
+    digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
+    return sources.base.tree.root, adapters, digests, options
+
+
+@lru_cache(maxsize=_SOME)
+def planned(
+    base: Path,
+    adapters: tuple[tuple[Path, float], ...],
+    _digests: tuple[Digest, ...],
+    options: Merge,
+) -> PlannedMerge:
+    """Return the same for `merge_inputs`, of files with these digests."""
+    plan = make_plan(base, adapters, options)
+    outputs = plan.outputs.values()
+    return PlannedMerge(
+        cost=estimate(plan),
+        virtual=can_be_virtual(plan),
+        tensors=tuple(PlannedTensor(o.name, o.dtype, o.size, len(o.shape)) for o in outputs),
+        changed=frozenset(output.name for output in outputs if output.kind != "copied"),
+    )
+
+
+def sharing(split: Resharded, format_: Format, sources: Sources, options: Merge) -> WeightBytes:
+    """Return how the bytes of an image's weights files are divided."""
+    own = own_files(split, format_, sources, options)
+    sizes = {file.path: file.size for file in split.tree.files if file.path.endswith(_WEIGHTS)}
+    shared = sum(size for path, size in sizes.items() if path not in own)
+    return WeightBytes(shared_bytes=shared, own_bytes=sum(sizes.values()) - shared)
+
+
+def own_files(
+    split: Resharded, format_: Format, sources: Sources, options: Merge
+) -> frozenset[str]:
+    """Return the weights files of an image with tensors that may depend on the adapters."""
+    merges = bool(sources.adapters) and format_ != LORA
+    changed = planned_merge(sources, options).changed if merges else frozenset[str]()
+    depends = depends_on_adapters(format_, changed)
+
+    def own(path: str) -> bool:
+        if (names := split.tensors.get(path)) is not None:
+            return any(map(depends, names))
+        # It was not cut: an adapter, a GGUF file, a checkpoint of a few kilobytes.
+        return bool(changed) or path.startswith(f"{FOLDER}/")
+
+    paths = (file.path for file in split.tree.files if file.path.endswith(_WEIGHTS))
+    return frozenset(filter(own, paths))
+
+
+def foreseen_sharing(
+    sources: Sources,
+    options: Merge,
+    format_: Format,
+    weights: ForeseenWeights,
+    largest: Callable[[int], int] | None,
+) -> WeightBytes:
+    """Return what `sharing` will return, without the headers of the files.
+
+    `weights` are the target's; `largest` is what `reshard` gets, or None if files stay whole. It
+    is an estimate for packed formats, and where the base's weights are not here. Raises
+    InputRefused as the merge does.
+    """
+    total = weights.weight_bytes
+    if format_ == LORA or not sources.adapters:
+        added = sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
+        return WeightBytes(shared_bytes=total, own_bytes=added)
+    own = total
+    if format_.suffix == ".safetensors" and largest is not None:
+        if isinstance(sources.base.tree, ForeseenTree):
+            own = _own_by_keys(sources, format_, weights)
+        else:
+            own = _own_by_headers(planned_merge(sources, options), format_, largest)
+    own = min(own, total)
+    return WeightBytes(shared_bytes=total - own, own_bytes=own)
+
+
+def _own_by_headers(planned: PlannedMerge, format_: Format, largest: Callable[[int], int]) -> int:
+    bits = int(16 * format_.bits_per_weight)
+    tensors = [
+        replace(one, size=one.size * bits // (16 * BITS[one.dtype]))
+        if format_.packed and one.dimensions > 1 and is_numbered(one.name)
+        else one
+        for one in planned.tensors
+    ]
+    depends = depends_on_adapters(format_, planned.changed)
+    if sum(one.size for one in tensors) < WORTH_IT:
+        return sum(one.size for one in tensors)
+    files = cut(tensors, largest(repeated_bytes(tensors)))
+    own = (group for group in files.values() if any(depends(one.name) for one in group))
+    return sum(one.size for group in own for one in group)
+
+
+def _own_by_keys(sources: Sources, format_: Format, weights: ForeseenWeights) -> int:
+    """Return the bytes of the matrices that the adapters' keys name; all for other methods."""
+    everything, width = weights.weight_bytes, 4 if weights.model.stated_dtype == "float32" else 2
+    if format_.packed and not of_format(format_.name).data_free:
+        return everything - kept_bytes(sources.base.tree.weight_bytes, format_, weights.model)
+    found: dict[str, int] = {}
+    for adapter in sources.adapters:
+        tree = adapter.snapshot.tree
+        sides: dict[str, dict[str, int]] = {}
+        for tensor in read_header(tree.path("adapter_model.safetensors")).tensors:
+            module, _, factor = tensor.name.partition(".lora_")
+            if factor.startswith(("A", "embedding_A")):
+                sides.setdefault(module, {})["A"] = prod(tensor.shape[1:])
+            elif factor.startswith(("B", "embedding_B")):
+                sides.setdefault(module, {})["B"] = tensor.shape[0]
+            elif not factor:
+                found[module] = tensor.size
+        stacked = any(module.endswith(("experts", "experts.base_layer")) for module in sides)
+        if stacked or read_adapter_config(tree.root).kind != "LORA":
+            return everything
+        found |= {module: prod(both.values()) * width for module, both in sides.items()}
+    own = sum(found.values())
+    return int(own * format_.bits_per_weight / 16) if format_.packed else own
+
+
+def depends_on_adapters(format_: Format, changed: frozenset[str]) -> Callable[[str], bool]:
+    """Return what says whether a tensor of a format may depend on the adapters.
+
+    `changed` are tensors of the merged checkpoint.
+    """
+    if not (format_.packed and changed):
+        return changed.__contains__
+    quantizer = of_format(format_.name)
+    fused = quantizer.fused_scales(format_)
+    modules = {_rounded_with(name, fused=fused) for name in changed}
+    # Calibration measures the merged model, so every matrix depends on all others.
+    all_layers = not quantizer.data_free
+    return lambda name: (
+        (all_layers and is_numbered(name)) or _rounded_with(name, fused=fused) in modules
+    )
+
+
+def _rounded_with(name: str, *, fused: bool) -> str:
+    """Return what has the same name for tensors that are rounded together.
+
+    Experts have other names in some formats, so those of a layer are one.
+    """
+    module = _EXPERTS.sub("", module_of(name))
+    return _PARTS.sub(lambda part: _WHOLE[part[0]], module) if fused else module
