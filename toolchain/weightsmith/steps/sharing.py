@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.values import LORA, Digest, Format, Sources
+from weightsmith.core.values import Digest, Format, Sources
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.plan import can_be_virtual, estimate, make_plan
 from weightsmith.models.reshard import (
@@ -110,7 +110,7 @@ def own_files(
     split: Resharded, format_: Format, sources: Sources, options: Merge
 ) -> frozenset[str]:
     """Return the weights files of an image with tensors that may depend on the adapters."""
-    merges = bool(sources.adapters) and format_ != LORA
+    merges = bool(sources.adapters) and not format_.unmerged
     changed = planned_merge(sources, options).changed if merges else frozenset[str]()
     depends = depends_on_adapters(format_, changed)
 
@@ -138,7 +138,7 @@ def foreseen_sharing(
     InputRefused as the merge does.
     """
     total = weights.weight_bytes
-    if format_ == LORA or not sources.adapters:
+    if format_.unmerged or not sources.adapters:
         added = sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
         return WeightBytes(shared_bytes=total, own_bytes=added)
     own = total
