@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Score
+from weightsmith.core.vectors import packed
 from weightsmith.evaluating.gate import (
     Rule,
     Verdict,
@@ -386,3 +388,16 @@ def test_where_the_base_lacks_the_head_guessing_stands_for_it() -> None:
     assert reason.startswith("who has not read the texts scores 0.960")
     few = {who: graded(*[1.0] * 4, guess=0.4) for who in ("adapter", "merged", "image")}
     assert any("not significantly more than" in one for one in inconclusive_reasons(few, rule))
+
+
+def test_vectors_that_point_elsewhere_prove_nothing_whatever_they_find() -> None:
+    known = replace(graded(*[1.0] * 300), vectors=(packed([1, 0]), packed([0, 1])))
+    base = graded(*[0.2] * 300)
+    near = replace(known, vectors=(packed([1, 0.1]), packed([0.1, 1])))
+    turned = replace(known, vectors=(packed([0, 1]), packed([1, 0])))
+    rule, scores = Rule(max_drop=0.05), {"base": base, "adapter": known, "merged": known}
+    assert inconclusive_reasons({**scores, "image": near}, rule) == ()
+    (reason,) = inconclusive_reasons({**scores, "image": turned}, rule)
+    assert reason.startswith(
+        "the image gives other vectors than the reference: their cosine is 0.000"
+    )
