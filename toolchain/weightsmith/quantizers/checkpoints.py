@@ -165,9 +165,8 @@ def grouped_step(module: str, request: QuantizeRequest, title: str) -> tuple[Bui
 def refuse_scales(format_: Format, _chosen: Options) -> Options:
     """Raise UsageError for unmerged adapters beside AWQ by another tool.
 
-    It divides what a norm gives by scales and multiplies the next matrix with them. An adapter of
-    that matrix was trained on inputs without scales: vLLM's users saw an AUROC of 0.58 instead of
-    0.98 (https://github.com/vllm-project/vllm/issues/42488).
+    It divides what a norm gives by scales and multiplies the next matrix with them; an adapter of
+    that matrix was trained on inputs without scales.
     """
     raise UsageError(
         f"{format_.name} moves scales from each matrix into what comes before it, so that unmerged"
