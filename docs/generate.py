@@ -26,6 +26,7 @@ from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.merging.adapter_config import REFUSED, SETTINGS, UNMERGED
 from weightsmith.merging.families import families
 from weightsmith.models.facts import ModelFacts
+from weightsmith.models.task import Kind
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.outside.docker_images import read_bases
 from weightsmith.quantizers import formats, of_format
@@ -47,6 +48,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS, GPUS
+from weightsmith.serving.pooling import LLAMACPP_PAIRS, VLLM_CLASSES
 
 K = TypeVar("K")
 
@@ -374,13 +376,33 @@ def _architectures() -> Iterator[str]:
     for title, there in (("Also as GGUF", True), ("Not as GGUF", False)):
         names = [name for name in rest if (name in as_gguf) == there]
         yield f"{title}: {', '.join(map(_starred, names))}.\n"
+    yield "\n## Models that do not chat\n"
+    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. A started image is asked for it. Each pair below was compared with transformers; `plan` refuses all others with the reason.\n"
+    yield "| gives | target `vllm` | llama.cpp's targets |\n|---|---|---|"
+    yield from _pooled()
+    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token. llama.cpp leaves BERT's pooler out when it converts and gives both texts of a pair the same type, so its scores of BERT's pairs would be others. Its server gives the first label's score alone, and none for single tokens. vLLM loads an encoder's classifier only if its tensors begin with the encoder's name, as those of a base with a head do. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate, which need texts that a model continues; of packed formats, decoders that give vectors have those above.\n"
     yield "\n## What no target serves\n"
-    yield "An image here is planned, started and tested as the server of a decoder that continues text. So `plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
-    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that give scores or vectors: classifiers, rerankers, embedders (a folder with `modules.json` of sentence-transformers is one), and encoders such as BERT;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
+    yield "An image here is planned, started and tested as a server that continues text, or gives vectors, scores of pairs or labels. So `plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
+    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
     yield "vLLM knows these of the last two kinds:\n"
     yield "| architecture | why there is no plan |\n|---|---|"
     yield from (f"| {name} | it {why} |" for name, why in sorted(NOT_PLANNED.items()))
     yield "\n`merge` and `validate` take them all, `push DIR --to hf://OWNER/NAME` publishes the result, and `bake --kind volume` makes an image of its files alone. `bake --kind image` makes one with the engine's own settings, neither planned nor tested; whether the engine starts with it is for you to try."
+
+
+def _pooled() -> Iterator[str]:
+    """Yield the rows of the table of models that do not chat."""
+    vectors = "BertModel, ModernBertModel, RobertaModel, decoders"
+    rows: tuple[tuple[str, Kind, str], ...] = (
+        ("vectors", "embed", vectors),
+        ("scores of pairs (one label)", "classify", ", ".join(sorted(LLAMACPP_PAIRS))),
+        ("labels of texts", "classify", ""),
+        ("labels of tokens", "token-classify", ""),
+    )
+    for what, kind, converted in rows:
+        own = ", ".join(sorted(VLLM_CLASSES[kind]))
+        decoders = "" if kind == "token-classify" else ", decoders"
+        yield f"| {what} | {own}{decoders} | {converted or 'no'} |"
 
 
 def _by_their_text() -> set[str]:

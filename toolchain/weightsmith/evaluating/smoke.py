@@ -24,13 +24,14 @@ from weightsmith.evaluating.client import Served, ask, check_served_name, wait_u
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
 from weightsmith.evaluating.tool_calls import ANOTHER_PARSER, read_calls, without_thoughts
+from weightsmith.models.task import ModelTask
 
 PICTURE = "picture"
 """Name of the check with a picture; what it saw begins with REFUSED if the server takes none."""
 REFUSED = "refused"
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 _SHORT, _LONG = 8, 256
-_MOST_AT_ONCE = 64
+MOST_AT_ONCE = 64
 _PIXELS = 64
 """Width and height of the picture."""
 _STOP_SECONDS = 10.0
@@ -42,6 +43,9 @@ _RUNNING, _RUNNING_SLOWLY = 64, 8
 _CLEAN_ENDS = frozenset({0, 143, -15})
 """Exit codes after SIGTERM: handled, or the signal's default action."""
 _CLEAR = ("context", "token", "length", "long")
+
+
+CHATS = ModelTask(kind="generate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +65,21 @@ class Promise:
     """Whether the server reads tool calls out of answers."""
     thinks: bool = False
     """Whether it has a parser for thoughts."""
+    task: ModelTask = CHATS
+    """What the model is asked for."""
+    width: int = 0
+    """Numbers of a vector; 0 if that is not known."""
     grace_seconds: float = 0
     """How long running requests may take after SIGTERM; 0 if the server does not wait for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """How a server whose model does not chat is asked; both return what was seen."""
+
+    once: Callable[[ServerSession, Promise], str]
+    end: Callable[[ServerSession, Callable[[float], int | None], Promise], str]
+    """Stops the server during a request."""
 
 
 @dataclass(slots=True)
@@ -103,7 +120,7 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
     smoke.check("streaming", session, lambda: _stream(session, served))
     smoke.check("end of answer", session, lambda: _end(session, served))
     smoke.check("context limit", session, lambda: _context(session, served, promise.max_model_len))
-    count = min(promise.max_num_seqs, _MOST_AT_ONCE)
+    count = min(promise.max_num_seqs, MOST_AT_ONCE)
     smoke.check(
         f"{count} requests at once", session, lambda: _concurrent_requests(session, served, count)
     )
@@ -116,10 +133,13 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
         smoke.check(PICTURE, session, lambda: _picture(session, promise))
 
 
-def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
+def check_life(
+    smoke: Smoke, endpoint: Endpoint, promise: Promise, asking: Asking | None = None
+) -> None:
     """Stop the server with SIGTERM while it answers, restart it, and send another request.
 
-    Does nothing if the launcher does not support this.
+    `asking` says how, of a model that does not chat. Does nothing if the launcher does not support
+    this.
     """
     if endpoint.stop is None or endpoint.restart is None:
         return
@@ -130,6 +150,8 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
         while True:
             with ServerSession(current) as session:
                 try:
+                    if asking and promise.grace_seconds:
+                        return asking.end(session, stop, promise)
                     return _ended(smoke, session, stop, promise)
                 except _CameLate:
                     if not (tries := tries - 1):
@@ -144,7 +166,10 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
 
         def answers() -> str:
             waited = wait_until_healthy(again, promise.health_path, promise.start_seconds)
-            _chat(session, promise.served)
+            if asking:
+                asking.once(session, promise)
+            else:
+                _chat(session, promise.served)
             return f"ready after {waited:.1f} s"
 
         smoke.check("restart", session, answers)
@@ -325,7 +350,7 @@ def _ended(
 ) -> str:
     """Stop the server while it answers two requests, one of them a stream: both must be whole."""
     if not promise.grace_seconds:
-        return f"{_stopped(stop(_STOP_SECONDS), _STOP_SECONDS)}; no request was running"
+        return f"{stopped(stop(_STOP_SECONDS), _STOP_SECONDS)}; no request was running"
     served = promise.served
     slow = any(c["name"] == "chat" and float(str(c["seconds"])) > _SHORT for c in smoke.checks)
     tokens = _RUNNING_SLOWLY if slow else _RUNNING
@@ -335,7 +360,7 @@ def _ended(
     )
     whole, late, sent = False, 0, Event()
     with ThreadPoolExecutor(2) as pool:
-        plain = pool.submit(_answered, session, served, body, sent)
+        plain = pool.submit(answered, session, served.path, body, sent)
         sent.wait()  # servers accept in this order: once the stream flows, this one is running too
         try:
             with session.events(served.path, streamed) as events:
@@ -346,7 +371,7 @@ def _ended(
                     late += not whole
         except (TryAgain, Refused) as error:
             raise session.failed(served.path, f"SIGTERM cut a stream: {error}") from None
-        end = _stopped(stopping.result(), promise.grace_seconds)
+        end = stopped(stopping.result(), promise.grace_seconds)
         if not whole:
             raise session.failed(served.path, f"SIGTERM cut a stream, {late} events later")
         return f"{end}; a stream went on for {late} events, and {plain.result()}"
@@ -359,17 +384,17 @@ class _CameLate(CheckFailed):
     """
 
 
-def _answered(session: ServerSession, served: Served, body: JsonValue, sent: Event) -> str:
+def answered(session: ServerSession, path: str, body: JsonValue, sent: Event) -> str:
     """Ask once; `sent` is set when the request is on its way, or failed."""
     try:
-        answer = session.try_once(served.path, body, sent.set)
+        answer = session.try_once(path, body, sent.set)
     except TryAgain as error:
-        raise session.failed(served.path, f"SIGTERM lost a request: {error}") from None
+        raise session.failed(path, f"SIGTERM lost a request: {error}") from None
     finally:
         sent.set()
     if answer.status != 200:
         failed = session.failed(
-            served.path, f"SIGTERM lost a request: HTTP {answer.status}: {excerpt(answer.text)}"
+            path, f"SIGTERM lost a request: HTTP {answer.status}: {excerpt(answer.text)}"
         )
         if answer.status == 503:
             raise _CameLate(failed.message, hint=failed.hint)
@@ -377,7 +402,8 @@ def _answered(session: ServerSession, served: Served, body: JsonValue, sent: Eve
     return "a request was answered"
 
 
-def _stopped(code: int | None, seconds: float) -> str:
+def stopped(code: int | None, seconds: float) -> str:
+    """Return how a server ended after SIGTERM; raise CheckFailed if it was not by itself."""
     if code is None:
         raise CheckFailed(
             f"the server is still running {seconds:g} s after SIGTERM",

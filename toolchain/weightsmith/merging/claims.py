@@ -271,6 +271,11 @@ def _settings(view: AdapterView) -> Iterator[str]:
             yield f"{name} {shown if len(shown) <= _LENGTH else shown[:_LENGTH] + '…'}"
 
 
+def class_with_head(own: str, task_type: str) -> str:
+    """Return the class of a model that gets the head of a PEFT task."""
+    return _HEAD.sub("", own) + TASKS[task_type]
+
+
 def task_settings(
     config: Mapping[str, JsonValue], views: Sequence[AdapterView], claims: Sequence[Sequence[Claim]]
 ) -> dict[str, JsonValue]:
@@ -295,12 +300,16 @@ def task_settings(
             hint="merge it alone, at weight 1, and onto a base whose config.json has "
             "`architectures`",
         )
-    suffix = TASKS[str(view.config.raw["task_type"])]
-    settings: dict[str, JsonValue] = {"architectures": [_HEAD.sub("", own) + suffix]}
+    task_type = str(view.config.raw["task_type"])
+    suffix = TASKS[task_type]
+    settings: dict[str, JsonValue] = {"architectures": [class_with_head(own, task_type)]}
     shapes = [claim.replacement.shape for _, claim in heads if claim.replacement]
     counts = [shape[0] for shape in shapes if len(shape) > 1]
+    known = config.get("id2label")
     if suffix != "ForQuestionAnswering" and counts:
         count = counts[-1]
+        if isinstance(known, Mapping) and len(known) == count:  # named for this head
+            return settings
         settings["id2label"] = {str(number): f"LABEL_{number}" for number in range(count)}
         settings["label2id"] = {f"LABEL_{number}": number for number in range(count)}
     return settings

@@ -11,6 +11,7 @@ from weightsmith.core.safe_parse import TOKENIZER, json_object, read_json
 from weightsmith.core.values import JsonValue
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.plan import MergePlan
+from weightsmith.models.task import MODULES, is_of_sentences
 from weightsmith.models.templates import TEMPLATE_FILES, TOKENIZER_FILES, is_named_template
 
 _GENERATION, _CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -29,6 +30,8 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
         if not name.endswith((".safetensors", ".safetensors.index.json"))
     }
     before = _object(files, _GENERATION)
+    if "architectures" in plan.settings:  # sentence-transformers' files are not of the new head
+        files = {name: data for name, data in files.items() if not is_of_sentences(name)}
     findings = overlay(files, plan.adapters)
     if plan.dtype != "auto":
         config = _object(files, "config.json")
@@ -61,7 +64,10 @@ def write_file(root: Path, name: str, data: bytes) -> dict[str, JsonValue]:
 
 
 def overlay(files: dict[str, bytes], adapters: Sequence[AdapterView]) -> list[str]:
-    """Replace tokenizer, chat template and generation settings by each adapter's; return notes."""
+    """Replace tokenizer, template, generation settings and the like by each adapter's.
+
+    Returns findings.
+    """
     findings = []
     for adapter in adapters:
         if new := _overlay_text(files, adapter.path, adapter.files):
@@ -69,6 +75,12 @@ def overlay(files: dict[str, bytes], adapters: Sequence[AdapterView]) -> list[st
         if _GENERATION in adapter.files:
             files[_GENERATION] = (adapter.path / _GENERATION).read_bytes()
             findings.append(f"{_GENERATION} taken from the adapter {adapter.path.name}")
+        if MODULES in adapter.files:  # sentence-transformers writes them beside an adapter
+            for name in [name for name in files if is_of_sentences(name)]:
+                del files[name]
+            names = [name for name in adapter.files if is_of_sentences(name)]
+            files.update({name: (adapter.path / name).read_bytes() for name in names})
+            findings.append(f"{', '.join(names)} taken from the adapter {adapter.path.name}")
     return findings
 
 

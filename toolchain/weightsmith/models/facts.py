@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import SMALL, json_object, read_bytes
 from weightsmith.core.values import JsonValue
-from weightsmith.models.gguf_config import gguf_config
+from weightsmith.models.gguf_config import gguf_config, gguf_pooling
 from weightsmith.models.shape import ModelShape, has_states_alone
 from weightsmith.models.task import (
     NO_SENTENCES,
@@ -35,6 +35,10 @@ _STATEFUL = re.compile(
     "|hyena|per_layer_config|^swa_"
 )
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_OFFSET = frozenset({"camembert", "roberta", "xlm-roberta"})
+"""Model types whose first position is the one behind `pad_token_id` (transformers,
+create_position_ids_from_input_ids), so that texts may have fewer tokens than there are positions.
+"""
 _KEPT = 1 << 20
 """Bytes of configurations whose facts stay in memory for who asks next."""
 _Part = TypeVar("_Part")
@@ -228,6 +232,8 @@ class ModelFacts:
     tokenizer_class: str
     tokenizer_length: int
     """The tokenizer's limit in tokens; 0 for none."""
+    bare: bool = False
+    """Whether an adapter brings a head to an encoder whose tensors do not begin with its name."""
     read_task: ModelTask | InputRefused
     read_shape: ModelShape | InputRefused
     read_matrices: Matrices | InputRefused
@@ -263,7 +269,8 @@ class ModelFacts:
         chat_template: str = "",
     ) -> ModelFacts:
         """Return the facts in a config.json and a tokenizer_config.json."""
-        text, settings = text_part(config), tokenizer or {}
+        cut = sentence.most_tokens if isinstance(sentence, SentenceTransformers) else 0
+        text, settings = _usable(text_part(config), cut), tokenizer or {}
         architecture, dtype = _architecture(config), _dtype(config)
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         shape = _read(lambda: ModelShape.of(text, architecture, dtype))
@@ -303,7 +310,8 @@ def read_facts(path: Path) -> ModelFacts:
     Raises InputRefused for an invalid GGUF file or config.json.
     """
     if path.suffix == ".gguf" and not path.is_dir():
-        return ModelFacts.of(gguf_config(path))
+        stated = gguf_config(path)
+        return ModelFacts.of(stated, sentence=gguf_pooling(stated))
     config = read_bytes(path / "config.json", SMALL)
     images = any((path / name).is_file() for name in _PROCESSORS)
     sentence = _read(lambda: read_sentence_transformers(path))
@@ -342,6 +350,19 @@ def _facts(
         sentence=sentence,
         chat_template=template,
     )
+
+
+def _usable(text: Mapping[str, JsonValue], cut: int) -> Mapping[str, JsonValue]:
+    """Return a configuration whose positions are those that a text's tokens can have.
+
+    `cut` is after how many tokens sentence-transformers cuts texts off; 0 for never.
+    """
+    name, pad = "max_position_embeddings", text.get("pad_token_id", 1)
+    count = whole(text.get(name))
+    if str(text.get("model_type")) in _OFFSET and isinstance(pad, int):
+        count -= pad + 1
+    count = min(count, cut) if cut else count
+    return text if count == text.get(name) or count <= 0 else {**text, name: count}
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:

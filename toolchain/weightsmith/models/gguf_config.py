@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
 from weightsmith.models.folder import check_links
+from weightsmith.models.task import NO_SENTENCES, SentenceTransformers
 
 if TYPE_CHECKING:
     from gguf import ReaderField
@@ -32,8 +33,19 @@ _NAMES = {
     "attention.sliding_window": "sliding_window",
     "context_length": "max_position_embeddings",
     "vocab_size": "vocab_size",
+    "pooling_type": "pooling_type",
+    "classifier.output_labels": "output_labels",
 }
 """GGUF keys below the architecture's name: https://github.com/ggml-org/ggml docs/gguf.md."""
+_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
+"""enum llama_pooling_type (include/llama.h) -> sentence-transformers' name."""
+_HEADS = {
+    ("bert", True): "Bert",
+    ("bert", False): "XLMRoberta",
+    ("modern-bert", False): "ModernBert",
+    ("modern-bert", True): "ModernBert",
+}
+"""GGUF architecture, and whether the texts of a pair have types -> transformers' name."""
 _PREFIX = "mmproj"
 """By this, llama.cpp finds projectors, too (common/download.cpp)."""
 _SUFFIX = ".gguf"
@@ -50,9 +62,26 @@ def gguf_config(path: Path) -> Mapping[str, JsonValue]:
     for key, name in _NAMES.items():
         if field := fields.get(f"{architecture}.{key}"):
             config[name] = _contents(path, field)
+    labels = config.pop("output_labels", None)
+    if isinstance(labels, list) and labels:
+        kinds = fields.get("tokenizer.ggml.token_type_count")
+        typed = kinds is not None and _contents(path, kinds) != 1
+        name = _HEADS.get((architecture, typed), architecture)
+        config["architectures"] = [f"{name}ForSequenceClassification"]
+        # Its server gives the first score alone.
+        config["id2label"] = {"0": str(labels[0])}
     if "vocab_size" not in config and (tokens := fields.get("tokenizer.ggml.tokens")):
         config["vocab_size"] = len(tokens.data)
     return config
+
+
+def gguf_pooling(config: Mapping[str, JsonValue]) -> SentenceTransformers:
+    """Return how a file's vectors are made, if it says so and has no labels."""
+    found = config.get("pooling_type")
+    mode = _POOLING.get(found, "") if isinstance(found, int) and "id2label" not in config else ""
+    if not mode:
+        return NO_SENTENCES
+    return SentenceTransformers(modules=("Transformer", "Pooling"), pooling=mode)
 
 
 def gguf_file_type(path: Path) -> int | None:

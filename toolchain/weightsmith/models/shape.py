@@ -127,14 +127,15 @@ class ModelShape:
             raise InputRefused("config.json has no architectures", hint=_HINT)
         blocks = inner.get("layers_block_type")  # Nemotron-H as transformers 5 writes it
         default = len(blocks) if isinstance(blocks, list) and blocks else None
-        layers = _number(inner, "num_hidden_layers", "n_layer", default=default)
-        hidden = _number(inner, "hidden_size", "n_embd", "n_embed")  # the last is Bloom's
+        layers = _number(inner, "num_hidden_layers", "n_layer", "n_layers", default=default)
+        # The third is Bloom's, the last DistilBERT's.
+        hidden = _number(inner, "hidden_size", "n_embd", "n_embed", "dim")
         if has_states_alone(inner):
             raise InputRefused(
                 f"{architecture} has states instead of attention, and its memory cannot be planned",
                 hint="choose a decoder with attention",
             )
-        heads = _number(inner, "num_attention_heads", "n_head")
+        heads = _number(inner, "num_attention_heads", "n_head", "n_heads")
         kv_heads = _kv_heads(inner, heads)
         head_dim = _number(inner, "head_dim", default=0) or _head_dim(inner, hidden, heads)
         if heads % kv_heads:
@@ -180,10 +181,11 @@ def has_states_alone(config: Mapping[str, JsonValue]) -> bool:
 
 def _intermediate(config: Mapping[str, JsonValue], hidden: int) -> int:
     """Return the width of the feed-forward networks; Gemma 3n lists one per layer."""
-    listed, other = config.get("intermediate_size"), config.get("n_inner")
+    listed, others = config.get("intermediate_size"), ("n_inner", "hidden_dim")
     widths = listed if isinstance(listed, list) and listed else [listed]
-    each = ({"intermediate_size": width, "n_inner": other} for width in widths)
-    return max(_number(one, "intermediate_size", "n_inner", default=4 * hidden) for one in each)
+    rest = {name: config.get(name) for name in others}
+    each = ({"intermediate_size": width, **rest} for width in widths)
+    return max(_number(one, "intermediate_size", *others, default=4 * hidden) for one in each)
 
 
 def _kv_heads(config: Mapping[str, JsonValue], heads: int) -> int:

@@ -61,6 +61,11 @@ _MODES = {
 """Keys of a Pooling module's config.json -> its mode (sentence-transformers 6.2, pooling.py)."""
 _SETTINGS = ("sentence_bert_config.json", "sentence_roberta_config.json")
 _MOST_LABELS = 100_000
+MODULES = "modules.json"
+_SENTENCE_FILES = re.compile(
+    r"modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json"
+    r"|\d+_\w+/config\.json"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +133,13 @@ def read_task(folder: Path, adapter: Path | None = None) -> ModelTask:
     sentence = read_sentence_transformers(folder)
     if adapter is None:
         return task_of(config, sentence)
-    raw = read_json(adapter / "adapter_config.json")
-    return task_of(
-        config, sentence, task_type=str(raw.get("task_type") or ""), outputs=head_outputs(adapter)
-    )
+    task_type = str(read_json(adapter / "adapter_config.json").get("task_type") or "")
+    outputs = head_outputs(adapter)
+    if (adapter / MODULES).is_file():
+        sentence = read_sentence_transformers(adapter)
+    elif outputs and task_type in _ADAPTERS:
+        sentence = NO_SENTENCES  # the base's files say how vectors are made, which are no more
+    return task_of(config, sentence, task_type=task_type, outputs=outputs)
 
 
 def task_of(
@@ -167,11 +175,11 @@ def _of_files(config: Mapping[str, JsonValue], sentence: SentenceTransformers) -
     """Return the kind by sentence-transformers' files, else by the name of the class."""
     if sentence.model_type == "CrossEncoder":
         if "LogitScore" in sentence.modules:
-            return "other", "scores pairs by two tokens' logits, says its modules.json,"
+            return "other", "scores pairs by two tokens' logits (so its modules.json says)"
     elif sentence.modules:
         known = sentence.model_type in {"", "SentenceTransformer"}
         does = "vectors" if known else f"the vectors of a {sentence.model_type}"
-        return "embed" if known else "other", f"gives {does}, says its modules.json,"
+        return "embed" if known else "other", f"gives {does} (so its modules.json says)"
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else ""
     return of_class(name if isinstance(name, str) else "")
@@ -236,12 +244,17 @@ def head_outputs(adapter: Path) -> int:
     return heads[-1] if heads else 0
 
 
+def is_of_sentences(name: str) -> bool:
+    """Say whether a file, by its path in a model's folder, is one of sentence-transformers'."""
+    return _SENTENCE_FILES.fullmatch(name) is not None
+
+
 def read_sentence_transformers(folder: Path) -> SentenceTransformers:
     """Return what a folder's files of sentence-transformers say.
 
     Raises InputRefused for one that cannot be read, or that names a file outside the folder.
     """
-    listed = _value(folder / "modules.json")
+    listed = _value(folder / MODULES)
     if listed is None:
         return SentenceTransformers()
     rows = listed if isinstance(listed, list) and listed else [None]
@@ -251,8 +264,7 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
         kind, path = (row.get("type"), row.get("path")) if isinstance(row, Mapping) else (None,) * 2
         if not isinstance(kind, str) or not isinstance(path, str) or not _is_inside(path):
             raise InputRefused(
-                f"{folder / 'modules.json'} does not list modules with a type and a path in the"
-                " folder",
+                f"{folder / MODULES} does not list modules with a type and a path in the folder",
                 hint="export the model again with sentence-transformers",
             )
         kinds.append(kind.rpartition(".")[2])

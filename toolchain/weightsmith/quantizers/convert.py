@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
+from weightsmith.models.facts import read_facts
 from weightsmith.models.templates import VOCABULARY_FILES, own_template, render_chat
 from weightsmith.models.tensors import computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
@@ -70,6 +71,8 @@ class _TextModel(Protocol):
 def split_name(tokenizer: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of a tokenizer.json's pre-tokenizer; empty without an exact match."""
     model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
+    if model.get("type") == "WordPiece":
+        return _words_name(model, normalizer or {}, tokenizer.get("pre_tokenizer") or {})
     odd = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
     if model.get("type") != "BPE" or any(model.get(name) for name in odd):
         return ""
@@ -90,6 +93,18 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
             return "" if by_words or split.get("invert") else _BY_EXPRESSION.get(found, "")
         case _:
             return ""
+
+
+def _words_name(
+    model: Mapping[str, Any], normalizer: Mapping[str, Any], splits: Mapping[str, Any]
+) -> str:
+    """Return the name for BERT's word pieces; the file says apart whether case and accents count.
+
+    llm_tokenizer_wpm (src/llama-vocab.cpp) splits as BERT does, whatever the name.
+    """
+    kinds = normalizer.get("type"), splits.get("type"), model.get("continuing_subword_prefix")
+    cleaned = normalizer.get("clean_text") and normalizer.get("handle_chinese_chars")
+    return "bert-bge" if kinds == ("BertNormalizer", "BertPreTokenizer", "##") and cleaned else ""
 
 
 Write = Callable[[Any], None]
@@ -197,6 +212,7 @@ def _patch(model: Path) -> None:
     names = ("gguf", "gguf.utility", "conversion.base")
     gguf, utility, base = (cast("Any", importlib.import_module(name)) for name in names)
     stored, vocabulary, text_model = utility.LocalTensor, gguf.SpecialVocab, base.TextModel
+    settings = base.ModelBase.load_hparams
     begin, mapped = stored.__init__, stored.mmap_bytes
     add, by_hash = vocabulary.add_to_gguf, text_model.get_vocab_base_pre
 
@@ -211,7 +227,8 @@ def _patch(model: Path) -> None:
 
     def add_to_gguf(special: SpecialVocab, writer: object, quiet: bool = False) -> None:
         with suppress(InputRefused):  # the converter reads more tokenizers than transformers
-            special.add_special_token |= added_tokens(load_tokenizer(model))
+            chats = read_facts(model).task.kind == "generate"
+            special.add_special_token |= added_tokens(load_tokenizer(model), chats=chats)
         # It reads tokenizer_config.json before the newer file, which may be an adapter's.
         if isinstance(special.chat_template, str):
             special.chat_template = own_template(model) or special.chat_template
@@ -228,20 +245,46 @@ def _patch(model: Path) -> None:
             print(f"unknown vocabulary, pre-tokenizer {name!r}", file=sys.stderr)  # noqa: T201
             return name
 
+    def read_settings(*words: object, **named: object) -> dict[str, Any]:
+        return _as_published(settings(*words, **named))
+
+    base.ModelBase.load_hparams = staticmethod(read_settings)
     stored.__init__, stored.mmap_bytes = initialize, data
     vocabulary.add_to_gguf, text_model.get_vocab_base_pre = add_to_gguf, by_hash_or_split
 
 
-def added_tokens(tokenizer: Tokenizer) -> dict[str, bool]:
+def _as_published(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a ModernBERT's settings with the names that transformers 5 no longer writes.
+
+    Raises InputRefused for layers that see all tokens in an irregular order, which a GGUF file
+    cannot say.
+    """
+    if config.get("model_type") != "modernbert":
+        return config
+    found = {"layer_norm_eps": config.get("norm_eps", 1e-5), **config}
+    kinds = found.get("layer_types") or []
+    whole = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    step = whole[1] if len(whole) > 1 else len(kinds)
+    if kinds and whole != list(range(0, len(kinds), step)):
+        raise InputRefused(
+            "config.json: layer_types is irregular, and llama.cpp knows only every n-th layer as"
+            " one that sees all tokens",
+            hint="choose target vllm",
+        )
+    return found | ({"global_attn_every_n_layers": step} if kinds else {})
+
+
+def added_tokens(tokenizer: Tokenizer, *, chats: bool = True) -> dict[str, bool]:
     """Return whether a server must add the begin token (`bos`) and the end token (`eos`).
 
     A plain text gets those that the tokenizer adds. llama.cpp adds the same ones to chats, which
-    have no more of them than their template writes. Raises InputRefused if the template fails.
+    have no more of them than their template writes; without `chats`, there are none. Raises
+    InputRefused if the template fails.
     """
     ids = tokenizer("a")["input_ids"]
     found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     added = {name: bool(ids) and ids[end] == found[name] for name, end in (("bos", 0), ("eos", -1))}
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and chats:
         chat = render_chat(tokenizer, ({"role": "user", "content": "a"},), answer=True)
         added["bos"] &= chat.startswith(tokenizer.bos_token or "")
         added["eos"] = False

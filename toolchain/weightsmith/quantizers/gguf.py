@@ -299,7 +299,7 @@ QUANTIZER = Quantizer(
     name="gguf",
     builder="gguf",
     formats=FORMATS,
-    recipe_number=4,
+    recipe_number=5,
     check_input=lambda _format, model: check_input(model),
     options=_options,
     # The type of the projector that a model which sees gets beside its file.

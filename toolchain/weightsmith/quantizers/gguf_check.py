@@ -19,6 +19,7 @@ import numpy as np
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, JsonValue
+from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
@@ -36,6 +37,8 @@ _ONE_TO_ONE = frozenset(
 )  # fmt: skip
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+_NEVER_QUANTIZED = frozenset({"position_embd.weight", "token_types.weight"})
+"""Tables that llama-quantize leaves as they are (src/llama-quant.cpp)."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _MULTIMODAL = re.compile(
     r"^(mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.)|(visual|vision|audio|talker)\."
@@ -149,7 +152,7 @@ def _warnings(
             f"{fallbacks} of {tensors} tensors have a larger type, because their rows are not"
             " a multiple of 256: the file has more bits per weight than its name says"
         )
-    if not template:
+    if not template and read_facts(request.model).task.kind == "generate":
         warnings.append("the checkpoint has no chat template: the server falls back to ChatML")
     if blind:
         warnings.append(
@@ -231,6 +234,7 @@ def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
         name: int(tensor.n_elements)
         for name, tensor in read.tensors.items()
         if len(tensor.shape) > 1
+        and name not in _NEVER_QUANTIZED
         and tensor.tensor_type.name in _FLOATS
         and int(tensor.shape[0]) % 32 == 0
     }
@@ -276,6 +280,11 @@ def _check_finite(read: GGUFModel) -> None:
                 )
 
 
+def _phantom(piece: str) -> str:
+    """Return how a GGUF file has a word piece: what begins a word is marked, not what goes on."""
+    return piece.removeprefix("##") if piece.startswith("##") else f"▁{piece}"
+
+
 _HINT = "text would be tokenized differently than in training; convert it again"
 
 
@@ -298,7 +307,12 @@ def _check_tokenizer(read: GGUFModel, model: Path) -> int:
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
         added = {int(t["id"]): str(t["content"]) for t in tokenizer.get("added_tokens", ())}
-        plain = [(number, text) for text, number in vocabulary.items() if number not in added]
+        pieces = tokenizer.get("model", {}).get("type") == "WordPiece"
+        plain = [
+            (number, _phantom(text) if pieces else text)
+            for text, number in vocabulary.items()
+            if number not in added
+        ]
         for number, text in (*plain, *added.items()):
             there = tokens[number] if number < len(tokens) else text
             same = there == text

@@ -1,4 +1,4 @@
-"""Which models are served: those that continue text, and whose cache is known or certain."""
+"""Which models are served: those whose task an engine has, and whose cache is known or certain."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ NOT_PLANNED: Mapping[str, str] = {
 }  # fmt: skip
 """Models that generate text, and whose memory is not planned here -> what is special of them."""
 
+_HEAD = re.compile(r"For(?:SequenceClassification|TokenClassification)$|Model$")
+"""What a decoder's class ends with where it has another head, or none."""
 _PART = re.compile(r"Classification|Answering|Encoder(?:Model)?$")
 """In names of classes that do not use a decoder, or not as one."""
 
-_DONE_HERE = (
+DONE_HERE = (
     "here, `merge` and `validate` take it, `push DIR --to hf://OWNER/NAME` publishes the result,"
     " and `bake --kind volume` makes an image of its files alone"
 )
@@ -92,20 +94,27 @@ def check_served(model: ModelFacts) -> None:
         raise InputRefused(
             f"{name} is an encoder with a decoder, and no target serves one: an image here is"
             " planned, started and tested as the server of a decoder",
-            hint=_DONE_HERE,
+            hint=DONE_HERE,
         )
-    if what := model.task.does:
+    if model.task.kind == "other":
         raise InputRefused(
-            f"{name} {what}, and no target serves such a model: an image here is planned, started"
-            " and tested as a server that continues text",
-            hint=_DONE_HERE + _UNPLANNED,
+            f"{name} {model.task.does}, and no target serves such a model: an image here is"
+            " planned, started and tested as a server that continues text, or gives vectors, scores"
+            " of pairs or labels",
+            hint=DONE_HERE + _UNPLANNED,
         )
     if why := NOT_PLANNED.get(name) or (_STATES if model.states_alone else ""):
         raise InputRefused(
             f"{name} {why}: its memory is not planned here, and no target serves a model without a"
             " plan",
-            hint=_DONE_HERE + _UNPLANNED,
+            hint=DONE_HERE + _UNPLANNED,
         )
+
+
+def is_known_decoder(architecture: str) -> bool:
+    """Say whether a class is that of a decoder whose cache is known, whatever its head."""
+    decoder = _HEAD.sub("ForCausalLM", architecture)
+    return bool(_KNOWN_NAME.fullmatch(architecture) or _KNOWN_NAME.fullmatch(decoder))
 
 
 def check_architecture(model: ModelFacts) -> str:
@@ -115,13 +124,13 @@ def check_architecture(model: ModelFacts) -> str:
     """
     check_served(model)
     shape, strange = model.shape, model.stateful_keys
-    if _KNOWN_NAME.fullmatch(shape.architecture):
+    if is_known_decoder(shape.architecture):
         return ""
     if strange:
         raise InputRefused(
             f"the architecture {shape.architecture} is not known, and {', '.join(strange[:3])} in"
             " its config.json implies a cache of an unknown kind: its memory would be a guess",
-            hint=_DONE_HERE + _UNPLANNED,
+            hint=DONE_HERE + _UNPLANNED,
         )
     kinds = " and ".join(sorted({part.kind for part in shape.cache}))
     return (

@@ -207,6 +207,10 @@ class Engine:
     """Whether `serve.tool_parser` and `serve.reasoning_parser` choose how it reads answers."""
     pictures: tuple[str, ...] = ("png", "jpeg", "webp")
     """Formats of the pictures that it reads, of those that a question may have."""
+    lacks: Callable[[ModelFacts], str] = field(
+        default=lambda _model: "is planned here as a server that continues text alone"
+    )
+    """Why it does not serve a model that does not chat; "" if it does."""
     reads_calls: bool = False
     """Whether it finds out by itself how the chat template words tool calls."""
     probe_seconds: int = 3

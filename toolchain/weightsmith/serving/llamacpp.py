@@ -14,6 +14,7 @@ from weightsmith.serving.engine import Engine, EngineBase, ServedModel
 from weightsmith.serving.llamacpp_options import as_arguments, as_environment
 from weightsmith.serving.llamacpp_plan import plan
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.pooling import lacks_llamacpp
 
 CPU_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-b11434"
 CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"
@@ -72,6 +73,7 @@ ENGINE = Engine(
     adapter_fields=lambda number: {"lora": [{"id": number, "scale": 1.0}]},
     pictures=("png", "jpeg"),  # stb_image's
     reads_calls=True,
+    lacks=lacks_llamacpp,
     threads_variable="LLAMA_ARG_THREADS",
     neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),
     image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},

@@ -21,6 +21,13 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import MIB, host_memory, human
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.pooling import (
+    keeps_cache,
+    llamacpp_settings,
+    notes_of,
+    pooling_of,
+    require_no_cache_type,
+)
 
 _AUTO_SLOTS = 4
 _MANY_SLOTS = 64
@@ -35,6 +42,7 @@ _PROGRAM = 32 * MIB
 """The process and its requests on a CPU (17 to 24 MiB measured)."""
 _WORD = 448
 """Each token of the vocabulary, with its merges (320 to 410 bytes measured)."""
+_OF_THE_CACHE = frozenset({"cache-type-k", "cache-type-v", "cache-ram"})
 _CUDA = 640 * MIB
 """A CUDA context, cuBLAS workspace and the kernels' pool, per GPU (an estimate)."""
 
@@ -66,9 +74,11 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             hint="choose a decoder with attention",
         )
     extra = _with_options(extra_options(options.extra), options)
+    require_no_cache_type(model, options.kv_cache_dtype)
     capacity = _capacity(model, weight_bytes, options, extra)
-    said = check_architecture(model)
+    said = check_architecture(model) if keeps_cache(model) else ""
     tokens, slots, limit = _choose(capacity, options, extra)
+    _check_batches(capacity, tokens, extra)
     notes = _notes(model, capacity, options, tokens, said)
     if capacity.fits(tokens, slots):
         layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
@@ -84,7 +94,20 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     if options.max_model_len is None and options.max_num_seqs is None:
         rows = choices(capacity, limit, _MANY_SLOTS, tokens)
         notes += [rule(limit, _AUTO_SLOTS)] if rows and tokens < limit else []
+    if model.task.kind != "generate":
+        notes += notes_of(model, normalizes=True)
+        extra = {**llamacpp_settings(model), **extra}
     return replace(_result(capacity, tokens, slots, layers, extra, notes), choices=rows)
+
+
+def _check_batches(capacity: LlamaCppCapacity, tokens: int, extra: Mapping[str, JsonValue]) -> None:
+    """Refuse batches that are smaller than a text that must be in one."""
+    for option in ("batch-size", "ubatch-size"):
+        if capacity.whole and _whole(extra, option, tokens, least=1) < tokens:
+            raise UsageError(
+                f"{option} {extra[option]}: a text of {tokens} tokens is computed in one batch",
+                hint=f"leave it out, or set serve.max_model_len to {extra[option]}",
+            )
 
 
 _CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16": "bf16"}
@@ -186,9 +209,11 @@ def _nearest(capacity: LlamaCppCapacity, tokens: int, slots: int) -> str:
 def _notes(
     model: ModelFacts, capacity: LlamaCppCapacity, options: ServeOptions, tokens: int, assumed: str
 ) -> list[str]:
-    shape, notes = model.shape, []
+    shape, notes = model.shape, list[str]()
     if not shape.max_positions:
         notes.append(f"config.json gives no length: {_UNKNOWN_LENGTH} tokens are assumed")
+    if not capacity.cached:
+        return notes
     if shape.sliding_window and not sliding_layers(shape):
         notes.append("sliding layers are planned at full length, which is never too little")
     if sliding_layers(shape) == shape.layers:
@@ -238,6 +263,10 @@ def _result(
         "cache-ram": 0,
         "fit": "off",
     }
+    if capacity.pools:  # the server lowers the first to the second
+        settings |= dict.fromkeys(("batch-size", "ubatch-size"), capacity.batch(tokens))
+    if not capacity.cached:
+        settings = {key: value for key, value in settings.items() if key not in _OF_THE_CACHE}
     machine, kv = capacity.machine, capacity.kv(tokens, slots)
     gpus, overhead = max(1, machine.gpus), capacity.overhead(tokens, slots)
     room = max(0, machine.usable - capacity.weights - overhead)
@@ -248,13 +277,13 @@ def _result(
         max_model_len=tokens,
         max_num_seqs=slots,
         max_num_batched_tokens=int(str({**settings, **extra}["batch-size"])),
-        max_concurrency=room // (kv // slots),
+        max_concurrency=room // (kv // slots) if kv else slots,
         weight_bytes=capacity.weights,
         weights_bytes_per_gpu=-(-capacity.weights // gpus),
         kv_bytes_per_token=capacity.growth,
         kv_bytes_per_request=kv // slots,
         kv_bytes_total=kv,
-        kv_cache_bytes=room // gpus,
+        kv_cache_bytes=room // gpus if kv else 0,
         overhead_bytes=overhead,
         usable_bytes=machine.usable,
         margin_bytes=machine.held_back // gpus,
@@ -293,18 +322,32 @@ class LlamaCppCapacity(Fitting):
     projector: int = 0
     """The weights that are a projector for pictures: no layers, and on the first GPU."""
     tower: Vision = field(default_factory=Vision)
+    cached: bool = True
+    """Whether it keeps keys and values: encoders do not."""
+    pools: bool = False
+    """Whether it gives vectors or scores."""
+    whole: bool = False
+    """Whether a text must be in one micro-batch (`can_split` in server-context.cpp)."""
     adapted: int = 0
     """Matrices of all adapters that are served beside the model; their weights are in `weights`."""
 
     @property
     def growth(self) -> int:
         """One token in all layers of the cache that keep every token."""
+        if not self.cached:
+            return 0
         return growth_bytes(self.shape, (self.type_k, self.type_v))
 
     def kv(self, tokens: int, slots: int) -> int:
         """Return the cache of so many slots of that length."""
+        if not self.cached:
+            return 0
         types = self.type_k, self.type_v
         return kv_cache_bytes(self.shape, tokens, slots, types, self.ubatch)
+
+    def batch(self, tokens: int) -> int:
+        """Return the tokens that are computed together, for texts of up to so many."""
+        return max(self.ubatch, padded(tokens)) if self.whole else self.ubatch
 
     def overhead(self, tokens: int, slots: int) -> int:
         """Return what is neither weights nor cache.
@@ -320,7 +363,9 @@ class LlamaCppCapacity(Fitting):
             per_token += 4 * max(shape.intermediate, shape.hidden, shape.heads * shape.head_dim)
         if not self.flash:
             per_token += 4 * shape.heads * padded(tokens)
-        compute = self.ubatch * per_token + 8 * slots * shape.vocab
+        if not self.cached:  # a mask over the whole batch, in float32 first
+            per_token += 4 * self.batch(tokens)
+        compute = self.batch(tokens) * per_token + 8 * slots * shape.vocab
         gpus = self.machine.gpus
         if not gpus:
             return self.program + compute + self.graph + self.picture(tokens) + self.host_cache
@@ -392,6 +437,8 @@ def _capacity(
         raise UsageError(
             f"cache type {type_v} for V needs flash attention", hint="leave flash-attn out"
         )
+    cached, pools = keeps_cache(model), model.task.kind != "generate"
+    whole = pools and not (cached and pooling_of(model) == "lasttoken")
     if str(extra.get("swa-full", "off")).lower() not in {"off", "false", "0", "disabled"}:
         shape = replace(shape, sliding_window=0)
     return LlamaCppCapacity(
@@ -405,6 +452,9 @@ def _capacity(
         host_cache=_whole(extra, "cache-ram", 0, least=0) * MIB,
         projector=projector,
         tower=model.matrices.vision if projector else Vision(),
+        cached=cached,
+        pools=pools,
+        whole=whole,
         adapted=sum(adapter.matrices for adapter in options.adapters),
     )
 
@@ -454,7 +504,11 @@ def _ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str,
         found.append({"text": text, **both, "max_num_seqs": fewer})
     packed, longer = replace(capacity, type_k="q8_0", type_v="q8_0"), 0
     try:
-        if capacity.flash and packed.kv(KV_PADDING, 1) < capacity.kv(KV_PADDING, 1):
+        if (
+            capacity.flash
+            and capacity.cached
+            and packed.kv(KV_PADDING, 1) < capacity.kv(KV_PADDING, 1)
+        ):
             longer = packed.longest(slots, tokens)
     except UsageError:
         pass  # its blocks do not divide the heads

@@ -251,7 +251,10 @@ class PagedCapacity(Fitting):
 
     def fits(self, tokens: int, requests: int) -> bool:
         """Say whether so many requests of that length are in the cache together."""
-        blocks = self.cache.number(self.budget(tokens, requests)[0]) - self.rules.null_block
+        room = self.budget(tokens, requests)[0]
+        if not self.cache.groups:
+            return room >= 0
+        blocks = self.cache.number(room) - self.rules.null_block
         return 0 < self.blocks(tokens, requests) * requests <= blocks
 
 
@@ -273,7 +276,7 @@ class KvCacheGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedCache:
-    """The block pool of one GPU."""
+    """The block pool of one GPU; without groups, there is none."""
 
     block: int
     """Tokens of the shortest block."""
@@ -359,6 +362,8 @@ def paged_cache(
     Raises InputRefused where a state's size is not known.
     Without `hybrid` (--disable-hybrid-kv-cache-manager) every attention layer keeps all tokens.
     """
+    if not shape.cache:  # an encoder
+        return PagedCache(block=block, bytes_per_block=0, groups=(), state_blocks=0)
     tokens = {
         part: token_bytes(shape, element, tensor_parallel, sparse=sparse, layer=part)
         for part in shape.cache

@@ -26,6 +26,7 @@ from weightsmith.serving.machine import Machine, can_split, choose_dtype, machin
 from weightsmith.serving.memory import GIB, human
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches, lengths
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.pooling import keeps_cache
 
 _AUTO_REQUESTS = 8
 """For which `auto` makes requests shorter than the model allows."""
@@ -69,7 +70,7 @@ def plan_paged(
 def _capacity(
     model: ModelFacts, weight_bytes: int, options: ServeOptions, rules: Rules, switches: Switches
 ) -> PagedCapacity:
-    shape = model.shape
+    shape = model.shape if keeps_cache(model) else replace(model.shape, cache=())
     machine = machine_for(options, shape)
     if not machine.gpus and not rules.runs_on_cpu:
         raise UsageError(
@@ -84,9 +85,14 @@ def _capacity(
             " by layers",
             hint=f"nearest: gpu_count {max(fitting)}",
         )
-    dtype, note = choose_dtype(shape, machine, options.dtype)
+    wanted = options.dtype
+    if model.task.kind != "generate" and shape.dtype == "float32" and not wanted:
+        # As vLLM does it (0.33, config/model.py); half of the digits of vectors are worth little.
+        wanted = "float16" if machine.gpus else "float32"
+    dtype, note = choose_dtype(shape, machine, wanted)
     _check_cache(rules, machine, dtype, options)
-    notes = [said for said in (note, check_architecture(model)) if said]
+    assumed = check_architecture(model) if shape.cache else ""
+    notes = [said for said in (note, assumed) if said]
     if options.gpu_memory_bytes and machine.gpu is None:
         notes.append("a GPU without a name: its number formats are not checked")
     if not shape.max_positions:
@@ -186,7 +192,9 @@ def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
     inflight = capacity.inflight(tokens, requests)
     growth, notes = cache.growth, capacity.notes
     # vLLM's own figure, "Maximum concurrency for N tokens per request".
-    concurrency = cache.number(room) / cache.blocks(tokens, inflight)
+    concurrency: float = requests
+    if cache.groups:
+        concurrency = cache.number(room) / cache.blocks(tokens, inflight)
     if machine.pipeline_parallel > 1:  # in the layers of all stages
         whole = replace(capacity, machine=replace(machine, pipeline_parallel=1))
         growth = whole.cache.growth
@@ -215,7 +223,7 @@ def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
         kv_bytes_per_token=growth * tensor,
         kv_bytes_per_request=need * gpus,
         kv_bytes_total=need * gpus * requests,
-        kv_cache_bytes=max(0, room),
+        kv_cache_bytes=max(0, room) if cache.groups else 0,
         overhead_bytes=overhead * gpus,
         usable_bytes=(capacity.weights_each + overhead + max(0, room)) * gpus,
         margin_bytes=margin,

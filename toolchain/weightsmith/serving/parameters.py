@@ -20,16 +20,17 @@ _TIED = {
     "Qwen2VL": False, "Qwen2_5_VL": False, "Qwen3VL": False, "Mistral3": False, "Llava": False,
     "InternVL": False, "PaliGemma": True,
     "Bloom": True, "Falcon": True, "GPT2": True, "GPTBigCode": True, "GPTNeoX": False,
+    "Bert": True, "ModernBert": True, "Roberta": True, "XLMRoberta": True,
     "Nemotron": False, "OPT": True, "Phi": False, "Starcoder2": True, "Arcee": False,
 }  # fmt: skip
 """Families -> whether the output layer is the embedding where config.json does not say
 (transformers, the `configuration_*.py` of each)."""
 _UNGATED = frozenset({
     "Bloom", "Falcon", "GPT2", "GPTBigCode", "GPTNeoX", "Nemotron", "OPT", "Phi", "Starcoder2",
-    "Arcee",
+    "Arcee", "Bert", "Roberta", "XLMRoberta",
 })  # fmt: skip
 """Families whose feed-forward has two matrices; the others' have a third, the gate."""
-_POSITIONS = frozenset({"GPT2", "GPTBigCode", "OPT"})
+_POSITIONS = frozenset({"Bert", "GPT2", "GPTBigCode", "OPT", "Roberta", "XLMRoberta"})
 """Families with a table of positions."""
 _PLAIN_PROJECTION = frozenset({"Gemma3", "PaliGemma"})
 """Families with one matrix between tower and decoder; others have two, or more where patches are
@@ -87,6 +88,7 @@ def parameters(model: ModelFacts) -> Parameters:
     """Count the parameters of a known family; raises InputRefused for others and wrong numbers."""
     shape = model.shape
     family = shape.architecture.partition("For")[0].removesuffix("LMHeadModel")
+    family = family.removesuffix("Model")
     if family not in _TIED or any(part.kind == "state" for part in shape.cache):
         raise InputRefused(
             f"there are no weights, and the size of {shape.architecture} cannot be worked out from"
@@ -94,6 +96,7 @@ def parameters(model: ModelFacts) -> Parameters:
             hint="add the weights, or their model.safetensors.index.json",
         )
     tied = _TIED[family] if model.tied_embeddings is None else model.tied_embeddings
+    tied |= not model.architecture.endswith(("LM", "LMHeadModel", "Generation"))  # no output layer
     parts = model.matrices
     if family in _SPARSE and not parts.experts:
         raise InputRefused(

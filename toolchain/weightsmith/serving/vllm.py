@@ -34,6 +34,12 @@ from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.parsers import parsers_of
 from weightsmith.serving.plan import DRAIN_SECONDS, ServingPlan
+from weightsmith.serving.pooling import (
+    lacks_vllm,
+    notes_of,
+    require_no_cache_type,
+    vllm_settings,
+)
 
 _SOFTMAX = frozenset({
     "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM",
@@ -98,6 +104,8 @@ _DRAIN = "shutdown-timeout"
 """Without it, requests that are running are aborted at SIGTERM."""
 _OPTIONS = Path(__file__).with_name("vllm_options.json")
 _CPU_REQUESTS = 16
+_NO_CACHE = 1 << 26
+"""Bytes that an encoder is told to take, and does not: it has no layer with a cache."""
 
 # What a plan decides, or what a baked image must not do; option -> what to do instead.
 _NOT_HERE: Mapping[str, str] = {
@@ -127,6 +135,8 @@ _NOT_HERE: Mapping[str, str] = {
     "ssl-certfile": NO_TLS,
     "trust-remote-code": "an image runs no code of a checkpoint",
     "download-dir": "an image downloads nothing",
+    "runner": "it follows from what the model gives: text, vectors or scores",
+    "convert": "it follows from what the model gives: text, vectors or scores",
     "enable-lora": "choose the target vllm-lora",
     "lora-modules": "choose the target vllm-lora",
     "max-loras": "choose the target vllm-lora",
@@ -197,6 +207,11 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     known = known_options(cpu=on_cpu)
     extra = known.checked(options.extra)
     chosen = switches(extra)
+    require_no_cache_type(model, options.kv_cache_dtype)
+    pools = model.task.kind != "generate"
+    if pools:
+        # A text is computed at once: engine/arg_utils.py turns chunks off but for a few decoders.
+        chosen = replace(chosen, chunked_prefill=False)
     if on_cpu and model.shape.latent_cache:
         # Latent attention there takes a prompt as a whole (platforms/cpu.py).
         chosen = replace(chosen, chunked_prefill=False)
@@ -212,6 +227,10 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     check_blocks(model, options.format, planned.tensor_parallel_size)
     notes = (*own, *planned.notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)
+    if pools:
+        settings |= vllm_settings(model)
+        notes = (*notes, *notes_of(model, normalizes=False))
+        return replace(planned, notes=notes, settings={**settings, **extra})
     parsers = parsers_of(model, "vllm", known, options)
     tools = str(extra.get("tool-call-parser", parsers.tools))
     settings |= {"enable-auto-tool-choice": True, "tool-call-parser": tools} if tools else {}
@@ -284,10 +303,13 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonVa
         if planned.pipeline_parallel_size > 1:
             settings["pipeline-parallel-size"] = planned.pipeline_parallel_size
         return settings
-    if not capacity.shape.latent_cache:  # the CPU's kernel for latent attention has blocks of 16
+    if (
+        capacity.shape.cache and not capacity.shape.latent_cache
+    ):  # the CPU's kernel for latent attention has blocks of 16
         settings["block-size"] = capacity.cache.block
     # By default a CPU server takes 92 % of the host; one block is vLLM's own (the null block).
-    settings["kv-cache-memory-bytes"] = planned.kv_bytes_total + capacity.cache.bytes_per_block
+    cache = planned.kv_bytes_total + capacity.cache.bytes_per_block
+    settings["kv-cache-memory-bytes"] = cache or _NO_CACHE
     # Compiling takes a C++ compiler, which an image has not, and minutes at every start.
     settings["enforce-eager"] = True
     return settings
@@ -446,6 +468,7 @@ ENGINE = Engine(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization", _DRAIN}
     ),
     has_parsers=True,
+    lacks=lacks_vllm,
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,
     expert_adapters="lora/layers/fused_moe.py asks for LoRAExpertsMixin, and no experts of"

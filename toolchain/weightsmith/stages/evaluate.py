@@ -15,6 +15,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.gate import server_faults
+from weightsmith.evaluating.pooled_smoke import POOLING, check_pooling
 from weightsmith.evaluating.results import Result, named, scored
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import (
@@ -27,7 +28,7 @@ from weightsmith.evaluating.smoke import (
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.evaluating.walks import model_task
-from weightsmith.models.facts import read_facts
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.task import ModelTask
 from weightsmith.models.templates import has_tools, takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
@@ -44,7 +45,7 @@ from weightsmith.steps.launch import (
     what_is_missing,
     why_not_started,
 )
-from weightsmith.steps.served_adapters import chat_template, how_asked
+from weightsmith.steps.served_adapters import chat_template, how_asked, served_checkpoint
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Results, Step, Trial, UnforeseenStep
 from weightsmith.steps.tools import Tools
@@ -83,6 +84,8 @@ class ImageEvaluation:
     """Whether it says which tools may be called."""
     pooled_model: ModelTask
     """What the checkpoint of a model that does not chat says of it."""
+    model: ModelFacts
+    """Of the served checkpoint."""
     questions: tuple[TaskInProgress, ...]
 
     def inputs(self, question: TaskInProgress) -> StageInputs:
@@ -153,16 +156,19 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         thinks="reasoning-parser" in config.plan.settings,
         sees=takes_pictures(evaluation.artifact),
         parts=evaluation.parts,
+        task=evaluation.model.task,
+        width=evaluation.model.hidden,
     )
     if engine.lets_requests_end(config.plan) or has_own_engine(image.labels):
         promise = replace(promise, grace_seconds=GRACE_SECONDS)
     with start(
         name, spec, tools, health_path=config.health_path, seconds=seconds, smoke=smoke
     ) as session:
-        check_serving(smoke, session, promise)
+        pools = promise.task.kind != "generate"
+        (check_pooling if pools else check_serving)(smoke, session, promise)
         for question in evaluation.questions:
             _answers(evaluation, question, session, tools)
-        check_life(smoke, session.endpoint, promise)
+        check_life(smoke, session.endpoint, promise, POOLING if pools else None)
     InStore(tools.store).files(
         partial(_smoke_inputs, image.digest), lambda _: {"checks": smoke.checks}
     )
@@ -228,7 +234,7 @@ class EvaluateStep(UnforeseenStep[Trial]):
         questions, store = evaluation.questions, InStore(tools.store)
         count = sum(len(question.result.task.task.items) for question in questions)
         timer = Timer(self.name, f"{count} questions to the started image", tools)
-        if not evaluation.chat:
+        if not evaluation.chat and evaluation.model.task.kind == "generate":
             tools.progress.warn(
                 "the model has no chat template: the image is asked plain prompts at"
                 " /v1/completions, as its users should do"
@@ -279,5 +285,6 @@ class EvaluateStep(UnforeseenStep[Trial]):
             parts=template is None or takes_parts(template),
             tools=template is not None and has_tools(template),
             pooled_model=model_task(sources),
+            model=read_facts(served_checkpoint(target, sources, inputs.checkpoint).texts),
             questions=tuple(questions),
         )

@@ -14,6 +14,7 @@ from weightsmith.core.jobs import Input, MergeJob
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.resources import builder_pins
+from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
     Checkpoint,
@@ -27,10 +28,13 @@ from weightsmith.core.values import (
 )
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.base import refuse, simulates
+from weightsmith.merging.claim import TASKS
+from weightsmith.merging.claims import class_with_head
 from weightsmith.merging.combining.combination import SUMS, Combination
 from weightsmith.merging.plan import BLOCK_BYTES, START_BYTES
-from weightsmith.models.facts import read_facts
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.safetensors import read_header
+from weightsmith.models.task import MODULES, head_outputs, read_task
 from weightsmith.models.templates import own_template
 from weightsmith.models.tensors import HeaderOnlyTree
 from weightsmith.recipe.file import RecipeFile
@@ -51,7 +55,7 @@ from weightsmith.steps.step import (
 from weightsmith.steps.tools import Tools
 
 BUILDER = "merge"
-RECIPE_NUMBER = 4
+RECIPE_NUMBER = 5
 _TAKES_HIDDEN = re.compile(
     r"^base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.\d+\..*"
     r"\.(?:q|gate)_proj\.lora_A\.weight$"
@@ -78,6 +82,40 @@ def inputs(sources: Sources, options: Merge, *, headers_only: bool = False) -> S
             **({"unwritten": True} if headers_only else {}),
         },
     )
+
+
+def merged_model(sources: Sources) -> ModelFacts:
+    """Return the base's facts with what adapters bring: heads, and sentence-transformers' files.
+
+    Raises InputRefused for files that cannot be read.
+    """
+    root = sources.base.tree.root
+    model = read_facts(root)
+    for adapter in sources.adapters:
+        folder = adapter.snapshot.tree.root
+        if not (folder / "adapter_config.json").is_file():
+            continue  # the merge says what is wrong with it
+        task_type = str(read_json(folder / "adapter_config.json").get("task_type") or "")
+        name, suffix = model.architecture, TASKS.get(task_type, "")
+        if suffix and name and not name.endswith(suffix) and head_outputs(folder):
+            named = class_with_head(name, task_type)
+            model = replace(
+                model,
+                architecture=named,
+                text_architecture=named,
+                bare=name.endswith("Model"),
+                read_task=read_task(root, folder),
+            )
+        elif (folder / MODULES).is_file():
+            model = replace(model, read_task=read_task(root, folder))
+        elif task_type == "FEATURE_EXTRACTION" and model.task.kind == "generate":
+            raise InputRefused(
+                f"{adapter.snapshot.source} was trained to give vectors, and nothing says how"
+                f" {name} makes one of a text's tokens",
+                hint="put sentence-transformers' modules.json and 1_Pooling/config.json beside the"
+                " adapter or the base",
+            )
+    return model
 
 
 def find(sources: Sources, options: Merge, store: Store, *, files: bool) -> Checkpoint | None:
@@ -280,7 +318,8 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
         # The last adapter's template is the merged model's: its parser depends on it.
         templates = [own_template(one.snapshot.tree.texts) for one in sources.adapters]
         last = next(filter(None, reversed(templates)), weights.model.chat_template)
-        model = replace(weights.model, chat_template=last)
+        model = merged_model(sources)
+        model = replace(model, chat_template=last, packing=weights.model.packing)
         weights = replace(weights, model=model, tree=None, missing=MERGE_FIRST)
         found = find(sources, options, tools.store, files=self.files)
         state = seen.state(self, inputs(sources, options))

@@ -20,7 +20,7 @@ from weightsmith.core.values import (
     Writable,
 )
 from weightsmith.forward.memory import COMPARING, DEQUANTIZED, LayerTime, WalkSize, model_pass_bytes
-from weightsmith.models.facts import ModelFacts
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.safetensors import read_header
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
@@ -141,6 +141,9 @@ def _needless(format_: Format, checkpoint: Checkpoint, options: Quality) -> str:
     """Return why a format need not be measured; "" if it must be."""
     if options.gate is False:
         return "quality.gate is off"
+    model = read_facts(checkpoint.tree.texts)
+    if model.task.kind != "generate":
+        return f"{model.architecture} {model.task.does}, and the gate compares texts"
     if options.gate is True and (kept := _KEPT.get(format_.name)):
         names = [f.path for f in checkpoint.tree.files if f.path.endswith(".safetensors")]
         headers = [read_header(checkpoint.tree.header(name)) for name in names]
@@ -221,6 +224,8 @@ class QualityStep(TargetStep[QualityResult | None, None]):
         if not format_.packed or format_.name not in formats() or wanted.gate is False:
             return Foreseen(value=None)
         checkpoint, made = seen[self.checkpoint], seen[self.weights]
+        if checkpoint.model.task.kind != "generate":
+            return Foreseen(value=None)
         state, size = State(cached=False, why=NOT_YET), made.tree.size if made.tree else 0
         if checkpoint.tree and made.tree:
             digests = checkpoint.tree.digest, made.tree.digest

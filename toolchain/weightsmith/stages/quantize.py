@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import InputRefused
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.jobs import Input, QuantizeJob, SiblingFormat, Virtual
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
@@ -35,6 +35,7 @@ from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
+from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.sources import without_pin
@@ -370,6 +371,8 @@ def format_options(
         )
     quantizer, facts = of_format(format_.name), read_facts(model.texts)
     options = {**quantizer.options(format_, settings), **quantizer.options_of_model(facts)}
+    if "imatrix" in options and facts.task.kind != "generate":
+        options["imatrix"] = _without_importance(format_, options["imatrix"], given, facts)
     if options.get("imatrix") == "auto" and not given:
         options["imatrix"] = measured_by(facts, model.weight_bytes)
     statistics = None
@@ -380,6 +383,26 @@ def format_options(
     if about:
         options["about"] = dict(about)
     return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
+
+
+def _without_importance(
+    format_: Format, chosen: JsonValue, given: str, model: ModelFacts
+) -> JsonValue:
+    """Return the importance matrix of a model that does not chat: only one that is given.
+
+    llama-imatrix and our walk measure on texts that a model continues. Raises UsageError where one
+    of them is asked for, or the format needs one.
+    """
+    if chosen not in ("auto", "walk"):
+        return chosen
+    if given or FILE_TYPES[format_.name].needs_imatrix:
+        wanted = f"quantize.imatrix {given}" if given else format_.name
+        raise UsageError(
+            f"{wanted}: {model.architecture} {model.task.does}, and importance is measured on texts"
+            " that a model continues",
+            hint="choose q4_k_m or more bits without imatrix, or give the file of a matrix",
+        )
+    return "off"
 
 
 def needs_text(options: QuantizeOptions) -> bool:

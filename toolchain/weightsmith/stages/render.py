@@ -24,7 +24,7 @@ from jinja2 import (
     UndefinedError,
 )
 
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.resources import templates
 from weightsmith.core.thin import SERVED, SPARE
 from weightsmith.core.values import (
@@ -42,7 +42,8 @@ from weightsmith.oci.layout import is_layout
 from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe.schema import Serve
-from weightsmith.serving.architectures import check_served
+from weightsmith.serving import engines
+from weightsmith.serving.architectures import DONE_HERE, check_served
 from weightsmith.serving.compatibility import check_adapters, check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
@@ -55,6 +56,7 @@ from weightsmith.serving.plan import (
     ServingConfig,
     ServingPlan,
 )
+from weightsmith.serving.pooling import ASKED
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files
@@ -110,6 +112,7 @@ def render(
     """
     check_served(model)
     engine = target.engine
+    _check_task(model, engine, options)
     for key in ("tool_parser", "reasoning_parser"):
         if getattr(options, key) not in ("", NONE) and not engine.has_parsers:
             notes = (
@@ -130,7 +133,14 @@ def render(
     checked = engine.healthcheck if is_cpu(plan.device) else ()
     config = replace(_config(target, plan, served), made_from=made_from, healthcheck=checked)
     image = image or f"{repository_name(name)}:{version}"
-    facts = {
+    asked, request = ASKED[model.task.kind]
+    body: dict[str, JsonValue] = {"model": served.name, **request}
+    facts: dict[str, Writable] = {
+        "kind": model.task.kind,
+        "labels": model.task.labels,
+        "prompts": [row for row in model.task.sentence.prompts if row[1]],
+        "asked": asked,
+        "body": body,
         "name": name,
         "version": version,
         "image": image,
@@ -155,6 +165,25 @@ def render(
         files={**files, "plan.json": whole},
         image_files={**inside, "/etc/weightsmith/plan.json": portable},
     )
+
+
+def _check_task(model: ModelFacts, engine: Engine, options: ServeOptions) -> None:
+    """Refuse a model that does not chat where the engine does not serve it as it was trained."""
+    task = model.task
+    if task.kind == "generate":
+        return
+    if why := engine.lacks(model):
+        others = [one.name for one in engines().values() if not one.lacks(model)]
+        served = f"target {others[0]} serves it" if others else "no target serves it"
+        raise InputRefused(
+            f"{model.architecture} {task.does}: {engine.title} {why}",
+            hint=f"{served}; {DONE_HERE}",
+        )
+    if options.adapters:
+        raise UsageError(
+            f"{model.architecture} {task.does}: adapters beside it are not planned here",
+            hint=f"merge them: choose target {engine.name}",
+        )
 
 
 def render_volume(
@@ -204,7 +233,8 @@ def render_volume(
         "start_command": [*config.entrypoint, *config.command],
     }
     own = templates() / f"volume-{engine.name}"
-    folders = [templates() / "volume", *([own] if merged and plan.gpus and own.is_dir() else [])]
+    routed = merged and plan.gpus and "runner" not in plan.settings  # llm-d routes chats
+    folders = [templates() / "volume", *([own] if routed and own.is_dir() else [])]
     environment = _environment((*folders, templates() / "deploy"))
     names = sorted(path.name for folder in folders for path in folder.glob("*.j2"))
     return {name.removesuffix(".j2"): _one(environment, name, facts) for name in names}
@@ -261,7 +291,7 @@ def render_unplanned(
     plan = ServingPlan(device=CPU if engine.base.cpu else "gpu")
     served = _served(engine, name, model_file, weight_bytes, projector)
     config, settings = _config(target, plan, served), engine.file_settings(plan, served)
-    facts: dict[str, Writable] = {"name": name, "version": "0", "plan": plan}
+    facts: dict[str, Writable] = {"name": name, "version": "0", "plan": plan, "kind": "generate"}
     facts["file_settings"] = settings
     environment = _environment((templates() / engine.name, templates() / "deploy"))
     inside = {

@@ -17,6 +17,7 @@ from weightsmith.core.values import (
     Digest,
     JsonValue,
     Sources,
+    Tree,
 )
 from weightsmith.merging.claims import require_all_targeted
 from weightsmith.models.safetensors import read_header
@@ -75,8 +76,12 @@ def how_asked(
 
 def chat_template(target: Target, sources: Sources, checkpoint: Checkpoint) -> str | None:
     """Return the chat template of what a target serves; None without one."""
-    served = sources.base if target.format.unmerged else checkpoint
-    return own_template(served.tree.texts)
+    return own_template(served_checkpoint(target, sources, checkpoint).texts)
+
+
+def served_checkpoint(target: Target, sources: Sources, checkpoint: Checkpoint) -> Tree:
+    """Return the files of the checkpoint that a target serves: with adapters apart, the base."""
+    return sources.base.tree if target.format.unmerged else checkpoint.tree
 
 
 @lru_cache(maxsize=4096)

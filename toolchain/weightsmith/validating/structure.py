@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
@@ -13,6 +13,7 @@ from weightsmith.models.folder import check_model_folder
 from weightsmith.models.safetensors import (
     CheckpointIndex,
     open_checkpoint,
+    read_header,
 )
 from weightsmith.models.tensors import data_of
 from weightsmith.validating.result import ERROR, NOTE, Finding, finding
@@ -27,6 +28,9 @@ _FREE = {
     "num_hidden_layers", "layer_types", "use_cache", "architectures",
 }  # fmt: skip
 """Keys of config.json that a merge may change; those that matter have checks of their own."""
+_TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+"""Of adapters that may bring a head."""
+_LABELS = frozenset({"id2label", "label2id"})
 UNREADABLE = "model.safetensors"
 """The file named by a finding if shards, headers and index are inconsistent."""
 
@@ -43,11 +47,13 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
     except InputRefused as error:
         return [finding(ERROR, "files", error.message, UNREADABLE)]
     config, new = read_json(base / "config.json"), read_json(merged / "config.json")
+    heads = _new_heads(before, after, adapters)
     # A quantized base has other tensors than the merged model.
     comparable = not config.get("quantization_config")
     return [
-        *_configs(config, new),
-        *(_tensors(before, after, config, new) if comparable else ()),
+        *_configs(config, new, _LABELS if heads else frozenset()),
+        *(_tensors(before, after, config, new, heads) if comparable else ()),
+        *_brought(merged, after, heads, new),
         *(_types(before, after) if comparable else ()),
         *_ends(base, adapters, merged, new),
         *_tied(after, new, headless=_is_tied(config) is False and not _heads(before)),
@@ -77,6 +83,7 @@ def _tensors(
     after: CheckpointIndex,
     config: Mapping[str, JsonValue],
     new: Mapping[str, JsonValue],
+    heads: Collection[str],
 ) -> Iterator[Finding]:
     old, there = before.tensors, after.tensors
     for name in sorted(old.keys() - there.keys()):
@@ -85,7 +92,7 @@ def _tensors(
     untied = _is_tied(config) and not _is_tied(new)
     grown = _setting(new, "num_hidden_layers") != _setting(config, "num_hidden_layers")
     for name in sorted(there.keys() - old.keys()):
-        if not untied and not grown:
+        if not untied and not grown and name not in heads:
             yield finding(ERROR, "files", f"tensor {name} is not in the base", name)
     for name in sorted(old.keys() & there.keys()):
         base_shape, merged_shape = old[name].shape, there[name].shape
@@ -97,6 +104,49 @@ def _tensors(
         if base_shape != merged_shape and not resized:
             message = f"{name} has shape {list(merged_shape)}, but {list(base_shape)} in the base"
             yield finding(ERROR, "files", message, name)
+
+
+def _new_heads(
+    before: CheckpointIndex, after: CheckpointIndex, adapters: Sequence[Path]
+) -> Mapping[str, tuple[Path, str]]:
+    """Return the merged tensors that an adapter has for a head of another task, and their keys."""
+    found: dict[str, tuple[Path, str]] = {}
+    for folder in adapters:
+        if read_json(folder / "adapter_config.json").get("task_type") not in _TASKS:
+            continue
+        file = folder / "adapter_model.safetensors"
+        for info in read_header(file).tensors:
+            name = info.name.removeprefix("base_model.model.")
+            if name in after.tensors and name not in before.tensors:
+                found[name] = file, info.name
+    return found
+
+
+def _brought(
+    merged: Path,
+    after: CheckpointIndex,
+    heads: Mapping[str, tuple[Path, str]],
+    config: Mapping[str, JsonValue],
+) -> Iterator[Finding]:
+    """Compare a new head with the adapter's, rounded to its type, and with the labels."""
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+
+    from weightsmith.models.tensors import CheckpointTensors
+
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for name, (file, key) in heads.items():
+        with safe_open(file, framework="pt") as stored:
+            wanted = stored.get_tensor(key).to(kinds.get(after.tensors[name].dtype)).float().numpy()
+        found = CheckpointTensors(merged).tensor(name)
+        if found.shape != wanted.shape or not np.array_equal(found, wanted):
+            yield finding(ERROR, "files", f"{name} is not the adapter's", name)
+    rows = [after.tensors[name].shape[0] for name in sorted(heads) if name.endswith("weight")]
+    labels = config.get("id2label")
+    if rows and isinstance(labels, Mapping) and len(labels) != rows[-1]:
+        message = f"config.json names {len(labels)} labels, and the head has {rows[-1]}"
+        yield finding(ERROR, "files", message, "config.json")
 
 
 def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]:
@@ -115,8 +165,10 @@ def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]
             yield finding(NOTE, "files", f"all {was} tensors were cast to {now}")
 
 
-def _configs(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> Iterator[Finding]:
-    keys = (old.keys() | new.keys()) - _FREE
+def _configs(
+    old: Mapping[str, JsonValue], new: Mapping[str, JsonValue], free: Collection[str] = ()
+) -> Iterator[Finding]:
+    keys = (old.keys() | new.keys()) - _FREE - set(free)
     for key in sorted(keys, key=lambda key: (key != "model_type", key)):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -188,8 +188,11 @@ def _compare(
 def _model(request: ValidationRequest, findings: list[Finding]) -> Model:
     """Return the merged model without weights."""
     facts, kind = read_facts(request.base), ""
+    merged = read_facts(request.merged)
     if of_class(facts.architecture)[1]:  # transformers would load a part of it
         kind = facts.architecture
+    elif merged.task.kind != "generate":  # its adapters need not have a causal model's names
+        kind = f"{merged.architecture}, which {merged.task.does},"
     elif facts.encoder_decoder:
         kind = f"{facts.architecture or 'the model'}, an encoder with a decoder,"
     if kind:

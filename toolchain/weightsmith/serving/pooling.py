@@ -1,0 +1,199 @@
+"""Models that do not chat on engines: which are served, and how vectors and scores are made.
+
+An encoder reads a text once, all tokens together, so it keeps no keys and values. A decoder that
+gives vectors or scores has the cache that it has anyway.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import JsonValue
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.task import Kind
+from weightsmith.serving.architectures import is_known_decoder
+
+_ENCODERS = re.compile(
+    r"(?:Bert|Camembert|DistilBert|ModernBert|Roberta|XLMRoberta)(?:Model|For\w+)"
+    r"|bert|modern-bert"
+)
+"""Classes, and architectures of GGUF files, of encoders that engines here serve."""
+POOLED = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+"""sentence-transformers' ways of pooling that the engines have -> llama.cpp's name."""
+_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
+"""Modules that engines compute, or that do nothing after training."""
+
+
+def keeps_cache(model: ModelFacts) -> bool:
+    """Say whether a model keeps keys and values of what it read, as decoders do."""
+    return model.task.kind == "generate" or not _ENCODERS.fullmatch(model.architecture)
+
+
+def pooling_of(model: ModelFacts) -> str:
+    """Return how a model's vectors are made, by sentence-transformers' name.
+
+    Without a file that says so, as sentence-transformers does: the mean of an encoder's, else the
+    last token's.
+    """
+    return model.task.sentence.pooling or ("lasttoken" if keeps_cache(model) else "mean")
+
+
+def lacks_vectors(model: ModelFacts) -> str:
+    """Return why no engine here makes a model's vectors as sentence-transformers does, or ""."""
+    sentence = model.task.sentence
+    if model.sees_images or model.encoder_decoder:
+        return "makes vectors of texts by encoders and decoders alone"
+    if other := [name for name in sentence.modules if name not in _MODULES]:
+        return f"makes vectors without the module {other[0]}, which its modules.json lists"
+    if (mode := pooling_of(model)) not in POOLED:
+        return f"has no pooling {mode}; it has {', '.join(POOLED)}"
+    if not sentence.includes_prompt:
+        return "pools a prompt's tokens too, and this model was trained without"
+    return ""
+
+
+def notes_of(model: ModelFacts, *, normalizes: bool) -> list[str]:
+    """Return what to know of a server for a model that does not chat.
+
+    `normalizes` says that the engine gives every vector the length 1.
+    """
+    sentence, kind = model.task.sentence, model.task.kind
+    notes = []
+    if kind == "embed" and not sentence.pooling:
+        notes.append(
+            f"no file says how vectors are made: planned with {pooling_of(model)}; a modules.json"
+            " of sentence-transformers beside the model says it"
+        )
+    if kind == "embed" and normalizes and not sentence.normalizes:
+        notes.append(
+            "the server gives vectors the length 1, which sentence-transformers does not for this"
+            " model: their directions are the same"
+        )
+    if sentence.lower_case:
+        notes.append("sentence-transformers makes texts lower-case first: send them so")
+    if any(text for _, text in sentence.prompts):
+        names = ", ".join(name for name, text in sentence.prompts if text)
+        notes.append(f"prompts ({names}) are put before texts by clients: no server adds them")
+    return notes
+
+
+def require_no_cache_type(model: ModelFacts, wanted: str) -> None:
+    """Refuse a type for a cache that a model does not have."""
+    if wanted and not keeps_cache(model):
+        raise UsageError(
+            f"kv_cache_dtype {wanted}: {model.architecture} keeps no keys and values",
+            hint="leave it out",
+        )
+
+
+ASKED: Mapping[Kind, tuple[str, Mapping[str, JsonValue]]] = {
+    "generate": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
+    ),
+    "embed": ("/v1/embeddings", {"input": "The cat sleeps."}),
+    "rerank": (
+        "/v1/rerank",
+        {"query": "Who sleeps?", "documents": ["The cat sleeps.", "It rains."]},
+    ),
+    "classify": ("/classify", {"input": "The cat sleeps."}),
+    "token-classify": ("/pooling", {"input": "The cat sleeps."}),
+}
+"""Kind of a model -> the path of its server and the body of a request, but for the model's name."""
+
+
+VLLM_CLASSES: dict[Kind, frozenset[str]] = {
+    "embed": frozenset(
+        {
+            "BertForMaskedLM", "BertModel", "ModernBertModel", "RobertaForMaskedLM", "RobertaModel",
+            "XLMRobertaModel",
+        }
+    ),
+    "classify": frozenset(
+        {
+            "BertForSequenceClassification", "ModernBertForSequenceClassification",
+            "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification",
+        }
+    ),
+    "token-classify": frozenset(
+        {
+            "BertForTokenClassification", "ModernBertForTokenClassification",
+            "RobertaForTokenClassification", "XLMRobertaForTokenClassification",
+        }
+    ),
+}  # fmt: skip
+"""Encoders that vLLM has classes for (0.32 and 0.33, models/registry.py)."""
+
+
+def vllm_settings(model: ModelFacts) -> dict[str, JsonValue]:
+    """Return vLLM's options for a model that does not chat (0.33, config/model.py, pooler.py)."""
+    kind, found = model.task.kind, dict[str, JsonValue]({"runner": "pooling"})
+    if keeps_cache(model):
+        found["convert"] = "embed" if kind == "embed" else "classify"
+    if kind == "embed":
+        # Without modules.json, vectors get the length 1 as vLLM's own default has it.
+        normalizes = model.task.sentence.normalizes or not model.task.sentence.modules
+        mode = POOLED[pooling_of(model)].upper()
+        found["pooler-config"] = {"seq_pooling_type": mode, "use_activation": normalizes}
+    elif kind == "token-classify":
+        found["pooler-config"] = {"task": "token_classify"}
+    return found
+
+
+LLAMACPP_PAIRS = frozenset(
+    {
+        "ModernBertForSequenceClassification", "RobertaForSequenceClassification",
+        "XLMRobertaForSequenceClassification",
+    }
+)  # fmt: skip
+"""Rerankers whose scores llama.cpp's server gives as transformers does."""
+_NO_POOLER = (
+    "leaves out BERT's pooler when it converts, and gives both texts of a pair the same type: its"
+    " scores would be others"
+)
+
+
+def lacks_llamacpp(model: ModelFacts) -> str:
+    """Return why llama.cpp's server does not serve a model that does not chat, or ""."""
+    name = model.architecture
+    match model.task.kind:
+        case "embed" if keeps_cache(model) and not is_known_decoder(name):
+            return "is not known here to make vectors of this class"
+        case "embed":
+            return lacks_vectors(model)
+        case "rerank" if name in LLAMACPP_PAIRS:
+            return ""
+        case "rerank" if name == "BertForSequenceClassification":
+            return _NO_POOLER
+        case "rerank":
+            known = ", ".join(sorted(LLAMACPP_PAIRS))
+            return f"scores pairs by these classes alone: {known}"
+        case "classify":
+            return "has no endpoint for labels: its server gives the first label's score alone"
+        case _:
+            return "has no endpoint for scores of single tokens"
+
+
+def llamacpp_settings(model: ModelFacts) -> dict[str, JsonValue]:
+    """Return llama-server's options for a model that does not chat."""
+    if model.task.kind == "rerank":
+        return {"reranking": True}
+    return {"embedding": True, "pooling": POOLED[pooling_of(model)]}
+
+
+def lacks_vllm(model: ModelFacts) -> str:
+    """Return why vLLM's pooling runner does not serve a model, or ""."""
+    kind, name = model.task.kind, model.architecture
+    if kind == "embed" and (why := lacks_vectors(model)):
+        return why
+    if is_known_decoder(name):
+        return ""
+    if model.bare and _ENCODERS.fullmatch(name):
+        return (
+            "loads a classifier whose tensors begin with its encoder's name alone, as those of a"
+            " base with a head do (BertForPreTraining, RobertaForMaskedLM)"
+        )
+    known = VLLM_CLASSES["classify" if kind == "rerank" else kind]
+    return "" if name in known else f"has no class for it; it has {', '.join(sorted(known))}"
