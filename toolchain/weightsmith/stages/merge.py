@@ -89,10 +89,10 @@ def merged_model(sources: Sources) -> ModelFacts:
 
     Raises InputRefused for files that cannot be read.
     """
-    root = sources.base.tree.root
+    root = sources.base.tree.texts
     model = read_facts(root)
     for adapter in sources.adapters:
-        folder = adapter.snapshot.tree.root
+        folder = adapter.snapshot.tree.texts
         if not (folder / "adapter_config.json").is_file():
             continue  # the merge says what is wrong with it
         task_type = str(read_json(folder / "adapter_config.json").get("task_type") or "")
