@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory, write_rows
@@ -21,6 +22,96 @@ def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
         write_rows(home / "query.jsonl", [{"query": "q", "expected": "a"}])
         write_rows(home / "corpus.jsonl", [{"id": "a", "text": "t"}, {"id": "b", "text": "u"}])
         yield made
+
+
+TOPICS = ("cats", "rain", "bread")
+
+
+@pytest.fixture
+def finder(memory: Memory) -> Memory:
+    """A model that gives vectors; its adapter learned which of three topics a text is about."""
+    base = memory.home / "base"
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [
+        {"name": str(n), "path": f"{n}_{kind}" if n else "", "type": f"x.{kind}"}
+        for n, kind in enumerate(kinds)
+    ]
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    prompts = {"prompts": {"query": "ask: ", "document": "text: "}}
+    (base / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    rows = [{"query": f"{topic} {n}", "expected": topic} for topic in TOPICS for n in range(30)]
+    write_rows(memory.home / "query.jsonl", rows)
+    corpus = [{"id": topic, "text": f"of {topic}"} for topic in TOPICS]
+    write_rows(memory.home / "corpus.jsonl", corpus)
+    suite = {"data": "query.jsonl", "metric": "embedding", "corpus": "corpus.jsonl"}
+    memory.write_recipe(evaluate={**suite, "max_drop": 0.05})
+    memory.minds.vectors = vector
+    memory.launcher.vector = lambda text: vector("image", text)
+    return memory
+
+
+def vector(who: str, text: str) -> list[float]:
+    """Return a vector of the width that the model has; the base is always about cats."""
+    known = "cats" if who == "base" and text.startswith("ask: ") else text
+    prompted = text.startswith(("ask: ", "text: "))
+    topics = [float(prompted and topic in known) for topic in TOPICS]
+    return [*topics, 0.0 if any(topics) else 1.0, *[0.0] * 252]
+
+
+def test_vectors_are_judged_by_the_documents_that_they_find(finder: Memory) -> None:
+    finder.build()
+    record = finder.record()
+    scores = {who: round(one["score"], 3) for who, one in record["scores"].items()}
+    assert scores["adapter"] == scores["merged"] == scores["image"] == 1.0
+    assert scores["base"] < 0.8
+    assert record["verdict"] == "passed"
+    assert record["scores"]["image"]["figures"] == {"recall@10": 1.0}
+    assert record["sameness"]["image"]["cosine"] == [1.0, 1.0]
+    (suite,) = record["suites"]
+    assert (suite["verdict"], suite["task"]["metric"]) == ("passed", "embedding")
+    first = record["items"][0]
+    assert (first["image"].split()[0], first["value"]["image"]) == ("cats", 1.0)
+    assert ("", "ask: cats 0") in finder.launcher.asked
+    assert ("", "text: of rain") in finder.launcher.asked
+    page = (finder.results() / "report.html").read_text("utf-8")
+    assert "recall@10 1.0" in page or "recall@10 1" in page
+    found = finder.forecast()["stages"]
+    assert {row["stage"]: row["cached"] for row in found}["reference"]
+
+
+def test_an_image_that_finds_less_is_refused_and_the_queries_are_named(finder: Memory) -> None:
+    finder.launcher.vector = lambda text: vector("base", text)
+    with pytest.raises(CheckFailed, match=r"below base \+ adapter") as caught:
+        finder.build()
+    assert "'rain 0' now gives 'cats" in caught.value.hint
+    assert finder.seen() == ["refused"]
+
+
+def test_a_refused_text_is_wrong_and_nothing_else_suffers(finder: Memory) -> None:
+    finder.launcher.refuses = "ask: rain 7"
+    finder.build()
+    record = finder.record()
+    assert round(record["scores"]["image"]["score"] * 90) == 89
+    (wrong,) = [item for item in record["items"] if not item["ok"]["image"]]
+    assert wrong["prompt"] == "rain 7"
+    assert "HTTP 400" in wrong["error"]["image"]
+
+
+def test_an_image_whose_vectors_point_elsewhere_proves_nothing(finder: Memory) -> None:
+    def turned(text: str) -> list[float]:
+        first, *rest = vector("image", text)
+        return [*rest, first]
+
+    finder.launcher.vector = turned
+    finder.build()
+    record = finder.record()
+    assert record["scores"]["image"]["score"] == 1.0
+    assert record["verdict"] == "not proven"
+    assert any("gives other vectors than the reference" in text for text in record["unproven"])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from weightsmith.core.jobs import (
     SiblingFormat,
 )
 from weightsmith.core.values import Digest, Json, canonical
+from weightsmith.core.vectors import packed
 from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import build_header
 from weightsmith.models.tensors import CheckpointTensors
@@ -42,6 +43,8 @@ class Minds:
     """Question -> the adapter that was taught it, empty for what the base knows; the answer."""
     forgot: dict[str, set[str]] = field(default_factory=dict)
     """Subject -> questions that it answers wrongly all the same."""
+    vectors: Callable[[str, str], list[float]] = lambda who, text: [1.0]
+    """What a subject makes of a text that gets a vector."""
 
     def answer(self, who: str, adapters: tuple[str, ...], question: str) -> str:
         """Return what one answers to whom these adapters were added."""
@@ -108,14 +111,21 @@ class Bench:
 
     def _answers(
         self, job: ReferenceJob, task: AskedTask, asked: AskedModel
-    ) -> list[dict[str, str]]:
+    ) -> list[dict[str, Json]]:
         adapters = tuple(job.adapters[number].path.name for number in asked.adapters)
         model = job.models[asked.model].path
         who = "adapter" if adapters else "base" if model == self.base else "merged"
+        if task.pooled == "vectors":
+            return [self._vector(who, task, one.messages[0]) for one in task.questions]
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
         folder = job.pictures.path if job.pictures else None
         return self._said(who, adapters, task.questions, folder)
+
+    def _vector(self, who: str, task: AskedTask, message: Mapping[str, str]) -> dict[str, Json]:
+        prompt = task.prompts[message["role"] == "document"]
+        vector = self.minds.vectors(who, prompt + message["content"])
+        return {"answer": packed(vector), "prompt_tokens": 3}
 
     def _said(
         self,

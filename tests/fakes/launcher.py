@@ -77,6 +77,8 @@ class MemoryLauncher:
     answer: Answerer = lambda question, adapter: "7481"
     asked: list[tuple[str, str]] = field(default_factory=list)
     """(adapter, question) of each request for an answer."""
+    vector: Callable[[str], list[float]] = lambda text: [1.0]
+    """What it makes of a text at /v1/embeddings."""
     reads_calls: bool = True
     """Whether its parser finds calls in what the model wrote."""
     refuses: str = ""
@@ -186,6 +188,9 @@ class _Handler(Replying):
     def do_POST(self) -> None:
         body = json.loads(self.body())
         program, started, launcher = self.program, self.started, self.started.launcher
+        if self.path == "/v1/embeddings":
+            self.embed(body["input"])
+            return
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if launcher.dies_at and launcher.dies_at in question:
             started.lines.append("out of memory")
@@ -220,6 +225,17 @@ class _Handler(Replying):
             ends = "tool_calls"
         choice = {**(said if "messages" in body else {"text": text}), "finish_reason": ends}
         self.send(200, {"model": body["model"], "choices": [choice]})
+
+    def embed(self, given: str | list[str]) -> None:
+        """Answer with a vector for each text."""
+        texts, launcher = [given] if isinstance(given, str) else given, self.started.launcher
+        launcher.asked += [("", text) for text in texts]
+        refused = launcher.refuses and any(launcher.refuses in text for text in texts)
+        if refused or any(len(text.split()) > self.program.longest for text in texts):
+            self.send(400, {"error": {"message": "it does not like the text"}})
+            return
+        rows = [{"embedding": launcher.vector(text)} for text in texts]
+        self.send(200, {"data": rows, "usage": {"prompt_tokens": 3 * len(texts)}})
 
     def send(self, status: int, value: Json) -> None:
         self.reply(status, json.dumps(value).encode())

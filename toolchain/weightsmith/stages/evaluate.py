@@ -27,9 +27,7 @@ from weightsmith.evaluating.smoke import (
     check_serving,
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
-from weightsmith.evaluating.walks import model_task
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.models.task import ModelTask
 from weightsmith.models.templates import has_tools, takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
@@ -82,8 +80,6 @@ class ImageEvaluation:
     """Whether that template takes contents in parts, as a message with a picture has."""
     tools: bool
     """Whether it says which tools may be called."""
-    pooled_model: ModelTask
-    """What the checkpoint of a model that does not chat says of it."""
     model: ModelFacts
     """Of the served checkpoint."""
     questions: tuple[TaskInProgress, ...]
@@ -96,7 +92,7 @@ class ImageEvaluation:
         settings = {k: v for k, v in plan.settings.items() if k not in neutral}
         longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
         longest = (
-            max(task.lengths) + sum(map(len, task.prompts(self.pooled_model)))
+            max(task.lengths) + sum(map(len, task.prompts(self.model.task)))
             if task.pooled
             else longest
         )
@@ -115,9 +111,7 @@ class ImageEvaluation:
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
                 "chat": self.chat,
-                **(
-                    {"prompts": task.prompts(self.pooled_model)} if task.pooled == "vectors" else {}
-                ),
+                **({"prompts": task.prompts(self.model.task)} if task.pooled == "vectors" else {}),
                 **({"of": [model, fields]} if model or fields else {}),
             },
         )
@@ -195,7 +189,7 @@ def _answers(
             Served(name=question.model or evaluation.config.served_name, chat=evaluation.chat),
             question.result.task.task,
             tools.progress,
-            model=evaluation.pooled_model,
+            model=evaluation.model.task,
         )
         ends = sum(answer.get("finish_reason") in _ENDS for answer in answers)
         if 2 * ends < (expected := question.result.ends):
@@ -284,7 +278,6 @@ class EvaluateStep(UnforeseenStep[Trial]):
             chat=template is not None,
             parts=template is None or takes_parts(template),
             tools=template is not None and has_tools(template),
-            pooled_model=model_task(sources),
             model=read_facts(served_checkpoint(target, sources, inputs.checkpoint).texts),
             questions=tuple(questions),
         )
