@@ -198,6 +198,10 @@ def for_text_alone(memory: Memory) -> None:
     (memory.home / "base" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
 
 
+def without_template(memory: Memory) -> None:
+    (memory.home / "base" / "chat_template.jinja").unlink()
+
+
 def without_projector(memory: Memory) -> None:
     path = memory.home / "base" / "config.json"
     config = json.loads(path.read_text())
@@ -235,6 +239,7 @@ def gone(memory: Memory) -> None:
         (blind, "reads text only: config.json has no vision part", "a model that reads pictures"),
         (without_processor, "no preprocessor_config.json", "a model that reads pictures"),
         (for_text_alone, "the chat template is for text alone", "a model that reads pictures"),
+        (without_template, "has no chat template in chat_template.jinja", "all of its files"),
         (without_projector, f"{TARGET} would read text only", "another target, such as vllm"),
         (unprepared, "lacks a package that prepares pictures", "a model that reads pictures"),
         (as_webp, "is a WEBP file, which llama.cpp's server does not read", "PNG or JPEG"),

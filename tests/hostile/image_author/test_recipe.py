@@ -12,14 +12,17 @@ from weightsmith.api.commands.recipes import _with_questions
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.trees import below, discard
+from weightsmith.core.values import Digest
 from weightsmith.models.folder import ignored_files
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import ROLES
+from weightsmith.oci.layers import TITLE
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import ADDED, plan_in, roles_of
 
+from tests.fakes.drawn import png
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.rebuilding import COMMIT, Scene
@@ -240,6 +243,37 @@ def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("title", "url", "says"),
+    [
+        ("pictures/../../x.png", "x", "another name than its digest"),
+        ("/etc/DIGEST.png", "x", "another name than its digest"),
+        ("pictures/DIGEST.png/x", "x", "another name than its digest"),
+        ("pictures/DIGEST.svg", "x", "another name than its digest"),
+        ("pictures/DIGEST.png", "../../etc/passwd", "outside of"),
+        ("pictures/DIGEST.png", "http://evil.example/x.png", "nothing from the network"),
+    ],
+)
+def test_attached_pictures_stay_in_their_folder(tmp_path, title, url, says):
+    data = png(3, 3, b"")
+    part = [{"type": "image_url", "image_url": {"url": url}}]
+    row = {"messages": [{"role": "user", "content": part}], "expected": ["x"]}
+    questions = json.dumps({"items": [{"prompt": "", **row}]}).encode()
+    title = title.replace("DIGEST", Digest.of(data).hex)
+    parts = (
+        AttachmentPart.of_bytes(questions, EVALUATION_TYPE),
+        AttachmentPart.of_bytes(data, "image/png", **{TITLE: title}),
+    )
+    document = Attachment(artifact_type=EVALUATION_TYPE, parts=parts)
+    home = tmp_path / "a" / "home"
+    home.mkdir(parents=True)
+    with pytest.raises(InputRefused, match=says):
+        _with_questions({"evaluate": {"data": "x"}}, [document], home, Silent())
+    assert [path for path in below(tmp_path) if path.suffix == ".png"] in (
+        [], [home / "pictures" / f"{Digest.of(data).hex}.png"],
+    )  # fmt: skip
+
+
 def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path):
     """A downloaded model has a hidden folder as deep as its author likes: it is not read."""
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -45,6 +45,9 @@ from weightsmith.steps.step import Foresight
 from weightsmith.steps.tools import Tools
 
 
+_NO_TEMPLATE = "model has no chat template in chat_template.jinja or tokenizer_config.json"
+
+
 def check_machine(request: BuildRequest, steps: BuildSteps, tools: Tools) -> None:
     """Check, before any long step, that jobs can run and results can be pushed."""
     for builder in steps.checkpoint.builders():
@@ -112,7 +115,7 @@ def check_pictures(request: BuildRequest, steps: BuildSteps, seen: Foresight) ->
     elif model.architecture in UNPREPARED:
         why = f"the builder lacks a package that prepares pictures for {model.architecture}"
     elif not takes_parts(template):
-        why = "the chat template is for text alone"
+        why = f"the {'chat template is for text alone' if template else _NO_TEMPLATE}"
     else:
         why = ""
     if why:
