@@ -44,7 +44,6 @@ from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
 from weightsmith.steps.tools import Tools
 
-
 _NO_TEMPLATE = "model has no chat template in chat_template.jinja or tokenizer_config.json"
 
 
