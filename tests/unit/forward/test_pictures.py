@@ -34,6 +34,7 @@ SEEING = [
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 ]
 WORDS = ("Which colour is this?", "Say it, please.", "And now?")
 SIZES = ((56, 56), (56, 56), (84, 42))
@@ -78,6 +79,7 @@ def by_transformers(model: Path, processor: Any, texts: list[str], folder: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("architecture", SEEING)
 def test_they_are_those_of_the_whole_model(tmp_path: Path, architecture: str) -> None:
     """Of several sizes, together and apart, with right and wrong drafts and without any."""
@@ -134,7 +136,7 @@ def test_a_model_without_a_processor_is_refused(tmp_path: Path) -> None:
 
 def test_the_processors_that_need_more_than_pillow_are_known() -> None:
     """Of all models that transformers knows for pictures and text."""
-    lacking = {"SmolVLMForConditionalGeneration"}  # it imports num2words when it is made
+    lacking = set[str]()
     for kind, architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
         found = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
         name = PROCESSOR_MAPPING_NAMES.get(kind)

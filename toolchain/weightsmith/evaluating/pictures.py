@@ -112,15 +112,13 @@ UNPREPARED = frozenset(
         "PI0ForConditionalGeneration",
         "PPFormulaNetForConditionalGeneration",
         "PerceptionLMForConditionalGeneration",
-        "SmolVLMForConditionalGeneration",
         "Step3p7ForConditionalGeneration",
         "UnlimitedOcrForConditionalGeneration",
     }
 )
-"""Models whose pictures transformers prepares with torchvision or num2words.
+"""Models whose pictures transformers prepares with torchvision alone.
 
-The builder has neither: torchvision's builds for CPUs are not on PyPI, and num2words needs
-a package without a wheel.
+The builder has none: its builds for CPUs are not on PyPI.
 """
 
 

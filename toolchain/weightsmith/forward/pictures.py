@@ -75,12 +75,14 @@ def load_processor(root: Path, tokenizer: Tokenizer) -> Any:
 
 @contextmanager
 def _without_videos() -> Iterator[None]:
-    """Let processors do without the part for videos, which needs torchvision."""
+    """Let processors do without the part for videos, which needs torchvision and num2words."""
     import transformers
     from transformers.models.auto import video_processing_auto
+    from transformers.models.smolvlm import processing_smolvlm
 
-    # Where it looks for the part, and for what the part must be.
+    # Where they look for the part, and for what the part must be.
     with (
+        _patched(processing_smolvlm, "num2words", _NoVideos),
         _patched(video_processing_auto, "AutoVideoProcessor", _NoVideos),
         _patched(transformers, "VideoProcessorMixin", _NoVideos),
     ):
