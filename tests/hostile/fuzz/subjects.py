@@ -191,6 +191,54 @@ def read_layer(data: bytes, folder: Path) -> None:
         assert {path.name for path in folder.iterdir()} <= {"work"}, "written outside the root"
 
 
+SENTENCES: dict[str, Any] = {
+    "config.json": {
+        "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 96, "hidden_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
+        "id2label": {"0": "no", "1": "yes"}, "problem_type": "regression", "pad_token_id": 0,
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+    },
+    "modules.json": [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ],
+    "1_Pooling/config.json": {"pooling_mode": ["mean"], "include_prompt": True},
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer", "prompts": {"query": "query: "},
+        "similarity_fn_name": "cosine", "default_prompt_name": "query",
+    },
+    "sentence_bert_config.json": {"max_seq_length": 64, "do_lower_case": True},
+}  # fmt: skip
+"""A folder of sentence-transformers, without its weights."""
+POOLED_CLASSES = (
+    "BertModel", "BertForSequenceClassification", "BertForTokenClassification", "RobertaModel",
+    "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", "ModernBertForSequenceClassification",
+)  # fmt: skip
+
+
+def changed_sentences(random: Random) -> bytes:
+    """Change one file of such a folder, and its class."""
+    files = dict(SENTENCES)
+    if random.random() < 0.5:
+        files.pop("modules.json")
+    listed = [random.choice(POOLED_CLASSES)]
+    files["config.json"] = files["config.json"] | {"architectures": listed}
+    name = random.choice(sorted(files))
+    files[name] = json_changed(random, files[name])
+    return json.dumps(files).encode()
+
+
+def read_sentences(data: bytes, folder: Path) -> None:
+    """Plan and render what the files say; each part may be refused by itself."""
+    for name, value in json.loads(data).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    for target in ("vllm", "llamacpp-f16"):
+        asked = {"target": target, "gpu": ""}
+        with suppress(WeightsmithError):
+            rendered(read_facts(folder), asked)
+
+
 def changed_config(random: Random) -> bytes:
     """Change a known model's configuration, its target after it."""
     config = json_changed(random, model(random.choice(MODELS))["config"])
@@ -830,6 +878,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "gguf": (changed_gguf, read_gguf),
     "tar": (lambda r: bytes_changed(r, layer()), read_layer),
     "config": (changed_config, read_config),
+    "sentences": (changed_sentences, read_sentences),
     "report": (lambda r: json.dumps(json_changed(r, BUILD)).encode(), read_report),
     "results": (changed_results, read_results_file),
     "image": (changed_image, read_image),

@@ -19,9 +19,9 @@ import numpy as np
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, JsonValue
-from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
+from weightsmith.models.task import of_class
 from weightsmith.models.templates import own_template
 from weightsmith.quantizers.gguf_file import GGUFModel
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, experts_missed
@@ -152,7 +152,7 @@ def _warnings(
             f"{fallbacks} of {tensors} tensors have a larger type, because their rows are not"
             " a multiple of 256: the file has more bits per weight than its name says"
         )
-    if not template and read_facts(request.model).task.kind == "generate":
+    if not template and of_class(_architecture(request.model))[0] == "generate":
         warnings.append("the checkpoint has no chat template: the server falls back to ChatML")
     if blind:
         warnings.append(
@@ -167,6 +167,11 @@ def _warnings(
             "fine-tuning: check the task score"
         )
     return warnings
+
+
+def _architecture(model: Path) -> str:
+    listed = _read(model / "config.json").get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else ""
 
 
 def _check_guesses(read: GGUFModel) -> None:

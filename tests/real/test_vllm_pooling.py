@@ -1,0 +1,63 @@
+"""From an adapter to a started image of vLLM on a CPU, for models that do not chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+from weightsmith.building.wiring import open_tools
+from weightsmith.core.ports import Silent, StartSpec
+from weightsmith.evaluating.client import wait_until_healthy
+from weightsmith.oci.layout import read_layout
+from weightsmith.provenance.labels import plan_of
+from weightsmith.recipe.user_config import RunOptions
+
+from tests.fakes import encoders
+from tests.fakes.encoders import TEXTS, adapted, mean_vectors
+from tests.fakes.started import weightsmith
+
+pytestmark = [
+    pytest.mark.builders, pytest.mark.vllm, pytest.mark.full, pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore"),
+]  # fmt: skip
+
+
+@contextmanager
+def asked(layout: Path) -> Iterator[httpx.Client]:
+    spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
+    with (
+        open_tools(RunOptions(runner="local"), Silent()) as tools,
+        tools.launcher.serve(f"oci:{layout}", spec) as endpoint,
+    ):
+        wait_until_healthy(endpoint, "/health", 900)
+        with httpx.Client(base_url=endpoint.url, timeout=300) as client:
+            yield client
+
+
+def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
+    base = encoders.bert(tmp_path / "base")
+    unmerged = adapted(base, tmp_path / "adapter", "FEATURE_EXTRACTION")
+    expected = mean_vectors(unmerged, AutoTokenizer.from_pretrained(base), TEXTS).numpy()
+
+    # In the user's store: the engine is made once for a machine.
+    told: dict[str, Any] = weightsmith(
+        "build", "--base", base, "--adapter", tmp_path / "adapter", "--target", "vllm",
+        "--runner", "local", "--dist", tmp_path / "dist", "--set", "name=m",
+        "--layout", tmp_path / "image",
+    )["targets"]["vllm"]  # fmt: skip
+    with asked(tmp_path / "image") as client:
+        answer = client.post("/v1/embeddings", json={"model": "m", "input": list(TEXTS)})
+    found = np.array([row["embedding"] for row in answer.raise_for_status().json()["data"]])
+
+    assert (found * expected).sum(1).min() > 0.9999
+    record = json.loads((Path(told["report"]).parent / "build.json").read_text())
+    checks = {check["name"]: check["seen"] for check in record["checks"]}
+    assert checks["embed"] == "256 numbers, length 1.000"
+    assert checks["SIGTERM"].endswith("a request was answered")
