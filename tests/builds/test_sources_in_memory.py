@@ -12,6 +12,7 @@ import pytest
 from weightsmith.building import wiring
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import Digest, FileEntry, Tree
+from weightsmith.oci.image import layers_by_role
 from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
 
@@ -149,3 +150,35 @@ def test_a_plan_refuses_what_the_build_would(away: Memory, web: WebServer) -> No
     assert not [
         r for r in web.asked if "GET" in r and "model.safetensors" in r and "bytes" not in r
     ]
+
+
+def test_an_adapter_that_a_build_published(away: Memory) -> None:
+    """`outputs.kinds: [adapter]` makes an artifact of files, which another recipe takes."""
+    away.build("outputs.kinds=[image, adapter]", push=True)
+    before = away.record()["adapters"][0]["digest"]
+    (tag,) = [tag for _, tag in away.registry.manifests if tag.endswith("-adapter")]
+    again = f"oci://{away.repository}:{tag}"
+
+    away.build(f"adapters.0.source={again}")
+
+    adapter = away.record()["adapters"][0]
+    assert (adapter["source"], adapter["digest"]) == (again, before)
+
+
+def test_a_base_from_an_image_that_a_build_published(away: Memory) -> None:
+    """Of our own image only the layers with weights are read: its merged model is the next base."""
+    image = {"repository": away.repository, "base": away.use_vllm("vllm")}
+    away.write_recipe(targets=["vllm"], image=image)
+    away.build(push=True)
+    first = away.record("vllm")
+    made = away.client.pull(Reference.parse(first["image"]["reference"]))
+    engine = layers_by_role(made)["base"]
+    away.write_recipe(base={"source": f"oci://{first['image']['reference']}"}, evaluate=None)
+    away.registry.log.clear()
+
+    away.build()
+
+    files = {file["path"] for file in away.record()["base"]["files"]}
+    assert {"config.json", "model.safetensors"} <= files
+    asked = [path for _, path in away.registry.log if "/blobs/" in path]
+    assert not [path for path in asked if any(layer.digest in path for layer in engine)]

@@ -147,6 +147,12 @@ def without_pin(source: str) -> str:
     return source.partition("#")[0].partition("@")[0] if is_remote(source) else source
 
 
+def last_name(source: str) -> str:
+    """Return the last part of a source's name; of a hub or an index with what is pinned there."""
+    named = source if scheme_of(source) in ("", "hf", "pypi") else without_pin(source)
+    return named.rstrip("/").rpartition("/")[2]
+
+
 def sha256_of(source: str, sha256: str) -> tuple[str, str]:
     """Return an `https://` source's address and the SHA-256 of its file."""
     return source.partition("#")[0], sha256 or _fragment(source)

@@ -24,6 +24,7 @@ from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import ADAPTER, Recipe
+from weightsmith.recipe.sources import last_name
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.targets import Target
 from weightsmith.steps.sizes import ForeseenTree
@@ -148,7 +149,7 @@ def _uri(pin: str) -> str:
 
 def adapter_name(source: str, version: str) -> str:
     """Return what clients call an adapter: the last part of its source, and its version."""
-    name = source.rstrip("/").rpartition("/")[2]
+    name = last_name(source)
     name = f"{name}-{version}" if version else name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
 

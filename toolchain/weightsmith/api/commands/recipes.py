@@ -28,7 +28,7 @@ from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBE
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Recipe, Suite
-from weightsmith.recipe.sources import is_remote, scheme_of, without_pin
+from weightsmith.recipe.sources import is_remote, last_name
 from weightsmith.recipe.user_text import require_plain
 from weightsmith.serving.options import not_to_be_stated
 
@@ -60,8 +60,7 @@ def recipe_of(asked: RecipeCommand) -> RecipeFile:
             hint = "use --set base.source=…"
             raise UsageError("--recipe and --base exclude each other", hint=hint)
         source = asked.adapters[-1] if asked.adapters else asked.base
-        named = source if scheme_of(source) in ("", "hf", "pypi") else without_pin(source)
-        last = named.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
+        last = last_name(source).partition("==")[0].lower()
         words = "".join(c if c.isascii() and c.isalnum() else " " for c in last).split()
         recipe = {
             "name": "-".join(words) or "model",
