@@ -4,10 +4,12 @@ import gzip
 import hashlib
 import io
 import socket
+import ssl
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,20 @@ from weightsmith.outside.object_stores import S3, ObjectRemote
 from weightsmith.outside.remote import Broken, RemoteReader
 from weightsmith.outside.store import FileStore
 
+from tests.fakes.auth_server import make_certificate
 from tests.fakes.images import entry, tar_of
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.s3_server import s3_server
-from tests.fakes.serving import answering
-from tests.fakes.sources import MODEL, SECRET, WebServer, archive_of, list_of, web_server
+from tests.fakes.serving import Serving, answering, serving
+from tests.fakes.sources import (
+    MODEL,
+    SECRET,
+    WebHandler,
+    WebServer,
+    archive_of,
+    list_of,
+    web_server,
+)
 
 LARGE = "model-00001-of-00002.safetensors"
 
@@ -141,6 +152,35 @@ def test_a_redirect_without_end(web: WebServer, reader: RemoteReader) -> None:
 
     with pytest.raises(EnvironmentFailure, match="redirects"):
         fetch(reader, web, "/bot.tar")
+
+
+def test_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates are checked, and no redirect leads back to plain HTTP, not even here."""
+    key, certificate = make_certificate(tmp_path, "localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    reader = RemoteReader(FileStore(tmp_path / "store"), HttpsRemote())
+    with web_server() as plain, ExitStack() as stack:
+        web = WebServer()
+        server = Serving(WebHandler, state=web)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        stack.enter_context(serving(server))
+        source = f"https://localhost:{server.server_address[1]}/bot.tar"
+        web.files["/bot.tar"] = plain.files["/bot.tar"] = data = archive_of(MODEL)
+        digest = hashlib.sha256(data).hexdigest()
+        with pytest.raises(EnvironmentFailure, match="CERTIFICATE_VERIFY_FAILED"):
+            reader.fetch(source, "", digest, Silent())
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+        web.redirects = {"/bot.tar": f"{plain.url}/bot.tar"}
+        with pytest.raises(InputRefused, match="not HTTPS"):
+            reader.fetch(source, "", digest, Silent())
+        web.redirects = {}
+        snapshot = reader.fetch(source, "", digest, Silent())
+
+    assert {file.path for file in snapshot.tree.files} == MODEL.keys()
+    assert plain.asked == []
 
 
 @pytest.mark.parametrize(
