@@ -51,12 +51,15 @@ class HttpFiles:
     """Files of one source, by their addresses."""
 
     def __init__(
-        self, what: str, headers: Mapping[str, str] | None = None, *, use_netrc: bool = True
+        self, what: str, headers: Mapping[str, str] | None = None, *, login: str = ""
     ) -> None:
-        """Keep what errors call it; `headers` are sent only where the user's address leads."""
+        """Keep what errors call it; `headers` are sent only where the user's address leads.
+
+        `login` says how to log in; without it, by ~/.netrc.
+        """
         self._what = what
         self._headers = headers or {}
-        self._use_netrc = use_netrc
+        self._how = login
 
     def size(self, url: str) -> int:
         """Return a file's size in bytes, -1 if its server does not say it.
@@ -183,12 +186,10 @@ class HttpFiles:
 
     def _how_to_log_in(self, place: str) -> str:
         host = urlsplit(place).hostname
-        if self._use_netrc:
-            return f"put a line into ~/.netrc: machine {host} login NAME password SECRET"
-        return f"set the token for {host}"
+        return self._how or f"put into ~/.netrc: machine {host} login NAME password SECRET"
 
     def _login(self, url: str) -> Mapping[str, str]:
-        if not self._use_netrc:
+        if self._how:
             return {}
         host = urlsplit(url).hostname or ""
         try:

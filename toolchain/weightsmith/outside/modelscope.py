@@ -24,6 +24,7 @@ _BRANCH = "master"
 _LARGEST = 16 << 20
 _MOST = 3000
 """Files that it lists; it says nothing if there are more."""
+_TOKEN = "set MODELSCOPE_API_TOKEN to a token that may read it"  # noqa: S105 - a hint
 _HINT = "check the network, MODELSCOPE_ENDPOINT and the proxy"
 
 
@@ -48,7 +49,7 @@ class ModelScopeRemote:
             raise AssertionError("a recipe's sources are checked")
         pinned = revision if LIST_PIN.fullmatch(revision) else ""
         branch = found["revision"] or (revision if not pinned else "") or _BRANCH
-        files = HttpFiles(f"modelscope://{found['name']}", _login(), use_netrc=False)
+        files = HttpFiles(f"modelscope://{found['name']}", _login(), login=_TOKEN)
         root = f"{_endpoint()}/api/v1/models/{quote(found['name'])}"
         asked = urlencode({"Revision": branch, "Recursive": "True"})
         try:
