@@ -38,7 +38,7 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-STEPS = {"embed": 120, "rerank": 200, "classify": 160, "token-classify": 80}
+STEPS = {"embed": 90, "rerank": 200, "classify": 110, "token-classify": 80}
 
 
 def words(subject: str, side: int) -> list[str]:

@@ -101,6 +101,10 @@ def test_labels_say_as_much_as_they_have() -> None:
     assert [parent.hub for parent in card.adapters] == ["acme/lora", ""]
     assert card.scores["image"] == ScoreRecord(score=0.5, n=4, metric="exact")
     assert "base" not in card.scores
+    found = card_of_labels(
+        "x", {f"{prefix}score.image": "0.5000 rerank n=4"}, prefix, license_="", context=0, image=""
+    )
+    assert found.scores["image"].right is None, "queries are more than right or wrong"
     assert card.quantized
     assert card.method == "ties"
 

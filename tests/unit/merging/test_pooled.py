@@ -125,6 +125,7 @@ def test_labels_are_those_of_peft_and_the_adapters_head(trained, tmp_path):
     assert score_labels(found["adapter"], items).score > 0.9
 
 
+@pytest.mark.full
 @torch.inference_mode()
 def test_pairs_are_scored_as_by_peft(trained, tmp_path):
     from transformers import AutoModelForSequenceClassification
@@ -151,6 +152,7 @@ def test_pairs_are_scored_as_by_peft(trained, tmp_path):
     assert scores["adapter"] > 0.85
 
 
+@pytest.mark.full
 @torch.inference_mode()
 def test_words_get_the_label_of_their_first_token(trained, tmp_path):
     from transformers import AutoModelForTokenClassification

@@ -25,6 +25,8 @@ LABELS = {
     "image": "image",
 }
 """Who is asked, in the order of a build -> what a page calls it."""
+GRADED = frozenset({"embedding", "rerank"})
+"""Metrics by which a question is more than right or wrong."""
 _KEPT = 4 << 20
 """Bytes of a record that stays in memory for who asks next."""
 

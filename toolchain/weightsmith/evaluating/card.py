@@ -19,7 +19,13 @@ import yaml
 
 from weightsmith.core.json_objects import OMITTED, JsonObject
 from weightsmith.core.safe_parse import parse
-from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord, SuiteRecord
+from weightsmith.evaluating.build_record import (
+    GRADED,
+    LABELS,
+    BuildRecord,
+    ScoreRecord,
+    SuiteRecord,
+)
 from weightsmith.evaluating.gate import wilson
 from weightsmith.models.gguf_config import gguf_models, projector_of
 from weightsmith.recipe.sources import is_remote
@@ -196,8 +202,12 @@ def card_of_labels(
     scores = {}
     for key, text in own.items():
         if key.startswith("score.") and (found := _SCORE.fullmatch(text)):
+            metric = found["metric"]
             scores[key.removeprefix("score.")] = ScoreRecord(
-                score=float(found["score"]), n=int(found["n"]), metric=found["metric"]
+                score=float(found["score"]),
+                n=int(found["n"]),
+                metric=metric,
+                graded=metric in GRADED,
             )
     numbers = sorted({key.split(".")[1] for key in own if key.startswith("adapter.")})
     adapters = tuple(
