@@ -7,98 +7,37 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import pytest
-from safetensors.numpy import load_file
+import yaml
 from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.recipes import recipe_of_image
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
-from weightsmith.core.jobs import QuantizeJob
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import FileEntry, Sources
-from weightsmith.models.safetensors import build_header
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import weight_layers
 from weightsmith.provenance import attest
-from weightsmith.quantizers.rounded import quantize
-from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.stages.bake import ThinStep
 
 from tests.fakes.baking import push_base
+from tests.fakes.fleet import run, write_fleet
 from tests.fakes.images import tree_of
 from tests.fakes.memory import Memory
+from tests.fakes.thin import (
+    THIN,
+    Container,
+    as_tensors,
+    files,
+    model_of,
+    round_really,
+    use_bfloat16,
+)
 from tests.fakes.tiny import write_adapter
-
-THIN = "outputs=[image, thin]"
-SAY = "import os; print('served', sorted(os.listdir(os.environ['SERVED'])))"
-
-
-def files(memory: Memory, tag: str) -> Mapping[str, bytes]:
-    return memory.engine.held(f"{memory.repository}:1.0.0-{tag}").files()
-
-
-@dataclass
-class Container:
-    """The files of a thin image in a folder, whose program takes that folder for its root."""
-
-    root: Path
-
-    @classmethod
-    def of(cls, image: Mapping[str, bytes], root: Path) -> Container:
-        for name, data in image.items():
-            path = root / name.lstrip("/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        made = cls(root)
-        text = made.manifest.read_text()
-        for folder in ("/models", "/adapters", "/etc/weightsmith"):
-            text = text.replace(f'"{folder}', f'"{root}{folder}')
-        made.manifest.write_text(text)
-        made.volume.mkdir()
-        return made
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / "etc/weightsmith/thin.json"
-
-    @property
-    def volume(self) -> Path:
-        return self.root / "volume"
-
-    @property
-    def served(self) -> Path:
-        return self.root / "model"
-
-    def command(self, *words: str, before: str = "") -> list[str]:
-        """Start as the image does, with this folder's paths; `before` is run before that."""
-        program = (
-            "import sys; from pathlib import Path\n"
-            f"sys.path.insert(0, {str(self.root / 'opt/weightsmith')!r})\n"
-            f"sys.argv[0] = {str(self.root / 'opt/weightsmith')!r}\n"
-            "from weightsmith.worker import start\n"
-            "import weightsmith.core.thin as thin\n"
-            f"thin.PLACES, thin.SERVED = ({str(self.volume)!r},), {str(self.served)!r}\n"
-            f"{before}\n"
-            f"raise SystemExit(start.main(sys.argv[1:], Path({str(self.manifest)!r})))"
-        )
-        return [sys.executable, "-I", "-B", "-c", program, *words]
-
-    def start(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": os.environ["PATH"], "SERVED": str(self.served), **variables}
-        words = words or (sys.executable, "-c", SAY)
-        return subprocess.run(
-            self.command(*words), env=env, capture_output=True, text=True, check=False
-        )
-
-    def left(self) -> list[str]:
-        return sorted(path.name for path in self.volume.iterdir())
 
 
 @pytest.fixture
@@ -106,55 +45,6 @@ def container(memory: Memory, tmp_path: Path) -> Container:
     memory.use_vllm()
     memory.build(THIN)
     return Container.of(files(memory, "vllm-thin"), tmp_path / "root")
-
-
-def model_of(image: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {n.removeprefix("/models/"): d for n, d in image.items() if n.startswith("/models/")}
-
-
-def as_tensors(files: Mapping[str, bytes]) -> dict[str, object]:
-    """The small files, and each tensor's type, shape and bytes: a fat image's weights are cut."""
-    found: dict[str, object] = {}
-    for name, data in files.items():
-        if not name.endswith(".safetensors"):
-            found |= {} if name.endswith(".index.json") else {name: data}
-            continue
-        start = 8 + int.from_bytes(data[:8], "little")
-        table = json.loads(data[8:start])
-        table.pop("__metadata__", None)
-        for tensor, about in table.items():
-            first, end = about["data_offsets"]
-            place = data[start + first : start + end]
-            found[tensor] = (about["dtype"], about["shape"], place)
-    return found
-
-
-def use_bfloat16(memory: Memory) -> None:
-    """Write the base in bfloat16, in two shards."""
-    base = memory.home / "base"
-    tensors = load_file(base / "model.safetensors")
-    (base / "model.safetensors").unlink()
-    names = sorted(tensors)
-    places = {}
-    for number, part in enumerate((names[:5], names[5:]), 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        places |= dict.fromkeys(part, file)
-        header = build_header([(n, "BF16", tensors[n].shape) for n in part], {"format": "pt"})
-        data = [tensors[n].astype(ml_dtypes.bfloat16).tobytes() for n in part]
-        (base / file).write_bytes(header + b"".join(data))
-    index = {"metadata": {}, "weight_map": places}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def round_really(memory: Memory) -> None:
-    """Let jobs make rounded weights as builders do."""
-
-    def rounded(job: QuantizeJob, _report: object) -> Mapping[str, Any]:
-        keep = job.options.get("keep", ())
-        quantize(SCHEMES[job.format], job.model.path, job.output, keep)
-        return {"warnings": [], "bits_per_weight": 8.0}
-
-    memory.runner.stages = {**memory.runner.stages, "quantize": rounded}
 
 
 @pytest.mark.parametrize(
@@ -177,12 +67,7 @@ def test_it_serves_the_bytes_of_the_image_that_was_tested(
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("served ['.weightsmith.json', 'config.json'")
-    found = {
-        path.relative_to(container.served).as_posix(): path.read_bytes()
-        for path in container.served.rglob("*")
-        if path.name != ".weightsmith.json"
-    }
-    assert as_tensors(found) == as_tensors(model_of(fat))
+    assert as_tensors(container.model()) == as_tensors(model_of(fat))
     assert "/tmp/model" in thin["/etc/weightsmith/vllm.yaml"].decode()
 
 
@@ -454,3 +339,116 @@ def test_another_engine_below_it_keeps_what_it_merges(memory: Memory, tmp_path: 
     assert [layer.digest for layer in new.layers[1:]] == [layer.digest for layer in old.layers[1:]]
     assert new.config["Entrypoint"] == old.config["Entrypoint"]
     verify_image(to, None, memory.client, Silent())
+
+
+def test_without_image_the_thin_one_alone_is_pushed(memory: Memory) -> None:
+    """The tested image stays here, with its scores; a taken tag is found before anything goes."""
+    memory.use_vllm()
+    built = memory.build("outputs=[thin]", push=True)["vllm"]
+    tags = {tag for _, tag in memory.registry.manifests if tag.startswith("1.0.0")}
+
+    assert {tag.partition("-thin")[0] + "-thin" for tag in tags} == {"1.0.0-vllm-thin"}
+    assert f"{memory.repository}:1.0.0-vllm" in memory.engine.names
+    readme = (memory.results("vllm") / "thin" / "README.md").read_text()
+    assert f"1.0.0-vllm-thin@{built.forms['thin'].digest}" in readme
+    before = memory.seen()
+
+    memory.store.forget("quantize")
+    with pytest.raises(UsageError, match=r"1\.0\.0-vllm-thin"):
+        memory.build("outputs=[thin]", "image.labels.a=b", push=True)
+    assert memory.seen() == before
+
+
+@pytest.mark.parametrize(
+    ("target", "gpu", "python"),
+    [
+        ("sglang", "nvidia-h100", "python3"),
+        ("sglang-fp8", "nvidia-h100", "python3"),
+        ("tgi", "nvidia-l4", "/usr/src/.venv/bin/python"),
+        ("vllm", "nvidia-h100", "python3"),
+    ],
+)
+def test_images_for_gpus_of_other_engines(
+    memory: Memory, tmp_path: Path, target: str, gpu: str, python: str
+) -> None:
+    """They are not started here; their program gives the same bytes, and then the engine's."""
+    round_really(memory)
+    use_bfloat16(memory)
+    engine = target.partition("-")[0]
+    base, labels = f"{memory.registry.host}/engines/{engine}:1", {"dev.weightsmith.engine": engine}
+    push_base(memory.client, base, labels, {"usr/bin/engine": b"engine"})
+    memory.write_recipe(
+        targets=[target],
+        image={"repository": memory.repository, "base": base},
+        serve={"gpu": gpu, "max_model_len": 512, "max_num_seqs": 2},
+    )
+    memory.build(THIN)
+    fat, thin = files(memory, target), files(memory, f"{target}-thin")
+    settings = [
+        memory.engine.held(f"{memory.repository}:1.0.0-{tag}").settings["config"]  # type: ignore[union-attr]
+        for tag in (target, f"{target}-thin")
+    ]
+    container = Container.of(thin, tmp_path / "root")
+
+    assert container.start().returncode == 0
+    assert as_tensors(container.model()) == as_tensors(model_of(fat))
+    first = [python, "-I", "-B", "/opt/weightsmith"]
+    assert settings[1]["Entrypoint"] == first + settings[0]["Entrypoint"]
+    assert settings[1].get("Cmd") == settings[0].get("Cmd")
+    said = str(settings[1]["Env"]) + "".join(
+        data.decode()
+        for name, data in thin.items()
+        if name.startswith(f"/etc/weightsmith/{engine}")
+    )
+    assert "/tmp/model" in said
+    assert "/models" not in said
+    kubernetes = (memory.results(target) / "thin" / "kubernetes.yaml").read_text()
+    assert "nvidia.com/gpu: 1" in kubernetes
+    assert "mountPath: /model" in kubernetes
+
+
+def test_a_fleet_pushes_a_thin_image_of_each_adapter(two: Memory) -> None:
+    base = two.use_vllm()
+    image = {"repository": two.repository, "base": base}
+    two.write_recipe(adapters=None, targets=["vllm"], image=image, outputs=["thin"])
+    path = write_fleet(two, targets=["vllm"])
+    first, _ = run(two, path, outputs={"push": True})
+    again, engine = run(two, path, outputs={"push": True})
+
+    images = [
+        two.client.pull(Reference.parse(f"{two.repository}-{n}:1.0.0-vllm-thin")) for n in "ab"
+    ]
+    shared = {layer.digest for layer in images[0].layers} & {
+        layer.digest for layer in images[1].layers
+    }
+    assert any(
+        layer.digest in shared for layer in images[0].layers if layer.file.startswith("models/")
+    )
+    assert [row.digest for row in again.cells] == [row.digest for row in first.cells]
+    assert engine.done == []
+
+
+def test_it_is_built_again_from_what_it_states(memory: Memory, tmp_path: Path) -> None:
+    memory.use_vllm()
+    thin = memory.build(THIN, push=True)["vllm"].forms["thin"]
+    found = recipe_of_image(
+        thin.reference,
+        base=str(memory.home / "base"),
+        key=None,
+        dist=tmp_path / "again",
+        registry=memory.client,
+        progress=Silent(),
+    )
+
+    recipe = yaml.safe_load(found.read_text())
+    assert recipe["targets"] == ["vllm"]
+    (adapter,) = recipe["adapters"]
+    inside = found.parent / adapter["source"] / "adapter_model.safetensors"
+    assert inside.read_bytes() == (memory.home / "a" / inside.name).read_bytes()
+
+
+def test_the_plan_says_what_is_shared(memory: Memory) -> None:
+    memory.use_vllm()
+    row = memory.planned("publish", THIN)
+
+    assert "thin: 1.6 MiB that all fine-tunes of the base share, 4.4 KiB of its own" in row["why"]

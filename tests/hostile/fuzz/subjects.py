@@ -11,10 +11,10 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -37,9 +37,10 @@ from weightsmith.cache.document import content_inputs
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Cache, Silent
 from weightsmith.core.safe_parse import RECORD, parse
-from weightsmith.core.values import Blob, Digest, Tree, canonical
+from weightsmith.core.values import Blob, Digest, Tree, canonical, plain
 from weightsmith.evaluating.bench_files import read_results
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, read_corpus, read_items
@@ -80,6 +81,7 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
+from weightsmith.worker.merging_at_start import merged
 
 from tests.fakes.bench_results import aiperf, guidellm
 from tests.fakes.cache import MemoryCache
@@ -89,6 +91,7 @@ from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.records import BUILD
 from tests.fakes.registry import fake_registry
 from tests.fakes.store import MemoryStore
+from tests.fakes.tiny import write_adapter, write_model
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
 from tests.paths import ROOT
@@ -872,6 +875,38 @@ def read_replies(data: bytes, _: Path) -> None:
 
 ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}
 
+
+@cache
+def thin_model() -> Any:
+    """What a thin image says of the smallest model and an adapter, in a folder ROOT."""
+    made, copied = (
+        {"name": n, "size": 9, "sha256": "0" * 64} for n in ("model.safetensors", "a.json")
+    )
+    return {
+        "base": "ROOT/models",
+        "adapters": [{"folder": "ROOT/0", "weight": 1.0}],
+        "merge": plain(Merge()),
+        "format": "",
+        "keep": [],
+        "made": [{**made, "tensors": ["lm_head.weight", "model.layers.0.self_attn.q_proj.weight"]}],
+        "copied": [{**copied, "source": "ROOT/models/config.json"}],
+        "memory_bytes": 1,
+    }
+
+
+def start_thin(data: bytes, folder: Path) -> None:
+    write_model(folder / "models")
+    write_adapter(folder / "0", 1)
+    manifest, before = folder / "thin.json", sorted(folder.iterdir())
+    manifest.write_bytes(data.replace(b"ROOT", str(folder).encode()))
+    with redirect_stderr(StringIO()):
+        try:
+            merged(manifest, [f"{folder}/volume"], f"{folder}/served")
+        finally:
+            more = {"thin.json", "volume", "merging.json"}
+            assert {path.name for path in {*folder.iterdir()} - {*before}} <= more
+
+
 SUBJECTS: dict[str, tuple[Make, Read]] = {
     "safetensors": (lambda r: early(r, safetensors_file(), 300), read_safetensors),
     "cut": (changed_shards, cut_shards),
@@ -880,6 +915,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "config": (changed_config, read_config),
     "sentences": (changed_sentences, read_sentences),
     "report": (lambda r: json.dumps(json_changed(r, BUILD)).encode(), read_report),
+    "thin": (lambda r: json.dumps(json_changed(r, thin_model())).encode(), start_thin),
     "results": (changed_results, read_results_file),
     "image": (changed_image, read_image),
     "envelope": (

@@ -9,7 +9,7 @@ from tests.hostile.fuzz.subjects import once
 INPUTS = {
     "safetensors": 1000, "gguf": 250, "tar": 400, "config": 800, "report": 120, "image": 2000,
     "envelope": 2000, "text": 600, "from": 200, "wheel": 600,
-    "folder-cache": 300, "s3-cache": 300, "registry-cache": 40, "payloads": 500,
+    "folder-cache": 300, "s3-cache": 300, "registry-cache": 40, "payloads": 500, "thin": 60,
 }  # fmt: skip
 
 

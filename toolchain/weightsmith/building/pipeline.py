@@ -204,8 +204,11 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     hub = request.hub_of(target)
     if hub:
         steps.append(CheckHubStep(of=of, destination=hub, weights=served))
-    permit = PermitStep(of=of, image=labelled, forms=tuple(forms.items()))
-    published = PublishStep(of=of, sources=sources, weights=served, image=labelled, checked=permit)
+    pushed = tuple(kind for kind, to in places.items() if to.push)
+    permit = PermitStep(of=of, image=labelled, forms=tuple(forms.items()), pushed=pushed)
+    published = PublishStep(
+        of=of, sources=sources, weights=served, image=labelled, checked=permit, forms=permit.forms
+    )
     others = {
         kind: PublishFormStep(of=of, kind=kind, outputs=to, form=forms[kind], image=published)
         for kind, to in places.items()
@@ -215,7 +218,11 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     if volume := others.get("volume"):
         steps.append(VolumeManifestsStep(of=of, config=config, image=image, volume=volume))
     if shown := others.get(THIN):
-        steps.append(ThinManifestsStep(of=of, config=moved, form=forms[THIN], thin=shown))
+        steps.append(
+            ThinManifestsStep(
+                of=of, config=moved, form=forms[THIN], thin=shown, pushed=THIN in pushed
+            )
+        )
     if hub:
         every["hub"] = UploadStep(of=of, destination=hub, weights=served, image=published)
         steps.append(every["hub"])

@@ -44,14 +44,23 @@ class BuildRequest:
         return self.dist / recipe.name / recipe.version / target.name
 
     def outputs_of(self, target: Target) -> ImageOutputs:
-        """Return one target's outputs; of several targets, each gets its own layout folder."""
+        """Return the outputs of one target's image.
+
+        A recipe that lists `thin` and not `image` pushes the thin image alone.
+        """
+        kinds = self.file.recipe.outputs.kinds
+        alone = "image" not in kinds and THIN in self.forms_of(target)
+        return self._outputs(target, push=self.outputs.push and not alone)
+
+    def _outputs(self, target: Target, *, push: bool) -> ImageOutputs:
+        """Return outputs; of several targets, each gets its own layout folder."""
         layout, load = self.outputs.layout, self.outputs.load
         if layout is not None and len(self.targets) > 1:
             layout = layout / target.name
-        if not (layout or load or self.outputs.push):
+        if not (layout or load or push):
             layout = None if self.engine_answers else self.folder(target) / "image"
             load = self.engine_answers
-        return replace(self.outputs, load=load, layout=layout)
+        return replace(self.outputs, load=load, layout=layout, push=push)
 
     def forms_of(self, target: Target) -> tuple[str, ...]:
         """Return the kinds to publish of a target beside the image, each once.
@@ -148,7 +157,7 @@ class BuildRequest:
 
         Container engines cannot load every kind; without another output, those are layouts.
         """
-        outputs = self.outputs_of(target)
+        outputs = self._outputs(target, push=self.outputs.push)
         layout = outputs.layout and outputs.layout.with_name(f"{outputs.layout.name}-{kind}")
         load = outputs.load and kind in LOADABLE
         if not (layout or load or outputs.push):

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.merge_options import Merge
 
 SERVED = "/tmp/model"  # noqa: S108 - of the container, which may write there alone
@@ -59,8 +57,11 @@ class CopiedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThinModel(JsonObject):
-    """How a model is made of what lies in its image, and the digest of every file."""
+class ThinModel:
+    """How a model is made of what lies in its image, and the digest of every file.
+
+    Raises ValueError for the name of a file outside the model's folder.
+    """
 
     base: str
     """Folder of the base's own files."""
@@ -70,12 +71,16 @@ class ThinModel(JsonObject):
     """The format that merged weights are rounded to; "" for 16 bits."""
     keep: tuple[str, ...] = ()
     """Matrices that are not rounded."""
-    largest: Mapping[str, float] = field(default_factory=dict)
-    """The largest magnitude of merged matrices, for formats whose scale needs it first."""
     made: tuple[MadeFile, ...]
     copied: tuple[CopiedFile, ...]
     memory_bytes: int
     """What merging takes at most, besides the files that it makes."""
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        for file in self.files:
+            if not all(part.strip(".\0") for part in file.name.split("/")) or "\0" in file.name:
+                raise ValueError(f"{file.name!r} is no file of a model")
 
     @property
     def size(self) -> int:

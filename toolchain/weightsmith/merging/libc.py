@@ -12,14 +12,14 @@ import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """glibc's <malloc.h>."""
-_KEPT = 64 << 20
+KEPT_MEMORY = 64 << 20
 """Free bytes at the heap's end that are kept."""
 _HEAP = 32 << 20
 """Arrays up to this size come from the heap: glibc's maximum."""
 _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def keep_freed_memory(kept: int = _KEPT) -> None:
+def keep_freed_memory(kept: int = KEPT_MEMORY) -> None:
     """Make glibc reuse freed memory for arrays of some megabytes, in one heap for all threads.
 
     It gives memory back only if more than `kept` bytes are free at the heap's end. By default it

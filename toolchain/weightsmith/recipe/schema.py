@@ -577,7 +577,8 @@ class Outputs(Section):
         ("image",),
         description="`image`: always, since it is what was tested; the other kinds hold the same "
         "weights, under the image's name and `-KIND`. `ollama` is made of GGUF targets only. "
-        "`thin` holds base and adapters instead, and merges them where it starts. "
+        "`thin` holds base and adapters instead, and merges them where it starts; without `image` "
+        "beside it, the tested image stays on this machine, and `--push` sends the thin one alone. "
         "`adapter` is the adapter alone, as it was tested in the image; of several that are not "
         "merged, each is `-adapter-NAME`.",
     )

@@ -28,6 +28,7 @@ from weightsmith.core.values import (
     StageInputs,
     Stream,
     Tree,
+    plain,
 )
 from weightsmith.evaluating.results import Result, of_adapter, recipe_of_adapter, verdict_of
 from weightsmith.models.facts import ModelFacts
@@ -633,7 +634,7 @@ class ThinStep(FormStep):
             tools,
         )
         config = have[self.config]
-        manifest = json.dumps(parts.model.to_json(), indent=2) + "\n"
+        manifest = json.dumps(plain(parts.model), indent=2) + "\n"
         return replace(
             made,
             thin=parts,

@@ -40,6 +40,7 @@ from weightsmith.steps.step import (
     TargetStep,
     UnforeseenStep,
 )
+from weightsmith.steps.thin import THIN
 from weightsmith.steps.tools import Tools
 
 Images = tuple[ImageMaterials, ...]
@@ -90,13 +91,16 @@ class PermitStep(UnforeseenStep[None]):
 
     image: Step[Images, None]
     forms: tuple[tuple[str, Step[Images, None]], ...]
+    pushed: tuple[str, ...]
+    """Kinds that go to a registry."""
 
     def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Raise UsageError if a tag does; does nothing for an image that goes alone."""
         outputs, name = self.of.outputs, reference(self.file.recipe, self.target)
-        if self.forms and outputs.push and not outputs.force:
-            tagged = {name: self.image, **{f"{name}-{kind}": one for kind, one in self.forms}}
-            for tag, step in tagged.items():
+        pushed = {name: self.image} if outputs.push else {}
+        pushed |= {f"{name}-{kind}": one for kind, one in self.forms if kind in self.pushed}
+        if self.forms and not outputs.force:
+            for tag, step in pushed.items():
                 tools.registry.check_tag(
                     Reference.parse(tag), index_of_materials(have[step]).digest
                 )
@@ -115,6 +119,8 @@ class PublishStep(TargetStep[Published, None]):
     weights: Step[Artifact, ForeseenWeights]
     image: Step[Images, None]
     checked: Step[None, None]
+    forms: tuple[tuple[str, Step[Images, None]], ...]
+    """What else is published, by kind."""
 
     def foresee(self, seen: Foresight) -> Foreseen[None]:
         """Return its row: what is written, and what goes a second time for other kinds."""
@@ -131,6 +137,11 @@ class PublishStep(TargetStep[Published, None]):
             again = f"the weights are uploaded a second time, {human(size)}, as plain files"
             why += f"; {' and '.join(plain)}: {again}"
             why += "" if "ollama" in plain else "; modelpack-tar would upload nothing more"
+        if any(kind == THIN for kind, _ in self.forms):
+            base, own = seen[self.sources].base.tree.size, seen[self.sources].adapters
+            adapters = human(sum(one.snapshot.tree.size for one in own))
+            why += f"; thin: {human(base)} that all fine-tunes of the base share, "
+            why += f"{adapters} of its own"
         if hub := recipe.outputs.hub:
             why += f"; with --push, {human(size)} go to {hub} too, unless it has them"
         disk = 2 * size if plain else size

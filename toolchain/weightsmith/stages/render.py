@@ -653,6 +653,8 @@ class ThinManifestsStep(UnforeseenStep[None]):
     config: ThinConfigStep
     form: Step[tuple[ImageMaterials, ...], None]
     thin: Step[Published, None]
+    pushed: bool
+    """Whether a registry has it, under its digest."""
 
     def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Write them."""
@@ -666,7 +668,7 @@ class ThinManifestsStep(UnforeseenStep[None]):
             self.of.target.engine,
             recipe.name,
             recipe.version,
-            image=f"{name}@{digest}" if self.of.outputs.push else name,
+            image=f"{name}@{digest}" if self.pushed else name,
             parts=inputs.thin,
         )
         write_files(files, self.of.folder / THIN)

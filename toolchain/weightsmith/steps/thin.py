@@ -33,6 +33,7 @@ from weightsmith.core.values import (
     Sources,
     Tree,
 )
+from weightsmith.merging.libc import KEPT_MEMORY
 from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate, make_plan
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.layers import Member, TarLayer
@@ -148,8 +149,7 @@ def thin_parts(
             )
             for file in beside
         ),
-        memory_bytes=estimate(plan, workers=_WORKERS)["peak_memory_bytes"]
-        + (KEPT_ROWS if format_ and SCHEMES[format_].fused_scale else 0),
+        memory_bytes=start_memory(plan, made.format),
     )
     members = [
         *_members(served.tree, OWN_FILES, own),
@@ -167,6 +167,13 @@ def thin_parts(
         entrypoint=(engine.python, "-I", "-B", PROGRAM),
         base_files=base_files,
     )
+
+
+def start_memory(plan: MergePlan, format_: Format) -> int:
+    """Return the bytes that a start takes at most, besides the files that it makes."""
+    kept = format_.packed and SCHEMES[format_.name].fused_scale
+    merging = estimate(plan, workers=_WORKERS)["peak_memory_bytes"]
+    return merging + KEPT_MEMORY + (KEPT_ROWS if kept else 0)
 
 
 def grown(plan: ServingPlan, size: int) -> ServingPlan:

@@ -24,6 +24,7 @@ from typing import Self
 
 from weightsmith.core.cpus import granted
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.json_objects import read_exactly
 from weightsmith.core.safe_parse import INDEX, parse, parse_file, read_bytes
 from weightsmith.core.thin import PLACES, SERVED, SPARE, CopiedFile, MadeFile, ThinModel
 from weightsmith.core.trees import discard
@@ -61,7 +62,9 @@ def merged(manifest: Path, places: Sequence[str] = PLACES, served: str = SERVED)
         raise UsageError(f"{CHECK}={check}: unknown", hint="one of digest, time")
     try:
         data = read_bytes(manifest, INDEX)
-        model = ThinModel.from_json(parse(data.decode()))
+        model = read_exactly(ThinModel, parse(data.decode()))
+        if model.format and model.format not in SCHEMES:
+            raise ValueError(f"format {model.format!r}")
     except (OSError, ValueError) as error:
         raise InputRefused(
             f"{manifest} cannot be read: {error}", hint="the image is damaged: pull it again"
@@ -214,7 +217,7 @@ def _round(
         headers = Path(scratch)
         _write_headers(make_plan(base, adapters, model.merge), headers)
         with opened(headers, base, adapters, model.merge), progress.watched(out):
-            quantize(SCHEMES[model.format], headers, out, model.keep, recorded=model.largest)
+            quantize(SCHEMES[model.format], headers, out, model.keep)
         wanted = {file.name for file in model.files}
         for path in out.iterdir():  # companions, which the image has
             if path.name not in wanted or path.suffix != ".safetensors":
