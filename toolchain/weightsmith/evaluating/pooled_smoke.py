@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.evaluating.client import check_served_name
 from weightsmith.evaluating.session import ServerSession, excerpt
 from weightsmith.evaluating.smoke import (
     MOST_AT_ONCE,
     Asking,
+    CameLate,
     Promise,
     Smoke,
     answered,
@@ -26,8 +28,6 @@ from weightsmith.serving.pooling import ASKED
 
 _UNIT = 1e-2
 """How far the length of a vector may be from 1, where it is said to be 1."""
-_RUNNING = 16
-"""Texts of a request that SIGTERM interrupts."""
 _WORDY = 32
 """More tokens than a word and its separator have with any vocabulary; a pair has two texts."""
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
@@ -132,21 +132,21 @@ def _at_once(session: ServerSession, promise: Promise, count: int) -> str:
 
 
 def _end(session: ServerSession, stop: Callable[[float], int | None], promise: Promise) -> str:
-    """Stop the server while it reads texts: the request must be answered."""
-    path, body = ASKED[promise.task.kind]
-    listed = {"input", "documents"} & body.keys()
-    whole = _long(promise, max(1, promise.max_model_len // _WORDY))
-    for key in listed:
-        value = whole[key]
-        texts = value if isinstance(value, list) else [value]
-        whole[key] = [*texts] * _RUNNING
-    sent = Event()
+    """Stop the server while it reads a text: the request must be answered.
+
+    A lost one counts as late, and is tried again: nothing says when an engine has begun to read.
+    """
+    path, _ = ASKED[promise.task.kind]
+    body, sent = _long(promise, max(1, promise.max_model_len // _WORDY)), Event()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(answered, session, path, whole, sent)
+        running = pool.submit(answered, session, path, body, sent)
         sent.wait()
         session.get("/v1/models")  # servers accept in this order: the other is running by now
         end = stopped(stop(promise.grace_seconds), promise.grace_seconds)
-        return f"{end}; {running.result()}"
+        try:
+            return f"{end}; {running.result()}"
+        except CheckFailed as error:
+            raise CameLate(error.message, hint=error.hint) from None
 
 
 POOLING = Asking(once=ask_pooled, end=_end)

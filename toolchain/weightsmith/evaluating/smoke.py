@@ -153,7 +153,7 @@ def check_life(
                     if asking and promise.grace_seconds:
                         return asking.end(session, stop, promise)
                     return _ended(smoke, session, stop, promise)
-                except _CameLate:
+                except CameLate:
                     if not (tries := tries - 1):
                         raise
             current = restart()
@@ -377,7 +377,7 @@ def _ended(
         return f"{end}; a stream went on for {late} events, and {plain.result()}"
 
 
-class _CameLate(CheckFailed):
+class CameLate(CheckFailed):
     """A request got HTTP 503 at the end of a server: lost, or it came after SIGTERM.
 
     A request that is sent first may be read last, on a busy machine.
@@ -397,7 +397,7 @@ def answered(session: ServerSession, path: str, body: JsonValue, sent: Event) ->
             path, f"SIGTERM lost a request: HTTP {answer.status}: {excerpt(answer.text)}"
         )
         if answer.status == 503:
-            raise _CameLate(failed.message, hint=failed.hint)
+            raise CameLate(failed.message, hint=failed.hint)
         raise failed
     return "a request was answered"
 
