@@ -1,7 +1,7 @@
 """Many fine-tunes of one base in a registry and on a node: bytes, and seconds to assemble.
 
 Run from a checkout, with docker-registry and a container engine:
-`python benchmarks/shared_layers.py [--adapters 20] [--targets q_proj,v_proj]`.
+`python benchmarks/shared_layers.py [--adapters 20] [--targets q_proj,v_proj] [--layers 32]`.
 The base has the shapes of Llama 3.1 8B with every width a quarter (0.5 billion weights, 1 GB), so
 its kinds of matrices have the same shares. Every adapter changes other numbers of the same
 matrices. Sent is what the registry wrote while a new image was pulled.
@@ -22,7 +22,7 @@ from bake_acts import WORK
 from bake_servers import registry
 from pull_update import quiet, sent
 
-HIDDEN, INNER, KEYS, LAYERS, VOCABULARY = 1024, 3584, 256, 32, 32064
+HIDDEN, INNER, KEYS, VOCABULARY = 1024, 3584, 256, 32064
 RANK = 16
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -35,7 +35,7 @@ SHAPES = {
 }
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
-    "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
+    "intermediate_size": INNER, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": VOCABULARY, "torch_dtype": "bfloat16",
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -46,10 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=int, default=20)
     parser.add_argument("--targets", default="q_proj,v_proj")
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     parser.add_argument("--max-layer-size", default="auto")
     options = parser.parse_args()
     targets = tuple(options.targets.split(","))
-    changed = LAYERS * sum(np.prod(s) for n, s in SHAPES.items() if n.endswith(targets))
+    CONFIG["num_hidden_layers"] = options.layers
+    changed = options.layers * sum(np.prod(s) for n, s in SHAPES.items() if n.endswith(targets))
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     pulled: list[str] = []
@@ -88,7 +90,7 @@ def make_base(folder: Path) -> int:
 
     tables = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (VOCABULARY, HIDDEN))
     shapes: dict[str, tuple[int, ...]] = {**tables, "model.norm.weight": (HIDDEN,)}
-    for layer in range(LAYERS):
+    for layer in range(CONFIG["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         shapes |= {f"{prefix}.{name}.weight": shape for name, shape in SHAPES.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -109,7 +111,7 @@ def make_adapter(folder: Path, seed: int, targets: tuple[str, ...]) -> None:
     from safetensors.numpy import save_file
 
     draw, found = np.random.default_rng(seed + 1), {}
-    for layer in range(LAYERS):
+    for layer in range(CONFIG["num_hidden_layers"]):
         for name, (rows, columns) in SHAPES.items():
             if name.endswith(targets):
                 stem = f"base_model.model.model.layers.{layer}.{name}.lora_"
