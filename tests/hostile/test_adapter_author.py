@@ -257,6 +257,7 @@ def test_no_name_adds_a_row(name):
     row = {"stage": "merge", "target": name, "cached": False, "why": name, "read_bytes": 0,
            "write_bytes": 0, "peak_memory_bytes": 0}  # fmt: skip
     forecast = {"name": name, "version": name, "stages": [row], "serving": {}, "advice": {},
+                "sharing": {name: {"shared_bytes": 1, "own_bytes": 2}},
                 "platforms": {name: {name: name, "linux/amd64": name}}}  # fmt: skip
     for text, rows in (
         (inspect_text(wanted), 7),
@@ -274,7 +275,7 @@ def test_markup_in_a_plan_is_text():
     """A recipe's or an adapter's name in a plan is no markup of rich's, nor ends it."""
     row = {"stage": "merge", "target": "t", "cached": False, "why": "[/] [bold]why :skull:",
            "read_bytes": 0, "write_bytes": 0, "peak_memory_bytes": 0}  # fmt: skip
-    forecast = {"name": "[red]n", "version": "[/]", "stages": [row], "serving": {},
+    forecast = {"name": "[red]n", "version": "[/]", "stages": [row], "serving": {}, "sharing": {},
                 "platforms": {}, "advice": {"merge": None, "why": ["a\nb"]}}  # fmt: skip
     text = plan_table(forecast)
     assert "[red]n [/]" in text

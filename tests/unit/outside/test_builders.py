@@ -261,7 +261,9 @@ def test_an_index_with_a_password_is_not_written_into_the_image(monkeypatch):
 
 @pytest.mark.usefixtures("compiling")
 def test_an_engine_for_another_machine_is_compiled_apart(images, tmp_path):
-    (images / "engines" / "toy" / "compile.py").write_text(
+    toy = images / "engines" / "toy"
+    (toy / "source.json").write_text('{"builders": ["tiny"], "platforms": ["linux/arm64"]}')
+    (toy / "compile.py").write_text(
         "import pathlib, sys\n"
         "app = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]) / 'app'\n"
         "app.mkdir(parents=True); (app / 'server').write_text(' '.join(sys.argv[-3:]))\n"

@@ -263,7 +263,8 @@ def test_what_a_hub_refuses_is_said_without_the_token(
 @pytest.mark.parametrize("kind", ["volume", "modelpack", "modelpack-tar"])
 def test_a_checkpoint_in_a_layout_is_what_it_was(scene: Scene, tmp_path: Path, kind: str) -> None:
     layout = tmp_path / "layout"
-    bake(scene.tools.registry, scene.model, "", kind=kind, target="vllm", layout=layout)
+    uncut = {"kind": kind, "target": "vllm", "layout": layout, "max_layer_size": "none"}
+    bake(scene.tools.registry, scene.model, "", **uncut)
     scene.push(f"oci:{layout}")
 
     repository = scene.repository
