@@ -101,7 +101,7 @@ def merged_by_peft(base: Path, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.grid(3)
+@pytest.mark.full  # test_picture_builds.py asks of pictures
 @pytest.mark.parametrize("architecture", [SEEING[0], *SEEING[2:]])
 def test_a_build_serves_pictures_with_the_merged_tower(tmp_path, architecture):
     """The started server gets a picture, and the adapter's changes are in what it sees with."""
@@ -148,6 +148,7 @@ def tensors_of(path: Path) -> list:
     return GGUFReader(path).tensors
 
 
+@pytest.mark.full
 def test_a_file_and_its_projector_are_written_and_baked_side_by_side(tmp_path):
     model = make_projected(tmp_path / "model", SEEING[0])
     store, out = tmp_path / "store", tmp_path / "eyes.gguf"

@@ -52,4 +52,4 @@ def test_a_modelcar_has_the_shell_that_kserve_starts(tmp_path: Path) -> None:
     finally:
         subprocess.run(["docker", "rmi", name], capture_output=True, check=False)
 
-    assert {"config.json", "model.safetensors"} <= set(said.stdout.split())
+    assert {"config.json", "model.safetensors.index.json"} <= set(said.stdout.split())

@@ -179,6 +179,6 @@ def test_a_base_from_an_image_that_a_build_published(away: Memory) -> None:
     away.build()
 
     files = {file["path"] for file in away.record()["base"]["files"]}
-    assert {"config.json", "model.safetensors"} <= files
+    assert {"config.json", "model.safetensors.index.json"} <= files
     asked = [path for _, path in away.registry.log if "/blobs/" in path]
     assert not [path for path in asked if any(layer.digest in path for layer in engine)]

@@ -32,6 +32,7 @@ def build(recipe, folder, store, *more, target="llamacpp-lora"):
     return weightsmith("build", *words, store=store)["targets"][target]
 
 
+@pytest.mark.full  # the test on a quantized base does the same
 def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
     tmp_path, shared_store
 ):

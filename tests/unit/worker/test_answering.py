@@ -107,7 +107,7 @@ def test_each_answers_as_in_a_job_of_its_own(
     assert len(texts) > len(TASKS), "adapters that answer alike show nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_each_chooses_as_in_a_job_of_its_own(tmp_path: Path) -> None:
     job = job_of(tmp_path, choose=True)
 
