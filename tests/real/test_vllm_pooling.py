@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
-from weightsmith.building.wiring import open_tools
-from weightsmith.core.ports import Silent, StartSpec
-from weightsmith.evaluating.client import wait_until_healthy
-from weightsmith.oci.layout import read_layout
-from weightsmith.provenance.labels import plan_of
-from weightsmith.recipe.user_config import RunOptions
 
 from tests.fakes import encoders
 from tests.fakes.encoders import TEXTS, adapted, mean_vectors
 from tests.fakes.started import weightsmith
+from tests.real.test_vllm import started_image
 
 pytestmark = [
     pytest.mark.builders, pytest.mark.vllm, pytest.mark.full, pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore"),
 ]  # fmt: skip
-
-
-@contextmanager
-def asked(layout: Path) -> Iterator[httpx.Client]:
-    spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
-    with (
-        open_tools(RunOptions(runner="local"), Silent()) as tools,
-        tools.launcher.serve(f"oci:{layout}", spec) as endpoint,
-    ):
-        wait_until_healthy(endpoint, "/health", 900)
-        with httpx.Client(base_url=endpoint.url, timeout=300) as client:
-            yield client
 
 
 def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
@@ -52,7 +32,7 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
         "--runner", "local", "--dist", tmp_path / "dist", "--set", "name=m",
         "--layout", tmp_path / "image",
     )["targets"]["vllm"]  # fmt: skip
-    with asked(tmp_path / "image") as client:
+    with started_image(tmp_path / "image") as client:
         answer = client.post("/v1/embeddings", json={"model": "m", "input": list(TEXTS)})
     found = np.array([row["embedding"] for row in answer.raise_for_status().json()["data"]])
 
