@@ -218,16 +218,33 @@ def test_many_small_files():
     assert len(writes) < 200
 
 
-def test_the_header_above_8_gib_is_read_by_python(tmp_path):
-    path = tmp_path / "big.bin"
-    with path.open("wb") as file:
-        file.truncate((8 << 30) + 5)
-    layer = TarLayer(members=(Member.of_file("/models/big.bin", path),), epoch=0)
-    chunks = layer.open()
-    head = next(chunks) + next(chunks)
-    chunks.close()
-    with tarfile.open(fileobj=io.BytesIO(head)) as archive:
-        archive.next()
-        big = archive.next()
-    assert big is not None
-    assert (big.name, big.size) == ("models/big.bin", (8 << 30) + 5)
+@pytest.mark.parametrize(
+    "path", ["models/big.bin", "models/größe.bin", f"models/{'n' * 120}/big.bin"]
+)
+def test_a_file_above_8_gib_is_listed_by_others(tmp_path, path):
+    file, archive = tmp_path / "big.bin", tmp_path / "big.tar"
+    size = (8 << 30) + 5
+    with file.open("wb") as sparse:
+        sparse.truncate(size)
+    after = Member.of_bytes(f"{path}-and-more", b"more")
+    layer = TarLayer(members=(Member.of_file(path, file), after), epoch=0)
+    with archive.open("wb") as sparse:
+        for head, member in layer.entries():
+            sparse.write(head)
+            if member and member.size == 4:
+                sparse.write(b"more".ljust(512, b"\0"))
+            elif member:
+                assert head[-388:-376] == b"\x80" + size.to_bytes(11)  # all that Clair reads
+                sparse.seek(-(-size // 512) * 512, os.SEEK_CUR)
+        sparse.write(bytes(1024))
+    assert archive.stat().st_size == layer.size
+    with tarfile.open(archive) as opened:
+        assert [(x.name, x.size) for x in opened if x.isfile()] == [(path, size), (after.path, 4)]
+    listed = subprocess.run(
+        ["tar", "--quoting-style=literal", "-tvf", archive],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rows = [line.split(maxsplit=5) for line in listed.stdout.splitlines() if line[0] == "-"]
+    assert [(row[5], int(row[2])) for row in rows] == [(path, size), (after.path, 4)]

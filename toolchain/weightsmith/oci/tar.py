@@ -1,6 +1,9 @@
 """Writes tar archives with our own code, so that the bytes are the same everywhere.
 
 POSIX.1-2001 ustar and pax: https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html
+A size of 8 GiB or more is a binary number in the header itself, as GNU tar writes it:
+https://www.gnu.org/software/tar/manual/html_node/Extensions.html. Clair finds entries by that field
+alone (quay/claircore, pkg/tarfs/parse.go): with a pax record, and 0 in the field, it fails.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ _NAME, _PREFIX = 100, 155
 
 
 def header(path: str, *, size: int, mode: int, mtime: int, folder: bool = False) -> bytes:
-    """Return an entry's header: 512 bytes, or more if a long name or size needs pax records.
+    """Return an entry's header: 512 bytes, or more if a long name needs a pax record.
 
     `path` is a relative POSIX path without a trailing slash; owner and group are 0, without names.
     """
     name = path + "/" if folder else path
     raw = name.encode()
-    records: dict[str, str] = {}
+    extended = b""
     split: tuple[bytes, bytes] | None = None
     if raw.isascii():
         split = raw, b""
@@ -35,18 +38,12 @@ def header(path: str, *, size: int, mode: int, mtime: int, folder: bool = False)
             slash = raw.find(b"/", len(raw) - _NAME - 1, len(raw) - 1)
             split = (raw[slash + 1 :], raw[:slash]) if 0 < slash <= _PREFIX else None
     if split is None:
-        records["path"] = name
         split = raw.decode().encode("ascii", "replace")[:_NAME], b""
-    if size > _LARGEST_USTAR:
-        records["size"] = str(size)
-    stored = 0 if "size" in records else size
-    block = _block(split, kind=b"5" if folder else b"0", size=stored, mode=mode, mtime=mtime)
-    if not records:
-        return block
-    body = b"".join(_record(key, records[key]) for key in sorted(records))
-    entry = (b"PaxHeaders/entry", b"")
-    extended = _block(entry, kind=b"x", size=len(body), mode=0o644, mtime=mtime)
-    return extended + body + padding(len(body)) + block
+        record, entry = _record("path", name), (b"PaxHeaders/entry", b"")
+        extended = _block(entry, kind=b"x", size=len(record), mode=0o644, mtime=mtime)
+        extended += record + padding(len(record))
+    kind = b"5" if folder else b"0"
+    return extended + _block(split, kind=kind, size=size, mode=mode, mtime=mtime)
 
 
 def padding(size: int) -> bytes:
@@ -83,7 +80,7 @@ def _block(name: tuple[bytes, bytes], *, kind: bytes, size: int, mode: int, mtim
         b"%07o\0" % mode,
         b"%07o\0" % 0,
         b"%07o\0" % 0,
-        b"%011o\0" % size,
+        b"%011o\0" % size if size <= _LARGEST_USTAR else b"\x80" + size.to_bytes(11),
         b"%011o\0" % mtime,
         b" " * 8,
         kind,
