@@ -76,6 +76,7 @@ def test_parts_are_no_larger_than_asked_and_nothing_else_is_left(made):
     assert sorted(path.name for path in Path(made["out"]).iterdir()) == [p.name for p in files]
 
 
+@pytest.mark.full  # tests/unit/quantizers/quality/test_measure.py names the layer of other files
 def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
     """One tensor's scales are shuffled by hand, as a faulty packer would."""
     done = quantize(tmp_path / "t.gguf", "--format", "q4_0", "--imatrix", "off")

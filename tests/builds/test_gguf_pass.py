@@ -121,7 +121,7 @@ def alone(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
     return model, dict(zip(names, converted(model, folder / "converted", *names), strict=True))
 
 
-@pytest.mark.grid(3)
+@pytest.mark.full  # test_a_checkpoint_of_each_type_without_a_file_between has types beside them
 @pytest.mark.parametrize("name", ["f32", "f16", "q8_0"])
 def test_a_type_of_the_converter_alone(alone, tmp_path, name):
     model, files = alone

@@ -53,7 +53,7 @@ FORMATS = {
 """Rows permuted, experts stacked, norms changed, projections fused, none of these."""
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.model_type in FORMATS], ids=model_type)
 def test_each_kind_of_architecture(tmp_path, config):
     name = FORMATS[config.model_type]
@@ -134,7 +134,7 @@ def sums(file: Path) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.model_type in CLOSE], ids=model_type)
 def test_it_is_nearly_that_of_llama_imatrix_and_read_as_such(tmp_path, config):
     config.vocab_size = 512

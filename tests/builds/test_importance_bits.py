@@ -104,9 +104,8 @@ def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
         assert np.array_equal(concurrent.sums[name].counts, sums.counts)
 
 
-@pytest.mark.slow
+@pytest.mark.full  # a minute of qemu; the first test finds loops that differ between CPUs
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("cpu", "names"), [("Haswell", MODELS[:1]), ("EPYC-Rome", MODELS)], ids=["Haswell", "EPYC-Rome"]
 )
