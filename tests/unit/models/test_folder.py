@@ -137,6 +137,35 @@ def test_code_of_its_own_is_refused(name, tmp_path):
     assert "auto_map" in error.message
 
 
+@pytest.mark.parametrize("check", [check_model_folder, check_adapter_folder])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chat_template.jinja", "{{ ''.__class__.__mro__ }}"),
+        ("additional_chat_templates/tools.jinja", r"{{ ''['\x5f\x5fclass\x5f\x5f'] }}"),
+        ("chat_template.json", {"chat_template": "{{ messages|attr('__init__') }}"}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a", "template": "{{ a.__b__ }}"}]}),
+        ("tokenizer_config.json", {"chat_template": r"{{ a['\u005f\u005fb'] }}"}),
+    ],
+)
+def test_a_template_that_reaches_into_python_is_refused(check, name, text, tmp_path):
+    """SGLang rendered such templates without a sandbox (CVE-2026-5760)."""
+    touch(tmp_path, *MODEL, "adapter_config.json", "adapter_model.safetensors", name)
+    (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
+
+    error = refusal(check, tmp_path)
+
+    assert name in error.message
+    assert "chat template" in error.message
+
+
+def test_a_template_with_underscores_of_its_own_is_read(tmp_path):
+    touch(tmp_path, *MODEL)
+    (tmp_path / "chat_template.jinja").write_text("{% set _ns = x__y %}__ {{ loop_ }}")
+
+    assert "chat_template.jinja" in check_model_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("function", "names", "said"),
     [

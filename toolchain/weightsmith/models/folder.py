@@ -7,6 +7,7 @@ and a JSON or text file executes nothing; a list of bad names never ends.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.safe_parse import read_json
+from weightsmith.core.safe_parse import SMALL, read_bytes, read_json
 from weightsmith.core.trees import below
 
 _ALLOWED = re.compile(
@@ -38,6 +39,12 @@ _JUNK_FILES = re.compile(
 )
 """Files left by training, and files that are not checked further."""
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pth\.tar|ckpt|pkl|pickle|joblib|dill)", re.IGNORECASE)
+_TEMPLATE_CONFIGS = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+_INTERNALS = re.compile(r"__[A-Za-z]+__|\\+(?:x5f|u005f|137)", re.IGNORECASE)
+"""Names of Python's own attributes, and escapes that spell them.
+
+SGLang rendered templates without a sandbox, so that one in a model ran code (CVE-2026-5760).
+"""
 _CODE_CONFIGS = (
     "config.json",
     "tokenizer_config.json",
@@ -247,6 +254,18 @@ def check_no_code(root: Path, names: list[str]) -> None:
                 hint="use a model with an architecture that transformers supports; if this is one, "
                 "remove auto_map from the file",
             )
+    for name in names:
+        if name.endswith(".jinja") or name in _TEMPLATE_CONFIGS:
+            if name.endswith(".jinja"):
+                text = read_bytes(root / name, SMALL).decode("utf-8", "replace")
+            else:
+                text = json.dumps(read_json(root / name).get("chat_template"), ensure_ascii=False)
+            if found := _INTERNALS.search(text):
+                raise InputRefused(
+                    f"{root / name} has {found[0]} in its chat template, which reaches into Python:"
+                    " an engine that renders it without a sandbox would run its code",
+                    hint="take the template from the model's makers; no template needs such names",
+                )
 
 
 def _no_weights(root: Path, required: str) -> InputRefused:
