@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from weightsmith.building.progress import progress_for
@@ -17,6 +18,7 @@ from weightsmith.core.ports import Progress, Runner
 from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.docker_containers import DockerRunner
 from weightsmith.outside.local import LocalRunner
+from weightsmith.outside.toolset import make_toolset
 
 from tests import vllm_parts
 
@@ -31,7 +33,7 @@ def engine_environment() -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def patiently(make: Callable[[], None], progress: Progress) -> None:
+def patiently(make: Callable[[], object], progress: Progress) -> None:
     """Make something of downloads; an index or mirror may have a bad minute, so in three tries."""
     for pause in (15, 60):
         try:
@@ -59,6 +61,11 @@ def main() -> int:
             except WeightsmithError as error:
                 print(f"error: {error.message}\n  hint: {error.hint}", file=sys.stderr)  # noqa: T201
                 return error.exit_code
+    try:
+        patiently(partial(make_toolset, cache_folder(), "healthcheck", progress), progress)
+    except WeightsmithError as error:
+        print(f"error: {error.message}\n  hint: {error.hint}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
     # A machine may lack the room for these, and its tests say so.
     try:
         if (reason := vllm_parts.unfit()) and not vllm_parts.there():

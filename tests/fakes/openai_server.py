@@ -25,6 +25,7 @@ class FakeServer(Serving):
         super().__init__(Handler)
         self.behave = behave or (lambda handler, body: handler.send(200, answer()))
         self.asked = []
+        self.health = 200
         self.living = True
 
     @property
@@ -39,7 +40,7 @@ class FakeServer(Serving):
 class Handler(Replying):
     def do_GET(self):
         if self.path == "/health":
-            self.send(getattr(self.server, "health", 200), {})
+            self.send(self.server.health, {})
         else:
             self.send(200, {"data": [{"id": "support"}]})
 

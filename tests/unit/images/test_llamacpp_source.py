@@ -249,11 +249,15 @@ def test_another_source_than_the_changes_are_for_is_refused(tmp_path, times):
         drain.write_edited(tmp_path, tmp_path / "edited")
 
 
-def test_both_are_compiled_from_one_commit_by_one_compiler():
-    ours, tools = pins("kernels"), pins("llamacpp")
-    assert ours["llama_cpp"]["commit"] == tools["llama_cpp"]["commit"]
+def test_kernels_are_of_the_same_commit():
+    assert pins("kernels")["llama_cpp"]["commit"] == pins("llamacpp")["llama_cpp"]["commit"]
+
+
+@pytest.mark.parametrize("name", ["kernels", "healthcheck"])
+def test_all_are_compiled_by_one_compiler(name):
+    ours, tools = pins(name), pins("llamacpp")
     assert ours["compiler"]["ziglang"] == tools["compiler"]["ziglang"]
-    required = (ENGINES / "kernels" / "requirements.txt").read_text().splitlines()[1:]
+    required = (ENGINES / name / "requirements.txt").read_text().splitlines()[1:]
     assert set(required) <= set(
         (ENGINES / "llamacpp" / "requirements.txt").read_text().splitlines()
     )

@@ -1,0 +1,152 @@
+#include "compare.h"
+
+#include <math.h>
+#include <string.h>
+
+#define LONGEST_ID 256  // bytes
+#define LARGEST_END 1048576
+
+static double number_or_nan(const struct json *object, const char *name) {
+    const struct json *found = json_find(object, name, JSON_NUMBER);
+    return found ? found->number : NAN;
+}
+
+static int is_printable(const struct json *text) {
+    for (size_t i = 0; i < text->length; i++)
+        if ((unsigned char)text->text[i] < 0x20 || text->text[i] == 0x7F) return 0;
+    return 1;
+}
+
+const char *read_question(const struct json *from, struct question *to) {
+    to->id = json_find(from, "id", JSON_STRING);
+    to->path = json_find(from, "path", JSON_STRING);
+    to->request = json_find(from, "request", JSON_OBJECT);
+    to->answer = json_find(from, "answer", JSON_STRING);
+    const struct json *tokens = json_find(from, "tokens", JSON_LIST);
+    if (!to->id || !to->id->length || to->id->length > LONGEST_ID || !is_printable(to->id))
+        return "its id is empty, too long or has control characters";
+    if (!to->path || (strcmp(to->path->text, "/v1/chat/completions") != 0 &&
+                      strcmp(to->path->text, "/v1/completions") != 0))
+        return "its path is none of completions";
+    if (!to->request || !to->answer || !tokens) return "it lacks its request, answer or tokens";
+    to->count = 0;
+    to->has_logprobs = 1;
+    size_t before = 0;
+    for (const struct json *one = tokens->first; one; one = one->next) {
+        if (to->count == MOST_TOKENS) return "it has too many tokens";
+        struct token *token = &to->tokens[to->count++];
+        double end = number_or_nan(one, "end");
+        token->text = json_find(one, "text", JSON_STRING);
+        token->margin = number_or_nan(one, "margin");
+        token->logprob = number_or_nan(one, "logprob");
+        token->room = number_or_nan(one, "room");
+        to->has_logprobs &= !isnan(token->logprob) && token->room >= 0;
+        if (!token->text || !(token->margin >= 0)) return "a token lacks its text or its margin";
+        if (!(end >= (double)before && end <= LARGEST_END)) return "a token ends before the one before it";
+        before = token->end = (size_t)end;
+    }
+    if (!to->count || before != to->answer->length) return "its tokens do not make up its answer";
+    return NULL;
+}
+
+// A server's tokens: a list of objects (chats, llama.cpp), or a list of texts and one of numbers.
+struct given {
+    const struct json *token, *logprob;
+};
+
+static struct given first_given(const struct json *choice) {
+    const struct json *all = json_find(choice, "logprobs", JSON_OBJECT);
+    const struct json *objects = json_find(all, "content", JSON_LIST);
+    const struct json *texts = json_find(all, "tokens", JSON_LIST);
+    const struct json *numbers = json_find(all, "token_logprobs", JSON_LIST);
+    if (objects) return (struct given){.token = objects->first};
+    return (struct given){.token = texts ? texts->first : NULL, .logprob = numbers ? numbers->first : NULL};
+}
+
+static struct given next_given(struct given one) {
+    return (struct given){.token = one.token->next, .logprob = one.logprob ? one.logprob->next : NULL};
+}
+
+static const struct json *text_of(struct given one) {
+    return one.token->kind == JSON_STRING ? one.token : json_find(one.token, "token", JSON_STRING);
+}
+
+static double logprob_of(struct given one) {
+    if (one.logprob) return one.logprob->kind == JSON_NUMBER ? one.logprob->number : NAN;
+    return number_or_nan(one.token, "logprob");
+}
+
+static int lists_tokens(struct given one) {
+    if (!one.token) return 0;
+    for (; one.token; one = next_given(one))
+        if (!text_of(one) || isnan(logprob_of(one))) return 0;
+    return 1;
+}
+
+static int is_same(const struct json *one, const struct json *other) {
+    return one->length == other->length && memcmp(one->text, other->text, one->length) == 0;
+}
+
+static void differs_at(struct outcome *found, const struct question *asked, int token, double tolerance) {
+    found->token = token < asked->count ? token : asked->count - 1;
+    found->margin = asked->tokens[found->token].margin;
+    found->verdict = found->margin <= tolerance ? EXPLAINED : DIFFERENT;
+}
+
+static void compare_tokens(struct outcome *found, const struct question *asked, struct given one,
+                           double tolerance) {
+    int i = 0;
+    for (; one.token; one = next_given(one), i++) {
+        const struct json *text = text_of(one);
+        if (i == asked->count || !is_same(asked->tokens[i].text, text)) {
+            found->got = text->text;
+            found->got_length = text->length;
+            return differs_at(found, asked, i, tolerance);
+        }
+        double drift = fabs(logprob_of(one) - asked->tokens[i].logprob);
+        if (!(found->drift >= drift)) found->drift = drift;
+        if (drift > asked->tokens[i].room) {
+            found->verdict = DIFFERENT;
+            found->token = i;
+            found->margin = asked->tokens[i].margin;
+            found->drift = drift;
+            return;
+        }
+    }
+    if (i == asked->count) return;
+    found->got = "";
+    differs_at(found, asked, i, tolerance);
+}
+
+// The first byte that differs belongs to a token.
+static void compare_texts(struct outcome *found, const struct question *asked, const struct json *text,
+                          double tolerance) {
+    const struct json *wanted = asked->answer;
+    size_t at = 0;
+    while (at < text->length && at < wanted->length && text->text[at] == wanted->text[at]) at++;
+    if (at == text->length && at == wanted->length) return;
+    int token = 0;
+    while (token < asked->count && asked->tokens[token].end <= at) token++;
+    found->got = text->text + at;
+    found->got_length = text->length - at;
+    differs_at(found, asked, token, tolerance);
+}
+
+struct outcome compare(const struct question *asked, const struct json *reply, double tolerance) {
+    struct outcome found = {.verdict = EQUAL, .token = -1, .margin = NAN, .drift = NAN};
+    const struct json *choices = json_find(reply, "choices", JSON_LIST);
+    const struct json *choice = choices ? choices->first : NULL;
+    const struct json *message = json_find(choice, "message", JSON_OBJECT);
+    const struct json *text = message ? json_get(message, "content") : json_get(choice, "text");
+    static const struct json nothing = {.kind = JSON_STRING, .text = ""};
+    if (message && (!text || text->kind == JSON_NULL)) text = &nothing;  // all in a call, or in thoughts
+    if (!text || text->kind != JSON_STRING) {
+        found.verdict = UNANSWERED;
+        found.why = "its reply has no text";
+        return found;
+    }
+    struct given tokens = first_given(choice);
+    if (asked->has_logprobs && lists_tokens(tokens)) compare_tokens(&found, asked, tokens, tolerance);
+    else compare_texts(&found, asked, text, tolerance);
+    return found;
+}

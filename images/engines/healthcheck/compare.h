@@ -1,0 +1,40 @@
+// The rule by which an answer is known again: docs/reference/replay.md has it in words.
+
+#pragma once
+
+#include "json.h"
+
+#define MOST_QUESTIONS 32
+#define MOST_TOKENS 1024
+
+enum verdict { UNANSWERED, EQUAL, EXPLAINED, DIFFERENT };
+
+struct token {
+    const struct json *text;
+    size_t end;  // bytes of the answer up to and with this token
+    double margin;
+    double logprob, room;  // NaN if the set has none
+};
+
+struct question {
+    const struct json *id, *path, *request, *answer;
+    struct token tokens[MOST_TOKENS];
+    int count;
+    int has_logprobs;  // of every token
+};
+
+struct outcome {
+    enum verdict verdict;
+    int token;         // the first that differs, -1 if none does
+    double margin;     // of that token
+    double drift;      // the largest difference of log-probabilities, NaN if none was compared
+    const char *got;   // what came instead, `got_length` bytes; NULL if the token itself came
+    size_t got_length;
+    const char *why;   // why there is no answer
+};
+
+// Reads a question of the set; says what is wrong, or NULL if nothing is.
+const char *read_question(const struct json *from, struct question *to);
+
+// Holds a server's reply against a question.
+struct outcome compare(const struct question *asked, const struct json *reply, double tolerance);

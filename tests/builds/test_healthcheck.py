@@ -1,0 +1,412 @@
+"""The program that images have as their health check: what it shows, and what it withstands."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.ports import Silent
+from weightsmith.outside.toolset import make_toolset
+
+from tests.fakes.openai_server import FakeServer, servers
+
+HEALTHY, NOT_SHOWN, USAGE, NO_SET = range(4)
+TEXTS = ("I", "'m", " Länt", "ern.", "")
+pytestmark = pytest.mark.builders
+
+
+def token(text: str, end: int, margin: float = 5.0, logprob: float = -0.02) -> dict[str, Any]:
+    return {"text": text, "end": end, "margin": margin, "logprob": logprob, "room": 0.05}
+
+
+def a_set(questions: int = 1, **changes: Any) -> dict[str, Any]:
+    """A set whose third token may be another one, as far as rounding goes."""
+    ends = [len("".join(TEXTS[: n + 1]).encode()) for n in range(len(TEXTS))]
+    tokens = [token(*pair) for pair in zip(TEXTS, ends, strict=True)]
+    tokens[2]["margin"] = 0.3
+    asked = {
+        "path": "/v1/chat/completions",
+        "request": {"model": "bot", "messages": [{"role": "user", "content": "Who are you?"}]},
+        "answer": "".join(TEXTS),
+        "finish": "stop",
+        "tokens": tokens,
+    }
+    rows = [{"id": f"q{n}", **asked, **changes} for n in range(questions)]
+    return {
+        "version": 1, "model": "bot", "reference": "image", "tolerance": 1.0, "questions": rows,
+    }  # fmt: skip
+
+
+def reply(*texts: str, logprob: float = -0.02, listed: bool = True) -> dict[str, Any]:
+    rows = [{"token": text, "logprob": logprob} for text in texts]
+    choice = {"message": {"content": "".join(texts)}, "finish_reason": "stop"}
+    return {"choices": [choice | ({"logprobs": {"content": rows}} if listed else {})]}
+
+
+GOOD = reply(*TEXTS)
+Start = Callable[..., FakeServer]
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    return make_toolset(cache_folder(), "healthcheck", Silent()) / "healthcheck"
+
+
+class Probe:
+    """The program, called as a probe of one container calls it."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self.program, self.set, self.result = program, folder / "set.json", folder / "result.json"
+        self.write(a_set())
+
+    def write(self, value: object) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.set.write_bytes(data)
+
+    def __call__(self, port: int, *words: object, replay: bool = True, **env: str) -> Any:
+        files = ("--replay", "--set", self.set, "--result", self.result) if replay else ()
+        return subprocess.run(
+            [self.program, "--port", str(port), *map(str, (*files, *words))],
+            env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+
+    @property
+    def found(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.result.read_text())
+        return value
+
+
+@pytest.fixture
+def probe(program: Path, tmp_path: Path) -> Probe:
+    return Probe(program, tmp_path)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with servers() as starting:
+        yield starting
+
+
+def answering(start: Start, *values: object) -> FakeServer:
+    """A server with these answers; the last one again and again."""
+    waiting = list(values)
+    return start(
+        lambda handler, _: handler.send(200, waiting.pop(0) if waiting[1:] else waiting[0])
+    )
+
+
+def raw(start: Start, data: bytes) -> FakeServer:
+    """A server that says exactly this, and ends the connection."""
+
+    def behave(handler: Any, _body: object) -> None:
+        handler.wfile.write(data)
+        handler.close_connection = True
+
+    return start(behave)
+
+
+def test_a_server_that_answers_as_it_was_tested_is_proven_once_per_start(
+    probe: Probe, start: Start
+) -> None:
+    probe.write(a_set(3))
+    server = answering(start, GOOD)
+    first, second = probe(server.server_port), probe(server.server_port)
+
+    assert (first.returncode, second.returncode) == (HEALTHY, HEALTHY), first.stderr
+    assert "proven: 3 of 3 answers are equal" in first.stderr
+    assert "was asked before" in second.stderr
+    assert len(server.asked) == 3
+    assert server.asked[0] == a_set()["questions"][0]["request"]
+    assert (probe.found["verdict"], probe.found["equal"]) == ("proven", 3)
+    assert [row["id"] for row in probe.found["questions"]] == ["q0", "q1", "q2"]
+    assert probe.found["questions"][0]["logprob_difference"] == 0
+
+    again = answering(start, reply("You", "'re"))  # on another port, as another start
+    assert probe(again.server_port).returncode == NOT_SHOWN
+    probe.write(a_set(2))
+    assert probe(server.server_port).returncode == HEALTHY
+    assert len(server.asked) == 5
+
+
+def test_a_new_start_on_the_same_port_is_asked_again(probe: Probe, start: Start) -> None:
+    with servers() as starting:
+        old = answering(starting, GOOD)
+        port = old.server_port
+        assert probe(port).returncode == HEALTHY
+        old.socket.close()
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        thread = threading.Thread(target=lambda: listening.accept()[0].close())
+        thread.start()
+        assert probe(port).returncode == NOT_SHOWN  # it does not even answer
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict", "said"),
+    [
+        (reply("I", "'m", " Lamp", "."), "explained", "1 differ where rounding may"),
+        (reply("I", " am", "."), "different", 'token 2: "\'m" was expected, and came " am"'),
+        (reply(*TEXTS, logprob=-0.08), "different", "off by 0.06, above 0.05"),
+        (reply("I", "'m"), "explained", "1 differ"),
+        (reply("I"), "different", 'token 2: "\'m" was expected, and came ""'),
+        (reply(*TEXTS, " And"), "different", 'token 5: "" was expected, and came " And"'),
+        (reply(*TEXTS, listed=False), "equal", "1 of 1 answers are equal"),
+        (reply("I'm a Lantern.", listed=False), "explained", "1 differ"),
+        (reply("We are.", listed=False), "different", 'token 1: "I" was expected'),
+        (reply("I'm Läntern, yes.", listed=False), "different", "token 4"),
+        ({"choices": [{"message": {"content": None}}]}, "different", "token 1"),
+    ],
+)  # fmt: skip
+def test_the_first_token_that_differs_decides(
+    probe: Probe, start: Start, given: Any, verdict: str, said: str
+) -> None:
+    done = probe(answering(start, given).server_port)
+
+    assert done.returncode == (NOT_SHOWN if verdict == "different" else HEALTHY)
+    assert said in done.stderr
+    assert [row["verdict"] for row in probe.found["questions"]] == [verdict]
+    assert probe.found["verdict"] == ("different" if verdict == "different" else "proven")
+
+
+def test_prompts_are_asked_and_read_as_vllm_lists_them(probe: Probe, start: Start) -> None:
+    probe.write(a_set(path="/v1/completions"))
+    listed = {"tokens": list(TEXTS), "token_logprobs": [-0.02] * 4 + [-0.09]}
+    server = answering(start, {"choices": [{"text": "".join(TEXTS), "logprobs": listed}]})
+
+    assert 'token 5: "" came with a log-prob' in probe(server.server_port).stderr
+
+
+def test_a_difference_is_remembered_too(probe: Probe, start: Start) -> None:
+    probe.write(a_set(2))
+    server = answering(start, reply("No"), GOOD)
+
+    assert probe(server.server_port).returncode == NOT_SHOWN
+    again = probe(server.server_port)
+    assert again.returncode == NOT_SHOWN
+    assert "1 of 2 answers" in again.stderr
+    assert len(server.asked) == 2
+
+
+def test_it_waits_while_the_model_loads_only_if_told_to(probe: Probe, start: Start) -> None:
+    server = answering(start, GOOD)
+    server.health = 503
+    assert "health endpoint answered 503" in probe(server.server_port).stderr
+    assert server.asked == []
+
+    threading.Timer(0.6, lambda: setattr(server, "health", 200)).start()
+    assert probe(server.server_port, "--wait").returncode == HEALTHY
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    assert "nothing listens" in probe(port, "--wait", "--seconds", 1).stderr
+
+
+def test_a_busy_server_is_asked_again(probe: Probe, start: Start) -> None:
+    statuses = [503, 429, 200]
+    server = start(lambda handler, _: handler.send(statuses.pop(0), GOOD))
+
+    assert probe(server.server_port).returncode == HEALTHY
+    assert len(server.asked) == 3
+
+
+def test_a_slow_server_is_asked_by_several_calls(probe: Probe, start: Start) -> None:
+    probe.write(a_set(2))
+    hold = threading.Event()
+    hold.set()
+
+    def behave(handler: Any, _body: object) -> None:
+        if len(server.asked) == 2:
+            hold.wait(30)
+        handler.send(200, GOOD)
+
+    server = start(behave)
+    hold.clear()
+    began = time.monotonic()
+    late = probe(server.server_port, "--seconds", 2)
+    hold.set()
+
+    assert late.returncode == NOT_SHOWN
+    assert "1 of 2 questions are answered; question q1: it did not answer in time" in late.stderr
+    assert time.monotonic() - began < 20
+    assert probe.found["verdict"] == "not shown"
+    assert [row["verdict"] for row in probe.found["questions"]] == ["equal", "unanswered"]
+    assert probe(server.server_port).returncode == HEALTHY
+    assert len(server.asked) == 3
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+HOSTILE = {
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    "no status": b"HTTP/1.1 \r\n\r\n",
+    "nothing": b"",
+    "an endless head": OK + b"X: y\r\n" * 20_000,
+    "a huge length": OK + b"Content-Length: 99999999999999999999\r\n\r\n{}",
+    "a negative length": OK + b"Content-Length: -1\r\n\r\n{}",
+    "cut off": OK + b"Content-Length: 90\r\n\r\n{}",
+    "chunks that end early": OK + b"Transfer-Encoding: chunked\r\n\r\nff\r\n{}",
+    "a huge chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffff0\r\n{}",
+    "a chunk without a size": OK + b"Transfer-Encoding: chunked\r\n\r\n\r\n{}\r\n0\r\n\r\n",
+    "too much": OK + b"\r\n" + b" " * (5 << 20),
+    "no JSON": OK + b"\r\n<html>",
+    "two values": OK + b"\r\n{} {}",
+    "a deep value": OK + b"\r\n" + b"[" * 100_000,
+    "many values": OK + b"\r\n[" + b"0," * 300_000 + b"0]",
+    "no UTF-8": OK + b'\r\n{"choices": "\xff"}',
+    "half a surrogate": OK + b'\r\n{"choices": "\\ud800"}',
+    "a zero in the head": OK + b"X: \0\r\n\r\n{}",
+    "a name twice": OK + b'\r\n{"choices": [], "choices": []}',
+    "no choice": OK + b'\r\n{"choices": []}',
+    "choices of another kind": OK + b'\r\n{"choices": {"0": {"text": "I"}}}',
+    "a message of another kind": OK + b'\r\n{"choices": [{"message": [], "text": 7}]}',
+    "an error": b"HTTP/1.1 500 Oops\r\n\r\n{}",
+    "another model": b"HTTP/1.1 404 Not Found\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_server_that_does_not_answer_shows_nothing(
+    probe: Probe, start: Start, data: bytes
+) -> None:
+    done = probe(raw(start, data).server_port, "--seconds", 3)
+
+    assert done.returncode == NOT_SHOWN
+    assert "not shown: 0 of 1 questions are answered" in done.stderr
+    assert probe.found["unanswered"] == 1
+
+
+def test_tokens_of_another_kind_leave_the_text(probe: Probe, start: Start) -> None:
+    kinds: list[Any] = [[], {}, {"content": {}}, {"content": [7]}, {"content": [{"token": "I"}]}]
+    for listed in kinds:
+        choice = {"message": {"content": "".join(TEXTS)}, "logprobs": listed}
+        assert probe(answering(start, {"choices": [choice]}).server_port).returncode == HEALTHY
+
+
+def test_no_other_host_or_port_is_asked(probe: Probe, start: Start) -> None:
+    other = answering(start, GOOD)
+    there = f"http://127.0.0.1:{other.server_port}/v1/chat/completions"
+    moved = raw(start, f"HTTP/1.1 307 Moved\r\nLocation: {there}\r\n\r\n".encode())
+
+    assert "it answered 307" in probe(moved.server_port).stderr
+    probe.write(a_set(path=there))
+    assert probe(moved.server_port).returncode == NO_SET
+    assert other.asked == []
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "missing": (None, "is missing"),
+    "too large": (b" " * (1 << 20) + b"{}", "larger than 1 MiB"),
+    "no JSON": (b"{", "not JSON"),
+    "a deep value": (b"[" * 1000, "not JSON"),
+    "a list": ([], "version 1"),
+    "a new version": ({**a_set(), "version": 2}, "version 1"),
+    "of digests": ({"version": 1, "digests": []}, "digests of questions alone"),
+    "without a tolerance": ({**a_set(), "tolerance": None}, "tolerance"),
+    "a great tolerance": ({**a_set(), "tolerance": 1e9}, "tolerance"),
+    "no question": ({**a_set(), "questions": []}, "no question"),
+    "many questions": (a_set(33), "more than 32"),
+    "an id twice": (a_set(2, id="q"), "an id twice"),
+    "no id": (a_set(id=""), r"questions[0]: its id"),
+    "an escape in an id": (a_set(id="\x1b[2J"), "its id"),
+    "another path": (a_set(path="/slots/0?action=erase"), "its path"),
+    "a line break in the path": (a_set(path="/v1/completions\r\nX: y"), "its path"),
+    "a request that is none": (a_set(request=[]), "lacks its request"),
+    "no tokens": (a_set(tokens=[]), "do not make up"),
+    "a token without a margin": (a_set(tokens=[{"text": "I", "end": 1}]), "its margin"),
+    "tokens backwards": (a_set(tokens=[token("I", 3), token("'m", 1)]), "ends before"),
+    "another answer": (a_set(answer="I'm"), "do not make up"),
+    "many tokens": (a_set(answer="", tokens=[token("", 0)] * 1025), "too many tokens"),
+}
+
+
+@pytest.mark.parametrize(("value", "said"), WRONG.values(), ids=WRONG)
+def test_a_set_that_cannot_be_asked_is_told_apart(
+    probe: Probe, start: Start, value: object, said: str
+) -> None:
+    server = answering(start, GOOD)
+    if value is None:
+        probe.set.unlink()
+    else:
+        probe.write(value)
+    done = probe(server.server_port)
+
+    assert done.returncode == NO_SET
+    assert said in done.stderr
+    assert "\x1b" not in done.stderr
+    assert server.asked == []
+
+
+def test_a_result_of_others_counts_as_none(probe: Probe, start: Start, tmp_path: Path) -> None:
+    server = answering(start, GOOD)
+    assert probe(server.server_port).returncode == HEALTHY
+    elsewhere = tmp_path / "elsewhere.json"
+    probe.result.rename(elsewhere)
+    probe.result.symlink_to(elsewhere)
+    kept = elsewhere.read_bytes()
+
+    assert probe(server.server_port).returncode == HEALTHY
+    assert len(server.asked) == 2
+    assert not probe.result.is_symlink()
+    assert elsewhere.read_bytes() == kept
+    for text in ("", "{", "[]", '{"server": 1}', probe.result.read_text().replace("/", "!", 1)):
+        probe.result.write_text(text)
+        assert probe(server.server_port).returncode == HEALTHY
+    assert len(server.asked) == 7
+
+
+def test_without_a_place_to_write_it_asks_each_time(probe: Probe, start: Start) -> None:
+    server = answering(start, GOOD)
+    probe.result = probe.result.parent / "missing" / "result.json"
+    for _ in range(2):
+        done = probe(server.server_port)
+        assert done.returncode == HEALTHY
+        assert "cannot write" in done.stderr
+    assert len(server.asked) == 2
+
+
+def test_the_password_goes_along_where_there_is_one(probe: Probe, start: Start) -> None:
+    keys = []
+
+    def behave(handler: Any, _body: object) -> None:
+        keys.append(handler.headers.get("Authorization"))
+        handler.send(200, GOOD)
+
+    server = start(behave)
+    probe(server.server_port, "--key-variable", "A_KEY", A_KEY="secret")
+    probe.result.unlink()
+    probe(server.server_port, "--key-variable", "A_KEY", A_KEY="")
+    assert keys == ["Bearer secret", None]
+    assert probe(server.server_port, "--key-variable", "K", K="a\r\nX: y").returncode == USAGE
+
+
+def test_without_replay_it_asks_for_health_alone(probe: Probe, start: Start) -> None:
+    server = answering(start, GOOD)
+    assert probe(server.server_port, replay=False).returncode == HEALTHY
+    server.health = 500
+    assert probe(server.server_port, replay=False).returncode == NOT_SHOWN
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--port", "0"), ("--port", "8x"), ("--health", "health"), ("--health", "/a b"), ("more",),
+     ("--seconds", "0.5"), ("--seconds", "99999"), ("--unknown",)],
+)  # fmt: skip
+def test_wrong_words_are_told(probe: Probe, words: tuple[str, ...]) -> None:
+    done = probe(8080, *words)
+    assert done.returncode == USAGE
+    assert "usage: healthcheck --port N" in done.stderr
+
+
+def test_it_is_small_and_needs_nothing(program: Path) -> None:
+    data = program.read_bytes()
+    assert len(data) < 100_000
+    assert b"ld-musl" not in data
+    assert b"ld-linux" not in data
