@@ -103,5 +103,6 @@ def test_number_formats_follow_the_compute_capability():
     assert (gpu("t4").bf16, gpu("t4").fp8) == (False, False)
     assert (gpu("a100-80gb").bf16, gpu("a100-80gb").fp8) == (True, False)
     assert (gpu("l4").bf16, gpu("l4").fp8) == (True, True)
-    assert (gpu("t4").generation, gpu("h200").generation) == ("Turing", "Hopper")
+    generations = {"t4": "Turing", "h200": "Hopper", "GB300": "Blackwell Ultra", "mi355x": "CDNA 4"}
+    assert {name: gpu(name).generation for name in generations} == generations
     assert all(card.generation for card in GPUS.values())

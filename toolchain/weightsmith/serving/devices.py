@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightsmith.core.errors import UsageError
 
@@ -28,16 +28,17 @@ def is_cpu(device: str) -> bool:
     return device in CPUS
 
 
-# CUDA C++ Programming Guide, "Compute Capabilities"; AMD's data sheet.
+# CUDA C++ Programming Guide, "Compute Capabilities".
 _GENERATIONS = {
-    (0, 0): "CDNA 3",
     (7, 5): "Turing",
     (8, 0): "Ampere",
     (8, 6): "Ampere",
     (8, 9): "Ada Lovelace",
     (9, 0): "Hopper",
     (10, 0): "Blackwell",
+    (10, 3): "Blackwell Ultra",
     (12, 0): "Blackwell",
+    (12, 1): "Blackwell",
 }
 
 
@@ -50,16 +51,15 @@ class Gpu:
     """On the board, as the data sheet has it."""
     usable_bytes: int
     """What a process sees as the total (`cudaMemGetInfo`): the board less ECC and the driver."""
+    generation: str
+    """The architecture's name, as its maker calls it."""
     compute_capability: tuple[int, int]
     """(0, 0) for AMD."""
     fp8: bool
     bf16: bool
     aliases: tuple[str, ...] = ()
-
-    @property
-    def generation(self) -> str:
-        """The architecture's name, as its maker calls it."""
-        return _GENERATIONS.get(self.compute_capability, "")
+    shares_memory: bool = False
+    """Whether the CPU and what runs there use the same memory."""
 
 
 def _nvidia(
@@ -72,6 +72,7 @@ def _nvidia(
         name=full,
         total_bytes=gb << 30,
         usable_bytes=usable_mib << 20,
+        generation=_GENERATIONS[capability],
         compute_capability=capability,
         fp8=capability >= (8, 9),
         bf16=capability >= (8, 0),
@@ -79,17 +80,24 @@ def _nvidia(
     )
 
 
+def _amd(name: str, gb: int, usable_mib: int, generation: str) -> tuple[str, Gpu]:
+    full = f"amd-{name}"
+    return full, Gpu(
+        name=full,
+        total_bytes=gb << 30,
+        usable_bytes=usable_mib << 20,
+        generation=generation,
+        compute_capability=(0, 0),
+        fp8=True,
+        bf16=True,
+        aliases=(name,),
+    )
+
+
 # Memory: NVIDIA's and AMD's data sheets. Usable, in MiB: the totals that PyTorch and vLLM print on
-# these cards in published logs ("79.10 GiB" on an H100), rounded down; drivers differ a little.
-_MI300X = Gpu(
-    name="amd-mi300x",
-    total_bytes=192 << 30,
-    usable_bytes=196_288 << 20,
-    compute_capability=(0, 0),
-    fp8=True,
-    bf16=True,
-    aliases=("mi300x",),
-)
+# these cards in published logs ("79.10 GiB" on an H100), rounded down; drivers differ a little. No
+# log of an RTX PRO 5000 (48 GB) was found: it has the 6000's share of its board, less 200 MiB.
+_GB10 = replace(_nvidia("gb10", 128, 122_040, (12, 1), "dgx-spark")[1], shares_memory=True)
 GPUS: Mapping[str, Gpu] = dict(
     [
         _nvidia("t4", 16, 15_090, (7, 5), "tesla-t4"),
@@ -101,9 +109,18 @@ GPUS: Mapping[str, Gpu] = dict(
         _nvidia("h100-80gb", 80, 80_990, (9, 0), "h100"),
         _nvidia("h200-141gb", 141, 143_156, (9, 0), "h200"),
         _nvidia("b200", 180, 182_500, (10, 0)),
+        _nvidia("gb200", 186, 188_730, (10, 0)),
+        _nvidia("b300", 288, 274_110, (10, 3)),
+        _nvidia("gb300", 288, 283_130, (10, 3)),
+        (_GB10.name, _GB10),
         _nvidia("rtx-4090", 24, 24_080, (8, 9), "rtx4090", "4090"),
         _nvidia("rtx-5090", 32, 32_110, (12, 0), "rtx5090", "5090"),
-        (_MI300X.name, _MI300X),
+        _nvidia("rtx-pro-5000", 48, 48_420, (12, 0)),
+        _nvidia("rtx-pro-6000", 96, 97_240, (12, 0)),
+        _amd("mi300x", 192, 196_288, "CDNA 3"),
+        _amd("mi325x", 256, 262_120, "CDNA 3"),
+        _amd("mi350x", 288, 294_890, "CDNA 4"),
+        _amd("mi355x", 288, 294_890, "CDNA 4"),
     ]
 )
 _BY_ANY_NAME = {alias: gpu for gpu in GPUS.values() for alias in (gpu.name, *gpu.aliases)}

@@ -19,6 +19,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import CacheLayers, Kind, ModelShape
 from weightsmith.serving.auto import Fitting
+from weightsmith.serving.devices import Gpu
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import Machine, dtype_bytes
 from weightsmith.serving.memory import GIB, MIB
@@ -116,12 +117,19 @@ class Rules:
     runs_on_cpu: bool = False
     state_dtype: str = ""
     """Of recurrent states where the model does not say; "" for the weights' own."""
+    capabilities: tuple[tuple[int, int], tuple[int, int]] = ((0, 1), (99, 0))
+    """Of NVIDIA's GPUs that it has kernels for: from the first on, up to below the second."""
     splits_by_layers: bool = True
     """It knows pipeline parallelism."""
     data_parallel: str = ""
     """How its replicas share experts while each has its own requests, if it knows that."""
     small_target: str = ""
     """The engine's target with 4-bit weights, to point to where weights are too large."""
+
+    def knows(self, card: Gpu) -> bool:
+        """Return whether the engine has kernels for this GPU of NVIDIA's."""
+        first, after = self.capabilities
+        return first <= card.compute_capability < after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -309,9 +309,11 @@ def _larger(
                 text = f"{count} x {machine.device} ({each} of weights each)"
                 yield {"text": text, "gpu_count": count}
                 break
-    for card in sorted(GPUS.values(), key=lambda card: card.usable_bytes) if machine.gpus else ():
+    # AMD's need another image.
+    cards = [one for one in GPUS.values() if capacity.rules.knows(one) and not one.shares_memory]
+    for card in sorted(cards, key=lambda card: card.usable_bytes) if machine.gpus else ():
         size = card.usable_bytes
-        if size > machine.bytes_each and any(card.compute_capability):  # AMD's need another image
+        if size > machine.bytes_each:
             other = replace(machine, device=card.name, gpu=card, bytes_each=size)
             if on(other).fits(tokens, requests):
                 text = f"{machine.gpus} x " if machine.gpus > 1 else ""

@@ -71,6 +71,8 @@ RULES = Rules(
     fraction=1.0,
     fraction_of="all",
     wiggle=0.9,  # TGI_WIGGLE_ROOM of the server; the launcher's is 0.95
+    # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
+    capabilities=((8, 0), (10, 0)),
     splits_by_layers=False,
     small_target="tgi-awq",
     batched_tokens=lambda _machine: 4096,
@@ -118,8 +120,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         )
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, _switches(model))
     card = capacity.machine.gpu
-    # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
-    if card and not (8, 0) <= card.compute_capability < (10, 0):
+    if card and not RULES.knows(card):
         raise UsageError(
             f"TGI 3.3 has no kernels for {card.name}",
             hint="choose an A10G, A100, L4, L40S or H100, or a vllm target",

@@ -57,6 +57,7 @@ RULES = Rules(
     null_block=False,
     fraction=0.9,
     fraction_of="free",
+    capabilities=((8, 0), (99, 0)),
     data_parallel="serve.extra.enable_attention_dp",
     state_dtype="float32",
     batched_tokens=lambda _machine: 8192,
@@ -85,7 +86,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         )
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, Switches())
     card = capacity.machine.gpu
-    if card and card.compute_capability < (8, 0):
+    if card and not RULES.knows(card):
         raise UsageError(
             f"TensorRT-LLM does not run on {card.name}",
             hint="choose an NVIDIA GPU from the A100, A10G or L4 on, or a vllm target",
