@@ -9,17 +9,20 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.ports import Silent
+from weightsmith.core.ports import SignatureFormat, Signer, Silent
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.manifests import OCI_INDEX
@@ -91,11 +94,17 @@ class Scene:
     folder: Path
     model: Path
 
-    def bake(self, name: str, key: Path | None = None) -> str:
+    def bake(self, name: str, key: Path | None = None, form: SignatureFormat = "cosign") -> str:
         """Push an image; return its reference."""
         made = f"{self.host}/team/{name}:1"
-        bake(self.client, self.model, f"{self.host}/base/engine:1", key, push=made)
+        bake(self.client, self.model, f"{self.host}/base/engine:1", key, form=form, push=made)
         return made
+
+    def tags(self, name: str) -> list[str]:
+        """Return the suffixes of cosign's tags for an image."""
+        digest, place = self.blob(name).digest, Reference.parse(name)
+        tags = [(end, fallback_tag(digest, f".{end}")) for end in ("att", "sig")]
+        return [end for end, tag in tags if self.client.digest_of(replace(place, tag=tag))]
 
     def place(self, name: str) -> RegistryLocation:
         return RegistryLocation(self.client, Reference.parse(name))
@@ -242,6 +251,68 @@ def test_cosign_believes_us(scene: Scene, cosign: Callable[..., bool], bundled: 
         assert cosign(*words, "--key", public, *DOCUMENTED, name)
         assert not cosign(*words, "--key", other, *DOCUMENTED, name)
         assert bundled or cosign(*words, "--key", public, DOCUMENTED[0], name)
+
+
+NO_SERVICES = '{"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}'
+"""A trust root without authorities and logs, so that cosign 2 does not fetch Sigstore's own."""
+
+
+@pytest.mark.parametrize("form", ["bundle", "both"])
+def test_cosign_believes_our_bundles(
+    scene: Scene, cosign: Callable[..., bool], form: SignatureFormat
+) -> None:
+    """In a bundle each statement has one signature; with both forms, older readers find theirs."""
+    (key, public), (_, other) = make_key(scene.folder), make_key(scene.folder, "other")
+    name, root = scene.bake("app", key, form), scene.folder / "root.json"
+    root.write_text(NO_SERVICES)
+    how = (DOCUMENTED[0], "--new-bundle-format=true", "--trusted-root", root)
+    for kind in ("slsaprovenance1", SIGNED):
+        words = ("verify-attestation", "--type", kind)
+        assert cosign(*words, "--key", public, *how, name)
+        assert not cosign(*words, "--key", other, *how, name)
+    assert cosign("verify", "--key", public, *DOCUMENTED, name) is (form == "both")
+    assert scene.check(name, public) == {}
+    assert {*scene.check(name, other)} >= {"signature", "statement provenance/v1"}
+    assert scene.tags(name) == (["att", "sig"] if form == "both" else [])
+
+
+def test_a_bundle_once_for_each_key(scene: Scene) -> None:
+    """Pushed again nothing is added; by another key each statement has a bundle of that key too."""
+    (key, public), (release, other) = make_key(scene.folder), make_key(scene.folder, "release")
+    name, to = scene.bake("app", key, "bundle"), f"{scene.host}/prod/app:1"
+    image, made = scene.blob(name), []
+    random = _random_signer(release)
+    for signer in (replace(open_signer(str(key)), format="bundle"), random, random):
+        copy_image(name, to, scene.client, Silent(), force=False, signer=signer)
+        made.append(len(scene.place(to).attached(image.digest)))
+        assert scene.check(to, public) == {}
+    assert made[0] == len(scene.place(name).attached(image.digest))
+    assert made[1] == made[2] == made[0] + 2
+    assert scene.check(to, other) == {}
+
+
+def _random_signer(key: Path) -> Signer:
+    """Return a signer that never makes the same signature twice, as key services do."""
+    made = serialization.load_pem_private_key(key.read_bytes(), None)
+    assert isinstance(made, ec.EllipticCurvePrivateKey)
+    known = open_signer(str(key))
+    sign = partial(made.sign, signature_algorithm=ec.ECDSA(hashes.SHA256()))
+    return replace(known, sign=sign, format="bundle")
+
+
+@pytest.mark.parametrize("form", ["cosign", "bundle"])
+def test_statements_change_their_form(scene: Scene, form: SignatureFormat) -> None:
+    """An image is rebased with its statements, in whichever form they were and will be."""
+    (key, public), to = make_key(scene.folder), f"{scene.host}/team/app:2"
+    name = scene.bake("app", key, "cosign" if form == "bundle" else "bundle")
+    onto = f"{scene.host}/base/engine:2"
+    request = RebaseCommand(source=name, onto=onto, to=to, smoke=False, force=False)
+    tools = memory_tools(scene.folder, registry=scene.client, key=key)
+    assert tools.signer
+    rebase_image(request, replace(tools, signer=replace(tools.signer, format=form)))
+    assert scene.check(to, public) == {}
+    rebase_image(replace(request, to=f"{to}u"), replace(tools, signer=None))
+    verify_image(f"{to}u", None, scene.client, Silent())
 
 
 def test_cosign_3_believes_our_stand_in(scene: Scene, cosign: Callable[..., bool]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsmith.api.commands.bake import bake_model
 from weightsmith.api.commands.requests import BakeCommand
-from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.ports import Progress, SignatureFormat, Silent
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
@@ -78,6 +78,7 @@ def bake(
     base: str,
     key: Path | None = None,
     progress: Progress | None = None,
+    form: SignatureFormat = "cosign",
     **more: Any,
 ) -> Any:
     platform = more.pop("platform", "")
@@ -85,7 +86,8 @@ def bake(
     image = ImageNames(base=base, platforms=(platform,) if platform else (), **own)
     request = BakeCommand(**{"model": model, "target": "llamacpp-q8_0", "image": image, **more})
     tools = memory_tools(model.parent, registry=registry, key=key)
-    return bake_model(request, replace(tools, progress=progress or Silent()))
+    signer = replace(tools.signer, format=form) if tools.signer else None
+    return bake_model(request, replace(tools, signer=signer, progress=progress or Silent()))
 
 
 class Bakery:

@@ -11,7 +11,7 @@ from weightsmith.api.commands.requests import FleetCommand
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
 from weightsmith.cache.address import of_nodes
-from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.ports import Progress, SignatureFormat, Silent
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.fleets.graph import plan_of
 from weightsmith.fleets.ordering import Ordered, foreseen, ordered
@@ -43,6 +43,7 @@ def fleet(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     update_lock: bool = False,
     dist: AnyPath = "dist",
     runner: str = "auto",
@@ -85,7 +86,14 @@ def fleet(
         update_lock=update_lock,
         dist=path_of(dist),
         run=RunOptions(
-            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
+            runner,
+            allow_network_in_jobs,
+            memory,
+            insecure,
+            sign_key,
+            signature_format,
+            cache,
+            cache_from,
         ),
     )
     with shown(progress) as told:

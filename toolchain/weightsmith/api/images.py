@@ -42,7 +42,7 @@ from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
-from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.ports import Progress, SignatureFormat, Silent
 from weightsmith.core.values import Json, Published, Uploaded, plain
 from weightsmith.evaluating.bench_files import ResultsFile, read_results
 from weightsmith.recipe.file import RecipeFile
@@ -69,6 +69,7 @@ def bake(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
@@ -111,7 +112,14 @@ def bake(
         layout=path_of(layout) if layout else None,
         force=force,
         run=RunOptions(
-            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
+            runner,
+            allow_network_in_jobs,
+            memory,
+            insecure,
+            sign_key,
+            signature_format,
+            cache,
+            cache_from,
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
@@ -135,6 +143,7 @@ def push(
     dry_run: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     progress: bool = True,
 ) -> Pushed:
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card.
@@ -158,7 +167,7 @@ def push(
         force=force,
         public=public,
         dry_run=dry_run,
-        run=RunOptions(insecure=insecure, sign_key=sign_key),
+        run=RunOptions(insecure=insecure, sign_key=sign_key, signature_format=signature_format),
     )
     with shown(progress) as told:
         result, _ = run_push(request, told)
@@ -182,7 +191,7 @@ def run_push(asked: PushCommand, progress: Progress) -> tuple[Mapping[str, Json]
                 return preview_push(asked.source, hub, tools)
             sent = push_to_hub(asked.source, hub, tools)
     else:
-        signer = wiring.make_signer(asked.run.sign_key)
+        signer = wiring.make_signer(asked.run.sign_key, asked.run.signature_format)
         with wiring.make_registry(insecure=asked.run.insecure) as registry:
             if asked.dry_run:
                 return preview_copy(asked.source, asked.to, registry, force=asked.force)
@@ -203,6 +212,7 @@ def rebase(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     cache: str = "",
     cache_from: str = "",
     progress: bool = True,
@@ -229,7 +239,13 @@ def rebase(
         to=to,
         smoke=smoke,
         force=force,
-        run=RunOptions(insecure=insecure, sign_key=sign_key, cache=cache, cache_from=cache_from),
+        run=RunOptions(
+            insecure=insecure,
+            sign_key=sign_key,
+            signature_format=signature_format,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
         made, before = rebase_image(request, tools)
@@ -258,6 +274,7 @@ def plan(
     allow_network_in_jobs: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     memory: str = "",
     cache: str = "",
     cache_from: str = "",
@@ -287,7 +304,14 @@ def plan(
         measure=measure,
         dist=path_of(dist),
         run=RunOptions(
-            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
+            runner,
+            allow_network_in_jobs,
+            memory,
+            insecure,
+            sign_key,
+            signature_format,
+            cache,
+            cache_from,
         ),
     )
     return run_plan(request)
@@ -325,6 +349,7 @@ def build(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     locked: bool = False,
     update_lock: bool = False,
     bench_results: AnyPath | Sequence[AnyPath] = (),
@@ -364,7 +389,14 @@ def build(
         bench_results=paths_of(bench_results),
         dist=path_of(dist),
         run=RunOptions(
-            runner, allow_network_in_jobs, memory, insecure, sign_key, cache, cache_from
+            runner,
+            allow_network_in_jobs,
+            memory,
+            insecure,
+            sign_key,
+            signature_format,
+            cache,
+            cache_from,
         ),
     )
     with shown(progress) as told:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as cache_once
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from weightsmith.core.ports import (
     Launcher,
     Progress,
     Runner,
+    SignatureFormat,
     Signer,
     SourceReader,
     Store,
@@ -242,7 +243,7 @@ def open_tools(
     if run.runner == "docker":
         engine.require()
     answers = run.runner == "docker" or (run.runner == "auto" and engine.answers())
-    signer, layers = make_signer(run.sign_key), PushedLayers(cache_folder())
+    signer, layers = make_signer(run.sign_key, run.signature_format), PushedLayers(cache_folder())
     with (
         make_registry(insecure=run.insecure, memory=layers) as registry,
         open_store(
@@ -430,7 +431,7 @@ def _launcher(engine: DockerEngine | None) -> Launcher:
     return EitherLauncher(DockerLauncher(engine), rootfs) if engine else rootfs
 
 
-def make_signer(key: str) -> Signer | None:
+def make_signer(key: str, signature_format: SignatureFormat = "cosign") -> Signer | None:
     """Return the signer of the user's key, or None without a key.
 
     It signs once to test the key before the build. Raises as `open_signer` does, and UsageError
@@ -444,7 +445,7 @@ def make_signer(key: str) -> Signer | None:
             f"{key} makes signatures that `verify` cannot check",
             hint="supported keys: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
         )
-    return signer
+    return replace(signer, format=signature_format)
 
 
 def start_info(layout: str, root: Path) -> StartInfo:

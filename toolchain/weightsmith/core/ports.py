@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from weightsmith.core.devices import Devices
 from weightsmith.core.jobs import Job
@@ -418,6 +418,10 @@ class FleetEngine(Protocol):
         """End all tasks and what was started for them."""
 
 
+SignatureFormat: TypeAlias = Literal["cosign", "bundle", "both"]
+"""How signatures are kept: under cosign's tags, as Sigstore bundles, or as both."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signer:
     """Signs with the user's private key."""
@@ -426,3 +430,5 @@ class Signer:
     """Bytes -> signature, for example ECDSA over their SHA-256, depending on the key's type."""
     public: bytes
     """Its public key in PEM form, which identifies its own signatures."""
+    format: SignatureFormat = "cosign"
+    """How its signatures of images and their statements are kept."""

@@ -8,6 +8,7 @@ image's statement, so its signature covers them too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from weightsmith.core.errors import InputRefused
@@ -111,6 +112,17 @@ def statement_parts(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     parts = (part for attachment in attachments for part in attachment.parts)
     found = {part.blob.digest: part for part in parts if part.blob.media_type in STATEMENTS}
     return list(found.values())
+
+
+def own_statements(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
+    """Return the statements, each once: also those in bundles, if they are of our kinds."""
+    held = list(attachments)
+    found = statement_parts(held)
+    for part in bundles_in(held):
+        with suppress(InputRefused):  # what others hang there may be anything
+            if read_statement(part, None).is_ours:
+                found.append(part)
+    return found
 
 
 def documents_in(attachments: Iterable[Attachment]) -> list[Attachment]:

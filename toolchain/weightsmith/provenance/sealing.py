@@ -1,7 +1,7 @@
 """Turns evidence into an image's attachments, signed in the formats that cosign reads.
 
 cosign keeps all signatures of an image under one tag, and all statements under another. So what
-others signed is read first and kept beside ours.
+others signed is read first and kept beside ours. Of bundles, cosign 3's form, each has a manifest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import (
     STATEMENTS,
     Evidence,
+    bundles_in,
+    is_bundle,
+    own_statements,
     read_attached,
     read_statement,
     signatures_in,
@@ -64,9 +67,16 @@ def seal(
         for document in evidence.documents
     )
     parts = (*evidence.kept, *map(signing.statement_part, evidence.statements))
+    bundles = tuple(
+        signing.bundle_manifest(part, image, read_statement(part, None).predicate_type)
+        for part in evidence.kept
+        if is_bundle(part)
+    )
     if signer is None:
-        return (*documents, *(_one_statement(part, image) for part in parts))
-    return (*documents, *_signed_with_held(held, parts, image, name, signer))
+        plain = (_one_statement(part, image) for part in parts if not is_bundle(part))
+        return (*documents, *bundles, *plain)
+    signed = _signed_with_held([*bundles, *held], parts, image, name, signer)
+    return (*documents, *bundles, *signed)
 
 
 def countersigned(
@@ -90,7 +100,7 @@ def countersigned(
         return tuple(attachments)
     kinds = (*STATEMENTS, signing.SIMPLE_SIGNING)
     others = [a for a in attachments if not any(p.blob.media_type in kinds for p in a.parts)]
-    parts = statement_parts(attachments)
+    parts = own_statements(attachments)
     return (*others, *_signed_with_held(both, parts, image, name, signer))
 
 
@@ -116,17 +126,25 @@ def _signed_with_held(
     name: str,
     signer: Signer | None,
 ) -> Iterator[Attachment]:
-    """Yield manifests with the signed parts and everything signed in `held`."""
+    """Yield manifests with the signed parts and everything signed in `held`, except bundles."""
     envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
     stated = _readable(parts)
     lineage = trace(image.digest, stated)
-    own = {one.content for one in stated if one.is_ours and lineage.holds(one)}
+    own = {one.content: one for one in stated if one.is_ours and lineage.holds(one)}
     statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
-    if signer:
+    if signer and signer.format != "bundle":
         statements = [
             _signed(part, signer) if _content(part) in own else part for part in statements
         ]
         signatures.append(signing.sign_image(image, name, signer, signatures))
+    if signer and signer.format != "cosign":
+        plain = signing.STATEMENT_TYPE
+        statements = [
+            part
+            for part in statements
+            if part.blob.media_type != plain or _content(part) not in own
+        ]
+        yield from _bundles([signing.claim(image.digest), *own.values()], image, signer, held)
     found = [*statements, *signatures]
     unique = {(p.blob.digest, *sorted(p.annotations.items())): p for p in found}.values()
     # The manifests with envelopes and signatures, and one for each other statement.
@@ -137,6 +155,22 @@ def _signed_with_held(
         if ours := tuple(part for part in unique if part.blob.media_type == media_type):
             tag = fallback_tag(image.digest, suffix)
             yield signing.cosign_manifest(ours, image, artifact_type, tag)
+
+
+def _bundles(
+    stated: Sequence[Statement], image: Blob, signer: Signer, held: Sequence[Attachment]
+) -> Iterator[Attachment]:
+    """Yield a bundle for each statement that this key has not signed in one yet."""
+    check, there = signing.check_by(signer.public), set[bytes]()
+    for part in bundles_in(held):
+        with suppress(InputRefused):
+            read = read_statement(part, check)
+            if read.signed:
+                there.add(read.content)
+    for one in stated:
+        if one.content not in there:
+            part = signing.sign_bundle(one, signer)
+            yield signing.bundle_manifest(part, image, one.predicate_type)
 
 
 def _joined(parts: Iterable[AttachmentPart]) -> list[AttachmentPart]:

@@ -5,25 +5,24 @@ https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
 https://github.com/sigstore/protobuf-specs/blob/main/protos/sigstore_bundle.proto
 
 Signing takes few lines, a PEM key needs no other program, and cosign verifies the result. ECDSA is
-deterministic, so pushing again adds nothing. Bundles, cosign 3's own format, are read and copied
-but not written: with any bundle cosign 3 reads only bundles, so each statement would exist twice
-per key.
+deterministic, so pushing again adds nothing. Bundles, cosign 3's own format, are written where they
+are asked for.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Signer
 from weightsmith.core.safe_parse import PART, parse
-from weightsmith.core.values import Blob, Digest, canonical
+from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci.attachments import Attachment, AttachmentPart
-from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.statements import STATEMENT, Statement
 
 Check: TypeAlias = Callable[[bytes, bytes], bool]
 """(bytes, signature) -> whether the key made the signature."""
@@ -34,6 +33,7 @@ ENVELOPE_TYPE = "application/vnd.dsse.envelope.v1+json"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle"
 """Start of a Sigstore bundle's media type, in any version."""
+_BUNDLE = f"{BUNDLE_TYPE}.v0.3+json"
 SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
 """Predicate type of cosign 3's image signatures."""
 _SIGNATURE = "dev.cosignproject.cosign/signature"
@@ -69,9 +69,48 @@ def sign_image(
 
 def sign_statement(statement: Statement, signer: Signer) -> bytes:
     """Return a statement in a signed DSSE envelope."""
-    text = base64.b64encode(statement.content).decode()
-    signatures = [_signature(statement.content, signer)]
-    return canonical({"payloadType": _PAYLOAD, "payload": text, "signatures": signatures})
+    return canonical(_envelope(statement.content, _signature(statement.content, signer)))
+
+
+def sign_bundle(statement: Statement, signer: Signer) -> AttachmentPart:
+    """Return a statement in a signed Sigstore bundle, without a transparency log's entry."""
+    return AttachmentPart.of_bytes(bundle(statement.content, signer), _BUNDLE)
+
+
+def bundle(payload: bytes, signer: Signer) -> bytes:
+    """Return a statement's text in a signed Sigstore bundle."""
+    hint = base64.b64encode(hashlib.sha256(_der(signer.public)).digest()).decode()
+    made = _signature(payload, signer)
+    del made["keyid"]  # sigstore-go skips signatures whose id is not one of its own kind
+    return canonical(
+        {
+            "mediaType": _BUNDLE,
+            "verificationMaterial": {"publicKey": {"hint": hint}},
+            "dsseEnvelope": _envelope(payload, made),
+        }
+    )
+
+
+def claim(image: Digest) -> Statement:
+    """Return what cosign 3 signs of an image: its digest, and nothing else."""
+    subject = [{"digest": {"sha256": image.hex}}]
+    return Statement(
+        {"_type": STATEMENT, "subject": subject, "predicateType": SIGN_PREDICATE, "predicate": {}}
+    )
+
+
+def bundle_manifest(part: AttachmentPart, subject: Blob, predicate_type: str) -> Attachment:
+    """Return a manifest with a bundle where cosign 3 looks for it: among the image's referrers.
+
+    https://github.com/sigstore/cosign/blob/main/specs/BUNDLE_SPEC.md
+    """
+    notes = {
+        "dev.sigstore.bundle.content": "dsse-envelope",
+        "dev.sigstore.bundle.predicateType": predicate_type,
+    }
+    return Attachment(
+        artifact_type=part.blob.media_type, subject=subject, parts=(part,), annotations=notes
+    )
 
 
 def countersign(envelope: bytes, signer: Signer) -> bytes:
@@ -251,6 +290,22 @@ def check_by(public: bytes) -> Check:
         return True
 
     return check
+
+
+def _envelope(payload: bytes, signature: Mapping[str, str]) -> Mapping[str, JsonValue]:
+    text = base64.b64encode(payload).decode()
+    return {"payloadType": _PAYLOAD, "payload": text, "signatures": [dict(signature)]}
+
+
+def _der(public: bytes) -> bytes:
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_pem_public_key,
+    )
+
+    key = load_pem_public_key(public)
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _signature(payload: bytes, signer: Signer) -> dict[str, str]:

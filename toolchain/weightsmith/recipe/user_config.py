@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.ports import SignatureFormat
 from weightsmith.core.values import JsonValue
 from weightsmith.recipe.section import Section
 from weightsmith.recipe.user_text import read_yaml, require_plain
@@ -117,6 +118,13 @@ class RunOptions:
     sign_key: str = _option(
         "",
         "private key to sign with: a PEM or cosign key file, or a reference such as awskms://…",
+    )
+    signature_format: SignatureFormat = field(
+        default="cosign",
+        metadata={
+            "description": "form of the signatures: cosign (tags, which all verifiers read), "
+            "bundle (Sigstore bundles, as cosign 3 writes them) or both"
+        },
     )
     cache: str = _option(
         "",

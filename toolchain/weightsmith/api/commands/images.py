@@ -24,7 +24,7 @@ from weightsmith.oci.registry import (
     open_location,
     reference_of,
 )
-from weightsmith.provenance.evidence import read_attached, statement_parts
+from weightsmith.provenance.evidence import own_statements, read_attached
 from weightsmith.provenance.labels import (
     PREFIX,
     REBASED,
@@ -207,7 +207,7 @@ def copy_attachments(
     if signer or any(map(cosign_tag, found)):
         known = {attachment.blob.digest for attachment in found}
         held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
-    parts = statement_parts(found)
+    parts = own_statements(found)
     if others := unrelated_statements(parts, image.digest):
         done = "left unsigned" if signer else "copied unchanged"
         warn(
@@ -215,7 +215,7 @@ def copy_attachments(
             f"{f', {len(others) - 1} more like it' if others[1:] else ''}: {done},"
             " and `verify` rejects it"
         )
-    if signer and (alien := only_held(statement_parts(held), parts)):
+    if signer and (alien := only_held(own_statements(held), parts)):
         warn(
             f"{alien} statement(s) about {image.digest.short} were already at the destination:"
             " they are left unsigned, and `verify --key` will report them"

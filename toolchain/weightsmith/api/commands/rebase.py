@@ -158,7 +158,7 @@ def _evidence(
     old: Image, new: Image, base: Image, onto: str, origin: ImageLocation, tools: Tools
 ) -> Evidence:
     attachments = gathered.read_attached(origin, old.digest)
-    parts = gathered.statement_parts(attachments)
+    parts = gathered.own_statements(attachments)
     attached = [gathered.read_statement(part, None) for part in parts]
     lineage = trace(old.digest, attached)
     # Keep nothing else: with a key, everything that is kept gets signed.

@@ -105,7 +105,7 @@ def recipe_of_image(
     image = place.image()
     attachments = evidence.read_attached(place, image.digest)
     check = signing.read_public_key(key) if key else None
-    found = (evidence.read_statement(p, check) for p in evidence.statement_parts(attachments))
+    found = (evidence.read_statement(p, check) for p in evidence.own_statements(attachments))
     statements = [one for one in found if key is None or one.signed]
     if not statements:
         raise InputRefused(

@@ -26,7 +26,7 @@ READ, WRITTEN = PathUse.READ, PathUse.WRITTEN
 _RUN, _MERGE, _QUANTIZE, _SCORING = RunOptions(), Merge(), Quantize(), Scoring()
 _SERVE, _IMAGE_NAMES = Serve(), ImageNames()
 
-Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("sign_key",))]
+Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("sign_key", "signature_format"))]
 """How a command runs that starts jobs and publishes nothing."""
 AnyRecipe: TypeAlias = str | Path | Recipe | Mapping[str, Any]
 """A recipe file, a Recipe, or a mapping with a recipe file's keys."""
@@ -224,7 +224,7 @@ class PushCommand:
     dry_run: Annotated[bool, "show what would be sent, and of a hub the card; change nothing"] = (
         False
     )
-    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key"))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key", "signature_format"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
