@@ -240,7 +240,9 @@ def test_a_score_too_low_is_a_failed_check(tools: Tools) -> None:
         )
 
 
-@pytest.mark.parametrize("options", [{"public": True}, {"to": "hf://a/b", "sign_key": "key.pem"}])
+@pytest.mark.parametrize(
+    "options", [{"public": True}, {"to": "hf://a/b", "signature_format": "bundle"}]
+)
 def test_an_option_of_the_other_kind_of_push_is_refused(tools: Tools, options: Any) -> None:
     with pytest.raises(weightsmith.UsageError):
         weightsmith.push("oci:image", **{"to": "localhost:5000/x", "progress": False, **options})

@@ -53,6 +53,7 @@ def merge(
     allow_network_in_jobs: bool = False,
     memory: str = "",
     insecure: bool = False,
+    sign_key: str = "",
     cache: str = "",
     cache_from: str = "",
     progress: bool = True,
@@ -61,7 +62,8 @@ def merge(
 
     The base is a folder, `hf://owner/name` or another source of a recipe; without adapters, it is
     what is written. `weights` has a factor per adapter, 1 by default; the other options are the
-    recipe's `merge` keys. A killed merge is resumed by the next call.
+    recipe's `merge` keys. A key signs the files for `model_signing verify`. A killed merge is
+    resumed by the next call.
 
     Raises UsageError for invalid options or an `out` that exists, InputRefused for a base or
     adapter that cannot be merged, CheckFailed if the written files read back differently,
@@ -92,7 +94,13 @@ def merge(
             quantized_base=quantized_base,
         ),
         run=RunOptions(
-            runner, allow_network_in_jobs, memory, insecure, cache=cache, cache_from=cache_from
+            runner,
+            allow_network_in_jobs,
+            memory,
+            insecure,
+            sign_key,
+            cache=cache,
+            cache_from=cache_from,
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -186,6 +194,7 @@ def quantize(
     allow_network_in_jobs: bool = False,
     memory: str = "",
     insecure: bool = False,
+    sign_key: str = "",
     cache: str = "",
     cache_from: str = "",
     progress: bool = True,
@@ -194,7 +203,7 @@ def quantize(
 
     `out` is a new file for GGUF formats, a new folder for the others. Options are the recipe's
     `quantize` keys; `calibration` is JSON Lines, general texts by default; without `gate`, what
-    exceeds the format's limits is reported and kept.
+    exceeds the format's limits is reported and kept. A key signs as in `merge`.
 
     Raises UsageError for an unknown format or an option that it does not use, InputRefused for an
     unsupported model or text, CheckFailed for a loss over the limits; then `out` does not exist.
@@ -226,7 +235,13 @@ def quantize(
         ),
         gate=gate,
         run=RunOptions(
-            runner, allow_network_in_jobs, memory, insecure, cache=cache, cache_from=cache_from
+            runner,
+            allow_network_in_jobs,
+            memory,
+            insecure,
+            sign_key,
+            cache=cache,
+            cache_from=cache_from,
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:

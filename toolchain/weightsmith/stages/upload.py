@@ -10,11 +10,12 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
-from weightsmith.core.ports import Hub, HubContent
-from weightsmith.core.values import Artifact, FileEntry, Published, Tree, Uploaded
+from weightsmith.core.ports import Hub, HubContent, Signer
+from weightsmith.core.values import Artifact, Digest, FileEntry, Published, Tree, Uploaded
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.card import card_of_build
 from weightsmith.evaluating.pages import model_card
+from weightsmith.provenance.model_signing import SIGNATURE, sign_model, signs_models
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import ForeseenWeights, Results, Step, UnforeseenStep
 from weightsmith.steps.tools import Tools
@@ -92,10 +93,27 @@ def check_free(tree: Tree, destination: HubDestination, hub: Hub) -> None:
         _require_free(destination, held, _stale(entries, held), [*_missing(tree, entries, held)])
 
 
+def texts_of(
+    tree: Tree, card: str, destination: HubDestination, signer: Signer | None
+) -> Mapping[str, bytes]:
+    """Return what is published beside a model's files: its card, and the signature of them all.
+
+    A key of a kind that signs images alone makes no signature.
+    """
+    texts = {CARD: card.encode()}
+    if signer and signs_models(signer):
+        shown = FileEntry(path=CARD, size=len(texts[CARD]), digest=Digest.of(texts[CARD]))
+        files = [*_published(tree).values(), shown]
+        texts[SIGNATURE] = sign_model(destination.repository.rpartition("/")[2], files, signer)
+    return texts
+
+
 def upload(
     tree: Tree, card: str, destination: HubDestination, version: str, tools: Tools
 ) -> StageResult[Uploaded]:
     """Publish a model's files and its card on a hub, in one commit that holds nothing else.
+
+    With a key, the files' signature goes with them.
 
     Files that the repository has are not sent again, and nothing is committed if it has them all.
     Raises UsageError if it holds other files and `force` is not given, EnvironmentFailure if the
@@ -103,7 +121,8 @@ def upload(
     """
     timer = Timer("upload", destination.reference, tools)
     began = tools.clock()
-    wanted = changes(tree, card, destination, tools.hub)
+    texts = texts_of(tree, card, destination, tools.signer)
+    wanted = changes(tree, texts, destination, tools.hub)
     if wanted.held and not wanted.sent and not wanted.deleted:
         done = Uploaded(reference=destination.reference, digest=wanted.held.commit)
         return timer.done(done, cached=True)
@@ -115,7 +134,7 @@ def upload(
         destination.repository, content.commit, wanted.sent, wanted.deleted, message
     )
     after = tools.hub.check(destination.repository)
-    if lost := {**_missing_card(card, after), **_missing(tree, _published(tree), after)}:
+    if lost := {**_missing_texts(texts, after), **_missing(tree, _published(tree), after)}:
         raise EnvironmentFailure(
             f"{destination.reference}: the commit lacks {', '.join(sorted(lost)[:3])}",
             hint="somebody else may have written to it: look at its history, then push again",
@@ -129,13 +148,17 @@ def upload(
     return timer.done(done, cached=False)
 
 
-def changes(tree: Tree, card: str, destination: HubDestination, hub: Hub) -> Changes:
+def changes(
+    tree: Tree, texts: Mapping[str, bytes], destination: HubDestination, hub: Hub
+) -> Changes:
     """Return what a commit would change; raises what `check_free` raises. Changes nothing."""
     entries, held = _published(tree), hub.check(destination.repository)
-    sent = {**_missing_card(card, held), **_missing(tree, entries, held)}
+    sent = {**_missing_texts(texts, held), **_missing(tree, entries, held)}
     stale = _stale(entries, held)
     if held:
         _require_free(destination, held, stale, [*sent])
+        if SIGNATURE in held.files and SIGNATURE not in texts and (sent or stale):
+            stale.append(SIGNATURE)  # it signs what will not be there
     return Changes(held=held, sent=sent, deleted=tuple(stale))
 
 
@@ -149,7 +172,7 @@ def _own_files(held: HubContent) -> set[str]:
 
 
 def _stale(entries: Mapping[str, FileEntry], held: HubContent | None) -> list[str]:
-    return sorted(_own_files(held) - {*entries, CARD}) if held else []
+    return sorted(_own_files(held) - {*entries, CARD, SIGNATURE}) if held else []
 
 
 def _require_free(
@@ -164,10 +187,13 @@ def _require_free(
     )
 
 
-def _missing_card(card: str, held: HubContent | None) -> dict[str, Path | bytes]:
-    data, there = card.encode(), held.files.get(CARD) if held else None
-    same = there in (_git_id(len(data), BytesIO(data)), hashlib.sha256(data).hexdigest())
-    return {} if same else {CARD: data}
+def _missing_texts(texts: Mapping[str, bytes], held: HubContent | None) -> dict[str, Path | bytes]:
+    there = held.files if held else {}
+    return {
+        name: data
+        for name, data in texts.items()
+        if there.get(name) not in (_git_id(len(data), BytesIO(data)), Digest.of(data).hex)
+    }
 
 
 def _missing(

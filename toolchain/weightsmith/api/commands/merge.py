@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightsmith.api.commands.requests import MergeCommand, ValidateCommand
 from weightsmith.building.apart import not_nested
+from weightsmith.core.files import write_whole
 from weightsmith.core.ports import Store
 from weightsmith.core.values import (
     AdapterSnapshot,
@@ -20,6 +21,7 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.items import read_prompts
 from weightsmith.merging.plan import KINDS
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
+from weightsmith.provenance.model_signing import SIGNATURE, require_model_key, sign_model
 from weightsmith.recipe.schema import Base
 from weightsmith.recipe.sources import is_remote
 from weightsmith.stages import validate as validation
@@ -34,7 +36,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
     """Merge adapters into `out`, or combine them in `keep_adapter`; return what was made.
 
     Either appears when it is complete. A killed merge is resumed. Without adapters, `out` gets the
-    base itself.
+    base itself. With a key, the signature of `out` is in it.
 
     Raises UsageError for invalid options or methods whose result is not the adapter wanted,
     InputRefused for inputs that cannot be merged, or combined to plain low-rank factors.
@@ -48,6 +50,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
         check(sources, options)
         return sources
 
+    require_model_key(tools.signer)
     not_nested(("--out", str(out or "")), ("--keep-adapter", str(keep or "")))
     kept: Mapping[str, Json] = {}
     if keep:
@@ -60,6 +63,9 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
     sources = opened()
     with in_folder(out, "the merged checkpoint", tools, resumes=True) as to:
         merged = merge(sources, options, to, tools).value
+        if tools.signer:
+            signature = sign_model(out.absolute().name, merged.tree.files, tools.signer)
+            write_whole(merged.tree.root / SIGNATURE, signature)
     result = _result(merged, out, tools)
     return {**result, "adapter": kept} if kept else result
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from weightsmith.api.commands.merge import open_checkpoint
 from weightsmith.api.commands.requests import QuantizeCommand
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import write_whole
+from weightsmith.core.ports import Signer
 from weightsmith.core.trees import below
-from weightsmith.core.values import Json
+from weightsmith.core.values import Artifact, Json
 from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.tensors import unsupported
+from weightsmith.provenance.model_signing import SIGNATURE, require_model_key, sign_model
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.recipe.schema import Quality, Quantize, TextBounds
@@ -28,6 +31,7 @@ from weightsmith.steps.tools import Tools
 def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     """Quantize a checkpoint to `out`, a folder or a single file.
 
+    With a key, a folder gets its signature as a file in it, a file as one beside it.
     Raises UsageError for an unknown format or option, InputRefused for an invalid checkpoint,
     calibration text or importance matrix, CheckFailed for a wrong output or too large a loss.
     After a failure, `out` does not exist.
@@ -36,6 +40,7 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     format_ = next(f for f in quantizer.formats if f.name == asked.format)
     out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
     _require_new(out)
+    require_model_key(tools.signer)
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
     for file in checkpoint.tree.files:
@@ -64,18 +69,34 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
         loss = quality(checkpoint, artifact, texts, limits, to, tools).value
         if fault := quality_fault(format_, loss, limits):
             raise fault
-    if out.is_file():
-        written = [out, *([projector] if "projector" in artifact.details else [])]
-    else:
-        written = [path for path in below(out) if path.is_file()]
     return {
         "out": str(out),
         "format": format_.name,
         "bits_per_weight": artifact.details.get("bits_per_weight"),
-        "files": [str(path) for path in written],
+        "files": [str(path) for path in _written(out, artifact, tools.signer)],
         "quality": loss.to_json() if loss else {},
         "details": dict(artifact.details),
     }
+
+
+def _written(out: Path, artifact: Artifact, signer: Signer | None) -> list[Path]:
+    """Return what was written; with a key, also the signatures, which are written here.
+
+    A folder's is in it; a file's, and its projector's, are beside them.
+    """
+    files = artifact.tree.files
+    if not out.is_file():
+        if signer:
+            write_whole(out / SIGNATURE, sign_model(out.name, files, signer))
+        return [path for path in below(out) if path.is_file()]
+    found = [out]
+    for file in files:
+        path = out.with_name(file.path) if files[1:] else out
+        found += [path] if path != out else []
+        if signer:
+            found.append(path.with_name(f"{path.name}.sig"))
+            write_whole(found[-1], sign_model(path.name, [replace(file, path=".")], signer))
+    return found
 
 
 def _refuse_ignored(asked: QuantizeCommand, used: Collection[str]) -> None:

@@ -27,6 +27,7 @@ _RUN, _MERGE, _QUANTIZE, _SCORING = RunOptions(), Merge(), Quantize(), Scoring()
 _SERVE, _IMAGE_NAMES = Serve(), ImageNames()
 
 Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("sign_key", "signature_format"))]
+SignedJobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("signature_format",))]
 """How a command runs that starts jobs and publishes nothing."""
 AnyRecipe: TypeAlias = str | Path | Recipe | Mapping[str, Any]
 """A recipe file, a Recipe, or a mapping with a recipe file's keys."""
@@ -138,7 +139,7 @@ class MergeCommand(Weighted):
         WRITTEN,
         "folder to write the combined adapter to; without --out, nothing is merged",
     ] = None
-    run: Jobs = _RUN
+    run: SignedJobs = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +168,7 @@ class QuantizeCommand:
     ] = None
     settings: Annotated[Quantize, FlagFields()] = _QUANTIZE
     gate: Annotated[bool, "fail for a loss over the limits; --no-gate only reports it"] = True
-    run: Jobs = _RUN
+    run: SignedJobs = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,11 +29,12 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in, weights_of
+from weightsmith.provenance.model_signing import require_model_key
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
-from weightsmith.stages.upload import CARD, HubDestination, changes, repository_of, upload
+from weightsmith.stages.upload import CARD, HubDestination, changes, repository_of, texts_of, upload
 from weightsmith.steps.step import WEIGHTS
 from weightsmith.steps.tools import Tools
 
@@ -47,8 +48,8 @@ def hub_destination(asked: PushCommand) -> HubDestination | None:
     Raises UsageError for an option that belongs to the other.
     """
     if asked.to.startswith("hf://"):
-        if asked.run.sign_key:
-            raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
+        if asked.run.signature_format != "cosign":
+            raise UsageError("--signature-format is only for images", hint="leave it out")
         name = repository_of(asked.to)
         return HubDestination(repository=name, force=asked.force, public=asked.public)
     if asked.public:
@@ -72,8 +73,10 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
     These are the repository's files as they would be, those that would go, and the card.
     """
     with _opened(source, destination, tools) as (tree, _, card):
-        wanted = changes(tree, card, destination, tools.hub)
-    sizes = {entry.path: entry.size for entry in tree.files} | {CARD: len(card.encode())}
+        texts = texts_of(tree, card, destination, tools.signer)
+        wanted = changes(tree, texts, destination, tools.hub)
+    sizes = {entry.path: entry.size for entry in tree.files}
+    sizes |= {name: len(data) for name, data in texts.items()}
     sent, exists = sum(wanted.sizes.values()), wanted.held is not None
     kind = "public" if destination.public else "private"
     there = "exists" if exists else f"would be a new {kind} repository"
@@ -100,6 +103,7 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 def _opened(
     source: str, destination: HubDestination, tools: Tools
 ) -> Iterator[tuple[Tree, ModelCard, str]]:
+    require_model_key(tools.signer)
     tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
         path = Path(source)
