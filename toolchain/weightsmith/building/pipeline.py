@@ -33,6 +33,7 @@ from weightsmith.stages.quality import QualityStep
 from weightsmith.stages.quantize import QuantizeStep
 from weightsmith.stages.reference import ReferenceStep
 from weightsmith.stages.render import (
+    PoliciesStep,
     RenderStep,
     ThinConfigStep,
     ThinManifestsStep,
@@ -215,6 +216,8 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
     }
     every: dict[str, Step[Form, None]] = {**others}
     steps += [*forms.values(), permit, published, *others.values()]
+    if of.outputs.push:
+        steps.append(PoliciesStep(of=of, image=published, materials=labelled))
     if volume := others.get("volume"):
         steps.append(VolumeManifestsStep(of=of, config=config, image=image, volume=volume))
     if shown := others.get(THIN):

@@ -28,6 +28,10 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 SLSA = "https://slsa.dev/provenance/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 
+VSA = "https://slsa.dev/verification_summary/v1"
+LEVEL = "WEIGHTSMITH_PROVEN"
+"""In a summary's `verifiedLevels`; with `_ON_` and a device or a node type, proven there."""
+
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PROJECT = "https://github.com/weightsmith/weightsmith"
 BUILD_TYPE = f"{_PROJECT}/provenance/"

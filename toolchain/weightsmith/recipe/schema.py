@@ -542,6 +542,11 @@ class ImageNames(Section):
         description="Platforms to make the image for, such as `linux/amd64` and `linux/arm64`; "
         "default: all that the base has, or this machine's for an engine that is made here.",
     )
+    proven_on: tuple[str, ...] = Field(
+        (),
+        description="Node types, such as `nvidia-l4`, that the policies of a signed build ask "
+        "`prove`'s statement for, beside the verdict.",
+    )
     order: Literal["engine-first", "weights-first"] = Field(
         "engine-first",
         description="Order of layers. With `weights-first`, nodes do not download the weights "

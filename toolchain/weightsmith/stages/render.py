@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -39,8 +39,10 @@ from weightsmith.core.values import (
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models
 from weightsmith.oci.layout import is_layout
+from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
+from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving import engines
 from weightsmith.serving.architectures import DONE_HERE, check_served
@@ -80,6 +82,8 @@ USER_ID = 65532
 
 VOLUME_FOLDER = "volume"
 """Where manifests for an image of weights are in a target's results."""
+POLICIES = "policies"
+"""Where policies that admit an image are in a target's results, and their templates' folder."""
 _LEAST_MEMORY = 1 << 20
 """Bytes; less is a number without its unit."""
 _OF_LORA = frozenset({"enable-lora", "max-loras", "max-lora-rank"})
@@ -238,6 +242,28 @@ def render_volume(
     environment = _environment((*folders, templates() / "deploy"))
     names = sorted(path.name for folder in folders for path in folder.glob("*.j2"))
     return {name.removesuffix(".j2"): _one(environment, name, facts) for name in names}
+
+
+def render_policies(
+    name: str, version: str, *, repository: str, key: str, proven_on: Sequence[str]
+) -> dict[str, str]:
+    """Return policies of Kyverno and sigstore's policy-controller for a repository's images.
+
+    They admit only what the public `key` (PEM) signed, and whose test result it signed too, as
+    passed; with `proven_on`, also proven on these node types.
+    """
+    facts: dict[str, Writable] = {
+        "name": name,
+        "version": version,
+        "images": [f"{repository}{one}" for one in (":*", "@*")],
+        "key": key.strip(),
+        "passed": TEST_RESULT,
+        "summary": VSA,
+        "levels": [f"{LEVEL}_ON_{one}" for one in proven_on],
+    }
+    environment = _environment((templates() / POLICIES,))
+    names = sorted(environment.list_templates())
+    return {each.removesuffix(".j2"): _one(environment, each, facts) for each in names}
 
 
 def render_thin(
@@ -712,4 +738,35 @@ class VolumeManifestsStep(UnforeseenStep[None]):
             merged=not target.format.unmerged,
         )
         write_files(files, self.of.folder / VOLUME_FOLDER)
+        return unrecorded(None)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PoliciesStep(UnforeseenStep[None]):
+    """Writes policies with which a cluster admits the image, if the build signs it."""
+
+    name = "policies"
+
+    image: Step[Published, None]
+    materials: Step[tuple[ImageMaterials, ...], None]
+
+    def run(self, have: Results, tools: Tools) -> StageResult[None]:
+        """Write them, or note why there are none."""
+        recipe, platforms = self.file.recipe, len(have[self.materials])
+        if tools.signer is None:
+            return unrecorded(None)
+        if platforms > 1:
+            tools.progress.note(
+                f"{self.target}: no policies, because clusters look for statements on the digest "
+                f"that a tag names: an index of {platforms} platforms, which has none of its own"
+            )
+            return unrecorded(None)
+        files = render_policies(
+            recipe.name,
+            recipe.version,
+            repository=Reference.parse(reference(recipe, self.target)).name,
+            key=tools.signer.public.decode(),
+            proven_on=recipe.image.proven_on,
+        )
+        write_files(files, self.of.folder / POLICIES)
         return unrecorded(None)

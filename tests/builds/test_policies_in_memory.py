@@ -1,0 +1,135 @@
+"""A signed build in memory writes policies: they say of its own statements what they should."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import yaml
+from weightsmith.core.values import Json
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import RegistryLocation
+from weightsmith.provenance import evidence
+from weightsmith.provenance.sealing import attach
+from weightsmith.provenance.signing import check_by, envelope_part, sign_statement
+from weightsmith.provenance.statements import VSA, Statement, image_resource, statement
+
+from tests.fakes.memory import Memory, new_signer
+
+TARGET = "llamacpp-q4_k_m"
+PASSES = "evaluate.max_drop=0.3"
+"""Eight questions show no smaller drop: by itself, the recipe's verdict is *not proven*."""
+PROVEN = "image.proven_on=[nvidia-l4]"
+
+
+def policies(memory: Memory) -> dict[str, Any]:
+    """Return what would be applied, by file name."""
+    folder = memory.results() / "policies"
+    return {path.name: yaml.safe_load(path.read_text()) for path in folder.iterdir()}
+
+
+def signed(memory: Memory) -> list[Statement]:
+    """Return the statements that a cluster finds: on the image, and signed by the key."""
+    assert memory.signer
+    place = RegistryLocation(memory.client, Reference.parse(f"{memory.repository}:1.0.0-{TARGET}"))
+    attached = evidence.read_attached(place, place.image().digest)
+    check = check_by(memory.signer.public)
+    read = (evidence.read_statement(part, check) for part in evidence.statement_parts(attached))
+    return [one for one in read if one.signed]
+
+
+def kyverno_admits(policy: Json, stated: list[Statement]) -> bool:
+    """Evaluate as Kyverno does: each attestation is there, and each of its type holds.
+
+    https://github.com/kyverno/kyverno/blob/main/pkg/engine/internal/imageverifier.go
+    """
+    (image,) = policy["spec"]["rules"][0]["verifyImages"]
+    for wanted in image["attestations"]:
+        found = [one.predicate for one in stated if one.predicate_type == wanted["type"]]
+        rows = [row for group in wanted["conditions"] for row in group["all"]]
+        if not found or not all(_holds(row, one) for one in found for row in rows):
+            return False
+    return True
+
+
+def _holds(row: Mapping[str, Any], predicate: Mapping[str, Json]) -> bool:
+    (name,) = re.fullmatch(r"\{\{ (\w+) \}\}", row["key"]).groups()  # type: ignore[union-attr]
+    if row["operator"] == "Equals":
+        return bool(predicate[name] == row["value"])
+    assert row["operator"] == "AnyIn"
+    return any(one in row["value"] for one in predicate[name])
+
+
+def prove(memory: Memory, device: str, result: str = "PASSED") -> None:
+    """Attach the summary that `prove` signs on a node."""
+    place = RegistryLocation(memory.client, Reference.parse(f"{memory.repository}:1.0.0-{TARGET}"))
+    image = place.image().manifest_blob
+    levels = ["WEIGHTSMITH_PROVEN", f"WEIGHTSMITH_PROVEN_ON_{device}"]
+    said = {"verificationResult": result, "verifiedLevels": levels}
+    assert memory.signer
+    envelope = sign_statement(statement([image_resource(image)], VSA, said), memory.signer)
+    made = evidence.Evidence(kept=(envelope_part(envelope, VSA),))
+    attach(made, image, place.reference.name, place, memory.signer)
+
+
+def test_what_passed_is_admitted(warm: Memory) -> None:
+    """And nothing that passed without showing anything, nor what is unsigned."""
+    warm.signer = new_signer()
+    warm.build(push=True)
+    assert not kyverno_admits(policies(warm)["kyverno.yaml"], signed(warm))
+    warm.build(PASSES, push=True, force=True)
+    found, stated = policies(warm), signed(warm)
+    assert {*found} == {"kyverno.yaml", "sigstore.yaml"}
+    assert kyverno_admits(found["kyverno.yaml"], stated)
+    assert not kyverno_admits(found["kyverno.yaml"], [])
+
+    key = warm.signer.public.decode().strip()
+    images = [f"{warm.repository}{end}" for end in (":*", "@*")]
+    (image,) = found["kyverno.yaml"]["spec"]["rules"][0]["verifyImages"]
+    assert image["imageReferences"] == images
+    (entry,) = image["attestors"][0]["entries"]
+    assert entry["keys"]["publicKeys"] == key
+    spec = found["sigstore.yaml"]["spec"]
+    assert [row["glob"] for row in spec["images"]] == images
+    (authority,) = spec["authorities"]
+    assert authority["key"]["data"].strip() == key
+    (asked,) = authority["attestations"]
+    assert asked["predicateType"] in {one.predicate_type for one in stated}
+    assert 'predicate: result: "PASSED"' in asked["policy"]["data"]
+
+
+def test_only_where_it_is_proven(warm: Memory) -> None:
+    warm.signer = new_signer()
+    warm.build(PASSES, PROVEN, push=True)
+    policy = policies(warm)["kyverno.yaml"]
+    assert not kyverno_admits(policy, signed(warm))
+    prove(warm, "nvidia-l4")
+    assert kyverno_admits(policy, signed(warm))
+    prove(warm, "nvidia-a100-80gb")
+    assert not kyverno_admits(policy, signed(warm))
+
+    (authority,) = policies(warm)["sigstore.yaml"]["spec"]["authorities"]
+    _, asked = authority["attestations"]
+    assert asked["predicateType"] == VSA
+    # Held against CUE itself once: an open list would be taken for an empty one.
+    assert asked["policy"]["data"].splitlines()[-2:] == [
+        "predicate: verifiedLevels: _",
+        'proven: true & list.Contains(predicate.verifiedLevels, "WEIGHTSMITH_PROVEN_ON_nvidia-l4")',
+    ]
+
+
+def test_another_device_or_other_answers_do_not_prove_it(warm: Memory) -> None:
+    warm.signer = new_signer()
+    warm.build(PASSES, PROVEN, push=True)
+    prove(warm, "nvidia-l4", "FAILED")
+    assert not kyverno_admits(policies(warm)["kyverno.yaml"], signed(warm))
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_no_policies_for_what_a_cluster_cannot_check(warm: Memory, signs: bool) -> None:
+    """Without a key, or without a registry."""
+    warm.signer = new_signer() if signs else None
+    warm.build(push=not signs)
+    assert not (warm.results() / "policies").exists()
