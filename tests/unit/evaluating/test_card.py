@@ -37,9 +37,18 @@ def front(card: str) -> dict[str, Any]:
 def test_a_base_on_the_hub_is_linked(facts: dict[str, Any], relation: str) -> None:
     card = text(base=BASE, method="sequential", format="awq", **facts)
 
-    assert front(card)["base_model"] == "acme/base"
+    assert front(card)["base_model"] == ["acme/base"]
     assert front(card)["base_model_relation"] == relation
     assert f"| base | [acme/base](https://huggingface.co/acme/base) | {COMMIT} |" in card
+
+
+def test_adapters_on_the_hub_are_linked_beside_the_base() -> None:
+    adapters = (ADAPTER, Parent(name="hf://team/a", pin=f"hf://team/a@{COMMIT}"))
+    card = text(base=BASE, adapters=adapters, method="sequential")
+
+    data = huggingface_hub.ModelCard(card).data
+    assert data.base_model == ["acme/base", "team/a"]
+    assert data.to_dict()["base_model_relation"] == "merge"
 
 
 def test_a_base_from_elsewhere_is_named_only_and_scores_have_intervals() -> None:

@@ -135,8 +135,11 @@ class ModelCard:
             slug = re.sub(r"[^a-z0-9.]+", "-", self.license.lower()).strip("-")[:60] or "unnamed"
             front |= {"license": "other", "license_name": slug}
         if self.base and self.base.hub:
-            relation = "quantized" if self.quantized and not self.adapters else "finetune"
-            front |= {"base_model": self.base.hub, "base_model_relation": relation}
+            # https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
+            adapters = [one.hub for one in self.adapters if one.hub]
+            one = "quantized" if self.quantized and not self.adapters else "finetune"
+            front["base_model"] = [self.base.hub, *adapters]
+            front["base_model_relation"] = "merge" if adapters else one
         front |= {} if gguf else {"library_name": "transformers"}
         sees = bool(projector_of(files)) if gguf else not _PROCESSORS.isdisjoint(files)
         front["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
