@@ -276,9 +276,32 @@ def test_a_large_embedding_is_compared_in_little_memory(model, out):
         check_checkpoint(out, model, PackedLayout.of_scheme(scheme), ())
 
 
+@pytest.mark.parametrize(("room", "threads"), [(1 << 20, 2), (100_000, 5), (0, 16)])
+def test_several_threads_write_the_same_file(model, out, whole, monkeypatch, room, threads):
+    """Matrices that share a scale are one thread's, or two would read their rows for it."""
+    monkeypatch.setattr(rounded, "KEPT_ROWS", room)
+    monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
+    read = counting(monkeypatch)
+    write(SCHEMES["nvfp4a16"], model, out, [], threads=threads)
+
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert max(read[name] / size for name, size in SIZES.items()) <= (1 if room > 1 << 17 else 2)
+
+
+def test_an_error_of_one_thread_ends_all(model, out):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = np.nan
+    save_file(tensors, model / "model.safetensors")
+
+    with pytest.raises(InputRefused, match=r"down_proj.* has NaN or infinite weights"):
+        write(SCHEMES["fp8"], model, out, [], threads=3)
+    assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shard_bytes", [1 << 14, 1 << 16])
 def test_shards_hold_the_same_tensors_and_a_killed_run_goes_on(
-    model, out, whole, monkeypatch, shard_bytes
+    model, out, whole, monkeypatch, shard_bytes, threads
 ):
     scheme = SCHEMES["nvfp4a16"]
     monkeypatch.setattr(writing, "SHARD_BYTES", shard_bytes)
@@ -292,12 +315,12 @@ def test_shards_hold_the_same_tensors_and_a_killed_run_goes_on(
 
     monkeypatch.setattr(rounded, "round_rows", failing)
     with pytest.raises(KeyboardInterrupt):
-        write(scheme, model, out, [])
+        write(scheme, model, out, [], threads=threads)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("model-*")}
     assert finished
     assert not (out / "model.safetensors.index.json").exists()
 
-    write(scheme, model, out, [])
+    write(scheme, model, out, [], threads=threads)
 
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []

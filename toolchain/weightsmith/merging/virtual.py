@@ -29,8 +29,8 @@ from weightsmith.models.tensors import filled
 
 _SOME = 4 << 20
 """Bytes that are read at a time for their digest alone."""
-_KEPT = 8
-"""Tensors whose factors stay in memory: those that are read at the same time."""
+AT_ONCE = 8
+"""Tensors whose factors stay in memory: as many should be read at the same time."""
 
 
 @contextmanager
@@ -94,7 +94,7 @@ class VirtualCheckpoint:
         with self._lock:
             tensor = self._kept.pop(name, None)
             self._kept[name] = tensor = tensor or VirtualTensor(self.outputs[name], self._maker)
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > AT_ONCE:
                 self._kept.popitem(last=False)
             return tensor
 

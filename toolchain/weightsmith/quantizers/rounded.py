@@ -15,6 +15,7 @@ ends. Matrices without a record are read before, and kept up to 256 MiB.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,11 +56,13 @@ def quantize(
     keep: Sequence[str],
     inputs: Mapping[str, float] = MappingProxyType({}),
     recorded: Mapping[str, float] = MappingProxyType({}),
+    threads: int = 1,
 ) -> None:
     """Write a model's checkpoint in a scheme's format, except the matrices in `keep`.
 
     `inputs` has the largest magnitude of each module's inputs, for a scheme that needs it;
-    `recorded` that of tensors' weights, where it is known before they are read.
+    `recorded` that of tensors' weights, where it is known before they are read. Each thread rounds
+    a matrix, or in turn those that share a scale.
 
     Raises InputRefused for matrices that the scheme's tiles do not divide, weights that are not
     finite, and what `without_kept` refuses; EnvironmentFailure if weights are not as recorded.
@@ -85,7 +88,7 @@ def quantize(
         works += _input_scales(scheme, found, inputs)
     quantized = {matrix.tensor for matrix in found}
     works += [writing.copied(source, name) for name in source.names - quantized]
-    writing.write_checkpoint(out, works)
+    writing.write_checkpoint(out, works, threads)
     checkpoints.write_companions(model, out, scheme.config(unquantized(source, known, found)))
 
 
@@ -123,7 +126,7 @@ class _FusedRows:
         self._parts: dict[str, list[Matrix]] = {}
         self._known: dict[str, np.float32] = {}
         self._kept: dict[tuple[str, int], npt.NDArray[np.generic]] = {}
-        self._room = KEPT_ROWS
+        self._room, self._lock = KEPT_ROWS, threading.Lock()
         for matrix in found:
             self._parts.setdefault(matrix.fused, []).append(matrix)
 
@@ -160,7 +163,8 @@ class _FusedRows:
             if rows is None:
                 rows = matrix.stored(self._source, start, stop)
             else:
-                self._room += rows.nbytes
+                with self._lock:
+                    self._room += rows.nbytes
             if recorded is not None:
                 most = max(most, largest(rows))
             yield rows
@@ -183,8 +187,10 @@ class _FusedRows:
         for start, stop in self._spans(matrix):
             rows = matrix.stored(self._source, start, stop)
             most = max(most, largest(rows))
-            if rows.nbytes <= self._room:
-                self._room -= rows.nbytes
+            with self._lock:
+                if fits := rows.nbytes <= self._room:
+                    self._room -= rows.nbytes
+            if fits:
                 self._kept[matrix.module, start] = rows
         return most
 
@@ -214,7 +220,8 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> writing.TensorGro
             yield f"{weight}_global_scale", np.array([shared], array_type("F32"))
         yield from rows.rounded(matrix, codes, f"{weight}_scale")
 
-    return writing.TensorGroup(tuple(outputs), blocks)
+    chain = matrix.fused if scheme.fused_scale else ""
+    return writing.TensorGroup(tuple(outputs), blocks, chain)
 
 
 def _stack(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,8 @@ class TensorGroup:
     outputs: tuple[OutputTensor, ...]
     blocks: Callable[[], Iterator[tuple[str, npt.NDArray[np.generic]]]]
     """() -> tensor names and their next rows, in the tensor's dtype."""
+    chain: str = ""
+    """Groups with the same one are computed one after the other; "" with any others."""
 
 
 def whole(
@@ -71,11 +76,11 @@ def copied(source: CheckpointTensors, name: str) -> TensorGroup:
     return TensorGroup((OutputTensor(name, info.dtype, info.shape),), blocks)
 
 
-def write_checkpoint(folder: Path, works: Iterable[TensorGroup]) -> None:
+def write_checkpoint(folder: Path, works: Iterable[TensorGroup], threads: int = 1) -> None:
     """Write the tensors sorted by name, as one file or as shards with an index.
 
-    Each shard gets its name when it is complete and on the disk. A second call with the same works
-    after an interrupt keeps the shards that are finished.
+    Each thread computes groups of its own. Each shard gets its name when it is complete and on the
+    disk. A second call with the same works after an interrupt keeps the shards that are finished.
     """
     made = {output.name: (output, work) for work in works for output in work.outputs}
     shards: list[list[OutputTensor]] = [[]]
@@ -96,7 +101,7 @@ def write_checkpoint(folder: Path, works: Iterable[TensorGroup]) -> None:
         for name, shard in zip(names, shards, strict=True):
             if name not in finished:
                 needed = {id(made[o.name][1]): made[o.name][1] for o in shard}
-                _write_shard(folder / name, shard, list(needed.values()))
+                _write_shard(folder / name, shard, list(needed.values()), threads)
                 log.write(name + "\n")
                 log.flush()
                 os.fsync(log.fileno())
@@ -110,7 +115,9 @@ def write_checkpoint(folder: Path, works: Iterable[TensorGroup]) -> None:
     journal.unlink()
 
 
-def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[TensorGroup]) -> None:
+def _write_shard(
+    path: Path, outputs: Sequence[OutputTensor], works: Sequence[TensorGroup], threads: int
+) -> None:
     """Write one shard beside its name, and rename it."""
     header = build_header(((o.name, o.dtype, o.shape) for o in outputs), {"format": "pt"})
     places, place = {}, len(header)
@@ -119,16 +126,36 @@ def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[Te
         place += output.size
     ends = {output.name: places[output.name] + output.size for output in outputs}
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    ended = threading.Event()
+    with partial.open("wb", buffering=0) as file:
         file.write(header)
         file.truncate(place)
-        for work in works:
-            for name, data in work.blocks():
+
+        def write(some: Iterable[TensorGroup]) -> None:
+            for name, data in chain.from_iterable(work.blocks() for work in some):
+                if ended.is_set():
+                    return
                 # A matrix's codes and scales may be in two shards.
                 if name in places:
-                    file.seek(places[name])
-                    places[name] += file.write(data.reshape(-1).view("u1").data)
-        file.flush()
+                    rest = data.reshape(-1).view("u1").data
+                    while rest:
+                        count = os.pwrite(file.fileno(), rest, places[name])
+                        places[name] += count
+                        rest = rest[count:]
+
+        if threads == 1:  # in the caller's own, which may have torch's settings
+            write(works)
+        else:
+            chains: dict[object, list[TensorGroup]] = {}
+            for work in works:
+                chains.setdefault(work.chain or id(work), []).append(work)
+            pool = ThreadPoolExecutor(threads, "write")
+            try:
+                for done in [pool.submit(write, some) for some in chains.values()]:
+                    done.result()
+            finally:  # of an error or a signal, too
+                ended.set()
+                pool.shutdown(cancel_futures=True)
         os.fsync(file.fileno())
     if places != ends:
         raise ValueError(f"{min(n for n in ends if places[n] != ends[n])} has the wrong size")

@@ -35,7 +35,7 @@ from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.stream import sha256_file
-from weightsmith.merging.virtual import opened
+from weightsmith.merging.virtual import AT_ONCE, opened
 from weightsmith.models.safetensors import NO_DATA, build_header
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
@@ -155,16 +155,27 @@ def _holds(folder: Path, model: ThinModel, check: str, progress: _Progress) -> b
                 continue
         differs.append(file.name)
     if not differs and check == "digest":
-        with ThreadPoolExecutor(granted()) as pool:
-            digests = pool.map(lambda file: sha256_file(folder / file.name), model.files)
-            for file, found in zip(model.files, digests, strict=True):
-                progress.add(file.size)
-                differs += [file.name] if found != file.sha256 else []
+        for file, found in _hashed(folder, model.files):
+            progress.add(file.size)
+            differs += [file.name] if found != file.sha256 else []
     if not differs:
         progress.reach(model.size)
     else:
         progress.say(f"{folder / differs[0]} is not as it was merged: merging anew")
     return not differs
+
+
+def _hashed(
+    folder: Path, files: Sequence[MadeFile | CopiedFile]
+) -> Iterator[tuple[MadeFile | CopiedFile, str]]:
+    """Yield files and the sha256 of what has their names; "" if nothing has."""
+
+    def digest(file: MadeFile | CopiedFile) -> str:
+        path = folder / file.name
+        return sha256_file(path) if path.is_file() else ""
+
+    with ThreadPoolExecutor(granted()) as pool:
+        yield from zip(files, pool.map(digest, files), strict=True)
 
 
 def _make(model: ThinModel, out: Path, progress: _Progress) -> None:
@@ -174,10 +185,8 @@ def _make(model: ThinModel, out: Path, progress: _Progress) -> None:
     done = 0
     if model.format:
         _round(model, adapters, out, progress)
-        for file in model.made:
-            path = out / file.name
-            found = sha256_file(path) if path.is_file() else ""
-            _compare(file, path.stat().st_size if found else 0, found)
+        for file, found in _hashed(out, model.made):
+            _compare(file, (out / file.name).stat().st_size if found else 0, found)
             done += file.size
             progress.reach(done)
         return
@@ -217,7 +226,8 @@ def _round(
         headers = Path(scratch)
         _write_headers(make_plan(base, adapters, model.merge), headers)
         with opened(headers, base, adapters, model.merge), progress.watched(out):
-            quantize(SCHEMES[model.format], headers, out, model.keep)
+            threads = min(granted(), AT_ONCE)
+            quantize(SCHEMES[model.format], headers, out, model.keep, threads=threads)
         wanted = {file.name for file in model.files}
         for path in out.iterdir():  # companions, which the image has
             if path.name not in wanted or path.suffix != ".safetensors":
