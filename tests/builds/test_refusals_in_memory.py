@@ -148,6 +148,14 @@ BEFORE_WORK = {
     "a form that Ollama does not take": Refusal(
         "", UsageError, "Ollama", settings=("outputs=[ollama]", "quantize.split_max_size=1G")
     ),
+    "parts that Ollama does not take": Refusal(
+        "", UsageError, "shared_layers splits it",
+        settings=("outputs=[ollama]", "quantize.shared_layers=true"),
+    ),
+    "parts of another size": Refusal(
+        "resolve", UsageError, "exclude each other",
+        settings=("quantize.split_max_size=1G", "quantize.shared_layers=true"),
+    ),
     "a layer that is too large": Refusal(
         "resolve", UsageError, "one layer", settings=("image.max_layer_size=1kB",)
     ),

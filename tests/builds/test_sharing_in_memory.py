@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.core.jobs import QuantizeJob
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -24,6 +25,7 @@ ORDER = [
     )
 ]
 KINDS = ("modelpack", "modelpack-tar", "volume")
+TARGET = "llamacpp-q4_k_m"
 OWN = "model-layers.self_attn.q_proj-001.safetensors"
 """The adapters of these builds change one matrix."""
 
@@ -94,6 +96,27 @@ def test_the_plan_says_what_the_record_says(memory: Memory, target: str, own: fl
     for found in (planned, memory.record(target)["sharing"]):
         share = found["own_bytes"] / (found["own_bytes"] + found["shared_bytes"])
         assert share == pytest.approx(own, abs=0.02)
+
+
+def test_parts_of_gguf_files_are_shared_where_importance_is_the_bases(two: Memory) -> None:
+    quantize = {"shared_layers": True}
+    planned, records, layers = {}, {}, {}
+    for name in "ab":
+        adapters = [{"source": f"./{name}", "version": "v1"}]
+        two.write_recipe(targets=[TARGET], version=name, quantize=quantize, adapters=adapters)
+        (planned[name],) = two.forecast(targets=[TARGET])["sharing"].values()
+        two.build(targets=[TARGET], push=True)
+        records[name] = json.loads((two.dist / "tiny" / name / TARGET / "build.json").read_text())
+        layers[name] = weights(pulled(two, f"{name}-{TARGET}"))
+
+    (job,) = (job for job in two.runner.jobs if isinstance(job, QuantizeJob))
+    assert job.statistics is not None, "measured by the first build"
+    assert len(layers["a"]) == len(layers["b"]) == 13
+    assert len(set(layers["a"].items()) - set(layers["b"].items())) == 1
+    for name, record in records.items():
+        for found in (planned[name], record["sharing"]):
+            share = found["own_bytes"] / (found["own_bytes"] + found["shared_bytes"])
+            assert share == pytest.approx(0.16, abs=0.02)
 
 
 def test_a_plan_without_the_bases_weights_reads_the_adapters_keys(memory: Memory) -> None:

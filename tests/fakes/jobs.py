@@ -26,6 +26,7 @@ from weightsmith.core.jobs import (
 from weightsmith.core.values import Digest, Json, canonical
 from weightsmith.core.vectors import packed
 from weightsmith.models.gguf_config import projector_name
+from weightsmith.models.reshard import kind_of
 from weightsmith.models.safetensors import build_header
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, gguf_lora, of_format
@@ -152,6 +153,8 @@ class Bench:
         model = {name: Digest.of(tensors.array(name).tobytes()) for name in tensors.names}
         weights = digest_of([model, told]) * 4096
         report(1, 1, "steps")
+        if job.options.get("shared_layers"):
+            return self._parts(job, tensors, [job.format, measured.hex()])
         if format_.suffix == ".gguf":
             name = f"{job.name}.gguf"
         else:
@@ -168,6 +171,21 @@ class Bench:
         facts = {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
         siblings = {one.format: self._sibling(job, one, report) for one in job.siblings}
         return {**facts, "siblings": siblings} if siblings else facts
+
+    def _parts(
+        self, job: QuantizeJob, tensors: CheckpointTensors, told: list[Json]
+    ) -> Mapping[str, Json]:
+        """Write a GGUF file for each kind of tensor, after one that depends on the model's name."""
+        kinds: dict[str, bytes] = {}
+        for name in sorted(tensors.names):
+            kinds[kind_of(name)] = kinds.get(kind_of(name), b"") + tensors.array(name).tobytes()
+        names = [f"model-{n:05}-of-{len(kinds) + 1:05}.gguf" for n in range(1, len(kinds) + 2)]
+        (job.output / names[0]).write_bytes(digest_of(job.name))
+        for name, data in zip(names[1:], kinds.values(), strict=True):
+            part = digest_of([Digest.of(data), told])
+            (job.output / name).write_bytes(part * (len(data) // len(part) // 2))
+        found = {name: [kind] for name, kind in zip(names[1:], kinds, strict=True)}
+        return {"file": names[0], "bits_per_weight": 8, "warnings": [], "kinds": found}
 
     def _sibling(
         self, job: QuantizeJob, other: SiblingFormat, report: Report

@@ -90,6 +90,24 @@ def test_the_first_step_makes_the_projector_of_a_model_that_sees(tmp_path, name,
     assert not any("mmproj" in words for step in blind for words in step.argv)
 
 
+def test_shared_layers_are_measured_on_the_base_by_our_walk(tmp_path):
+    of = of_format("q4_k_m")
+    chosen = {n: of.options(formats()[n], {"shared_layers": True}) for n in ("q4_k_m", "q5_k_m")}
+    asked = replace(request(tmp_path, "q4_k_m", **chosen["q4_k_m"]), measured_on=tmp_path / "base")
+    (step,) = of.steps(with_text(asked))
+
+    assert chosen["q4_k_m"] == {"imatrix": "walk", "shared_layers": True}
+    assert chosen["q5_k_m"] == {"imatrix": "off", "shared_layers": True}
+    assert settings(step).by_kind
+    assert settings(step).walk.model == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("more", [{"imatrix": "auto"}, {"split_max_size": "1G"}])
+def test_what_would_undo_shared_layers_is_refused(more):
+    with pytest.raises(UsageError, match="exclude each other"):
+        of_format("q4_k_m").options(formats()["q4_k_m"], {"shared_layers": True, **more})
+
+
 def settings(step):
     """What the program that quantizes is given."""
     return PassSettings.from_json(json.loads(step.writes[Path(step.argv[-1])]))
@@ -106,6 +124,7 @@ def settings(step):
         (("q4_k_m", {"imatrix": "auto"}), ("q8_0", {"imatrix": "off"}), True),
         (("f16", {"imatrix": "off"}), ("q8_0", {"imatrix": "off"}), True),
         (("q4_k_m", {"imatrix": "off", "split_max_size": "1G"}), ("q5_k_m", {}), False),
+        (("f16", {"imatrix": "off", "shared_layers": True}), ("q8_0", {"imatrix": "off"}), False),
     ],
 )
 def test_what_one_pass_can_make_together(first, other, joined):

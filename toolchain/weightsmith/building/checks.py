@@ -244,7 +244,8 @@ def check_layer_sizes(request: BuildRequest, steps: BuildSteps, seen: Foresight)
             projector = projector_bytes(weights.model)
             size = max(weights.weight_bytes - projector, projector)
             most = min(filter(None, (own_limit, registry_limit)), default=0)
-            key, fits = "quantize.split_max_size", bool(recipe.quantize.split_max_size)
+            key, quantize = "quantize.split_max_size", recipe.quantize
+            fits = bool(quantize.split_max_size) or quantize.shared_layers
         else:
             size = max((file.size for file in tree.files), default=0)
             most, key = registry_limit, "image.max_layer_size"

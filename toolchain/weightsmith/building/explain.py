@@ -140,7 +140,12 @@ def forecast(
         "platforms": {name: seen[one.image] for name, one in named.items()},
         "sharing": {
             name: foreseen_sharing(
-                sources, recipe.merge, one.of.target.format, seen[one.weights], limit
+                sources,
+                recipe.merge,
+                one.of.target.format,
+                seen[one.weights],
+                limit,
+                by_kind=recipe.quantize.shared_layers,
             ).to_json()
             for name, one in named.items()
         },

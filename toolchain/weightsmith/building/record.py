@@ -135,7 +135,7 @@ class Record:
         if self.target is None or not (made := self.run.have.get(self.target.image)):
             return None
         sources, merge = self.run.have[self.steps.sources], self.request.file.recipe.merge
-        return sharing(made[0].split, made[0].inputs.artifact.format, sources, merge)
+        return sharing(made[0].split, made[0].inputs.artifact, sources, merge)
 
     @property
     def published(self) -> Published | None:

@@ -79,10 +79,11 @@ class BuildRequest:
             kinds.remove(ADAPTER)
             kinds += self._adapter_forms(target)
         if "ollama" not in kinds or has_gguf(target):
-            if "ollama" in kinds and recipe.quantize.split_max_size:
+            quantize = recipe.quantize
+            if "ollama" in kinds and (quantize.split_max_size or quantize.shared_layers):
+                key = "split_max_size" if quantize.split_max_size else "shared_layers"
                 raise UsageError(
-                    "outputs: Ollama takes a model of one GGUF file, and quantize.split_max_size "
-                    "splits it",
+                    f"outputs: Ollama takes a model of one GGUF file, and quantize.{key} splits it",
                     hint="leave one of the two out",
                 )
             return tuple(kinds)

@@ -386,6 +386,8 @@ class QuantizeJob(Job):
     """Calibration texts, if the format needs them."""
     statistics: Input | None = None
     """An existing measurement, such as an importance matrix."""
+    measured_on: Input | None = None
+    """The checkpoint that importance is measured on, if it is another one."""
     siblings: tuple[SiblingFormat, ...] = ()
 
 

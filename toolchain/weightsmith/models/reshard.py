@@ -174,7 +174,7 @@ def cut(tensors: Iterable[T], limit: int, *, strict: bool = False) -> dict[str, 
     """
     kinds: dict[str, list[T]] = {}
     for tensor in sorted(tensors, key=lambda one: _natural(one.name)):
-        kinds.setdefault(_kind(tensor.name), []).append(tensor)
+        kinds.setdefault(kind_of(tensor.name), []).append(tensor)
     sizes = {kind: sum(tensor.size for tensor in group) for kind, group in kinds.items()}
     # What has no layer's number may be added by an adapter: it must not move the others.
     least = max(_LEAST, repeated_bytes(t for group in kinds.values() for t in group) // _SHARE)
@@ -221,7 +221,7 @@ def size_of(pieces: Pieces) -> int:
     return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return what a module has in common with the same one of other layers and experts."""
     parts = module_of(name).split(".")
     return ".".join("N" if part.isdecimal() else part for part in parts)

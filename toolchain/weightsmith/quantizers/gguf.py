@@ -52,7 +52,16 @@ def _options(format_: Format, requested: Options) -> Options:
             hint="use q4_k_m; or set quantize.allow_low_bits (--allow-low-bits) and check the "
             "quality gate and the task score",
         )
-    imatrix = str(requested.get("imatrix") or "") or ("auto" if row.named_bits < 5 else "off")
+    shared = bool(requested.get("shared_layers"))
+    measured = "walk" if shared else "auto"  # llama-imatrix has no file of the base to measure on
+    imatrix = str(requested.get("imatrix") or "") or (measured if row.named_bits < 5 else "off")
+    for key, value in (("imatrix", "auto"), ("split_max_size", requested.get("split_max_size"))):
+        if shared and value and requested.get(key) == value:
+            raise UsageError(
+                f"shared_layers and {key} {value} exclude each other",
+                hint=f"leave {key} out: files are cut for layers, and importance is measured on "
+                "the base by our own walk",
+            )
     if row.needs_imatrix and requested.get("imatrix") == "off":
         raise UsageError(
             f"{name} needs an importance matrix",
@@ -61,6 +70,8 @@ def _options(format_: Format, requested: Options) -> Options:
     found: dict[str, JsonValue] = {"imatrix": imatrix if row.takes_imatrix else "off"}
     if requested.get("split_max_size"):
         found["split_max_size"] = str(requested["split_max_size"])
+    if shared:
+        found["shared_layers"] = True
     if requested.get("allow_text_only"):
         found["allow_text_only"] = True
     types = requested.get("tensor_types")
@@ -265,7 +276,8 @@ def _pass(
     walk = None
     if _is_walked(request.options) and not request.measured:
         matrix = request.output / gguf_check.IMATRIX
-        walk = ImportanceWalk(model=str(request.model), texts=str(texts), out=str(matrix))
+        model = request.measured_on or request.model
+        walk = ImportanceWalk(model=str(model), texts=str(texts), out=str(matrix))
     contents = PassSettings(
         convert=convert,
         middle=str(middle) if between else "",
@@ -273,6 +285,7 @@ def _pass(
         quantize=str(request.tools / "bin" / "llama-quantize"),
         threads=int(request.options.get("threads") or 0),
         split="split_max_size" in request.options,
+        by_kind=bool(request.options.get("shared_layers")),
         files=files,
         walk=walk,
         projectors=projectors,
@@ -325,7 +338,7 @@ QUANTIZER = Quantizer(
     check_statistics=check_imatrix,
     # Parts depend on the type, and there is one importance matrix.
     one_pass=lambda _format, chosen, _other, others: (
-        not ("split_max_size" in chosen or "split_max_size" in others)
+        not {"split_max_size", "shared_layers"} & {*chosen, *others}
         and chosen.get("about") == others.get("about")
         and others.get("imatrix") in ("off", chosen.get("imatrix"))
     ),

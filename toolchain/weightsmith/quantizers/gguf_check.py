@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.models.gguf_config import projector_name
+from weightsmith.models.reshard import kind_of
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.task import of_class
 from weightsmith.models.templates import own_template
-from weightsmith.quantizers.gguf_file import GGUFModel
+from weightsmith.quantizers.gguf_file import GGUFModel, tensors_of
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, experts_missed
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from weightsmith.quantizers.quantizer import QuantizeRequest
@@ -107,6 +108,8 @@ def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
     about: dict[str, JsonValue] = {}
     if projector and projector.is_file():
         about["projector"] = check_projector(projector)
+    if request.options.get("shared_layers"):
+        about["kinds"] = _kinds(read, names - multimodal)
     blind = projector is not None and not about
     if about:
         multimodal = set()  # in the projector
@@ -130,6 +133,15 @@ def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
         "warnings": warnings,
         **about,
     }
+
+
+def _kinds(read: GGUFModel, names: Collection[str]) -> dict[str, JsonValue]:
+    """Return the kinds of the checkpoint's tensors that each file has; of `""`, those of none."""
+    places, found = tensors_of(read, names), dict[str, set[str]]()
+    for name in names:
+        file = read.places[places[name][0]] if name in places else ""
+        found.setdefault(file, set()).add(kind_of(name))
+    return {file: sorted(kinds) for file, kinds in sorted(found.items())}
 
 
 def _warnings(

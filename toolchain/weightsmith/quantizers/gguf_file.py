@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ class GGUFModel:
                     hint=_HINT,
                 )
         self.tensors: dict[str, Any] = {t.name: t for r in self._readers for t in r.tensors}
+        self.places = {
+            t.name: path.name
+            for path, r in zip(files, self._readers, strict=True)
+            for t in r.tensors
+        }
+        """Tensor -> name of its file."""
         if not self.tensors:
             raise CheckFailed(f"{self.name} has no tensors", hint="convert it again")
 
@@ -108,13 +114,33 @@ def open_view(artifact: Path, model: Path) -> GGUFView:
     return GGUFView(GGUFModel(files), model)
 
 
+def tensors_of(read: GGUFModel, names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
+    """Return the file's tensor, and of stacked experts the number, of a checkpoint's tensors.
+
+    Those that the file does not have, or under a name that llama.cpp's table lacks, are left out.
+    """
+    import gguf
+
+    architecture = str(read.value("general.architecture"))
+    arch = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    known = gguf.get_tensor_name_map(arch, int(read.value(f"{architecture}.block_count")))
+    places: dict[str, tuple[str, int | None]] = {}
+    for name in names:
+        expert = _EXPERT.search(name)
+        plain = _TEXT.sub("", _EXPERT.sub(".experts.", name), count=1)
+        place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
+        if plain == "lm_head.weight" and place not in read.tensors:
+            place = "token_embd.weight"  # tied
+        if place in read.tensors:
+            places[name] = (place, int(expert[1]) if expert else None)
+    return places
+
+
 class GGUFView:
     """A View of GGUF files, dequantized by the `gguf` package."""
 
     def __init__(self, read: GGUFModel, model: Path) -> None:
         """Map the checkpoint's tensors to the file's."""
-        import gguf
-
         self._read = read
         self._arch = str(read.value("general.architecture"))
         if self._arch not in _PERMUTED | _NORM_PLUS_ONE | _UNCHANGED:
@@ -122,17 +148,7 @@ class GGUFView:
                 f"measuring GGUF files of architecture {self._arch} is not supported",
                 hint="use the task score instead",
             )
-        arch = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}[self._arch]
-        known = gguf.get_tensor_name_map(arch, int(read.value(f"{self._arch}.block_count")))
-        self._places: dict[str, tuple[str, int | None]] = {}
-        for name in CheckpointTensors(model).names:
-            expert = _EXPERT.search(name)
-            plain = _TEXT.sub("", _EXPERT.sub(".experts.", name), count=1)
-            place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
-            if plain == "lm_head.weight" and place not in read.tensors:
-                place = "token_embd.weight"  # tied
-            if place in read.tensors:
-                self._places[name] = (place, int(expert[1]) if expert else None)
+        self._places = tensors_of(read, CheckpointTensors(model).names)
         self.names = frozenset(self._places)
         """Names of the tensors."""
 

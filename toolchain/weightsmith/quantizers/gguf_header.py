@@ -74,6 +74,15 @@ def read_header(path: Path) -> GgufHeader:
     return GgufHeader(values=values, tensors=tensors, size=_padded(size))
 
 
+def split_values(number: int, count: int, tensors: int) -> dict[str, bytes]:
+    """Return what a part of a split model says of itself, as llama-gguf-split writes it."""
+    return {
+        "split.no": struct.pack("<IH", _UINT16, number),
+        "split.count": struct.pack("<IH", _UINT16, count),
+        "split.tensors.count": struct.pack("<Ii", _INT32, tensors),
+    }
+
+
 def quantized(
     header: GgufHeader, targets: Mapping[str, tuple[int, int]], changes: Mapping[str, bytes]
 ) -> tuple[bytes, Mapping[str, int]]:

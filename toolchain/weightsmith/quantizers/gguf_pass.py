@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -25,12 +25,14 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import parse
+from weightsmith.models.reshard import cut, repeated_bytes
 from weightsmith.quantizers.gguf_header import (
     GgufHeader,
     GgufTensorInfo,
     changed_values,
     placed,
     quantized,
+    split_values,
 )
 from weightsmith.quantizers.gguf_importance import Importance
 from weightsmith.quantizers.gguf_rows import Read
@@ -50,6 +52,8 @@ _MEASURED = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 """Types that need importance (llama-quant.cpp's tensor_requires_imatrix)."""
 _NEVER_MEASURED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 _Q2_K_S = 21
+_PART = "model"
+"""Begin of a part's name, which all models of a base have in common."""
 _Written: TypeAlias = dict[int, tuple[int, int, str]]
 """What a block wrote, by its output: offset, bytes and their sha256."""
 
@@ -98,6 +102,8 @@ class PassSettings(JsonObject):
     """0: one per CPU."""
     split: bool
     """Write parts, as many as the unquantized file has."""
+    by_kind: bool = False
+    """Write parts of one kind of matrix each, besides a first one with the model's values."""
     files: tuple[PassFile, ...]
     """What to write, all in one pass over the weights."""
     walk: ImportanceWalk | None = None
@@ -146,6 +152,8 @@ class GgufOutput:
     """The file's own bytes before the data; empty: as llama-quantize makes them."""
     whole: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
     """Tensor -> its data, uint8, where rows of the source are not the same."""
+    header: GgufHeader | None = None
+    """Of a part: its values and tensors; None for all of the source's."""
 
 
 def read_targets(printed: Sequence[str]) -> list[TypeChange]:
@@ -169,11 +177,12 @@ def write_files(source: GgufSource, outputs: Sequence[GgufOutput], threads: int)
     """
     with ExitStack() as stack:
         files = [stack.enter_context(_opened(source.header, output)) for output in outputs]
+        names = {target.name for output in outputs for target in output.targets}
         writer = _Writer(threads)
         with writer.running():
-            for target in sorted(outputs[0].targets, key=lambda one: source.place(one.name)):
-                if left := [file for file in files if target.name not in file.done]:
-                    writer.add(source, source.header.tensors[target.name], left)
+            for name in sorted(source.header.tensors.keys() & names, key=source.place):
+                if left := [f for f in files if name in f.targets and name not in f.done]:
+                    writer.add(source, source.header.tensors[name], left)
         for file in files:
             os.fsync(file.out)
 
@@ -193,6 +202,7 @@ class _File:
 @contextmanager
 def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
     """Begin a file, or open it again with the tensors that it has."""
+    header = output.header or header
     tensors, targets = header.tensors, output.targets
     if different := {t.name for t in targets} ^ tensors.keys():
         raise ValueError(f"the header and llama-quantize --dry-run differ in {sorted(different)}")
@@ -207,10 +217,10 @@ def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
     if not start:
         changes = changed_values(output.file_type, {**output.overrides, **output.importance.about})
         start, offsets = quantized(header, sized, changes)
-    last = targets[-1].name
     partial, journal = _unfinished(output.path)
     key = hashlib.sha256(start + output.key.encode()).hexdigest()
     spans = {name: (offsets[name], bytes_) for name, (_, bytes_) in sized.items()}
+    end = max(map(sum, spans.values()), default=len(start))
     done = frozenset[str]()
     if journal.is_file() and partial.is_file():
         first, *lines = journal.read_text("utf-8", errors="replace").split("\n")
@@ -221,7 +231,7 @@ def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
         log.write("\n" if done else key + "\n")  # the last line may have been cut off
         log.flush()
         file.write(start)
-        file.truncate(-(-sum(spans[last]) // 32) * 32)
+        file.truncate(-(-end // 32) * 32)
         file.flush()
         yield _File(
             out=file.fileno(),
@@ -231,6 +241,51 @@ def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
             offsets=offsets,
             done=done,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sized:
+    name: str
+    dtype: str
+    size: int
+
+
+def parts_by_kind(
+    header: GgufHeader, output: GgufOutput, largest: Callable[[int], int]
+) -> list[GgufOutput]:
+    """Return the parts of a file: its values, then files of one kind of matrix each.
+
+    Number, names and tensors of the parts depend on the tensors' names and sizes alone, so what
+    adapters leave unchanged has the same bytes in all models of a base. What is the model's own,
+    such as its name and vocabulary, is in the first. `largest` gets the bytes of the model's layers
+    and returns the limit of a part.
+    """
+    sizes = {
+        target.name: quants.row_bytes(target.target, header.tensors[target.name].columns)
+        * header.tensors[target.name].rows
+        for target in output.targets
+    }
+    tensors = [_Sized(name=name, dtype="U8", size=size) for name, size in sizes.items()]
+    groups = cut(tensors, largest(repeated_bytes(tensors)))
+    parts: list[frozenset[str]] = [frozenset()]
+    parts += [frozenset(one.name for one in groups[name]) for name in sorted(groups)]
+    made = []
+    for number, names in enumerate(parts):
+        own = split_values(number, len(parts), len(tensors))
+        made.append(
+            replace(
+                output,
+                path=output.path.with_name(f"{_PART}-{number + 1:05d}-of-{len(parts):05d}.gguf"),
+                targets=[target for target in output.targets if target.name in names],
+                start=b"",
+                header=GgufHeader(
+                    values=own if number else {**header.values, **own},
+                    tensors={name: header.tensors[name] for name in sorted(names)},
+                    size=header.size,
+                ),
+            )
+        )
+    return made
 
 
 def finish(files: Sequence[Path]) -> None:

@@ -50,6 +50,8 @@ class QuantizeRequest:
     """JSON Lines `{text, tokens}`: rendered text and its number of tokens."""
     texts: tuple[Mapping[str, Json], ...] = ()
     """Calibration texts as they were given, if the steps have a walk that renders them."""
+    measured_on: Path | None = None
+    """The checkpoint that importance is measured on, if it is another one."""
     measured: bool = False
     """The output already has the calibration statistics (`Quantizer.statistics`)."""
     options: Mapping[str, Json]

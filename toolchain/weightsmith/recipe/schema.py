@@ -289,6 +289,12 @@ class Quantize(Section):
         " `walk`, or `auto` for checkpoints below 200 MB and where it is not supported; else "
         "`off`.",
     )
+    shared_layers: bool = Field(
+        False,
+        description="Write GGUF files in parts of one kind of matrix each, and measure importance "
+        "on the base, once for all: what adapters leave unchanged is then the same in all images "
+        "of the base that have the same calibration text.",
+    )
     split_max_size: str = Field(
         "",
         pattern=r"^([1-9]\d*[MG])?$",

@@ -302,7 +302,7 @@ def _order(inputs: ImageInputs, split: Resharded) -> Mapping[str, int]:
     """
     own: frozenset[str] = frozenset()
     if inputs.sources and inputs.recipe:
-        own = own_files(split, inputs.artifact.format, inputs.sources, inputs.recipe.merge)
+        own = own_files(split, inputs.artifact, inputs.sources, inputs.recipe.merge)
     found = dict.fromkeys(own, _OWN)
     for path, (name, *_) in split.tensors.items():
         if path not in own and is_numbered(name):

@@ -34,6 +34,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
+from weightsmith.quantizers.checkpoints import check_plain
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quantizer import Quantizer
@@ -81,14 +82,15 @@ class QuantizeOptions:
     """Calibration text; None if the format needs none."""
     statistics: Input | None = None
     """An existing measurement, such as the user's importance matrix."""
+    measured_on: Tree | None = None
+    """The checkpoint that importance is measured on, if it is another one: the base."""
 
 
 def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
     """Return everything that the quantized artifact depends on."""
     quantizer, texts = of_format(options.format.name), options.texts
-    walk = (
-        walked_inputs(checkpoint, texts).key if texts and quantizer.walked(options.options) else ""
-    )
+    measured = options.measured_on.digest if options.measured_on else checkpoint
+    walk = walked_inputs(measured, texts).key if texts and quantizer.walked(options.options) else ""
     return StageInputs(
         stage="quantize",
         recipe_number=quantizer.recipe_number,
@@ -190,7 +192,8 @@ def _run(
     if texts and quantizer.statistics:
         calibration = statistics_inputs(checkpoint.digest, texts, quantizer)
         if quantizer.walked(options.options):
-            calibration = walked_inputs(checkpoint.digest, texts)
+            measured_on = options.measured_on or checkpoint.tree
+            calibration = walked_inputs(measured_on.digest, texts)
         if earlier := to.find(lambda: calibration):
             given = Input.file(earlier, quantizer.statistics)
             options = replace(options, texts=None, statistics=given)
@@ -281,6 +284,7 @@ def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> Q
         options=options.options,
         texts=texts,
         statistics=options.statistics,
+        measured_on=Input.tree(options.measured_on) if options.measured_on else None,
         output=folder,
         memory_bytes=memory_limit(size, options),
         seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),
@@ -348,7 +352,10 @@ def _recipe_options(
     if unmerged:
         chosen = of_format(format_.name).beside_adapters(format_, found.options)
         found = replace(found, options=chosen)
-    return replace(found, texts=texts_of(file)) if needs_text(found) else found
+    if not needs_text(found):
+        return found
+    shared = found.options.get("shared_layers") and not unmerged
+    return replace(found, texts=texts_of(file), measured_on=base.tree if shared else None)
 
 
 def format_options(
@@ -415,6 +422,14 @@ def check_model(options: QuantizeOptions, model: ModelFacts) -> None:
     quantizer = of_format(options.format.name)
     quantizer.check_input(options.format, model)
     quantizer.check_options(model, options.options)
+    if options.measured_on and (base := read_facts(options.measured_on.texts)):
+        check_plain(base)
+        if base.layers != model.layers:
+            raise InputRefused(
+                f"the base has {base.layers} layers and the merged model {model.layers}, so "
+                "importance measured on the base is not that of its layers",
+                hint="leave quantize.shared_layers out, or give an importance matrix",
+            )
     if options.statistics and quantizer.check_statistics:
         quantizer.check_statistics(options.statistics.path, model)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.values import Digest, Format, Sources
+from weightsmith.core.values import Artifact, Digest, Format, Json, Sources
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.plan import can_be_virtual, estimate, make_plan
 from weightsmith.models.reshard import (
@@ -24,10 +24,12 @@ from weightsmith.models.reshard import (
     WeightBytes,
     cut,
     is_numbered,
+    kind_of,
     module_of,
     repeated_bytes,
 )
 from weightsmith.models.safetensors import BITS, read_header
+from weightsmith.oci.weights import fastest_layer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.matrices import FUSED
 from weightsmith.steps.served_adapters import FOLDER
@@ -98,23 +100,29 @@ def planned(
     )
 
 
-def sharing(split: Resharded, format_: Format, sources: Sources, options: Merge) -> WeightBytes:
+def sharing(split: Resharded, artifact: Artifact, sources: Sources, options: Merge) -> WeightBytes:
     """Return how the bytes of an image's weights files are divided."""
-    own = own_files(split, format_, sources, options)
+    own = own_files(split, artifact, sources, options)
     sizes = {file.path: file.size for file in split.tree.files if file.path.endswith(_WEIGHTS)}
     shared = sum(size for path, size in sizes.items() if path not in own)
     return WeightBytes(shared_bytes=shared, own_bytes=sum(sizes.values()) - shared)
 
 
 def own_files(
-    split: Resharded, format_: Format, sources: Sources, options: Merge
+    split: Resharded, artifact: Artifact, sources: Sources, options: Merge
 ) -> frozenset[str]:
     """Return the weights files of an image with tensors that may depend on the adapters."""
+    format_ = artifact.format
     merges = bool(sources.adapters) and not format_.unmerged
     changed = planned_merge(sources, options).changed if merges else frozenset[str]()
     depends = depends_on_adapters(format_, changed)
+    kinds = {kind_of(name) for name in changed}
+    # Of a GGUF file that was cut: the kinds of tensors in each part.
+    parts: Mapping[str, Json] = artifact.details.get("kinds") or {}
 
     def own(path: str) -> bool:
+        if path in parts and kinds.isdisjoint(parts.get("", ())):
+            return not kinds.isdisjoint(parts[path])
         if (names := split.tensors.get(path)) is not None:
             return any(map(depends, names))
         # It was not cut: an adapter, a GGUF file, a checkpoint of a few kilobytes.
@@ -130,10 +138,13 @@ def foreseen_sharing(
     format_: Format,
     weights: ForeseenWeights,
     largest: Callable[[int], int] | None,
+    *,
+    by_kind: bool,
 ) -> WeightBytes:
     """Return what `sharing` will return, without the headers of the files.
 
-    `weights` are the target's; `largest` is what `reshard` gets, or None if files stay whole. It
+    `weights` are the target's; `largest` is what `reshard` gets, or None if files stay whole;
+    `by_kind` says whether GGUF files are cut, with importance measured on the base. It
     is an estimate for packed formats, and where the base's weights are not here. Raises
     InputRefused as the merge does.
     """
@@ -142,7 +153,9 @@ def foreseen_sharing(
         added = sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
         return WeightBytes(shared_bytes=total, own_bytes=added)
     own = total
-    if format_.suffix == ".safetensors" and largest is not None:
+    if format_.suffix == ".gguf":
+        largest = fastest_layer if by_kind else None
+    if largest is not None:
         if isinstance(sources.base.tree, ForeseenTree):
             own = _own_by_keys(sources, format_, weights)
         else:
@@ -159,8 +172,12 @@ def _own_by_headers(planned: PlannedMerge, format_: Format, largest: Callable[[i
         else one
         for one in planned.tensors
     ]
-    depends = depends_on_adapters(format_, planned.changed)
-    if sum(one.size for one in tensors) < WORTH_IT:
+    # GGUF files are cut only where no importance depends on the adapters.
+    gguf = format_.suffix == ".gguf"
+    depends = (
+        planned.changed.__contains__ if gguf else depends_on_adapters(format_, planned.changed)
+    )
+    if not gguf and sum(one.size for one in tensors) < WORTH_IT:
         return sum(one.size for one in tensors)
     files = cut(tensors, largest(repeated_bytes(tensors)))
     own = (group for group in files.values() if any(depends(one.name) for one in group))
@@ -170,7 +187,8 @@ def _own_by_headers(planned: PlannedMerge, format_: Format, largest: Callable[[i
 def _own_by_keys(sources: Sources, format_: Format, weights: ForeseenWeights) -> int:
     """Return the bytes of the matrices that the adapters' keys name; all for other methods."""
     everything, width = weights.weight_bytes, 4 if weights.model.stated_dtype == "float32" else 2
-    if format_.packed and not of_format(format_.name).data_free:
+    gguf = format_.suffix == ".gguf"
+    if format_.packed and not (gguf or of_format(format_.name).data_free):
         return everything - kept_bytes(sources.base.tree.weight_bytes, format_, weights.model)
     found: dict[str, int] = {}
     for adapter in sources.adapters:

@@ -239,6 +239,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
         python=sys.executable,
         calibration=calibration,
         texts=job.texts if walked else (),
+        measured_on=job.measured_on.path if job.measured_on else None,
         measured=job.statistics is not None,
         options=job.options,
     )

@@ -36,6 +36,7 @@ from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import parse, read_json
 from weightsmith.forward.libraries import import_models, load_torch_and_transformers
 from weightsmith.merging.libc import keep_freed_memory
+from weightsmith.oci.weights import fastest_layer
 from weightsmith.outside import process
 from weightsmith.outside.hardware import cores
 from weightsmith.outside.process import forked
@@ -50,6 +51,7 @@ from weightsmith.quantizers.gguf_pass import (
     PassSettings,
     TypeChange,
     finish,
+    parts_by_kind,
     read_targets,
     write_files,
 )
@@ -209,6 +211,11 @@ def _quantize(
     made = [
         _output(settings, file, files[0], key, direct.get(file.format)) for file in settings.files
     ]
+    if settings.by_kind:
+        cut = [p for one in made for p in parts_by_kind(sources[0].header, one, fastest_layer)]
+        write_files(sources[0], cut, settings.threads or cores())
+        finish([one.path for one in cut])
+        return
     outs, count = [Path(file.out) for file in settings.files], len(sources)
     parts = [[out] for out in outs]
     if settings.split:
