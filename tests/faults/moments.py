@@ -169,7 +169,7 @@ def merge(folder: str) -> None:
     if not (work / "base").exists():
         write_model(work / "base")
         write_adapter(work / "a", seed=1)
-    asked = MergeCommand(base=str(work / "base"), adapters=(work / "a",), out=work / "out")
+    asked = MergeCommand(base=str(work / "base"), adapters=(str(work / "a"),), out=work / "out")
     _spare_no_more()
     merge_folders(asked, memory_tools(work))
 

@@ -62,7 +62,8 @@ def test_what_passed_is_kept(tmp_path: Path) -> None:
 
 
 ASKED: dict[str, Any] = {
-    "base": str(TINY / "base"), "adapters": (TINY / "adapters" / "a",), "merged": TINY / "base",
+    "base": str(TINY / "base"), "adapters": (str(TINY / "adapters" / "a"),),
+    "merged": TINY / "base",
 }  # fmt: skip
 
 

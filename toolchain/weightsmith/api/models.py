@@ -13,6 +13,7 @@ from weightsmith.api.commands.arguments import (
     paths_of,
     request_of,
     source_of,
+    sources_in,
     texts_of,
 )
 from weightsmith.api.commands.evaluate import evaluate_subject
@@ -60,10 +61,10 @@ def merge(
 ) -> Merged:
     """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
 
-    The base is a folder, `hf://owner/name` or another source of a recipe; without adapters, it is
-    what is written. `weights` has a factor per adapter, 1 by default; the other options are the
-    recipe's `merge` keys. A key signs the files for `model_signing verify`. A killed merge is
-    resumed by the next call.
+    Base and adapters are folders, `hf://owner/name` or other sources of a recipe; without adapters,
+    the base is what is written. `weights` has a factor per adapter, 1 by default; the other options
+    are the recipe's `merge` keys. A key signs the files for `model_signing verify`. A killed merge
+    is resumed by the next call.
 
     Raises UsageError for invalid options or an `out` that exists, InputRefused for a base or
     adapter that cannot be merged, CheckFailed if the written files read back differently,
@@ -78,7 +79,7 @@ def merge(
     request = request_of(
         MergeCommand,
         base=source_of(base),
-        adapters=paths_of(adapters),
+        adapters=sources_in(adapters),
         out=path_of(out),
         weights=None if weights is None else tuple(map(float, weights)),
         options=options_of(
@@ -154,7 +155,7 @@ def validate(
     request = request_of(
         ValidateCommand,
         base=source_of(base),
-        adapters=paths_of(adapters),
+        adapters=sources_in(adapters),
         merged=path_of(merged),
         weights=None if weights is None else tuple(map(float, weights)),
         options=options_of(

@@ -44,13 +44,19 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
         reader, name, *_ = _reader(part, file.folder, tools)
         reader.check(name)  # all of them before the first, which may take an hour
     base = resolve_base(file.recipe.base, file.folder, tools)
-    adapters = []
-    for adapter in file.recipe.adapters:
-        snapshot = _fetch(adapter, file.folder, tools)
-        check_adapter_folder(snapshot.tree.root)
-        _tell_left(snapshot, tools)
-        adapters.append(_named(adapter, snapshot))
-    return Sources(base=base, adapters=tuple(adapters))
+    adapters = [(one, resolve_adapter(one, file.folder, tools)) for one in file.recipe.adapters]
+    return Sources(base=base, adapters=tuple(_named(*pair) for pair in adapters))
+
+
+def resolve_adapter(adapter: Adapter, folder: Path, tools: Tools) -> Snapshot:
+    """Fetch an adapter to the local disk, and verify it.
+
+    Relative paths are those of the `folder`. Raises what `resolve_base` raises.
+    """
+    snapshot = _fetch(adapter, folder, tools)
+    check_adapter_folder(snapshot.tree.root)
+    _tell_left(snapshot, tools)
+    return snapshot
 
 
 def resolve_base(base: Base, folder: Path, tools: Tools) -> Snapshot:

@@ -22,7 +22,7 @@ TINY = ROOT / "examples" / "tiny"
 
 def asked(**more):
     return MergeCommand(
-        **{"base": str(TINY / "base"), "adapters": (TINY / "adapters" / "a",), **more}
+        **{"base": str(TINY / "base"), "adapters": (str(TINY / "adapters" / "a"),), **more}
     )
 
 
@@ -64,13 +64,13 @@ def test_options_that_do_not_fit_leave_nothing(tmp_path, options):
 
 
 class Index(FolderReader):
-    """A package index with one model."""
+    """A package index with a model and an adapter."""
 
     scheme = "pypi"
 
     def fetch(self, source, revision, sha256, progress):
-        assert source == "pypi://tiny==1.0"
-        return super().fetch(str(TINY / "base"), revision, sha256, progress)
+        place = {"pypi://tiny==1.0": "base", "pypi://tiny-lora==1.0": "adapters/a"}[source]
+        return super().fetch(str(TINY / place), revision, sha256, progress)
 
 
 def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
@@ -92,3 +92,19 @@ def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
             assert json.loads(written[path.name]) == json.loads(path.read_text())
         else:
             assert written[path.name] == path.read_bytes()
+
+
+def test_adapters_of_other_sources_are_fetched_and_merged_as_folders_are(tmp_path):
+    tools = memory_tools(tmp_path)
+    tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
+    folders = (str(TINY / "adapters" / "a"), str(TINY / "adapters" / "b"))
+    mixed = ("pypi://tiny-lora==1.0", folders[1])
+
+    made = [
+        merge_folders(asked(adapters=adapters, out=tmp_path / f"{number}"), tools)["files"]
+        for number, adapters in enumerate((folders, mixed))
+    ]
+
+    assert made[0] == made[1]
+    with pytest.raises(UsageError, match=r"adapter: .*source.*\.\."):
+        merge_folders(asked(adapters=("s3://a/../b",), out=tmp_path / "other"), tools)

@@ -34,6 +34,11 @@ def source_of(given: AnyPath) -> str:
     return given if isinstance(given, str) and is_remote(given) else str(path_of(given))
 
 
+def sources_in(given: AnyPath | Sequence[AnyPath]) -> tuple[str, ...]:
+    """Return sources as a tuple; a single one may be given without a list."""
+    return (source_of(given),) if isinstance(given, str | Path) else tuple(map(source_of, given))
+
+
 def paths_of(given: AnyPath | Sequence[AnyPath]) -> tuple[Path, ...]:
     """Return paths as a tuple; a single path may be given without a list."""
     return (path_of(given),) if isinstance(given, str | Path) else tuple(map(path_of, given))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.api.commands.requests import MergeCommand, ValidateCommand
+from weightsmith.api.commands.requests import MergeCommand, ValidateCommand, Weighted
 from weightsmith.building.apart import not_nested
 from weightsmith.core.files import write_whole
 from weightsmith.core.ports import Store
@@ -22,11 +22,12 @@ from weightsmith.evaluating.items import read_prompts
 from weightsmith.merging.plan import KINDS
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.provenance.model_signing import SIGNATURE, require_model_key, sign_model
-from weightsmith.recipe.schema import Base
+from weightsmith.recipe.file import check_section
+from weightsmith.recipe.schema import Adapter, Base
 from weightsmith.recipe.sources import is_remote
 from weightsmith.stages import validate as validation
 from weightsmith.stages.merge import BUILDER, check, combine, merge
-from weightsmith.stages.resolve import resolve_base
+from weightsmith.stages.resolve import resolve_adapter, resolve_base
 from weightsmith.steps.destinations import Unkept, in_folder
 from weightsmith.steps.tools import Tools
 from weightsmith.validating.result import Validation
@@ -45,8 +46,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
 
     def opened() -> Sources:  # what would be refused is refused before anything is made
         tools.runner.check(BUILDER)
-        base = base_folder(asked.base, tools)
-        sources = open_sources(base, asked.adapters, asked.factors, tools.store)
+        sources = _fetched(asked, tools)
         check(sources, options)
         return sources
 
@@ -89,8 +89,7 @@ def validate_folders(asked: ValidateCommand, tools: Tools) -> Validation:
     InputRefused if a folder is not a model or adapter, UsageError for invalid probes.
     """
     tools.runner.check(validation.BUILDER)
-    base = base_folder(asked.base, tools)
-    sources = open_sources(base, asked.adapters, asked.factors, tools.store)
+    sources = _fetched(asked, tools)
     checkpoint = open_checkpoint(asked.merged, tools.store)
     items = read_prompts(asked.probes) if asked.probes else ()
     to = Unkept(tools)
@@ -115,11 +114,21 @@ def open_sources(
     )
 
 
-def base_folder(base: str, tools: Tools) -> Path:
-    """Return a base's folder; one of a hub or an index is fetched first."""
-    if not is_remote(base):
-        return Path(base)
-    return resolve_base(Base(source=base), Path(), tools).tree.root
+def _fetched(asked: Weighted, tools: Tools) -> Sources:
+    """Return base and adapters; those that are no folders are fetched first."""
+    named = [
+        check_section(Adapter, {"source": one}, "adapter") if is_remote(one) else None
+        for one in asked.adapters
+    ]
+    base = Path(asked.base)
+    if is_remote(asked.base):
+        source = check_section(Base, {"source": asked.base}, "base")
+        base = resolve_base(source, Path(), tools).tree.root
+    adapters = [
+        resolve_adapter(one, Path(), tools).tree.root if one else Path(folder)
+        for one, folder in zip(named, asked.adapters, strict=True)
+    ]
+    return open_sources(base, adapters, asked.factors, tools.store)
 
 
 def open_checkpoint(folder: Path, store: Store) -> Checkpoint:

