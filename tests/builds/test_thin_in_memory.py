@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from weightsmith.api.commands.bench import bench
+from weightsmith.api.commands.evaluate import evaluate_subject
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.recipes import recipe_of_image
-from weightsmith.api.commands.requests import RebaseCommand
+from weightsmith.api.commands.requests import BenchCommand, EvaluateCommand, RebaseCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
@@ -357,6 +359,29 @@ def test_without_image_the_thin_one_alone_is_pushed(memory: Memory) -> None:
     with pytest.raises(UsageError, match=r"1\.0\.0-vllm-thin"):
         memory.build("outputs=[thin]", "image.labels.a=b", push=True)
     assert memory.seen() == before
+
+
+def test_bench_and_evaluate_start_it_with_room_for_what_it_merges(memory: Memory) -> None:
+    memory.use_vllm()
+    built = memory.build(THIN, load=True)["vllm"]
+    image = f"{memory.repository}:1.0.0-vllm-thin"
+    size = sum(file["size"] for key in ("made", "copied") for file in told_of(memory)[key])
+
+    said, _ = bench(BenchCommand(image=image, concurrency=(2,), requests=4), memory.tools)
+    found = evaluate_subject(
+        EvaluateCommand(image=image, data=memory.home / "a.jsonl"), memory.tools
+    )
+
+    assert built.forms["thin"].digest
+    (run,) = said["runs"]
+    assert (run.requests, run.errors) == (4, 0)
+    assert found.score == 1
+    first, *others = memory.launcher.shared
+    assert others == [first + size] * 2
+
+
+def told_of(memory: Memory) -> dict[str, Any]:
+    return dict(json.loads(files(memory, "vllm-thin")["/etc/weightsmith/thin.json"]))
 
 
 @pytest.mark.parametrize(

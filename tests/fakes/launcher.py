@@ -14,6 +14,7 @@ import yaml
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
+from weightsmith.core.thin import MANIFEST, PROGRAM, SERVED
 from weightsmith.core.values import Digest, Json
 from weightsmith.evaluating.tool_calls import read_calls
 from weightsmith.oci.layout import read_layout
@@ -45,6 +46,10 @@ class Program:
         env = dict(pair.partition("=")[::2] for pair in config["Env"])
         words = (*config["Entrypoint"], *(config.get("Cmd") or ()))
         longest = plan_of(config["Labels"]).max_model_len
+        if PROGRAM in words:  # it merges, then becomes the server
+            _require(files, MANIFEST, f"{PROGRAM}/__main__.py")
+            words = words[words.index(PROGRAM) + 1 :]
+            files = {**files, f"{SERVED}/config.json": b"{}"}
         if not {words[0], f"/usr/bin/{words[0]}"} & set(files):
             raise ValueError(f"{words[0]}: no such program in the image")
         if "LLAMA_ARG_MODEL" in env:
@@ -98,6 +103,8 @@ class MemoryLauncher:
     """Seconds before each word of a stream."""
     with_gpu: list[bool] = field(default_factory=list)
     """Whether each start asked for GPUs."""
+    shared: list[int] = field(default_factory=list)
+    """Bytes of shared memory that each start asked for."""
     name: str = "memory"
 
     def cpu_flags(self) -> frozenset[str] | None:
@@ -110,6 +117,7 @@ class MemoryLauncher:
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
         self.journal.add("start")
         self.with_gpu.append(spec.use_gpu)
+        self.shared.append(spec.shm_bytes)
         held = self._held(image)
         server = _Server(held, self)
         try:
