@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.values import Artifact, Digest, Format, Json, Sources
+from weightsmith.core.values import Artifact, Digest, Format, Sources
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.plan import can_be_virtual, estimate, make_plan
 from weightsmith.models.reshard import (
@@ -117,8 +117,7 @@ def own_files(
     changed = planned_merge(sources, options).changed if merges else frozenset[str]()
     depends = depends_on_adapters(format_, changed)
     kinds = {kind_of(name) for name in changed}
-    # Of a GGUF file that was cut: the kinds of tensors in each part.
-    parts: Mapping[str, Json] = artifact.details.get("kinds") or {}
+    parts = _parts(artifact)
 
     def own(path: str) -> bool:
         if path in parts and kinds.isdisjoint(parts.get("", ())):
@@ -130,6 +129,16 @@ def own_files(
 
     paths = (file.path for file in split.tree.files if file.path.endswith(_WEIGHTS))
     return frozenset(filter(own, paths))
+
+
+def _parts(artifact: Artifact) -> Mapping[str, frozenset[str]]:
+    """Return the kinds of tensors in each part of a GGUF file that was cut; {} if none was.
+
+    What a shared cache says is not trusted to have these types.
+    """
+    found = artifact.details.get("kinds")
+    rows = found.items() if isinstance(found, Mapping) else ()
+    return {file: frozenset(map(str, kinds)) for file, kinds in rows if isinstance(kinds, list)}
 
 
 def foreseen_sharing(
