@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoTokenizer
+from weightsmith.building.wiring import cache_folder
 
-from tests.fakes import encoders
+from tests.fakes import encoders, pooled_models
 from tests.fakes.encoders import TEXTS, adapted, mean_vectors
 from tests.fakes.started import weightsmith
 from tests.real.test_vllm import started_image
@@ -41,3 +43,38 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
     checks = {check["name"]: check["seen"] for check in record["checks"]}
     assert checks["embed"] == "256 numbers, length 1.000"
     assert checks["SIGTERM"].endswith("a request was answered")
+
+
+SUITES: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "rerank": ("rerank", pooled_models.candidates(60)),
+    "classify": ("label", pooled_models.labelled(60)),
+    "token-classify": ("label", pooled_models.worded(60)),
+}
+"""Kind of a model -> its metric, and what is asked."""
+
+
+@pytest.mark.parametrize("kind", SUITES)
+def test_the_image_is_judged_by_its_suite(tmp_path: Path, kind: str) -> None:
+    """The base is a plain BertModel; the adapter brings the head."""
+    trained = pooled_models.made(kind, cache_folder() / "trained")
+    metric, rows = SUITES[kind]
+    pooled_models.write_lines(tmp_path / "rows.jsonl", rows)
+    recipe = {
+        "name": "m", "base": {"source": str(trained / "base")},
+        "adapters": [{"source": str(trained / "adapter")}],
+        "evaluate": {"data": "rows.jsonl", "metric": metric, "max_drop": 0.05},
+        "targets": ["vllm"],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    told = weightsmith(
+        "build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local",
+        "--dist", tmp_path / "dist",
+    )["targets"]["vllm"]  # fmt: skip
+
+    record = json.loads((Path(told["report"]).parent / "build.json").read_text())
+    scores = {who: one["score"] for who, one in record["scores"].items()}
+    assert record["verdict"] == "passed"
+    assert scores["adapter"] > 0.9
+    assert scores["merged"] == scores["adapter"]
+    assert scores["image"] == pytest.approx(scores["adapter"], abs=0.02)
+    assert kind in {check["name"] for check in record["checks"]}

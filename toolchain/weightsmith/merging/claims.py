@@ -31,6 +31,7 @@ from weightsmith.merging.names import (
 from weightsmith.merging.tying import is_embedding, is_head
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
 from weightsmith.models.safetensors import open_checkpoint
+from weightsmith.models.task import outputs_of
 
 _KINDS = {
     "lora_embedding_": "LoRA on an embedding",
@@ -47,6 +48,7 @@ _KINDS = {
 _WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_tokens_delta")
 """Parts of keys that `target_modules` says nothing about."""
 _HEAD = re.compile(r"(?:LMHeadModel|For[A-Z]\w*|Model)$")
+_IN_LAYER = re.compile(r"\.\d+\.")
 _LENGTH = 80
 """Characters of a setting that are shown."""
 
@@ -110,11 +112,14 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     have = {claim.target for claim in claims}
     # Experts are no modules in transformers 5, so PEFT finds no targets among them.
     stacked = not any(is_one_of_stack(claim.module) for claim in claims)
+    # A class with a head of its own may lack the base's: BERT's for tokens has no pooler.
+    headed = view.config.raw.get("task_type") in TASKS
     missing = []
     for name, source in view.sources.items():
         module = put + as_model(name).removeprefix(cut).removesuffix(".weight")
         matrix = name.endswith(".weight") and len(source.shape) == 2
         matrix = matrix and not (stacked and is_one_of_stack(module))
+        matrix = matrix and not (headed and not _IN_LAYER.search(module))
         if matrix and name not in have and view.config.targets(module):
             missing.append(module)
     if missing:
@@ -276,6 +281,23 @@ def class_with_head(own: str, task_type: str) -> str:
     return _HEAD.sub("", own) + TASKS[task_type]
 
 
+def prefix_below_head(claims: Sequence[Claim]) -> str:
+    """Return what the names of a base's tensors begin with in a model that gets a new head.
+
+    A checkpoint of an encoder alone has `encoder.layer.0`, and a classifier `bert.encoder.layer.0`,
+    as the adapter's keys name it. transformers reads both, engines only the second. "" if nothing
+    is to be added.
+    """
+    if not any(claim.new for claim in claims):
+        return ""
+    pairs = ((c.module, c.target.rpartition(".")[0]) for c in claims if c.target and not c.new)
+    added = {
+        module.removesuffix(stored) if module.endswith(f".{stored}") else ""
+        for module, stored in pairs
+    }
+    return added.pop() if len(added) == 1 else ""
+
+
 def task_settings(
     config: Mapping[str, JsonValue], views: Sequence[AdapterView], claims: Sequence[Sequence[Claim]]
 ) -> dict[str, JsonValue]:
@@ -303,11 +325,9 @@ def task_settings(
     task_type = str(view.config.raw["task_type"])
     suffix = TASKS[task_type]
     settings: dict[str, JsonValue] = {"architectures": [class_with_head(own, task_type)]}
-    shapes = [claim.replacement.shape for _, claim in heads if claim.replacement]
-    counts = [shape[0] for shape in shapes if len(shape) > 1]
+    count = outputs_of((c.target, c.replacement.shape) for _, c in heads if c.replacement)
     known = config.get("id2label")
-    if suffix != "ForQuestionAnswering" and counts:
-        count = counts[-1]
+    if suffix != "ForQuestionAnswering" and count:
         if isinstance(known, Mapping) and len(known) == count:  # named for this head
             return settings
         settings["id2label"] = {str(number): f"LABEL_{number}" for number in range(count)}

@@ -37,7 +37,7 @@ from weightsmith.merging.shards import HeaderOnlyShard, ShardMaker
 from weightsmith.merging.stream import Writer, sha256_file
 from weightsmith.models.safetensors import open_checkpoint
 
-_RECIPE = 1
+_RECIPE = 2
 """Increased if the same inputs would give other bytes."""
 _MOST_WORKERS = 16
 _GPU_BLOCK = 1 << 24

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -39,6 +39,7 @@ from weightsmith.merging.base import (
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim, read_adapter
 from weightsmith.merging.claims import (
     claims_of,
+    prefix_below_head,
     task_settings,
     unmatched_parameters,
     without_left_out,
@@ -149,6 +150,8 @@ def make_plan(
     claimed = [_claims(view) for view in views]
     claims = [claims for claims, _ in claimed]
     shards, changed, notes = compose(tensors, tie, views, claims, dtype, combination)
+    if prefix := next(filter(None, map(prefix_below_head, claims)), ""):
+        shards = _below(prefix, shards, tensors.sources)
     return MergePlan(
         base=index,
         base_files=tuple(name for name in files if not (based.dropped and name in STALE)),
@@ -367,6 +370,22 @@ def compose(
         for shard, names in layout.items()
     )
     return shards, settings | _vocabulary(base, outputs, tie), [note] if note else []
+
+
+def _below(
+    prefix: str, shards: Sequence[OutputShard], names: Collection[str]
+) -> tuple[OutputShard, ...]:
+    """Return shards with a prefix before these names, which are the base's and no head's."""
+    return tuple(
+        replace(
+            shard,
+            outputs=tuple(
+                replace(one, name=prefix + one.name) if one.name in names else one
+                for one in shard.outputs
+            ),
+        )
+        for shard in shards
+    )
 
 
 def _untie(tie: Tie | None, shares: dict[str, list[AdapterShare]]) -> str:

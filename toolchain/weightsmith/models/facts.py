@@ -232,8 +232,6 @@ class ModelFacts:
     tokenizer_class: str
     tokenizer_length: int
     """The tokenizer's limit in tokens; 0 for none."""
-    bare: bool = False
-    """Whether an adapter brings a head to an encoder whose tensors do not begin with its name."""
     read_task: ModelTask | InputRefused
     read_shape: ModelShape | InputRefused
     read_matrices: Matrices | InputRefused

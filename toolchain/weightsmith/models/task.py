@@ -7,7 +7,7 @@ it, and the head that an adapter brings. Nothing is imported and no weight is re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -236,11 +236,18 @@ def head_outputs(adapter: Path) -> int:
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         return 0
-    heads = [
-        info.shape[0]
-        for info in sorted(read_header(file).tensors, key=lambda info: info.name)
-        if len(info.shape) == 2 and _HEAD.search(info.name) and ".lora_" not in info.name
-    ]
+    stored = read_header(file).tensors
+    return outputs_of((info.name, info.shape) for info in stored if ".lora_" not in info.name)
+
+
+def outputs_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    """Return the outputs of the last head's matrix among tensors by name; 0 without one.
+
+    What comes before a head may be trained with it: DistilBERT's `pre_classifier`, RoBERTa's
+    `classifier.dense`, ModernBERT's `head.dense`.
+    """
+    found = sorted(tensors)
+    heads = [shape[0] for name, shape in found if len(shape) == 2 and _HEAD.search(name)]
     return heads[-1] if heads else 0
 
 

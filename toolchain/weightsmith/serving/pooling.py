@@ -191,10 +191,5 @@ def lacks_vllm(model: ModelFacts) -> str:
         return why
     if is_known_decoder(name):
         return ""
-    if model.bare and _ENCODERS.fullmatch(name):
-        return (
-            "loads a classifier whose tensors begin with its encoder's name alone, as those of a"
-            " base with a head do (BertForPreTraining, RobertaForMaskedLM)"
-        )
     known = VLLM_CLASSES["classify" if kind == "rerank" else kind]
     return "" if name in known else f"has no class for it; it has {', '.join(sorted(known))}"

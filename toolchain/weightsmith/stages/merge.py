@@ -55,7 +55,7 @@ from weightsmith.steps.step import (
 from weightsmith.steps.tools import Tools
 
 BUILDER = "merge"
-RECIPE_NUMBER = 5
+RECIPE_NUMBER = 6
 _TAKES_HIDDEN = re.compile(
     r"^base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.\d+\..*"
     r"\.(?:q|gate)_proj\.lora_A\.weight$"
@@ -103,7 +103,6 @@ def merged_model(sources: Sources) -> ModelFacts:
                 model,
                 architecture=named,
                 text_architecture=named,
-                bare=name.endswith("Model"),
                 read_task=read_task(root, folder),
             )
         elif (folder / MODULES).is_file():

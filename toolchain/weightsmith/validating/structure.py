@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from weightsmith.core.values import JsonValue, canonical
 from weightsmith.models.folder import check_model_folder
 from weightsmith.models.safetensors import (
     CheckpointIndex,
+    TensorInfo,
     open_checkpoint,
     read_header,
 )
@@ -30,6 +32,8 @@ _FREE = {
 """Keys of config.json that a merge may change; those that matter have checks of their own."""
 _TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
 """Of adapters that may bring a head."""
+_LABELLED = re.compile(r"(^|\.)(score|classifier)\.(out_proj\.)?weight$")
+"""Matrices with a row for each label; not what comes before, such as DistilBERT's."""
 _LABELS = frozenset({"id2label", "label2id"})
 UNREADABLE = "model.safetensors"
 """The file named by a finding if shards, headers and index are inconsistent."""
@@ -47,14 +51,15 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
     except InputRefused as error:
         return [finding(ERROR, "files", error.message, UNREADABLE)]
     config, new = read_json(base / "config.json"), read_json(merged / "config.json")
-    heads = _new_heads(before, after, adapters)
+    old = _as_in(after, before, adapters)
+    heads = _new_heads(old, after, adapters)
     # A quantized base has other tensors than the merged model.
     comparable = not config.get("quantization_config")
     return [
         *_configs(config, new, _LABELS if heads else frozenset()),
-        *(_tensors(before, after, config, new, heads) if comparable else ()),
+        *(_tensors(old, after, config, new, heads) if comparable else ()),
         *_brought(merged, after, heads, new),
-        *(_types(before, after) if comparable else ()),
+        *(_types(old, after) if comparable else ()),
         *_ends(base, adapters, merged, new),
         *_tied(after, new, headless=_is_tied(config) is False and not _heads(before)),
     ]
@@ -78,14 +83,37 @@ def end_tokens(root: Path) -> set[int]:
     return _ids(_read(root / "generation_config.json")) | _ids(_read(root / "config.json"))
 
 
+def _as_in(
+    after: CheckpointIndex, before: CheckpointIndex, adapters: Sequence[Path]
+) -> Mapping[str, TensorInfo]:
+    """Return the base's tensors by the names that the merged model must have for them.
+
+    Below a new head they may all begin with the encoder's name, as transformers writes them.
+    """
+    old = before.tensors
+    if not any(map(_may_bring_head, adapters)) or not old.keys() - after.tensors.keys():
+        return old
+    first = next(iter(old))
+    for name in after.tensors:
+        prefix = name.removesuffix(first)
+        found = sum(prefix + one in after.tensors for one in old) if prefix != name else 0
+        if 2 * found > len(old):
+            return {prefix + one: info for one, info in old.items()}
+    return old
+
+
+def _may_bring_head(adapter: Path) -> bool:
+    return read_json(adapter / "adapter_config.json").get("task_type") in _TASKS
+
+
 def _tensors(
-    before: CheckpointIndex,
+    old: Mapping[str, TensorInfo],
     after: CheckpointIndex,
     config: Mapping[str, JsonValue],
     new: Mapping[str, JsonValue],
     heads: Collection[str],
 ) -> Iterator[Finding]:
-    old, there = before.tensors, after.tensors
+    there = after.tensors
     for name in sorted(old.keys() - there.keys()):
         yield finding(ERROR, "files", f"tensor {name} is missing", name)
     # An untied head and replicated layers are new tensors.
@@ -107,17 +135,17 @@ def _tensors(
 
 
 def _new_heads(
-    before: CheckpointIndex, after: CheckpointIndex, adapters: Sequence[Path]
+    old: Mapping[str, TensorInfo], after: CheckpointIndex, adapters: Sequence[Path]
 ) -> Mapping[str, tuple[Path, str]]:
     """Return the merged tensors that an adapter has for a head of another task, and their keys."""
     found: dict[str, tuple[Path, str]] = {}
     for folder in adapters:
-        if read_json(folder / "adapter_config.json").get("task_type") not in _TASKS:
+        if not _may_bring_head(folder):
             continue
         file = folder / "adapter_model.safetensors"
         for info in read_header(file).tensors:
             name = info.name.removeprefix("base_model.model.")
-            if name in after.tensors and name not in before.tensors:
+            if name in after.tensors and name not in old:
                 found[name] = file, info.name
     return found
 
@@ -142,17 +170,17 @@ def _brought(
         found = CheckpointTensors(merged).tensor(name)
         if found.shape != wanted.shape or not np.array_equal(found, wanted):
             yield finding(ERROR, "files", f"{name} is not the adapter's", name)
-    rows = [after.tensors[name].shape[0] for name in sorted(heads) if name.endswith("weight")]
+    named = [name for name in sorted(heads) if _LABELLED.search(name)]
+    rows = [after.tensors[name].shape[0] for name in named]
     labels = config.get("id2label")
     if rows and isinstance(labels, Mapping) and len(labels) != rows[-1]:
         message = f"config.json names {len(labels)} labels, and the head has {rows[-1]}"
         yield finding(ERROR, "files", message, "config.json")
 
 
-def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]:
+def _types(old: Mapping[str, TensorInfo], after: CheckpointIndex) -> Iterator[Finding]:
     """Report dtype changes: a note if all tensors were cast, an error if only some were."""
     changes: dict[tuple[str, str], list[str]] = {}
-    old = before.tensors
     for name, info in after.tensors.items():
         if name in old and old[name].dtype != info.dtype:
             changes.setdefault((old[name].dtype, info.dtype), []).append(name)
