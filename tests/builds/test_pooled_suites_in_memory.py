@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory, write_rows
+from tests.fakes.tiny import tensors, write_encoder, write_head
 
 
 @pytest.fixture
@@ -114,6 +116,35 @@ def test_an_image_whose_vectors_point_elsewhere_proves_nothing(finder: Memory) -
     assert any("gives other vectors than the reference" in text for text in record["unproven"])
 
 
+def test_a_dense_modules_weights_come_along(finder: Memory) -> None:
+    """From the base to the image, where vLLM reads them beside the model's."""
+    base = finder.home / "base"
+    modules = json.loads((base / "modules.json").read_text())
+    modules.insert(
+        2, {"name": "9", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    )
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "2_Dense").mkdir()
+    tanh = "torch.nn.modules.activation.Tanh"
+    settings = {"in_features": 256, "out_features": 256, "activation_function": tanh}
+    (base / "2_Dense" / "config.json").write_text(json.dumps(settings))
+    weights = tensors((("linear.weight", (256, 256)),), seed=3)
+    (base / "2_Dense" / "model.safetensors").write_bytes(weights)
+    suite = {"data": "query.jsonl", "metric": "embedding", "corpus": "corpus.jsonl"}
+    finder.use_vllm(evaluate={**suite, "max_drop": 0.05})
+    finder.build()
+    assert finder.record("vllm")["verdict"] == "passed"
+    files = finder.engine.held(f"{finder.repository}:1.0.0-vllm").files()
+    assert files["/models/2_Dense/model.safetensors"] == weights
+
+    finder.write_recipe(evaluate=None)
+    with pytest.raises(InputRefused, match=r"vectors without the module Dense"):
+        finder.build()
+    (base / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(InputRefused, match=r"2_Dense has no model\.safetensors"):
+        finder.forecast()
+
+
 @pytest.mark.parametrize(
     "suite",
     [
@@ -157,3 +188,80 @@ def test_bad_input_ends_the_build_with_file_and_line(
     with pytest.raises(UsageError, match=said):
         memory.build()
     assert memory.jobs() == []
+
+
+LABELS = {"classify": 3, "rerank": 1, "token-classify": 2}
+SUITES = {
+    "classify": ("label", lambda topic, n: {
+        "text": f"{topic} {n}", "expected": f"LABEL_{TOPICS.index(topic)}",
+    }),
+    "rerank": ("rerank", lambda topic, n: {
+        "query": f"{topic} {n}", "documents": [f"of {one}" for one in TOPICS],
+        "expected": TOPICS.index(topic),
+    }),
+    "token-classify": ("label", lambda topic, n: {
+        "words": ["say", f"{topic}{n}"], "expected": ["LABEL_0", "LABEL_1"],
+    }),
+}  # fmt: skip
+"""Kind of a model -> its metric, and a line about a topic."""
+
+
+def judged(kind: str, text: str, parts: Sequence[str]) -> str:
+    """Return what a model that knows the topics says."""
+    if kind == "classify":
+        found = [n for n, topic in enumerate(TOPICS) if topic in text]
+        return f"LABEL_{(found or [0])[0]}"
+    if kind == "rerank":
+        return " ".join(str(float(part.split()[-1] in text)) for part in parts)
+    known = (any(topic in word for topic in TOPICS) for word in text.split())
+    return " ".join(f"LABEL_{int(one)}" for one in known)
+
+
+@pytest.fixture(params=LABELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def judge(memory: Memory, kind: str) -> Memory:
+    """A plain BERT, and an adapter that brings a head for the topics."""
+    shutil.rmtree(memory.home / "base")
+    shutil.rmtree(memory.home / "a")
+    write_encoder(memory.home / "base")
+    write_head(memory.home / "a", "TOKEN_CLS" if kind[0] == "t" else "SEQ_CLS", LABELS[kind])
+    metric, line = SUITES[kind]
+    write_rows(memory.home / "rows.jsonl", [line(one, n) for one in TOPICS for n in range(30)])
+    memory.use_vllm(evaluate={"data": "rows.jsonl", "metric": metric, "max_drop": 0.05})
+    memory.minds.judge = lambda who, text, parts: judged(kind, text, parts)
+    memory.launcher.judge = lambda text, parts: judged(kind, text, parts)
+    memory.launcher.labels = tuple(f"LABEL_{n}" for n in range(LABELS[kind]))
+    return memory
+
+
+def test_an_image_is_judged_by_what_its_head_says(judge: Memory, kind: str) -> None:
+    judge.build()
+    record = judge.record("vllm")
+    assert {who: one["score"] for who, one in record["scores"].items()} == {
+        "adapter": 1.0, "merged": 1.0, "image": 1.0,
+    }  # fmt: skip
+    assert record["verdict"] == "passed"
+    assert kind in {check["name"] for check in record["checks"]}
+    (suite,) = record["suites"]
+    assert suite["task"]["metric"] == SUITES[kind][0]
+
+
+def test_an_image_whose_head_forgot_a_topic_is_refused(judge: Memory, kind: str) -> None:
+    def forgets(text: str, parts: Sequence[str]) -> str:
+        return judged(kind, text.replace("rain", "cats"), parts).replace("LABEL_1", "LABEL_0")
+
+    judge.launcher.judge = forgets
+    with pytest.raises(CheckFailed, match=r"below base \+ adapter"):
+        judge.build()
+    assert judge.seen() == ["1", "refused"], "the engine's own image, and the refused one's folder"
+
+
+def test_an_answer_without_a_label_is_wrong_and_others_count(judge: Memory, kind: str) -> None:
+    judge.launcher.refuses = "rain 7" if kind != "token-classify" else "rain7"
+    judge.build()
+    (wrong,) = [item for item in judge.record("vllm")["items"] if not item["ok"]["image"]]
+    assert "HTTP 400" in wrong["error"]["image"]

@@ -46,6 +46,8 @@ class Minds:
     """Subject -> questions that it answers wrongly all the same."""
     vectors: Callable[[str, str], list[float]] = lambda who, text: [1.0]
     """What a subject makes of a text that gets a vector."""
+    judge: Callable[[str, str, Sequence[str]], str] = lambda who, text, parts: "LABEL_0"
+    """What a subject with a head says of a text and its parts: labels, or documents' scores."""
 
     def answer(self, who: str, adapters: tuple[str, ...], question: str) -> str:
         """Return what one answers to whom these adapters were added."""
@@ -118,6 +120,10 @@ class Bench:
         who = "adapter" if adapters else "base" if model == self.base else "merged"
         if task.pooled == "vectors":
             return [self._vector(who, task, one.messages[0]) for one in task.questions]
+        if task.pooled:
+            judge = self.minds.judge
+            texts = [(one.messages[0]["content"], one.parts) for one in task.questions]
+            return [{"answer": judge(who, *text), "prompt_tokens": 3} for text in texts]
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
         folder = job.pictures.path if job.pictures else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,10 @@ class MemoryLauncher:
     """(adapter, question) of each request for an answer."""
     vector: Callable[[str], list[float]] = lambda text: [1.0]
     """What it makes of a text at /v1/embeddings."""
+    judge: Callable[[str, Sequence[str]], str] = lambda text, parts: "LABEL_0"
+    """What it says of a text, or of a query's documents; with vLLM's paths."""
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    """Of a model with a head."""
     reads_calls: bool = True
     """Whether its parser finds calls in what the model wrote."""
     refuses: str = ""
@@ -199,6 +203,9 @@ class _Handler(Replying):
         if self.path == "/v1/embeddings":
             self.embed(body["input"])
             return
+        if self.path in {"/v1/rerank", "/classify", "/pooling", "/tokenize"}:
+            self.pool(body)
+            return
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if launcher.dies_at and launcher.dies_at in question:
             started.lines.append("out of memory")
@@ -244,6 +251,32 @@ class _Handler(Replying):
             return
         rows = [{"embedding": launcher.vector(text)} for text in texts]
         self.send(200, {"data": rows, "usage": {"prompt_tokens": 3 * len(texts)}})
+
+    def pool(self, body: Json) -> None:
+        """Answer as vLLM's pooling runner; a token is a word, and a text has one at each end."""
+        launcher = self.started.launcher
+        text = str(body.get("query") or body.get("input") or body.get("prompt"))
+        parts = body.get("documents", text.split())
+        launcher.asked.append(("", text))
+        refused = launcher.refuses and launcher.refuses in text
+        if refused or len(" ".join([text, *parts]).split()) > 2 * self.program.longest:
+            self.send(400, {"error": {"message": "it does not like the text"}})
+            return
+        said = launcher.judge(text, parts)
+        if self.path == "/tokenize":
+            self.send(200, {"tokens": list(range(len(text.split())))})
+        elif self.path == "/v1/rerank":
+            scores = enumerate(map(float, said.split()))
+            rows = [{"index": n, "relevance_score": score} for n, score in scores]
+            self.send(200, {"results": rows})
+        elif self.path == "/classify":
+            self.send(200, {"data": [{"label": said, "probs": self.one(said)}]})
+        else:
+            tokens = [self.one("LABEL_0"), *map(self.one, said.split()), self.one("LABEL_0")]
+            self.send(200, {"data": [{"data": tokens}]})
+
+    def one(self, label: str) -> list[float]:
+        return [float(name == label) for name in self.started.launcher.labels]
 
     def send(self, status: int, value: Json) -> None:
         self.reply(status, json.dumps(value).encode())

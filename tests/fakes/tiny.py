@@ -64,6 +64,57 @@ def write_adapter(folder: Path, seed: int) -> Path:
     return folder
 
 
+def write_encoder(folder: Path) -> Path:
+    """Write a BERT of one layer, without a head, as its class alone is saved."""
+    config = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 32,
+        "max_position_embeddings": 512,
+        "dtype": "float32",
+    }
+    layer = "encoder.layer.0."
+    shapes = {
+        "embeddings.word_embeddings.weight": (32, 256),
+        f"{layer}attention.self.query.weight": (256, 256),
+        f"{layer}output.dense.weight": (256, 256),
+        "pooler.dense.weight": (256, 256),
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    (folder / "model.safetensors").write_bytes(tensors(tuple(shapes.items()), seed=0))
+    return folder
+
+
+def write_head(folder: Path, task: str, labels: int) -> Path:
+    """Write an adapter of that PEFT task for such an encoder, which brings a head."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["query"],
+        "modules_to_save": ["classifier", "score"],
+    }
+    stem = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{stem}A.weight": (2, 256),
+        f"{stem}B.weight": (256, 2),
+        "base_model.model.classifier.weight": (labels, 256),
+        "base_model.model.classifier.bias": (labels,),
+    }
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    data = tensors(tuple(shapes.items()), seed=1)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    return folder
+
+
 @cache
 def tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...], seed: int) -> bytes:
     """Return a safetensors file of numbers that the seed decides."""

@@ -204,7 +204,13 @@ SENTENCES: dict[str, Any] = {
     "modules.json": [
         {"path": "", "type": "sentence_transformers.models.Transformer"},
         {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
     ],
+    "2_Dense/config.json": {
+        "in_features": 64, "out_features": 32, "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+        "module_input_name": "sentence_embedding",
+    },
     "1_Pooling/config.json": {"pooling_mode": ["mean"], "include_prompt": True},
     "config_sentence_transformers.json": {
         "model_type": "SentenceTransformer", "prompts": {"query": "query: "},
@@ -224,6 +230,8 @@ def changed_sentences(random: Random) -> bytes:
     files = dict(SENTENCES)
     if random.random() < 0.5:
         files.pop("modules.json")
+    elif random.random() < 0.5:
+        files["modules.json"] = files["modules.json"][:2]
     listed = [random.choice(POOLED_CLASSES)]
     files["config.json"] = files["config.json"] | {"architectures": listed}
     name = random.choice(sorted(files))

@@ -3,11 +3,14 @@
 The models were trained for these texts, so that what an adapter lost would be seen in the score.
 """
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Question
@@ -195,17 +198,60 @@ def test_tokens_are_pooled_without_padding(mode, expected):
     assert found[0].tolist() == pytest.approx(expected)
 
 
-def test_what_is_not_computed_is_refused(trained, tmp_path):
-    import json
-    import shutil
+def with_dense(folder, base, place, weight, bias):
+    """Copy a base, with a Dense module as sentence-transformers saves one."""
+    shutil.copytree(base, folder)
+    listed = json.loads((folder / "modules.json").read_text())
+    kind = "sentence_transformers.models.Dense"
+    listed.insert(place, {"idx": 9, "name": "dense", "path": "2_Dense", "type": kind})
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "2_Dense").mkdir()
+    settings = {
+        "in_features": weight.shape[1], "out_features": len(weight), "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }  # fmt: skip
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(settings))
+    tensors = {"linear.weight": weight, "linear.bias": bias}
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
+    return folder
 
-    shutil.copytree(trained("embed") / "base", tmp_path / "base")
-    listed = json.loads((tmp_path / "base" / "modules.json").read_text())
-    listed.append({"idx": 3, "name": "3", "path": "", "type": "sentence_transformers.models.Dense"})
-    (tmp_path / "base" / "modules.json").write_text(json.dumps(listed))
-    request = own("vectors", [text_of("query", "cat")], tmp_path / "base")
-    with pytest.raises(InputRefused, match="has the module Dense"):
-        pooled_answers({"base": request})
+
+@torch.inference_mode()
+def test_a_dense_module_is_merged_along_and_computed(trained, tmp_path):
+    from transformers import AutoModel
+
+    folder, weight, bias = trained("embed"), torch.randn(16, 256), torch.randn(16)
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    with_dense(tmp_path / "base", folder / "base", 2, weight, bias)
+    questions = [text_of("query", row["query"]) for row in pooled_models.queries(4)]
+    requests = asked("vectors", questions, tmp_path)
+    requests["merged"] = own("vectors", questions, merged(tmp_path, tmp_path / "merged"))
+    found = pooled_answers(requests)
+    assert (tmp_path / "merged" / "2_Dense" / "model.safetensors").read_bytes() == (
+        tmp_path / "base" / "2_Dense" / "model.safetensors"
+    ).read_bytes()
+    tokenizer, model = peft(folder, AutoModel)
+    for question, one, other in zip(questions, found["adapter"], found["merged"], strict=True):
+        batch = tokenizer(question.messages[0]["content"], return_tensors="pt")
+        mean = model(**batch).last_hidden_state[0].mean(0)
+        expected = torch.nn.functional.normalize(torch.tanh(weight @ mean + bias), dim=0)
+        for row in (one, other):
+            vector = torch.tensor(unpacked(row["answer"])).float()
+            torch.testing.assert_close(vector, expected, atol=2e-5, rtol=0)
+
+
+def test_what_is_not_computed_is_refused(trained, tmp_path):
+    base = trained("embed") / "base"
+    cases = {
+        "has the module Dense": (3, torch.zeros(4, 256), torch.zeros(4)),
+        "takes 8 numbers, and vectors have 256": (2, torch.zeros(4, 8), torch.zeros(4)),
+        r"no linear\.weight with 4 rows": (2, torch.zeros(4, 256), torch.zeros(5)),
+    }
+    for number, (said, case) in enumerate(cases.items()):
+        folder = with_dense(tmp_path / str(number), base, *case)
+        request = own("vectors", [text_of("query", "cat")], folder)
+        with pytest.raises(InputRefused, match=said):
+            pooled_answers({"base": request})
     with pytest.raises(InputRefused, match="pools by 'median'"):
         pooled_vectors(torch.zeros(1, 1, 1), torch.ones(1, 1), "median")
 

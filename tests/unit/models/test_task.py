@@ -146,6 +146,56 @@ def test_other_models_of_sentence_transformers(tmp_path, model_type, last, kind)
     assert kind != "rerank" or (found.labels, found.activation) == (("x",), "identity")
 
 
+TANH = "torch.nn.modules.activation.Tanh"
+
+
+def dense(**changes):
+    """A Dense module of LaBSE's kind, but for what a test changes."""
+    return {
+        "in_features": 8,
+        "out_features": 4,
+        "bias": True,
+        "activation_function": TANH,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "odd"),
+    [
+        (("Pooling", "Dense", "Normalize"), {}, ""),
+        (("Pooling", "Dense", "Dropout", "Dense"), {}, ""),
+        (("Pooling", "Normalize", "Dense"), {}, "Dense"),
+        (("Dense", "Pooling"), {}, "Pooling"),
+        (("Dense",), {}, "Dense"),
+        (("Pooling", "Normalize", "Normalize"), {}, "Normalize"),
+        (("Pooling", "LayerNorm"), {}, "LayerNorm"),
+        (("Pooling", "Dense"), {"activation_function": "mine.Own"}, "Dense"),
+        (("Pooling", "Dense"), {"activation_function": ["x"]}, "Dense"),
+        (("Pooling", "Dense"), {"out_features": "4"}, "Dense"),
+        (("Pooling", "Dense"), {"module_input_name": "token_embeddings"}, "Dense"),
+        (("Pooling", "Dense"), {"module_output_name": {"a": 1}}, "Dense"),
+    ],
+)
+def test_modules_that_are_not_computed_are_named(tmp_path, parts, settings, odd):
+    rows = modules(("", "Transformer"), *((f"{n}_{kind}", kind) for n, kind in enumerate(parts, 1)))
+    files = {f"{n}_{kind}__config": dense(**settings) for n, kind in enumerate(parts, 1)}
+    write(tmp_path, BERT, modules=rows, **files)
+    found = read_task(tmp_path).sentence
+
+    assert found.odd == odd
+    assert odd or {(one.outputs, one.activation) for one in found.dense} == {(4, "Tanh")}
+
+
+def test_a_dense_module_without_its_weights_is_refused(tmp_path):
+    rows = modules(*PARTS, ("2_Dense", "Dense"))
+    write(tmp_path, BERT, modules=rows, **{"1_Pooling__config": {}, "2_Dense__config": dense()})
+    assert read_task(tmp_path).sentence.dense, "of its small files alone, nothing is missing"
+    save_file({"x": np.zeros(1, "f4")}, tmp_path / "model.safetensors")
+
+    with pytest.raises(InputRefused, match=r"2_Dense has no model\.safetensors"):
+        read_task(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("task_type", "key", "outputs", "kind", "labels"),
     [

@@ -7,12 +7,12 @@ import pytest
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.models.facts import ModelFacts
-from weightsmith.models.task import SentenceTransformers
+from weightsmith.models.task import Dense, SentenceTransformers
 from weightsmith.serving import engines
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB, MIB
 from weightsmith.serving.parameters import weights_from_config
-from weightsmith.serving.pooling import ASKED, keeps_cache, pooling_of
+from weightsmith.serving.pooling import ASKED, keeps_cache, pooling_of, width_of
 from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, facts
@@ -135,7 +135,7 @@ def test_positions_that_no_token_has_are_not_planned():
 @pytest.mark.parametrize(
     ("config", "sentence", "says"),
     [
-        (BERT, {"modules": ("Transformer", "Pooling", "Dense")}, "without the module Dense"),
+        (BERT, {"odd": "LayerNorm"}, "without the module LayerNorm"),
         (BERT, {"pooling": "max"}, "no pooling max; it has mean, cls, lasttoken"),
         (BERT, {"pooling": "mean+cls"}, r"no pooling mean\+cls"),
         (BERT, {"includes_prompt": False}, "pools a prompt's tokens too"),
@@ -149,6 +149,20 @@ def test_what_an_engine_would_compute_otherwise_is_refused(target, config, sente
         rendered(target, config, SentenceTransformers(**sentence))
 
     assert re.search(says, f"{caught.value.message} {caught.value.hint}")
+
+
+def test_a_dense_module_is_vllms_alone():
+    dense = Dense(path="2_Dense", outputs=128, activation="Tanh")
+    sentence = SentenceTransformers(
+        modules=("Transformer", "Pooling", "Dense"), pooling="cls", dense=(dense,)
+    )
+    plan = rendered("vllm", BERT, sentence).plan
+    assert plan.settings["pooler-config"] == {"seq_pooling_type": "CLS", "use_activation": False}
+    assert width_of(ModelFacts.of(BERT, sentence=sentence)) == 128
+    assert width_of(ModelFacts.of(BERT)) == 768
+    with pytest.raises(InputRefused, match="without the module Dense") as caught:
+        rendered("llamacpp-f16", BERT, sentence)
+    assert "target vllm serves it" in caught.value.hint
 
 
 def test_every_engine_says_what_it_lacks():

@@ -27,7 +27,7 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
     files = {
         name: (plan.base.root / name).read_bytes()
         for name in plan.base_files
-        if not name.endswith((".safetensors", ".safetensors.index.json"))
+        if not name.endswith((".safetensors", ".safetensors.index.json")) or is_of_sentences(name)
     }
     before = _object(files, _GENERATION)
     if "architectures" in plan.settings:  # sentence-transformers' files are not of the new head

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Pooled, Question
@@ -21,14 +22,14 @@ from weightsmith.core.values import JsonValue
 from weightsmith.core.vectors import packed
 from weightsmith.forward.adapters import with_adapters
 from weightsmith.forward.greedy import bare, batches, takes
-from weightsmith.forward.libraries import ModelFails, running, stay_offline
+from weightsmith.forward.libraries import ModelFails, reading, running, stay_offline
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.memory import BATCH_TOKENS
 from weightsmith.forward.network import Head, fill, skeleton_with_weights
 from weightsmith.forward.views import view_with_head
 from weightsmith.forward.walk import walk
 from weightsmith.merging.reference import Rows, Tokenizers, UnmergedModel, loading, speaker, weigh
-from weightsmith.models.task import ModelTask, read_task
+from weightsmith.models.task import MODULES, ModelTask, read_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +42,14 @@ _CLASSES: Mapping[Pooled, str] = {
     "relevance": "AutoModelForSequenceClassification",
     "word-labels": "AutoModelForTokenClassification",
 }
-_MODULES = frozenset({"Transformer", "Pooling", "Normalize", "Dropout"})
-"""Modules that are computed here, or that do nothing after training."""
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "Identity": lambda values: values,
+    "Tanh": torch.tanh,
+    "ReLU": torch.relu,
+    "GELU": torch.nn.functional.gelu,
+    "Sigmoid": torch.sigmoid,
+    "SiLU": torch.nn.functional.silu,
+}
 _PADDING = 1024
 _UNLIMITED = 1_000_000
 """A tokenizer's limit from which on it has none."""
@@ -62,6 +69,12 @@ class PooledModel(UnmergedModel):
         alone = read_task(self.model)
         tasks = (read_task(self.model, root) for root, _ in self.adapters)
         return next((one for one in tasks if one != alone), alone)
+
+    @property
+    def sentence_folder(self) -> Path:
+        """The folder whose files of sentence-transformers count."""
+        own = (root for root, _ in self.adapters if (root / MODULES).is_file())
+        return next(own, self.model)
 
     @property
     def head(self) -> Head:
@@ -142,10 +155,9 @@ def _check(subject: PooledModel, task: ModelTask, prompts: tuple[str, str]) -> N
     sentence = task.sentence
     if subject.pooled != "vectors":
         return
-    other = [name for name in sentence.modules if name not in _MODULES]
     left = any(prompts) and not sentence.includes_prompt
-    if other or left:
-        what = "pools without the prompt's tokens" if left else f"has the module {other[0]}"
+    if sentence.odd or left:
+        what = "pools without the prompt's tokens" if left else f"has the module {sentence.odd}"
         raise InputRefused(
             f"{subject.model}: by its sentence-transformers files the model {what}, which reference"
             " vectors do not have",
@@ -217,12 +229,15 @@ def _rows(
 ) -> Rows:
     flat = [text for several in texts for text in several]
     said: dict[int, torch.Tensor] = {}
+    projected = _projected(one.subject.sentence_folder, task)
     for batch in batches(
         {n: text.ids for n, text in enumerate(flat)},
         lambda rows, longest: rows * longest <= BATCH_TOKENS,
         _PADDING,
     ):
-        outputs = _read(network, [flat[number] for number in batch], one.subject.pooled, task)
+        outputs = _read(
+            network, [flat[number] for number in batch], one.subject.pooled, task, projected
+        )
         said |= dict(zip(batch, outputs, strict=True))
         count(len(batch) * len(texts) // len(flat))
     rows: Rows = []
@@ -255,8 +270,50 @@ def _row(
     return {"answer": label, "token_ends": str(len(label)), "margins": margin}
 
 
+_Projected = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _projected(folder: Path, task: ModelTask) -> _Projected:
+    """Return what a model's Dense modules make of vectors [texts, width]; raises InputRefused."""
+    layers: list[tuple[torch.Tensor, torch.Tensor | None, _Projected]] = []
+    for dense in task.sentence.dense:
+        path = folder / dense.path / "model.safetensors"
+        with reading(str(path), "save the model again with sentence-transformers"):
+            stored = load_file(path)
+        weight, bias = stored.get("linear.weight"), stored.get("linear.bias")
+        if (
+            weight is None
+            or weight.dim() != 2
+            or len(weight) != dense.outputs
+            or (bias is not None and bias.shape != weight.shape[:1])
+        ):
+            raise InputRefused(
+                f"{path} has no linear.weight with {dense.outputs} rows, or another bias",
+                hint="save the model again with sentence-transformers",
+            )
+        bias = None if bias is None else bias.float()
+        layers.append((weight.float(), bias, _ACTIVATIONS[dense.activation]))
+
+    def project(vectors: torch.Tensor) -> torch.Tensor:
+        for weight, bias, activation in layers:
+            if weight.shape[1] != vectors.shape[1]:
+                raise InputRefused(
+                    f"{folder}: a Dense module takes {weight.shape[1]} numbers, and vectors have"
+                    f" {vectors.shape[1]}",
+                    hint="compare the files of sentence-transformers with the published ones",
+                )
+            vectors = activation(torch.nn.functional.linear(vectors, weight, bias))
+        return vectors
+
+    return project
+
+
 def _read(
-    network: Model, texts: Sequence[_Text], pooled: Pooled, task: ModelTask
+    network: Model,
+    texts: Sequence[_Text],
+    pooled: Pooled,
+    task: ModelTask,
+    projected: _Projected,
 ) -> list[torch.Tensor]:
     """Return each text's vector or logits; of `word-labels`, its tokens'. Padded on the right."""
     config = network.config.get_text_config()
@@ -286,7 +343,7 @@ def _read(
         raise ModelFails("what the model returns is not finite")
     if pooled == "vectors":
         mode = task.sentence.pooling or _usual_pooling(network)
-        vectors = pooled_vectors(found, mask, mode)
+        vectors = projected(pooled_vectors(found, mask, mode))
         if task.sentence.normalizes:
             vectors = torch.nn.functional.normalize(vectors)
         return list(vectors)

@@ -7,7 +7,7 @@ it, and the head that an adapter brings. Nothing is imported and no weight is re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -64,8 +64,28 @@ _MOST_LABELS = 100_000
 MODULES = "modules.json"
 _SENTENCE_FILES = re.compile(
     r"modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json"
-    r"|\d+_\w+/config\.json"
+    r"|\d+_\w+/(?:config\.json|model\.safetensors)"
 )
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
+"""Modules that are computed here and by engines; there may be several of Dense alone."""
+_DENSE_TYPES = frozenset(
+    {"sentence_transformers.models.Dense", "sentence_transformers.base.modules.dense.Dense"}
+)
+"""As vLLM knows them (0.32, transformers_utils/config.py); it leaves out others silently."""
+ACTIVATIONS = frozenset({"Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU"})
+"""Classes of torch, behind a Dense module, that vLLM has too (0.32, layers/activation.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dense:
+    """A matrix that makes another vector of a text's."""
+
+    path: str
+    """Its folder, which holds model.safetensors."""
+    outputs: int
+    """Numbers of the new vector."""
+    activation: str
+    """The name of torch's class that is applied to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +113,10 @@ class SentenceTransformers:
     """Whether texts are made lower-case before they are tokenized."""
     activation: str = ""
     """Of a CrossEncoder's scores: the name of torch's class, such as `Sigmoid` or `Identity`."""
+    dense: tuple[Dense, ...] = ()
+    """In order; they follow the pooling."""
+    odd: str = ""
+    """The first module that is not known, or not in its place; "" if there is none."""
 
     @property
     def normalizes(self) -> bool:
@@ -267,6 +291,8 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
     rows = listed if isinstance(listed, list) and listed else [None]
     kinds: list[str] = []
     pooling: Mapping[str, JsonValue] = {}
+    dense: list[Dense] = []
+    odd = ""
     for row in rows:
         kind, path = (row.get("type"), row.get("path")) if isinstance(row, Mapping) else (None,) * 2
         if not isinstance(kind, str) or not isinstance(path, str) or not _is_inside(path):
@@ -277,6 +303,10 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
         kinds.append(kind.rpartition(".")[2])
         if kinds[-1] == "Pooling":
             pooling = read_json(folder / path / "config.json")
+        elif kinds[-1] == "Dense":
+            known = _dense(folder, path) if kind in _DENSE_TYPES else None
+            dense += [known] if known else []
+            odd = odd or ("" if known else "Dense")
     said = _object(folder / "config_sentence_transformers.json")
     bert = next((found for name in _SETTINGS if (found := _object(folder / name))), {})
     prompts, default = said.get("prompts"), said.get("default_prompt_name")
@@ -295,7 +325,44 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
         most_tokens=_count(bert.get("max_seq_length")),
         lower_case=bert.get("do_lower_case") is True,
         activation=_text(said.get("activation_fn")).rpartition(".")[2],
+        dense=tuple(dense),
+        odd=odd or _odd(kinds),
     )
+
+
+def _odd(kinds: Sequence[str]) -> str:
+    """Return the first module whose vectors nothing here computes, "" if there is none."""
+    last = 0
+    for kind in kinds:
+        if kind == "Dropout":  # does nothing after training
+            continue
+        place = _ORDER.index(kind) if kind in _ORDER else -1
+        if place < last or (place > 1 and "Pooling" not in kinds):
+            return kind
+        last = place if kind == "Dense" else place + 1
+    return ""
+
+
+def _dense(folder: Path, path: str) -> Dense | None:
+    """Return a Dense module by its files; None for one that nothing here computes.
+
+    Raises InputRefused if its weights are missing.
+    """
+    settings = read_json(folder / path / "config.json")
+    activation = _text(settings.get("activation_function")).rpartition(".")[2]
+    outputs = _count(settings.get("out_features"))
+    given = [settings.get(f"module_{end}_name") for end in ("input", "output")]
+    elsewhere = any(name not in (None, "sentence_embedding") for name in given)
+    if activation not in ACTIVATIONS or not outputs or elsewhere:
+        return None
+    whole = any(folder.glob("*.safetensors"))  # else these are a model's small files alone
+    if whole and not (folder / path / "model.safetensors").is_file():
+        raise InputRefused(
+            f"{folder / path} has no model.safetensors, so vectors would lack a module",
+            hint="load the model with sentence-transformers, and save it with save_pretrained: it"
+            " writes safetensors",
+        )
+    return Dense(path=path, outputs=outputs, activation=activation)
 
 
 def _pooling(settings: Mapping[str, JsonValue]) -> str:

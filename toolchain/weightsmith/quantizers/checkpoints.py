@@ -25,6 +25,7 @@ from weightsmith.core.safe_parse import read_json
 from weightsmith.core.trees import remove
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.task import is_of_sentences
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.architectures import (
     JOINED,
@@ -267,6 +268,10 @@ def write_companions(model: Path, out: Path, quantization: Mapping[str, JsonValu
         for file in sorted(model.glob(pattern)):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, out / file.name)
+    for file in sorted(model.glob("*/*")):
+        if is_of_sentences(name := file.relative_to(model).as_posix()):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, out / name)
     config = read_json(model / "config.json")
     config["quantization_config"] = dict(quantization)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

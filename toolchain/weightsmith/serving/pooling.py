@@ -22,8 +22,6 @@ _ENCODERS = re.compile(
 """Classes, and architectures of GGUF files, of encoders that engines here serve."""
 POOLED = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 """sentence-transformers' ways of pooling that the engines have -> llama.cpp's name."""
-_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
-"""Modules that engines compute, or that do nothing after training."""
 
 
 def keeps_cache(model: ModelFacts) -> bool:
@@ -40,13 +38,19 @@ def pooling_of(model: ModelFacts) -> str:
     return model.task.sentence.pooling or ("lasttoken" if keeps_cache(model) else "mean")
 
 
+def width_of(model: ModelFacts) -> int:
+    """Return how many numbers a model's vector of a text has; 0 if that is not known."""
+    dense = model.task.sentence.dense
+    return dense[-1].outputs if dense else model.hidden
+
+
 def lacks_vectors(model: ModelFacts) -> str:
     """Return why no engine here makes a model's vectors as sentence-transformers does, or ""."""
     sentence = model.task.sentence
     if model.sees_images or model.encoder_decoder:
         return "makes vectors of texts by encoders and decoders alone"
-    if other := [name for name in sentence.modules if name not in _MODULES]:
-        return f"makes vectors without the module {other[0]}, which its modules.json lists"
+    if sentence.odd:
+        return f"makes vectors without the module {sentence.odd}, as its modules.json has it"
     if (mode := pooling_of(model)) not in POOLED:
         return f"has no pooling {mode}; it has {', '.join(POOLED)}"
     if not sentence.includes_prompt:
@@ -162,6 +166,8 @@ def lacks_llamacpp(model: ModelFacts) -> str:
     match model.task.kind:
         case "embed" if keeps_cache(model) and not is_known_decoder(name):
             return "is not known here to make vectors of this class"
+        case "embed" if model.task.sentence.dense:
+            return "makes vectors without the module Dense, which its modules.json lists"
         case "embed":
             return lacks_vectors(model)
         case "rerank" if name in LLAMACPP_PAIRS:

@@ -34,6 +34,7 @@ from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_
 from weightsmith.provenance.labels import has_own_engine
 from weightsmith.serving.engine import Engine, projector_in
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
+from weightsmith.serving.pooling import width_of
 from weightsmith.steps.delivery import candidate
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.launch import (
@@ -151,7 +152,7 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         sees=takes_pictures(evaluation.artifact),
         parts=evaluation.parts,
         task=evaluation.model.task,
-        width=evaluation.model.hidden,
+        width=width_of(evaluation.model),
     )
     if engine.lets_requests_end(config.plan) or has_own_engine(image.labels):
         promise = replace(promise, grace_seconds=GRACE_SECONDS)
