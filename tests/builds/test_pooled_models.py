@@ -6,7 +6,7 @@ Vectors and scores are compared with base and adapter unmerged in transformers a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def asked(image: str, port: int, seconds: float = 120) -> Iterator[httpx.Client]
             yield client
 
 
-def vectors(client: httpx.Client) -> np.ndarray:
-    answer = client.post("/v1/embeddings", json={"model": "m", "input": list(TEXTS)})
+def vectors(client: httpx.Client, texts: Sequence[str] = TEXTS) -> np.ndarray:
+    answer = client.post("/v1/embeddings", json={"model": "m", "input": list(texts)})
     assert answer.status_code == 200, answer.text
     return np.array([row["embedding"] for row in answer.json()["data"]])
 
@@ -87,6 +87,22 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
     seen = checks(told)
     assert seen["embed"] == "256 numbers, length 1.000"
     assert seen["SIGTERM"].endswith("a request was answered")
+
+
+@pytest.mark.full
+def test_an_own_vocabulary_of_sentence_pieces_cuts_texts_as_transformers_does(
+    tmp_path: Path,
+) -> None:
+    """It has no map of characters, and blanks count once."""
+    base = encoders.xlm_roberta(tmp_path / "base")
+    unmerged = adapted(base, tmp_path / "adapter", "FEATURE_EXTRACTION")
+    texts = (*TEXTS, "  two   blanks  red")
+    expected = mean_vectors(unmerged, AutoTokenizer.from_pretrained(base), texts).numpy()
+
+    with asked(built(tmp_path, "llamacpp-f16")["image"], 8080) as client:
+        found = vectors(client, texts)
+
+    assert (found * expected).sum(1).min() > 0.9999
 
 
 @pytest.mark.full

@@ -16,6 +16,9 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+    XLMRobertaTokenizer,
 )
 
 WORDS = (
@@ -67,6 +70,26 @@ def roberta(folder: Path) -> Path:
         vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, **SIZES
     )
     return _written(folder, RobertaModel(config), tokenizer)
+
+
+def xlm_roberta(folder: Path) -> Path:
+    """The same as an XLM-RoBERTa whose vocabulary transformers wrote: no map of characters."""
+    tokenizer = unigrams(WORDS.split())
+    config = XLMRobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, **SIZES
+    )
+    return _written(folder, XLMRobertaModel(config), tokenizer)
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyzTü.,!é"
+
+
+def unigrams(words):
+    """Return a tokenizer of SentencePiece's kind with these words, and letters for others."""
+    pieces = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+    pieces += [(f"▁{word}", -3.0 - n / 100) for n, word in enumerate(dict.fromkeys(words))]
+    pieces += [(letter, -8.0 - n / 100) for n, letter in enumerate(f"▁{_LETTERS}")]
+    return XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)])
 
 
 def _written(folder, model, tokenizer):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
 from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import convert
@@ -154,3 +154,66 @@ def test_a_model_that_lacks_nothing_is_read_where_it_is():
     model = ROOT / "examples" / "tiny" / "base"
     with with_pieces(model) as view:  # bytes are its characters: no pieces
         assert view == model
+
+
+BLANKS = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+MAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+@pytest.fixture
+def unigram(tmp_path):
+    """Write an XLM-RoBERTa's vocabulary with a normalizer; return the folder."""
+
+    def write(normalizer, **more):
+        config = {"architectures": ["XLMRobertaForSequenceClassification"], **more}
+        told = {"model": {"type": "Unigram", "vocab": []}, "normalizer": normalizer}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+        return tmp_path
+
+    return write
+
+
+def mapped(view):
+    told = json.loads((view / "tokenizer.json").read_text())
+    config = json.loads((view / "tokenizer_config.json").read_text())
+    assert config["clean_up_tokenization_spaces"] is True
+    assert told["normalizer"]["type"] == "Precompiled"
+    return told["normalizer"]["precompiled_charsmap"]
+
+
+@pytest.mark.parametrize("steps", [[MAP], [MAP, BLANKS], [BLANKS, MAP]])
+def test_a_map_of_characters_is_put_where_the_converter_looks(unigram, steps):
+    with with_pieces(unigram({"type": "Sequence", "normalizers": steps})) as view:
+        assert mapped(view) == "AAAA"
+
+
+@pytest.mark.parametrize("none", [None, {"type": "Sequence", "normalizers": []}, BLANKS, [], "x"])
+def test_without_a_map_all_characters_stay(unigram, none):
+    with with_pieces(unigram(none)) as view:
+        normalizer = Tokenizer.from_str(
+            json.dumps(
+                {
+                    **json.loads(Tokenizer(Unigram([("a", 0.0)])).to_str()),
+                    "normalizer": {"type": "Precompiled", "precompiled_charsmap": mapped(view)},
+                }
+            )
+        ).normalizer
+    text = "Ünder ﬁ  \u3000\uff21\u0301"
+    assert normalizer.normalize_str(text) == text
+
+
+def test_other_vocabularies_are_read_where_they_are(unigram):
+    for folder in (unigram(MAP), unigram(None, architectures=["T5EncoderModel"])):
+        with with_pieces(folder) as view:
+            assert view == folder
+    (folder / "sentencepiece.bpe.model").write_bytes(b"")
+    with with_pieces(unigram(None)) as view:
+        assert view == folder
+
+
+def test_a_normalizer_that_llamacpp_does_not_have_is_refused(unigram):
+    for steps in ([{"type": "Lowercase"}], [MAP, {"type": "NFKC"}], [MAP, MAP], [{}]):
+        folder = unigram({"type": "Sequence", "normalizers": steps})
+        with pytest.raises(InputRefused, match="has the normalizer"), with_pieces(folder):
+            pass

@@ -23,8 +23,10 @@ import importlib
 import json
 import re
 import runpy
+import struct
 import sys
 import traceback
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +61,15 @@ _LONGEST = 300
 """Characters of an error that are shown."""
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _MODEL, _TOKENIZER, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+_UNIGRAM = "sentencepiece.bpe.model"
+"""XLM-RoBERTa's, which is none of byte pairs."""
+_BLANKS = {"Regex": " {2,}"}
+_NO_MAP = {
+    "type": "Precompiled",
+    "precompiled_charsmap": b64encode(struct.pack("<I", 1024) + bytes(1025)).decode(),
+}
+"""A map of SentencePiece (normalizer.cc) that leaves all characters: the length of its trie, of 256
+units of which none leads anywhere, and an empty text."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MOST, _LONGEST_PIECE = 4_000_000, 4096
 """Pieces, and characters of one; the largest vocabularies have a million and some hundred."""
@@ -307,6 +318,8 @@ def with_pieces(model: Path) -> Iterator[Path]:
         if tokenizer and "added_tokens_decoder" not in config:
             added = {str(token["id"]): token for token in tokenizer.get("added_tokens", ())}
             files[_CONFIG] = json.dumps({**config, "added_tokens_decoder": added}).encode()
+    if kind.get("type") == "Unigram" and not (model / _UNIGRAM).exists():
+        files |= _with_charsmap(model, tokenizer)
     if not files:
         yield model
         return
@@ -319,6 +332,35 @@ def with_pieces(model: Path) -> Iterator[Path]:
         for name, data in files.items():
             (view / name).write_bytes(data)
         yield view
+
+
+def _with_charsmap(model: Path, tokenizer: Mapping[str, Any]) -> Mapping[str, bytes]:
+    """Return the files of an XLM-RoBERTa's own vocabulary as the converter reads them.
+
+    It takes the characters' map from a certain place of tokenizer.json, and fails if there is none.
+    A text's blanks count once, which it would read from a setting of another meaning. Raises
+    InputRefused for a normalizer that llama.cpp does not have.
+    """
+    named = (_read(model / "config.json").get("architectures") or [""])[0]
+    whole = tokenizer.get("normalizer")
+    steps = whole.get("normalizers", [whole]) if isinstance(whole, dict) else []
+    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    if "XLMRoberta" not in str(named) or (
+        steps == [whole] and steps[0].get("type") == "Precompiled"
+    ):
+        return {}
+    blanks = [step for step in steps if step.get("pattern") == _BLANKS]
+    maps = [step for step in steps if step.get("type") == "Precompiled"]
+    if len(maps) + len(blanks) < len(steps) or len(maps) > 1:
+        odd = next((one for one in steps if one not in blanks + maps[:1]), {})
+        raise InputRefused(
+            f"{_TOKENIZER} has the normalizer {odd.get('type')}, and llama.cpp knows none but"
+            " SentencePiece's map of characters for this vocabulary",
+            hint="choose target vllm",
+        )
+    made = {**tokenizer, "normalizer": maps[0] if maps else _NO_MAP}
+    config = {**_read(model / _CONFIG), "clean_up_tokenization_spaces": True}
+    return {_TOKENIZER: json.dumps(made).encode(), _CONFIG: json.dumps(config).encode()}
 
 
 def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
