@@ -1,4 +1,4 @@
-"""An embedding model from its adapter to an image of llama.cpp that is judged by what it finds."""
+"""From adapters to images of llama.cpp that are judged by what they find, or how they order it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 from weightsmith.building.wiring import cache_folder
 
-from tests.fakes import pooled_models
+from tests.fakes import pooled_models, pooled_xlm
 from tests.fakes.started import weightsmith
 
 pytestmark = [pytest.mark.builders, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -51,3 +51,30 @@ def test_the_image_finds_what_base_and_adapter_find(tmp_path: Path) -> None:
     other = built(tmp_path, trained, "serve.extra.pooling=cls")
     assert other["verdict"] == "not proven"
     assert any("gives other vectors than the reference" in text for text in other["unproven"])
+
+
+@pytest.mark.full
+def test_the_image_orders_documents_as_base_and_adapter_do(tmp_path: Path) -> None:
+    """The adapter brings the head to an encoder that was saved alone, with its own vocabulary."""
+    trained = pooled_xlm.made(cache_folder() / "trained")
+    pooled_models.write_lines(tmp_path / "pairs.jsonl", pooled_models.candidates(60))
+    recipe = {
+        "name": "orders", "base": {"source": str(trained / "base")},
+        "adapters": [{"source": str(trained / "adapter")}],
+        "evaluate": {"data": "pairs.jsonl", "metric": "rerank", "max_drop": 0.05},
+        "targets": ["llamacpp-f16"],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    told = weightsmith(
+        "build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local",
+        "--dist", tmp_path / "dist", store=tmp_path / "store",
+    )  # fmt: skip
+    report = Path(told["targets"]["llamacpp-f16"]["report"])
+    record = json.loads((report.parent / "build.json").read_text())
+
+    scores = {who: one["score"] for who, one in record["scores"].items()}
+    assert record["verdict"] == "passed"
+    assert scores["adapter"] > 0.85
+    assert scores["merged"] == pytest.approx(scores["adapter"], abs=1e-3)
+    assert scores["image"] == pytest.approx(scores["adapter"], abs=0.02)
+    assert "base" not in scores, "it has no head of its own"
