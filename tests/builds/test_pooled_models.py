@@ -90,11 +90,12 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("mapped", [False, True])
 def test_an_own_vocabulary_of_sentence_pieces_cuts_texts_as_transformers_does(
-    tmp_path: Path,
+    tmp_path: Path, mapped: bool
 ) -> None:
-    """It has no map of characters, and blanks count once."""
-    base = encoders.xlm_roberta(tmp_path / "base")
+    """Without a map of characters, or with one; blanks count once."""
+    base = encoders.xlm_roberta(tmp_path / "base", mapped=mapped)
     unmerged = adapted(base, tmp_path / "adapter", "FEATURE_EXTRACTION")
     texts = (*TEXTS, "  two   blanks  red")
     expected = mean_vectors(unmerged, AutoTokenizer.from_pretrained(base), texts).numpy()

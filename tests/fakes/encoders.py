@@ -1,6 +1,7 @@
 """Small encoders with random weights and adapters for them, which a test compares numbers of."""
 
 import json
+import struct
 from pathlib import Path
 
 import torch
@@ -72,9 +73,13 @@ def roberta(folder: Path) -> Path:
     return _written(folder, RobertaModel(config), tokenizer)
 
 
-def xlm_roberta(folder: Path) -> Path:
-    """The same as an XLM-RoBERTa whose vocabulary transformers wrote: no map of characters."""
-    tokenizer = unigrams(WORDS.split())
+def xlm_roberta(folder: Path, *, mapped: bool = False) -> Path:
+    """The same as an XLM-RoBERTa whose vocabulary transformers wrote, in tokenizer.json alone.
+
+    It has no map of characters, or one (`mapped`) that leaves them all.
+    """
+    identity = struct.pack("<I", 1024) + bytes(1025) if mapped else None
+    tokenizer = unigrams(WORDS.split(), _spm_precompiled_charsmap=identity)
     config = XLMRobertaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, **SIZES
     )
@@ -84,12 +89,12 @@ def xlm_roberta(folder: Path) -> Path:
 _LETTERS = "abcdefghijklmnopqrstuvwxyzTü.,!é"
 
 
-def unigrams(words):
+def unigrams(words, **more):
     """Return a tokenizer of SentencePiece's kind with these words, and letters for others."""
     pieces = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
     pieces += [(f"▁{word}", -3.0 - n / 100) for n, word in enumerate(dict.fromkeys(words))]
     pieces += [(letter, -8.0 - n / 100) for n, letter in enumerate(f"▁{_LETTERS}")]
-    return XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)])
+    return XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)], **more)
 
 
 def _written(folder, model, tokenizer):

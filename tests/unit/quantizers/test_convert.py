@@ -167,6 +167,7 @@ def unigram(tmp_path):
     def write(normalizer, **more):
         config = {"architectures": ["XLMRobertaForSequenceClassification"], **more}
         told = {"model": {"type": "Unigram", "vocab": []}, "normalizer": normalizer}
+        told["pre_tokenizer"] = {"pretokenizers": [{"type": "WhitespaceSplit"}]}
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "tokenizer.json").write_text(json.dumps(told))
         return tmp_path
@@ -182,9 +183,12 @@ def mapped(view):
     return told["normalizer"]["precompiled_charsmap"]
 
 
-@pytest.mark.parametrize("steps", [[MAP], [MAP, BLANKS], [BLANKS, MAP]])
-def test_a_map_of_characters_is_put_where_the_converter_looks(unigram, steps):
-    with with_pieces(unigram({"type": "Sequence", "normalizers": steps})) as view:
+@pytest.mark.parametrize(
+    "whole",
+    [MAP, *({"type": "Sequence", "normalizers": s} for s in ([MAP], [MAP, BLANKS], [BLANKS, MAP]))],
+)
+def test_a_map_of_characters_is_put_where_the_converter_looks(unigram, whole):
+    with with_pieces(unigram(whole)) as view:
         assert mapped(view) == "AAAA"
 
 
@@ -204,9 +208,9 @@ def test_without_a_map_all_characters_stay(unigram, none):
 
 
 def test_other_vocabularies_are_read_where_they_are(unigram):
-    for folder in (unigram(MAP), unigram(None, architectures=["T5EncoderModel"])):
-        with with_pieces(folder) as view:
-            assert view == folder
+    folder = unigram(None, architectures=["T5EncoderModel"])
+    with with_pieces(folder) as view:
+        assert view == folder
     (folder / "sentencepiece.bpe.model").write_bytes(b"")
     with with_pieces(unigram(None)) as view:
         assert view == folder

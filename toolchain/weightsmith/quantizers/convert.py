@@ -338,28 +338,27 @@ def _with_charsmap(model: Path, tokenizer: Mapping[str, Any]) -> Mapping[str, by
     """Return the files of an XLM-RoBERTa's own vocabulary as the converter reads them.
 
     It takes the characters' map from a certain place of tokenizer.json, and fails if there is none.
-    A text's blanks count once, which it would read from a setting of another meaning. Raises
+    A text's blanks count once, which it reads from a setting of another meaning. Raises
     InputRefused for a normalizer that llama.cpp does not have.
     """
     named = (_read(model / "config.json").get("architectures") or [""])[0]
+    if "XLMRoberta" not in str(named):
+        return {}
     whole = tokenizer.get("normalizer")
     steps = whole.get("normalizers", [whole]) if isinstance(whole, dict) else []
     steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    if "XLMRoberta" not in str(named) or (
-        steps == [whole] and steps[0].get("type") == "Precompiled"
-    ):
-        return {}
     blanks = [step for step in steps if step.get("pattern") == _BLANKS]
-    maps = [step for step in steps if step.get("type") == "Precompiled"]
+    maps = [step for step in steps if isinstance(step.get("precompiled_charsmap"), str)]
     if len(maps) + len(blanks) < len(steps) or len(maps) > 1:
-        odd = next((one for one in steps if one not in blanks + maps[:1]), {})
+        odd = next((one for one in steps if one not in blanks + maps[:1]), steps[-1])
         raise InputRefused(
             f"{_TOKENIZER} has the normalizer {odd.get('type')}, and llama.cpp knows none but"
             " SentencePiece's map of characters for this vocabulary",
             hint="choose target vllm",
         )
     made = {**tokenizer, "normalizer": maps[0] if maps else _NO_MAP}
-    config = {**_read(model / _CONFIG), "clean_up_tokenization_spaces": True}
+    once = bool(blanks) or "WhitespaceSplit" in json.dumps(tokenizer.get("pre_tokenizer"))
+    config = {**_read(model / _CONFIG), "clean_up_tokenization_spaces": once}
     return {_TOKENIZER: json.dumps(made).encode(), _CONFIG: json.dumps(config).encode()}
 
 
