@@ -134,7 +134,10 @@ def _at_once(session: ServerSession, promise: Promise, count: int) -> str:
 def _end(session: ServerSession, stop: Callable[[float], int | None], promise: Promise) -> str:
     """Stop the server while it reads a text: the request must be answered.
 
-    A lost one counts as late, and is tried again: nothing says when an engine has begun to read.
+    A lost one counts as late, and is tried again. A server may have accepted a text and not begun
+    to read it: then llama.cpp answers 503, and vLLM's engine refuses what its front end hands over
+    after SIGTERM (0.32, v1/engine/core.py, `_reject_add_in_shutdown`). Nothing that a server says
+    tells when it has begun, and a text is read too quickly to ask.
     """
     path, _ = ASKED[promise.task.kind]
     body, sent = _long(promise, max(1, promise.max_model_len // _WORDY)), Event()
