@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForPreTraining
 from weightsmith.building.wiring import cache_folder
+from weightsmith.merging.engine import MergeRequest, merge
 
+from tests import vllm_parts
 from tests.fakes import encoders, pooled_models
 from tests.fakes.encoders import TEXTS, adapted, mean_vectors
 from tests.fakes.started import weightsmith
@@ -43,6 +47,39 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
     checks = {check["name"]: check["seen"] for check in record["checks"]}
     assert checks["embed"] == "256 numbers, length 1.000"
     assert checks["SIGTERM"].endswith("a request was answered")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """vLLM's packages in one process: an image of them would be packed and started per model."""
+    root = tmp_path_factory.mktemp("engine")
+    with vllm_parts.answering(Path(__file__).with_name("pooling_engine.py"), root) as ask:
+        yield ask
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("family", ["bert", "gaps", "roberta", "xlm_roberta"])
+def test_a_head_below_which_the_encoder_was_renamed(
+    engine: Callable[..., Any], tmp_path: Path, family: str, task: str
+) -> None:
+    """vLLM's numbers are those of the unmerged model, also where the base had another head."""
+    base = getattr(encoders, family.replace("gaps", "bert"))(tmp_path / "base")
+    if family == "gaps":
+        BertForPreTraining.from_pretrained(base).save_pretrained(base)
+    unmerged = adapted(base, tmp_path / "adapter", task, num_labels=3)
+    out = tmp_path / "merged"
+    merge(MergeRequest(base=base, adapters=((tmp_path / "adapter", 1.0),), out=out))
+
+    found = engine({"model": str(out), "texts": list(TEXTS), "tokens": task == "TOKEN_CLS"})
+
+    assert isinstance(found, list), found
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for text, probabilities in zip(TEXTS, found, strict=True):
+        with torch.no_grad():
+            logits = unmerged(**tokenizer(text, return_tensors="pt")).logits[0]
+        torch.testing.assert_close(
+            torch.tensor(probabilities), logits.softmax(-1), atol=1e-4, rtol=0
+        )
 
 
 SUITES: dict[str, tuple[str, list[dict[str, Any]]]] = {

@@ -41,11 +41,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
+GAPS = ("Roberta", "DistilBert", "Electra", "ModernBert")
+BASES = [
+    *((name, "Model") for name in MODELS), *((name, "ForMaskedLM") for name in GAPS),
+    ("Bert", "ForPreTraining"),
+]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", MODELS)
-def test_the_encoders_tensors_are_named_as_transformers_names_them(
-    tmp_path: Path, name: str, task: str
+@pytest.mark.parametrize(("name", "kind"), BASES)
+def test_the_tensors_are_those_of_the_class_that_transformers_saves(
+    tmp_path: Path, name: str, kind: str, task: str
 ) -> None:
     """BERT's pooler, which `dense` names too, is not in its class for tokens."""
     from peft import LoraConfig, get_peft_model
@@ -53,7 +60,7 @@ def test_the_encoders_tensors_are_named_as_transformers_names_them(
     prefix, sizes, target = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**sizes)
-    base = getattr(transformers, f"{name}Model")(config)
+    base = getattr(transformers, f"{name}{kind}")(config)
     base.save_pretrained(tmp_path / "base")
     headed = getattr(transformers, f"{name}{TASKS[task]}")
     ids = torch.arange(1, 21).view(2, 10)
@@ -73,7 +80,9 @@ def test_the_encoders_tensors_are_named_as_transformers_names_them(
         found, told = headed.from_pretrained(out, output_loading_info=True)
 
     names = load_file(out / "model.safetensors").keys()
-    assert {*names} >= {*found.state_dict()}
+    assert {*names} - {f"{prefix}pooler.dense.{part}" for part in ("weight", "bias")} == {
+        *found.state_dict()
+    } - {f"{prefix}pooler.dense.{part}" for part in ("weight", "bias")}
     heads = ("classifier", "pre_classifier", "score", "head")
     assert {one for one in names if not one.startswith(prefix)} == {
         one for one in found.state_dict() if one.startswith(heads)
@@ -89,14 +98,18 @@ def test_the_encoders_tensors_are_named_as_transformers_names_them(
 HEAD = {"task_type": "SEQ_CLS", "target_modules": ["query"], "modules_to_save": ["classifier"]}
 
 
-def test_a_base_with_a_head_keeps_its_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kept"), [("BertForPreTraining", set()), ("BertForCausalLM", {"cls.bias"})]
+)
+def test_a_base_with_a_head_keeps_its_names(tmp_path: Path, name: str, kept: set[str]) -> None:
+    """But a head for gaps in texts goes."""
     base = {"bert.layer.0.query.weight": random(4, 4), "cls.bias": random(4)}
     adapter = factors("bert.layer.0.query", random(2, 4), random(4, 2))
     adapter |= {"classifier.weight": random(3, 4)}
 
-    found = merged(tmp_path, base, adapter, HEAD, architectures=["BertForPreTraining"])
+    found = merged(tmp_path, base, adapter, HEAD, architectures=[name])
 
-    assert found.keys() == base.keys() | {"classifier.weight"}
+    assert found.keys() == {"bert.layer.0.query.weight", "classifier.weight"} | kept
 
 
 def test_a_layer_that_the_file_lacks_is_refused_with_a_new_head_too(tmp_path: Path) -> None:
@@ -106,3 +119,17 @@ def test_a_layer_that_the_file_lacks_is_refused_with_a_new_head_too(tmp_path: Pa
 
     with pytest.raises(InputRefused, match=r"no weights for 1 of its target modules.*layer\.1"):
         merged(tmp_path, base, adapter, HEAD, architectures=["BertModel"])
+
+
+def test_a_part_that_only_the_new_class_has_is_asked_for(tmp_path: Path) -> None:
+    """BERT's pooler is drawn anew in training if the base has none."""
+    base = {"bert.layer.0.query.weight": random(4, 4)}
+    adapter = factors("bert.layer.0.query", random(2, 4), random(4, 2))
+    adapter |= factors("bert.pooler.dense", random(2, 4), random(4, 2))
+    adapter |= {"classifier.weight": random(3, 4)}
+
+    with pytest.raises(InputRefused, match=r"bert\.pooler\.dense, which the base does not have"):
+        merged(
+            tmp_path, base, adapter, {**HEAD, "target_modules": ["query", "dense"]},
+            architectures=["BertForMaskedLM"],
+        )  # fmt: skip

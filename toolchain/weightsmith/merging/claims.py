@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ _KINDS = {
 _WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_tokens_delta")
 """Parts of keys that `target_modules` says nothing about."""
 _HEAD = re.compile(r"(?:LMHeadModel|For[A-Z]\w*|Model)$")
+_FILLS_GAPS = re.compile(r"For(?:MaskedLM|PreTraining)$")
 _IN_LAYER = re.compile(r"\.\d+\.")
 _LENGTH = 80
 """Characters of a setting that are shown."""
@@ -296,6 +297,27 @@ def prefix_below_head(claims: Sequence[Claim]) -> str:
         for module, stored in pairs
     }
     return added.pop() if len(added) == 1 else ""
+
+
+def old_head(
+    config: Mapping[str, JsonValue], claims: Sequence[Claim], names: Iterable[str]
+) -> frozenset[str]:
+    """Return the base's tensors of a head for gaps in texts, of which a new head takes the place.
+
+    transformers leaves them out; vLLM does not load a checkpoint with them. ModernBERT's `head` is
+    a part of its classifiers, too.
+    """
+    listed = config.get("architectures")
+    own = str(listed[0]) if isinstance(listed, list) and listed else ""
+    changed = [claim for claim in claims if claim.target and not claim.new]
+    encoders = {claim.target.partition(".")[0] for claim in changed} - {"head"}
+    known = all(claim.target.startswith(f"{claim.module}.") for claim in changed)
+    if not (_FILLS_GAPS.search(own) and any(claim.new for claim in claims)):
+        return frozenset()
+    if not known or len(encoders) != 1:
+        return frozenset()
+    kept = (f"{encoders.pop()}.", "head.")
+    return frozenset(name for name in names if not name.startswith(kept))
 
 
 def task_settings(

@@ -39,6 +39,7 @@ from weightsmith.merging.base import (
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim, read_adapter
 from weightsmith.merging.claims import (
     claims_of,
+    old_head,
     prefix_below_head,
     task_settings,
     unmatched_parameters,
@@ -152,6 +153,12 @@ def make_plan(
     shards, changed, notes = compose(tensors, tie, views, claims, dtype, combination)
     if prefix := next(filter(None, map(prefix_below_head, claims)), ""):
         shards = _below(prefix, shards, tensors.sources)
+    dropped = frozenset[str]().union(*(old_head(config, some, tensors.sources) for some in claims))
+    shards = tuple(
+        replace(shard, outputs=kept)
+        for shard in shards
+        if (kept := tuple(one for one in shard.outputs if one.name not in dropped))
+    )
     return MergePlan(
         base=index,
         base_files=tuple(name for name in files if not (based.dropped and name in STALE)),

@@ -152,8 +152,8 @@ LLAMACPP_PAIRS = frozenset(
         "XLMRobertaForSequenceClassification",
     }
 )  # fmt: skip
-"""Rerankers whose scores llama.cpp's server gives as transformers does (compared for RoBERTa and
-ModernBERT; XLM-RoBERTa has the head of RoBERTa)."""
+"""Rerankers whose scores llama.cpp's server gives as transformers does (compared for all
+three)."""
 _NO_POOLER = (
     "leaves out BERT's pooler when it converts, and gives both texts of a pair the same type: its"
     " scores would be others"

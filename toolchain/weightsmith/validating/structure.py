@@ -32,6 +32,11 @@ _FREE = {
 """Keys of config.json that a merge may change; those that matter have checks of their own."""
 _TASKS = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
 """Of adapters that may bring a head."""
+_FILLS_GAPS = re.compile(r"For(MaskedLM|PreTraining)$")
+_OLD_HEAD = re.compile(
+    r"(cls|decoder|predictions|sop_classifier|vocab_\w+|\w+_predictions|(\w+_)?lm_head)\."
+)
+"""Tensors of heads that fill gaps, which no classifier has."""
 _LABELLED = re.compile(r"(^|\.)(score|classifier)\.(out_proj\.)?weight$")
 """Matrices with a row for each label; not what comes before, such as DistilBERT's."""
 _LABELS = frozenset({"id2label", "label2id"})
@@ -102,6 +107,11 @@ def _as_in(
     return old
 
 
+def _class(config: Mapping[str, JsonValue]) -> str:
+    listed = config.get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else ""
+
+
 def _may_bring_head(adapter: Path) -> bool:
     return read_json(adapter / "adapter_config.json").get("task_type") in _TASKS
 
@@ -114,7 +124,10 @@ def _tensors(
     heads: Collection[str],
 ) -> Iterator[Finding]:
     there = after.tensors
-    for name in sorted(old.keys() - there.keys()):
+    gone = old.keys() - there.keys()
+    if heads and _FILLS_GAPS.search(_class(config)) and not _FILLS_GAPS.search(_class(new)):
+        gone = {name for name in gone if not _OLD_HEAD.match(name)}
+    for name in sorted(gone):
         yield finding(ERROR, "files", f"tensor {name} is missing", name)
     # An untied head and replicated layers are new tensors.
     untied = _is_tied(config) and not _is_tied(new)
