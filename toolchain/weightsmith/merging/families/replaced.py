@@ -38,7 +38,8 @@ FAMILY = Family(
         "`modules_to_save`": "the adapter's tensor replaces the base's",
         "`bias` all or lora_only": "the adapter's bias replaces the base's",
         "heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)": "the head "
-        "is added; `architectures` and labels in config.json are updated",
+        "is added; names of tensors, `architectures` and labels are those of the class with it; a "
+        "head that filled gaps in texts is left out",
         "resized vocabularies": "the adapter's embeddings replace the base's; `vocab_size` is "
         "updated",
     },
