@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.fakes.serving import Replying, Serving, serving
@@ -103,7 +103,7 @@ class KeyService:
     reference: str = ""
     """As cosign takes it."""
     asked: list[str] = field(default_factory=list)
-    key: ec.EllipticCurvePrivateKey = field(
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey = field(
         default_factory=lambda: ec.generate_private_key(ec.SECP256R1())
     )
 
@@ -118,16 +118,23 @@ class KeyService:
 
     def answer(self, target: str, body: dict[str, str]) -> dict[str, object]:
         self.asked.append(target)
-        facts = {"KeyId": KEY_ID, "KeyUsage": "SIGN_VERIFY", "KeySpec": "ECC_NIST_P256",
-                 "SigningAlgorithms": ["ECDSA_SHA_256"]}  # fmt: skip
+        spec, ways = "ECC_NIST_P256", ["ECDSA_SHA_256"]
+        if isinstance(self.key, rsa.RSAPrivateKey):
+            spec, ways = "RSA_2048", ["RSASSA_PSS_SHA_256", "RSASSA_PKCS1_V1_5_SHA_256"]
+        facts = {"KeyId": KEY_ID, "KeyUsage": "SIGN_VERIFY", "KeySpec": spec,
+                 "SigningAlgorithms": ways}  # fmt: skip
         if target == "DescribeKey":
             return {"KeyMetadata": facts}
         if target == "GetPublicKey":
             public = self.key.public_key()
             data = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
             return {**facts, "PublicKey": base64.b64encode(data).decode()}
-        how = ec.ECDSA(utils.Prehashed(hashes.SHA256()))
-        made = self.key.sign(base64.b64decode(body["Message"]), how)
+        digest, known = base64.b64decode(body["Message"]), utils.Prehashed(hashes.SHA256())
+        if isinstance(self.key, rsa.RSAPrivateKey):
+            assert body["SigningAlgorithm"] == ways[1], "cosign checks no other"
+            made = self.key.sign(digest, padding.PKCS1v15(), known)
+        else:
+            made = self.key.sign(digest, ec.ECDSA(known))
         return {"KeyId": KEY_ID, "Signature": base64.b64encode(made).decode()}
 
 

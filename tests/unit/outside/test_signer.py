@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from securesystemslib.dsse import Envelope
-from securesystemslib.signer import SSlibKey
+from securesystemslib.signer import CryptoSigner, SSlibKey
 from weightsmith.building.wiring import make_signer
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Signer
@@ -23,7 +25,7 @@ from weightsmith.provenance.signing import (
 )
 from weightsmith.provenance.statements import Statement
 
-from tests.fakes.auth_server import key_service
+from tests.fakes.auth_server import KeyService, key_service
 from tests.fakes.baking import make_key
 
 TEXT = b"what is signed"
@@ -169,8 +171,92 @@ def test_a_key_service_that_cannot_be_reached_is_reported_before_the_work() -> N
 
 def test_a_key_service_without_cosign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EnvironmentFailure, match="cosign"):
+    monkeypatch.setattr("weightsmith.outside.signer.find_spec", lambda _: None)
+    for key in ("awskms:///alias/release", "hashivault://release"):
+        with pytest.raises(EnvironmentFailure, match="cosign") as caught:
+            open_signer(key)
+        assert "weightsmith[kms]" in caught.value.hint
+
+
+@pytest.fixture(params=["ECDSA", "RSA"])
+def cloud(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[KeyService]:
+    """Yield AWS's key service, where boto3 finds it; there is no cosign."""
+    pytest.importorskip("boto3", reason="boto3 is not installed")
+    with key_service(tmp_path) as service:
+        if request.param == "RSA":
+            service.key = rsa.generate_private_key(65537, 2048)
+        host = service.reference.split("/")[2]
+        for name, value in service.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"https://{host}")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        yield service
+
+
+def test_a_cloud_s_key_without_cosign(cloud: KeyService, tmp_path: Path) -> None:
+    """It signs there, and only digests are sent; openssl checks the signature."""
+    signer = make_signer("awskms:///alias/release")
+    assert signer
+    for name, data in (("text", TEXT), ("sig", signer.sign(TEXT)), ("key", signer.public)):
+        (tmp_path / name).write_bytes(data)
+    assert cloud.asked.count("Sign") == 2
+    subprocess.run(
+        ["/usr/bin/openssl", "dgst", "-sha256", "-verify", tmp_path / "key",
+         "-signature", tmp_path / "sig", tmp_path / "text"],
+        check=True,
+    )  # fmt: skip
+
+
+def test_a_cloud_that_cannot_be_reached(cloud: KeyService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "https://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(EnvironmentFailure, match="EndpointConnectionError") as caught:
         open_signer("awskms:///alias/release")
+    assert "s3cret" not in str(caught.value)
+    assert cloud.asked == []
+
+
+GOOGLE = "projects/p/locations/global/keyRings/r/cryptoKeys/k"
+
+
+@pytest.mark.parametrize(
+    ("key", "asked"),
+    [
+        (f"gcpkms://{GOOGLE}/versions/3", (f"{GOOGLE}/cryptoKeyVersions/3",)),
+        (f"gcpkms://{GOOGLE}/cryptoKeyVersions/3", (f"{GOOGLE}/cryptoKeyVersions/3",)),
+        ("azurekms://team.vault.azure.net/release", ("team", "release")),
+    ],
+)
+def test_references_of_other_clouds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, asked: tuple[str, ...]
+) -> None:
+    """Written as for cosign; what the library is asked is what it names the key by."""
+    signed, seen = CryptoSigner.generate_ecdsa(), []
+
+    def import_(*words: str) -> tuple[str, SSlibKey]:
+        seen.append(words)
+        return "fake:", signed.public_key
+
+    for one in ("GCPSigner", "AzureSigner"):
+        monkeypatch.setattr(f"securesystemslib.signer.{one}.import_", import_)
+    monkeypatch.setattr("securesystemslib.signer.Signer.from_priv_key_uri", lambda *_: signed)
+    monkeypatch.setattr("weightsmith.outside.signer.find_spec", lambda _: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    signer = make_signer(key)
+    assert seen == [asked]
+    assert signer
+    assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+
+
+@pytest.mark.parametrize(
+    "key", ["hashivault://release", "awskms://localhost:4566/release", f"gcpkms://{GOOGLE}"]
+)
+def test_what_only_cosign_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFailure, match="cosign"):
+        open_signer(key)
 
 
 @pytest.mark.parametrize("data", [b"", b"no key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n"])

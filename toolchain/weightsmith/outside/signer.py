@@ -1,13 +1,19 @@
-"""Signs with a private key: with a PEM file directly, with other keys through cosign."""
+"""Signs with a private key: a PEM file, a key of a cloud's service, or any other through cosign.
+
+securesystemslib speaks with the services of three clouds. What it lacks, such as Vault's keys other
+than Ed25519 or an endpoint of one's own, and every service where it is not installed, is cosign's.
+"""
 
 from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
@@ -26,11 +32,11 @@ def open_signer(key: str) -> Signer:
 
     References are cosign's: `awskms://…`, `gcpkms://…`, `azurekms://…`, `hashivault://…`.
 
-    Raises UsageError for an invalid key, EnvironmentFailure if cosign is needed and missing or
-    cannot use the key.
+    Raises UsageError for an invalid key, EnvironmentFailure if the service cannot use the key, or
+    cosign is needed and missing.
     """
     if "://" in key:
-        return _by_cosign(key)
+        return _by_service(key) or _by_cosign(key)
     path = Path(key).expanduser()
     try:
         data = given_content(path)
@@ -83,11 +89,75 @@ def _by_library(path: Path, data: bytes) -> Signer:
     return Signer(sign=sign, public=public)
 
 
+_AWS, _GOOGLE, _AZURE = (
+    re.compile(r"awskms:///(?P<id>.+)"),
+    re.compile(r"gcpkms://(?P<id>projects/.+)/(crypto[kK]ey)?[vV]ersions/(?P<version>\d+)"),
+    re.compile(r"azurekms://(?P<vault>[\w-]+)\.vault\.azure\.net/(?P<id>[\w-]+)"),
+)
+"""References as cosign takes them, of keys that securesystemslib uses."""
+_RSA = "rsa-pkcs1v15-sha256"
+"""The scheme of RSA signatures that cosign checks."""
+
+
+def _by_service(key: str) -> Signer | None:
+    """Return the signer of a cloud's key; None if it is of another kind, or the extra is missing.
+
+    Raises EnvironmentFailure if the service cannot be reached, or refuses.
+    """
+    packages = {_AWS: "boto3", _GOOGLE: "google.cloud.kms", _AZURE: "azure.keyvault.keys"}
+    found = next(((one, m) for one in packages if (m := one.fullmatch(key))), None)
+    if found is None or not all(map(_installed, ("securesystemslib", packages[found[0]]))):
+        return None
+    from securesystemslib.signer import AWSSigner, AzureSigner, GCPSigner
+    from securesystemslib.signer import Signer as ServiceSigner
+
+    form, parts = found
+    try:
+        if form is _AWS:
+            import boto3
+
+            # The variable that cosign and AWS's other programs read; boto3 has another.
+            boto3.setup_default_session(region_name=os.environ.get("AWS_REGION") or None)
+            uri, public = AWSSigner.import_(parts["id"])
+            if public.keytype == "rsa":
+                uri, public = AWSSigner.import_(parts["id"], _RSA)
+        elif form is _GOOGLE:
+            uri, public = GCPSigner.import_(f"{parts['id']}/cryptoKeyVersions/{parts['version']}")
+        else:
+            uri, public = AzureSigner.import_(parts["vault"], parts["id"])
+        signer = ServiceSigner.from_priv_key_uri(uri, public)
+    except Exception as error:  # noqa: BLE001 - each cloud has errors of its own
+        raise _unusable(key, error) from None
+
+    def sign(text: bytes) -> bytes:
+        try:
+            return bytes.fromhex(signer.sign(text).signature)
+        except Exception as error:  # noqa: BLE001 - as above
+            raise _unusable(key, error) from None
+
+    return Signer(sign=sign, public=public.keyval["public"].encode())
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
+
+
+def _unusable(key: str, error: Exception) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"signing with {key}: {type(error).__name__}: {str(error)[:300]}",
+        hint="check the key's name, its kind, and the service's variables, such as AWS_REGION",
+    )
+
+
 def _by_cosign(key: str) -> Signer:
     if shutil.which("cosign") is None:
         raise EnvironmentFailure(
             f"signing with {key} needs the program cosign, which was not found",
-            hint="install it (https://docs.sigstore.dev), or give an unencrypted PEM key",
+            hint="install it (https://docs.sigstore.dev), or for a key of AWS, Google Cloud or "
+            "Azure `pip install 'weightsmith[kms]'`, or give an unencrypted PEM key",
         )
     settings = {
         # Without it cosign prompts on a terminal, which a build does not have.
