@@ -320,3 +320,18 @@ def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> No
     assert gate.found.startswith(f"not proven: PASSED is of {built.digest.short}, before")
     shown = inspect_text(inspect_image(name, warm.client, warm.engine))
     assert f"the scores are those of {built.digest.short}, before its base was replaced" in shown
+
+
+def test_a_bill_in_a_second_form(warm: Memory) -> None:
+    """It is stated, checked and copied as the first one, and stays when the base is replaced."""
+    warm.signer, key = new_signer(), warm.folder / "key.pub"
+    key.write_bytes(warm.signer.public)
+    warm.build("image.sbom=spdx", push=True)
+    name = f"{warm.repository}:{TAG}"
+    checks = {one.name: one.found for one in verify_image(name, key, warm.client, Silent()).checks}
+    assert "model.cdx.json, model.spdx.json" in checks["documents"]
+    base, to = f"{warm.registry.host}/engines/next:1", f"{name}-next"
+    push_base(warm.client, base, {"dev.weightsmith.engine": "llamacpp"}, {"app/x": b"1"})
+    rebase_image(RebaseCommand(source=name, onto=base, to=to, smoke=False, force=False), warm.tools)
+    checks = {one.name: one.found for one in verify_image(to, key, warm.client, Silent()).checks}
+    assert "model.cdx.json, model.spdx.json" in checks["documents"]

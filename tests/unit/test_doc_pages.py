@@ -1,6 +1,7 @@
 """The pages fit together: links lead somewhere, lists are whole, every promise has its test."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -37,6 +38,18 @@ def test_environment_page_lists_every_variable() -> None:
             used |= set(re.findall(VARIABLE, path.read_text("utf-8", "replace")))
     page = (ROOT / "docs/reference/environment.md").read_text("utf-8")
     assert set(re.findall(VARIABLE, page)) == used - CMAKE - LEVELS
+
+
+def test_the_ai_act_s_page_names_keys_that_a_build_has() -> None:
+    page = (ROOT / "docs/reference/eu-ai-act.md").read_text("utf-8")
+    schema = json.loads((ROOT / "docs/reference/build.schema.json").read_text("utf-8"))
+    inner = {"run_id", "source", "pin", "digest", "license", "card", "README.md", "report.html"}
+    cells = [line.split(" | ")[-1] for line in page.splitlines() if line.startswith("| ")]
+    words = {word for cell in cells for word in re.findall(r"`([\w.]+)`", cell)}
+    assert {word.partition(".")[0] if word.startswith("card.") else word for word in words} <= {
+        *schema["properties"], *inner
+    }  # fmt: skip
+    assert len(words & {*schema["properties"]}) > 20
 
 
 def test_exit_code_page_lists_every_code() -> None:

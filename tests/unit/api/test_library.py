@@ -174,7 +174,7 @@ IN_PYTHON = {
 }  # fmt: skip
 """Flags whose keyword has another name: it takes several or one, or is the recipe's key."""
 THE_RECIPES = {"base", "adapter", "kind", "allow_low_bits", "allow_text_only", "gpu", "gpu_memory",
-               "gpu_count", "max_model_len", "max_num_seqs"}  # fmt: skip
+               "gpu_count", "max_model_len", "max_num_seqs", "sbom"}  # fmt: skip
 """Flags that write a recipe, or a key of one: a caller has the recipe itself."""
 FLAGS_ALONE = {
     "merge": {"keep_adapter"},

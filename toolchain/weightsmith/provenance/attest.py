@@ -38,6 +38,7 @@ from weightsmith.provenance import statements
 from weightsmith.provenance.bills import (
     MEDIA_TYPE,
     MODEL_BILL,
+    SPDX_BILL,
     Ancestor,
     BilledModel,
     license_of,
@@ -47,12 +48,14 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     NUMBER,
+    SPDX_TYPE,
     UNMERGED,
     Evidence,
     resource_of,
     titled,
 )
 from weightsmith.provenance.labels import public_name, without_secrets
+from weightsmith.provenance.spdx import spdx_document
 from weightsmith.provenance.statements import (
     BASE_FILES,
     CONTENTS,
@@ -68,6 +71,8 @@ from weightsmith.serving.plan import ServingConfig
 
 _LARGEST_CORPORA = 16 << 20
 """Characters of the documents that are attached with an evaluation."""
+_NO_DATE = "1970-01-01T00:00:00Z"
+"""Of an artifact without one, whose digest depends on none."""
 _ASKED = ("messages", "pictures", "choices", "tolerance", "tools", "parts", "grades")
 """What a record keeps of a question beside its text and what is expected."""
 _MOST_PICTURES = 256 << 20
@@ -182,7 +187,11 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Attachment]) -> Evid
 
     `base_documents` are the bills of materials of the base.
     """
-    documents = [titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made))), *base_documents]
+    billed = _billed(made)
+    documents = [titled(MEDIA_TYPE, MODEL_BILL, ml_bom(billed)), *base_documents]
+    if made.inputs.recipe and made.inputs.recipe.image.sbom == "spdx":
+        created = str(made.image.settings.get("created") or _NO_DATE)
+        documents.append(titled(SPDX_TYPE, SPDX_BILL, spdx_document(billed, created)))
     if made.results:
         document = titled(EVALUATION_TYPE, "evaluation.json", evaluation(made.results))
         parts = (*document.parts, *_pictures(made.results))

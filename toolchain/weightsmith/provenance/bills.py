@@ -35,7 +35,7 @@ MEDIA_TYPE = "application/vnd.cyclonedx+json"
 _MODEL = "machine-learning-model"
 _FRONT_MATTER = 65536
 """Bytes of a model card that are searched for its front matter."""
-_LICENSES = {
+SPDX_LICENSES = {
     name.lower(): name
     for name in (
         *("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MPL-2.0", "Unlicense"),
@@ -47,6 +47,7 @@ _LICENSES = {
 OWN_ENGINE = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
 ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
+SPDX_BILL = "model.spdx.json"
 _TYPES = (MEDIA_TYPE, SPDX_TYPE)
 _PREDICATES = {
     "https://spdx.dev/Document": (SPDX_TYPE, "base.spdx.json"),
@@ -85,7 +86,7 @@ def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator
     there = reference.at(base.digest)
     for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
         one = registry.read_attachment(there, blob)
-        if MODEL_BILL in {part.annotations.get(TITLE) for part in one.parts}:
+        if {MODEL_BILL, SPDX_BILL} & {part.annotations.get(TITLE) for part in one.parts}:
             continue  # the base is an image of ours, and its model is not the one that is served
         size = sum(part.blob.size for part in one.parts)
         if one.artifact_type in _TYPES and size <= LARGEST_PART:
@@ -294,5 +295,5 @@ def _hash(digest: Digest) -> dict[str, str]:
 
 
 def _licenses(name: str) -> list[JsonValue]:
-    known = _LICENSES.get(name.lower())
+    known = SPDX_LICENSES.get(name.lower())
     return [{"license": {"id": known} if known else {"name": name}}] if name else []

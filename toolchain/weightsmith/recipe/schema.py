@@ -548,6 +548,11 @@ class ImageNames(Section):
         description="Platforms to make the image for, such as `linux/amd64` and `linux/arm64`; "
         "default: all that the base has, or this machine's for an engine that is made here.",
     )
+    sbom: Literal["cyclonedx", "spdx"] = Field(
+        "cyclonedx",
+        description="Form of the model's bill of materials: CycloneDX always, and with `spdx` also "
+        "SPDX 3 with its classes for models and datasets.",
+    )
     proven_on: tuple[str, ...] = Field(
         (),
         description="Node types, such as `nvidia-l4`, that the policies of a signed build ask "

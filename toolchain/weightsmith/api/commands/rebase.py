@@ -18,7 +18,7 @@ from weightsmith.oci.registry import ImageLocation, open_location
 from weightsmith.oci.streams import first_collision
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
-from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL, base_documents
+from weightsmith.provenance.bills import MODEL_BILL, SPDX_BILL, base_documents
 from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.labels import (
@@ -175,8 +175,7 @@ def _evidence(
     own = [
         d
         for d in filter(lineage.names, gathered.documents_in(attachments))
-        if d.artifact_type in kinds
-        or (d.artifact_type == MEDIA_TYPE and d.parts and d.parts[0].title == MODEL_BILL)
+        if d.artifact_type in kinds or (d.parts and d.parts[0].title in (MODEL_BILL, SPDX_BILL))
     ]
     documents = (*own, *base_documents(base, name, tools.registry))
     statement = statements.provenance(

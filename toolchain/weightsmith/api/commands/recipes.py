@@ -52,7 +52,11 @@ _REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision", "ad
 
 def recipe_of(asked: RecipeCommand) -> RecipeFile:
     """Return the checked recipe, changed by --set and then by flags; raises UsageError."""
-    flags = [*given("serve", asked.serve), *given("quantize", asked.quantize)]
+    flags = [
+        *given("serve", asked.serve),
+        *given("quantize", asked.quantize),
+        *given("image", asked.image),
+    ]
     flags += [f"outputs.kinds=[{', '.join(asked.kinds)}]"] if asked.kinds else []
     settings, recipe = [*asked.settings, *flags], asked.recipe
     if asked.base:

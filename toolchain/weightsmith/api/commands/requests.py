@@ -358,6 +358,7 @@ class RecipeCommand:
     quantize: Annotated[
         Quantize, FlagFields(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
     ] = _QUANTIZE
+    image: Annotated[ImageNames, FlagFields(only=("sbom",), over_recipe=True)] = _IMAGE_NAMES
     force: Force = False
     locked: Annotated[bool, "refuse sources that differ from the lock file next to the recipe"] = (
         False
