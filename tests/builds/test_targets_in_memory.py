@@ -14,6 +14,7 @@ from safetensors.numpy import load
 from weightsmith.api.commands.images import inspect_image, inspect_text
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.building import checks
+from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.models.folder import scan
@@ -312,6 +313,17 @@ def test_an_image_for_a_gpu_that_is_not_here_is_published_unstarted(memory: Memo
     assert set(built.scores) == {"base", "adapter", "merged"}
     assert any("it was not started" in text for text in memory.progress.warnings)
     assert "1.0.0-vllm" in {tag for _, tag in memory.registry.manifests}
+
+
+def test_without_an_engine_an_image_for_a_gpu_is_started_on_this_machines(
+    memory: Memory,
+) -> None:
+    memory.use_vllm()
+    memory.engine.answering = False
+    memory.launcher.runs_on = Devices(cpu="", cpus=2, gpus=("NVIDIA L4",))
+    memory.build("serve.gpu=nvidia-l4")
+
+    assert memory.launcher.with_gpu == [True]
 
 
 def both_platforms(memory: Memory, content: bytes = b"1") -> str:

@@ -34,3 +34,14 @@ def test_no_limit_leaves_what_the_kernel_estimates(
     (tmp_path / "memory.max").write_text("max\n")
 
     assert 1 << 20 < hardware.free_memory() <= host_memory()
+
+
+def test_the_drivers_libraries_are_found_where_the_loader_is_told_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path / 'empty'}:{tmp_path}")
+    names = {"libcuda.so.1", "libnvidia-ml.so.1", "libnvidia-nvvm.so.4"}
+    for name in (*names, "libcudart.so.13"):
+        (tmp_path / name).touch()
+
+    assert {path.name for path in hardware.driver_libraries()} == names

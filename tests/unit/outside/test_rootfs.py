@@ -78,6 +78,28 @@ def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path, mon
     assert not endpoint.alive()
 
 
+def test_a_program_for_a_gpu_finds_this_machines_driver(tmp_path, monkeypatch):
+    """No image has it, since it must be of the kernel module's version."""
+    driver = tmp_path / "driver"
+    driver.mkdir()
+    (driver / "libcuda.so.1").write_text("the driver\n")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))
+
+    def image(layout: str, root: Path) -> StartInfo:
+        info = unpack(layout, root)
+        (root / "usr").mkdir(exist_ok=True)
+        (root / "usr/local").symlink_to(tmp_path)  # leads out of the image
+        show = 'echo "$LD_LIBRARY_PATH"; cat "${LD_LIBRARY_PATH%%:*}/libcuda.so.1"; exec sleep 600'
+        env = {"LD_LIBRARY_PATH": "/opt/own"}
+        return replace(info, argv=("/bin/sh", "-c", show), env=env)
+
+    with serve(image, tmp_path, use_gpu=True) as endpoint:
+        need_namespaces(endpoint)
+        lines = wait_for_lines(endpoint, 2)
+    assert lines == ["/usr/local/nvidia/lib64:/opt/own", "the driver"]
+    assert not (tmp_path / "nvidia").exists()
+
+
 LISTEN = """
 import http.server, json, os, pathlib, socket, sys
 def attempt(action):

@@ -51,6 +51,29 @@ def devices() -> Devices:
     return Devices(cpu=model(), cpus=cores(), gpus=gpu_names())
 
 
+_DRIVER = (
+    "libcuda.so.1", "libnvidia-gpucomp.so.*", "libnvidia-ml.so.1", "libnvidia-nvvm.so.*",
+    "libnvidia-ptxjitcompiler.so.1",
+)  # fmt: skip
+"""What programs load of NVIDIA's driver, which must be of the kernel module's version: those of
+libnvidia-container (src/nvc_info.c, compute_libs and utility_libs) that compute and compile."""
+DISTRIBUTION_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64")
+"""Where a loader looks by itself."""
+_DRIVER_FOLDERS = (
+    *("/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/usr/lib/wsl/lib"),
+    *("/run/opengl-driver/lib", *DISTRIBUTION_FOLDERS),
+)
+
+
+def driver_libraries() -> tuple[Path, ...]:
+    """Return the libraries of NVIDIA's driver, all of one folder; () if there is none."""
+    named = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    for folder in map(Path, (*named, *_DRIVER_FOLDERS)):
+        if (folder / _DRIVER[0]).is_file():
+            return tuple(path for name in _DRIVER for path in sorted(folder.glob(name)))
+    return ()
+
+
 @functools.cache
 def gpu_names() -> tuple[str, ...]:
     """Return the names of the available NVIDIA GPUs; cached."""

@@ -24,7 +24,12 @@ from weightsmith.outside.environment import (
     is_complete,
     make_environment,
 )
-from weightsmith.outside.hardware import cores, gpu_names
+from weightsmith.outside.hardware import (
+    DISTRIBUTION_FOLDERS,
+    cores,
+    driver_libraries,
+    gpu_names,
+)
 from weightsmith.outside.lines import RESULT
 from weightsmith.outside.memory_watchdog import lies_in_memory
 from weightsmith.outside.ownership import private_folder
@@ -170,6 +175,10 @@ def _environment(temporary: Path, lib: Path, tools: Mapping[str, Path]) -> dict[
         "PYTHONPATH": str(lib),
         "PYTHONSAFEPATH": "1",
     }
+    driver = {str(library.parent) for library in driver_libraries()}
+    # Not a distribution's folders: its other libraries would go before torch's own.
+    if driver and not driver & set(DISTRIBUTION_FOLDERS):
+        own["LD_LIBRARY_PATH"] = driver.pop()
     named = {toolset.tools_variable(name): str(place) for name, place in tools.items()}
     return process.scrubbed({**own, **named})
 

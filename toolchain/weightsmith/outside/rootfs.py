@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError,
 from weightsmith.core.ports import Endpoint, Launcher, StartSpec
 from weightsmith.core.trees import give
 from weightsmith.outside import process
-from weightsmith.outside.hardware import devices
+from weightsmith.outside.hardware import devices, driver_libraries
 from weightsmith.outside.image_sandbox import SandboxSettings
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.privileges import NOBODY, Facts, is_root, words
@@ -101,6 +102,8 @@ class RootfsLauncher:
             info = self._unpack(image.removeprefix(_SCHEME), root)
             if not info.argv:
                 raise no_program(image)
+            if spec.use_gpu:
+                spec = replace(spec, env={**_lay_driver(root, info), **spec.env})
             if is_root():
                 try:
                     give(root, NOBODY, NOBODY)
@@ -117,6 +120,27 @@ class RootfsLauncher:
                     spec = replace(spec, env={**spec.env, **moved})
                     endpoint = _in_host_network(image, root, info, spec, port, servers)
                 yield endpoint
+
+
+_DRIVER = "/usr/local/nvidia/lib64"
+"""Where images of CUDA look for the driver's libraries, which no image has."""
+
+
+def _lay_driver(root: Path, info: StartInfo) -> Mapping[str, str]:
+    """Copy this machine's GPU driver into the image's files; return how its programs find it."""
+    if not (libraries := driver_libraries()):
+        return {}
+    folder = root
+    for name in Path(_DRIVER).parts[1:]:
+        folder /= name
+        if folder.is_symlink() or not folder.is_dir():  # a link could lead out
+            folder.unlink(missing_ok=True)
+            folder.mkdir()
+    for library in libraries:
+        (folder / library.name).unlink(missing_ok=True)
+        shutil.copyfile(library, folder / library.name)
+    known = info.env.get("LD_LIBRARY_PATH", "")
+    return {"LD_LIBRARY_PATH": f"{_DRIVER}:{known}" if known else _DRIVER}
 
 
 def _in_namespaces(

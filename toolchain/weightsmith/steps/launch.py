@@ -102,4 +102,6 @@ def missing_device(device: str, tools: Tools) -> str:
         return "" if flags >= AMX_FLAGS else "for a CPU with AMX and this machine has none"
     if is_cpu(device) or tools.engine.describe().get("gpu"):
         return ""
-    return "for a GPU and none is here"
+    # Without an engine, a layout is started here, with this machine's own GPUs.
+    here = None if tools.engine.answers() else tools.launcher.devices("")
+    return "" if here and here.gpus else "for a GPU and none is here"
