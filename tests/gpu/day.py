@@ -134,8 +134,9 @@ class Day:
     def gpu(self) -> str:
         """The planner's name of this machine's GPU."""
         (name, *_) = gpu_names() or ("",)
-        found = [known for known in GPUS if is_device(known, name)]
-        return max(found, key=len, default="")
+        words = [(a, known) for known, gpu in GPUS.items() for a in (known, *gpu.aliases)]
+        found = [(len(alias), known) for alias, known in words if is_device(alias, name)]
+        return max(found, default=(0, ""))[1]
 
     def models(self) -> tuple[Model, ...]:
         """Return what is built; the large one is written here, as its bytes need not travel."""
@@ -456,8 +457,9 @@ def served_program(day: Day, model: Model, target: str) -> Served:
         try:
             while not _healthy(url):
                 if server.poll() is not None or time.monotonic() - began > LONGEST:
-                    tail = " ".join(log.read_text(errors="replace").split("\n")[-25:])
-                    raise AssertionError(f"the server did not start: {tail[-1500:]}")
+                    lines = log.read_text(errors="replace").splitlines()
+                    told = [line for line in lines if "Error" in line] or lines
+                    raise AssertionError(f"the server did not start: {' '.join(told[-6:])}")
                 time.sleep(1)
             figures = {"started_as": "program", "start_seconds": round(time.monotonic() - began, 1)}
             yield url, plan, weights, figures

@@ -96,6 +96,23 @@ def test_without_a_gpu_the_day_ends_at_once(
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb"),
+        ("NVIDIA H200", "nvidia-h200-141gb"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100-80gb"),
+        ("NVIDIA L4", "nvidia-l4"),
+        ("NVIDIA Something", ""),
+    ],
+)
+def test_plans_know_the_gpu_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, known: str
+) -> None:
+    monkeypatch.setattr(day, "gpu_names", lambda: (name,))
+    assert day.Day(cpu=False, pack=None, work=tmp_path, base="").gpu == known
+
+
 def test_a_pack_travels_in_pieces(tmp_path: Path) -> None:
     folder, pieces, there = (tmp_path / name for name in ("pack", "pieces", "there"))
     (folder / "wheels").mkdir(parents=True)
@@ -163,7 +180,8 @@ def test_the_whole_day_on_a_cpu(tmp_path: Path, base: str) -> None:
     for target in TARGETS:
         result, why = told.pop(f"serve tiny {target}")
         if target in NEED_A_GPU or target.startswith("sglang"):
-            assert (result, bool(why)) == ("not run", True), target
+            assert result != "passed", target
+            assert why
         else:
             assert result == "passed", (target, why)
     assert told.pop("engine sglang")[0] == "not run"
