@@ -69,6 +69,9 @@ ALLOWED = {"vllm-fp8": 0.05, "vllm-fp8-block": 0.05, "vllm-w8a8": 0.02}
 """Nats between the engine's mean log-probability and that of the same weights in float32. Formats
 that round a layer's inputs to 8 bits may be further off (tests/real/test_vllm.py measured them)."""
 CLOSE = 0.01
+MERGED_SCORE = "score.json"
+REPLAY = "etc/weightsmith/replay.json"
+"""The replay set's path in an image."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,8 @@ def machine(day: Day) -> dict[str, Any]:
     names = gpu_names()
     if not names and not day.cpu:
         raise NotRun("nvidia-smi names no GPU")
+    if names and not day.gpu:
+        raise NotRun(f"plans do not know {names[0]}: add it to serving/devices.py")
     room = shutil.disk_usage(day.work).free
     driver = _smi("driver_version") if names else ""
     return {
@@ -291,8 +296,8 @@ def merge(day: Day, model: Model) -> dict[str, Any]:
         "merge_seconds": round(made["seconds"], 1), "validate_seconds": round(proved, 1),
         "wrong_elements": proof["elements"]["wrong"], "score": asked["score"], "answers": answers,
     }  # fmt: skip
-    expected = _expected(day, f"merge {model.name}")
-    if expected:
+    (out.parent / MERGED_SCORE).write_text(json.dumps(asked["score"]))
+    if expected := _expected(day, f"merge {model.name}"):
         assert figures["sha256"] == expected["sha256"], "other bytes than the CPU's"
         same = sum(map(str.__eq__, answers, expected["answers"]))
         figures["answers_as_on_cpu"] = f"{same} of {len(answers)}"
@@ -342,31 +347,54 @@ def serve(day: Day, model: Model, target: str) -> dict[str, Any]:
     """Start a target on the GPU, ask it, and compare memory and speed with the plan."""
     started = served_image if day.base else served_program
     before = _used_mib()
-    with started(day, model, target) as (url, plan, weights, figures):
-        figures |= {"score": None, **_metrics(url, plan)}
+    with started(day, model, target) as server:
+        url, figures = server.url, server.figures
+        figures |= {"score": None, **_metrics(url, server.plan)}
         if model.knows:
             asked = day.command(
-                "evaluate", "--url", url, "--data", model.questions, "--max-tokens", 32
-            )
+                "evaluate", "--url", url, "--served-name", model.name, "--data", model.questions,
+                "--max-tokens", 32,
+            )  # fmt: skip
             figures["score"] = asked["score"]
         if target.startswith("vllm"):
-            figures |= _proof(day, model, target, url, weights)
-        speed = day.command("bench", "--url", url, "--concurrency", f"1,{model.at_once}")
+            figures |= _proof(day, model, target, server)
+        packed = day.pack / "replay" / f"{model.name}-{target}.json" if day.pack else Path()
+        if (replay := packed if packed.is_file() else server.replay).is_file():
+            told = day.command("prove", "--url", url, "--replay", replay)
+            figures |= {
+                "replay": told["verdict"],
+                "replay_of": "cpu" if packed == replay else "image",
+            }
+        speed = day.command(
+            "bench", "--url", url, "--served-name", model.name, "--concurrency",
+            f"1,{model.at_once}",
+        )  # fmt: skip
         figures |= {f"tokens_per_s_{r['concurrency']}": r["tokens_per_s"] for r in speed["runs"]}
         if before is not None:
             figures["used_gib"] = round((_used_mib() - before) / 1024, 2)
-            figures["planned_gib"] = round((plan["usable_bytes"]) / (1 << 30), 2)
-    if (expected := _expected(day, f"merge {model.name}")) and model.knows:
-        assert figures["score"] >= expected["score"] - 0.2, figures
+            figures["planned_gib"] = round((server.plan["usable_bytes"]) / (1 << 30), 2)
+    merged = day.work / model.name / MERGED_SCORE
+    if model.knows and merged.is_file():
+        assert figures["score"] >= json.loads(merged.read_text()) - 0.2, figures
     return figures
 
 
-Served = Iterator[tuple[str, Any, Path, dict[str, Any]]]
-"""The server's URL, its plan, the weights that it serves, and figures so far."""
+@dataclass(frozen=True)
+class Served:
+    """A server that answers."""
+
+    url: str
+    plan: Any
+    weights: Path
+    """What it serves, to be read by us."""
+    replay: Path
+    """The image's replay set, if it has one."""
+    figures: dict[str, Any]
+    """So far."""
 
 
 @contextmanager
-def served_image(day: Day, model: Model, target: str) -> Served:
+def served_image(day: Day, model: Model, target: str) -> Iterator[Served]:
     """Build an image, which starts and asks it, and start it once more with the local runner."""
     folder = day.work / model.name / f"image-{target}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -394,26 +422,27 @@ def served_image(day: Day, model: Model, target: str) -> Served:
                 "started_as": "image", "verdict": built.get("verdict"),
                 "start_seconds": round(time.monotonic() - began, 1),
             }  # fmt: skip
-            _take_models(image, folder)
-            yield endpoint.url, plan, weights, figures
+            for start in ("models/", REPLAY):
+                take(image, start, folder)
+            yield Served(endpoint.url, plan, weights, folder / REPLAY, figures)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gigabytes of the engine
 
 
-def _take_models(image: Image, folder: Path) -> None:
-    """Unpack /models of an image, without the gigabytes of its engine."""
+def take(image: Image, start: str, folder: Path) -> None:
+    """Unpack what begins so of an image, such as `models/`, without the gigabytes of its engine."""
     for layer in image.layers:
         data = pack.Joined(iter(layer.open()))
         with tarfile.open(fileobj=data, mode="r|*") as archive:  # type: ignore[call-overload]
             for member in archive:
-                if member.name.startswith("models/"):
+                if member.name.startswith(start):
                     archive.extract(member, folder, filter="data")
                 elif layer.size > 100_000_000:
                     break
 
 
 @contextmanager
-def served_program(day: Day, model: Model, target: str) -> Served:
+def served_program(day: Day, model: Model, target: str) -> Iterator[Served]:
     """Start the engine's program on the weights, with the settings that an image would have."""
     engine, _, format_ = target.partition("-")
     folder = day.work / model.name / f"program-{target}"
@@ -462,7 +491,7 @@ def served_program(day: Day, model: Model, target: str) -> Served:
                     raise AssertionError(f"the server did not start: {' '.join(told[-6:])}")
                 time.sleep(1)
             figures = {"started_as": "program", "start_seconds": round(time.monotonic() - began, 1)}
-            yield url, plan, weights, figures
+            yield Served(url, plan, weights, folder / REPLAY, figures)
         finally:
             server.terminate()
             try:
@@ -491,15 +520,15 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _proof(day: Day, model: Model, target: str, url: str, weights: Path) -> dict[str, Any]:
+def _proof(day: Day, model: Model, target: str, server: Served) -> dict[str, Any]:
     """Hold the engine's log-probabilities against the same weights in float32."""
     adapter = (model.adapter,) if target == "vllm-lora" else ()
-    known = day.torch("reference", model.base if adapter else weights, *adapter)
+    known = day.torch("reference", model.base if adapter else server.weights, *adapter)
     ids, expected = known["ids"], known["said"]
     asked = {
         "model": model.name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
     }  # fmt: skip
-    answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=120).raise_for_status()
+    answer = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=120).raise_for_status()
     rows = answer.json()["choices"][0]["prompt_logprobs"]
     found = [row[str(token)]["logprob"] for row, token in zip(rows[1:], ids[1:], strict=True)]
     mean = abs(sum(found) - sum(expected)) / len(found)
@@ -514,7 +543,8 @@ def _metrics(url: str, plan: Any) -> dict[str, Any]:
     found = re.search(r"vllm:cache_config_info\{(.*?)\}", text)
     told = dict(re.findall(r'(\w+)="([^"]*)"', found[1])) if found else {}
     each = plan["kv_bytes_per_token"]
-    planned = plan["kv_cache_bytes"] // each if each else 0
+    # On a CPU the engine is given what the requests need, on a GPU it takes all that is left.
+    planned = plan["kv_cache_bytes" if plan["gpus"] else "kv_bytes_total"] // each if each else 0
     blocks, size = told.get("num_gpu_blocks", ""), told.get("block_size", "")
     had = int(blocks) * int(size) if blocks.isdigit() and size.isdigit() else None
     return {"cache_tokens": had, "planned_cache_tokens": planned}

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx
+from weightsmith.oci.layout import read_layout
 from weightsmith.outside.environment import Pins
 
 from tests.paths import ROOT
@@ -85,6 +86,8 @@ def write_pack(to: Path, python: str, have: Path | None, engines: list[str]) -> 
     for part in ("merge", "calibrate support-bot"):
         day = [sys.executable, "-m", "tests.gpu.day", "--pack", to, "--part", part]
         subprocess.run([*day, "--out", to / "cpu.json", "--work", to / "work"], check=False)
+    print("replay sets of the support bot's images")
+    write_replay_sets(to)
     shutil.rmtree(to / "work", ignore_errors=True)
     files = {path.relative_to(to).as_posix(): path for path in sorted(to.rglob("*"))}
     rows = {name: digest(path) for name, path in files.items() if path.is_file()}
@@ -163,6 +166,31 @@ def pack_engine(to: Path, python: str, engine: str, there: dict[str, str]) -> No
 def _has_wheel(name: str, version: str) -> bool:
     wheel = re.compile(rf"[^-]+-{re.escape(version)}-.*\.whl")
     return any(wheel.match(file["filename"]) for file in listed(name))
+
+
+def write_replay_sets(to: Path) -> None:
+    """Build each image here, where it is not started, and keep the answers that it should give."""
+    from tests.gpu.day import REPLAY, TARGETS, Day, take
+
+    (to / "replay").mkdir(exist_ok=True)
+    model, *_ = Day(cpu=False, pack=to, work=to / "work", base="").models()
+    for target in TARGETS:
+        if (kept := to / "replay" / f"{model.name}-{target}.json").is_file():
+            continue
+        folder = to / "work" / target
+        recipe = model.recipe(folder, "engine:modelcar")  # in place of the engine's gigabytes
+        try:
+            ours(
+                *("build", "--recipe", recipe, "--target", target, "--gpu", "nvidia-h100-80gb"),
+                *("--runner", "local", "--dist", folder / "dist", "--layout", folder / "layout"),
+            )
+        except subprocess.CalledProcessError:
+            print(f"{target}: no replay set, see above")
+            continue
+        take(read_layout(folder / "layout"), REPLAY, folder)
+        if (folder / REPLAY).is_file():
+            shutil.move(folder / REPLAY, kept)
+        shutil.rmtree(folder)
 
 
 def packages(lines: list[str]) -> dict[str, str]:
