@@ -240,6 +240,11 @@ def machine(day: Day) -> dict[str, Any]:
         raise NotRun("nvidia-smi names no GPU")
     if names and not day.gpu:
         raise NotRun(f"plans do not know {names[0]}: add it to serving/devices.py")
+    if day.pack:
+        try:
+            pack.check(day.pack)
+        except SystemExit as why:
+            raise NotRun(why) from None
     room = shutil.disk_usage(day.work).free
     driver = _smi("driver_version") if names else ""
     return {

@@ -96,6 +96,15 @@ def test_without_a_gpu_the_day_ends_at_once(
     }
 
 
+def test_a_pack_that_is_not_whole_ends_the_day_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(day, "gpu_names", lambda: ("NVIDIA L4",))
+    _, found = run(tmp_path, "--pack", str(tmp_path))
+    assert found["machine"].why == f"error: {tmp_path}: missing or broken: pack.json"
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [
