@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.api.commands.affected import find_affected
 from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
@@ -19,6 +20,7 @@ from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
+from weightsmith.provenance.origins import wanted
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
@@ -80,6 +82,18 @@ def test_baked_signed_and_verified(scene: Scene) -> None:
     _, other = make_key(scene.folder, "other")
     with pytest.raises(CheckFailed):
         verify_image(scene.name("team/app:1"), other, scene.client, Silent())
+
+
+def test_what_was_made_from_an_engine_is_found(scene: Scene) -> None:
+    made = scene.bake("found/app:1")
+    place = [scene.name("found/app")]
+    found = find_affected(
+        wanted("engine", "llamacpp<1.1"), place, [str(scene.public)], scene.client, Silent()
+    )
+    (row,) = found.images
+    assert (row.digest, row.reference) == (made.digest, scene.name("found/app:1"))
+    assert (row.signed_by, row.chain) == ((str(scene.public),), "whole")
+    assert (found.unsigned, found.problems) == ((), ())
 
 
 def test_a_tag_in_use(scene: Scene) -> None:

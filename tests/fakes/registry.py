@@ -48,6 +48,11 @@ class FakeRegistry:
         self.immutable_tags = False
         self.keeps_first = False
         """A blob that is there stays as it is, whatever is uploaded."""
+        self.page = 1000
+        """Names in one page of a list, whatever is asked for."""
+        self.has_catalog = True
+        self.referrers: dict[tuple[str, str], bytes] | None = None
+        """Repository and subject -> what the referrers API answers; None without the API."""
         self.url = ""
         self.lock = threading.Lock()
         self.upload_numbers = itertools.count(1)
@@ -148,6 +153,18 @@ class _Handler(Replying):
         return self.answer(200, body)
 
     def route(self, path: str, query: dict[str, list[str]], fault: str) -> None:
+        state = self.state
+        if path == "/v2/_catalog" and state.has_catalog:
+            return self.names(path, query, "repositories", {name for name, _ in state.manifests})
+        if found := re.fullmatch(r"/v2/(.+)/tags/list", path):
+            own = {tag for name, tag in state.manifests if name == found[1]}
+            if not own:
+                return self.fail(404, "NAME_UNKNOWN")
+            return self.names(path, query, "tags", {tag for tag in own if ":" not in tag})
+        found = re.fullmatch(r"/v2/(.+)/referrers/(.+)", path)
+        if found and state.referrers is not None:
+            empty = b'{"schemaVersion": 2, "manifests": []}'
+            return self.answer(200, state.referrers.get((found[1], found[2]), empty))
         if found := re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path):
             return self.manifest(found[1], found[2], fault)
         if found := re.fullmatch(r"/v2/(.+)/blobs/uploads/(.*)", path):
@@ -155,6 +172,14 @@ class _Handler(Replying):
         if found := re.fullmatch(r"/v2/(.+)/blobs/([^/]+)", path):
             return self.blob(found[1], found[2], fault)
         return self.fail(404, "NAME_UNKNOWN")
+
+    def names(self, path: str, query: dict[str, list[str]], key: str, all_: set[str]) -> None:
+        last = query.get("last", [""])[0]
+        rows = sorted(name for name in all_ if name > last)
+        size = min(self.state.page, int(query.get("n", ["1000"])[0]))
+        link = f'<{path}?n={size}&last={rows[size - 1]}>; rel="next"' if rows[size:] else ""
+        more = {"Link": link} if link else {}
+        self.answer(200, json.dumps({key: rows[:size]}).encode(), **more)
 
     def manifest(self, repository: str, name: str, fault: str) -> None:
         if self.command == "PUT":

@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from weightsmith.api.fleets import FleetCell, FleetResult, SharedTask, fleet
-    from weightsmith.api.images import bake, build, inspect, plan, push, rebase, verify
+    from weightsmith.api.images import affected, bake, build, inspect, plan, push, rebase, verify
     from weightsmith.api.models import evaluate, merge, quantize, render, validate
     from weightsmith.api.results import (
+        Affected,
+        AffectedImage,
         Baked,
         Built,
         Evaluation,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         Rendered,
         Shard,
         StageTime,
+        Unread,
         Validation,
         Verification,
     )
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from weightsmith.recipe.schema import Recipe
 
 __all__ = [
+    "Affected",
+    "AffectedImage",
     "Baked",
     "Built",
     "CheckFailed",
@@ -53,10 +58,12 @@ __all__ = [
     "Shard",
     "SharedTask",
     "StageTime",
+    "Unread",
     "UsageError",
     "Validation",
     "Verification",
     "WeightsmithError",
+    "affected",
     "bake",
     "build",
     "evaluate",
@@ -75,11 +82,11 @@ __all__ = [
 _MODULES = {
     "core.errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
     "api.fleets": "FleetCell FleetResult SharedTask fleet",
-    "api.images": "bake build inspect plan push rebase verify",
+    "api.images": "affected bake build inspect plan push rebase verify",
     "api.models": "evaluate merge quantize render validate",
     "api.results": (
-        "Baked Built Evaluation Merged Pushed Quantized Rebased Rendered Shard StageTime "
-        "Validation Verification"
+        "Affected AffectedImage Baked Built Evaluation Merged Pushed Quantized Rebased Rendered "
+        "Shard StageTime Unread Validation Verification"
     ),
     "recipe.schema": "Recipe",
 }

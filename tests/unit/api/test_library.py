@@ -41,7 +41,7 @@ TINY = ROOT / "examples" / "tiny"
 PAGE = "docs/reference/python.md"
 FUNCTIONS = (
     "merge", "validate", "quantize", "render", "bake", "inspect", "verify", "plan", "build",
-    "evaluate", "push", "rebase", "fleet",
+    "evaluate", "push", "affected", "rebase", "fleet",
 )  # fmt: skip
 """In an order in which each example finds what it reads."""
 
@@ -170,7 +170,7 @@ def test_every_command_has_its_function_or_a_reason_why_not() -> None:
 
 IN_PYTHON = {
     "adapter": "adapters", "target": "targets", "platforms": "platform",
-    "keep_module": "keep", "tensor_type": "tensor_types",
+    "keep_module": "keep", "tensor_type": "tensor_types", "key": "keys",
 }  # fmt: skip
 """Flags whose keyword has another name: it takes several or one, or is the recipe's key."""
 THE_RECIPES = {"base", "adapter", "kind", "allow_low_bits", "allow_text_only", "gpu", "gpu_memory",

@@ -1,4 +1,4 @@
-"""Functions for images: `plan`, `build`, `bake`, `push`, `rebase`, `inspect`, `verify`."""
+"""Functions for images: to plan, build, push, rebase, inspect, verify and find them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from weightsmith.api.commands.affected import find_affected, question_of
 from weightsmith.api.commands.arguments import (
     AnyPath,
     Texts,
@@ -21,6 +22,7 @@ from weightsmith.api.commands.images import copy_image, inspect_image, preview_c
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.recipes import recipe_of, recipe_of_image
 from weightsmith.api.commands.requests import (
+    AffectedCommand,
     AnyRecipe,
     BakeCommand,
     BuildCommand,
@@ -33,7 +35,7 @@ from weightsmith.api.commands.requests import (
 )
 from weightsmith.api.commands.upload import hub_destination, preview_push, push_to_hub
 from weightsmith.api.commands.verify import key_path, verify_image
-from weightsmith.api.results import Baked, Built, Pushed, Rebased, Verification
+from weightsmith.api.results import Affected, Baked, Built, Pushed, Rebased, Verification
 from weightsmith.building import record, wiring
 from weightsmith.building.build import build as build_all
 from weightsmith.building.explain import forecast
@@ -526,3 +528,56 @@ def run_verify(asked: VerifyCommand, progress: Progress) -> Verification:
     """Return what each check found; raises CheckFailed if one fails."""
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
         return verify_image(asked.source, key_path(asked.key), registry, progress)
+
+
+def affected(
+    in_: Texts,
+    *,
+    adapter: str = "",
+    base: str = "",
+    engine: str = "",
+    builder: str = "",
+    dataset_run: str = "",
+    license: str = "",  # noqa: A002 - the flag's name
+    cve_package: str = "",
+    keys: AnyPath | Sequence[AnyPath] = (),
+    insecure: bool = False,
+    progress: bool = True,
+) -> Affected:
+    """Return what was made from one thing: an adapter, a base, an engine, a builder and so on.
+
+    `in_` names where to look: `REGISTRY/PREFIX`, an image, `oci:FOLDER`, the folder of a fleet's
+    results. `keys` are public keys: `images` has what they signed, `unsigned` what only says so.
+    What could not be read is in `problems`, and stops nothing else.
+
+    Raises UsageError unless exactly one thing is asked for, InputRefused for a place that is not
+    there.
+
+    >>> found = weightsmith.affected(f"{registry}/team", engine="llamacpp", progress=False)
+    >>> [row.reference.endswith("team/capitals:1") for row in found.unsigned][:1]
+    [True]
+    """
+    request = request_of(
+        AffectedCommand,
+        in_=texts_of(in_),
+        adapter=adapter,
+        base=base,
+        engine=engine,
+        builder=builder,
+        dataset_run=dataset_run,
+        license=license,
+        cve_package=cve_package,
+        keys=tuple(map(str, paths_of(keys))),
+        run=RunOptions(insecure=insecure),
+    )
+    with shown(progress) as told:
+        return run_affected(request, told)
+
+
+def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
+    """Return what was made from what the command names."""
+    question = question_of(asked, wiring.digest_of_folder)
+    for key in asked.keys:
+        key_path(key)
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return find_affected(question, asked.in_, asked.keys, registry, progress)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.values import Digest, Json, Score
 from weightsmith.evaluating.build_record import StageRecord
 from weightsmith.provenance.chain import Check
+from weightsmith.provenance.recall import AffectedImage as AffectedImage
 from weightsmith.validating.result import Validation as Validation
 
 StageTime: TypeAlias = StageRecord
@@ -159,3 +161,32 @@ class Verification:
     digest: Digest
     checks: tuple[Check, ...]
     """`name`, `found` and `ok`; `ok` is None if not checked, such as a signature without a key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unread(JsonObject):
+    """What could not be read of a place, or is not what it says."""
+
+    reference: str
+    why: str
+    unreachable: bool
+    """Whether it was out of reach, so that the answer has a gap there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affected(JsonObject):
+    """What was made from something, in the places that were named."""
+
+    by: str
+    """What was asked for: `adapter`, `base`, `engine` and so on."""
+    value: str
+    images: tuple[AffectedImage, ...]
+    """Signed: by a key that was given, or without keys by anyone."""
+    unsigned: tuple[AffectedImage, ...]
+    """What only says so; nobody whose key was given vouches for it."""
+    problems: tuple[Unread, ...]
+    others: tuple[str, ...]
+    """References of what weightsmith did not make."""
+    repositories: int
+    looked_at: int
+    """Number of manifests."""

@@ -29,11 +29,13 @@ from weightsmith.core.ports import (
     Runner,
     SignatureFormat,
     Signer,
+    Silent,
     SourceReader,
     Store,
 )
 from weightsmith.core.privacy import AnothersFolder, private, require_own
 from weightsmith.core.time_limits import chosen_seconds
+from weightsmith.core.values import Digest
 from weightsmith.oci import session
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
@@ -184,6 +186,11 @@ def make_store(tell: Callable[[str], None] | None = None) -> FileStore:
         except AnothersFolder as error:
             raise _of_another(error, variable) from error
     return FileStore(store_folder(), tell)
+
+
+def digest_of_folder(folder: Path) -> Digest:
+    """Return the digest under which builds name a model's or an adapter's folder."""
+    return FolderReader(make_store()).fetch(str(folder), "", "", Silent()).digest
 
 
 def make_engine() -> DockerEngine:

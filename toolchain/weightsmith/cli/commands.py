@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.api.commands.requests import (
+    AffectedCommand,
     BakeCommand,
     BenchCommand,
     BuildCommand,
@@ -273,6 +274,18 @@ def verify(asked: VerifyCommand) -> Said:
     return facts_of(found.image, found.digest, found.checks), text
 
 
+@command(AffectedCommand)
+def affected(asked: AffectedCommand) -> Said:
+    """List what was made from an adapter, a base, an engine, a builder, a run or a package."""
+    from weightsmith.api.commands.affected import affected_text, error_of
+    from weightsmith.api.images import run_affected
+
+    found = run_affected(asked, _progress())
+    if error := error_of(found):
+        raise error
+    return found.to_json(), affected_text(found)
+
+
 @command(EvaluateCommand)
 def evaluate(asked: EvaluateCommand) -> Said:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
@@ -400,5 +413,5 @@ def cache(asked: CacheCommand) -> Said:
 
 COMMANDS = (
     build, plan, fleet, merge, validate, quantize, render, bake, push, rebase, inspect, verify,
-    evaluate, bench, report, targets, doctor, clean, cache,
+    affected, evaluate, bench, report, targets, doctor, clean, cache,
 )  # fmt: skip

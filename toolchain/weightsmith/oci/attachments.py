@@ -124,9 +124,17 @@ class Attachment:
 
 
 def load_attachment(
-    manifest: bytes, opener: Callable[[Blob], Opener], where: str, tag: str = ""
+    manifest: bytes,
+    opener: Callable[[Blob], Opener],
+    where: str,
+    tag: str = "",
+    *,
+    whole: bool = True,
 ) -> Attachment:
-    """Return the attachment that a manifest describes; raises InputRefused if it is malformed."""
+    """Return the attachment that a manifest describes; raises InputRefused if it is malformed.
+
+    Not `whole`, its configuration is left out.
+    """
     document = manifests.read_json(manifest, where)
     rows = manifests.listed(document, "layers", where)
     if len(rows) > _MOST_PARTS:
@@ -146,7 +154,7 @@ def load_attachment(
         raw=manifest,
         tag=tag,
     )
-    if config.digest == Digest.of(EMPTY):
+    if config.digest == Digest.of(EMPTY) or not whole:
         return found
     if config.size > manifests.LARGEST_CONFIG:
         raise manifests.damaged(f"{where} declares a configuration of {config.size} bytes")

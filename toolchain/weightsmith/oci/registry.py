@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +47,31 @@ class LayerMemory(Protocol):
 
     def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
         """Record that a repository has these layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """What is known of a repository when many of its images are read."""
+
+    tags: Collection[str]
+    """All of them."""
+    has_api: bool
+    """Whether the registry lists referrers; if not, it is not asked again."""
+    kinds: Collection[str] = ()
+    """Artifact types to return, and those whose list does not say theirs; () for all."""
+
+    def rows(
+        self, session: RegistrySession, reference: Reference, subject: Digest
+    ) -> list[JsonValue]:
+        """Return the referrers list: the API's, and what an older client left under a tag."""
+        found = (_by_api(session, reference, subject) or []) if self.has_api else []
+        tag = fallback_tag(subject)
+        return [*found, *((tag in self.tags and _by_tag(session, reference, tag)) or [])]
+
+    def leaves_out(self, row: Mapping[str, JsonValue]) -> bool:
+        """Return whether a row of a referrers list is of a kind that nobody asked for."""
+        kind = row.get("artifactType")
+        return bool(self.kinds) and isinstance(kind, str) and not kind.startswith((*self.kinds,))
 
 
 class Registry:
@@ -187,6 +212,11 @@ class Registry:
             rows = manifests.listed(index, "manifests", str(reference))
             chosen = manifests.choose(rows, platform, str(reference))
             body, kind = transfers.manifest(session, reference.at(chosen.digest))
+        return self.image_of(reference, body, kind)
+
+    def image_of(self, reference: Reference, body: bytes, kind: str) -> Image:
+        """Return the image of a manifest that was read; raises InputRefused if it is none."""
+        session = self.session(reference, "pull")
         return load_image(
             body,
             kind,
@@ -310,18 +340,27 @@ class Registry:
                 _list(session, reference, subject, those)
 
     def attached(
-        self, reference: Reference, subject: Digest, *, tagged: bool = True
+        self,
+        reference: Reference,
+        subject: Digest,
+        *,
+        tagged: bool = True,
+        among: Listed | None = None,
     ) -> list[tuple[Blob, str]]:
         """Return the manifests attached to an image, each with its tag or an empty one.
 
-        Without `tagged`, only those in the referrers list, not those under cosign's tags.
+        Without `tagged`, only those in the referrers list, not those under cosign's tags. `among`
+        says what is known of the repository, and which kinds are wanted.
         """
         session, kinds = self.session(reference, "pull"), (manifests.OCI_MANIFEST,)
         where = str(reference)
+        listed = among.rows if among else _rows
         found = {
             blob.digest: (blob, "")
-            for row in _rows(session, reference, subject)
-            if isinstance(row, dict) and row.get("mediaType") in kinds
+            for row in listed(session, reference, subject)
+            if isinstance(row, dict)
+            and row.get("mediaType") in kinds
+            and not (among and among.leaves_out(row))
             for blob in [manifests.descriptor(row, where, kinds, manifests.LARGEST_MANIFEST)]
         }
         for suffix in _COSIGN if tagged else ():
@@ -332,14 +371,38 @@ class Registry:
                 found[digest] = (found[digest][0] if digest in found else unsized, tag)
         return list(found.values())
 
-    def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; raises Altered if it does not match its digest."""
+    def attachment_under(self, reference: Reference, tag: str) -> Attachment | None:
+        """Return the attachment under a tag, such as cosign's, without its configuration."""
+        target = Reference(reference.registry, reference.repository, tag)
+        session = self.session(reference, "pull")
+        if (found := transfers.manifest_or_none(session, target)) is None:
+            return None
+        return load_attachment(
+            found[0],
+            lambda part: lambda: transfers.blob(session, part),
+            str(target),
+            tag,
+            whole=False,
+        )
+
+    def lists_referrers(self, reference: Reference, subject: Digest) -> bool:
+        """Say whether the registry has the referrers API, by asking about an image."""
+        return _by_api(self.session(reference, "pull"), reference, subject) is not None
+
+    def read_attachment(
+        self, reference: Reference, blob: Blob, tag: str = "", *, whole: bool = True
+    ) -> Attachment:
+        """Return an attachment; raises Altered if it does not match its digest.
+
+        Not `whole`, it has no configuration, as for one that is read and not copied.
+        """
         session, target = self.session(reference, "pull"), reference.at(blob.digest)
         return load_attachment(
             transfers.manifest(session, target)[0],
             lambda part: lambda: transfers.blob(session, part),
             str(target),
             tag,
+            whole=whole,
         )
 
     def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[RegistrySession, str] | None:

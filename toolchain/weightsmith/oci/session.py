@@ -106,7 +106,9 @@ class RegistrySession:
         self.registry = reference.registry
         self.root = f"{scheme}://{host}"
         self.base = f"{self.root}/v2/{reference.repository}/"
-        self._scopes = [f"repository:{reference.repository}:{actions}"]
+        # Without a repository, it is the list of them.
+        name = reference.repository and f"repository:{reference.repository}"
+        self._scopes = [f"{name or 'registry:catalog'}:{actions}"]
         self._scopes += [f"repository:{name}:pull" for name in also]
         self._client = client
         self._credentials = credentials

@@ -130,6 +130,27 @@ def check_chain(
         yield gate
 
 
+def broken_at(image: Image, stated: Sequence[Statement]) -> str:
+    """Return where an image's chain back to its sources breaks; empty if it is whole.
+
+    Statements, manifest and configuration alone are compared: only `check_chain` reads layers.
+    """
+    lineage = trace(image.digest, stated)
+    own, baked = lineage.own, lineage.baked
+    if own is None:
+        return "no statement says how it was made"
+    checks = [_contents(image, own), *([_rebased(lineage)] if own.kind == "rebase" else [])]
+    if bad := [one for one in checks if not one.ok]:
+        return f"{bad[0].name}: {bad[0].found}"
+    if baked is None:
+        return "bake: no statement says where the weights come from"
+    bad = [one for one in _sources(image, lineage) if one.ok is False]
+    merged = lineage.steps.keys() & {"merge", UNMERGED}
+    if not merged and f"{PREFIX}adapter.0.digest" in image.labels:
+        return "merge: no statement says how base and adapters were merged"
+    return f"{bad[0].name}: {bad[0].found}" if bad else ""
+
+
 def _changes(image: Image, stated: Sequence[Statement]) -> str:
     for one in stated:
         named = one.subjects

@@ -36,6 +36,8 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 _PROJECT = "https://github.com/weightsmith/weightsmith"
 BUILD_TYPE = f"{_PROJECT}/provenance/"
 """Prefix of a transformation's name, one of:"""
+WITHDRAWAL = f"{_PROJECT}/withdrawal/v1"
+"""Predicate type of a statement that withdraws images: its `reason` says why."""
 _KINDS = ("merge", "quantize", "unmerged", "split", "bake", "rebase")
 
 
@@ -127,6 +129,17 @@ class Statement:
         return {str(row.get("name")): str(row.get("uri", "")) for row in listed}
 
     @property
+    def builders(self) -> dict[str, str]:
+        """What a transformation ran in, such as `builder:merge`: name -> digest."""
+        return _digests(self._builder.get("builderDependencies"))
+
+    @property
+    def made_by(self) -> str:
+        """The version of weightsmith that made it; empty if that is not stated."""
+        found = self._builder.get("version")
+        return str(found.get("weightsmith", "")) if isinstance(found, dict) else ""
+
+    @property
     def byproducts(self) -> frozenset[Resource]:
         """A transformation's by-products; several may have one name, as a base's bills."""
         rows = self._at("predicate", "runDetails").get("byproducts")
@@ -140,6 +153,10 @@ class Statement:
     def parameters(self) -> Mapping[str, JsonValue]:
         """A transformation's parameters."""
         return self._at("predicate", "buildDefinition", "externalParameters")
+
+    @property
+    def _builder(self) -> Mapping[str, JsonValue]:
+        return self._at("predicate", "runDetails", "builder")
 
     @property
     def _definition(self) -> Mapping[str, JsonValue]:

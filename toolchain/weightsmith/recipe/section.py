@@ -97,4 +97,5 @@ def spelling(section: type, name: str) -> str:
     """Return the flag that changes a field, such as `--keep-module` for `keep`."""
     field = fields_of(section)[name]
     no = "no-" if field.default is True else ""
-    return f"--{no}{(flag_of(field).name or name).replace('_', '-')}"
+    # A field that Python's own words would hide ends with one.
+    return f"--{no}{(flag_of(field).name or name).rstrip('_').replace('_', '-')}"

@@ -57,6 +57,7 @@ _ADAPTER = "adapter, in the order of merging: a folder, hf://owner/name, or anot
 _ADAPTER_FOLDER = "adapter folder, in the order of merging"
 _BASE = "base model: a folder, hf://owner/name, pypi://package==version, or another source"
 _MODEL = "model folder or .gguf file"
+_NAMED = "its digest, source, name, revision or version, or a folder"
 _OUT = "where the result goes; it must not exist yet"
 
 
@@ -266,6 +267,34 @@ class VerifyCommand:
 
     source: Annotated[str, Flag(positional=True), _SOURCE]
     key: Annotated[str, _KEY] = ""
+    run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffectedCommand:
+    """What `affected` is asked; exactly one of the things that an image may be made from."""
+
+    in_: Annotated[
+        tuple[str, ...],
+        "where to look: REGISTRY, REGISTRY/PREFIX, one image, oci:DIR, or the folder of a fleet's "
+        "results",
+    ]
+    adapter: Annotated[str, f"adapter: {_NAMED}"] = ""
+    base: Annotated[str, f"base model: {_NAMED}"] = ""
+    engine: Annotated[
+        str, "engine, such as vllm, 'vllm<0.33' or llamacpp@b8000, or its base image or digest"
+    ] = ""
+    builder: Annotated[
+        str, "builder, such as merge, its digest, or a version of ours: 'weightsmith<0.2'"
+    ] = ""
+    dataset_run: Annotated[
+        str, "training run, or calibration or evaluation data, by name or digest"
+    ] = ""
+    license: Annotated[str, "licence of anything in it, as an SPDX identifier"] = ""
+    cve_package: Annotated[
+        str, "package in a bill of materials, with versions: 'openssl>=3.0,<3.0.14'"
+    ] = ""
+    keys: Annotated[tuple[str, ...], Flag("key"), f"{_KEY}; what it signed is believed"] = ()
     run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN
 
 

@@ -1,0 +1,539 @@
+"""`affected`: what was made from an adapter, a base, an engine, in registries, layouts and fleets.
+
+Every tag of a repository is resolved, indexes are followed, and so are images that have no tag any
+more but something attached. Requests run at the same time, and no layer is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from weightsmith.api.commands.requests import AffectedCommand
+from weightsmith.api.results import Affected, Unread
+from weightsmith.core.errors import (
+    Altered,
+    EnvironmentFailure,
+    InputRefused,
+    UsageError,
+    WeightsmithError,
+)
+from weightsmith.core.escape import joined
+from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import RECORD, read_json
+from weightsmith.core.values import Digest
+from weightsmith.evaluating.results import NOT_PROVEN
+from weightsmith.fleets.page import FILE as FLEET
+from weightsmith.fleets.rows import FleetRows
+from weightsmith.oci import catalog, manifests
+from weightsmith.oci.attachments import Attachment, fallback_tag
+from weightsmith.oci.layout import LayoutLocation, image_names, is_layout, locate, require_layout
+from weightsmith.oci.references import DOCKER_HUB, Reference
+from weightsmith.oci.registry import Listed, Registry
+from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.origins import KINDS, Wanted, wanted
+from weightsmith.provenance.recall import AffectedImage, Judgement, Recall
+
+_AT_ONCE = 16
+"""Requests at the same time."""
+_DEEPEST = 8
+"""Indexes in indexes; builders nest two."""
+_MOST_MEMBERS = 1000
+"""Images of an index; the largest have some dozens of platforms."""
+_ASIDE = "unknown/unknown"
+"""Platform of the attestations that other builders put beside their images."""
+_WRONG = (InputRefused, Altered)
+"""Errors of what is in a registry; others are of reaching it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Repository:
+    """A repository, and what is known of it."""
+
+    name: Reference
+    listed: Listed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Manifest:
+    """A manifest to look at: by its tag, or by the digest that something else names."""
+
+    repository: _Repository
+    reference: Reference
+    depth: int = 0
+    platform: str = ""
+    """What an index says that it is for."""
+    size: int | None = None
+    """Bytes that an index says that it has."""
+    optional: bool = False
+    """Whether it may be gone, as an image whose attachments stayed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Index:
+    """An index that was read: its images are judged first."""
+
+    repository: _Repository
+    reference: str
+    digest: Digest
+    depth: int
+    tags: tuple[str, ...]
+    members: tuple[_Manifest, ...]
+
+
+_Seen: TypeAlias = tuple[str, Digest]
+"""Repository and digest."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """The answer as it grows."""
+
+    rows: dict[_Seen, tuple[AffectedImage, bool]] = field(default_factory=dict)
+    """Each with whether it is trusted."""
+    indexes: list[_Index] = field(default_factory=list)
+    problems: list[Unread] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    seen: set[_Seen] = field(default_factory=set)
+
+    def fault(self, reference: str, error: WeightsmithError | str) -> None:
+        """Record what could not be read, or is not what it says."""
+        said = error if isinstance(error, str) else error.message
+        reached = isinstance(error, str | InputRefused | Altered)
+        self.problems.append(Unread(reference=reference, why=said, unreachable=not reached))
+
+    def judged(self, where: _Seen, reference: str, judgement: Judgement) -> None:
+        """Record what was found of an image."""
+        for why in judgement.faults:
+            self.fault(reference, why)
+        if judgement.row:
+            self.rows[where] = judgement.row, judgement.trusted
+        elif not judgement.ours:
+            self.others.append(reference)
+
+
+def question_of(asked: AffectedCommand, digest_of: Callable[[Path], Digest]) -> Wanted:
+    """Return what is asked for; a folder is named by its digest, from `digest_of`.
+
+    Raises UsageError unless exactly one thing is asked for.
+    """
+    given = [(kind, text) for kind in KINDS if (text := getattr(asked, kind))]
+    flags = ", ".join(f"--{kind.replace('_', '-')}" for kind in KINDS)
+    if len(given) != 1:
+        what = "several things are asked for" if given else "nothing is asked for"
+        raise UsageError(what, hint=f"give one of {flags}")
+    kind, text = given[0]
+    with suppress(OSError):  # too long for a path
+        if kind in ("adapter", "base") and Path(text).expanduser().is_dir():
+            return Wanted(kind=kind, name=digest_of(Path(text).expanduser()))
+    return wanted(kind, text)
+
+
+def find_affected(
+    question: Wanted,
+    places: Sequence[str],
+    keys: Sequence[str],
+    registry: Registry,
+    progress: Progress,
+) -> Affected:
+    """Return every image, index and artifact in the places that was made from it.
+
+    `keys` are public keys. What cannot be read is named in the answer, and stops nothing else.
+    Raises UsageError for a place that is none, or for a bad key.
+    """
+    checks = {key: signing.read_public_key(Path(key).expanduser()) for key in keys}
+    recall = Recall(wanted=question, keys=checks)
+    found, pending = _Found(), list[_Manifest]()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for place in places:
+            pending += _opened(place, recall, registry, found, pool)
+        repositories = {one.repository.name.name for one in pending}
+        done = 0
+        while pending:
+            total = done + len(pending)
+            following = list[_Manifest]()
+            tasks = _by_digest(pending, registry, found, pool)
+            for number, below in enumerate(
+                pool.map(lambda task: _look(task, recall, registry, found), tasks), start=1
+            ):
+                following += below
+                progress.advance(done + number, total, "images")
+            done, pending = total, following
+        for depth in range(_DEEPEST, -1, -1):
+            level = [one for one in found.indexes if one.depth == depth]
+            list(pool.map(lambda one: _look_at_index(one, recall, registry, found), level))
+    rows = sorted(found.rows.values(), key=lambda pair: (pair[0].reference, pair[0].digest))
+    return Affected(
+        by=question.kind,
+        value=question.name,
+        images=tuple(row for row, trusted in rows if trusted),
+        unsigned=tuple(row for row, trusted in rows if not trusted),
+        problems=tuple(sorted(set(found.problems), key=lambda one: (one.reference, one.why))),
+        others=tuple(sorted(set(found.others))),
+        repositories=len(repositories),
+        looked_at=len(found.seen),
+    )
+
+
+def _opened(
+    place: str, recall: Recall, registry: Registry, found: _Found, pool: ThreadPoolExecutor
+) -> list[_Manifest]:
+    """Return the manifests of a place in a registry; judge at once what is in a folder."""
+    path = Path(place).expanduser()
+    if is_layout(place):
+        _look_at_layout(place, recall, found)
+        return []
+    if path.name == FLEET or (path / FLEET).is_file():
+        file = path if path.name == FLEET else path / FLEET
+        cells = list(_cells(file))
+        return [one for cell in cells for one in _opened(cell, recall, registry, found, pool)]
+    if path.is_dir():
+        raise UsageError(
+            f"--in {place}: the folder is no layout and has no {FLEET}",
+            hint="give REGISTRY/PREFIX, oci:DIR, or the folder that `fleet --dist` wrote",
+        )
+    try:
+        return _in_registry(place, registry, found, pool)
+    except EnvironmentFailure as error:
+        found.fault(place, error)
+        return []
+
+
+def _cells(file: Path) -> Iterator[str]:
+    """Yield the images that a fleet published."""
+    try:
+        rows = FleetRows.from_json(read_json(file, largest=RECORD))
+    except ValueError as error:
+        raise InputRefused(f"{file} is damaged: {error}", hint="run the fleet again") from None
+    for cell in rows.cells:
+        if cell.image and cell.digest:
+            layout = is_layout(cell.image)
+            yield cell.image if layout else f"{cell.image.partition('@')[0]}@{cell.digest}"
+
+
+def _in_registry(
+    place: str, registry: Registry, found: _Found, pool: ThreadPoolExecutor
+) -> list[_Manifest]:
+    """Return the manifests below `REGISTRY[/PREFIX]`, or the one of a tag or digest."""
+    text = place.rstrip("/").removesuffix("/*")
+    host, slash, prefix = text.partition("/")
+    whole = not slash and (":" in host or "." in host or host == "localhost")
+    if whole:
+        Reference.parse(f"{host}/x")  # refuses what is no host
+        start = Reference(host, "")
+    else:
+        start = Reference.parse(text)
+        if start.digest or ":" in (prefix or text).rpartition("/")[2]:
+            listed = Listed(tags=_AnyTag(), has_api=True)
+            return [_Manifest(repository=_Repository(name=start, listed=listed), reference=start)]
+        start = Reference(start.registry, start.repository)
+    names = None
+    if start.registry != DOCKER_HUB:  # it has no catalog
+        names = catalog.repositories(registry, start.registry, start.repository)
+    if names is None and not start.repository:
+        raise EnvironmentFailure(
+            f"{host} does not list its repositories",
+            hint="name them: --in REGISTRY/REPOSITORY, once for each",
+        )
+    named = {start.repository} - {""}
+    repositories = sorted({*(names or ()), *named})
+
+    def tagged(name: str) -> tuple[str, list[str] | WeightsmithError | None]:
+        try:
+            return name, catalog.tags(registry, Reference(start.registry, name))
+        except WeightsmithError as error:
+            return name, error
+
+    pending = list[_Manifest]()
+    for name, tags in pool.map(tagged, repositories):
+        repository = Reference(start.registry, name)
+        if isinstance(tags, WeightsmithError):
+            found.fault(repository.name, tags)
+        elif tags is None and len(repositories) == 1:
+            raise InputRefused(
+                f"{start.name}: there is no such repository, and none below it",
+                hint="check the name; a registry without a catalog needs each repository's name",
+            )
+        elif tags:
+            pending += _of_tags(repository, tags, registry)
+    return pending
+
+
+class _AnyTag(frozenset[str]):
+    """The tags of a repository that was not listed: each may be there."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def _of_tags(repository: Reference, tags: Sequence[str], registry: Registry) -> list[_Manifest]:
+    """Return a repository's tags, and the images that only its attachments' tags name."""
+    subjects = {subject for tag in tags if (subject := catalog.subject_of(tag))}
+    named = [tag for tag in tags if catalog.subject_of(tag) is None]
+    probe = next(iter(subjects), Digest.of(b"{}"))
+    listed = Listed(tags=frozenset(tags), has_api=registry.lists_referrers(repository, probe))
+    known = _Repository(name=repository, listed=listed)
+    found = [_Manifest(repository=known, reference=replace(repository, tag=tag)) for tag in named]
+    return found + [
+        _Manifest(repository=known, reference=repository.at(one), optional=True)
+        for one in sorted(subjects)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """One manifest, read, with every tag that names it."""
+
+    manifest: _Manifest
+    digest: Digest
+    body: bytes
+    kind: str
+    tags: tuple[str, ...]
+
+    @property
+    def reference(self) -> str:
+        """How a user names it: by its first tag, or by its digest."""
+        name = self.manifest.repository.name
+        tag = self.tags[0] if self.tags else None
+        return str(Reference(name.registry, name.repository, tag) if tag else name.at(self.digest))
+
+
+def _by_digest(
+    pending: Iterable[_Manifest], registry: Registry, found: _Found, pool: ThreadPoolExecutor
+) -> list[_Task]:
+    """Read manifests, and return each that was not seen before once, with its tags."""
+
+    def read(one: _Manifest) -> tuple[_Manifest, bytes, str] | None:
+        where = (one.repository.name.name, one.reference.digest)
+        if one.reference.digest and where in found.seen:
+            return None
+        try:
+            if one.optional and registry.digest_of(one.reference) is None:
+                return None
+            return one, *registry.read_manifest(one.reference)
+        except WeightsmithError as error:
+            found.fault(str(one.reference), error)
+            return None
+
+    tasks = dict[_Seen, _Task]()
+    # Names first: an image that has one is shown by it, and need not be read again.
+    order = sorted(pending, key=lambda one: str(one.reference))
+    waves = ([one for one in order if one.optional is last] for last in (False, True))
+    for held in (held for wave in waves for held in pool.map(read, wave)):
+        if held is None:
+            continue
+        one, body, kind = held
+        digest = Digest.of(body)
+        where = (one.repository.name.name, digest)
+        tag = (one.reference.tag,) if one.reference.tag else ()
+        if before := tasks.get(where):
+            tasks[where] = replace(before, tags=(*before.tags, *tag))
+        elif where not in found.seen:
+            found.seen.add(where)
+            tasks[where] = _Task(manifest=one, digest=digest, body=body, kind=kind, tags=tag)
+    return list(tasks.values())
+
+
+def _look(task: _Task, recall: Recall, registry: Registry, found: _Found) -> list[_Manifest]:
+    """Judge an image; of an index, return what it lists."""
+    one, repository = task.manifest, task.manifest.repository
+    if one.size not in (None, len(task.body)):
+        said = f"an index says that it has {one.size} bytes, not {len(task.body)}"
+        found.fault(task.reference, said)
+    try:
+        if task.kind in manifests.INDEXES:
+            return _members(task, found)
+        if task.kind not in manifests.MANIFESTS or _is_other(task.body, task.reference):
+            found.others.append(task.reference)
+            return []
+        place = repository.name.at(task.digest)
+        image = registry.image_of(place, task.body, task.kind)
+        if one.platform and image.platform != one.platform:
+            said = f"an index says that it is for {one.platform}, the image {image.platform}"
+            found.fault(task.reference, said)
+        read = partial(_attached, registry, repository, task.digest, task.reference, found)
+        signatures = partial(read, (signing.SIGNATURE_TYPE,), ".sig")
+        attached = read(recall.kinds, ".att")
+        judgement = recall.judge(image, attached, signatures, task.reference, task.tags)
+    except WeightsmithError as error:
+        found.fault(task.reference, error)
+        return []
+    found.judged((repository.name.name, task.digest), task.reference, judgement)
+    return []
+
+
+def _is_other(body: bytes, where: str) -> bool:
+    """Return whether a manifest is of an artifact that no image of ours can be."""
+    config = manifests.read_json(body, where).get("config")
+    return not isinstance(config, dict) or config.get("mediaType") not in manifests.CONFIGS
+
+
+def _members(task: _Task, found: _Found) -> list[_Manifest]:
+    """Return the images and indexes that an index lists; name what of it is wrong."""
+    one, where = task.manifest, task.reference
+    rows = manifests.listed(manifests.read_json(task.body, where), "manifests", where)
+    if one.depth >= _DEEPEST or len(rows) > _MOST_MEMBERS:
+        deep = f"indexes are nested deeper than {_DEEPEST}"
+        found.fault(where, deep if one.depth >= _DEEPEST else f"an index lists {len(rows)} images")
+        return []
+    if twice := manifests.twice_in(task.body, where):
+        found.fault(where, f"the index has several images for {', '.join(twice)[:200]}")
+    members, name = dict[Digest, _Manifest](), one.repository.name
+    for row in rows:
+        platform = manifests.platform_of(row.get("platform")) if isinstance(row, dict) else ""
+        if platform == _ASIDE:
+            continue
+        kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
+        blob = manifests.descriptor(row, where, kinds, manifests.LARGEST_MANIFEST)
+        below = _Manifest(
+            repository=one.repository,
+            reference=name.at(blob.digest),
+            depth=one.depth + 1,
+            platform=platform,
+            size=blob.size,
+        )
+        members[blob.digest] = below
+    found.indexes.append(
+        _Index(
+            repository=one.repository,
+            reference=where,
+            digest=task.digest,
+            depth=one.depth,
+            tags=task.tags,
+            members=tuple(members.values()),
+        )
+    )
+    return list(members.values())
+
+
+def _attached(
+    registry: Registry,
+    repository: _Repository,
+    digest: Digest,
+    reference: str,
+    found: _Found,
+    kinds: Sequence[str],
+    suffix: str,
+) -> list[Attachment]:
+    """Read what of these kinds is attached to an image, also under cosign's tag."""
+    place, read = repository.name.at(digest), list[Attachment]()
+    among = replace(repository.listed, kinds=kinds)
+    rows = registry.attached(place, digest, tagged=False, among=among)
+    tag = fallback_tag(digest, suffix)
+    if tag in among.tags and (held := registry.attachment_under(place, tag)):
+        read.append(held)
+    known = {one.blob.digest for one in read}
+    for blob, _ in evidence.limited(rows):
+        try:
+            if blob.digest not in known:
+                read.append(registry.read_attachment(place, blob, whole=False))
+        except _WRONG as error:
+            found.fault(reference, error)
+    return read
+
+
+def _look_at_index(one: _Index, recall: Recall, registry: Registry, found: _Found) -> None:
+    """Add an index to the answer if an image of it is in it."""
+    name = one.repository.name.name
+    below = [found.rows.get((name, Digest(str(m.reference.digest)))) for m in one.members]
+    rows = [pair for pair in below if pair]
+    if not rows:
+        return
+    try:
+        read = partial(_attached, registry, one.repository, one.digest, one.reference, found)
+        attached = [*read(recall.kinds, ".att"), *read((signing.SIGNATURE_TYPE,), ".sig")]
+    except WeightsmithError as error:
+        found.fault(one.reference, error)
+        attached = []
+    signers, why = recall.signers_of(one.digest, attached)
+    if why:
+        found.fault(one.reference, why)
+    trusted = bool(signers) and all(trusted for _, trusted in rows)
+    chains = sorted({row.chain for row, _ in rows})
+    row = _index_row([row for row, _ in rows], one, recall.withdrawn(one.digest, attached))
+    chain = "; ".join(chains) if signers else "the index is not signed, its images are listed"
+    row = replace(row, chain=chain, signed_by=tuple(sorted(signers - {""})))
+    found.rows[name, one.digest] = row, trusted
+
+
+def _index_row(rows: Sequence[AffectedImage], one: _Index, withdrawn: str | None) -> AffectedImage:
+    verdicts = {row.verdict for row in rows}
+    return AffectedImage(
+        reference=one.reference,
+        digest=one.digest,
+        form="index",
+        verdict=verdicts.pop() if len(verdicts) == 1 else NOT_PROVEN,
+        platforms=tuple(sorted({name for row in rows for name in row.platforms})),
+        built=max((row.built for row in rows if row.built), default=None),
+        signed_by=(),
+        chain="",
+        because=tuple(dict.fromkeys(text for row in rows for text in row.because)),
+        tags=one.tags,
+        withdrawn=withdrawn,
+    )
+
+
+def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:
+    """Judge every image of a layout."""
+    folder, name = locate(place)
+    require_layout(folder)
+    for each in [name] if name else sorted(image_names(folder)):
+        location = LayoutLocation(folder, each or None)
+        reference = f"oci:{folder}" + (f":{each}" if each else "")
+        try:
+            index = location.index()
+            for platform in manifests.platforms_in(index, reference) if index else [""]:
+                image = location.image(platform or None)
+                rows = evidence.limited(location.attached(image.digest))
+                attached = [location.read(blob) for blob, _ in rows]
+                named = [each] if each else []
+                judgement = recall.judge(image, attached, lambda: (), reference, named)
+                found.seen.add((str(folder), image.digest))
+                found.judged((str(folder), image.digest), reference, judgement)
+        except WeightsmithError as error:
+            found.fault(reference, error)
+
+
+def affected_text(found: Affected) -> str:
+    """Return the answer as text: a line for each image, and what could not be answered."""
+    what = f"{found.by.replace('_', ' ')} {found.value}"
+    lines = [f"{len(found.images)} made from {what}"]
+    lines += [line for row in found.images for line in _lines(row)]
+    if found.unsigned:
+        lines.append(f"{len(found.unsigned)} more say so, unsigned:")
+        lines += [line for row in found.unsigned for line in _lines(row)]
+    if found.problems:
+        lines.append(f"{len(found.problems)} could not be answered, or are not what they say:")
+        lines += [f"  {one.reference}: {one.why}" for one in found.problems]
+    others = f", {len(found.others)} of them not made by weightsmith" if found.others else ""
+    where = f"{found.repositories} repositories"
+    lines.append(f"looked at {found.looked_at} manifests in {where}{others}")
+    return joined(lines)
+
+
+def _lines(row: AffectedImage) -> Iterator[str]:
+    facts = [row.form, row.verdict, ", ".join(row.platforms), row.built or ""]
+    facts += [f"signed by {', '.join(row.signed_by)}"] if row.signed_by else []
+    yield f"  {row.reference}  {row.digest[7:19]}  {'  '.join(filter(None, facts))}"
+    yield f"    {'; '.join(row.because)}; chain: {row.chain}"
+    if row.withdrawn is not None:
+        yield f"    WITHDRAWN: {row.withdrawn}"
+
+
+def error_of(found: Affected) -> WeightsmithError | None:
+    """Return what the command ends with if a place could not be reached: the answer has a gap."""
+    missing = [one for one in found.problems if one.unreachable]
+    if not missing:
+        return None
+    first = missing[0]
+    return EnvironmentFailure(
+        f"{len(missing)} could not be read, so the answer is not whole; {first.reference}: "
+        f"{first.why}",
+        hint="get access to it and ask again, or name only what you can read",
+        details=found.to_json(),
+    )
