@@ -30,6 +30,7 @@ from weightsmith.provenance import sealing, statements
 from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL
 from weightsmith.provenance.evidence import Evidence, resource_of, titled
 from weightsmith.provenance.origins import wanted
+from weightsmith.provenance.signing import read_public_key
 from weightsmith.provenance.statements import provenance, tree_resource
 
 LABEL = "dev.weightsmith."
@@ -47,6 +48,7 @@ def main() -> None:
         key, public = make_key(WORK)
         with registry() as (host, servers), Registry() as client:
             signer = open_signer(str(key))
+            checks = {"key": read_public_key(public)}
             began = time.monotonic()
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda n: publish(client, host, n, signer), range(count)))
@@ -55,10 +57,10 @@ def main() -> None:
                 "| asked | keys | found | s | CPU s | of the registry |\n|---|---|---|---|---|---|"
             )
             for kind, value, keys in (
-                ("adapter", "hf://acme/lora-1", [str(public)]),
-                ("adapter", "hf://acme/lora-1", []),
-                ("engine", "llamacpp<b9000", [str(public)]),
-                ("cve_package", "openssl<3.0.12", [str(public)]),
+                ("adapter", "hf://acme/lora-1", checks),
+                ("adapter", "hf://acme/lora-1", {}),
+                ("engine", "llamacpp<b9000", checks),
+                ("cve_package", "openssl<3.0.12", checks),
             ):
                 began, cpu = time.monotonic(), cpu_seconds()
                 theirs = cpu_of(servers["registry"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.api.commands.affected import find_affected
+from weightsmith.api.commands.affected import find_affected, withdraw_all
 from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
@@ -20,6 +20,8 @@ from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
+from weightsmith.outside.signer import open_signer
+from weightsmith.provenance import signing
 from weightsmith.provenance.origins import wanted
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
@@ -86,14 +88,18 @@ def test_baked_signed_and_verified(scene: Scene) -> None:
 
 def test_what_was_made_from_an_engine_is_found(scene: Scene) -> None:
     made = scene.bake("found/app:1")
-    place = [scene.name("found/app")]
-    found = find_affected(
-        wanted("engine", "llamacpp<1.1"), place, [str(scene.public)], scene.client, Silent()
-    )
+    place, keys = [scene.name("found/app")], {"ours": signing.read_public_key(scene.public)}
+    found = find_affected(wanted("engine", "llamacpp<1.1"), place, keys, scene.client, Silent())
     (row,) = found.images
     assert (row.digest, row.reference) == (made.digest, scene.name("found/app:1"))
-    assert (row.signed_by, row.chain) == ((str(scene.public),), "whole")
+    assert (row.signed_by, row.chain) == (("ours",), "whole")
     assert (found.unsigned, found.problems) == ((), ())
+    assert row.withdrawn is None
+    signer = open_signer(str(scene.key))
+    withdraw_all(found, "it lies", signer, scene.client, Silent())
+    with pytest.raises(CheckFailed, match="it lies"):
+        verify_image(row.reference, scene.public, scene.client, Silent())
+    assert scene.image("found/app:1").digest == made.digest
 
 
 def test_a_tag_in_use(scene: Scene) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.api.commands.affected import find_affected, question_of
+from weightsmith.api.commands.affected import find_affected, keys_of, question_of, withdraw_all
 from weightsmith.api.commands.arguments import (
     AnyPath,
     Texts,
@@ -541,17 +541,21 @@ def affected(
     license: str = "",  # noqa: A002 - the flag's name
     cve_package: str = "",
     keys: AnyPath | Sequence[AnyPath] = (),
+    withdraw: bool = False,
+    reason: str = "",
     insecure: bool = False,
+    sign_key: str = "",
     progress: bool = True,
 ) -> Affected:
     """Return what was made from one thing: an adapter, a base, an engine, a builder and so on.
 
     `in_` names where to look: `REGISTRY/PREFIX`, an image, `oci:FOLDER`, the folder of a fleet's
     results. `keys` are public keys: `images` has what they signed, `unsigned` what only says so.
-    What could not be read is in `problems`, and stops nothing else.
+    What could not be read is in `problems`, and stops nothing else. `withdraw` marks `images` as
+    withdrawn, by statements that `sign_key` signs; nothing is deleted.
 
     Raises UsageError unless exactly one thing is asked for, InputRefused for a place that is not
-    there.
+    there, EnvironmentFailure if a registry refuses a withdrawal.
 
     >>> found = weightsmith.affected(f"{registry}/team", engine="llamacpp", progress=False)
     >>> [row.reference.endswith("team/capitals:1") for row in found.unsigned][:1]
@@ -568,7 +572,9 @@ def affected(
         license=license,
         cve_package=cve_package,
         keys=tuple(map(str, paths_of(keys))),
-        run=RunOptions(insecure=insecure),
+        withdraw=withdraw,
+        reason=reason,
+        run=RunOptions(insecure=insecure, sign_key=sign_key),
     )
     with shown(progress) as told:
         return run_affected(request, told)
@@ -577,7 +583,10 @@ def affected(
 def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
     """Return what was made from what the command names."""
     question = question_of(asked, wiring.digest_of_folder)
-    for key in asked.keys:
-        key_path(key)
+    signer = wiring.make_signer(asked.run.sign_key)
+    keys = keys_of(asked, signer)
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
-        return find_affected(question, asked.in_, asked.keys, registry, progress)
+        found = find_affected(question, asked.in_, keys, registry, progress)
+        if not (asked.withdraw and signer):
+            return found
+        return withdraw_all(found, asked.reason, signer, registry, progress)

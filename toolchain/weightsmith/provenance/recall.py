@@ -22,7 +22,8 @@ from weightsmith.provenance.bills import MEDIA_TYPE
 from weightsmith.provenance.chain import broken_at, trace
 from weightsmith.provenance.labels import PREFIX, VERDICT
 from weightsmith.provenance.origins import IN_BILLS, Named, Wanted, origins
-from weightsmith.provenance.statements import WITHDRAWAL, Statement
+from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.withdrawal import withdrawn_in
 
 BILLS = (MEDIA_TYPE, evidence.SPDX_TYPE)
 STATED = (*evidence.STATEMENTS, signing.BUNDLE_TYPE)
@@ -146,7 +147,7 @@ class Recall:
             chain=chain,
             because=found,
             tags=tuple(tags),
-            withdrawn=withdrawal_in(believed, image.digest),
+            withdrawn=withdrawn_in(believed, image.digest),
         )
         return Judgement(ours=True, row=row, trusted=trusted, faults=tuple(faults))
 
@@ -160,7 +161,7 @@ class Recall:
         """Return why an index was withdrawn, or None."""
         read = self._statements(attached, [])
         told = [one.statement for one in read if (one.keys if self.keys else one.sealed)]
-        return withdrawal_in(told, digest)
+        return withdrawn_in(told, digest)
 
     def _found(
         self,
@@ -263,14 +264,6 @@ class Recall:
             return end if self.keys else f"{end}, {_UNCHECKED}"
         why = "not signed by a key that was given" if sealed and self.keys else "unsigned"
         return f"{why}, {end}" if broken else why
-
-
-def withdrawal_in(stated: Sequence[Statement], image: str) -> str | None:
-    """Return the reason of a statement that withdraws an image, or None."""
-    for one in stated:
-        if one.predicate_type == WITHDRAWAL and image in one.subjects.values():
-            return str(one.predicate.get("reason") or "no reason is stated")[:500]
-    return None
 
 
 def _is_foreign(one: Attachment, image: Digest, faults: list[str]) -> bool:

@@ -91,7 +91,7 @@ class Statement:
     @property
     def is_ours(self) -> bool:
         """Whether it is of a kind that we make, and must be signed by our key."""
-        return self.predicate_type == TEST_RESULT or self.kind in _KINDS
+        return self.predicate_type in (TEST_RESULT, WITHDRAWAL) or self.kind in _KINDS
 
     @property
     def subjects(self) -> dict[str, str]:

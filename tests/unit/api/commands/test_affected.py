@@ -22,7 +22,7 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import LayoutLocation, write_layout
 from weightsmith.oci.registry import ImageLocation, Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
-from weightsmith.provenance import statements
+from weightsmith.provenance import signing, statements
 from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL
 from weightsmith.provenance.evidence import Evidence, resource_of, titled
 from weightsmith.provenance.sealing import attach
@@ -37,6 +37,10 @@ COMMIT = "c0ffee" + "1" * 34
 PIN = f"hf://acme/support-lora@{COMMIT}"
 BASE = "hf://acme/base-8b@" + "b" * 40
 LABEL = "dev.weightsmith."
+
+
+def checks(*keys: Path) -> dict[str, signing.Check]:
+    return {str(key): signing.read_public_key(key) for key in keys}
 
 
 class Shop:
@@ -113,7 +117,7 @@ class Shop:
         where = f"{self.fake.host}{'/' if place else ''}{place}"
         command = AffectedCommand(in_=(where,), **asked)
         question = question_of(command, lambda folder: Digest.of(str(folder).encode()))
-        chosen = [str(key) for key in keys or (self.public,)]
+        chosen = checks(*keys or (self.public,))
         return find_affected(question, [where], chosen, self.client, Silent())
 
     def names(self, *more: Any, **asked: str) -> tuple[list[str], list[str]]:
@@ -213,7 +217,7 @@ def test_a_folder_is_known_by_its_content(shop: Shop, tmp_path: Path) -> None:
     shop.push("team/app:1")
     asked = AffectedCommand(in_=("x",), adapter=str(tmp_path))
     question = question_of(asked, lambda _: Digest.of(PIN.encode()))
-    found = find_affected(question, [shop.fake.host], [str(shop.public)], shop.client, Silent())
+    found = find_affected(question, [shop.fake.host], checks(shop.public), shop.client, Silent())
     assert len(found.images) == 1
 
 
@@ -291,7 +295,7 @@ def test_without_a_key_no_signature_is_checked(shop: Shop) -> None:
     shop.push("team/app:1")
     where = shop.fake.host
     question = question_of(AffectedCommand(in_=(where,), adapter=PIN), lambda _: Digest.of(b""))
-    found = find_affected(question, [where], [], shop.client, Silent())
+    found = find_affected(question, [where], {}, shop.client, Silent())
     assert [(row.signed_by, "not checked" in row.chain) for row in found.images] == [((), True)]
 
 
@@ -568,7 +572,7 @@ def test_a_layout_and_a_fleets_results_are_places(shop: Shop, tmp_path: Path) ->
     (dist / "fleet.json").write_text(json.dumps({"cells": cells, "shared": []}))
     question = question_of(AffectedCommand(in_=("x",), adapter=PIN), lambda _: Digest.of(b""))
 
-    found = find_affected(question, [str(dist)], [str(shop.public)], shop.client, Silent())
+    found = find_affected(question, [str(dist)], checks(shop.public), shop.client, Silent())
 
     assert [row.reference for row in found.images] == [
         f"{shop.fake.host}/team/app:1", f"oci:{tmp_path / 'layout'}:latest"
@@ -582,7 +586,7 @@ def test_a_damaged_list_of_a_fleet_is_refused(shop: Shop, tmp_path: Path, docume
     (tmp_path / "fleet.json").write_text(document)
     question = question_of(AffectedCommand(in_=("x",), adapter=PIN), lambda _: Digest.of(b""))
     with pytest.raises(InputRefused):
-        find_affected(question, [str(tmp_path)], [], shop.client, Silent())
+        find_affected(question, [str(tmp_path)], {}, shop.client, Silent())
 
 
 @pytest.mark.parametrize(

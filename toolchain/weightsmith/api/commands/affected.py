@@ -6,7 +6,7 @@ more but something attached. Requests run at the same time, and no layer is read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.api.commands.requests import AffectedCommand
+from weightsmith.api.commands.verify import key_path
 from weightsmith.api.results import Affected, Unread
 from weightsmith.core.errors import (
     Altered,
@@ -24,9 +25,9 @@ from weightsmith.core.errors import (
     WeightsmithError,
 )
 from weightsmith.core.escape import joined
-from weightsmith.core.ports import Progress
+from weightsmith.core.ports import Progress, Signer
 from weightsmith.core.safe_parse import RECORD, read_json
-from weightsmith.core.values import Digest
+from weightsmith.core.values import Blob, Digest
 from weightsmith.evaluating.results import NOT_PROVEN
 from weightsmith.fleets.page import FILE as FLEET
 from weightsmith.fleets.rows import FleetRows
@@ -34,10 +35,17 @@ from weightsmith.oci import catalog, manifests
 from weightsmith.oci.attachments import Attachment, fallback_tag
 from weightsmith.oci.layout import LayoutLocation, image_names, is_layout, locate, require_layout
 from weightsmith.oci.references import DOCKER_HUB, Reference
-from weightsmith.oci.registry import Listed, Registry
+from weightsmith.oci.registry import (
+    ImageLocation,
+    Listed,
+    Registry,
+    RegistryLocation,
+    open_location,
+)
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.origins import KINDS, Wanted, wanted
 from weightsmith.provenance.recall import AffectedImage, Judgement, Recall
+from weightsmith.provenance.withdrawal import attach_withdrawal, withdrawal, withdrawn_in
 
 _AT_ONCE = 16
 """Requests at the same time."""
@@ -137,17 +145,16 @@ def question_of(asked: AffectedCommand, digest_of: Callable[[Path], Digest]) -> 
 def find_affected(
     question: Wanted,
     places: Sequence[str],
-    keys: Sequence[str],
+    keys: Mapping[str, signing.Check],
     registry: Registry,
     progress: Progress,
 ) -> Affected:
     """Return every image, index and artifact in the places that was made from it.
 
-    `keys` are public keys. What cannot be read is named in the answer, and stops nothing else.
-    Raises UsageError for a place that is none, or for a bad key.
+    `keys` are names of public keys, with what checks their signatures. What cannot be read is named
+    in the answer, and stops nothing else. Raises UsageError for a place that is none.
     """
-    checks = {key: signing.read_public_key(Path(key).expanduser()) for key in keys}
-    recall = Recall(wanted=question, keys=checks)
+    recall = Recall(wanted=question, keys=keys)
     found, pending = _Found(), list[_Manifest]()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for place in places:
@@ -497,6 +504,66 @@ def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:
                 found.judged((str(folder), image.digest), reference, judgement)
         except WeightsmithError as error:
             found.fault(reference, error)
+
+
+def keys_of(asked: AffectedCommand, signer: Signer | None) -> Mapping[str, signing.Check]:
+    """Return the keys to believe: those that are named, else the one that withdraws.
+
+    Raises UsageError for a key that cannot be read, and for options that do not fit together.
+    """
+    if asked.withdraw and signer is None:
+        raise UsageError("--withdraw needs --sign-key", hint="only a signed statement counts")
+    if not asked.withdraw and (asked.reason or signer):
+        flag = "--reason" if asked.reason else "--sign-key"
+        raise UsageError(f"{flag} needs --withdraw", hint="without it, nothing is written")
+    for key in asked.keys:
+        key_path(key)
+    checks = {key: signing.read_public_key(Path(key).expanduser()) for key in asked.keys}
+    if signer and not checks:
+        checks[asked.run.sign_key] = signing.check_by(signer.public)
+    return checks
+
+
+def withdraw_all(
+    found: Affected, reason: str, signer: Signer, registry: Registry, progress: Progress
+) -> Affected:
+    """Attach a signed withdrawal to each trusted image; return the answer as it is then.
+
+    What is withdrawn already is left as it is, and so is what nobody signed: anyone could have made
+    it look like this. Raises EnvironmentFailure if a registry refuses; what was done by then stays.
+    """
+    why = reason or f"made from {found.by.replace('_', ' ')} {found.value}"
+    rows = list[AffectedImage]()
+    for number, row in enumerate(found.images):
+        progress.advance(number, len(found.images), "images")
+        if row.withdrawn is None:
+            place = open_location(_pinned(row), registry)
+            image = _blob(row, place)
+            told = withdrawal(image, why, {found.by: found.value})
+            attach_withdrawal(told, image, place, signer)
+            row = replace(row, withdrawn=withdrawn_in([told], row.digest))
+        rows.append(row)
+    if found.unsigned:
+        progress.warn(
+            f"{len(found.unsigned)} images that no key vouches for were not withdrawn: sign those "
+            "that are yours (`push --sign-key`), and withdraw again"
+        )
+    return replace(found, images=tuple(rows))
+
+
+def _pinned(row: AffectedImage) -> str:
+    """Return an image's name with its digest: a tag may move at any time."""
+    if is_layout(row.reference):
+        return row.reference
+    return f"{row.reference.partition('@')[0]}@{row.digest}"
+
+
+def _blob(row: AffectedImage, place: ImageLocation) -> Blob:
+    """Return the descriptor of an image or index."""
+    if isinstance(place, RegistryLocation):
+        body, kind = place.registry.read_manifest(place.reference)
+        return Blob(digest=Digest(row.digest), size=len(body), media_type=kind)
+    return place.image(next(iter(row.platforms), None)).manifest_blob
 
 
 def affected_text(found: Affected) -> str:

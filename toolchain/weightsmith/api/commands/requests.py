@@ -295,7 +295,13 @@ class AffectedCommand:
         str, "package in a bill of materials, with versions: 'openssl>=3.0,<3.0.14'"
     ] = ""
     keys: Annotated[tuple[str, ...], Flag("key"), f"{_KEY}; what it signed is believed"] = ()
-    run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN
+    withdraw: Annotated[
+        bool,
+        "mark the images of the first list as withdrawn, by statements that --sign-key signs: "
+        "`verify` then refuses them",
+    ] = False
+    reason: Annotated[str, "why they are withdrawn; default: what they were made from"] = ""
+    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain, trace
 from weightsmith.provenance.labels import weights_of
 from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.withdrawal import withdrawn_in
 
 _BUFFER = 1 << 20
 _TARS = (LAYER_TAR, *(name for name in manifests.MODEL_LAYERS if name.endswith(".tar")))
@@ -227,6 +228,10 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
         name = f"statement {_short_type(part, read.predicate_type)}"
         # Third parties sign their own statements; ours must be signed by this key.
         ours, counts = read.is_ours, read.signed or check is None
+        if why := withdrawn_in([read], image):
+            by = "" if counts else "somebody says so, not signed by this key: "
+            found.say("withdrawn", False if counts else None, f"{by}{why}")
+            continue
         if counts and not lineage.holds(read):
             ok = False if ours or read.signed else None
             found.say(name, ok, f"{lineage.describe_unrelated(read)}, no evidence of this one")

@@ -1,0 +1,177 @@
+"""`affected --withdraw`: a signed statement that `verify` honours; nothing is deleted."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from weightsmith.api.commands.affected import find_affected, keys_of, withdraw_all
+from weightsmith.api.commands.images import copy_image
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.requests import AffectedCommand, RebaseCommand
+from weightsmith.api.commands.verify import verify_image
+from weightsmith.api.results import Affected
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Digest
+from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import RegistryLocation
+from weightsmith.outside.signer import open_signer
+from weightsmith.provenance import signing
+from weightsmith.provenance.evidence import statement_parts
+from weightsmith.provenance.origins import wanted
+from weightsmith.provenance.statements import WITHDRAWAL
+from weightsmith.provenance.withdrawal import attach_withdrawal, withdrawal
+
+from tests.fakes.baking import bake, make_key, push_base
+from tests.fakes.journal import RecordingProgress
+from tests.fakes.memory import memory_tools
+from tests.unit.api.commands.conftest import ENGINE, Scene
+
+
+@pytest.fixture
+def told() -> RecordingProgress:
+    return RecordingProgress()
+
+
+def found(scene: Scene, key: Path | None = None, place: str = "team/app:1") -> Affected:
+    keys = {"key": signing.read_public_key(key or scene.public)}
+    where = [f"{scene.fake.host}/{place}"]
+    return find_affected(wanted("engine", "llamacpp"), where, keys, scene.client, Silent())
+
+
+def withdraw(scene: Scene, reason: str = "trained on the wrong data") -> Affected:
+    signer = open_signer(str(scene.key))
+    return withdraw_all(found(scene), reason, signer, scene.client, Silent())
+
+
+def failed(scene: Scene, key: Path | None = None, name: str = "") -> dict[str, tuple[object, str]]:
+    """Return the checks that say something of a withdrawal, and those that failed."""
+    try:
+        rows = verify_image(name or scene.name, key or scene.public, scene.client, Silent()).checks
+        checks = {one.name: (one.ok, one.found) for one in rows}
+    except CheckFailed as error:
+        checks = {row["check"]: (row["ok"], row["found"]) for row in error.details["checks"]}
+    return {k: v for k, v in checks.items() if v[0] is False or k == "withdrawn"}
+
+
+def test_verify_refuses_what_was_withdrawn_and_says_why(scene: Scene) -> None:
+    before = dict(scene.fake.manifests)
+    after = withdraw(scene)
+
+    assert "trained on the wrong data" in str(after.images[0].withdrawn)
+    assert list(failed(scene)) == ["withdrawn"]
+    with pytest.raises(CheckFailed, match="trained on the wrong data") as caught:
+        verify_image(scene.name, scene.public, scene.client, Silent())
+    assert caught.value.exit_code == 4
+    with pytest.raises(CheckFailed, match="wrong data"):
+        verify_image(scene.name, None, scene.client, Silent())
+    # Only lists of what is attached have changed.
+    now = scene.fake.manifests
+    changed = {name for place, name in before if now.get((place, name)) != before[place, name]}
+    digest = found(scene).images[0].digest
+    assert changed <= {fallback_tag(Digest(digest)), fallback_tag(Digest(digest), ".att")}
+    assert found(scene).images[0].withdrawn == after.images[0].withdrawn
+
+
+def test_the_statement_is_in_toto_and_under_cosigns_tag(scene: Scene) -> None:
+    withdraw(scene)
+    digest = Digest(found(scene).images[0].digest)
+    _, body = scene.fake.manifests["team/app", fallback_tag(digest, ".att")]
+    kinds = {}
+    for layer in json.loads(body)["layers"]:
+        envelope = json.loads(scene.fake.blobs["team/app", layer["digest"]])
+        stated = json.loads(base64.b64decode(envelope["payload"]))
+        kinds[layer["annotations"]["predicateType"]] = stated
+    assert len(kinds) > 1
+    told = kinds[WITHDRAWAL]
+    assert told["_type"] == "https://in-toto.io/Statement/v1"
+    assert told["subject"][0]["digest"] == {"sha256": digest.hex}
+    assert told["predicate"]["madeFrom"] == {"engine": "llamacpp"}
+    assert set(told["predicate"]) == {"reason", "withdrawnOn", "madeFrom"}
+
+
+def test_withdrawing_again_adds_nothing(scene: Scene) -> None:
+    withdraw(scene)
+    before = dict(scene.fake.manifests)
+    again = withdraw(scene, "another reason")
+    assert scene.fake.manifests == before
+    assert "wrong data" in str(again.images[0].withdrawn)
+
+
+def test_what_another_key_withdrew_is_shown_and_not_honoured(scene: Scene) -> None:
+    other, public = make_key(scene.folder, "other")
+    place = RegistryLocation(scene.client, Reference.parse(scene.name))
+    image = scene.image().manifest_blob
+    attach_withdrawal(withdrawal(image, "a joke", {}), image, place, open_signer(str(other)))
+
+    ok, said = failed(scene)["withdrawn"]
+
+    assert (ok, "not signed by this key: a joke" in said) == (None, True)
+    assert failed(scene, public)["withdrawn"][0] is False
+    assert found(scene).images[0].withdrawn is None
+
+
+def test_what_nobody_signed_is_not_withdrawn(scene: Scene, told: RecordingProgress) -> None:
+    """Else whoever can write to a repository would have us withdraw any image."""
+    name = f"{scene.fake.host}/team/free:1"
+    bake(scene.client, scene.model, scene.base, push=name)
+    rows = found(scene, place="team/free:1")
+    before = dict(scene.fake.manifests)
+
+    withdraw_all(rows, "", open_signer(str(scene.key)), scene.client, told)
+
+    assert (len(rows.images), len(rows.unsigned)) == (0, 1)
+    assert scene.fake.manifests == before
+    assert "not withdrawn" in told.warnings[0]
+
+
+def test_a_copy_that_is_signed_anew_stays_withdrawn(scene: Scene) -> None:
+    withdraw(scene)
+    other, public = make_key(scene.folder, "release")
+    to = f"{scene.fake.host}/prod/app:1"
+    signer = open_signer(str(other))
+    copy_image(scene.name, to, scene.client, Silent(), force=False, signer=signer)
+    assert failed(scene, public, to)["withdrawn"][0] is False
+
+
+def test_a_rebased_image_is_another(scene: Scene, told: RecordingProgress) -> None:
+    withdraw(scene)
+    onto, to = f"{scene.fake.host}/base/engine:2", f"{scene.fake.host}/team/app:2"
+    push_base(scene.client, onto, ENGINE, {"app/llama-server": b"2"})
+    tools = memory_tools(scene.folder, registry=scene.client, key=scene.key)
+    request = RebaseCommand(source=scene.name, onto=onto, to=to, smoke=False)
+    rebase_image(request, replace(tools, progress=told))
+    assert any("was withdrawn" in text for text in told.warnings)
+    assert failed(scene, name=to) == {}
+
+
+def test_a_signed_withdrawal_moved_to_another_image_does_not_count(scene: Scene) -> None:
+    other = f"{scene.fake.host}/team/other:1"
+    (scene.model / "config.json").write_text((scene.model / "config.json").read_text() + " ")
+    bake(scene.client, scene.model, scene.base, scene.key, push=other, name="renamed")
+    withdraw(scene)
+    here = RegistryLocation(scene.client, Reference.parse(scene.name))
+    there = RegistryLocation(scene.client, Reference.parse(other))
+    image = scene.image("team/other:1").manifest_blob
+    for blob, tag in here.attached(scene.image().digest):
+        held = here.read(blob, tag)
+        for part in statement_parts([held]):
+            if part.annotations.get("predicateType") == WITHDRAWAL:
+                kind = part.blob.media_type
+                made = type(held)(artifact_type=kind, subject=image, parts=(part,))
+                there.attach(made)
+    assert "withdrawn" not in failed(scene, name=other)
+    assert found(scene, place="team/other:1").images[0].withdrawn is None
+
+
+@pytest.mark.parametrize(
+    "asked", [{"withdraw": True}, {"reason": "x"}, {"withdraw": True, "reason": "x"}]
+)
+def test_only_a_key_withdraws(asked: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        keys_of(AffectedCommand(in_=("x",), adapter="y", **asked), None)
