@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Pushed,
         Quantized,
         Rebased,
+        Remade,
         Rendered,
         Shard,
         StageTime,
@@ -54,6 +55,7 @@ __all__ = [
     "Quantized",
     "Rebased",
     "Recipe",
+    "Remade",
     "Rendered",
     "Shard",
     "SharedTask",
@@ -85,8 +87,8 @@ _MODULES = {
     "api.images": "affected bake build inspect plan push rebase verify",
     "api.models": "evaluate merge quantize render validate",
     "api.results": (
-        "Affected AffectedImage Baked Built Evaluation Merged Pushed Quantized Rebased Rendered "
-        "Shard StageTime Unread Validation Verification"
+        "Affected AffectedImage Baked Built Evaluation Merged Pushed Quantized Rebased Remade "
+        "Rendered Shard StageTime Unread Validation Verification"
     ),
     "recipe.schema": "Recipe",
 }

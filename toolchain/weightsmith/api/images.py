@@ -21,6 +21,7 @@ from weightsmith.api.commands.bake import bake_model
 from weightsmith.api.commands.images import copy_image, inspect_image, preview_copy
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.recipes import recipe_of, recipe_of_image
+from weightsmith.api.commands.remake import rebase_all, write_fleets
 from weightsmith.api.commands.requests import (
     AffectedCommand,
     AnyRecipe,
@@ -543,6 +544,10 @@ def affected(
     keys: AnyPath | Sequence[AnyPath] = (),
     withdraw: bool = False,
     reason: str = "",
+    rebuild: bool = False,
+    rebase: str = "",
+    out: AnyPath | None = None,
+    force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
     progress: bool = True,
@@ -552,7 +557,9 @@ def affected(
     `in_` names where to look: `REGISTRY/PREFIX`, an image, `oci:FOLDER`, the folder of a fleet's
     results. `keys` are public keys: `images` has what they signed, `unsigned` what only says so.
     What could not be read is in `problems`, and stops nothing else. `withdraw` marks `images` as
-    withdrawn, by statements that `sign_key` signs; nothing is deleted.
+    withdrawn, by statements that `sign_key` signs; nothing is deleted. `rebuild` writes a fleet
+    file that makes them again to `out`; `rebase` moves them to another engine base, or with `out`
+    writes the fleet file for it.
 
     Raises UsageError unless exactly one thing is asked for, InputRefused for a place that is not
     there, EnvironmentFailure if a registry refuses a withdrawal.
@@ -574,6 +581,10 @@ def affected(
         keys=tuple(map(str, paths_of(keys))),
         withdraw=withdraw,
         reason=reason,
+        rebuild=rebuild,
+        rebase=rebase,
+        out=path_of(out) if out else None,
+        force=force,
         run=RunOptions(insecure=insecure, sign_key=sign_key),
     )
     with shown(progress) as told:
@@ -587,6 +598,13 @@ def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
     keys = keys_of(asked, signer)
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
         found = find_affected(question, asked.in_, keys, registry, progress)
-        if not (asked.withdraw and signer):
-            return found
-        return withdraw_all(found, asked.reason, signer, registry, progress)
+        if asked.withdraw and signer:
+            found = withdraw_all(found, asked.reason, signer, registry, progress)
+        if asked.rebuild or (asked.rebase and asked.out):
+            out = (asked.out or Path("affected/fleet.yaml")).absolute()
+            key = Path(asked.keys[0]).expanduser() if asked.keys else None
+            return write_fleets(found, out, asked.rebase, key, registry, progress)
+    if asked.rebase:
+        with wiring.open_for(asked, progress) as tools:
+            return rebase_all(found, asked.rebase, tools, force=asked.force)
+    return found

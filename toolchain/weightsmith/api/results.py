@@ -174,6 +174,18 @@ class Unread(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Remade(JsonObject):
+    """What became of an image that was to be made again."""
+
+    source: str
+    reference: str = ""
+    """The new image; the fleet file that makes it, if that was written."""
+    digest: str = ""
+    error: str = ""
+    """Why it was not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Affected(JsonObject):
     """What was made from something, in the places that were named."""
 
@@ -190,3 +202,5 @@ class Affected(JsonObject):
     repositories: int
     looked_at: int
     """Number of manifests."""
+    remade: tuple[Remade, ...] = ()
+    """With `rebuild` or `rebase`: each image of `images`, but no other form of it."""

@@ -56,6 +56,8 @@ class AffectedImage(JsonObject):
     tags: tuple[str, ...] = ()
     withdrawn: str | None = None
     """Why it was withdrawn; null if it was not."""
+    members: tuple[str, ...] = ()
+    """Digests of an index's images that are in the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

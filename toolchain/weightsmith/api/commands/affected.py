@@ -19,6 +19,7 @@ from weightsmith.api.commands.verify import key_path
 from weightsmith.api.results import Affected, Unread
 from weightsmith.core.errors import (
     Altered,
+    CheckFailed,
     EnvironmentFailure,
     InputRefused,
     UsageError,
@@ -482,6 +483,7 @@ def _index_row(rows: Sequence[AffectedImage], one: _Index, withdrawn: str | None
         because=tuple(dict.fromkeys(text for row in rows for text in row.because)),
         tags=one.tags,
         withdrawn=withdrawn,
+        members=tuple(row.digest for row in rows),
     )
 
 
@@ -513,9 +515,14 @@ def keys_of(asked: AffectedCommand, signer: Signer | None) -> Mapping[str, signi
     """
     if asked.withdraw and signer is None:
         raise UsageError("--withdraw needs --sign-key", hint="only a signed statement counts")
-    if not asked.withdraw and (asked.reason or signer):
-        flag = "--reason" if asked.reason else "--sign-key"
-        raise UsageError(f"{flag} needs --withdraw", hint="without it, nothing is written")
+    if asked.reason and not asked.withdraw:
+        raise UsageError("--reason needs --withdraw", hint="without it, nothing is withdrawn")
+    if signer and not (asked.withdraw or (asked.rebase and not asked.out)):
+        raise UsageError("--sign-key needs --withdraw or --rebase", hint="nothing else is signed")
+    if asked.rebuild and asked.rebase:
+        raise UsageError("--rebuild and --rebase exclude each other", hint="give one of them")
+    if asked.out and not (asked.rebuild or asked.rebase):
+        raise UsageError("--out needs --rebuild or --rebase", hint="it is their fleet file")
     for key in asked.keys:
         key_path(key)
     checks = {key: signing.read_public_key(Path(key).expanduser()) for key in asked.keys}
@@ -574,6 +581,9 @@ def affected_text(found: Affected) -> str:
     if found.unsigned:
         lines.append(f"{len(found.unsigned)} more say so, unsigned:")
         lines += [line for row in found.unsigned for line in _lines(row)]
+    if found.remade:
+        lines.append("made again:")
+        lines += [f"  {one.source}: {one.error or one.reference}" for one in found.remade]
     if found.problems:
         lines.append(f"{len(found.problems)} could not be answered, or are not what they say:")
         lines += [f"  {one.reference}: {one.why}" for one in found.problems]
@@ -593,8 +603,15 @@ def _lines(row: AffectedImage) -> Iterator[str]:
 
 
 def error_of(found: Affected) -> WeightsmithError | None:
-    """Return what the command ends with if a place could not be reached: the answer has a gap."""
+    """Return what the command ends with if a place could not be reached, or an image not made."""
     missing = [one for one in found.problems if one.unreachable]
+    if failed := [one for one in found.remade if one.error]:
+        return CheckFailed(
+            f"{len(failed)} of {len(found.remade)} images were not made again; {failed[0].source}: "
+            f"{failed[0].error}",
+            hint="`build --from` or `rebase` takes each by itself",
+            details=found.to_json(),
+        )
     if not missing:
         return None
     first = missing[0]

@@ -301,6 +301,18 @@ class AffectedCommand:
         "`verify` then refuses them",
     ] = False
     reason: Annotated[str, "why they are withdrawn; default: what they were made from"] = ""
+    rebuild: Annotated[
+        bool, "write a fleet file that builds the images of the first list again"
+    ] = False
+    rebase: Annotated[
+        str,
+        "engine base to move the images of the first list to, each to its tag with -on- and the "
+        "base's; with --out, write a fleet file that builds them on it",
+    ] = ""
+    out: Annotated[
+        Path | None, WRITTEN, "the fleet file; default of --rebuild: affected/fleet.yaml"
+    ] = None
+    force: Force = False
     run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key"))] = _RUN
 
 
