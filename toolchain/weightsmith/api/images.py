@@ -550,6 +550,7 @@ def affected(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    signature_format: SignatureFormat = "cosign",
     progress: bool = True,
 ) -> Affected:
     """Return what was made from one thing: an adapter, a base, an engine, a builder and so on.
@@ -585,7 +586,7 @@ def affected(
         rebase=rebase,
         out=path_of(out) if out else None,
         force=force,
-        run=RunOptions(insecure=insecure, sign_key=sign_key),
+        run=RunOptions(insecure=insecure, sign_key=sign_key, signature_format=signature_format),
     )
     with shown(progress) as told:
         return run_affected(request, told)
@@ -594,7 +595,7 @@ def affected(
 def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
     """Return what was made from what the command names."""
     question = question_of(asked, wiring.digest_of_folder)
-    signer = wiring.make_signer(asked.run.sign_key)
+    signer = wiring.make_signer(asked.run.sign_key, asked.run.signature_format)
     keys = keys_of(asked, signer)
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
         found = find_affected(question, asked.in_, keys, registry, progress)

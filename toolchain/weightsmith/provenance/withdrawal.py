@@ -1,7 +1,7 @@
 """Withdraws images: a signed statement beside each says why; nothing is deleted.
 
-It is an in-toto statement of the predicate type `WITHDRAWAL`, in an envelope under cosign's tag and
-among the referrers, so that policies find it as they find the others. Its predicate has `reason`
+It is an in-toto statement of the predicate type `WITHDRAWAL`, in the form of signatures that is
+chosen, so that policies find it as they find the others. Its predicate has `reason`
 (text), `withdrawnOn` (RFC 3339) and `madeFrom` (what the images have in common, such as
 `{"adapter": "hf://acme/support-lora"}`). Its subject is the image, or the index.
 """
@@ -33,9 +33,14 @@ def withdrawal(image: Blob, reason: str, made_from: Mapping[str, str]) -> Statem
 
 def attach_withdrawal(told: Statement, image: Blob, place: ImageLocation, signer: Signer) -> None:
     """Sign a withdrawal and attach it beside what others signed; the image gets no signature."""
+    kind = told.predicate_type
+    if signer.format != "cosign":
+        place.attach(signing.bundle_manifest(signing.sign_bundle(told, signer), image, kind))
+    if signer.format == "bundle":
+        return
     held = read_attached(place, image.digest)
     parts = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
-    own = signing.envelope_part(signing.sign_statement(told, signer), told.predicate_type)
+    own = signing.envelope_part(signing.sign_statement(told, signer), kind)
     tag = fallback_tag(image.digest, ".att")
     place.attach(signing.cosign_manifest((*parts, own), image, signing.ENVELOPE_TYPE, tag))
 

@@ -6,6 +6,7 @@ import base64
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.api.commands.affected import find_affected, keys_of, withdraw_all
@@ -93,6 +94,14 @@ def test_the_statement_is_in_toto_and_under_cosigns_tag(scene: Scene) -> None:
     assert told["subject"][0]["digest"] == {"sha256": digest.hex}
     assert told["predicate"]["madeFrom"] == {"engine": "llamacpp"}
     assert set(told["predicate"]) == {"reason", "withdrawnOn", "madeFrom"}
+
+
+@pytest.mark.parametrize("form", ["bundle", "both"])
+def test_a_withdrawal_as_a_bundle_is_honoured_too(scene: Scene, form: Any) -> None:
+    signer = replace(open_signer(str(scene.key)), format=form)
+    withdraw_all(found(scene), "in a bundle", signer, scene.client, Silent())
+    assert "in a bundle" in failed(scene)["withdrawn"][1]
+    assert "in a bundle" in str(found(scene).images[0].withdrawn)
 
 
 def test_withdrawing_again_adds_nothing(scene: Scene) -> None:

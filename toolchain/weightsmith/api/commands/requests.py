@@ -313,7 +313,7 @@ class AffectedCommand:
         Path | None, WRITTEN, "the fleet file; default of --rebuild: affected/fleet.yaml"
     ] = None
     force: Force = False
-    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key"))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key", "signature_format"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
