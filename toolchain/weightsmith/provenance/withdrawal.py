@@ -17,9 +17,17 @@ from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.registry import ImageLocation
 from weightsmith.provenance import signing
 from weightsmith.provenance.evidence import read_attached, statement_parts
-from weightsmith.provenance.statements import WITHDRAWAL, Statement, image_resource, statement
+from weightsmith.provenance.statements import (
+    TEST_RESULT,
+    WITHDRAWAL,
+    Statement,
+    image_resource,
+    statement,
+)
 
 _LONGEST = 500
+_FAILED = "withdrawn: "
+"""How the failed test in a withdrawal's test result begins."""
 
 
 def withdrawal(image: Blob, reason: str, made_from: Mapping[str, str]) -> Statement:
@@ -31,18 +39,42 @@ def withdrawal(image: Blob, reason: str, made_from: Mapping[str, str]) -> Statem
     return statement([image_resource(image)], WITHDRAWAL, predicate)
 
 
+def failed_result(told: Statement, image: Blob) -> Statement:
+    """Return the test result that goes with a withdrawal.
+
+    Policies of clusters cannot ask for a statement that is not there. They hold every test result
+    of an image to their conditions, so one that failed keeps the image out.
+    """
+    why = f"{_FAILED}{told.predicate.get('reason')}"
+    result = {"result": "FAILED", "configuration": [], "failedTests": [why]}
+    return statement([image_resource(image)], TEST_RESULT, result)
+
+
+def withdraws(told: Statement) -> bool:
+    """Return whether a statement is a withdrawal, or the test result that goes with one."""
+    failed = told.predicate.get("failedTests")
+    rows = failed if told.predicate_type == TEST_RESULT and isinstance(failed, list) else []
+    named = any(isinstance(row, str) and row.startswith(_FAILED) for row in rows)
+    return named or told.predicate_type == WITHDRAWAL
+
+
 def attach_withdrawal(told: Statement, image: Blob, place: ImageLocation, signer: Signer) -> None:
     """Sign a withdrawal and attach it beside what others signed; the image gets no signature."""
-    kind = told.predicate_type
+    both = (told, failed_result(told, image))
     if signer.format != "cosign":
-        place.attach(signing.bundle_manifest(signing.sign_bundle(told, signer), image, kind))
+        for one in both:
+            part = signing.sign_bundle(one, signer)
+            place.attach(signing.bundle_manifest(part, image, one.predicate_type))
     if signer.format == "bundle":
         return
     held = read_attached(place, image.digest)
     parts = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
-    own = signing.envelope_part(signing.sign_statement(told, signer), kind)
+    own = (
+        signing.envelope_part(signing.sign_statement(one, signer), one.predicate_type)
+        for one in both
+    )
     tag = fallback_tag(image.digest, ".att")
-    place.attach(signing.cosign_manifest((*parts, own), image, signing.ENVELOPE_TYPE, tag))
+    place.attach(signing.cosign_manifest((*parts, *own), image, signing.ENVELOPE_TYPE, tag))
 
 
 def withdrawn_in(stated: Iterable[Statement], image: str) -> str | None:

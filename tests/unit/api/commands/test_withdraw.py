@@ -23,9 +23,9 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing
-from weightsmith.provenance.evidence import statement_parts
+from weightsmith.provenance.evidence import read_attached, read_statement, statement_parts
 from weightsmith.provenance.origins import wanted
-from weightsmith.provenance.statements import WITHDRAWAL
+from weightsmith.provenance.statements import TEST_RESULT, WITHDRAWAL
 from weightsmith.provenance.withdrawal import attach_withdrawal, withdrawal
 
 from tests.fakes.baking import bake, make_key, push_base
@@ -65,7 +65,7 @@ def test_verify_refuses_what_was_withdrawn_and_says_why(scene: Scene) -> None:
     after = withdraw(scene)
 
     assert "trained on the wrong data" in str(after.images[0].withdrawn)
-    assert list(failed(scene)) == ["withdrawn"]
+    assert set(failed(scene)) == {"withdrawn", "gate"}
     with pytest.raises(CheckFailed, match="trained on the wrong data") as caught:
         verify_image(scene.name, scene.public, scene.client, Silent())
     assert caught.value.exit_code == 4
@@ -102,6 +102,20 @@ def test_a_withdrawal_as_a_bundle_is_honoured_too(scene: Scene, form: Any) -> No
     withdraw_all(found(scene), "in a bundle", signer, scene.client, Silent())
     assert "in a bundle" in failed(scene)["withdrawn"][1]
     assert "in a bundle" in str(found(scene).images[0].withdrawn)
+
+
+def test_policies_see_a_test_that_failed(scene: Scene) -> None:
+    """They hold every test result to `PASSED`, and cannot ask for what is not there."""
+    withdraw(scene)
+    place = RegistryLocation(scene.client, Reference.parse(scene.name))
+    digest = Digest(found(scene).images[0].digest)
+    check = signing.read_public_key(scene.public)
+    stated = [read_statement(part, check) for part in statement_parts(read_attached(place, digest))]
+    (result,) = [one for one in stated if one.predicate_type == TEST_RESULT]
+    assert result.signed
+    assert result.image == digest
+    assert result.predicate["result"] == "FAILED"
+    assert result.predicate["failedTests"] == ["withdrawn: trained on the wrong data"]
 
 
 def test_withdrawing_again_adds_nothing(scene: Scene) -> None:

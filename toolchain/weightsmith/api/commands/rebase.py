@@ -33,8 +33,8 @@ from weightsmith.provenance.labels import (
     moved_labels,
     roles_of,
 )
-from weightsmith.provenance.statements import WITHDRAWAL, Resource
-from weightsmith.provenance.withdrawal import withdrawn_in
+from weightsmith.provenance.statements import Resource
+from weightsmith.provenance.withdrawal import withdrawn_in, withdraws
 from weightsmith.steps.bases import base_image, public_base
 from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate
 from weightsmith.steps.launch import why_not_started
@@ -165,9 +165,7 @@ def _evidence(
     # Keep nothing else: with a key, everything that is kept gets signed.
     if why := withdrawn_in(attached, old.digest):
         tools.progress.warn(f"{old.digest.short} was withdrawn: {why}; the new image is not")
-    about = [
-        lineage.holds(one) and one.is_ours and one.predicate_type != WITHDRAWAL for one in attached
-    ]
+    about = [lineage.holds(one) and one.is_ours and not withdraws(one) for one in attached]
     kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
     if len(kept) < len(parts):
         tools.progress.warn(
