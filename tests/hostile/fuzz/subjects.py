@@ -73,7 +73,9 @@ from weightsmith.outside.remote import chosen_files
 from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in, roles_of
+from weightsmith.provenance.origins import KINDS, origins, wanted
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
+from weightsmith.provenance.statements import Statement
 from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe
 from weightsmith.recipe.schema import Base, Bench
@@ -902,6 +904,45 @@ def thin_model() -> Any:
     }
 
 
+BILL: dict[str, Any] = {
+    "metadata": {"component": {
+        "name": "m", "licenses": [{"license": {"id": "MIT"}}, {"expression": "MIT OR ISC"}],
+        "pedigree": {"ancestors": [{"name": "b", "licenses": [{"license": {"name": "llama3"}}]}]},
+    }},
+    "components": [{"name": "x", "version": "1.0rc1", "purl": "pkg:pypi/x@1.0rc1",
+                    "components": [{"name": "y", "version": "2:1.0-1~deb12u1"}]}],
+    "packages": [{"name": "x", "versionInfo": "1.0", "licenseDeclared": "MIT",
+                  "externalRefs": [{"referenceLocator": "pkg:deb/debian/x@1.0?arch=amd64"}]}],
+}  # fmt: skip
+ADAPTER_LABELS = {
+    f"dev.weightsmith.{key}": text
+    for key, text in {
+        "adapter.0.pin": "mlflow:runs:/abc/model@1", "adapter.0.run_id": "wandb/x",
+        "base.pin": f"hf://a/b@{COMMIT}", "engine": "vllm", "engine.version": "v0.33.0+cu13",
+    }.items()
+}  # fmt: skip
+
+
+def changed_origins(random: Random) -> bytes:
+    """Change statements, labels and a bill of materials: what an image says that it is made of."""
+    stated = json.loads(changed_statements(random))
+    found = {"stated": stated, "bill": json_changed(random, BILL), "labels": ADAPTER_LABELS}
+    return json.dumps({**found, "labels": json_changed(random, ADAPTER_LABELS)}).encode()
+
+
+def read_origins(data: bytes, _folder: Path) -> None:
+    """Ask for everything that an image may be made of."""
+    given = json.loads(data)
+    stated = [Statement(one) for one in given["stated"].values() if isinstance(one, dict)]
+    rows = given["labels"].items() if isinstance(given["labels"], dict) else ()
+    labels = {key: text for key, text in rows if isinstance(text, str)}
+    for kind in KINDS:
+        asked = wanted(kind, "x>=1,<2:1.0-1~rc1")
+        own = next(iter(stated), None)
+        for one in origins(kind, labels, stated, [given["bill"]], own):
+            asked.matches(one)
+
+
 def start_thin(data: bytes, folder: Path) -> None:
     write_model(folder / "models")
     write_adapter(folder / "0", 1)
@@ -933,6 +974,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "text": (changed_text, read_text),
     "picture": (changed_picture, read_picture),
     "from": (changed_statements, read_statements),
+    "origins": (changed_origins, read_origins),
     "wheel": (changed_wheel, read_wheel),
     "sources": (changed_source, read_source),
     "folder-cache": (changed_entry, read_folder_entry),
