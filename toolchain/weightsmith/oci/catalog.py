@@ -22,6 +22,11 @@ _PAGE = 1000
 """Names asked for at once; docker-registry refuses more."""
 _MOST = 1_000_000
 """Names in all; a registry that never ends its list is refused."""
+_NAMES = {
+    "repositories": re.compile(r"[a-z0-9]+(?:(?:[._-]+|/)[a-z0-9]+)*"),
+    "tags": re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"),
+}
+"""What may be a name. No registry can hold another, and it would be a part of an address."""
 _ATTACHED = re.compile(r"sha256-([0-9a-f]{64})(\.[a-z]+)?")
 """Tags of what is attached to an image: by the specification's fallback, and by cosign."""
 
@@ -91,4 +96,5 @@ def _names(reply: RegistryReply, key: str, where: str) -> Iterator[str]:
             hint="check that it is a registry's address, and not a proxy's web page",
         ) from None
     rows = document.get(key) or ()  # without tags, some registries say null
-    yield from (row for row in rows if isinstance(row, str)) if isinstance(rows, list) else ()
+    named = (row for row in rows if isinstance(row, str)) if isinstance(rows, list) else ()
+    yield from filter(_NAMES[key].fullmatch, named)

@@ -551,6 +551,14 @@ def test_a_list_without_an_end_is_refused(shop: Shop) -> None:
     assert "does not end" in found.problems[0].why
 
 
+def test_a_name_that_is_none_is_never_asked_for(shop: Shop) -> None:
+    shop.push("team/app:1")
+    shop.fake.manifests["team/app", "../../../token"] = manifests.OCI_MANIFEST, b"{}"
+    shop.fake.manifests["../secret", "1"] = manifests.OCI_MANIFEST, b"{}"
+    assert shop.names(adapter=PIN) == (["team/app:1"], [])
+    assert not any("token" in path or "secret" in path for _, path in shop.fake.log)
+
+
 def test_one_image_may_be_named(shop: Shop) -> None:
     image = shop.push("team/app:1")
     shop.push("team/app:2", version="v4")
