@@ -29,10 +29,10 @@ from weightsmith.provenance.evidence import (
     EVALUATION_TYPE,
     NUMBER,
     Evidence,
+    own_statements,
     read_attached,
     read_statement,
     resource_of,
-    statement_parts,
 )
 from weightsmith.provenance.sealing import attach
 from weightsmith.provenance.statements import Statement
@@ -97,7 +97,7 @@ class Shop:
 
     def stated(self, name: str, public: Path | None = None) -> list[Statement]:
         """Return what hangs on an image as statements, each with whether the key signed it."""
-        parts = statement_parts(read_attached(self.place(name), self.blob(name).digest))
+        parts = own_statements(read_attached(self.place(name), self.blob(name).digest))
         check = signing.read_public_key(public or self.public)
         return [read_statement(part, check) for part in parts]
 
@@ -318,7 +318,8 @@ def test_a_recipe_of_another_image_is_not_built_from(shop):
         recipe_of_image(name, "hf://evil/base", shop.public, shop.folder, shop.client, Silent())
 
 
-def test_what_lies_at_the_destination_gets_no_signature(shop):
+@pytest.mark.parametrize("form", ["cosign", "bundle"])
+def test_what_lies_at_the_destination_gets_no_signature(shop, form):
     """Statements are planted where an image will be pushed: only what comes with it is signed."""
     source, (mine, _) = shop.bake("app"), make_key(shop.folder, "mallory")
     to = f"{shop.fake.host}/prod/app:1"
@@ -331,7 +332,7 @@ def test_what_lies_at_the_destination_gets_no_signature(shop):
     shop.state(to, passed(shop.blob(to), result="better"), key=mine)
     release, public = make_key(shop.folder, "release")
     told_to_people = RecordingProgress()
-    signer = open_signer(str(release))
+    signer = replace(open_signer(str(release)), format=form)
     copy_image(source, to, shop.client, told_to_people, force=False, signer=signer)
     by_release = [one for one in shop.stated(to, public) if one.signed]
     assert [one.document for one in by_release] == [told.document]
