@@ -174,8 +174,8 @@ class Day:
         """Return what one of our commands prints; raises NotRun with what it says."""
         done = subprocess.run(
             [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-            env=self.environment(), cwd=ROOT, capture_output=True, text=True, timeout=LONGEST,
-            check=False,
+            env=self.environment(), cwd=ROOT, capture_output=True, text=True,
+            timeout=LONGEST * (4 if self.cpu else 1), check=False,  # a rehearsal is slow
         )  # fmt: skip
         if done.returncode == 0:
             return json.loads(done.stdout)
@@ -403,15 +403,15 @@ def served_image(day: Day, model: Model, target: str) -> Iterator[Served]:
     """Build an image, which starts and asks it, and start it once more with the local runner."""
     folder = day.work / model.name / f"image-{target}"
     shutil.rmtree(folder, ignore_errors=True)
-    built = day.command(
-        "build", "--recipe", model.recipe(folder, day.base), "--target", target, "--runner",
-        "local", "--dist", folder / "dist", "--layout", folder / "layout",
-        *(("--gpu", day.gpu) if day.gpu else ()),
-    )["targets"][target]  # fmt: skip
-    record = json.loads((Path(built["report"]).parent / "build.json").read_text())
-    plan = record["plan"]
-    weights = folder / "models"
     try:
+        built = day.command(
+            "build", "--recipe", model.recipe(folder, day.base), "--target", target, "--runner",
+            "local", "--dist", folder / "dist", "--layout", folder / "layout",
+            *(("--gpu", day.gpu) if day.gpu else ()),
+        )["targets"][target]  # fmt: skip
+        record = json.loads((Path(built["report"]).parent / "build.json").read_text())
+        plan = record["plan"]
+        weights = folder / "models"
         image = read_layout(folder / "layout")
         spec = StartSpec(
             port=8000 if target.startswith("vllm") else 30000, env={}, use_gpu=not day.cpu,
