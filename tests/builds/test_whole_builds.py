@@ -74,7 +74,8 @@ def test_the_image_has_no_distribution_and_its_programs_need_none(local) -> None
         with tarfile.open(fileobj=io.BytesIO(b"".join(layer.open()))) as archive:
             files |= {one.name: archive.extractfile(one).read() for one in archive if one.isfile()}
 
-    etc = {"etc/passwd", "etc/group", "etc/weightsmith/llamacpp.env", "etc/weightsmith/plan.json"}
+    names = ("llamacpp.env", "plan.json", "replay.json")
+    etc = {"etc/passwd", "etc/group", *(f"etc/weightsmith/{name}" for name in names)}
     assert {name for name in files if not name.startswith(("app/", "models/"))} == etc
     programs = {name: data for name, data in files.items() if data.startswith(b"\x7fELF")}
     assert {"app/llama-server", "app/healthcheck"} <= set(programs)

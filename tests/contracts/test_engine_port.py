@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.ports import ContainerEngine
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
@@ -134,3 +134,19 @@ def test_an_engine_that_is_not_there_says_so(
     with pytest.raises(EnvironmentFailure, match="no container engine answers") as caught:
         engine.inspect("x")
     assert "--runner local" in caught.value.hint
+
+
+def test_a_file_is_read_out_of_an_image_without_starting_it(
+    engine: ContainerEngine, name: str
+) -> None:
+    engine.load([archive(image(b"first", b"second"), name)], name)
+
+    assert engine.read_file(name, "/file-1", 100) == b"second"
+    assert engine.read_file(name, "/etc/none", 100) == b""
+
+
+def test_a_file_that_is_too_large_is_not_read(engine: ContainerEngine, name: str) -> None:
+    engine.load([archive(image(b"x" * 300_000), name)], name)
+
+    with pytest.raises(InputRefused, match="more than 1000 bytes"):
+        engine.read_file(name, "/file-0", 1000)

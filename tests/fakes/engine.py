@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.values import Digest, Json
 from weightsmith.oci.references import Reference
@@ -81,6 +81,14 @@ class MemoryEngine:
         if image not in self.images:
             return {}
         return {"Id": image, "Config": self.images[image].config}
+
+    def read_file(self, reference: str, path: str, largest: int) -> bytes:
+        self._require()
+        held = self.held(reference)
+        data = held.files().get(path, b"") if held else b""
+        if len(data) > largest:
+            raise InputRefused(f"{path} has more than {largest} bytes", hint="")
+        return data
 
     def untag(self, reference: str) -> None:
         self._require()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -102,6 +103,12 @@ class MemoryLauncher:
     journal: Journal = field(default_factory=Journal)
     flags: frozenset[str] | None = frozenset()
     """What the CPU can do that it starts images on."""
+    lists_tokens: bool = True
+    """Whether it says each token's log-probability where a request asks for them."""
+    moved: float = 0.0
+    """By how many nats every log-probability is another than on the machine of the build."""
+    replayed: list[Json] = field(default_factory=list)
+    """Bodies of the requests that asked for log-probabilities of whole answers."""
     runs_on: Devices | None = field(default_factory=lambda: Devices(cpu="Memory CPU 7", cpus=2))
     pace: float = 0.0
     """Seconds before each word of a stream."""
@@ -110,6 +117,13 @@ class MemoryLauncher:
     shared: list[int] = field(default_factory=list)
     """Bytes of shared memory that each start asked for."""
     name: str = "memory"
+
+    def note(self, body: Json, adapter: str, question: str) -> None:
+        """Write a request down: those of a replay set apart."""
+        if body.get("logprobs") and body["max_tokens"] > 1:
+            self.replayed.append(body)
+        else:
+            self.asked.append((adapter, question))
 
     def cpu_flags(self) -> frozenset[str] | None:
         return self.flags
@@ -182,6 +196,24 @@ class _Server:
         self.launcher.running -= 1
 
 
+def listed(text: str, moved: float = 0.0) -> Json:
+    """Return the tokens of an answer, its words, as OpenAI's chats list them; the last ends it."""
+    return {
+        "content": [
+            {
+                "token": word,
+                "bytes": list(word.encode()),
+                "logprob": -0.1 - moved,
+                "top_logprobs": [
+                    {"token": word, "logprob": -0.1 - moved},
+                    {"token": "other", "logprob": -2.6},
+                ],
+            }
+            for word in (*re.findall(r"\S+|\s+", text), "")
+        ]
+    }
+
+
 def _words(part: Json) -> str:
     """Return a part's text; of a picture, what `jobs.seen_as` makes of its digest."""
     if part["type"] == "text":
@@ -226,7 +258,7 @@ class _Handler(Replying):
         adapter = program.names[body["model"]]
         for row in body.get("lora", ()):
             adapter = program.numbered[row["id"]]
-        launcher.asked.append((adapter, question))
+        launcher.note(body, adapter, question)
         text = launcher.answer(question, adapter)
         if body.get("stream"):
             self.stream(text, chat="messages" in body)
@@ -239,6 +271,8 @@ class _Handler(Replying):
             said["message"] |= {"content": None, "tool_calls": [{"function": row} for row in rows]}
             ends = "tool_calls"
         choice = {**(said if "messages" in body else {"text": text}), "finish_reason": ends}
+        if body.get("logprobs") and launcher.lists_tokens:
+            choice["logprobs"] = listed(text, launcher.moved)
         self.send(200, {"model": body["model"], "choices": [choice]})
 
     def embed(self, given: str | list[str]) -> None:

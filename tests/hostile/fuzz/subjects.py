@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -45,6 +46,8 @@ from weightsmith.evaluating.bench_files import read_results
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, read_corpus, read_items
 from weightsmith.evaluating.pictures import MOST_PIXELS
+from weightsmith.evaluating.replay import ReplaySet, read_replay
+from weightsmith.evaluating.replaying import Replayed, difference, heard, question_of
 from weightsmith.evaluating.session import Answer
 from weightsmith.evaluating.task import Task, ask_server, score_task
 from weightsmith.fleets.file import read_fleet
@@ -74,6 +77,7 @@ from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in, roles_of
 from weightsmith.provenance.origins import KINDS, origins, wanted
+from weightsmith.provenance.proofs import ProofDevice, check_proven, proof_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe import user_config
@@ -89,9 +93,11 @@ from tests.fakes.bench_results import aiperf, guidellm
 from tests.fakes.cache import MemoryCache
 from tests.fakes.drawn import png
 from tests.fakes.images import entry, foreign_image, tar_of, tree_of
+from tests.fakes.launcher import listed
 from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.records import BUILD
 from tests.fakes.registry import fake_registry
+from tests.fakes.replays import a_set
 from tests.fakes.store import MemoryStore
 from tests.fakes.tiny import write_adapter, write_model
 from tests.golden.cases import MODELS, model
@@ -883,6 +889,61 @@ def read_replies(data: bytes, _: Path) -> None:
     assert 0 <= score_task(task, answers, lambda *_: "").score <= 1
 
 
+def changed_replay(random: Random) -> bytes:
+    data = json.dumps(json_changed(random, a_set().to_json())).encode()
+    return bytes_changed(random, data) if random.random() < 0.3 else data
+
+
+def read_replay_set(data: bytes, _: Path) -> None:
+    made = read_replay(data, "fuzz")
+    assert read_replay(made.data, "again") == made
+    assert b"messages" not in made.digests
+
+
+HEARD = {
+    "choices": [
+        {
+            "message": {"content": "I'm Lantern."},
+            "finish_reason": "stop",
+            "logprobs": listed("I'm Lantern."),
+        }
+    ]
+}
+
+
+def read_heard(data: bytes, _: Path) -> None:
+    """Make a set of a server's answer, and hold the answer to another one."""
+    try:
+        said = heard(json.loads(data), chat=True)
+    except ValueError:  # as the session says it
+        return
+    (question,) = a_set().questions
+    made = question_of(1, question.path, question.request, said, 1.0)
+    if made:
+        assert difference(made, said, 1.0) is None
+        read_replay(ReplaySet(model="bot", tolerance=1.0, questions=(made,)).data, "fuzz")
+    found = difference(question, said, 1.0)
+    assert found is None or found.excess >= 0
+
+
+PROOF = proof_of(
+    Blob(digest=Digest.of(b"image"), size=5, media_type="m"),
+    "team/bot",
+    a_set(),
+    ProofDevice(name="nvidia-l4", model="NVIDIA L4"),
+    Replayed(verdict="proven", questions=1, equal=1),
+    {},
+    datetime(2026, 1, 1, tzinfo=UTC),
+)[1].document
+
+
+def read_proof(data: bytes, _: Path) -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    part = AttachmentPart.of_bytes(data, STATEMENT_TYPE)
+    found = check_proven("nvidia-l4", Digest.of(b"image"), [part], lambda *_: False, now)
+    assert found.ok is False  # nobody signed it
+
+
 ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}
 
 
@@ -983,6 +1044,9 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "payloads": (changed_request, read_request),
     "lines": (changed_lines, read_lines),
     "replies": (changed_replies, read_replies),
+    "replay": (changed_replay, read_replay_set),
+    "heard": (lambda r: json.dumps(json_changed(r, HEARD)).encode(), read_heard),
+    "proof": (lambda r: json.dumps(json_changed(r, PROOF)).encode(), read_proof),
 }
 
 

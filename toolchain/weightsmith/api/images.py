@@ -508,9 +508,18 @@ def run_inspect(asked: InspectCommand) -> Mapping[str, Json]:
 
 
 def verify(
-    source: str, *, key: AnyPath | None = None, insecure: bool = False, progress: bool = True
+    source: str,
+    *,
+    key: AnyPath | None = None,
+    proven_on: Texts = (),
+    proof_key: AnyPath | None = None,
+    insecure: bool = False,
+    progress: bool = True,
 ) -> Verification:
     """Check an image's layers and statements, and with `key` (a public key, PEM) its signature.
+
+    `proven_on` are devices or node types on which the image must be proven, by `proof_key`, or by
+    `key` without it.
 
     Raises CheckFailed if a check fails, with all checks as `details["checks"]`, UsageError for a
     key that cannot be read, EnvironmentFailure if the image cannot be reached.
@@ -520,7 +529,14 @@ def verify(
     False
     """
     run = RunOptions(insecure=insecure)
-    request = request_of(VerifyCommand, source=source, key=str(key or ""), run=run)
+    request = request_of(
+        VerifyCommand,
+        source=source,
+        key=str(key or ""),
+        proven_on=texts_of(proven_on),
+        proof_key=str(proof_key or ""),
+        run=run,
+    )
     with shown(progress) as told:
         return run_verify(request, told)
 
@@ -528,7 +544,14 @@ def verify(
 def run_verify(asked: VerifyCommand, progress: Progress) -> Verification:
     """Return what each check found; raises CheckFailed if one fails."""
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
-        return verify_image(asked.source, key_path(asked.key), registry, progress)
+        return verify_image(
+            asked.source,
+            key_path(asked.key),
+            registry,
+            progress,
+            proven_on=asked.proven_on,
+            proof_key=key_path(asked.proof_key, "--proof-key"),
+        )
 
 
 def affected(

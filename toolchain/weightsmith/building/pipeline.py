@@ -15,7 +15,15 @@ from weightsmith.core.values import (
     Published,
     Sources,
 )
-from weightsmith.evaluating.results import RecipeTask, Result, probes, tasks_of
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.results import (
+    RecipeTask,
+    Result,
+    earlier_replay,
+    probes,
+    replay_items,
+    tasks_of,
+)
 from weightsmith.evaluating.speed import Speed
 from weightsmith.provenance.attest import ImageMaterials
 from weightsmith.quantizers import formats, of_format
@@ -65,6 +73,8 @@ class TargetSteps:
     """The same weights, with what lies beside them in the image."""
     config: Step[ServingConfig, ServingPlan]
     image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
+    labelled: Step[tuple[ImageMaterials, ...], None]
+    """As it is published: with its scores and its replay set."""
     trials: tuple[Step[Trial, None], ...]
     """The last that has run has all scores."""
     bench: Step[Speed, None] | None
@@ -104,7 +114,7 @@ def steps_of(request: BuildRequest) -> BuildSteps:
     merges = bool(file.recipe.adapters and merged)
     # Some quantizers read base and adapters instead of merged weights.
     files = not all(one.name in formats() and of_format(one.name).computed for one in merged)
-    asked = probes(file)
+    asked, replay = probes(file), replay_items(file)
 
     sources = ResolveStep(file=file, locked=request.locked, update_lock=request.update_lock)
     checkpoint = MergeStep(file=file, sources=sources, merges=merges, files=files)
@@ -126,11 +136,19 @@ def steps_of(request: BuildRequest) -> BuildSteps:
         expected=expected,
         tasks=tasks,
         shared=(sources, checkpoint, validation, expected),
-        targets=tuple(_of_target(request, one, expected) for one in request.targets),
+        targets=tuple(
+            _of_target(request, one, expected, validation, replay) for one in request.targets
+        ),
     )
 
 
-def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -> TargetSteps:
+def _of_target(
+    request: BuildRequest,
+    target: Target,
+    expected: ReferenceStep,
+    validation: ValidateStep,
+    replay: tuple[Item, ...],
+) -> TargetSteps:
     of, sources = request.of(target), expected.sources
     parts = _weights(request, of, expected)
     made, checkpoint, weights = parts.steps, parts.checkpoint, parts.weights
@@ -151,7 +169,14 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         quality=quality,
         config=config,
     )
-    started = EvaluateStep(of=of, image=image, expected=expected)
+    started = EvaluateStep(
+        of=of,
+        image=image,
+        expected=expected,
+        validation=validation,
+        replay=replay,
+        earlier=earlier_replay(of.file),
+    )
     answered = DequantizedStep(
         of=of,
         sources=sources,
@@ -237,6 +262,7 @@ def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -
         served=served,
         config=config,
         image=image,
+        labelled=labelled,
         trials=(started, answered),
         bench=bench,
         published=published,

@@ -31,6 +31,7 @@ from weightsmith.evaluating.build_record import (
     ImageRecord,
     LayerRecord,
     MergeRecord,
+    ReplayRecord,
     ScoreRecord,
     SourceRecord,
     StageRecord,
@@ -53,7 +54,7 @@ from weightsmith.evaluating.results import (
 from weightsmith.evaluating.speed import Speed
 from weightsmith.models.reshard import WeightBytes
 from weightsmith.oci.image import Image, host_image
-from weightsmith.provenance.attest import index_of_materials, items_of
+from weightsmith.provenance.attest import ReplayFile, index_of_materials, items_of
 from weightsmith.provenance.bills import license_of
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.serving.plan import ServingConfig
@@ -65,6 +66,9 @@ from weightsmith.steps.sharing import sharing
 from weightsmith.steps.stage_result import unrecorded
 from weightsmith.steps.step import AnyStep, Trial
 from weightsmith.steps.tools import Tools
+
+_REPLAY = "replay.json"
+"""Beside the record: the replay set of secret questions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +140,12 @@ class Record:
             return None
         sources, merge = self.run.have[self.steps.sources], self.request.file.recipe.merge
         return sharing(made[0].split, made[0].inputs.artifact, sources, merge)
+
+    @property
+    def replay(self) -> ReplayFile | None:
+        """The image's replay set; None if it has none, or none yet."""
+        made = self.run.have.get(self.target.labelled) if self.target else None
+        return made[0].inputs.replay if made else None
 
     @property
     def published(self) -> Published | None:
@@ -215,6 +225,8 @@ class Record:
         config = self.run.have.get(self.target.config) if self.target else None
         record = self._record(published, config, refused)
         files = config.files if config else {}
+        if (replay := self.replay) and replay.secret and published:
+            files = {**files, _REPLAY: replay.made.data.decode()}
         if earlier := recorded(folder, record):
             record = earlier
         else:
@@ -275,6 +287,7 @@ class Record:
             plan=config.plan.to_json() if config else None,
             image=served,
             sharing=self.sharing,
+            replay=_replay(self.replay),
             forms={} if refused else {kind: _image(form) for kind, form in self.forms.items()},
             task=first.task if first else NO_TASK,
             scores=first.scores if first else {},
@@ -328,6 +341,17 @@ class Record:
             words = ("docker run --rm", f"-p 127.0.0.1:{port}:{port}", *flags, reference)
             yield " ".join(words)
             yield f"curl http://127.0.0.1:{port}/v1/models"
+
+
+def _replay(replay: ReplayFile | None) -> ReplayRecord | None:
+    if replay is None:
+        return None
+    return ReplayRecord(
+        digest=replay.made.digest,
+        questions=len(replay.made.questions),
+        reference=replay.made.reference,
+        secret=replay.secret,
+    )
 
 
 def _artifact(artifact: Artifact) -> ArtifactRecord:

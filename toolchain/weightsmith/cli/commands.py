@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from weightsmith.api.commands.requests import (
     InspectCommand,
     MergeCommand,
     PlanCommand,
+    ProveCommand,
     PushCommand,
     QuantizeCommand,
     RebaseCommand,
@@ -307,6 +309,16 @@ def bench(asked: BenchCommand) -> Said:
         return measure(asked, tools)
 
 
+@command(ProveCommand)
+def prove(asked: ProveCommand) -> Said:
+    """Ask a started image or a server the replay set: does it answer here as it was tested."""
+    from weightsmith.api.commands.prove import prove_image
+
+    run = replace(asked.run, sign_key=asked.key)
+    with _tools_for(replace(asked, run=run)) as tools:
+        return prove_image(asked, tools)
+
+
 def report_words(words: Sequence[str]) -> tuple[str, ...]:
     """Return the positional arguments of `report` that a command line has words for.
 
@@ -413,5 +425,5 @@ def cache(asked: CacheCommand) -> Said:
 
 COMMANDS = (
     build, plan, fleet, merge, validate, quantize, render, bake, push, rebase, inspect, verify,
-    affected, evaluate, bench, report, targets, doctor, clean, cache,
+    affected, evaluate, bench, prove, report, targets, doctor, clean, cache,
 )  # fmt: skip

@@ -356,6 +356,9 @@ class ContainerEngine(Protocol):
     def inspect(self, reference: str) -> Mapping[str, Json]:
         """Return an image's `Id` (the engine's digest) and `Config`; {} if absent."""
 
+    def read_file(self, reference: str, path: str, largest: int) -> bytes:
+        """Return a file of an image, b"" if it has none; raises InputRefused for a larger one."""
+
     def untag(self, reference: str) -> None:
         """Remove a name, and the image with its last name; ignore a name that does not exist."""
 

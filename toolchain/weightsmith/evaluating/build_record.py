@@ -236,6 +236,18 @@ class StageRecord(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayRecord(JsonObject):
+    """The replay set that the image carries."""
+
+    digest: str
+    questions: int
+    reference: str
+    """Whose answers it has: the started image's, or what stands for one that was not."""
+    secret: bool = False
+    """Whether the image has digests only; the set is then beside the record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRecord(JsonObject):
     """All that is recorded of one target; what came after a refusal is None or empty."""
 
@@ -258,6 +270,7 @@ class BuildRecord(JsonObject):
     """The serving plan, sizes in bytes."""
     image: ImageRecord | None = None
     sharing: WeightBytes | None = field(default=None, metadata=OMITTED)
+    replay: ReplayRecord | None = field(default=None, metadata=OMITTED)
     """How many bytes of its weights other images of the base have too."""
     forms: Mapping[str, ImageRecord] = field(default_factory=dict)
     """What else was published of the same weights, by kind: volume, modelpack, hub and so on."""

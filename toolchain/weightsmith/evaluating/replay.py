@@ -17,6 +17,8 @@ from weightsmith.core.values import Digest, JsonValue, canonical, key_of
 
 REPLAY = "/etc/weightsmith/replay.json"
 """The set's path in an image."""
+EARLIER = "recipe.replay.json"
+"""Beside a recipe: the set of an image that was made of it, kept by a build if it still holds."""
 VERSION = 1
 MOST_QUESTIONS = 32
 LARGEST = 1 << 20
@@ -108,8 +110,8 @@ class ReplaySet(JsonObject):
 def read_replay(data: bytes, where: str) -> ReplaySet:
     """Return the replay set in a file's bytes; raises InputRefused, which names `where`.
 
-    Refused are sets beyond the limits above, requests that are not greedy or ask another model, and
-    tokens that do not make up their answer.
+    Refused are sets beyond the limits above, requests that are not greedy, and tokens that do not
+    make up their answer.
     """
     try:
         value = parse(data, largest=LARGEST, unique=True)
@@ -138,7 +140,7 @@ def _check(found: ReplaySet) -> None:
         seen.add(one.id)
         if one.path not in PATHS:
             raise ValueError(f"{place}.path is not one of {', '.join(PATHS)}: {one.path[:80]!r}")
-        _check_request(one.request, found.model, f"{place}.request")
+        _check_request(one.request, f"{place}.request")
         if not 0 < len(one.tokens) <= MOST_TOKENS:
             raise ValueError(f"{place} has {len(one.tokens)} tokens, not 1 to {MOST_TOKENS}")
         _check_tokens(one, place)
@@ -158,9 +160,9 @@ def _check_tokens(one: ReplayQuestion, place: str) -> None:
         raise ValueError(f"{place}: its tokens end at byte {before}, and its answer does not")
 
 
-def _check_request(request: Mapping[str, JsonValue], model: str, place: str) -> None:
-    if request.get("model") != model:
-        raise ValueError(f"{place}.model is not {model!r}")
+def _check_request(request: Mapping[str, JsonValue], place: str) -> None:
+    if not isinstance(request.get("model"), str) or not request["model"]:
+        raise ValueError(f"{place}.model is no name")
     if request.get("temperature") != 0 or request.get("stream", False) is not False:
         raise ValueError(f"{place} is not greedy, or asks for a stream")
     most = request.get("max_tokens")

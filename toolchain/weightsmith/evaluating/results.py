@@ -14,6 +14,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import read_bytes
 from weightsmith.core.values import Json, JsonValue, Score, Scores
 from weightsmith.evaluating.build_record import DifferenceRecord, SamenessRecord
 from weightsmith.evaluating.contamination import describe_contamination
@@ -29,8 +30,9 @@ from weightsmith.evaluating.gate import (
     reference_of,
     sampled,
 )
-from weightsmith.evaluating.items import read_items, read_prompts, sample
+from weightsmith.evaluating.items import Item, read_items, read_prompts, sample
 from weightsmith.evaluating.metrics import check_metric
+from weightsmith.evaluating.replay import EARLIER, LARGEST, ReplaySet, read_replay
 from weightsmith.evaluating.task import Task, task_with
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Recipe, Suite
@@ -151,6 +153,23 @@ def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
         for i in read_items(file.folder / one.data, one.metric)
         if all(message["content"] for message in i.messages)  # pictures are left out
     )
+
+
+def replay_items(file: RecipeFile) -> tuple[Item, ...]:
+    """Return the questions that the recipe names for the replay set, () for none; UsageError."""
+    if not (data := file.recipe.replay.data):
+        return ()
+    chats = read_prompts(file.folder / data)
+    return tuple(Item(messages=one, expected=("",), line=0) for one in chats)
+
+
+def earlier_replay(file: RecipeFile) -> ReplaySet | None:
+    """Return the replay set beside a recipe, of an image that was made of it before; None for none.
+
+    Raises InputRefused for a file that is no set.
+    """
+    path = file.folder / EARLIER
+    return read_replay(read_bytes(path, LARGEST), str(path)) if path.is_file() else None
 
 
 def recipe_of_adapter(recipe: Recipe, number: int) -> Recipe:

@@ -25,6 +25,7 @@ NAMED = (
     ("evaluate", "training"),
     ("evaluate", "corpus"),
     ("validate", "probes"),
+    ("replay", "data"),
     ("calibration", "data"),
     ("quantize", "imatrix"),
 )

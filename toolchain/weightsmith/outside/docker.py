@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
+import tarfile
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -106,6 +108,22 @@ class DockerEngine:
             except ImageNotFound:
                 return {}
 
+    def read_file(self, reference: str, path: str, largest: int) -> bytes:
+        """Return a file of an image, b"" if it has none; raises InputRefused for a larger one.
+
+        It is copied out of a container that is never started.
+        """
+        with engine_errors(f"reading {path} of {reference}"):
+            labels = {LABEL_OWNER: self.owner}
+            container = self.client.containers.create(reference, labels=labels, network_mode="none")
+            try:
+                chunks, _ = container.get_archive(path)
+                return _only_file(chunks, path, largest)
+            except NotFound:
+                return b""
+            finally:
+                remove(container)
+
     def untag(self, reference: str) -> None:
         """Remove a name; ignore one that is missing or that another build's container uses."""
         with engine_errors(f"removing the name {reference}"), contextlib.suppress(ImageNotFound):
@@ -188,6 +206,28 @@ def engine_errors(doing: str) -> Iterator[None]:
             hint="start it again (`systemctl status docker`), then run the same command: "
             "finished stages are kept",
         ) from problem
+
+
+def _only_file(chunks: Iterable[bytes], path: str, largest: int) -> bytes:
+    """Return the file in the tar that an engine sends for a path."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > largest + _TAR:
+            raise InputRefused(f"{path} has more than {largest} bytes", hint="do not use the image")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(bytes(data))) as archive:
+            entry = archive.next()
+            content = archive.extractfile(entry) if entry and entry.isfile() else None
+            return content.read(largest) if content else b""
+    except (tarfile.TarError, EOFError) as problem:
+        raise EnvironmentFailure(
+            f"the container engine sent no tar for {path}: {problem}", hint="look at its log"
+        ) from None
+
+
+_TAR = 64 << 10
+"""Bytes of a tar beside its file."""
 
 
 def _connect(timeout: int) -> docker.DockerClient:

@@ -27,13 +27,14 @@ from weightsmith.core.values import (
     without_passwords,
 )
 from weightsmith.evaluating.pictures import FOLDER, Picture
+from weightsmith.evaluating.replay import REPLAY, ReplaySet
 from weightsmith.evaluating.results import Result, main_scores, named, unproven_of, verdicts_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models
 from weightsmith.models.reshard import Resharded
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, ImageOrIndex, Order, index_of
-from weightsmith.oci.layers import TITLE, TarLayer
+from weightsmith.oci.layers import TITLE, Member, TarLayer
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import (
     MEDIA_TYPE,
@@ -105,6 +106,20 @@ class ThinParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayFile:
+    """What an image has of its replay set."""
+
+    made: ReplaySet
+    secret: bool
+
+    @property
+    def layer(self) -> TarLayer:
+        """The layer with the set, or with its digests."""
+        data = self.made.digests if self.secret else self.made.data
+        return TarLayer(members=(Member.of_bytes(REPLAY.lstrip("/"), data),))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInputs:
     """A model, the process that serves it, and the base for each platform.
 
@@ -146,6 +161,8 @@ class ImageInputs:
     recipe: Recipe | None = None
     thin: ThinParts | None = None
     """Of an image that merges where it starts; its artifact is what it merges."""
+    replay: ReplayFile | None = None
+    """What it answered when it was tested; None before."""
     quantizer_builder: str = ""
     network_in_jobs: bool = False
     """Whether a job that made any of it had network access, because the user allowed it."""

@@ -23,6 +23,7 @@ from weightsmith.core.values import (
     without_passwords,
 )
 from weightsmith.evaluating.card import CardSuite
+from weightsmith.evaluating.replay import ReplaySet
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of, verdicts_of
 from weightsmith.oci.image import (
     DEFAULT_PLATFORM,
@@ -65,6 +66,10 @@ TESTED = PREFIX + "tested.image"
 """Label: the digest of the image that was started and questioned with the same weights."""
 ADDED = PREFIX + "config"
 """Label: what was added to the base's configuration, so that the base can be replaced."""
+REPLAY_DIGEST = PREFIX + "replay.digest"
+"""Label: the digest of the image's replay set, with its questions."""
+REPLAY_COUNT = PREFIX + "replay.questions"
+"""Label: how many questions it has."""
 BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
 
@@ -211,6 +216,11 @@ def _suites(results: Sequence[Result]) -> list[JsonValue]:
         ).to_json()
         for one, verdict in zip(results, verdicts_of(results), strict=True)
     ]
+
+
+def replay_labels(made: ReplaySet) -> dict[str, str]:
+    """Return what an image says of its replay set: the whole set's digest, and how many ask."""
+    return {REPLAY_DIGEST: made.digest, REPLAY_COUNT: str(len(made.questions))}
 
 
 def moved_labels(old: Mapping[str, str], digest: Digest) -> dict[str, str]:

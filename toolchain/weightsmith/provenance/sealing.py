@@ -45,6 +45,17 @@ def attach(
     location.attach(*seal(evidence, image, name, signer, held))
 
 
+def attach_proof(
+    stated: Sequence[Statement], image: Blob, location: ImageLocation, signer: Signer
+) -> None:
+    """Attach signed statements of a machine to an image, which it does not sign itself."""
+    parts = (
+        signing.envelope_part(signing.sign_statement(one, signer), one.predicate_type)
+        for one in stated
+    )
+    location.attach(*(_one_statement(part, image) for part in parts))
+
+
 def seal(
     evidence: Evidence,
     image: Blob,

@@ -33,10 +33,10 @@ LEVEL = "WEIGHTSMITH_PROVEN"
 """In a summary's `verifiedLevels`; with `_ON_` and a device or a node type, proven there."""
 
 _HEX = re.compile(r"[0-9a-f]{64}")
-_PROJECT = "https://github.com/weightsmith/weightsmith"
-BUILD_TYPE = f"{_PROJECT}/provenance/"
+PROJECT = "https://github.com/weightsmith/weightsmith"
+BUILD_TYPE = f"{PROJECT}/provenance/"
 """Prefix of a transformation's name, one of:"""
-WITHDRAWAL = f"{_PROJECT}/withdrawal/v1"
+WITHDRAWAL = f"{PROJECT}/withdrawal/v1"
 """Predicate type of a statement that withdraws images: its `reason` says why."""
 _KINDS = ("merge", "quantize", "unmerged", "split", "bake", "rebase")
 
@@ -212,7 +212,7 @@ def provenance(
     """
     details: dict[str, JsonValue] = {
         "builder": {
-            "id": f"{_PROJECT}@{__version__}",
+            "id": f"{PROJECT}@{__version__}",
             "version": {"weightsmith": __version__},
             **({"builderDependencies": [item.row() for item in builder]} if builder else {}),
         }

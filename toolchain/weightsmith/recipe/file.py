@@ -174,6 +174,7 @@ _PATHS = frozenset(
     for path in (
         "base.source", "adapters.*.source", "adapters.*.evaluate.data",
         "adapters.*.evaluate.training", "adapters.*.evaluate.corpus", "validate.probes",
+        "replay.data",
         "evaluate.data", "evaluate.training", "evaluate.corpus", "calibration.data",
         "quantize.imatrix", "image.base",
     )

@@ -620,6 +620,35 @@ def _list_or_section(schema: JsonDict) -> None:
     schema["anyOf"] = [{"$ref": schema.pop("$ref", "#/$defs/Outputs")}, kinds]
 
 
+class Replay(Section):
+    """The questions in the image by whose answers it is known on another machine."""
+
+    keep: Literal["questions", "digests", "none"] = Field(
+        "questions",
+        description="`questions`: the image holds questions and answers, for everybody who has it; "
+        "`digests`: for secret questions, only their digests; the set is a file of the build's "
+        "results; `none`: nothing is asked.",
+    )
+    data: str = Field(
+        "",
+        description="JSON Lines of the questions, `{prompt | messages}`; default: a sample of the "
+        "recipe's `evaluate`.",
+    )
+    limit: int = Field(
+        32, ge=1, le=32, description="Maximum number of questions, a sample chosen by content."
+    )
+
+
+def _keep_alone(value: object) -> object:
+    return {"keep": value} if isinstance(value, str) else value
+
+
+def _word_or_section(schema: JsonDict) -> None:
+    """Let editors accept the word of `keep` as well as the section."""
+    words: JsonDict = {"enum": ["questions", "digests", "none"], "type": "string"}
+    schema["anyOf"] = [{"$ref": schema.pop("$ref", "#/$defs/Replay")}, words]
+
+
 class Card(Section):
     """What the model's card says; it goes into the bill of materials and onto a hub."""
 
@@ -666,6 +695,11 @@ class Recipe(Section):
         json_schema_extra=_list_or_section,
     )
     serve: Serve = Serve()
+    replay: Annotated[Replay, BeforeValidator(_keep_alone)] = Field(
+        Replay(),
+        description="The image's replay set; a word alone is its `keep`.",
+        json_schema_extra=_word_or_section,
+    )
     bench: Bench | None = Field(
         None, description="How fast the started image must be, measured after it passed."
     )

@@ -50,6 +50,7 @@ from weightsmith.oci.weights import (
 from weightsmith.provenance.attest import (
     ImageInputs,
     ImageMaterials,
+    ReplayFile,
     facts_of,
     index_of_materials,
     license_name,
@@ -67,6 +68,7 @@ from weightsmith.provenance.labels import (
     labels,
     plan_label,
     reference,
+    replay_labels,
     result_labels,
 )
 from weightsmith.quantizers import of_format
@@ -89,6 +91,7 @@ from weightsmith.steps.bases import (
 )
 from weightsmith.steps.delivery import network_in_jobs
 from weightsmith.steps.destinations import InStore, layers_in
+from weightsmith.steps.replays import recorded_replay
 from weightsmith.steps.sharing import own_files
 from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
@@ -159,7 +162,9 @@ def bake(
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(sizes, Reference.parse(name).registry)
-    return timer.done(made, cached=[layer.digest for layer in layers] == list(earlier))
+    # The replay set lies on top of what was published, since the image was asked after this.
+    own = [layer.digest for layer in layers]
+    return timer.done(made, cached=own == list(earlier)[: len(own)])
 
 
 def _cut(inputs: ImageInputs, memo: Memo) -> Resharded:
@@ -253,6 +258,9 @@ def _made(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
     program = (thin.program[platform],) if thin else ()
+    replay = (inputs.replay.layer,) if inputs.replay and settings else ()
+    if replay and inputs.replay:
+        labels |= replay_labels(inputs.replay.made)
     added = ImageConfig(user=USER, labels=labels)
     if config:
         added = replace(
@@ -265,7 +273,7 @@ def _made(
         )
     image = assemble_in_roles(
         weights,
-        (*program, TarLayer(members=settings)) if settings else (),
+        (*program, TarLayer(members=settings), *replay) if settings else (),
         added,
         base,
         inputs.base_name,
@@ -474,7 +482,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LabelStep(UnforeseenStep[Images]):
-    """Adds scores and verdict to the image as labels; its layers do not change.
+    """Adds scores and verdict to the image as labels, and its replay set as a layer on top.
 
     The labels of platforms whose image was not started name the one that was, and say that these
     are not proven.
@@ -487,15 +495,37 @@ class LabelStep(UnforeseenStep[Images]):
 
     def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return the image as it is published."""
-        results, started = have[self.trial].results, have[self.trial].started
+        trial, memo = have[self.trial], tools.store.memo
+        replay = self._replay(trial, have[self.image][0].inputs)
         return unrecorded(
             tuple(
                 _made(
-                    i.inputs, i.split, i.base, i.image.platform, results, tools.store.memo, started
+                    replace(one.inputs, replay=replay),
+                    one.split,
+                    one.base,
+                    one.image.platform,
+                    trial.results,
+                    memo,
+                    trial.started,
                 )
-                for i in have[self.image]
+                for one in have[self.image]
             )
         )
+
+    def _replay(self, trial: Trial, inputs: ImageInputs) -> ReplayFile | None:
+        """Return the set of the image's answers, or of what stands for it; None for none."""
+        made = trial.replay
+        if made is None and trial.requests and inputs.config:
+            format_ = inputs.artifact.format.without_adapters
+            made = recorded_replay(
+                trial.results,
+                trial.requests,
+                inputs.config.served_name,
+                trial.tolerance,
+                packed=format_.packed,
+            )
+        secret = self.file.recipe.replay.keep == "digests"
+        return ReplayFile(made=made, secret=secret) if made else None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs
+from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs, canonical, key_of
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.gate import server_faults
+from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.pooled_smoke import POOLING, check_pooling
+from weightsmith.evaluating.replay import ReplaySet, read_replay
+from weightsmith.evaluating.replaying import record, replay, tolerance_of
 from weightsmith.evaluating.results import Result, named, scored
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import (
@@ -44,13 +47,16 @@ from weightsmith.steps.launch import (
     what_is_missing,
     why_not_started,
 )
+from weightsmith.steps.replays import ReplayRequest, replay_requests
 from weightsmith.steps.served_adapters import chat_template, how_asked, served_checkpoint
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Results, Step, Trial, UnforeseenStep
 from weightsmith.steps.tools import Tools
+from weightsmith.validating.result import Validation
 
 RECIPE_NUMBER = 4
-_ANSWERS = "answers.json"
+_REPLAY_NUMBER = 1
+_ANSWERS, _REPLAY = "answers.json", "replay.json"
 _ENDS = frozenset({"stop", "tool_calls", "error"})
 """Why an answer is over that does not run on; what the server refused is judged as wrong."""
 
@@ -84,6 +90,28 @@ class ImageEvaluation:
     model: ModelFacts
     """Of the served checkpoint."""
     questions: tuple[TaskInProgress, ...]
+    replay: tuple[ReplayRequest, ...] = ()
+    """What its replay set asks."""
+    tolerance: float = 0.0
+    """Of that set, in nats."""
+    earlier: ReplaySet | None = None
+    """A set of the same requests that another machine made, to be kept if it holds here."""
+
+    def replay_inputs(self) -> StageInputs:
+        """Everything that the answers of the replay set depend on."""
+        plan, neutral = self.config.plan, self.engine.neutral_settings
+        return StageInputs(
+            stage="replay",
+            recipe_number=_REPLAY_NUMBER,
+            inputs={
+                "artifact": self.artifact.digest,
+                "base": self.base,
+                "settings": {k: v for k, v in plan.settings.items() if k not in neutral},
+                "requests": key_of([[one.path, one.request] for one in self.replay]),
+                "tolerance": self.tolerance,
+                **({"earlier": self.earlier.digest} if self.earlier else {}),
+            },
+        )
 
     def inputs(self, question: TaskInProgress) -> StageInputs:
         """Everything that a task's answers depend on; not the image's names, labels and limits."""
@@ -163,6 +191,7 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         (check_pooling if pools else check_serving)(smoke, session, promise)
         for question in evaluation.questions:
             _answers(evaluation, question, session, tools)
+        _replay(evaluation, session, tools)
         check_life(smoke, session.endpoint, promise, POOLING if pools else None)
     InStore(tools.store).files(
         partial(_smoke_inputs, image.digest), lambda _: {"checks": smoke.checks}
@@ -206,6 +235,38 @@ def _answers(
     return tuple(InStore(tools.store).document(inputs, _ANSWERS, ask).value)
 
 
+def _replay(
+    evaluation: ImageEvaluation, session: ServerSession | None, tools: Tools
+) -> ReplaySet | None:
+    """Return the set of the image's own answers, stored or asked now; None if it gives none."""
+
+    def ask(_: Path) -> Mapping[str, JsonValue]:
+        if session is None:
+            raise AssertionError("the image was not queried")
+        if evaluation.earlier and _holds(evaluation.earlier, session, tools):
+            return evaluation.earlier.to_json()
+        asked = [(one.path, one.request) for one in evaluation.replay]
+        name, progress = evaluation.config.served_name, tools.progress
+        made = record(session, asked, name, evaluation.tolerance, progress)
+        return made.to_json() if made else {}
+
+    if not evaluation.replay:
+        return None
+    found = InStore(tools.store).document(evaluation.replay_inputs, _REPLAY, ask).value
+    if not found:
+        tools.progress.note("the server lists no log-probabilities: the image has no replay set")
+        return None
+    return read_replay(canonical(found), "the stored replay set")
+
+
+def _holds(earlier: ReplaySet, session: ServerSession, tools: Tools) -> bool:
+    """Return whether an earlier image's answers are given here too, so that its set is kept.
+
+    So the image has one digest on machines whose last bits differ.
+    """
+    return replay(session, earlier, tools.progress).verdict == "proven"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluateStep(UnforeseenStep[Trial]):
     """Starts the image for this machine and asks it the recipe's questions."""
@@ -215,6 +276,11 @@ class EvaluateStep(UnforeseenStep[Trial]):
 
     image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
     expected: Step[tuple[Result, ...], None]
+    validation: Step[Validation | None, None]
+    replay: tuple[Item, ...]
+    """The recipe's own questions of a replay set; () for some of its suites'."""
+    earlier: ReplaySet | None = None
+    """Of an image that was made of this recipe before."""
 
     def run(self, have: Results, tools: Tools) -> StageResult[Trial]:
         """Start the image, check it and score its answers, unless all results are cached.
@@ -225,7 +291,7 @@ class EvaluateStep(UnforeseenStep[Trial]):
         """
         made = have[self.image]
         image = host_image(index_of_materials(made))
-        evaluation = self._evaluation(made[0].inputs, have[self.expected])
+        evaluation = self._evaluation(made[0].inputs, have[self.expected], have[self.validation])
         questions, store = evaluation.questions, InStore(tools.store)
         count = sum(len(question.result.task.task.items) for question in questions)
         timer = Timer(self.name, f"{count} questions to the started image", tools)
@@ -239,8 +305,12 @@ class EvaluateStep(UnforeseenStep[Trial]):
             pictures = "; no picture was tried either" if sees else ""
             tools.progress.warn(why_not_started(image, tools) + pictures)
             unasked = tuple(replace(question.result, not_started=missing) for question in questions)
-            return timer.done(Trial(results=unasked), cached=False)
+            trial = Trial(
+                results=unasked, requests=evaluation.replay, tolerance=evaluation.tolerance
+            )
+            return timer.done(trial, cached=False)
         needed = [partial(evaluation.inputs, question) for question in questions]
+        needed += [partial(evaluation.replay_inputs)] if evaluation.replay else []
         cached = all(map(store.find, (partial(_smoke_inputs, image.digest), *needed)))
         if not cached:
             with candidate(image, self.of.candidate_layout, tools) as name:
@@ -258,10 +328,16 @@ class EvaluateStep(UnforeseenStep[Trial]):
         for one, score in zip(results, scores, strict=True):
             for fault in server_faults(score):
                 tools.progress.warn(named(one.task, f"the image: {fault}"))
-        trial = Trial(results=scored(results, "image", scores), started=image.platform)
+        trial = Trial(
+            results=scored(results, "image", scores),
+            started=image.platform,
+            replay=_replay(evaluation, None, tools),
+        )
         return timer.done(trial, cached=cached)
 
-    def _evaluation(self, inputs: ImageInputs, results: Sequence[Result]) -> ImageEvaluation:
+    def _evaluation(
+        self, inputs: ImageInputs, results: Sequence[Result], validation: Validation | None
+    ) -> ImageEvaluation:
         if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
             raise AssertionError("an image built from a recipe has a serving configuration")
         target, sources, questions = self.of.target, inputs.sources, []
@@ -271,14 +347,34 @@ class EvaluateStep(UnforeseenStep[Trial]):
                 model, fields = how_asked(self.file, target, sources, number)
             questions.append(TaskInProgress(result=result, model=model, fields=fields))
         template = chat_template(target, sources, inputs.checkpoint)
+        chat, name = template is not None, inputs.config.served_name
+        facts = read_facts(served_checkpoint(target, sources, inputs.checkpoint).texts)
+        asked: tuple[ReplayRequest, ...] = ()
+        if facts.task.kind == "generate":
+            by_result = {id(one.result): one for one in questions}
+
+            def how(result: Result) -> tuple[Served, Mapping[str, JsonValue]]:
+                one = by_result[id(result)]
+                return Served(name=one.model or name, chat=chat), one.fields
+
+            served = Served(name=name, chat=chat)
+            asked = replay_requests(results, self.file.recipe.replay, self.replay, served, how)
+        requests = [(one.path, dict(one.request)) for one in asked]
+        earlier = self.earlier
+        if earlier and [(one.path, dict(one.request)) for one in earlier.questions] != requests:
+            earlier = None
+        limits = validation.comparison.limits if validation and validation.comparison else None
         return ImageEvaluation(
             artifact=inputs.artifact,
             config=inputs.config,
             base=host_image(index_of(inputs.bases)).digest,
             engine=target.engine,
-            chat=template is not None,
+            chat=chat,
             parts=template is None or takes_parts(template),
             tools=template is not None and has_tools(template),
-            model=read_facts(served_checkpoint(target, sources, inputs.checkpoint).texts),
+            model=facts,
             questions=tuple(questions),
+            replay=asked,
+            earlier=earlier,
+            tolerance=tolerance_of(limits.max_abs if limits else None),
         )

@@ -19,6 +19,7 @@ from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.trees import discard
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Published, key_of
 from weightsmith.core.waiting import holder
+from weightsmith.evaluating.replay import REPLAY
 from weightsmith.oci.image import Image, ImageOrIndex, Index, host_image, image_layers, images_of
 from weightsmith.oci.layout import (
     DEFAULT_NAME,
@@ -226,8 +227,12 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
 
 
 def _candidate_name(image: Image, tools: Tools) -> str:
-    """Return a name for this build's candidate; it depends only on layers, not on labels."""
-    key = key_of([layer.digest for layer in image.layers]).short
+    """Return a name for this build's candidate; it depends only on layers, not on labels.
+
+    Not on the replay set either, which is added once the candidate has answered.
+    """
+    asked = [layer for layer in image.layers if layer.file != REPLAY.lstrip("/")]
+    key = key_of([layer.digest for layer in asked]).short
     return f"{CANDIDATES}:{key}-{tools.engine.owner}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.values import Digest, JsonValue, StageInputs, Tree, Writable, key_of, plain
+from weightsmith.evaluating.replay import ReplaySet
 from weightsmith.evaluating.results import Result
 from weightsmith.forward.memory import LayerTime
 from weightsmith.models.facts import ModelFacts, read_facts
@@ -22,6 +23,7 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.joined import JoinedJob
+from weightsmith.steps.replays import ReplayRequest
 from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult
 from weightsmith.steps.tools import Tools
@@ -128,6 +130,12 @@ class Trial:
     results: tuple[Result, ...]
     started: str = ""
     """The platform whose image was started and tested; "" if none was."""
+    replay: ReplaySet | None = None
+    """What the started image answered, for other machines; None if it was not asked."""
+    requests: tuple[ReplayRequest, ...] = ()
+    """What a replay set asks, also if the image was not started."""
+    tolerance: float = 0.0
+    """Of a replay set, in nats."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

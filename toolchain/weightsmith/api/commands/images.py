@@ -28,6 +28,8 @@ from weightsmith.provenance.evidence import own_statements, read_attached
 from weightsmith.provenance.labels import (
     PREFIX,
     REBASED,
+    REPLAY_COUNT,
+    REPLAY_DIGEST,
     TESTED,
     TESTED_PLATFORM,
     plan_in,
@@ -336,5 +338,10 @@ def describe(image: Image) -> dict[str, Json]:
         "annotations": dict(image.annotations),
         "config": config,
         "layers": layers,
+        "replay": {
+            key: image.labels[label]
+            for key, label in (("digest", REPLAY_DIGEST), ("questions", REPLAY_COUNT))
+            if label in image.labels
+        },
         "size": sum(layer.size for layer in image.layers),
     }

@@ -11,6 +11,8 @@ from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.values import Digest, Published
 from weightsmith.evaluating.client import ask, find_served, first_name
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.replaying import described, replay
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.oci.references import Reference
@@ -27,12 +29,14 @@ from weightsmith.provenance.labels import (
     ENGINE_LABEL,
     ENGINE_VERSION,
     REBASED,
+    REPLAY_DIGEST,
     Roles,
     assemble_in_roles,
     engine_version,
     moved_labels,
     roles_of,
 )
+from weightsmith.provenance.proofs import replay_in
 from weightsmith.provenance.statements import Resource
 from weightsmith.provenance.withdrawal import withdrawn_in, withdraws
 from weightsmith.steps.bases import base_image, public_base
@@ -146,6 +150,7 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
             try:
                 with session_with(tools, image=name, modest=True) as session:
                     ask(session, find_served(session, first_name(session)), _GREETING, 4)
+                    _replay(image, session, tools)
             except CheckFailed as error:
                 raise CheckFailed(
                     f"the image does not work on {onto}: {error.message.replace(name, 'it')}",
@@ -153,6 +158,27 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
                 ) from None
     finally:
         discard_candidate(image, None, tools)
+
+
+def _replay(image: Image, session: ServerSession, tools: Tools) -> None:
+    """Ask the image's replay set, if it has one whose questions are not secret."""
+    if not image.labels.get(REPLAY_DIGEST):
+        return
+    try:
+        wanted = replay_in(image, "the image")
+    except InputRefused as error:
+        tools.progress.warn(f"its replay set was not asked: {error.message}")
+        return
+    found = replay(session, wanted, tools.progress)
+    if found.verdict == "proven":
+        tools.progress.note(f"{found.questions} answers are those of the image before")
+        return
+    first = next((f": {described(one)}" for one in found.differences), "")
+    raise CheckFailed(
+        f"{len(found.differences)} of {found.questions} answers are not those of the image before;"
+        f" {found.why}{first}",
+        hint="build the image again for this base, so that it is tested there",
+    )
 
 
 def _evidence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -20,11 +21,13 @@ from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, tree_dig
 from weightsmith.evaluating.items import check_documents, read_corpus, read_items
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.pictures import FOLDER, KINDS, MOST_BYTES
+from weightsmith.evaluating.replay import EARLIER
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.registry import Registry, open_location
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, UNMERGED
+from weightsmith.provenance.proofs import replay_in
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Recipe, Suite
@@ -43,6 +46,7 @@ _HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})
 _WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
 _KEPT_KEYS = (
     "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
+    "replay",
 )  # fmt: skip
 """Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
 _OF_ADAPTERS = ("version", "run_id", "weight")
@@ -137,6 +141,8 @@ def recipe_of_image(
         locked = _with_base(recipe, base, sources.get("base", ("", "")))
         locked |= _with_adapters(adapters, documents, sources, partial)
         _with_questions(recipe, documents, partial, progress)
+        with suppress(InputRefused):  # it has none, or only digests
+            (partial / EARLIER).write_bytes(replay_in(image, source).data)
         _check(recipe, source, progress)
         lock = {"bases": {}, "sources": locked}
         (partial / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
@@ -167,6 +173,8 @@ def _recipe(
                 kept["quantize"] = {
                     k: v for k, v in quantize.items() if k != "imatrix" or not named
                 }
+            if isinstance(replay := kept.get("replay"), dict):  # its questions are not attached
+                kept["replay"] = {k: v for k, v in replay.items() if k != "data"}
             adapters = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             kept["adapters"] = adapters
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}

@@ -267,6 +267,13 @@ class VerifyCommand:
 
     source: Annotated[str, Flag(positional=True), _SOURCE]
     key: Annotated[str, _KEY] = ""
+    proven_on: Annotated[
+        tuple[str, ...],
+        "device or node type on which the image must be proven, such as nvidia-l4",
+    ] = ()
+    proof_key: Annotated[
+        str, "public key that proofs must be signed with, as a PEM file; default: --key"
+    ] = ""
     run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN
 
 
@@ -381,6 +388,49 @@ class BenchCommand:
     data: Annotated[Path | None, "JSON Lines as for `evaluate`; default: built-in questions"] = None
     timeout: Seconds = 120.0
     out: Annotated[Path | None, "folder of a build, whose report gets the result"] = None
+    run: Annotated[RunOptions, FlagFields(only=("runner", "insecure", "cache", "cache_from"))] = (
+        _RUN
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProveCommand:
+    """What `prove` is asked."""
+
+    image: Annotated[
+        str,
+        READ,
+        f"{_IMAGE}; with --url, the image that the server there runs, which is not started",
+    ] = ""
+    url: Annotated[str, _URL] = ""
+    replay: Annotated[
+        Path | None,
+        READ,
+        "file of the replay set, for secret questions: replay.json of the build's results",
+    ] = None
+    statement: Annotated[
+        Path | None, "file to write the statements to, one a line: what was shown, and its summary"
+    ] = None
+    key: Annotated[
+        str,
+        "private key to sign the statements with; a proof is then attached to the image, in its "
+        "registry or layout",
+    ] = ""
+    attach: Annotated[
+        bool, "attach a signed proof to the image; --no-attach only writes --statement"
+    ] = True
+    device: Annotated[
+        str, "name of what a server elsewhere runs on, such as nvidia-l4; default: what is here"
+    ] = ""
+    node_type: Annotated[
+        str,
+        "kind of the node, as node.kubernetes.io/instance-type says; default: the variable "
+        "WEIGHTSMITH_NODE_TYPE",
+    ] = ""
+    timeout: Seconds = 120.0
+    retries: Annotated[
+        int, Field(ge=0), "how often a failed request is retried, as while a server starts"
+    ] = 4
     run: Annotated[RunOptions, FlagFields(only=("runner", "insecure", "cache", "cache_from"))] = (
         _RUN
     )

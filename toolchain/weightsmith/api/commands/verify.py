@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, cast
 
@@ -35,6 +36,7 @@ from weightsmith.oci.streams import ChunkFile, TarEntry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain, trace
 from weightsmith.provenance.labels import weights_of
+from weightsmith.provenance.proofs import check_proven, check_wanted
 from weightsmith.provenance.statements import Statement
 from weightsmith.provenance.withdrawal import withdrawn_in
 
@@ -49,6 +51,23 @@ _WRONG = (InputRefused, Altered)
 
 
 @dataclass(slots=True)
+class _Proofs:
+    """The devices on which an image must be proven, and what was found of each."""
+
+    wanted: tuple[str, ...]
+    check: signing.Check
+    best: dict[str, Check] = field(default_factory=dict)
+
+    def look(self, image: Digest, attachments: Sequence[Attachment]) -> None:
+        """Look among an image's attachments; one platform's proof is enough for a device."""
+        parts = [*evidence.statement_parts(attachments), *evidence.bundles_in(attachments)]
+        for wanted in self.wanted:
+            found = check_proven(wanted, image, parts, self.check, datetime.now(UTC))
+            if wanted not in self.best or found.ok:
+                self.best[wanted] = found
+
+
+@dataclass(slots=True)
 class _Checked:
     """The content that was read, and the results of its checks."""
 
@@ -58,6 +77,8 @@ class _Checked:
     files: dict[str, str] = field(default_factory=dict)
     platform: str = ""
     """Prefix of every check's name, if the reference is an index of several platforms."""
+    proofs: _Proofs | None = None
+    """Of what must be proven; None if nothing is asked for."""
     known: dict[tuple[Digest, bool], tuple[str, dict[str, str]]] = field(default_factory=dict)
     """Fault and files of layers that were already read; platforms share the weight layers."""
 
@@ -67,14 +88,24 @@ class _Checked:
 
 
 def verify_image(
-    source: str, key: Path | None, registry: Registry, progress: Progress
+    source: str,
+    key: Path | None,
+    registry: Registry,
+    progress: Progress,
+    *,
+    proven_on: Sequence[str] = (),
+    proof_key: Path | None = None,
 ) -> Verification:
     """Return the result of every check; raise CheckFailed with all results if one failed.
 
-    For an index, the image for every platform is checked.
+    For an index, the image for every platform is checked, and each must be proven on the devices
+    that are asked for, or one of them, as a device is of one platform.
     """
+    check_wanted(proven_on, has_key=bool(key or proof_key))
     check = signing.read_public_key(key) if key else None
     place, found = open_location(source, registry), _Checked()
+    if proven_on and (prover := proof_key or key):
+        found.proofs = _Proofs(wanted=tuple(proven_on), check=signing.read_public_key(prover))
     digest = ""
     try:
         index = place.index()
@@ -91,11 +122,13 @@ def verify_image(
         _signature(whole, check, found)
         _statements(whole, check, found)
         for platform in manifests.platforms_in(index, source):
-            one = _Checked(platform=platform, known=found.known)
+            one = _Checked(platform=platform, known=found.known, proofs=found.proofs)
             _one_image(place, source, check, one, progress)
             found.checks += one.checks
     elif not found.checks:
         digest = _one_image(place, source, check, found, progress)
+    if found.proofs:
+        found.checks += found.proofs.best.values()
     bad = dict.fromkeys(one.name for one in found.checks if one.ok is False)
     if bad:
         raise CheckFailed(
@@ -140,6 +173,8 @@ def _one_image(
     _signature(image.digest, check, found)
     _statements(image.digest, check, found)
     _layers(image, source, found, progress)
+    if found.proofs:
+        found.proofs.look(image.digest, found.attachments)
     documents = []
     for document in evidence.documents_in(found.attachments):
         try:
@@ -314,11 +349,11 @@ def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
     stream.drain()
 
 
-def key_path(text: str) -> Path | None:
+def key_path(text: str, flag: str = "--key") -> Path | None:
     """Return the path of a public key; raise UsageError if there is no such file."""
     if not text:
         return None
     path = Path(text).expanduser()
     if not path.is_file():
-        raise UsageError(f"--key {text}: no such file", hint="give the PEM file of the public key")
+        raise UsageError(f"{flag} {text}: no such file", hint="give the PEM file of the public key")
     return path

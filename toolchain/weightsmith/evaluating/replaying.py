@@ -1,0 +1,397 @@
+"""Asking a server a replay set: the set is made of one's answers, and another's are held to it.
+
+The rule by which answers are compared stands in docs/reference/replay.md; the program in the image
+follows it too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.ports import Progress
+from weightsmith.core.values import Json, JsonValue
+from weightsmith.evaluating.client import Served, require_model
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.replay import (
+    LARGEST,
+    ReplayQuestion,
+    ReplaySet,
+    ReplayToken,
+)
+from weightsmith.evaluating.session import ServerSession, Unanswered
+
+Verdict: TypeAlias = Literal["proven", "different", "not shown"]
+LONGEST = 64
+"""Tokens of an answer in a set: what follows shows little more, and takes the pod's time."""
+LEAST_TOLERANCE, MOST_TOLERANCE = 1.0, 3.0
+"""Nats. Between llama.cpp's instruction sets, log-probabilities of a Q4_K_M file moved by up to 0.5
+times the rest of the probability, and tokens changed at margins of up to 0.3."""
+_CERTAIN = 0.03
+"""Of a token that is all but certain, the part of the tolerance by which it may move."""
+_DIGITS = 4
+_HALF = 0.5
+_ALL_DIFFER = (
+    "most answers differ: usually another chat template, another tokenizer, another adapter, or"
+    " weights that were not loaded whole"
+)
+_SOME_DIFFER = (
+    "a part of the answers differs: usually another quantization under the same name, a damaged"
+    " layer, a kernel that computes this format wrongly, or tensor parallelism"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeardToken:
+    """A token of an answer."""
+
+    text: str
+    data: bytes
+    """Its part of the text, perhaps of a character."""
+    logprob: float
+    margin: float | None
+    id: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """An answer, with its tokens where the server lists them."""
+
+    text: str
+    finish: str
+    tokens: tuple[HeardToken, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayDifference(JsonObject):
+    """Where an answer parts from the set's."""
+
+    question: str
+    """Its id in the set."""
+    token: int
+    """Its number in the answer, from 0."""
+    expected: str
+    given: str
+    """The token in its place, or the text from there on."""
+    margin: float
+    """Of the expected token, in nats."""
+    excess: float
+    """Nats beyond what rounding may do; 0 if that explains it."""
+    moved: bool = False
+    """Whether the token is the same and its log-probability is another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What a server answered to a replay set."""
+
+    verdict: Verdict
+    questions: int
+    equal: int
+    """Answers in which nothing differs."""
+    explained: tuple[ReplayDifference, ...] = ()
+    """Where answers part at a margin that rounding explains."""
+    differences: tuple[ReplayDifference, ...] = ()
+    why: str = ""
+    """Why nothing is shown, or what the differences usually mean."""
+    by_tokens: int = 0
+    """Answers that were compared token by token, and not by their text."""
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def heard(answer: Mapping[str, Json], *, chat: bool) -> Heard:
+    """Return the answer in a response; raises ValueError if it has none, or a malformed one."""
+    try:
+        choice = answer["choices"][0]
+        text = choice["message"]["content"] if chat else choice["text"]
+        finish = choice.get("finish_reason")
+        text = "" if text is None else text  # the server took a call out of it
+        if not isinstance(text, str):
+            raise TypeError("no text")
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("the response has no text") from None
+    # JSON can contain lone surrogates, which UTF-8 cannot.
+    text = text.encode("utf-8", "replace").decode()
+    try:
+        tokens = tuple(_tokens(choice.get("logprobs")))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        tokens = ()
+    return Heard(text=text, finish=str(finish), tokens=tokens)
+
+
+def _tokens(listed: Json) -> Iterator[HeardToken]:
+    """Yield the tokens of `logprobs`, as chats have them or as vLLM's completions do."""
+    if not listed:
+        return
+    if rows := listed.get("content"):
+        for row in rows:
+            others = [(str(one["token"]), one["logprob"]) for one in row.get("top_logprobs") or ()]
+            yield _token(row["token"], row["logprob"], others, row.get("bytes"), row.get("id"))
+        return
+    tops = listed.get("top_logprobs") or ()
+    for number, (text, logprob) in enumerate(
+        zip(listed["tokens"], listed["token_logprobs"], strict=True)
+    ):
+        yield _token(text, logprob, list(tops[number].items()) if number < len(tops) else [])
+
+
+def _token(
+    text: Json,
+    logprob: Json,
+    others: Sequence[tuple[str, float]],
+    data: Json = None,
+    number: Json = None,
+) -> HeardToken:
+    if not math.isfinite(logprob):
+        raise ValueError("a token has no log-probability")
+    rest = [float(score) for name, score in others if name != text]
+    return HeardToken(
+        text=str(text).encode("utf-8", "replace").decode(),
+        data=bytes(data) if isinstance(data, list) else str(text).encode("utf-8", "replace"),
+        logprob=min(0.0, float(logprob)),
+        margin=max(0.0, float(logprob) - max(rest)) if rest else None,
+        id=number if type(number) is int else None,
+    )
+
+
+def asked_once(session: ServerSession, question: ReplayQuestion) -> Heard:
+    """Send a question's request as it is; raises CheckFailed as the session does."""
+    answer = session.post(question.path, dict(question.request), most=LARGEST)
+    require_model(session, question.path, answer, str(question.request["model"]))
+    try:
+        return heard(answer, chat="messages" in question.request)
+    except ValueError as error:
+        raise session.failed(question.path, str(error)) from None
+
+
+def request_of(
+    served: Served, item: Item, most: int, fields: Mapping[str, JsonValue]
+) -> dict[str, JsonValue]:
+    """Return the body that asks a question greedily, with log-probabilities."""
+    wanted: dict[str, JsonValue] = {"logprobs": 2}
+    if served.chat:
+        wanted = {"logprobs": True, "top_logprobs": 2}
+    return {**served.body(item, min(most, LONGEST)), **wanted, **fields}
+
+
+def tolerance_of(largest_move: float | None) -> float:
+    """Return a set's tolerance, from how far rounding the weights moved a logit in validation.
+
+    Two tokens may part by twice that. In tenths of nats, between the limits above.
+    """
+    moved = 2 * largest_move if largest_move and math.isfinite(largest_move) else 0.0
+    return min(MOST_TOLERANCE, max(LEAST_TOLERANCE, math.ceil(moved * 10) / 10))
+
+
+def question_of(
+    number: int, path: str, request: Mapping[str, JsonValue], said: Heard, tolerance: float
+) -> ReplayQuestion | None:
+    """Return a question with the answer that was heard; None if that cannot be held to it.
+
+    So it is if the server lists no tokens, if they do not make up the text, or if no second token
+    was listed.
+    """
+    joined, text = b"".join(token.data for token in said.tokens), said.text.encode()
+    begin = 0 if joined.startswith(text) else joined.rfind(text)
+    if begin < 0 or not said.tokens or said.finish not in ("stop", "length"):
+        return None
+    found, at = list[ReplayToken](), -begin
+    for token in said.tokens:
+        at += len(token.data)
+        if token.margin is None:
+            return None
+        rest = 1 - math.exp(token.logprob)
+        found.append(
+            ReplayToken(
+                text=token.text,
+                end=min(max(at, 0), len(text)),
+                margin=round(token.margin, _DIGITS),
+                logprob=round(token.logprob, _DIGITS) + 0.0,
+                room=round(tolerance * (rest + _CERTAIN), _DIGITS),
+                id=token.id,
+            )
+        )
+    return ReplayQuestion(
+        id=str(number),
+        path=path,
+        request=request,
+        answer=said.text,
+        finish=said.finish,
+        tokens=tuple(found),
+    )
+
+
+def recorded_question(
+    number: int, path: str, request: Mapping[str, JsonValue], row: Mapping[str, JsonValue]
+) -> ReplayQuestion | None:
+    """Return a question with an answer that transformers gave; None if it has no margins.
+
+    `row` has `answer`, `finish_reason`, and `token_ends` and `margins` as numbers in a text.
+    """
+    text, most = row.get("answer"), request["max_tokens"]
+    ends = [int(one) for one in str(row.get("token_ends", "")).split()]
+    margins = [float(one) for one in str(row.get("margins", "")).split()]
+    if not isinstance(text, str) or not isinstance(most, int) or "raw" in row or not ends:
+        return None
+    if len(ends) != len(margins) or max(ends) > len(text) or not all(map(math.isfinite, margins)):
+        return None
+    cut = len(ends) > most
+    pairs = list(zip(ends, margins, strict=True))[:most]
+    text = text[: pairs[-1][0]] if cut else text
+    tokens, before = list[ReplayToken](), 0
+    for number_, (end, margin) in enumerate(pairs):
+        end = len(text) if number_ == len(pairs) - 1 else max(end, before)
+        size = len(text[:end].encode())
+        tokens.append(
+            ReplayToken(text=text[before:end], end=size, margin=round(max(margin, 0.0), _DIGITS))
+        )
+        before = end
+    return ReplayQuestion(
+        id=str(number),
+        path=path,
+        request=request,
+        answer=text,
+        finish="length" if cut else str(row.get("finish_reason")),
+        tokens=tuple(tokens),
+    )
+
+
+def difference(question: ReplayQuestion, said: Heard, tolerance: float) -> ReplayDifference | None:
+    """Return where an answer parts from the set's first; None if nothing differs."""
+    tokens = question.tokens
+    if said.tokens and all(token.logprob is not None for token in tokens):
+        found = _by_token(question, said)
+        if found is None:
+            return None
+        place, given, moved = found
+    elif said.text == question.answer:
+        return None
+    else:
+        own, other = question.answer.encode(), said.text.encode()
+        same = next(
+            (n for n, (a, b) in enumerate(zip(own, other, strict=False)) if a != b),
+            min(len(own), len(other)),
+        )
+        places = (n for n, token in enumerate(tokens) if token.end > same)
+        place, moved = next(places, len(tokens) - 1), 0.0
+        given = other[same:][:80].decode("utf-8", "replace")
+    token = tokens[place]
+    beyond = moved - (token.room or 0.0) if moved else token.margin - tolerance
+    return ReplayDifference(
+        question=question.id,
+        token=place,
+        expected=token.text,
+        given=given,
+        margin=token.margin,
+        excess=round(max(0.0, beyond), _DIGITS),
+        moved=bool(moved),
+    )
+
+
+def _by_token(question: ReplayQuestion, said: Heard) -> tuple[int, str, float] | None:
+    """Return the first token that differs: its number, what came, and how far it moved."""
+    pairs = zip(question.tokens, said.tokens, strict=False)
+    for number, (token, given) in enumerate(pairs):
+        if token.text != given.text:
+            return number, given.text, 0.0
+        moved = abs(given.logprob - (token.logprob or 0.0))
+        if moved > (token.room or 0.0):
+            return number, given.text, moved
+    if len(said.tokens) == len(question.tokens):
+        return None
+    if len(said.tokens) < len(question.tokens):
+        return len(said.tokens), "", 0.0
+    return len(question.tokens) - 1, said.tokens[len(question.tokens)].text, 0.0
+
+
+def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Replayed:
+    """Return how a server's answers compare with the set's.
+
+    A server that does not answer a question shows nothing; which one and why is said.
+    """
+    equal, by_tokens, tokens, began = 0, 0, 0, time.monotonic()
+    found, why = list[ReplayDifference](), ""
+    for number, question in enumerate(wanted.questions, start=1):
+        try:
+            said = asked_once(session, question)
+        except (CheckFailed, EnvironmentFailure) as error:
+            why = f"question {question.id} got no answer: {error.message}"
+            break
+        parted = difference(question, said, wanted.tolerance)
+        by_tokens += bool(said.tokens and question.tokens[0].logprob is not None)
+        tokens += len(said.tokens) or len(question.tokens)
+        equal += parted is None
+        found += [parted] if parted else []
+        progress.advance(number, len(wanted.questions), "questions")
+    wrong = tuple(one for one in found if one.excess > 0)
+    count = len(wanted.questions)
+    verdict: Verdict = "different" if wrong else "not shown" if why else "proven"
+    if wrong:
+        why = _ALL_DIFFER if len(wrong) > _HALF * count else _SOME_DIFFER
+    return Replayed(
+        verdict=verdict,
+        questions=count,
+        equal=equal,
+        explained=tuple(one for one in found if not one.excess),
+        differences=wrong,
+        why=why,
+        by_tokens=by_tokens,
+        seconds=round(time.monotonic() - began, 3),
+        tokens=tokens,
+    )
+
+
+def described(one: ReplayDifference) -> str:
+    """Return a difference in a sentence."""
+    if one.moved:
+        return (
+            f"question {one.question}, token {one.token} {one.expected!r}: its log-probability"
+            f" moved {one.excess:g} nats further than rounding explains"
+        )
+    return (
+        f"question {one.question}, token {one.token}: {one.given!r} instead of {one.expected!r},"
+        f" {one.excess:g} nats beyond what rounding explains"
+    )
+
+
+def record(
+    session: ServerSession,
+    questions: Sequence[tuple[str, Mapping[str, JsonValue]]],
+    model: str,
+    tolerance: float,
+    progress: Progress,
+) -> ReplaySet | None:
+    """Return the set of a server's own answers to these paths and requests; None if it has none.
+
+    Questions that it refuses, or whose tokens it does not list, are left out.
+    """
+    found = list[ReplayQuestion]()
+    for number, (path, request) in enumerate(questions, start=1):
+        asked = ReplayQuestion(
+            id=str(number), path=path, request=request, answer="", finish="", tokens=()
+        )
+        try:
+            said = asked_once(session, asked)
+        except Unanswered:
+            continue
+        made = question_of(number, path, request, said, tolerance)
+        found += [made] if made else []
+        progress.advance(number, len(questions), "replay questions")
+    return within_limits(ReplaySet(model=model, tolerance=tolerance, questions=tuple(found)))
+
+
+def within_limits(made: ReplaySet) -> ReplaySet | None:
+    """Return a set without the last of its questions that its file has no room for; None if none.
+
+    The digest depends on the set, so it is small enough, or another question is left out.
+    """
+    kept = list(made.questions)
+    while kept and len(replace(made, questions=tuple(kept)).data) > LARGEST:
+        kept.pop()
+    return replace(made, questions=tuple(kept)) if kept else None
