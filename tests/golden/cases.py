@@ -105,4 +105,5 @@ def rendered(name, target, wishes, *, config=None):
         options=ServeOptions(**wishes),
         image=IMAGE,
         made_from=(Digest.of(b"artifact"),),
+        replays=True,
     )

@@ -103,9 +103,10 @@ static void compare_tokens(struct outcome *found, const struct question *asked, 
             found->got_length = text->length;
             return differs_at(found, asked, i, tolerance);
         }
-        double drift = fabs(logprob_of(one) - asked->tokens[i].logprob);
+        double room = asked->tokens[i].room, drift = fabs(logprob_of(one) - asked->tokens[i].logprob);
         if (!(found->drift >= drift)) found->drift = drift;
-        if (drift > asked->tokens[i].room) {
+        if (room > 0 && drift / room > found->used) found->used = drift / room;
+        if (drift > room) {
             found->verdict = DIFFERENT;
             found->token = i;
             found->margin = asked->tokens[i].margin;

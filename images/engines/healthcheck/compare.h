@@ -28,6 +28,7 @@ struct outcome {
     int token;         // the first that differs, -1 if none does
     double margin;     // of that token
     double drift;      // the largest difference of log-probabilities, NaN if none was compared
+    double used;       // the largest part of a token's room that such a difference took
     const char *got;   // what came instead, `got_length` bytes; NULL if the token itself came
     size_t got_length;
     const char *why;   // why there is no answer

@@ -32,7 +32,7 @@ enum { HEALTHY = 0, NOT_SHOWN = 1, USAGE = 2, NO_SET = 3 };
 static const char *const VERDICTS[] = {"unanswered", "equal", "explained", "different"};
 
 struct options {
-    int replay, wait, port;
+    int replay, wait, if_any, port;
     double seconds;
     const char *set, *health, *result, *key;
 };
@@ -67,7 +67,7 @@ static int usage(void) {
     return complain(
         USAGE,
         "usage: healthcheck --port N [--health PATH] [--seconds N] [--wait] [--key-variable NAME]\n"
-        "                   [--replay] [--set FILE] [--result FILE]\n"
+        "                   [--replay] [--if-any] [--set FILE] [--result FILE]\n"
         "exit codes: 0 it serves, and answers as it was tested; 1 not, or not yet; 2 wrong usage;\n"
         "3 no set of questions here that could be asked\n"
         "  --port N             of the server, on 127.0.0.1\n"
@@ -77,7 +77,8 @@ static int usage(void) {
         "  --key-variable NAME  the variable with the server's password, if it is set\n"
         "  --replay             ask the questions of --set (/etc/weightsmith/replay.json), once for\n"
         "                       each start of the server, and keep what comes out in --result\n"
-        "                       (/tmp/weightsmith-replay.json)");
+        "                       (/tmp/weightsmith-replay.json)\n"
+        "  --if-any             where there is no file --set, it is enough to serve");
 }
 
 static void too_late(int signal_number) {
@@ -278,7 +279,8 @@ static char *line_of(const struct question *asked, const struct outcome *found, 
     fputs("{\"id\": ", out);
     write_text(out, asked->id->text, asked->id->length, SIZE_MAX);
     fprintf(out, ", \"verdict\": \"%s\", \"seconds\": %.3f", VERDICTS[found->verdict], seconds);
-    if (!isnan(found->drift)) fprintf(out, ", \"logprob_difference\": %.6g", found->drift);
+    if (!isnan(found->drift))
+        fprintf(out, ", \"logprob_difference\": %.6g, \"room_used\": %.4g", found->drift, found->used);
     if (found->token >= 0) {
         const struct json *text = asked->tokens[found->token].text;
         fprintf(out, ", \"token\": %d, \"margin\": %.6g, \"expected\": ", found->token + 1, found->margin);
@@ -361,13 +363,13 @@ static int is_ready(const struct options *options, double until) {
 }
 
 static int read_options(int argc, char **argv, struct options *options) {
-    enum { REPLAY, SET, PORT, HEALTH, SECONDS, WAIT, RESULT, KEY };
+    enum { REPLAY, IF_ANY, SET, PORT, HEALTH, SECONDS, WAIT, RESULT, KEY };
     static const struct option known[] = {
         {"replay", no_argument, NULL, REPLAY},        {"set", required_argument, NULL, SET},
         {"port", required_argument, NULL, PORT},      {"health", required_argument, NULL, HEALTH},
         {"seconds", required_argument, NULL, SECONDS}, {"wait", no_argument, NULL, WAIT},
         {"result", required_argument, NULL, RESULT},  {"key-variable", required_argument, NULL, KEY},
-        {NULL, 0, NULL, 0},
+        {"if-any", no_argument, NULL, IF_ANY},        {NULL, 0, NULL, 0},
     };
     const char *key = NULL;
     char *end = "";
@@ -377,6 +379,7 @@ static int read_options(int argc, char **argv, struct options *options) {
         switch (found) {
         case REPLAY: options->replay = 1; break;
         case WAIT: options->wait = 1; break;
+        case IF_ANY: options->if_any = 1; break;
         case SET: options->set = optarg; break;
         case HEALTH: options->health = optarg; break;
         case RESULT: options->result = optarg; break;
@@ -405,6 +408,7 @@ int main(int argc, char **argv) {
     signal(SIGALRM, too_late);
     alarm((unsigned)options.seconds + 2);  // whatever happens below, it ends
     double until = now() + options.seconds;
+    if (options.if_any && access(options.set, F_OK) != 0 && errno == ENOENT) options.replay = 0;
     int problem = options.replay ? read_set(options.set) : 0;
     if (problem) return problem;
     if (!is_ready(&options, until)) return NOT_SHOWN;

@@ -49,6 +49,7 @@ from weightsmith.serving.architectures import DONE_HERE, check_served
 from weightsmith.serving.compatibility import check_adapters, check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
+from weightsmith.serving.healthcheck import startup_replay
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.parsers import NONE
 from weightsmith.serving.plan import (
@@ -105,12 +106,13 @@ def render(
     made_from: tuple[Digest, ...],
     projector: Projector | None = None,
     notes: tuple[str, ...] = (),
+    replays: bool = False,
 ) -> ServingConfig:
     """Plan the memory and render every file of a target, without writing them.
 
     `weight_bytes` are with a `projector`, which lies beside the model. `image` is a reference, or
     "" if it is not known yet; manifests then use `name:version`. The caller's `notes` precede the
-    plan's own.
+    plan's own. `replays`: the image has the program that asks its replay set, and manifests call it.
     Raises UsageError if the options do not fit or a template does not render, InputRefused for
     a model that no target serves, and for wrong numbers in config.json.
     """
@@ -156,6 +158,7 @@ def render(
         "adapters": served.adapters,
         "kserve_lora": _kserve_lora(options, served),
         "startup_seconds": served.startup_seconds,
+        "replay": startup_replay(engine, plan) if replays else None,
         **_engine_facts(engine, plan, served),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
@@ -228,6 +231,7 @@ def render_volume(
         "model_path": served.path,
         "served_name": config.served_name,
         "startup_seconds": served.startup_seconds,
+        "replay": None,
         "settings": [
             {"path": path, "key": path.rpartition("/")[2], "text": config.image_files[path]}
             for path in inside
@@ -274,6 +278,7 @@ def render_thin(
     *,
     image: str,
     parts: ThinParts,
+    replays: bool = False,
 ) -> dict[str, str]:
     """Return manifests and README of an image that merges where it starts.
 
@@ -290,6 +295,7 @@ def render_thin(
         "env": config.env,
         "healthcheck": list(config.healthcheck),
         "startup_seconds": served.startup_seconds,
+        "replay": startup_replay(engine, plan) if replays else None,
         **_engine_facts(engine, plan, served),
         "merged_bytes": size,
         "merged_spare": SPARE,

@@ -1,0 +1,50 @@
+"""The program in an image by which a container is found to answer as the tested image did.
+
+`images/engines/healthcheck/` has its source. Manifests call it as startup probe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightsmith.serving.engine import Engine
+from weightsmith.serving.plan import ServingPlan
+
+NAME = "healthcheck"
+"""Of the program, and of its folder in `images/engines/`."""
+FOLDER = "/opt/weightsmith"
+_QUESTIONS, _TOKENS = 32, 64
+"""What a replay set asks at most, and how long an answer of it is."""
+_CPU_READS, _GPU_READS = 10_000_000_000, 300_000_000_000
+"""Bytes a second of weights, as slow machines read them for each token."""
+_LEAST_CALL, _LEAST_ALL, _SPARE = 50, 60, 10
+"""Seconds; a call must be over before the probe's own limit ends it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartupReplay:
+    """How a container is asked its image's replay set before it gets requests."""
+
+    command: tuple[str, ...]
+    """Exits 0 once all answers are as they should be; each call goes on where one before ended."""
+    call_seconds: int
+    """How long one call may take."""
+    seconds: int
+    """How long the whole set may take."""
+
+
+def startup_replay(engine: Engine, plan: ServingPlan) -> StartupReplay:
+    """Return the command and its limits of time, from the weights that each token reads."""
+    reads = _GPU_READS * plan.gpus or _CPU_READS
+    weights = plan.weights_bytes_per_gpu * max(1, plan.gpus)
+    answer = _TOKENS * weights // reads
+    call = max(_LEAST_CALL, answer)
+    key = ("--key-variable", engine.key_variable) if engine.key_variable else ()
+    return StartupReplay(
+        command=(
+            *(f"{FOLDER}/{NAME}", "--port", str(engine.port), "--health", engine.health_path),
+            *("--seconds", str(call), *key, "--replay", "--if-any"),
+        ),
+        call_seconds=call + _SPARE,
+        seconds=max(_LEAST_ALL, _QUESTIONS * answer // 10 * 10),
+    )
