@@ -40,13 +40,21 @@ def test_both_platforms_come_from_one_build_and_share_the_weights(warm: Memory) 
     built = warm.build(BOTH, push=True)[TARGET]
 
     assert warm.jobs() == ["export-engine"]
-    assert warm.journal.of("make", "start") == ["make llamacpp for linux/arm64", "start"]
+    assert warm.journal.of("make", "start") == [
+        "make llamacpp for linux/arm64",
+        "make healthcheck for linux/amd64",
+        "make healthcheck for linux/arm64",
+        "start",
+    ]
     amd, arm = pulled(warm, "amd64"), pulled(warm, "arm64")
     assert built.published.platforms == {"linux/amd64": amd.digest, "linux/arm64": arm.digest}
     assert arm.settings["architecture"] == "arm64"
-    assert amd.layers[0].digest != arm.layers[0].digest
-    assert amd.layers[1:] != ()
-    assert [one.digest for one in amd.layers[1:]] == [one.digest for one in arm.layers[1:]]
+    pairs = list(zip(amd.layers, arm.layers, strict=True))
+    assert len(pairs) > 3
+    assert [place for place, (one, other) in enumerate(pairs) if one.digest != other.digest] == [
+        0,  # the engine
+        next(n for n, one in enumerate(amd.layers) if one.file == "opt/weightsmith/healthcheck"),
+    ]
     assert b"a program for linux/arm64" in b"".join(arm.layers[0].open())
 
 

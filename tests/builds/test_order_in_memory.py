@@ -30,7 +30,7 @@ def test_what_happens_in_which_order(memory: Memory) -> None:
         "stage quantize", "job quantize",
         "stage quality", "job quality",
         "stage render",
-        "stage bake", "job export-engine",
+        "stage bake", "job export-engine", "make healthcheck for linux/amd64",
         "stage evaluate", "load candidate", "start", "stop",
         "stage publish", "untag candidate", "send",
         f"tag sha256-{built.published.digest.removeprefix('sha256:')}",

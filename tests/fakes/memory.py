@@ -285,7 +285,8 @@ class Memory:
         self, engine: str, platform: str, folder: Path, progress: Progress
     ) -> None:
         self.journal.add(f"make {engine} for {platform}")
-        program = "llama-server" if engine == "llamacpp" else "usr/bin/vllm"
+        known = {"llamacpp": "llama-server", "healthcheck": "healthcheck"}
+        program = known.get(engine, "usr/bin/vllm")
         (folder / program).parent.mkdir(parents=True, exist_ok=True)
         (folder / program).write_bytes(f"a program for {platform}".encode())
 

@@ -6,7 +6,7 @@ That is statements, bills of materials, answers and adapters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from weightsmith.core.errors import CacheLost, WeightsmithError
@@ -163,6 +163,8 @@ class ImageInputs:
     """Of an image that merges where it starts; its artifact is what it merges."""
     replay: ReplayFile | None = None
     """What it answered when it was tested; None before."""
+    healthcheck: Mapping[str, TarLayer] = field(default_factory=dict)
+    """Platform -> the layer of the program that asks the replay set; {} for none."""
     quantizer_builder: str = ""
     network_in_jobs: bool = False
     """Whether a job that made any of it had network access, because the user allowed it."""

@@ -637,6 +637,11 @@ class Replay(Section):
     limit: int = Field(
         32, ge=1, le=32, description="Maximum number of questions, a sample chosen by content."
     )
+    probe: bool = Field(
+        True,
+        description="Let the startup probe of Kubernetes, KServe and compose ask the questions: a "
+        "container that answers otherwise than the tested image gets no requests.",
+    )
 
 
 def _keep_alone(value: object) -> object:

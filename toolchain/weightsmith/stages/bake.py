@@ -31,7 +31,7 @@ from weightsmith.core.values import (
     plain,
 )
 from weightsmith.evaluating.results import Result, of_adapter, recipe_of_adapter, verdict_of
-from weightsmith.models.facts import ModelFacts
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models, projector_of
 from weightsmith.models.reshard import Memo, Resharded, is_numbered, reshard
 from weightsmith.models.safetensors import read_header
@@ -91,6 +91,7 @@ from weightsmith.steps.bases import (
 )
 from weightsmith.steps.delivery import network_in_jobs
 from weightsmith.steps.destinations import InStore, layers_in
+from weightsmith.steps.healthcheck import healthcheck_layer, probes_replay
 from weightsmith.steps.replays import recorded_replay
 from weightsmith.steps.sharing import own_files
 from weightsmith.steps.sizes import ForeseenTree
@@ -257,7 +258,9 @@ def _made(
     settings = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
-    program = (thin.program[platform],) if thin else ()
+    program = [
+        parts[platform] for parts in (thin.program if thin else {}, inputs.healthcheck) if parts
+    ]
     replay = (inputs.replay.layer,) if inputs.replay and settings else ()
     if replay and inputs.replay:
         labels |= replay_labels(inputs.replay.made)
@@ -459,6 +462,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         base_name, bases = bases_of(self.file, target, device, tools, update_lock=again)
         base_weights = have[self.quantized] if artifact.format.unmerged else None
         made = (base_weights or artifact).format
+        probed = probes_replay(recipe, read_facts(checkpoint.tree.texts))
         return ImageInputs(
             name=recipe.name,
             version=recipe.version,
@@ -475,6 +479,9 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             sources=sources,
             checkpoint=checkpoint,
             recipe=recipe,
+            healthcheck={
+                each.platform: healthcheck_layer(each.platform, tools) for each in bases if probed
+            },
             quantizer_builder=of_format(made.name).builder if made.packed else "",
             network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
         )

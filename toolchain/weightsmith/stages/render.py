@@ -63,6 +63,7 @@ from weightsmith.serving.pooling import ASKED
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files
+from weightsmith.steps.healthcheck import probes_replay, wants_probe
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
 from weightsmith.steps.sizes import ForeseenTree, expected_projector
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
@@ -112,7 +113,8 @@ def render(
 
     `weight_bytes` are with a `projector`, which lies beside the model. `image` is a reference, or
     "" if it is not known yet; manifests then use `name:version`. The caller's `notes` precede the
-    plan's own. `replays`: the image has the program that asks its replay set, and manifests call it.
+    plan's own. With `replays`, the image has the program that asks its replay set, and manifests
+    call it.
     Raises UsageError if the options do not fit or a template does not render, InputRefused for
     a model that no target serves, and for wrong numbers in config.json.
     """
@@ -572,7 +574,8 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     @property
     def options(self) -> Writable:
         """How it is served."""
-        return [self.target, self.file.recipe.serve.model_dump(mode="json")]
+        recipe = self.file.recipe
+        return [self.target, recipe.serve.model_dump(mode="json"), wants_probe(recipe)]
 
     def foresee(self, seen: Foresight) -> Foreseen[ServingPlan]:
         """Return the plan; refuses weights that do not fit, or that the engine cannot load.
@@ -656,6 +659,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             made_from=made_from,
             projector=projector,
             notes=notes,
+            replays=probes_replay(recipe, model),
         )
 
 
@@ -702,6 +706,7 @@ class ThinManifestsStep(UnforeseenStep[None]):
             recipe.version,
             image=f"{name}@{digest}" if self.pushed else name,
             parts=inputs.thin,
+            replays=bool(inputs.healthcheck),
         )
         write_files(files, self.of.folder / THIN)
         return unrecorded(None)
