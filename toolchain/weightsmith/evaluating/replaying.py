@@ -150,7 +150,9 @@ def _token(
 ) -> HeardToken:
     if not math.isfinite(logprob):
         raise ValueError("a token has no log-probability")
-    rest = [float(score) for name, score in others if name != text]
+    # llama.cpp names all special tokens "", so the token itself is left out by its place.
+    own = next((n for n, (name, _) in enumerate(others) if name == text), len(others))
+    rest = [float(score) for n, (_, score) in enumerate(others) if n != own]
     return HeardToken(
         text=str(text).encode("utf-8", "replace").decode(),
         data=bytes(data) if isinstance(data, list) else str(text).encode("utf-8", "replace"),

@@ -1,0 +1,162 @@
+"""A real server that does not answer as the tested image did is never ready; a good one is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.ports import Endpoint, Silent
+from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.replaying import record, request_of
+from weightsmith.evaluating.session import ServerSession
+from weightsmith.outside.toolset import make_toolset
+
+from tests.fakes.started import free_port, started, weightsmith
+from tests.paths import TINY
+
+TOKENS = 12
+pytestmark = [pytest.mark.builders, pytest.mark.timeout(1200)]
+
+
+@dataclass
+class KnownModel:
+    """A model as it was tested, and the set of its answers."""
+
+    folder: Path
+    gguf: Path
+    other: Path
+    """The same model in another quantization."""
+    stranger: Path
+    """The same base with another adapter."""
+    set: Path
+
+    def replay(self, gguf: Path, *words: str, variant: str = "") -> tuple[int, str]:
+        """Start a server of a file; return the exit code of its startup probe, and what it said."""
+        port, program = free_port(), make_toolset(cache_folder(), "healthcheck", Silent())
+        with serving(gguf, port, self.folder / "log", *words, variant=variant):
+            done = subprocess.run(
+                [program / "healthcheck", "--port", str(port), "--seconds", "600", "--replay",
+                 "--set", self.set, "--result", self.folder / f"{port}.json"],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        return done.returncode, done.stderr
+
+    def damaged(self, name: str, change: Callable[[int, int, bytearray], None]) -> Path:
+        """Return a copy of the file whose tensor has other bytes."""
+        data = bytearray(self.gguf.read_bytes())
+        (tensor,) = (one for one in GGUFReader(self.gguf).tensors if one.name == name)
+        change(int(tensor.data_offset), int(tensor.n_bytes), data)
+        path = self.folder / "damaged.gguf"
+        path.write_bytes(data)
+        return path
+
+
+def serving(gguf: Path, port: int, log: Path, *words: str, variant: str = "") -> Any:
+    """Start llama.cpp's server of a file, under the name that the set asks."""
+    program = make_toolset(cache_folder(), "llamacpp", Silent()) / "app" / "llama-server"
+    command = [program, "--model", gguf, "--alias", "bot", "--port", str(port), "--jinja"]
+    command += ["--no-ui", "--offline", "-np", "1", "-c", "512"]
+    env = {**os.environ, **({"WEIGHTSMITH_CPU_VARIANT": variant} if variant else {})}
+    return started([*command, *(words or ("-t", "1"))], env, port, log)
+
+
+def made_set(gguf: Path, prompts: Sequence[str], folder: Path) -> Path:
+    served, port = Served(name="bot"), free_port()
+    items = [
+        Item(messages=({"role": "user", "content": one},), expected=("",), line=0)
+        for one in prompts
+    ]
+    asked = [(served.path, request_of(served, item, TOKENS, {})) for item in items]
+    endpoint = Endpoint(url=f"http://127.0.0.1:{port}", logs=lambda _: "", alive=lambda: True)
+    with serving(gguf, port, folder / "log"), ServerSession(endpoint) as session:
+        made = record(session, asked, "bot", 1.0, Silent())
+    assert made
+    assert len(made.questions) == len(prompts)
+    (folder / "set.json").write_bytes(made.data)
+    return folder / "set.json"
+
+
+def quantized(model: object, name: str, out: Path) -> Path:
+    words = ("--model", model, "--format", name, "--out", out, "--runner", "local")
+    return Path(weightsmith("quantize", *words)["files"][0])
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory: pytest.TempPathFactory) -> KnownModel:
+    """The tiny example, and what might take its place."""
+    folder = tmp_path_factory.mktemp("tested")
+    merged = [
+        weightsmith(
+            "merge", "--base", TINY / "base", "--adapter", TINY / "adapters" / name,
+            "--out", folder / name, "--runner", "local",
+        )["out"]
+        for name in ("a", "b")
+    ]  # fmt: skip
+    gguf = quantized(merged[0], "q8_0", folder / "q8_0")
+    lines = (TINY / "eval-a.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines[:6]]
+    return KnownModel(
+        folder=folder,
+        gguf=gguf,
+        other=quantized(merged[0], "q4_0", folder / "q4_0"),
+        stranger=quantized(merged[1], "q8_0", folder / "stranger"),
+        set=made_set(gguf, prompts, folder),
+    )
+
+
+@pytest.mark.parametrize("variant", ["", "x86-64-v3"])
+@pytest.mark.parametrize("words", [("-t", "2"), ("-t", "1", "-b", "16", "-ub", "8")])
+def test_a_good_image_is_ready_however_it_is_started(
+    tested: KnownModel, words: tuple[str, ...], variant: str
+) -> None:
+    code, said = tested.replay(tested.gguf, *words, variant=variant)
+    assert code == 0, said
+    assert said.startswith("proven: ")
+
+
+FAULTS: dict[str, tuple[str, ...]] = {
+    "another rope setting": ("--rope-freq-base", "300"),
+    "another chat template": ("--chat-template", "llama2"),
+}
+
+
+@pytest.mark.parametrize("words", FAULTS.values(), ids=FAULTS)
+def test_another_setting_is_never_ready(tested: KnownModel, words: tuple[str, ...]) -> None:
+    assert_different(*tested.replay(tested.gguf, "-t", "1", *words))
+
+
+@pytest.mark.parametrize("which", ["other", "stranger"])
+def test_other_weights_under_the_same_name_are_never_ready(tested: KnownModel, which: str) -> None:
+    assert_different(*tested.replay(getattr(tested, which)))
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.1.attn_q.weight"])
+def test_a_flipped_bit_is_never_ready(tested: KnownModel, name: str) -> None:
+    """Of the exponent of one block's scale, the highest: 32 weights are 65,536 times as large."""
+
+    def flip(at: int, _size: int, data: bytearray) -> None:
+        data[at + 1] ^= 0x40
+
+    assert_different(*tested.replay(tested.damaged(name, flip)))
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_output.weight", "blk.1.ffn_up.weight"])
+def test_a_tensor_of_zeros_is_never_ready(tested: KnownModel, name: str) -> None:
+    def clear(at: int, size: int, data: bytearray) -> None:
+        data[at : at + size] = bytes(size)
+
+    assert_different(*tested.replay(tested.damaged(name, clear)))
+
+
+def assert_different(code: int, said: str) -> None:
+    assert code == 1
+    assert "answers are not those of the tested image" in said
