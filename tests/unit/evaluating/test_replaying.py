@@ -61,6 +61,15 @@ def ask(server: FakeServer, wanted: ReplaySet | None = None, **limits: Any) -> A
         return replay(session, wanted or a_set(), Silent())
 
 
+def test_special_tokens_of_one_name_have_a_margin() -> None:
+    """llama.cpp names the end of an answer and the likeliest other special token alike."""
+    reply = said(("I", -0.03), ("", -0.2))
+    rows = reply["choices"][0]["logprobs"]["content"]
+    rows[1]["top_logprobs"] = [{"token": "", "logprob": -0.2}, {"token": "", "logprob": -2.0}]
+
+    assert [one.margin for one in heard(reply, chat=True).tokens] == [4.0, 1.8]
+
+
 def test_the_request_is_sent_as_it_is(start: Start) -> None:
     server = start(lambda handler, body: handler.send(200, SAME))
     found = ask(server)
