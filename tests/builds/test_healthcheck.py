@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.ports import Silent
+from weightsmith.evaluating.replay import read_replay
+from weightsmith.evaluating.replaying import difference, heard
 from weightsmith.outside.toolset import make_toolset
 
 from tests.fakes.openai_server import FakeServer, servers
@@ -175,6 +178,44 @@ def test_the_first_token_that_differs_decides(
     assert said in done.stderr
     assert [row["verdict"] for row in probe.found["questions"]] == [verdict]
     assert probe.found["verdict"] == ("different" if verdict == "different" else "proven")
+
+
+def drawn(chance: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A set of one answer, and a reply that may be another."""
+    words = ["a", " b", "ä", " the", ""]
+    texts = chance.choices(words, k=chance.randint(1, 6))
+    end, tokens = 0, []
+    for text in texts:
+        end += len(text.encode())
+        made = token(text, end, chance.choice([0.2, 0.9, 1.0, 1.5]), chance.choice([-0.02, -0.9]))
+        tokens.append(made | {"room": chance.choice([0.05, 0.5])})
+    if chance.random() < 0.3:
+        tokens = [{**one, "logprob": None, "room": None} for one in tokens]
+    given = [one if chance.random() < 0.8 else chance.choice(words) for one in texts]
+    given = given[: chance.choice([None, None, -1])] + chance.choice([[], [], [" more"]])
+    answer = reply(*given, logprob=chance.choice([-0.02, -0.5]), listed=chance.random() < 0.8)
+    return a_set(answer="".join(texts), tokens=tokens), answer
+
+
+def test_it_follows_the_rule_that_prove_follows(probe: Probe, start: Start) -> None:
+    chance, seen = random.Random(5), set()
+    for _ in range(60):
+        made, given = drawn(chance)
+        made["questions"][0]["request"] |= {"temperature": 0, "max_tokens": 9}
+        question = read_replay(json.dumps(made).encode(), "the set").questions[0]
+        found = difference(question, heard(given, chat=True), made["tolerance"])
+        probe.write(made)
+        done = probe(answering(start, given).server_port)
+
+        (row,) = probe.found["questions"]
+        if found is None:
+            assert row["verdict"] == "equal", (made, given)
+        else:
+            assert row["verdict"] == ("different" if found.excess > 0 else "explained"), given
+            assert (row["token"], row["expected"]) == (found.token + 1, found.expected)
+        assert done.returncode == (row["verdict"] == "different")
+        seen.add(row["verdict"])
+    assert seen == {"equal", "explained", "different"}
 
 
 def test_prompts_are_asked_and_read_as_vllm_lists_them(probe: Probe, start: Start) -> None:

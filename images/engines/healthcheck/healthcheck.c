@@ -77,7 +77,7 @@ static int usage(void) {
         "  --key-variable NAME  the variable with the server's password, if it is set\n"
         "  --replay             ask the questions of --set (/etc/weightsmith/replay.json), once for\n"
         "                       each start of the server, and keep what comes out in --result\n"
-        "                       (/tmp/weightsmith-replay.json)\n"
+        "                       (/tmp/replay.json)\n"
         "  --if-any             where there is no file --set, it is enough to serve");
 }
 
@@ -403,7 +403,7 @@ static int read_options(int argc, char **argv, struct options *options) {
 
 int main(int argc, char **argv) {
     struct options options = {.set = "/etc/weightsmith/replay.json", .health = "/health",
-                              .result = "/tmp/weightsmith-replay.json"};
+                              .result = "/tmp/replay.json"};
     if (!read_options(argc, argv, &options)) return usage();
     signal(SIGALRM, too_late);
     alarm((unsigned)options.seconds + 2);  // whatever happens below, it ends
