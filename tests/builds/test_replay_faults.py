@@ -24,6 +24,8 @@ from tests.fakes.started import free_port, started, weightsmith
 from tests.paths import TINY
 
 TOKENS = 12
+UNSURE = ("Tell me a story.", "Why is the sky blue?", "Write one word.", "Say it backwards.")
+"""Questions that the model was not taught: its answers are not certain."""
 pytestmark = [pytest.mark.builders, pytest.mark.timeout(1200)]
 
 
@@ -33,8 +35,6 @@ class KnownModel:
 
     folder: Path
     gguf: Path
-    other: Path
-    """The same model in another quantization."""
     stranger: Path
     """The same base with another adapter."""
     set: Path
@@ -103,11 +103,10 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> KnownModel:
     ]  # fmt: skip
     gguf = quantized(merged[0], "q8_0", folder / "q8_0")
     lines = (TINY / "eval-a.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines[:6]]
+    prompts = [*(json.loads(line)["prompt"] for line in lines[:4]), *UNSURE]
     return KnownModel(
         folder=folder,
         gguf=gguf,
-        other=quantized(merged[0], "q4_0", folder / "q4_0"),
         stranger=quantized(merged[1], "q8_0", folder / "stranger"),
         set=made_set(gguf, prompts, folder),
     )
@@ -134,9 +133,8 @@ def test_another_setting_is_never_ready(tested: KnownModel, words: tuple[str, ..
     assert_different(*tested.replay(tested.gguf, "-t", "1", *words))
 
 
-@pytest.mark.parametrize("which", ["other", "stranger"])
-def test_other_weights_under_the_same_name_are_never_ready(tested: KnownModel, which: str) -> None:
-    assert_different(*tested.replay(getattr(tested, which)))
+def test_another_adapter_under_the_same_name_is_never_ready(tested: KnownModel) -> None:
+    assert_different(*tested.replay(tested.stranger))
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.1.attn_q.weight"])
