@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import numpy as np
 import pytest
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.kernels import quants, tiles
-from weightsmith.core.ports import Silent
+from weightsmith.core.ports import Endpoint, Silent
+from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.replaying import record, request_of
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.models.tensors import largest
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
@@ -122,8 +127,11 @@ def baked(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "layout"
 
 
-def asked(layout: Path, folder: Path, machine: str, *before: Any) -> dict[str, Any]:
-    """Start a platform's image without a container, ask it once, and return what it said."""
+def asked(
+    layout: Path, folder: Path, machine: str, *before: Any, ask: Callable[[httpx.Client], Any]
+) -> Any:
+    """Start a platform's image without a container, ask it, and return what it said."""
+    folder.mkdir(exist_ok=True)
     image, root = read_layout(layout, platform=f"linux/{machine}"), folder / "root"
     unpack(image, root)
     port = free_port()
@@ -141,7 +149,7 @@ def asked(layout: Path, folder: Path, machine: str, *before: Any) -> dict[str, A
         *before, variant = before
         inside = inside.parent / "cpu" / variant / inside.name
     with started([*before, inside, *words], env, port, folder / "log") as client:
-        return answered(client)
+        return ask(client)
 
 
 def answered(client: httpx.Client) -> dict[str, Any]:
@@ -156,14 +164,14 @@ def answered(client: httpx.Client) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(baked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return asked(baked, tmp_path_factory.mktemp("amd64"), "amd64")
+    return asked(baked, tmp_path_factory.mktemp("amd64"), "amd64", ask=answered)
 
 
 @pytest.mark.parametrize("cpu", ANSWERING)
 def test_the_image_answers_as_on_x86(
     baked: Path, expected: dict[str, Any], tmp_path: Path, cpu: str
 ) -> None:
-    said = asked(baked, tmp_path, "arm64", emulator(), "-cpu", cpu, CPUS[cpu])
+    said = asked(baked, tmp_path, "arm64", emulator(), "-cpu", cpu, CPUS[cpu], ask=answered)
 
     assert "Paris" in said["content"]
     assert said["content"] == expected["content"]
@@ -173,6 +181,45 @@ def test_the_image_answers_as_on_x86(
         assert mine["id"] == other["id"]
         # Sums in another order, and activations in 8 bits: up to 0.14 was seen.
         assert abs(mine["logprob"] - other["logprob"]) < 0.25
+
+
+@pytest.mark.parametrize("cpu", ["cortex-a53", "neoverse-n1"])
+def test_the_image_replays_on_arm_what_was_recorded_on_x86(
+    baked: Path, tmp_path: Path, cpu: str
+) -> None:
+    """Server and health check are both Arm's."""
+    program = make_toolset(cache_folder(), "healthcheck", Silent(), machine="aarch64")
+
+    def recorded(client: httpx.Client) -> bytes:
+        served = Served(name=client.get("/v1/models").json()["data"][0]["id"])
+        texts = ("What is the capital of France?", "Name three colours.")
+        items = [
+            Item(messages=({"role": "user", "content": text},), expected=("",), line=0)
+            for text in texts
+        ]
+        requests = [(served.path, request_of(served, item, 6, {})) for item in items]
+        url = str(client.base_url)
+        with ServerSession(Endpoint(url=url, logs=lambda _: "", alive=lambda: True)) as session:
+            made = record(session, requests, served.name, 1.0, Silent())
+        assert made
+        assert len(made.questions) == len(texts)
+        return made.data
+
+    def replayed(client: httpx.Client) -> subprocess.CompletedProcess[str]:
+        words = ("--port", str(client.base_url.port), "--seconds", "3000", "--replay")
+        files = ("--set", tmp_path / "set.json", "--result", tmp_path / "result.json")
+        return subprocess.run(
+            [emulator(), "-cpu", cpu, program / "healthcheck", *words, *files],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    (tmp_path / "set.json").write_bytes(asked(baked, tmp_path / "amd", "amd64", ask=recorded))
+    emulated = (emulator(), "-cpu", cpu, CPUS[cpu])
+    done = asked(baked, tmp_path / "arm", "arm64", *emulated, ask=replayed)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["verdict"] == "proven"
 
 
 @pytest.fixture(scope="module")
