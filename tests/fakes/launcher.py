@@ -229,7 +229,7 @@ class _Handler(Replying):
     def do_GET(self) -> None:
         self.send(200, {"data": [{"id": name} for name in self.program.names]})
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # one path after the other
         body = json.loads(self.body())
         program, started, launcher = self.program, self.started, self.started.launcher
         if self.path == "/v1/embeddings":
