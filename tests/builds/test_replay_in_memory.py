@@ -91,7 +91,7 @@ def test_an_image_carries_what_it_answered_in_a_layer_of_its_own(built: Memory) 
     assert image.labels["dev.weightsmith.replay.questions"] == "8"
     assert record["replay"]["questions"] == 8
     assert image.layers[-1].file == FILE
-    assert image.labels["dev.weightsmith.layers"].endswith("settings:2")
+    assert image.labels["dev.weightsmith.layers"].endswith("settings:3")  # settings, program, set
     shown = inspect_image(layout(built), built.client, built.engine)
     assert shown["replay"]["questions"] == "8"
 
