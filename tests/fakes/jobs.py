@@ -154,6 +154,9 @@ class Bench:
         elif texts and statistics:
             measured, texts = digest_of(texts), ()
             (job.output / statistics).write_bytes(measured)
+        if of_format(format_.name).weighs(job.options) and not job.losses:
+            losses = job.output / of_format(format_.name).losses
+            losses.write_bytes(digest_of([job.texts, job.options["imatrix"]]))
         told = [job.quantizer, job.format, job.name, job.options, texts, measured.hex()]
         tensors = CheckpointTensors(source)
         model = {name: Digest.of(tensors.array(name).tobytes()) for name in tensors.names}

@@ -80,6 +80,8 @@ from weightsmith.provenance.origins import KINDS, origins, wanted
 from weightsmith.provenance.proofs import ProofDevice, check_proven, proof_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
 from weightsmith.provenance.statements import Statement
+from weightsmith.quantizers.gguf_header import GgufTensorInfo
+from weightsmith.quantizers.gguf_mix import mixed, read_mix
 from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe
 from weightsmith.recipe.schema import Base, Bench
@@ -314,6 +316,24 @@ def read_results_file(data: bytes, folder: Path) -> None:
     (folder / "results.json").write_bytes(data)
     found = read_results(folder / "results.json").evidence(Bench(max_ttft_p95_ms=5))
     json.dumps(found.to_json(), allow_nan=False).encode()
+
+
+MIX = {
+    "tensor_types": {"blk.0.attn_q.weight": "q4_k", "output.weight": "Q8_0"},
+    "artifact": {"details": {"tensor_types": {"blk.0.attn_q.weight": "IQ4_XS"}}},
+}
+
+
+def read_mixed(data: bytes, folder: Path) -> None:
+    """Take its types for a model with these tensors, of which one has rows of 64."""
+    (folder / "mix.json").write_bytes(data)
+    shapes = {"blk.0.attn_q.weight": (256, 4), "output.weight": (64, 4)}
+    tensors = {
+        name: GgufTensorInfo(name=name, shape=shape, kind=0, offset=0)
+        for name, shape in shapes.items()
+    }
+    targets = dict.fromkeys(shapes, ("Q8_0", True))
+    mixed({"mix": read_mix(folder / "mix.json")}, tensors, targets, {}, 0)
 
 
 @cache
@@ -1027,6 +1047,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "report": (lambda r: json.dumps(json_changed(r, BUILD)).encode(), read_report),
     "thin": (lambda r: json.dumps(json_changed(r, thin_model())).encode(), start_thin),
     "results": (changed_results, read_results_file),
+    "mix": (lambda r: json.dumps(json_changed(r, MIX)).encode(), read_mixed),
     "image": (changed_image, read_image),
     "envelope": (
         lambda r: json.dumps(json_changed(r, ENVELOPE)).encode(),

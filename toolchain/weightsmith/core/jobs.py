@@ -388,6 +388,8 @@ class QuantizeJob(Job):
     """An existing measurement, such as an importance matrix."""
     measured_on: Input | None = None
     """The checkpoint that importance is measured on, if it is another one."""
+    losses: Input | None = None
+    """An existing measurement of what each type of each matrix loses."""
     siblings: tuple[SiblingFormat, ...] = ()
 
 

@@ -28,6 +28,7 @@ NAMED = (
     ("replay", "data"),
     ("calibration", "data"),
     ("quantize", "imatrix"),
+    ("quantize", "mix"),
 )
 """Keys of a recipe that name a file."""
 WORDS = frozenset({"", "auto", "walk", "off"})

@@ -87,7 +87,8 @@ class Layers:
         for number, layer in enumerate(self.layers):
             layer.forward = recording(number)
         try:
-            with torch.inference_mode():
+            # Without inference mode, so that gradients may be taken of layers that get this.
+            with torch.no_grad():
                 decoder(input_ids=batch.ids, use_cache=False)
         finally:
             for layer in self.layers:

@@ -264,7 +264,7 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
         return {k: _without_folders(inner, k) for k, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner, key) for inner in value]
-    files = ("data", "training", "corpus", "probes", "imatrix")
+    files = ("data", "training", "corpus", "probes", "imatrix", "mix")
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 

@@ -18,8 +18,9 @@ from weightsmith.quantizers.architectures import converted_as, gguf_architecture
 from weightsmith.quantizers.checkpoints import check_plain
 from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
+from weightsmith.quantizers.gguf_mix import budget_options
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
-from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
+from weightsmith.quantizers.gguf_types import FORMATS, MIX, TENSOR_TYPES, FileType, file_type
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 
 
@@ -44,7 +45,7 @@ def _options(format_: Format, requested: Options) -> Options:
 
     `imatrix` becomes `off`, `auto`, `walk`, or the user's file.
     """
-    name, row = format_.name, FILE_TYPES[format_.name]
+    name, row = format_.name, file_type(format_.name)
     if row.is_low and not requested.get("allow_low_bits"):
         raise UsageError(
             f"{name} has about {format_.bits_per_weight:g} bits per weight, too few to preserve"
@@ -55,6 +56,8 @@ def _options(format_: Format, requested: Options) -> Options:
     shared = bool(requested.get("shared_layers"))
     measured = "walk" if shared else "auto"  # llama-imatrix has no file of the base to measure on
     imatrix = str(requested.get("imatrix") or "") or (measured if row.named_bits < 5 else "off")
+    if row == MIX and imatrix == "auto":  # what measures losses can measure it, too
+        imatrix = "walk"
     for key, value in (("imatrix", "auto"), ("split_max_size", requested.get("split_max_size"))):
         if shared and value and requested.get(key) == value:
             raise UsageError(
@@ -74,12 +77,20 @@ def _options(format_: Format, requested: Options) -> Options:
         found["shared_layers"] = True
     if requested.get("allow_text_only"):
         found["allow_text_only"] = True
+    if row == MIX:
+        return {**found, **_budget(requested)}
+    return {**found, **_chosen_types(row, requested)}
+
+
+def _chosen_types(row: FileType, requested: Options) -> Options:
+    """Return the types that the user has chosen for tensors; raises UsageError."""
     types = requested.get("tensor_types")
     if not types or not isinstance(types, Mapping):
-        return found
+        return {}
     if row.direct:
         raise UsageError(
-            f"tensor_types is not supported by {name}: the converter uses one type for all tensors",
+            f"tensor_types is not supported by {row.name}: the converter uses one type for all "
+            "tensors",
             hint="remove tensor_types, or use a quantized format",
         )
     known = sorted(row.name for row in TENSOR_TYPES.values() if row.selectable)
@@ -89,11 +100,29 @@ def _options(format_: Format, requested: Options) -> Options:
                 f"tensor_types: invalid pattern or type in {pattern}={kind}",
                 hint=f"types: {', '.join(known)}",
             )
-    return {**found, "tensor_types": {p: str(kind).lower() for p, kind in sorted(types.items())}}
+    return {"tensor_types": {p: str(kind).lower() for p, kind in sorted(types.items())}}
+
+
+def _budget(requested: Options) -> Options:
+    for name in ("tensor_types", "split_max_size", "shared_layers"):
+        if requested.get(name):
+            raise UsageError(
+                f"{name} is not supported by {MIX.name}",
+                hint="remove it; quantize.mix takes a file with the type of each tensor",
+            )
+    return budget_options(requested)
 
 
 def _is_walked(chosen: Options) -> bool:
     return chosen.get("imatrix") == "walk"
+
+
+def _is_mix(chosen: Options) -> bool:
+    return _needs_losses(chosen) or "mix" in chosen
+
+
+def _needs_losses(chosen: Options) -> bool:
+    return "bits" in chosen or "size" in chosen
 
 
 def _check_options(model: ModelFacts, chosen: Options) -> None:
@@ -107,7 +136,7 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
             ),
             hint=gguf_check.TEXT_ONLY,
         )
-    if _is_walked(chosen):
+    if _is_walked(chosen) or _needs_losses(chosen):
         check_walk(model)
 
 
@@ -143,7 +172,7 @@ def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     `options.threads` does not affect the bytes.
     """
     requests = (request, *request.siblings)
-    kinds = [FILE_TYPES[each.format.name] for each in requests]
+    kinds = [file_type(each.format.name) for each in requests]
     split = str(request.options.get("split_max_size", ""))
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
@@ -155,6 +184,7 @@ def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
             tensor_types=dict(each.options.get("tensor_types", {})),
             # Relative, because it is written to the file.
             importance="" if each.options.get("imatrix", "off") == "off" else gguf_check.IMATRIX,
+            mix={k: each.options[k] for k in ("bits", "size", "mix", "low") if k in each.options},
             overrides={"general.license": name} if (name := _about(each).get("license")) else {},
         )
         for each, kind in zip(requests, kinds, strict=True)
@@ -273,11 +303,17 @@ def _pass(
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
     middle, texts = _middle(request, between), request.output / ".texts.jsonl"
+    matrix, losses = request.output / gguf_check.IMATRIX, request.output / gguf_check.LOSSES
     walk = None
-    if _is_walked(request.options) and not request.measured:
-        matrix = request.output / gguf_check.IMATRIX
-        model = request.measured_on or request.model
-        walk = ImportanceWalk(model=str(model), texts=str(texts), out=str(matrix))
+    measures = _is_walked(request.options) and not request.measured
+    if measures or (_needs_losses(request.options) and not request.weighed):
+        walk = ImportanceWalk(
+            model=str(request.measured_on or request.model),
+            texts=str(texts),
+            out=str(matrix) if request.options["imatrix"] != "off" else "",
+            losses=str(losses) if _needs_losses(request.options) else "",
+            low=bool(request.options.get("low")),
+        )
     contents = PassSettings(
         convert=convert,
         middle=str(middle) if between else "",
@@ -290,6 +326,7 @@ def _pass(
         walk=walk,
         projectors=projectors,
         allow_text_only=bool(request.options.get("allow_text_only")),
+        losses=str(losses) if _needs_losses(request.options) else "",
     )
     writes = {settings: json.dumps(contents.to_json())}
     if convert:
@@ -320,7 +357,9 @@ QUANTIZER = Quantizer(
         {"projector": gguf_check.PROJECTOR_TYPE} if has_projector(model) else {}
     ),
     check_options=_check_options,
-    calibrated=lambda _format, chosen: chosen.get("imatrix") in ("auto", "walk"),
+    calibrated=lambda _format, chosen: (
+        chosen.get("imatrix") in ("auto", "walk") or _needs_losses(chosen)
+    ),
     walked=_is_walked,
     steps=_steps,
     check=gguf_check.check,
@@ -336,10 +375,13 @@ QUANTIZER = Quantizer(
     statistics=gguf_check.IMATRIX,
     check_imports=("weightsmith.models.gguf_reader",),
     check_statistics=check_imatrix,
-    # Parts depend on the type, and there is one importance matrix.
+    losses=gguf_check.LOSSES,
+    weighs=_needs_losses,
+    # Parts depend on the type, there is one importance matrix, and losses are for mixes alone.
     one_pass=lambda _format, chosen, _other, others: (
         not {"split_max_size", "shared_layers"} & {*chosen, *others}
         and chosen.get("about") == others.get("about")
         and others.get("imatrix") in ("off", chosen.get("imatrix"))
+        and not (_is_mix(chosen) or _is_mix(others))
     ),
 )

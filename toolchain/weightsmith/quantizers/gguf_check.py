@@ -26,7 +26,8 @@ from weightsmith.models.task import of_class
 from weightsmith.models.templates import own_template
 from weightsmith.quantizers.gguf_file import GGUFModel, tensors_of
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, experts_missed
-from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
+from weightsmith.quantizers.gguf_mix import BOUND, LOSS, guessed_type
+from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX, TENSOR_TYPES, file_type
 from weightsmith.quantizers.quantizer import QuantizeRequest
 
 # Architectures whose tensors are converted one to one.
@@ -52,6 +53,8 @@ IMATRIX = "imatrix.gguf"
 PROJECTOR_TYPE = "f16"
 """As llama.cpp's guides and its published files have it: not every backend computes with bfloat16
 there, and float16 has all values of bfloat16 from 6.1e-5 to 65504."""
+LOSSES = "losses.json"
+"""Name of the file there with what each type of each tensor loses."""
 ALLOW_TEXT_ONLY = "--allow-text-only"
 """The converting program's argument before a projector's places."""
 TEXT_ONLY = (
@@ -86,10 +89,12 @@ def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
     read = GGUFModel([path for path in found if path not in (matrix, projector)])
     model, format_name = request.model, request.format.name
     architecture = str(read.value("general.architecture"))
-    file_type, expected = read.value("general.file_type"), FILE_TYPES[format_name].number
-    if file_type != expected:
+    number, expected = read.value("general.file_type"), file_type(format_name).number
+    if format_name == MIX.name:
+        expected = FILE_TYPES[_guessed(read)].number
+    if number != expected:
         raise CheckFailed(
-            f"the file has file type {file_type}, but {format_name} is {expected}",
+            f"the file has file type {number}, but {format_name} is {expected}",
             hint="check the quantizer's output",
         )
     _check_guesses(read)
@@ -113,6 +118,8 @@ def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
     blind = projector is not None and not about
     if about:
         multimodal = set()  # in the projector
+    if loss := read.get(LOSS):
+        about["mix"] = {"loss": float(str(loss)), "bound": float(str(read.value(BOUND)))}
     warnings = _warnings(
         request, len(multimodal), len(fallbacks), len(read.tensors), template=template, blind=blind
     )
@@ -173,12 +180,16 @@ def _warnings(
         )
     if request.options.get("imatrix", "off") != "off":
         warnings += experts_missed(request.output / IMATRIX)
-    if FILE_TYPES[request.format.name].is_low:
+    if file_type(request.format.name).is_low:
         warnings.append(
             f"{request.format.name} has less than four bits per weight, which may lose the "
             "fine-tuning: check the task score"
         )
     return warnings
+
+
+def _guessed(read: GGUFModel) -> str:
+    return guessed_type(tensor.tensor_type.name for tensor in read.tensors.values())
 
 
 def _architecture(model: Path) -> str:
@@ -245,7 +256,7 @@ def _fallbacks(
 
 def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
     """Refuse a quantized model with matrices in 16 or 32 bits whose rows fit blocks of 32."""
-    if FILE_TYPES[format_name].named_bits >= 16:
+    if file_type(format_name).named_bits >= 16:
         return
     left = {
         name: int(tensor.n_elements)

@@ -25,6 +25,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import JsonValue
 from weightsmith.models.reshard import cut, repeated_bytes
 from weightsmith.quantizers.gguf_header import (
     GgufHeader,
@@ -71,6 +72,8 @@ class PassFile(JsonObject):
     """File of the importance matrix; empty: none."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Keys to set, such as the licence."""
+    mix: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What a mix is made of (`gguf_mix`); empty: it is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,11 @@ class ImportanceWalk(JsonObject):
     texts: str
     """JSON Lines: calibration texts as they were given."""
     out: str
-    """The importance matrix."""
+    """The importance matrix; empty: there is none."""
+    losses: str = ""
+    """What each type of each tensor loses; empty: nobody asks."""
+    low: bool = False
+    """Whether losses are also of types below four bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,8 @@ class PassSettings(JsonObject):
     """What to write, all in one pass over the weights."""
     walk: ImportanceWalk | None = None
     """What measures the files' importance; None: nothing does, or it lies there."""
+    losses: str = ""
+    """What each type of each tensor loses, for mixes."""
     projectors: tuple[str, ...] = ()
     """Where the converter's projector for pictures belongs; empty: none."""
     allow_text_only: bool = False

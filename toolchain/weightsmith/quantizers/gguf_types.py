@@ -34,7 +34,7 @@ class FileType:
     def named_bits(self) -> int:
         """The bits in the name: 4 for q4_k_m and iq4_xs."""
         found = re.search(r"\d+", self.name)
-        return int(found[0]) if found else 16
+        return int(found[0]) if found else int(self.bits)
 
     @property
     def family(self) -> str:
@@ -142,6 +142,17 @@ TENSOR_TYPES: Mapping[str, TensorType] = {
     )
 }
 
-FORMATS = tuple(
-    Format(name=row.name, kind="gguf", bits_per_weight=row.bits) for row in FILE_TYPES.values()
+MIX = FileType(
+    name="mix", number=-1, bits=4.5, direct=False, takes_imatrix=True, needs_imatrix=False
 )
+"""Types chosen within a budget, which says how many bits there are (`gguf_mix`). llama.cpp has no
+number for it."""
+FORMATS = tuple(
+    Format(name=row.name, kind="gguf", bits_per_weight=row.bits)
+    for row in (*FILE_TYPES.values(), MIX)
+)
+
+
+def file_type(format_: str) -> FileType:
+    """Return the row of a format."""
+    return MIX if format_ == MIX.name else FILE_TYPES[format_]

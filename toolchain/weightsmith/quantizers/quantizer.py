@@ -54,6 +54,8 @@ class QuantizeRequest:
     """The checkpoint that importance is measured on, if it is another one."""
     measured: bool = False
     """The output already has the calibration statistics (`Quantizer.statistics`)."""
+    weighed: bool = False
+    """The output already has the losses by which types are chosen (`Quantizer.losses`)."""
     options: Mapping[str, Json]
     siblings: tuple[QuantizeRequest, ...] = ()
     """More formats of the same model, to be made in the same steps."""
@@ -102,6 +104,11 @@ class Quantizer:
     other formats of the same checkpoint."""
     walked: Callable[[Options], bool] = lambda _options: False
     """(options) -> whether our own walk over the layers measures these statistics."""
+    losses: str = ""
+    """Name of the output file with what each type of each matrix loses, which is stored separately
+    for other budgets."""
+    weighs: Callable[[Options], bool] = lambda _options: False
+    """(options) -> whether types are chosen by these losses."""
     beside_adapters: Callable[[Format, Options], Options] = lambda _format, chosen: chosen
     """(format, options) -> options for a base that unmerged adapters lie beside: it must leave the
     inputs and outputs of each matrix as they were. Raises UsageError if it cannot."""

@@ -176,7 +176,7 @@ _PATHS = frozenset(
         "adapters.*.evaluate.training", "adapters.*.evaluate.corpus", "validate.probes",
         "replay.data",
         "evaluate.data", "evaluate.training", "evaluate.corpus", "calibration.data",
-        "quantize.imatrix", "image.base",
+        "quantize.imatrix", "quantize.mix", "image.base",
     )
 )  # fmt: skip
 """Keys of a recipe that may name a file or a folder; one of several suites has the same."""

@@ -312,6 +312,19 @@ class Quantize(Section):
         description="GGUF type of the tensors whose names match a regular expression.",
         examples=[{"attn_v": "q8_0"}],
     )
+    bits: float | None = Field(
+        None,
+        gt=0,
+        le=16,
+        description="Budget of a mix: bits per weight of the whole file, such as 4.4.",
+    )
+    size: str = Field(
+        "", pattern=SIZE, description="Budget of a mix: the file's largest size, such as `8GB`."
+    )
+    mix: str = Field(
+        "",
+        description="File with the types of a mix, such as the build.json of another build.",
+    )
     group_size: Annotated[
         Literal["auto", 32, 64, 128], Flag(read=lambda text: "auto" if text == "0" else text)
     ] = Field(

@@ -36,10 +36,12 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.checkpoints import check_plain
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
-from weightsmith.quantizers.gguf_types import FILE_TYPES
+from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, read_mix
+from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.sources import without_pin
+from weightsmith.serving.memory import human, parse_size
 from weightsmith.steps.destinations import Destination, InStore, moved
 from weightsmith.steps.sizes import calibration_memory, disk_peak, estimated_bytes, kept_bytes
 from weightsmith.steps.stage_result import StageResult, Timer
@@ -58,6 +60,7 @@ from weightsmith.steps.tools import Tools
 WALK_BUILDER = "gguf"
 """It has the kernels that a walk multiplies with, and they are in its pins."""
 WALK_RECIPE_NUMBER = 2
+LOSSES_RECIPE_NUMBER = 1
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
@@ -84,6 +87,8 @@ class QuantizeOptions:
     """An existing measurement, such as the user's importance matrix."""
     measured_on: Tree | None = None
     """The checkpoint that importance is measured on, if it is another one: the base."""
+    losses: Input | None = None
+    """An existing measurement of what each type of each matrix loses."""
 
 
 def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
@@ -129,6 +134,23 @@ def walked_inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
         inputs={
             "checkpoint": checkpoint,
             "calibration": texts.calibration_digest,
+            "builder": builder_pins(WALK_BUILDER),
+        },
+    )
+
+
+def losses_inputs(
+    checkpoint: Digest, texts: Texts, options: Mapping[str, JsonValue]
+) -> StageInputs:
+    """Return what the losses by which a mix is chosen depend on; not on its budget."""
+    return StageInputs(
+        stage="losses",
+        recipe_number=LOSSES_RECIPE_NUMBER,
+        inputs={
+            "checkpoint": checkpoint,
+            "calibration": texts.calibration_digest,
+            "importance": options.get("imatrix", "off"),
+            "low": bool(options.get("low")),
             "builder": builder_pins(WALK_BUILDER),
         },
     )
@@ -184,19 +206,37 @@ def _run(
     keeps = options.format.suffix != ".gguf" or "projector" in options.options
     model = read_facts(checkpoint.tree.texts) if keeps else None
     kept = kept_bytes(size, options.format, model)
-    peak = quantizer.peak_disk(size, kept, options.format, options.options)
+    format_ = options.format
+    if quantizer.weighs(options.options):
+        weights = checkpoint.tree.weight_bytes
+        format_ = nominal(options, weights, read_facts(checkpoint.tree.texts))
+    peak = quantizer.peak_disk(size, kept, format_, options.options)
     # What one format needs while it is made, the others share.
     peak += sum(quantizer.peak_disk(size, kept, one.format, {}) for one in others)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
-    texts, calibration = options.texts, None
-    if texts and quantizer.statistics:
-        calibration = statistics_inputs(checkpoint.digest, texts, quantizer)
+    texts = options.texts
+    measures: dict[str, StageInputs] = {}  # by the name of the file
+    if texts and quantizer.statistics and not options.statistics:
         if quantizer.walked(options.options):
             measured_on = options.measured_on or checkpoint.tree
-            calibration = walked_inputs(measured_on.digest, texts)
-        if earlier := to.find(lambda: calibration):
-            given = Input.file(earlier, quantizer.statistics)
-            options = replace(options, texts=None, statistics=given)
+            measures[quantizer.statistics] = walked_inputs(measured_on.digest, texts)
+        elif not quantizer.weighs(options.options):
+            own = statistics_inputs(checkpoint.digest, texts, quantizer)
+            measures[quantizer.statistics] = own
+    if texts and quantizer.weighs(options.options):
+        measures[quantizer.losses] = losses_inputs(checkpoint.digest, texts, options.options)
+    given = {
+        name: Input.file(earlier, name)
+        for name, key in measures.items()
+        if (earlier := to.find(partial(_same, key)))
+    }
+    if texts and measures and given.keys() == measures.keys():
+        options = replace(options, texts=None)
+    options = replace(
+        options,
+        statistics=given.get(quantizer.statistics, options.statistics),
+        losses=given.get(quantizer.losses),
+    )
     tools.runner.prepare(quantizer.builder, tools.progress)
     job = job_of(Input.checkpoint(checkpoint), size, options, folder)
     made_too = tuple(SiblingFormat(format=o.format.name, options=o.options) for o in others)
@@ -207,10 +247,10 @@ def _run(
         seconds=job.seconds * (1 + len(others)),
     )
     facts: dict[str, Any] = dict(tools.runner.run(job, tools.progress))
-    if calibration:
-        measured = folder / quantizer.statistics
+    for name, key in measures.items():
+        measured = folder / name
         if measured.is_file():
-            to.keep(lambda: calibration, measured)
+            to.keep(partial(_same, key), measured)
         measured.unlink(missing_ok=True)
     results = facts.pop("siblings", {})
     about = {key: facts[key] for key in _OF_THE_JOB if key in facts}
@@ -220,6 +260,10 @@ def _run(
         to.files(partial(inputs, checkpoint.digest, one), moved(made, found))
         discard(made)
     return facts
+
+
+def _same(key: StageInputs) -> StageInputs:
+    return key
 
 
 def _rank(options: QuantizeOptions) -> tuple[bool, str]:
@@ -264,8 +308,13 @@ def memory_limit(size: int, options: QuantizeOptions) -> int:
     writing = (2 << 30) + size // 4
     if not options.texts:
         return writing
-    walked = of_format(options.format.name).walked(options.options)
+    walked = _is_walked(options)
     return writing + ((4 << 30) + 2 * size if walked else size)
+
+
+def _is_walked(options: QuantizeOptions) -> bool:
+    quantizer = of_format(options.format.name)
+    return quantizer.walked(options.options) or quantizer.weighs(options.options)
 
 
 def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> QuantizeJob:
@@ -285,6 +334,7 @@ def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> Q
         texts=texts,
         statistics=options.statistics,
         measured_on=Input.tree(options.measured_on) if options.measured_on else None,
+        losses=options.losses,
         output=folder,
         memory_bytes=memory_limit(size, options),
         seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),
@@ -312,11 +362,13 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     # Embeddings and heads are read a few rows at a time by every converter.
     largest = shape.hidden * max(shape.intermediate, experts)
     writing = min(_GGUF + 2 * 4 * largest, limit)
-    if not of_format(options.format.name).walked(options.options):
+    if not _is_walked(options):
         return writing
     # One layer in float32, and the states of as many tokens as run together, while the converter
     # starts.
     walking = _GGUF + 2 * size // max(1, model.layers) + 4 * shape.hidden * WALK_TOKENS
+    if of_format(options.format.name).weighs(options.options):  # states in front of all layers
+        walking += 2 * shape.hidden * LOSS_TOKENS * model.layers
     return max(writing, walking + _GGUF)
 
 
@@ -346,6 +398,8 @@ def _recipe_options(
     settings = file.recipe.quantize.model_dump()
     if settings["imatrix"] not in IMATRIX_WORDS:
         settings["imatrix"] = str(file.folder / settings["imatrix"])
+    if settings["mix"]:
+        settings["mix"] = str(file.folder / settings["mix"])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", origin["name"]).strip("-.") or "base"
     name = name if unmerged else file.recipe.name
     found = format_options(name, format_, settings, about, base.tree, tools)
@@ -377,6 +431,8 @@ def format_options(
             f"{path}: no such importance matrix", hint="give auto, walk, off or a file"
         )
     quantizer, facts = of_format(format_.name), read_facts(model.texts)
+    if format_.name == MIX.name:
+        settings = _with_budget(settings)
     options = {**quantizer.options(format_, settings), **quantizer.options_of_model(facts)}
     if "imatrix" in options and facts.task.kind != "generate":
         options["imatrix"] = _without_importance(format_, options["imatrix"], given, facts)
@@ -392,6 +448,38 @@ def format_options(
     return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
 
 
+def _with_budget(settings: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Return settings with a mix's size in bytes, and what its file says instead of its path."""
+    size, mix = str(settings.get("size") or ""), str(settings.get("mix") or "")
+    return {
+        **settings,
+        **({"size": parse_size(size)} if size else {}),
+        **({"mix": read_mix(Path(mix).absolute())} if mix else {}),
+    }
+
+
+def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format:
+    """Return the format with the bits per weight that a mix will have, about.
+
+    `weights` are the checkpoint's in bytes. Raises InputRefused for a size that no mix can have.
+    """
+    format_, chosen = options.format, options.options
+    bits = float(str(chosen.get("bits") or format_.bits_per_weight))
+    if size := int(str(chosen.get("size") or 0)):
+        # A weight less than the smallest type has is refused here, the rest once headers are known.
+        whole = estimated_bytes(weights, replace(format_, bits_per_weight=16.0), model)
+        fewest = fewest_bits(low=bool(chosen.get("low")))
+        if (least := int(whole * fewest / 16)) > size:
+            raise InputRefused(
+                f"quantize.size: no mix of this model has {human(size)}: its weights have "
+                f"{human(least)} with {fewest:g} bits each, the fewest",
+                hint=f"set quantize.size to {-(-least * 11 // 10) // 10**6 + 1}MB or more"
+                + ("" if chosen.get("low") else ", or quantize.allow_low_bits for smaller types"),
+            )
+        bits = min(16.0, 16 * size / whole)
+    return replace(format_, bits_per_weight=bits)
+
+
 def _without_importance(
     format_: Format, chosen: JsonValue, given: str, model: ModelFacts
 ) -> JsonValue:
@@ -402,7 +490,7 @@ def _without_importance(
     """
     if chosen not in ("auto", "walk"):
         return chosen
-    if given or FILE_TYPES[format_.name].needs_imatrix:
+    if given or format_.name == MIX.name or FILE_TYPES[format_.name].needs_imatrix:
         wanted = f"quantize.imatrix {given}" if given else format_.name
         raise UsageError(
             f"{wanted}: {model.architecture} {model.task.does}, and importance is measured on texts"
@@ -461,12 +549,15 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         model, size = checkpoint.model, checkpoint.size
         if not format_.packed:
             return Foreseen(value=checkpoint)
-        estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
-        value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
         if format_.name not in formats():
+            estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
+            value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
             state = State(cached=False, why=f"no installed quantizer makes {format_.name}")
             return Foreseen(value=value, rows=(self.row(state, read=size),))
         options = self._asked(format_, seen[self.sources].base, tools)
+        format_ = nominal(options, checkpoint.weight_bytes, model)
+        estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
+        value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
         state = State(cached=False, why=checkpoint.missing)
         if checkpoint.tree:
             stage = inputs(checkpoint.tree.digest, options)

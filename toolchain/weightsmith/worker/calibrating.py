@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,63 @@ def importance(
     Raises EnvironmentFailure where the bits would depend on the CPU although it has AVX2, and
     RuntimeError outside of an environment of `AVX2_LOOPS`.
     """
-    from weightsmith.forward import native
     from weightsmith.quantizers.layerwise import importance as measuring
+
+    _require_same_bits()
+    rows = _rendered(model, texts)
+    found = measuring.importance(
+        model,
+        [row["text"] for row in rows],
+        sum(int(row["tokens"]) for row in rows),
+        lambda done, total: report(done, total, "layers"),
+    )
+    with _whole(file) as partial:
+        measuring.write_importance(partial, found)
+
+
+def losses(
+    model: Path,
+    texts: Sequence[Mapping[str, JsonValue]],
+    matrix: Path | None,
+    file: Path,
+    report: Report,
+    *,
+    low: bool,
+) -> None:
+    """Write what each type of each tensor loses, as JSON; raises as `importance` does.
+
+    `matrix` is the importance that rows are rounded with, `low` adds types below four bits.
+    """
+    from weightsmith.quantizers.gguf_importance import Importance, read_importance
+    from weightsmith.quantizers.layerwise.sensitivity import sensitivities
+
+    _require_same_bits()
+    rows = _rendered(model, texts)
+    found = sensitivities(
+        model,
+        [row["text"] for row in rows],
+        sum(int(row["tokens"]) for row in rows),
+        read_importance(matrix) if matrix else Importance(),
+        low=low,
+        progress=lambda done, total: report(done, total, "layers"),
+    )
+    with _whole(file) as partial:
+        partial.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """Yield a place to write to; the file is there once that is on the disk."""
+    partial = file.with_name(f".{file.name}.partial")
+    yield partial
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.rename(file)
+
+
+def _require_same_bits() -> None:
+    """Raise unless what is measured here has the same bits on every CPU with AVX2."""
+    from weightsmith.forward import native
 
     if has_avx2() and not native.is_fast():
         raise EnvironmentFailure(
@@ -36,18 +93,6 @@ def importance(
     loops = torch.backends.cpu.get_cpu_capability()
     if has_avx2() and loops != "AVX2":
         raise RuntimeError(f"the importance matrix would depend on this CPU: torch runs {loops}")
-    rows = _rendered(model, texts)
-    found = measuring.importance(
-        model,
-        [row["text"] for row in rows],
-        sum(int(row["tokens"]) for row in rows),
-        lambda done, total: report(done, total, "layers"),
-    )
-    partial = file.with_name(f".{file.name}.partial")
-    measuring.write_importance(partial, found)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    partial.rename(file)
 
 
 def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, JsonValue]:

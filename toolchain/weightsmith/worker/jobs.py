@@ -221,7 +221,8 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
     quantizer, model = _quantizer(job.quantizer), job.model.path
     _forget_other_wishes(job, quantizer.formats)
     calibration, measured = None, job.output / (quantizer.statistics or ".none")
-    walked = quantizer.walked(job.options)
+    lost = job.output / (quantizer.losses or ".none")
+    walked = quantizer.walked(job.options) or quantizer.weighs(job.options)
     if job.texts and not walked:
         from weightsmith.quantizers.quality.texts import as_lines
 
@@ -230,6 +231,9 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
     if job.statistics:
         measured.unlink(missing_ok=True)
         measured.symlink_to(job.statistics.path)
+    if job.losses:
+        lost.unlink(missing_ok=True)
+        lost.symlink_to(job.losses.path)
     request = QuantizeRequest(
         model=model,
         format=next(f for f in quantizer.formats if f.name == job.format),
@@ -241,6 +245,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
         texts=job.texts if walked else (),
         measured_on=job.measured_on.path if job.measured_on else None,
         measured=job.statistics is not None,
+        weighed=job.losses is not None,
         options=job.options,
     )
     siblings = []
@@ -259,8 +264,10 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
     except CheckFailed:
         forget_steps(job.output)  # a retry must not trust files from this run
         measured.unlink(missing_ok=True)
+        lost.unlink(missing_ok=True)
         raise
-    for path in (calibration, measured if job.statistics else None):
+    given = (measured if job.statistics else None, lost if job.losses else None)
+    for path in (calibration, *given):
         if path is not None:
             path.unlink()
     forget_steps(job.output)

@@ -19,6 +19,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,9 @@ from weightsmith.outside import process
 from weightsmith.outside.hardware import cores
 from weightsmith.outside.process import forked
 from weightsmith.quantizers.convert import run
-from weightsmith.quantizers.gguf_header import GgufTensorInfo, read_header
+from weightsmith.quantizers.gguf_header import GgufHeader, GgufTensorInfo, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
+from weightsmith.quantizers.gguf_mix import UNMIXED, Mixed, guessed_type, mixed
 from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
     GgufSource,
@@ -65,7 +67,7 @@ from weightsmith.quantizers.gguf_rows import (
 )
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import progress_line, refusal
-from weightsmith.worker.calibrating import importance
+from weightsmith.worker.calibrating import importance, losses
 from weightsmith.worker.virtual import computed_for_program
 
 if TYPE_CHECKING:
@@ -208,8 +210,10 @@ def _quantize(
     """
     stats = [(path.name, path.stat()) for path in weights]
     key = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    headers = [source.header for source in sources]
     made = [
-        _output(settings, file, files[0], key, direct.get(file.format)) for file in settings.files
+        _output(settings, file, files[0], headers, key, direct.get(file.format))
+        for file in settings.files
     ]
     if settings.by_kind:
         cut = [p for one in made for p in parts_by_kind(sources[0].header, one, fastest_layer)]
@@ -232,7 +236,12 @@ def _quantize(
 
 
 def _output(
-    settings: PassSettings, file: PassFile, first: Path, key: str, own: _Direct | None
+    settings: PassSettings,
+    file: PassFile,
+    first: Path,
+    headers: Sequence[GgufHeader],
+    key: str,
+    own: _Direct | None,
 ) -> GgufOutput:
     """Return what a file should be, whatever its parts; `own` is what the converter would write."""
     importance, overrides = Importance(), dict(file.overrides)
@@ -241,6 +250,11 @@ def _output(
         with Path(file.importance).open("rb") as matrix:
             digest = hashlib.file_digest(matrix, "sha256").hexdigest()
         overrides = {DIGEST_KEY: f"sha256:{digest}", **overrides}
+    if file.mix:
+        chosen = _mixed(settings, file, first, headers)
+        exactly = {f"^{re.escape(name)}$": kind for name, kind in chosen.types.items()}
+        file = replace(file, format=guessed_type(chosen.types.values()), tensor_types=exactly)
+        overrides |= chosen.about
     return GgufOutput(
         path=Path(file.out),
         targets=own.targets if own else read_targets(_dry_run(settings, file, first)),
@@ -250,6 +264,21 @@ def _output(
         key=key,
         start=own.start if own else b"",
         whole=own.whole if own else {},
+    )
+
+
+def _mixed(
+    settings: PassSettings, file: PassFile, first: Path, headers: Sequence[GgufHeader]
+) -> Mixed:
+    """Return the types of a mix; what llama-quantize leaves alone, it leaves alone in each type."""
+    plain = read_targets(_dry_run(settings, replace(file, format=UNMIXED), first))
+    losses = read_json(Path(settings.losses)) if settings.losses else {}
+    return mixed(
+        file.mix,
+        {name: entry for header in headers for name, entry in header.tensors.items()},
+        {one.name: (one.target, one.target != one.kind) for one in plain},
+        losses,
+        sum(header.size for header in headers),
     )
 
 
@@ -308,9 +337,9 @@ def _take(info: TensorInfo) -> Any:
 def walking(walk: ImportanceWalk | None) -> Iterator[Callable[[], object]]:
     """Measure importance while the block runs; yield a function that waits for the file.
 
-    The file that an interrupted run has finished is taken.
+    Files that an interrupted run has finished are taken.
     """
-    if walk is None or Path(walk.out).is_file():
+    if walk is None or all(Path(out).is_file() for out in (walk.out, walk.losses) if out):
         yield lambda: None
         return
     load_torch_and_transformers()
@@ -330,8 +359,12 @@ def _measure(walk: ImportanceWalk) -> None:
         os.write(1, f"{progress_line(done, total, unit)}\n".encode())
 
     rows = [parse(line) for line in Path(walk.texts).read_text("utf-8").splitlines()]
+    matrix, lost = Path(walk.out) if walk.out else None, Path(walk.losses)
     with computed_for_program(compared=False):
-        importance(Path(walk.model), rows, Path(walk.out), tell)
+        if matrix and not matrix.is_file():
+            importance(Path(walk.model), rows, matrix, tell)
+        if walk.losses and not lost.is_file():
+            losses(Path(walk.model), rows, matrix, lost, tell, low=walk.low)
 
 
 if __name__ == "__main__":

@@ -146,3 +146,12 @@ def test_a_quality_is_the_same_after_writing_and_reading():
         "limits", "exceeded", "calibration",
     ]  # fmt: skip
     assert skipped.judged({"kl_mean": 0.5}, TEXTS) == skipped
+
+
+def test_of_a_mix_the_budget_is_what_to_change():
+    found = QualityResult(loss=GOOD, verdict=QualityVerdict(limits={}, exceeded=("kl_mean 1",)))
+
+    error = refusal(formats()["mix"], found, larger_than(formats()["mix"]))
+
+    assert "a larger budget (quantize.bits or quantize.size)" in error.hint
+    assert "tensor_types" not in error.hint

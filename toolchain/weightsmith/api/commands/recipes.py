@@ -170,9 +170,8 @@ def _recipe(
             if isinstance(quantize := kept.get("quantize"), dict):
                 # Any other value names a file that is not attached.
                 named = quantize.get("imatrix") not in ("auto", "walk", "off")
-                kept["quantize"] = {
-                    k: v for k, v in quantize.items() if k != "imatrix" or not named
-                }
+                files = {"mix", *(("imatrix",) if named else ())}
+                kept["quantize"] = {k: v for k, v in quantize.items() if k not in files}
             if isinstance(replay := kept.get("replay"), dict):  # its questions are not attached
                 kept["replay"] = {k: v for k, v in replay.items() if k != "data"}
             adapters = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]

@@ -39,7 +39,7 @@ _ALIGNED = 16
 """Torch's loops for AVX2 compute so many numbers at a time, and what is left in another way."""
 _SMALL = 128 << 20
 """Bytes of a decoder layer in float32 of which there may be two."""
-_NAMES: Mapping[str, str] = {
+NAMES: Mapping[str, str] = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
     "v_proj": "attn_v",
@@ -51,7 +51,7 @@ _NAMES: Mapping[str, str] = {
     "down_proj": "ffn_down",
 }
 """Name of a linear layer -> llama.cpp's (gguf-py/gguf/tensor_mapping.py)."""
-_GATED, _DOWN = ("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",)
+GATED, DOWN = ("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +113,8 @@ def importance(
     do not depend on the CPU. Raises InputRefused for too little text, for a checkpoint that lacks a
     tensor, and for inputs that are not finite.
     """
-    window, tokenizer = window_of(model, len(texts), tokens), load_tokenizer(model)
-    ids: list[int] = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
-    # Each window begins as the tokenizer begins a text.
-    begin = tokenizer.bos_token_id
-    begins = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    ids = [begin, *ids] if begins else ids
-    whole = range(0, len(ids) - window + 1, window)
-    chunks = [ids[start : start + window] for start in whole]
-    if begins:
-        chunks = [[begin, *chunk[1:]] for chunk in chunks]
+    chunks = windows(model, texts, tokens)
+    window = len(chunks[0])
     found: dict[str, Sums] = {}
     step = max(1, WALK_TOKENS // window)
     starts = range(0, len(chunks), step)
@@ -135,6 +127,22 @@ def importance(
             for layer in _run(layers, pool, 1 + batch_per_thread, found):
                 progress(number * total + layer + 1, len(starts) * total)
     return Measured(sums=found, chunks=len(chunks), window=window)
+
+
+def windows(model: Path, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    """Return the windows of llama-imatrix: ids of equal number, of the texts joined by line ends.
+
+    `tokens` are those of the texts by themselves. Raises InputRefused for too few.
+    """
+    window, tokenizer = window_of(model, len(texts), tokens), load_tokenizer(model)
+    ids: list[int] = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+    # Each window begins as the tokenizer begins a text.
+    begin = tokenizer.bos_token_id
+    begins = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    ids = [begin, *ids] if begins else ids
+    whole = range(0, len(ids) - window + 1, window)
+    chunks = [ids[start : start + window] for start in whole]
+    return [[begin, *chunk[1:]] for chunk in chunks] if begins else chunks
 
 
 def _batch_per_thread(model: Path, window: int) -> bool:
@@ -167,7 +175,7 @@ def _run(
                 if is_experts(module):
                     hook = partial(_see_experts, block, found)
                     hooks.append(module.register_forward_pre_hook(hook))
-                elif type(module) is nn.Linear and (known := _NAMES.get(name.rpartition(".")[2])):
+                elif type(module) is nn.Linear and (known := NAMES.get(name.rpartition(".")[2])):
                     shared = "_shexp" if "shared_expert" in name else ""
                     see = partial(seen.see, f"{block}{known}{shared}.weight")
                     hooks.append(module.register_forward_pre_hook(see))
@@ -210,7 +218,7 @@ def _see_experts(
     experts, _, columns = module.gate_up_proj.shape
     rows, inner = args[0].reshape(-1, columns), module.down_proj.shape[2]
     chosen = args[1].reshape(len(rows), -1)
-    for part, width in ((_GATED, columns), (_DOWN, inner)):
+    for part, width in ((GATED, columns), (DOWN, inner)):
         for name in part:
             found.setdefault(f"{block}{name}.weight", Sums.empty(experts, width))
     for expert in range(experts):
@@ -218,10 +226,10 @@ def _see_experts(
         if not len(routed_rows):
             continue
         inputs = SquareSums.of(routed_rows)
-        for name in _GATED:
+        for name in GATED:
             found[f"{block}{name}.weight"].add(inputs, expert)
         gate, up = product(routed_rows, module.gate_up_proj[expert]).chunk(2, 1)
-        found[f"{block}{_DOWN[0]}.weight"].add(SquareSums.of(module.act_fn(gate) * up), expert)
+        found[f"{block}{DOWN[0]}.weight"].add(SquareSums.of(module.act_fn(gate) * up), expert)
 
 
 def write_importance(path: Path, measured: Measured) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Format
+from weightsmith.quantizers.gguf_types import MIX
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import Quality, QualityLimits
 
@@ -90,6 +91,8 @@ def refusal(format_: Format, quality: QualityResult, larger: Sequence[str]) -> C
         "gptq": "a smaller group size, or more calibration text like the task",
     }
     hint = tries.get(format_.kind, "more calibration text")
+    if format_.name == MIX.name:
+        hint = "a larger budget (quantize.bits or quantize.size), or more calibration text"
     if larger:
         hint = f"a format with more bits ({', '.join(larger)}), {hint}"
     hint = f"try {hint}; quality.limits.{format_.name} sets the limits"
