@@ -77,7 +77,7 @@ def tools(tmp_path: Path, client: Registry, monkeypatch: pytest.MonkeyPatch) -> 
     made = memory_tools(tmp_path / "memory", bench.stages, client)
     answer = partial(minds.answer, "image", ("a",))
     launcher = MemoryLauncher(made.engine, lambda question, _adapter: answer(question))
-    made = replace(made, launcher=launcher)
+    made = replace(made, launcher=launcher, make_engine_files=_write_healthcheck)
 
     @contextmanager
     def open_tools(run: RunOptions, progress: Progress, **_more: Any) -> Iterator[Tools]:
@@ -92,6 +92,10 @@ def tools(tmp_path: Path, client: Registry, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     return made
+
+
+def _write_healthcheck(_engine: str, _platform: str, folder: Path, _progress: Progress) -> None:
+    (folder / "healthcheck").write_bytes(b"a program")
 
 
 def merge(out: str = "merged", **options: Any) -> weightsmith.Merged:
