@@ -84,7 +84,9 @@ def test_a_folder(readers: Readers, tmp_path: Path) -> None:
 
 def test_a_merged_checkpoint(readers: Readers, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    request = MergeCommand(base=str(TINY / "base"), adapters=(str(TINY / "adapters" / "a"),), out=out)
+    request = MergeCommand(
+        base=str(TINY / "base"), adapters=(str(TINY / "adapters" / "a"),), out=out
+    )
     tools = memory_tools(tmp_path / "work", key=readers.key)
     merge_folders(request, tools)
     assert readers.believe(out, out / SIGNATURE) == ""
