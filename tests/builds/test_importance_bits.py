@@ -42,14 +42,14 @@ for model in models:
         measured()
 """
 LOOPS = """
-__and__ _local_scalar_dense _to_copy _unique2 add add_ alias all any arange bitwise_not cat
-chunk clone contiguous copy_ cos cumsum detach diff div div_ dropout embedding empty empty_like
-eq expand fill_ flatten floor_divide full gather gelu gt histc index index_put_ is_nonzero
-isfinite isnan item le lift_fresh lt masked_fill masked_fill_ mean mul ne neg new_empty new_ones
-new_zeros numpy_T ones pow randn reciprocal repeat_interleave reshape resolve_conj resolve_neg
-rsqrt scatter_ select set_ sigmoid silu sin slice softmax sort split split_with_sizes square_
-stack sub sum tanh tensor_split to topk transpose tril type_as unbind uniform_ unsqueeze view where
-zero_ zeros zeros_like
+__and__ _local_scalar_dense _to_copy _unique2 add add_ alias all any arange bitwise_and
+bitwise_not cat chunk clone contiguous copy_ cos cumsum detach diff div div_ dropout embedding
+empty empty_like eq expand fill_ flatten floor_divide full gather gelu gt histc index index_put_
+is_nonzero isfinite isnan item le lift_fresh lt masked_fill masked_fill_ mean mul ne neg new_empty
+new_ones new_zeros numpy_T ones pow randn reciprocal repeat_interleave reshape resolve_conj
+resolve_neg rsqrt scalar_tensor scatter_ select set_ sigmoid silu sin slice softmax sort split
+split_with_sizes square_ stack sub sum tanh tensor_split to topk transpose tril type_as unbind
+uniform_ unsqueeze view where zero_ zeros zeros_like
 """
 """Of torch: elementwise, sums along one axis, and what moves values; none calls a library."""
 
