@@ -179,7 +179,7 @@ NEED_A_GPU = {"vllm-fp8-block", "vllm-nvfp4a16", "vllm-mxfp4a16"}
 @pytest.mark.real
 @pytest.mark.builders
 @pytest.mark.vllm
-@pytest.mark.skipif("WEIGHTSMITH_GPU_DAY" not in os.environ, reason="WEIGHTSMITH_GPU_DAY: an hour")
+@pytest.mark.skipif("WEIGHTSMITH_GPU_DAY" not in os.environ, reason="long: set WEIGHTSMITH_GPU_DAY")
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("base", ["", "engine:vllm-cpu"])
 def test_the_whole_day_on_a_cpu(tmp_path: Path, base: str) -> None:

@@ -1,7 +1,7 @@
 """The replay set of an image: questions, and the answers by which it is known elsewhere.
 
-The set is the file `REPLAY` in the image. `weightsmith prove` and the program `replay` in the image
-ask it. docs/reference/replay.md describes the file and the rule, for both.
+The set is the file `REPLAY` in the image. `weightsmith prove` asks it, and so does the program
+`healthcheck` in the image. docs/reference/replay.md describes the file and the rule, for both.
 """
 
 from __future__ import annotations
