@@ -189,7 +189,8 @@ def write_files(source: GgufSource, outputs: Sequence[GgufOutput], threads: int)
         names = {target.name for output in outputs for target in output.targets}
         writer = _Writer(threads)
         with writer.running():
-            for name in sorted(source.header.tensors.keys() & names, key=source.place):
+            wanted = [name for name in source.header.tensors if name in names]
+            for name in sorted(wanted, key=source.place):
                 if left := [f for f in files if name in f.targets and name not in f.done]:
                     writer.add(source, source.header.tensors[name], left)
         for file in files:
