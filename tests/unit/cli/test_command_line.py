@@ -97,12 +97,12 @@ def test_invoke_is_left_as_it_is():
     assert "No idea what '--nosuch' is!" in done.err
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial/first-image.md"])
-def test_the_pages_know_what_invoke_says_elsewhere(page, tmp_path):
+def test_the_tutorial_knows_what_invoke_says_elsewhere(tmp_path):
     words = [sys.executable, "-m", "invoke", "plan"]
     elsewhere = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert elsewhere.stderr.strip() in (ROOT / page).read_text("utf-8")
+    page = (ROOT / "docs/tutorial/first-image.md").read_text("utf-8")
+    assert elsewhere.stderr.strip() in page
 
 
 def test_a_name_that_is_no_text_is_reported(tmp_path):

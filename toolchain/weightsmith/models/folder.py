@@ -54,6 +54,7 @@ _CODE_CONFIGS = (
     "video_preprocessor_config.json",
     "generation_config.json",
 )
+_MODEL_WEIGHTS = re.compile(r"model(-.*)?\.safetensors|model\.safetensors\.index\.json")
 MAX_DEPTH = 16
 _SHOWN = 3
 _REMOTE = re.compile(
@@ -131,12 +132,16 @@ def pickles_in(root: Path) -> list[str]:
 def check_model_folder(root: Path) -> list[str]:
     """Return a base model's files; raise InputRefused if it lacks any or needs custom code."""
     names = scan(root)
+    has_weights = any(_MODEL_WEIGHTS.fullmatch(name) for name in names)
+    if not has_weights and "adapter_config.json" in names:
+        base = read_json(root / "adapter_config.json").get("base_model_name_or_path")
+        named = f", and as the base what it was trained on: {base}" if isinstance(base, str) else ""
+        raise InputRefused(
+            f"{root} is an adapter, not a whole model", hint=f"name it as an adapter{named}"
+        )
     _require(root, names, "config.json", "give the folder of a Hugging Face checkpoint")
     check_no_code(root, names)
-    if not any(
-        re.fullmatch(r"model(-.*)?\.safetensors|model\.safetensors\.index\.json", name)
-        for name in names
-    ):
+    if not has_weights:
         raise _no_weights(root, "model.safetensors")
     return names
 
@@ -145,6 +150,11 @@ def check_adapter_folder(root: Path) -> list[str]:
     """Return an adapter's files; raise InputRefused if it lacks any or needs custom code."""
     names = scan(root)
     hint = "give the folder that PEFT's save_pretrained wrote"
+    if "config.json" in names and any(_MODEL_WEIGHTS.fullmatch(name) for name in names):
+        hint = (
+            "this is a whole model: if your training tool merged it already, name it as the base, "
+            f"without adapters; else {hint}"
+        )
     _require(root, names, "adapter_config.json", hint)
     check_no_code(root, names)
     if "adapter_model.safetensors" not in names:
@@ -235,14 +245,21 @@ def _irregular(path: Path) -> InputRefused:
 def _require(root: Path, names: list[str], required: str, hint: str) -> None:
     if required in names:
         return
+    if inside := _inside(root, required):
+        hint += f": {inside}"
+    elif converted := sorted(path.name for path in root.glob("*.gguf")):
+        hint += f"; GGUF files of a folder are not read: give what {converted[0]!r} was made from"
+    raise InputRefused(f"{root} has no {required}", hint=hint)
+
+
+def _inside(root: Path, required: str) -> str:
+    """Return the folders in a folder that have a file; of a training's checkpoints, the last."""
     found = [path.parent for path in root.glob(f"*/{required}")]
     found = [folder for folder in found if not folder.name.startswith(".")]
     saved = [folder for folder in found if _JUNK_FOLDERS.fullmatch(folder.name)]
     others = sorted(folder for folder in found if folder not in saved)
-    # Of the checkpoints of a training, the last.
     saved.sort(key=lambda folder: int("".join(filter(str.isdecimal, folder.name)) or 0))
-    inside = " or ".join(map(str, others[:_SHOWN] or saved[-1:]))
-    raise InputRefused(f"{root} has no {required}", hint=f"{hint}: {inside}" if inside else hint)
+    return " or ".join(map(str, others[:_SHOWN] or saved[-1:]))
 
 
 def check_no_code(root: Path, names: list[str]) -> None:
@@ -273,9 +290,11 @@ def _no_weights(root: Path, required: str) -> InputRefused:
     weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model"))]
     found = (weights or [n for n in pickles if n.endswith((".pt", ".pth", ".ckpt"))])[:3]
     if not found:
+        inside = _inside(root, required)
         return InputRefused(
             f"{root} has no weights: {required} is missing",
-            hint="check that the download is complete",
+            hint="check that the download is complete"
+            + (f", or give one that has them: {inside}" if inside else ""),
         )
     convert = (
         "import sys,torch;from safetensors.torch import save_file;"

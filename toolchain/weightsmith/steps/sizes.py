@@ -49,13 +49,14 @@ def foreseen(sources: Sources) -> tuple[Sources, str]:
     """Return the sources with the base's weights by their expected size, and where that is from.
 
     They are returned as they are, with "", if the weights are there. Raises InputRefused for a size
-    that cannot be worked out, and for weights that are there as pickles.
+    that cannot be worked out, for weights that are there as pickles, and for what is no model.
     """
     tree = sources.base.tree
+    is_model = tree.has("config.json") and not tree.has("adapter_config.json")
+    if not is_model or (not tree.weight_bytes and pickles_in(tree.root)):
+        check_model_folder(tree.root)
     if tree.weight_bytes:
         return sources, ""
-    if pickles_in(tree.root):
-        check_model_folder(tree.root)
     size, note = expected_weights(tree.root, read_facts(tree.root))
     count = -(-size // _SHARD)
     weights = tuple(
