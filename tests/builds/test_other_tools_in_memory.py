@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -21,11 +20,8 @@ TRAINED = "from-trl-axolotl-unsloth.md"
 """axolotl writes its configuration beforehand, so an interrupted run has it without weights."""
 
 
-class Trap:
-    """What a pickle does when it is opened."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, ("raise SystemExit('a pickle was opened')",)
+TRAP = b"cbuiltins\nexit\n(tR."
+"""A pickle that ends the process that opens it."""
 
 
 def listed(page: str, which: int = 0) -> list[str]:
@@ -45,8 +41,9 @@ def listed(page: str, which: int = 0) -> list[str]:
 
 def recipe(page: str, which: int = 0) -> dict[str, Any]:
     """Return a page's recipe."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", (PAGES / page).read_text(), re.M | re.S)
-    return dict(yaml.safe_load(blocks[which]))
+    text = (PAGES / page).read_text("utf-8")
+    found = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return dict(yaml.safe_load(found[which]))
 
 
 def write(memory: Memory, names: list[str]) -> None:
@@ -63,7 +60,7 @@ def write(memory: Memory, names: list[str]) -> None:
         elif (whole := memory.home / "base" / path.name).is_file():
             shutil.copy(whole, path)
         elif path.suffix in {".bin", ".pt", ".pth"}:
-            path.write_bytes(pickle.dumps(Trap()))
+            path.write_bytes(TRAP)
         else:
             path.write_text("{}" if path.suffix == ".json" else "")
 
@@ -155,7 +152,7 @@ def test_an_export_is_no_adapter(memory: Memory) -> None:
     write(memory, listed(*EXPORT))
     use(memory, *EXPORT, base={"source": "./base"}, adapters=[{"source": "saves/qwen3_sft_merged"}])
 
-    with pytest.raises(InputRefused, match="has no adapter_config.json") as refused:
+    with pytest.raises(InputRefused, match=r"has no adapter_config\.json") as refused:
         memory.forecast()
     assert "name it as the base, without adapters" in refused.value.hint
 

@@ -64,7 +64,7 @@ def setup(*words: str) -> str:
 
 
 def test_the_tool_is_installed_by_hash_wherever_a_page_says_how():
-    """`make setup`, the page on CI and the templates install the lock first, and nothing beside it."""
+    """`make setup`, the page on CI and the templates install the lock first, and no more."""
     pages = ["docs/how-to/in-ci.md", "examples/ci/github-actions.yml", "examples/ci/gitlab-ci.yml"]
     for text in [setup(), *((ROOT / page).read_text() for page in pages)]:
         rows = [row for row in text.splitlines() if re.search(r"\bpip install\b.* (\.|-r)", row)]
