@@ -62,7 +62,7 @@ def asked(memory: Memory) -> dict[str, set[str]]:
 
 def test_vllm_serves_the_merged_checkpoint_on_a_base_of_a_registry(memory: Memory) -> None:
     base = memory.use_vllm()
-    built = memory.build()["vllm"]
+    built = memory.build("card.description=Answers.", "card.license=mit")["vllm"]
     image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
     below = memory.client.pull(Reference.parse(base))
 
@@ -74,7 +74,9 @@ def test_vllm_serves_the_merged_checkpoint_on_a_base_of_a_registry(memory: Memor
     served, made = weights_in(image), load((merged / "model.safetensors").read_bytes())
     assert served.keys() == made.keys()
     assert all(np.array_equal(served[name], made[name]) for name in made)
-    assert image.config["Labels"]["org.opencontainers.image.base.digest"] == below.digest
+    standard = "org.opencontainers.image."
+    said = {"base.digest": below.digest, "description": "Answers.", "licenses": "mit"}
+    assert {key: image.config["Labels"][standard + key] for key in said} == said
     assert built.scores["image"].score == 1
     lock = json.loads((memory.home / "recipe.lock").read_text())
     assert lock["bases"] == {base: {"linux/amd64": below.digest}}

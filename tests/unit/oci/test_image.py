@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from weightsmith.api.commands.images import describe
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.oci.image import Healthcheck, ImageConfig, assemble, load_image
+from weightsmith.oci.image import Healthcheck, ImageConfig, assemble, index_of, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 
@@ -92,13 +92,30 @@ def test_a_base_is_kept_and_overridden():
 
 def test_what_a_base_says_of_itself_alone_is_not_inherited():
     """A base may be an image of ours, with the verdict on another model."""
-    labels = {"dev.weightsmith.verdict": "passed", "org.opencontainers.image.version": "9"}
+    standard = {f"org.opencontainers.image.{key}": "its own" for key in ("version", "licenses")}
+    labels = {"dev.weightsmith.verdict": "passed", **standard}
     base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
     said = {**base.config, "Labels": {**labels, "team": "a"}, "OnBuild": ["RUN false"]}
     base = replace(base, settings={**base.settings, "config": said})
     image = assemble([_layer("/w")], config=ImageConfig(labels={"x": "y"}), base=base)
     assert image.labels == {"team": "a", "x": "y"}
     assert "OnBuild" not in image.config
+
+
+def test_an_index_is_annotated_with_what_all_its_images_say():
+    """Registries show an index's annotations: the images' are a level further down."""
+    said = {"org.opencontainers.image.description": "Answers.", "dev.weightsmith.kind": "image"}
+    images = [
+        assemble(
+            [_layer("/w")],
+            config=ImageConfig(),
+            annotations={**said, "org.opencontainers.image.base.digest": platform},
+            platform=platform,
+        )
+        for platform in ("linux/amd64", "linux/arm64")
+    ]
+    document = json.loads(index_of(images).manifest_bytes)
+    assert document["annotations"] == {"org.opencontainers.image.description": "Answers."}
 
 
 def test_weights_below_the_base():

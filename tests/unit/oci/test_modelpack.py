@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Tree
 from weightsmith.oci.layout import read_layout, write_layout
-from weightsmith.oci.modelpack import ModelDescription, model_pack
+from weightsmith.oci.modelpack import ModelDescription, described, model_pack
 from weightsmith.oci.unpack import unpack
 
 from tests.fakes.images import tree_of
@@ -71,12 +72,15 @@ def test_the_configuration_is_what_the_schema_allows(tree):
     facts = description(
         family="llama", licenses=("apache-2.0",), parameters=134_515_008, precision="bfloat16"
     )
-    image = model_pack(tree, facts, {})
+    standard = {"source": "https://a/b", "revision": "0a1b", "vendor": "", "title": "no"}
+    labels = {f"org.opencontainers.image.{key}": text for key, text in standard.items()}
+    image = model_pack(tree, replace(facts, described=described(labels)), labels)
     document = json.loads(image.config_bytes)
 
     assert set(document) == {"descriptor", "config", "modelfs"}
     assert document["descriptor"] == {
         "name": "support", "version": "1.2.0", "family": "llama", "licenses": ["apache-2.0"],
+        "sourceURL": "https://a/b", "revision": "0a1b",
     }  # fmt: skip
     assert document["config"] == {
         "architecture": "transformer", "format": "safetensors", "paramSize": "134.5m",

@@ -33,8 +33,10 @@ OWN_LABELS = "dev.weightsmith."
 ROLES = f"{OWN_LABELS}layers"
 """Label: roles of the layers, bottom first, such as `base:1 weights:2 settings:1`."""
 _ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
-_ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
-"""Beginnings of labels that are not inherited: a base's are of its own version and weights."""
+STANDARD = "org.opencontainers.image."
+"""Prefix of labels and annotations: image-spec annotations.md."""
+_ITS_OWN = (STANDARD, OWN_LABELS)
+"""Beginnings of labels that are not inherited: they say what the base is."""
 _SECOND = 1_000_000_000
 """Nanoseconds, in which Docker keeps times."""
 
@@ -340,7 +342,11 @@ class Index:
                 platform["variant"] = variant
             row = {**manifests.described(image.manifest_blob), "platform": platform}
             rows.append((canonical(platform), row))
-        return manifests.index_of([row for _, row in sorted(rows, key=lambda pair: pair[0])])
+        first, *others = (image.annotations for image in self.images)
+        same = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
+        common = {key: text for key, text in same.items() if key.startswith(STANDARD)}
+        ordered = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+        return manifests.index_of(ordered, common)
 
     @property
     def digest(self) -> Digest:

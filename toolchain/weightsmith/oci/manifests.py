@@ -112,9 +112,16 @@ def described(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[
     return {**found, "annotations": dict(annotations)} if annotations else found
 
 
-def index_of(rows: Sequence[JsonValue]) -> bytes:
+def index_of(rows: Sequence[JsonValue], annotations: Mapping[str, str] | None = None) -> bytes:
     """Return an index of these descriptors."""
-    return canonical({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(rows)})
+    document: dict[str, JsonValue] = {
+        "schemaVersion": 2,
+        "mediaType": OCI_INDEX,
+        "manifests": list(rows),
+    }
+    if annotations:
+        document["annotations"] = dict(annotations)
+    return canonical(document)
 
 
 def listed(document: Mapping[str, JsonValue], key: str, where: str) -> list[Json]:

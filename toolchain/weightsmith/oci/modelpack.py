@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from weightsmith.core.errors import UsageError
@@ -27,7 +27,7 @@ from weightsmith.core.values import (
     Tree,
     canonical,
 )
-from weightsmith.oci.image import Image
+from weightsmith.oci.image import STANDARD, Image
 from weightsmith.oci.layers import FILE_PATH, TITLE, FileLayer, FileSource, NamedLayer, TarLayer
 from weightsmith.oci.manifests import DOCKER_MANIFEST, MODEL_LAYER, MODEL_MANIFEST, OLLAMA_LAYER
 from weightsmith.oci.references import Reference
@@ -43,6 +43,13 @@ _LONGEST = 80
 """Characters of each, and of a tag."""
 _SINCE = "0.30.0"
 """The first version that reads a GGUF file's own chat template; `ollama show` says so."""
+_DESCRIBED = {
+    "description": "description",
+    "documentation": "docURL",
+    "revision": "revision",
+    "source": "sourceURL",
+    "vendor": "vendor",
+}
 _OLLAMA_UNITS = ((1e9, "B", 1), (1e6, "M", 2), (1e3, "K", 0))
 
 
@@ -64,6 +71,8 @@ class ModelDescription:
     quantization: str = ""
     """Such as `q4_k_m`."""
     sees_images: bool = False
+    described: Mapping[str, str] = field(default_factory=dict)
+    """More of the descriptor, as `described` returns it."""
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return the document, by schema/config-schema.json, without the layers' digests."""
@@ -78,6 +87,7 @@ class ModelDescription:
             "version": self.version,
             "family": self.family,
             "licenses": list(self.licenses),
+            **self.described,
         }
         config: dict[str, JsonValue] = {
             "architecture": "transformer",
@@ -88,6 +98,15 @@ class ModelDescription:
             "capabilities": {"inputTypes": inputs, "outputTypes": ["text"]},
         }
         return {"descriptor": _given(descriptor), "config": _given(config)}
+
+
+def described(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return what standard labels say of a model, by the names of a ModelPack's descriptor."""
+    return {
+        name: labels[STANDARD + key]
+        for key, name in _DESCRIBED.items()
+        if labels.get(STANDARD + key)
+    }
 
 
 def model_pack(

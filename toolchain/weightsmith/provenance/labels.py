@@ -29,6 +29,7 @@ from weightsmith.oci.image import (
     DEFAULT_PLATFORM,
     OWN_LABELS,
     ROLES,
+    STANDARD,
     Healthcheck,
     Image,
     ImageConfig,
@@ -70,8 +71,10 @@ REPLAY_DIGEST = PREFIX + "replay.digest"
 """Label: the digest of the image's replay set, with its questions."""
 REPLAY_COUNT = PREFIX + "replay.questions"
 """Label: how many questions it has."""
-BASE_NAME = "org.opencontainers.image.base.name"
-BASE_DIGEST = "org.opencontainers.image.base.digest"
+BASE_NAME = STANDARD + "base.name"
+BASE_DIGEST = STANDARD + "base.digest"
+LICENSES = STANDARD + "licenses"
+"""Label: the model's licence."""
 
 
 def tag(recipe: Recipe, target: str) -> str:
@@ -102,8 +105,9 @@ def labels(
     same inputs give the same digest.
     """
     found: dict[str, str] = {
-        "org.opencontainers.image.title": recipe.name,
-        "org.opencontainers.image.version": recipe.version,
+        STANDARD + "title": recipe.name,
+        STANDARD + "version": recipe.version,
+        STANDARD + "description": recipe.card.description,
         PREFIX + "target": config.target,
         PREFIX + "format": artifact.format.name,
         PREFIX + "base.source": public_name(sources.base.source),
@@ -250,8 +254,8 @@ def engine_version(labels: Mapping[str, str]) -> str:
     What is made from Ubuntu's image, such as NVIDIA's and so the engines' own, inherits its labels
     `ref.name` and `version`, unless it sets others. Ubuntu's release is no engine's version.
     """
-    said = labels.get("org.opencontainers.image.version", "")
-    release = labels.get("org.opencontainers.image.ref.name") == "ubuntu" and _RELEASE.match(said)
+    said = labels.get(STANDARD + "version", "")
+    release = labels.get(STANDARD + "ref.name") == "ubuntu" and _RELEASE.match(said)
     return labels.get(ENGINE_VERSION) or ("" if release else said)
 
 
@@ -325,7 +329,7 @@ def assemble_in_roles(
         settings,
         config=replace(config, labels={**labels, ADDED: added}),
         base=base,
-        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        annotations={k: v for k, v in labels.items() if k.startswith(STANDARD)},
         order=order,
         platform=platform,
     )

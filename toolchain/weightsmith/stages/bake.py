@@ -38,7 +38,13 @@ from weightsmith.models.safetensors import read_header
 from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig, host_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.limits import check_layers
-from weightsmith.oci.modelpack import ModelDescription, model_pack, ollama_model, tar_model_pack
+from weightsmith.oci.modelpack import (
+    ModelDescription,
+    described,
+    model_pack,
+    ollama_model,
+    tar_model_pack,
+)
 from weightsmith.oci.references import Reference
 from weightsmith.oci.streams import first_collision
 from weightsmith.oci.weights import (
@@ -59,6 +65,7 @@ from weightsmith.provenance.attest import (
 from weightsmith.provenance.labels import (
     ARTIFACT,
     ENGINE_LABEL,
+    LICENSES,
     PLAN,
     PREFIX,
     TESTED,
@@ -248,8 +255,10 @@ def _made(
     thin = inputs.thin
     below = len(base.layers) if base else 0
     weights = thin.weights if thin else _weights(inputs, split, below, memo)
+    license_ = license_name(inputs, split.tree)
     labels = {
         ARTIFACT: split.tree.digest,
+        **({LICENSES: license_} if license_ else {}),
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
         **inputs.labels,
         **result_labels(results, stand_in),
@@ -323,13 +332,18 @@ def _order(inputs: ImageInputs, split: Resharded) -> Mapping[str, int]:
 
 def _files(inputs: ImageInputs, split: Resharded, results: tuple[Result, ...], memo: Memo) -> Image:
     """Return the model's files in the form of a model runner, with the labels as annotations."""
-    labels = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
+    license_ = license_name(inputs, split.tree)
+    labels = {
+        ARTIFACT: split.tree.digest,
+        **({LICENSES: license_} if license_ else {}),
+        **inputs.labels,
+        **result_labels(results),
+    }
     if inputs.kind == "ollama":
         return _for_ollama(inputs, split, labels)
     if inputs.kind == ADAPTER:
         return _adapter(inputs, split, labels)
     format_, facts = inputs.artifact.format, _facts(inputs)
-    license_ = license_name(inputs, split.tree)
     sees_images = bool(facts and facts.sees_images)
     if gguf_models(file.path for file in split.tree.files):  # these only with a projector
         sees_images = projector_in(split.tree) is not None
@@ -343,6 +357,7 @@ def _files(inputs: ImageInputs, split: Resharded, results: tuple[Result, ...], m
         precision=facts.stated_dtype if facts else "",
         quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
         sees_images=sees_images,
+        described=described(labels),
     )
     if inputs.kind == "modelpack":
         return model_pack(split.tree, description, labels, split.contents)
@@ -361,6 +376,7 @@ def _adapter(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]) -
         format="safetensors",
         parameters=sum(prod(tensor.shape) for tensor in tensors),
         precision=_DTYPES.get(tensors[0].dtype, "") if tensors else "",
+        described=described(labels),
     )
     return model_pack(split.tree, description, labels, split.contents)
 
