@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from weightsmith.building.targets import all_targets
+from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Digest
 from weightsmith.recipe.file import check_recipe
 from weightsmith.serving.engine import ServedAdapter
@@ -32,6 +33,9 @@ PRODUCTION_STACK = json.loads(
 )
 # The same of llm-d's modelservice chart at 3051935e, values.yaml and templates/.
 LLM_D = json.loads(Path(__file__).with_name("llm-d.schema.json").read_text("utf-8"))
+# The same of the Prometheus operator at 0ff52b38, KEDA at 756b2de7 and the Gateway API Inference
+# Extension 1.0: config/crd.
+CLUSTERS = json.loads(Path(__file__).with_name("clusters.schema.json").read_text("utf-8"))
 # The oldest and the newest release that are looked after when this is written, and between.
 KUBERNETES = ("1.33", "1.35", "1.37")
 
@@ -71,6 +75,41 @@ def test_kubernetes_takes_the_deployment_and_its_service(config, version):
     assert [document["kind"] for document in found] == ["Deployment", "Service"]
     for document in found:
         kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_more_manifests_are_for_clusters_that_have_their_kinds():
+    wanted = ("pod-monitor", "keda", "inference-pool")
+    config = rendered("vllm-awq", max_num_seqs=10, manifests=wanted)
+    deployment, _ = documents(config, "kubernetes.yaml")
+    pods = deployment["spec"]["selector"]["matchLabels"]
+    found = {name: documents(config, f"{name}.yaml")[0] for name in wanted}
+
+    kubernetes_validate.validate(deployment, KUBERNETES[-1], strict=True)
+    assert "annotations" not in deployment["spec"]["template"]["metadata"]  # scraped once
+    assert "replicas" not in deployment["spec"]  # KEDA's to say
+    for document in found.values():
+        jsonschema.validate(document, CLUSTERS[document["kind"]])
+    for name in ("pod-monitor", "inference-pool"):
+        assert found[name]["spec"]["selector"]["matchLabels"] == pods
+    assert found["inference-pool"]["spec"]["targetPorts"] == [{"number": config.port}]
+    (endpoint,) = found["pod-monitor"]["spec"]["podMetricsEndpoints"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert endpoint["port"] == container["ports"][0]["name"]
+    scaled = found["keda"]["spec"]
+    assert scaled["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert scaled["triggers"][0]["metadata"]["threshold"] == "8"  # of ten at once
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "why"),
+    [
+        ("trtllm", "keda", "TensorRT-LLM has no metrics for Prometheus"),
+        ("llamacpp-q4_k_m", "inference-pool", "no metrics that an endpoint picker reads"),
+    ],
+)
+def test_a_manifest_that_an_engine_cannot_have_is_refused(target, name, why):
+    with pytest.raises(UsageError, match=why):
+        rendered(target, manifests=(name,))
 
 
 def test_the_pod_is_asked_for_what_was_planned(config):

@@ -461,6 +461,9 @@ class Bench(Section):
         return self
 
 
+Manifest: TypeAlias = Literal["pod-monitor", "keda", "inference-pool"]
+
+
 class Serve(Section):
     """The hardware to serve on, and the limits and options of the server."""
 
@@ -518,6 +521,13 @@ class Serve(Section):
         "auto",
         pattern=_PARSER,
         description="The same for thoughts, so that they do not stand in the answer.",
+    )
+    manifests: Annotated[tuple[Manifest, ...], Flag("manifest")] = Field(
+        (),
+        description="More manifests beside kubernetes.yaml, for clusters that have their kinds: "
+        "`pod-monitor` for the Prometheus operator, instead of annotations; `keda` adds replicas "
+        "under load, by what the plan says one can serve; `inference-pool` lets a Gateway choose "
+        "among vLLM's replicas.",
     )
     extra: dict[str, JsonValue] = Field(
         default_factory=dict, description="Engine options passed through."

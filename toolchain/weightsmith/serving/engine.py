@@ -55,6 +55,8 @@ class ServeOptions:
     """Bytes of the weights that are a projector for pictures."""
     format: Format = SAFETENSORS
     """The target's, not the user's: what the weights are packed in."""
+    manifests: tuple[str, ...] = ()
+    """More of them, for Kubernetes: names of files in `templates/manifests/`."""
     extra: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
@@ -213,6 +215,10 @@ class Engine:
     """Why it does not serve a model that does not chat; "" if it does."""
     reads_calls: bool = False
     """Whether it finds out by itself how the chat template words tool calls."""
+    load_metrics: tuple[str, ...] = ()
+    """Prometheus gauges of requests that run and of those that wait; empty where it has none."""
+    can_be_picked: bool = False
+    """Whether a Gateway's endpoint picker reads its metrics as they are."""
     probe_seconds: int = 3
     """How long a health probe may take."""
     fixed_name: str = ""

@@ -140,6 +140,8 @@ class ServingConfig:
     served_name: str
     plan: ServingPlan
     made_from: tuple[Digest, ...]
+    manifests: tuple[str, ...] = ()
+    """Of `serve.manifests`."""
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return all that `bake` needs of a rendered folder."""

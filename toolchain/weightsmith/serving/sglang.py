@@ -220,6 +220,7 @@ ENGINE = Engine(
     port=_PORT,
     drains=True,
     health_path="/health",
+    load_metrics=("sglang:num_running_reqs", "sglang:num_queue_reqs"),
     plan=plan,
     env=env,
     python="python3",

@@ -205,6 +205,7 @@ ENGINE = Engine(
     port=_PORT,
     drains=True,
     health_path="/health",
+    load_metrics=("tgi_batch_current_size", "tgi_queue_size"),
     plan=plan,
     env=env,
     python="/usr/src/.venv/bin/python",

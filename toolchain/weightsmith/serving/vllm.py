@@ -450,6 +450,8 @@ ENGINE = Engine(
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,
     health_path="/health",
+    load_metrics=("vllm:num_requests_running", "vllm:num_requests_waiting"),
+    can_be_picked=True,
     plan=plan,
     env=env,
     python="python3",

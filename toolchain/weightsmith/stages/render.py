@@ -139,7 +139,12 @@ def render(
     served = replace(served, adapters=paths)
     # Upstream's GPU images have their own check.
     checked = engine.healthcheck if is_cpu(plan.device) else ()
-    config = replace(_config(target, plan, served), made_from=made_from, healthcheck=checked)
+    config = replace(
+        _config(target, plan, served),
+        made_from=made_from,
+        healthcheck=checked,
+        manifests=options.manifests,
+    )
     image = image or f"{repository_name(name)}:{version}"
     asked, request = ASKED[model.task.kind]
     body: dict[str, JsonValue] = {"model": served.name, **request}
@@ -161,9 +166,11 @@ def render(
         "kserve_lora": _kserve_lora(options, served),
         "startup_seconds": served.startup_seconds,
         "replay": startup_replay(engine, plan) if replays else None,
+        "manifests": list(options.manifests),
         **_engine_facts(engine, plan, served),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
+    files |= _more_manifests(engine, options.manifests, facts)
     whole, portable = (
         json.dumps(one, indent=2, sort_keys=True) + "\n"
         for one in (plan.to_json(), plan.portable())
@@ -174,6 +181,28 @@ def render(
         files={**files, "plan.json": whole},
         image_files={**inside, "/etc/weightsmith/plan.json": portable},
     )
+
+
+def _more_manifests(
+    engine: Engine, wanted: Sequence[str], facts: Mapping[str, Writable]
+) -> dict[str, str]:
+    """Return what `serve.manifests` asks for; raises UsageError for what an engine cannot have."""
+    lacks = "" if engine.load_metrics else "has no metrics for Prometheus"
+    missing = {
+        "pod-monitor": lacks,
+        "keda": lacks,
+        "inference-pool": ""
+        if engine.can_be_picked
+        else "has no metrics that an endpoint picker reads",
+    }
+    for name in wanted:
+        if why := missing[name]:
+            raise UsageError(
+                f"serve.manifests: no {name} for target {engine.name}: {engine.title} {why}",
+                hint=f"leave {name} out, or build this target by a recipe of its own",
+            )
+    environment = _environment((templates() / "manifests",))
+    return {f"{name}.yaml": _one(environment, f"{name}.yaml.j2", facts) for name in wanted}
 
 
 def _check_task(model: ModelFacts, engine: Engine, options: ServeOptions) -> None:
@@ -234,6 +263,7 @@ def render_volume(
         "served_name": config.served_name,
         "startup_seconds": served.startup_seconds,
         "replay": None,
+        "manifests": list(config.manifests),
         "settings": [
             {"path": path, "key": path.rpartition("/")[2], "text": config.image_files[path]}
             for path in inside
@@ -298,6 +328,7 @@ def render_thin(
         "healthcheck": list(config.healthcheck),
         "startup_seconds": served.startup_seconds,
         "replay": startup_replay(engine, plan) if replays else None,
+        "manifests": list(config.manifests),
         **_engine_facts(engine, plan, served),
         "merged_bytes": size,
         "merged_spare": SPARE,
@@ -394,6 +425,7 @@ def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Map
         "notice_seconds": NOTICE_SECONDS,
         "drain_seconds": DRAIN_SECONDS,
         "port": engine.port,
+        "load_metrics": list(engine.load_metrics),
         "health_path": engine.health_path,
         "memory_limit": plan.memory_limit_bytes,
         "user_id": USER_ID,
