@@ -384,7 +384,7 @@ def test_six_images_come_out_of_two_nodes(tmp_path: Path) -> None:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT / 'tests/without'}:{ROOT / 'toolchain'}:{ROOT}",
             "HOME": str(home),
-            "WEIGHTSMITH_CACHE": str(cache_folder()),  # the builders that are made
+            "WEIGHTSMITH_HOME": str(cache_folder()),  # the builders that are made
             "WEIGHTSMITH_STORE": str(tmp_path / "store"),
             "DOCKER_HOST": f"unix://{tmp_path}/no-engine.sock",
             "RAY_TMPDIR": sockets,

@@ -33,7 +33,7 @@ class Moments:
 
     def __init__(self, folder: Path) -> None:
         paths = f"{ROOT / 'toolchain'}:{ROOT}"
-        environment = {**os.environ, "PYTHONPATH": paths, "WEIGHTSMITH_CACHE": str(folder)}
+        environment = {**os.environ, "PYTHONPATH": paths, "WEIGHTSMITH_HOME": str(folder)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.moments"],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -90,9 +90,9 @@ def test_read_only_results(workshop: Workshop, digest: str) -> None:
 def test_a_cache_that_cannot_be_written(workshop: Workshop, digest: str) -> None:
     workshop.forget("merge")
     with mounted(workshop.folder / "sealed", "-t", "tmpfs", "-o", "size=1m,ro"):
-        outcome = workshop.build(env={"WEIGHTSMITH_CACHE": str(workshop.folder / "sealed")})
+        outcome = workshop.build(env={"WEIGHTSMITH_HOME": str(workshop.folder / "sealed")})
 
-        outcome.refused(5, str(workshop.folder / "sealed"), "WEIGHTSMITH_CACHE")
+        outcome.refused(5, str(workshop.folder / "sealed"), "WEIGHTSMITH_HOME")
 
     workshop.check_intact(digest)
 
@@ -103,9 +103,9 @@ def test_a_full_cache(workshop: Workshop, digest: str) -> None:
     workshop.forget("smoke", "trial")
     with mounted(workshop.folder / "small", "-t", "tmpfs", "-o", "size=1m"):
         small = workshop.folder / "small"
-        outcome = workshop.build(env={"WEIGHTSMITH_CACHE": str(small)})
+        outcome = workshop.build(env={"WEIGHTSMITH_HOME": str(small)})
 
-        outcome.refused(5, str(small), "no space", "WEIGHTSMITH_CACHE")
+        outcome.refused(5, str(small), "no space", "WEIGHTSMITH_HOME")
         assert not list(small.glob("jobs/*"))
 
     workshop.check_intact(digest)

@@ -125,7 +125,7 @@ class Workshop:
         self.repair()
         self.env = {
             **{name: value for name, value in os.environ.items() if name != "WEIGHTSMITH_DEBUG"},
-            "WEIGHTSMITH_CACHE": str(self.cache),
+            "WEIGHTSMITH_HOME": str(self.cache),
             "WEIGHTSMITH_STORE": str(self.store),
             "TMPDIR": str(self.folder / "tmp"),
         }

@@ -187,18 +187,18 @@ def test_a_shared_cache_in_a_folder_that_is_read(read, command, words, monkeypat
     keep_clean(["base"], cache="off")
 
 
-@pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_HOME", "WEIGHTSMITH_STORE"])
 @pytest.mark.parametrize(
     ("command", "words"),
     [*READERS, ("render", {"model": "base", "target": "vllm", "out": "new"})],
 )
 def test_a_store_or_cache_in_a_folder_that_is_read(read, variable, command, words, monkeypatch):
-    """WEIGHTSMITH_STORE or WEIGHTSMITH_CACHE names a folder of the base's own folder."""
+    """WEIGHTSMITH_STORE or WEIGHTSMITH_HOME names a folder of the base's own folder."""
     monkeypatch.setenv(variable, str(read / "base" / "cache"))
     assert variable in refused(read, command, words)
 
 
-@pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_HOME", "WEIGHTSMITH_STORE"])
 def test_a_hidden_store_or_cache_in_a_folder_that_is_read(read, variable, monkeypatch):
     """In CI, an adapter's repository is built from its root, and caches lie in the project: names
     that no reader looks at are no part of it. A link does not hide what it leads to."""

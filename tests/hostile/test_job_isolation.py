@@ -122,7 +122,7 @@ def test_no_command_starts_jobs_with_the_network(words, tmp_path):
 
 def hardened(lacking: str, argv: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     """Run a program where the kernel withholds some of its means."""
-    paths = {"PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}", "WEIGHTSMITH_CACHE": str(cache)}
+    paths = {"PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}", "WEIGHTSMITH_HOME": str(cache)}
     return subprocess.run(
         [sys.executable, ROOT / "tests" / "fakes" / "hardened.py", lacking, *argv],
         cwd=ROOT, env={**os.environ, **paths}, capture_output=True, text=True, check=False,

@@ -253,7 +253,7 @@ def test_whatever_the_umask_others_do_not_see_the_cache(tmp_path, left_open):
 
 
 def test_a_folder_that_holds_other_things_stays_open_itself(tmp_path):
-    """WEIGHTSMITH_CACHE names a folder such as /var/cache: only what is ours in it is closed."""
+    """WEIGHTSMITH_HOME names a folder such as /var/cache: only what is ours in it is closed."""
     (tmp_path / "cache" / "apt").mkdir(parents=True)
     for path in (tmp_path / "cache", tmp_path / "cache" / "apt"):
         path.chmod(0o755)
@@ -289,7 +289,7 @@ def test_a_store_that_belongs_to_another_user_is_not_used(tmp_path, name, mode, 
     place.mkdir(exist_ok=True)
     os.chown(place, NOBODY, NOBODY)
     place.chmod(mode)
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WEIGHTSMITH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(store))
 
     for use_it in (make_store, require_folders, lambda: FileStore(store).require_room(1, "it")):

@@ -37,7 +37,7 @@ REGISTRY = "localhost:5000"
 """What pages call their registry; the tests put a free port there."""
 CACHE = Path(
     os.environ.get("WEIGHTSMITH_TEST_CACHE")
-    or os.environ.get("WEIGHTSMITH_CACHE")
+    or os.environ.get("WEIGHTSMITH_HOME")
     or Path.home() / ".cache/weightsmith"
 )
 """Builders are made once and kept here, because that takes minutes."""
@@ -198,7 +198,7 @@ def run_blocks(wanted: list[Block], folder: Path, store: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "WEIGHTSMITH_CACHE": str(CACHE),
+        "WEIGHTSMITH_HOME": str(CACHE),
         "WEIGHTSMITH_STORE": str(store),
         # No engine answers there: every page is run with the local runner.
         "DOCKER_HOST": f"unix://{folder}/no-engine.sock",
@@ -245,7 +245,7 @@ def run_demo(folder: Path, store: Path) -> subprocess.CompletedProcess[str]:
     (folder / "tasks.py").symlink_to(ROOT / "tasks.py")
     return subprocess.run(
         [sys.executable, folder / "examples/support-bot/demo.py", "--runner", "local"],
-        env={**os.environ, "WEIGHTSMITH_CACHE": str(CACHE), "WEIGHTSMITH_STORE": str(store)},
+        env={**os.environ, "WEIGHTSMITH_HOME": str(CACHE), "WEIGHTSMITH_STORE": str(store)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -87,7 +87,7 @@ def tools(tmp_path: Path, client: Registry, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(wiring, "make_engine", lambda: made.engine)
     nodes = MemoryFleet(by_tools(made))
     monkeypatch.setattr(wiring, "make_fleet_engine", lambda *_: nodes)
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "memory"))
+    monkeypatch.setenv("WEIGHTSMITH_HOME", str(tmp_path / "memory"))
     monkeypatch.delenv("WEIGHTSMITH_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -359,7 +359,7 @@ def test_the_page_runs(tmp_path: Path, shared_store: Path) -> None:
     code = "".join(b.text for b in blocks() if b.page == PAGE and b.language == "python")
     environment = {
         **os.environ,
-        "WEIGHTSMITH_CACHE": str(CACHE),
+        "WEIGHTSMITH_HOME": str(CACHE),
         "WEIGHTSMITH_STORE": str(shared_store),
         "DOCKER_HOST": f"unix://{tmp_path}/no-engine.sock",
     }

@@ -16,6 +16,7 @@ from tests.fakes.memory import new_signer
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
     monkeypatch.delenv("WEIGHTSMITH_CACHE", raising=False)
+    monkeypatch.delenv("WEIGHTSMITH_HOME", raising=False)
     monkeypatch.delenv("WEIGHTSMITH_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
@@ -63,12 +64,16 @@ def test_the_flag_comes_before_the_environment_and_that_before_the_configuration
     assert chosen("off", "", settings).both is None
 
 
-def test_a_plain_path_in_the_variable_is_the_folder_of_this_machine(monkeypatch):
+def test_the_folder_of_this_machine_is_no_shared_cache(monkeypatch):
+    monkeypatch.setenv("WEIGHTSMITH_HOME", "/mine")
+    assert chosen("", "", CacheSettings()).both is None
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", "oci://registry.example.com/team/cache")
+    assert cache_folder() == Path("/mine")
+    monkeypatch.delenv("WEIGHTSMITH_HOME")
+    assert cache_folder().name == "weightsmith"
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "/mine")
     assert chosen("", "", CacheSettings()).both is None
     assert cache_folder() == Path("/mine")
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", "oci://registry.example.com/team/cache")
-    assert cache_folder() != Path("/mine")
 
 
 def test_the_configuration(tmp_path):

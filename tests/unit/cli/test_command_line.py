@@ -117,7 +117,7 @@ def test_a_name_that_is_no_text_is_reported(tmp_path):
 
 def test_the_machine_is_described(tmp_path):
     """Builders of either runner count: a build takes whichever is there."""
-    done = run("doctor", "--json", WEIGHTSMITH_CACHE=str(tmp_path))
+    done = run("doctor", "--json", WEIGHTSMITH_HOME=str(tmp_path))
 
     assert done.code == 0
     checks = json.loads(done.out)["checks"]

@@ -19,7 +19,7 @@ NOBODY = "~nobody-of-this-name"
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path, monkeypatch):
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WEIGHTSMITH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
 
 
@@ -124,7 +124,7 @@ def test_a_folder_that_is_gone_is_reported(tmp_path):
     assert (done.returncode, "current folder was deleted" in done.stderr) == (5, True), done.stderr
 
 
-@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_HOME"])
 @pytest.mark.parametrize("place", ["/proc/nosuch", "file", "file/below"])
 def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, monkeypatch, variable, place):
     (tmp_path / "file").touch()
@@ -140,7 +140,7 @@ def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, monkeypatch, vari
     monkeypatch.setattr(checkup, "_ENOUGH_DISK", 1)  # what is free here is of no interest
     disk = run("doctor", "--json", **here)
     ok = json.loads(disk.out)["checks"]["disk"]["ok"]
-    assert ok is (variable == "WEIGHTSMITH_CACHE")
+    assert ok is (variable == "WEIGHTSMITH_HOME")
 
 
 def test_a_key_that_cannot_sign_is_reported_before_any_work(tmp_path):
@@ -165,7 +165,7 @@ def test_a_home_that_is_no_folder_is_reported(tmp_path, home):
 
 @pytest.mark.slow
 def test_a_home_that_cannot_be_made_is_needed_by_the_first_build_only(tmp_path, monkeypatch):
-    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"):
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WEIGHTSMITH_HOME", "WEIGHTSMITH_STORE"):
         monkeypatch.delenv(name, raising=False)
     recipe = ("--recipe", str(ROOT / "examples/tiny/recipe.yaml"))
     build = ("build", *recipe, "--runner", "local", "--dist", str(tmp_path))
@@ -176,7 +176,7 @@ def test_a_home_that_cannot_be_made_is_needed_by_the_first_build_only(tmp_path, 
 
     assert done.code == 5
     assert done.err.splitlines()[-1].split() == [
-        "hint:", "set", "WEIGHTSMITH_CACHE", "to", "a", "writable", "folder"
+        "hint:", "set", "WEIGHTSMITH_HOME", "to", "a", "writable", "folder"
     ]  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_links_in_a_circle_are_a_wrong_use(tmp_path, words):
     assert "correct the symbolic links" in done.err
 
 
-@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_HOME"])
 def test_a_place_that_links_to_itself_is_reported(tmp_path, variable):
     (tmp_path / "loop").symlink_to("loop")
     words = ("bake", *TINY, "--kind", "volume", "--layout", tmp_path / "x")

@@ -16,7 +16,7 @@ import platformdirs
 
 from weightsmith.building.apart import keep_apart
 from weightsmith.building.prefetch import WithinMemory
-from weightsmith.cache.address import Address, Sharing, chosen, required
+from weightsmith.cache.address import SHARED_CACHE, Address, Sharing, chosen, required
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
@@ -82,12 +82,13 @@ _LEAST_MEMORY = 1 << 30
 
 
 def cache_folder() -> Path:
-    """Return the folder of builders and logs: WEIGHTSMITH_CACHE, else the user's cache folder.
+    """Return the folder of builders, logs and store: WEIGHTSMITH_HOME, else in the user's cache.
 
     Raises EnvironmentFailure if the user has no home folder.
     """
-    named = os.environ.get("WEIGHTSMITH_CACHE", "")
-    if named and "://" not in named:  # else it is the address of a shared cache
+    shared = os.environ.get(SHARED_CACHE, "")
+    # A path without a scheme is no address, so it can only mean this.
+    if named := os.environ.get("WEIGHTSMITH_HOME") or ("" if "://" in shared else shared):
         return Path(named).absolute()
     try:
         folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()
@@ -96,7 +97,7 @@ def cache_folder() -> Path:
     if not folder.is_absolute():
         raise EnvironmentFailure(
             "there is no home folder for the cache",
-            hint="set HOME, or WEIGHTSMITH_CACHE and WEIGHTSMITH_STORE to folders of your choice",
+            hint="set HOME, or WEIGHTSMITH_HOME and WEIGHTSMITH_STORE to folders of your choice",
         )
     return folder
 
@@ -122,7 +123,7 @@ def require_folders() -> None:
 
 
 def _folders() -> dict[str, Path]:
-    return {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    return {"WEIGHTSMITH_HOME": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
 
 
 def _of_another(error: AnothersFolder, variable: str) -> EnvironmentFailure:

@@ -1,8 +1,4 @@
-"""Addresses of shared caches, and the settings of the one that a user has.
-
-WEIGHTSMITH_CACHE with a scheme is a shared cache, a path this machine's folder, as pipelines have
-long set it. A path cannot be both.
-"""
+"""Addresses of shared caches, and the settings of the one that a user has."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.oci.references import Reference
 from weightsmith.recipe.user_config import CacheSettings, RunOptions
 
-VARIABLE = "WEIGHTSMITH_CACHE"
+SHARED_CACHE = "WEIGHTSMITH_CACHE"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _FORMS = "oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX, or a folder"
 OFF = "off"
@@ -87,12 +83,12 @@ def parse_address(text: str, flag: str) -> Address:
 def chosen(cache: str, cache_from: str, settings: CacheSettings) -> Sharing:
     """Return the caches of a command: by its flags, else by environment, else by configuration.
 
-    WEIGHTSMITH_CACHE with a scheme is a shared cache; a plain path there is the folder of this
-    machine's own files, as it always was. `off` switches the cache off. Raises UsageError.
+    WEIGHTSMITH_CACHE needs a scheme, such as `file://`. `off` switches the cache off. Raises
+    UsageError.
     """
     named, flag = cache, "--cache"
-    if not named and "://" in (variable := os.environ.get(VARIABLE, "").strip()):
-        named, flag = variable, VARIABLE
+    if not named and "://" in (variable := os.environ.get(SHARED_CACHE, "").strip()):
+        named, flag = variable, SHARED_CACHE
     if not named:
         named, flag = settings.where, "cache.where in the configuration"
     source, source_flag = cache_from, "--cache-from"

@@ -80,7 +80,7 @@ def of_machine(error: OSError) -> EnvironmentFailure | None:
     return EnvironmentFailure(
         f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
         hint="free some space or get write permission there, or name another folder; our own are "
-        "set by WEIGHTSMITH_CACHE, WEIGHTSMITH_STORE and TMPDIR",
+        "set by WEIGHTSMITH_HOME, WEIGHTSMITH_STORE and TMPDIR",
     )
 
 

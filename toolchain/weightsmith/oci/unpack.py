@@ -59,7 +59,7 @@ def unpack(image: Image, root: Path) -> None:
             raise EnvironmentFailure(
                 f"no space to unpack the image: {root.parent} has {free / 1e6:,.0f} MB free, and"
                 f" its layers have {needed / 1e6:,.0f} MB",
-                hint="make room there, or set WEIGHTSMITH_CACHE to a folder on a larger disk",
+                hint="make room there, or set WEIGHTSMITH_HOME to a folder on a larger disk",
             )
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:

@@ -129,7 +129,7 @@ def _privacy(cache: Path, store: Path) -> Checkup:
         named = ", ".join(f"{path} ({user})" for path, user in anothers.items())
         return Checkup(
             f"other users' folders, who can read and change what is in them: {named}",
-            todo="set WEIGHTSMITH_STORE and WEIGHTSMITH_CACHE to folders of your own",
+            todo="set WEIGHTSMITH_STORE and WEIGHTSMITH_HOME to folders of your own",
         )
     opened = [str(path) for one in found for path in one.opened]
     if opened:

@@ -41,7 +41,7 @@ def note(number: int) -> dict[str, object]:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mapping[str, Any]]:
     """Do one action of the command, as a user with a store of their own."""
-    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "private"))
+    monkeypatch.setenv("WEIGHTSMITH_HOME", str(tmp_path / "private"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
     def action(name: str, user: str = "one", keep: int = 0) -> Mapping[str, Any]:

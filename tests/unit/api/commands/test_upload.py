@@ -390,7 +390,7 @@ def test_the_command_prints_one_object_and_no_token(
     hub: WritableHub, model: Path, tmp_path: Path
 ) -> None:
     words = [sys.executable, "-m", "weightsmith", "push", str(model), "--to", "hf://team/bot"]
-    mine = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    mine = {"WEIGHTSMITH_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
 
     def run(*more: str, status: int = 0) -> dict[str, Any]:
         done = subprocess.run(
