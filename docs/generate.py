@@ -7,8 +7,9 @@ import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from invoke.parser import Argument
 from invoke.parser.context import to_flag
+from pydantic.fields import FieldInfo
 from weightsmith.building.targets import all_targets
 from weightsmith.cli import namespace
 from weightsmith.core.errors import InputRefused
@@ -47,17 +49,16 @@ from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
-from weightsmith.serving.devices import AMX, CPUS, GPUS
+from weightsmith.serving.devices import AMX, CPUS, GPUS, Gpu
 from weightsmith.serving.pooling import LLAMACPP_PAIRS, VLLM_CLASSES
 
 K = TypeVar("K")
 
 _TYPES = {
     str: "text",
-    int: "whole number",
+    int: "integer",
     float: "number",
-    bool: "`true` or `false`",
-    NoneType: "`null`",
+    bool: "boolean",
     Any: "any value",
 }
 """How the recipe's reference page names the types of values."""
@@ -78,7 +79,7 @@ def pages() -> dict[str, str]:
         "build.schema.json": json.dumps(_build_schema(), indent=2) + "\n",
         "fleet.schema.json": json.dumps(_fleet_schema(), indent=2) + "\n",
         "fleet.md": _GENERATED + "# Fleet file\n\n" + "\n".join(_fleet()) + "\n",
-        "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
+        "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe)) + "\n",
         "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
         "architectures.md": _GENERATED
         + "# Architectures and packed formats\n\n"
@@ -131,11 +132,15 @@ def _fleet() -> Iterator[str]:
     for prefix, section in (("", Fleet), ("adapters[].", FleetAdapter)):
         for attribute, field in fields_of(section).items():
             name = field.alias or attribute
+            if field.description == f"What differs in `{name}`.":
+                continue
             kind = "list of globs and entries" if name == "adapters" else None
             kind = kind or ("mapping" if name in SECTIONS else _type(field.annotation))
             default = field.get_default(call_default_factory=True) if not field.is_required() else 0
             shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
-            yield f"| `{prefix}{name}` | {kind} | {shown} | {_oneline(field.description)} |"
+            yield f"| `{prefix}{name}` | {kind} | {shown} | {_cell(field.description)} |"
+    names = ", ".join(f"`{name}`" for name in SECTIONS)
+    yield f"\nAn entry may also have {names}: what differs in that section."
 
 
 def _object_schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -214,13 +219,20 @@ def _registries() -> Iterator[str]:
         yield f"| {limits.name} | {' | '.join(cells)} | {chunks} | {limits.note} | {limits.source} |"
 
 
-def _recipe(section: type[Any], prefix: str) -> Iterator[str]:
+def _recipe(
+    section: type[Any], prefix: str = "", said: dict[str, str] | None = None
+) -> Iterator[str]:
+    """Yield a line for each key; what was said of another key is not said again."""
+    said = {} if said is None else said
     if not prefix:
-        yield "If a value is given in several places, the last of these counts: its default, the recipe (a file, or `--base` and `--adapter`), `--set`, a flag such as `--max-model-len`. A flag with the default that [its row](commands.md) shows counts as not given.\n"
-        yield "| key | type | default | meaning |\n|---|---|---|---|"
-    fields = list(fields_of(section).items())
-    if prefix:  # what a section cannot do without comes first
-        fields.sort(key=lambda item: not item[1].is_required())
+        yield "If a value is given in several places, the last of these counts: its default, the recipe (a file, or `--base` and `--adapter`), `--set`, a flag such as `--max-model-len`. A flag with [its default](commands.md) counts as not given. Of the values that a key may have, the first is the default.\n"
+    # First what is no section, and in a section what it cannot do without.
+    fields = sorted(
+        fields_of(section).items(),
+        key=lambda item: (
+            not item[1].is_required() if prefix else bool(_inner(item[1].annotation)[0])
+        ),
+    )
     for attribute, field in fields:
         name = field.alias or attribute
         inner, many = _inner(field.annotation)
@@ -229,18 +241,27 @@ def _recipe(section: type[Any], prefix: str) -> Iterator[str]:
             told = _oneline(field.description or inner.__doc__)
             same = next((one for one, at in _SECTIONS if at is inner and one != place), "")
             if same and prefix:
-                yield f"| `{place}` | mapping | | {told} Its keys are those of `{same}`. |"
+                yield f"- `{place}`: {told} Its keys are those of `{same}`."
                 continue
-            yield f"| `{place}` | {'list' if many else 'mapping'} | | {told} |"
+            yield f"- `{place}`: {told}" if prefix else f"\n## {name}\n\n{told}\n"
             any_key = "FORMAT." if get_origin(field.annotation) is dict else ""
-            yield from _recipe(inner, f"{place}.{any_key}")
+            yield from _recipe(inner, f"{place}.{any_key}", said)
         else:
-            default = (
-                "required"
-                if field.is_required()
-                else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
-            )
-            yield f"| `{place}` | {_type(field.annotation)} | {default} | {_oneline(field.description)} |"
+            told = _oneline(field.description)
+            first = said.setdefault(told, place)
+            told = told if first == place else f"As `{first}`."
+            yield f"- `{place}` ({_type(field.annotation)}{_default(field)}): {told}"
+
+
+def _default(field: FieldInfo) -> str:
+    """Return what stands beside a key's type: nothing for no value, or the first of a choice."""
+    if field.is_required():
+        return ", required"
+    value = field.get_default(call_default_factory=True)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if value in (None, "", (), {}) or value in choices[:1]:
+        return ""
+    return f", default `{json.dumps(value)}`"
 
 
 def _inner(annotation: Any) -> tuple[type[Any] | None, bool]:
@@ -258,9 +279,9 @@ _SECTIONS = [
 def _type(annotation: Any) -> str:
     kind, parts = get_origin(annotation), get_args(annotation)
     if kind is Literal:
-        return " or ".join(f"`{value}`" for value in parts)
+        return ", ".join(f"`{value}`" for value in parts)
     if kind in (Union, UnionType):
-        return " or ".join(map(_type, parts))
+        return " or ".join(_type(part) for part in parts if part is not NoneType)
     if kind is tuple:
         return f"list of {_type(parts[0])}"
     if kind is dict:
@@ -269,13 +290,18 @@ def _type(annotation: Any) -> str:
 
 
 def _oneline(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
+    return " ".join((text or "").split())
+
+
+def _cell(text: str | None) -> str:
+    return _oneline(text).replace("|", "\\|")
 
 
 def _commands() -> Iterator[str]:
     yield (
         "Run as `invoke NAME` from a checkout or `weightsmith NAME` where the package is "
-        "installed. Flags marked * may be repeated.\n"
+        "installed. Flags marked * may be repeated. What sets a key of the recipe is explained "
+        "[there](recipe.md); `weightsmith NAME --help` explains it too.\n"
     )
     namespace["report"].positional = ("folder", "other")  # as many as a command line has words
     names = sorted(namespace.task_names)
@@ -283,27 +309,60 @@ def _commands() -> Iterator[str]:
     used = Counter(row for name in names for row in rows[name])
     common = [row for row in used if used[row] >= _COMMON and row[0].startswith("--")]
     yield "## Flags of several commands\n\nEach command names those that it has.\n"
-    yield _FLAGS
-    yield from map(_as_row, common)
+    yield from _described(common)
     first = {row: name for name in reversed(names) for row in rows[name]}
     for name in names:
         yield f"\n## {name}\n\n{inspect.getdoc(namespace[name].body)}\n"
         own = [row for row in rows[name] if row not in common]
-        if any(first[row] == name for row in own):
-            yield _FLAGS
-            yield from (_as_row(row) for row in own if first[row] == name)
-            yield ""
+        yield from _described([row for row in own if first[row] == name], name != "bench")
         for other in sorted({first[row] for row in own} - {name}):
             same = [row for row in own if first[row] == other]
             yield f"As in [{other}](#{other}): {_named(same)}.\n"
         yield f"Also {_named([row for row in rows[name] if row in common])}."
 
 
+def _described(flags: Sequence[tuple[str, str, str]], by_key: bool = True) -> Iterator[str]:
+    """Yield a table of flags; if `by_key`, those that are keys of the recipe in a line."""
+    keys = {flag: key for flag in flags if by_key and (key := _key_of(flag[2]))}
+    if len(keys) < len(flags):
+        yield from (
+            f"- `{flag}`{star}: {told}"
+            for flag, star, told in flags
+            if (flag, star, told) not in keys
+        )
+        yield ""
+    for section, names in _by((_setting(*flag[:2], key) for flag, key in keys.items())).items():
+        yield f"Keys of the recipe's [`{section}`](recipe.md#{section}): {', '.join(names)}.\n"
+
+
+def _setting(name: str, star: str, key: str) -> tuple[str, str]:
+    """Return how a flag is named beside its section, with the key's name if it is another."""
+    section, _, field = key.rpartition(".")
+    other = "" if name == to_flag(field) else f" (`{field}`)"
+    return f"`{name}`{star}{other}", section
+
+
+@cache
+def _keys() -> Mapping[str, str]:
+    """Return the recipe's keys by what flags say of them."""
+    found: dict[str, str] = {}
+    for row in _recipe(Recipe):
+        if row.startswith("- `") and "- `bench." not in row and "): " in row:
+            key, told = row[3:].split("` (")[0], row.partition("): ")[2].replace("`", "")
+            found.setdefault(told[:1].lower() + told[1:].removesuffix("."), key.replace("[]", ""))
+    return found
+
+
+def _key_of(meaning: str) -> str:
+    """Return the recipe's key with this meaning, or ""."""
+    told = meaning[:1].lower() + meaning[1:]
+    return max(((k, key) for k, key in _keys().items() if told.startswith(k)), default=("", ""))[1]
+
+
 def _named(flags: Iterable[tuple[str, str, str]]) -> str:
     return ", ".join(f"`{flag[0]}`" for flag in flags)
 
 
-_FLAGS = "| flag | meaning |\n|---|---|"
 _COMMON = 3
 """A flag that as many commands have is described once."""
 
@@ -317,11 +376,6 @@ def _flag_row(argument: Argument) -> tuple[str, str, str]:
     return name, "*" if argument.kind is list else "", meaning
 
 
-def _as_row(flag: tuple[str, str, str]) -> str:
-    name, star, meaning = flag
-    return f"| `{name}`{star} | {meaning} |"
-
-
 def _adapters() -> Iterator[str]:
     yield (
         "What PEFT can write, and what `merge` does with it. What is not merged is refused with "
@@ -332,7 +386,7 @@ def _adapters() -> Iterator[str]:
     refused = [(f"`{name}`", why) for name, why in (SETTINGS | REFUSED).items()]
     for rows, is_merged in ((merged, "yes"), (refused, "no")):
         for why, alike in _by(rows).items():
-            yield f"| {', '.join(alike)} | {is_merged} | {_oneline(why)} |"
+            yield f"| {', '.join(alike)} | {is_merged} | {_cell(why)} |"
     yield (
         "| PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ | converted | their initialisation changed the base: "
         "convert with `path_initial_model_for_weight_conversion`, or give the residual base |"
@@ -348,7 +402,7 @@ def _by(pairs: Iterable[tuple[str, K]]) -> dict[K, list[str]]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Each pair of an architecture and one of the first five formats, `awq` and `gptq`, and many with `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Tests in `tests/unit/quantizers/` make each pair with the first five formats, `awq` and `gptq`, and many with `nvfp4`, of a small random model.\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield "| architectures | packed formats |\n|---|---|"
@@ -365,9 +419,9 @@ def _architectures() -> Iterator[str]:
     for has, names in _by(known).items():
         yield f"| {', '.join(names)} | {', '.join(has)} |"
     yield "\n## Models that see, as GGUF\n"
-    yield "Beside the GGUF file of these, llama.cpp's converter can write a [projector](../how-to/quantize.md#models-that-see), with which its server reads pictures, if the model has a vision tower. Of other models that see, and of models that only hear, the file has the language model alone.\n"
+    yield "Of these, llama.cpp's converter can also write a [projector](../how-to/quantize.md#models-that-see), with which its server reads pictures, if the model has a vision tower. Of others, and of models that only hear, the file has the language model alone.\n"
     yield f"{', '.join(sorted(gguf_projectors() & gguf_architectures()))}.\n"
-    yield "The same for these, if `text_config` in config.json names the language model's own class in `architectures`, as SmolVLM's published files do: the converter knows their language models by no other name.\n"
+    yield "The same for these, if `text_config` in config.json names the language model's own class in `architectures`, as SmolVLM's published files do.\n"
     yield f"{', '.join(sorted(_by_their_text()))}.\n"
     yield "\n## What else transformers and vLLM know\n"
     yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); those with a star run in vLLM with transformers' own class. A packed format of them is refused before the merge with exit code 3.\n"
@@ -377,17 +431,19 @@ def _architectures() -> Iterator[str]:
         names = [name for name in rest if (name in as_gguf) == there]
         yield f"{title}: {', '.join(map(_starred, names))}.\n"
     yield "\n## Models that do not chat\n"
-    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. A started image is asked for it; `plan` refuses what is not below, with the reason. Numbers were compared with transformers for BERT and Qwen 3 on vLLM (vectors, pairs or labels, BERT's tokens), labels of texts and tokens by RoBERTa and XLM-RoBERTa there, ModernBERT's vectors on both engines, and on llama.cpp for the vectors of BERT, RoBERTa, XLM-RoBERTa and Qwen 3 and the pairs of RoBERTa, XLM-RoBERTa and ModernBERT. The others are in the engines' tables.\n"
+    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. `plan` refuses what is not below, with the reason. Numbers were compared with transformers on vLLM for BERT and Qwen 3, labels of RoBERTa and XLM-RoBERTa, and ModernBERT's vectors; on llama.cpp for the vectors of BERT, RoBERTa, XLM-RoBERTa, ModernBERT and Qwen 3 and the pairs of RoBERTa, XLM-RoBERTa and ModernBERT. The others are in the engines' tables.\n"
     yield "| gives | target `vllm` | llama.cpp's targets |\n|---|---|---|"
     yield from _pooled()
-    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token; vLLM also computes Dense modules behind that, of which `model.safetensors` is in their folder. llama.cpp leaves BERT's pooler out when it converts and gives both texts of a pair the same type, so its scores of BERT's pairs would be others. Its server gives the first label's score alone, and none for single tokens. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate, which need texts that a model continues; of packed formats, decoders that give vectors have those above.\n"
+    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token; vLLM also computes Dense modules behind that, if their folder has `model.safetensors`. llama.cpp would score BERT's pairs otherwise than transformers, and gives the first label's score alone. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate; of packed formats, decoders that give vectors have those above.\n"
     yield "\n## What no target serves\n"
     yield "An image here is planned, started and tested as a server that continues text, or gives vectors, scores of pairs or labels. So `plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
     yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
     yield "vLLM knows these of the last two kinds:\n"
-    yield "| architecture | why there is no plan |\n|---|---|"
-    yield from (f"| {name} | it {why} |" for name, why in sorted(NOT_PLANNED.items()))
-    yield "\n`merge` and `validate` take them all, `push DIR --to hf://OWNER/NAME` publishes the result, and `bake --kind volume` makes an image of its files alone. `bake --kind image` makes one with the engine's own settings, neither planned nor tested; whether the engine starts with it is for you to try."
+    yield "| no plan, because it | architectures |\n|---|---|"
+    yield from (
+        f"| {why} | {', '.join(sorted(names))} |" for why, names in _by(NOT_PLANNED.items()).items()
+    )
+    yield "\n`merge` and `validate` take them all, `push DIR --to hf://OWNER/NAME` publishes the result, and `bake --kind volume` makes an image of its files alone; `bake --kind image` makes one that is neither planned nor tested."
 
 
 def _pooled() -> Iterator[str]:
@@ -430,11 +486,11 @@ def _becomes(architecture: str, name: str) -> bool:
 
 def _targets() -> Iterator[str]:
     yield "A target is an engine and a weight format; the engine's name alone means 16 bits.\n"
-    yield "| target | bits per weight |\n|---|---|"
+    yield "| bits per weight | targets |\n|---|---|"
     every = all_targets()
-    for name, target in every.items():
-        if not target.format.base:
-            yield f"| `{name}` | {target.format.bits_per_weight:g} |"
+    sizes = [(f"`{n}`", t.format.bits_per_weight) for n, t in every.items() if not t.format.base]
+    for bits, names in sorted(_by(sizes).items(), reverse=True):
+        yield f"| {bits:g} | {', '.join(names)} |"
     engines = sorted({one.engine.title for one in every.values() if one.format.base})
     yield (
         f"\nEach target of {' and '.join(engines)} above that names a format of weights has another"
@@ -448,22 +504,26 @@ def _targets() -> Iterator[str]:
         yield f"| {purpose} | `{base.reference}` |"
     yield (
         "\n## GPUs\n\nMemory is from the data sheet; usable is what a process sees on that GPU. "
-        "Compute capabilities and types are from the CUDA C++ Programming Guide.\n"
+        "Compute capabilities and types are from the CUDA C++ Programming Guide. "
+        f"{_missing('BF16', lambda gpu: gpu.bf16)} {_missing('FP8', lambda gpu: gpu.fp8)}\n"
     )
-    yield "| name | generation | capability | memory | usable | BF16 | FP8 |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| name | capability | memory | usable |\n|---|---|---|---|"
     for name, gpu in sorted(GPUS.items()):
         numbers = gpu.compute_capability
-        has = " | ".join("yes" if there else "no" for there in (gpu.bf16, gpu.fp8))
-        yield (
-            f"| `{name}` | {gpu.generation} | {'.'.join(map(str, numbers)) if any(numbers) else ''} |"
-            f" {gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB | {has} |"
-        )
+        capability = ".".join(map(str, numbers)) if any(numbers) else gpu.generation
+        sizes = f"{gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB"
+        yield f"| `{name}` | {capability} | {sizes} |"
     yield (
         "\n`cpu`, or no name, plans for `serve.memory`, or else this machine's memory. So does "
         f"`{AMX}`, for {CPUS[AMX]}: vLLM loads "
         "[more formats](../how-to/quantize-for-vllm.md#experts-on-a-cpu) on these."
     )
+
+
+def _missing(kind: str, has: Callable[[Gpu], bool]) -> str:
+    """Say which GPUs do not compute in a type."""
+    names = [f"`{name}`" for name, gpu in sorted(GPUS.items()) if not has(gpu)]
+    return f"Without {kind}: {', '.join(names)}."
 
 
 def main(arguments: list[str]) -> int:

@@ -124,11 +124,12 @@ def sections():
     table, rest = text.split("\n## Models that see")
     lists, refused = rest.split("\n## What no target serves")
     cells = " ".join(re.findall(r"^\| (.*) \| `", table, re.MULTILINE))
+    unplanned = " ".join(re.findall(r"^\| .* \| (.*) \|$", refused, re.MULTILINE)[1:])
     return (
         re.findall(r"\w{10,}", cells),
         re.findall(r"^Also as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
         re.findall(r"^Not as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
-        re.findall(r"^\| (\w+)", refused, re.MULTILINE)[1:],
+        re.findall(r"\w{10,}", unplanned),
     )
 
 

@@ -179,8 +179,7 @@ class Suite(Scoring):
     against: Literal["adapter", "base"] = Field(
         "adapter",
         description="Whose score merged model and image are held against. `adapter`: base with "
-        "adapters, so that merging and quantizing lose nothing; `base`: what the base could do "
-        "must stay, so that training loses nothing either.",
+        "adapters; `base`: what the base could do must stay.",
     )
     limit: int = Field(
         0,
@@ -284,16 +283,14 @@ class Quantize(Section):
     )
     imatrix: str = Field(
         "",
-        description="Importance matrix of GGUF types: `walk` (weightsmith measures it on the "
-        "calibration text), `auto` (llama-imatrix does), `off`, or a file; default: below five bits"
-        " `walk`, or `auto` for checkpoints below 200 MB and where it is not supported; else "
-        "`off`.",
+        description="Importance matrix of GGUF types: `walk` (weightsmith measures it), `auto` "
+        "(llama-imatrix does), `off`, or a file; default: below five bits `walk`, or `auto` for "
+        "checkpoints below 200 MB and where it is not supported; else `off`.",
     )
     shared_layers: bool = Field(
         False,
-        description="Write GGUF files in parts of one kind of matrix each, and measure importance "
-        "on the base, once for all: what adapters leave unchanged is then the same in all images "
-        "of the base that have the same calibration text.",
+        description="Write GGUF files in parts of one kind of matrix each, with importance "
+        "measured on the base, so that images of the base share what adapters leave unchanged.",
     )
     split_max_size: str = Field(
         "",
@@ -334,14 +331,13 @@ class Quantize(Section):
     )
     zero_point: bool = Field(
         True,
-        description="Use zero points in 4-bit groups; without them, groups are symmetric. Only "
-        "awq-compressed works without: servers read AWQ's own layout only with zero points.",
+        description="Use zero points in 4-bit groups; without them, which only awq-compressed "
+        "allows, groups are symmetric.",
     )
     keep: Annotated[tuple[str, ...], Flag("keep_module")] = Field(
         (),
         description="Matrices that stay in 16 bits in checkpoints, by the end of their names, such "
-        "as `down_proj` or `layers.0.mlp.up_proj`; `lm_head` always does. Not for awq-autoawq, "
-        "which quantizes all.",
+        "as `down_proj` or `layers.0.mlp.up_proj`. Not for awq-autoawq.",
     )
 
     @field_validator("tensor_types")
@@ -589,9 +585,8 @@ class ImageNames(Section):
     max_layer_size: str = Field(
         "auto",
         pattern=rf"^(auto|none)$|{SIZE}",
-        description="Largest layer, such as `10GB`. Safetensors files are cut by kind of matrix, "
-        "so that images of one base share layers. `auto`: about 0.5 GB, which nodes pull fastest; "
-        "`none`: each file stays as it is.",
+        description="Largest layer, such as `10GB`; safetensors files are cut. `auto`: about "
+        "0.5 GB, which nodes pull fastest; `none`: each file stays as it is.",
     )
 
 
@@ -614,12 +609,9 @@ class Outputs(Section):
 
     kinds: tuple[Kind, ...] = Field(
         ("image",),
-        description="`image`: always, since it is what was tested; the other kinds hold the same "
-        "weights, under the image's name and `-KIND`. `ollama` is made of GGUF targets only. "
-        "`thin` holds base and adapters instead, and merges them where it starts; without `image` "
-        "beside it, the tested image stays on this machine, and `--push` sends the thin one alone. "
-        "`adapter` is the adapter alone, as it was tested in the image; of several that are not "
-        "merged, each is `-adapter-NAME`.",
+        description="`image`: always, since it is what was tested (with `thin` alone, it stays on "
+        "this machine); the others have its name and `-KIND`. "
+        "See [which to choose](../how-to/choose-a-form.md).",
     )
     hub: str = Field(
         "",
@@ -648,9 +640,8 @@ class Replay(Section):
 
     keep: Literal["questions", "digests", "none"] = Field(
         "questions",
-        description="`questions`: the image holds questions and answers, for everybody who has it; "
-        "`digests`: for secret questions, only their digests; the set is a file of the build's "
-        "results; `none`: nothing is asked.",
+        description="`questions`: the image holds questions and answers; `digests`: for secret "
+        "questions, only their digests; `none`: nothing is asked.",
     )
     data: str = Field(
         "",
@@ -662,8 +653,8 @@ class Replay(Section):
     )
     probe: bool = Field(
         True,
-        description="Let the startup probe of Kubernetes, KServe and compose ask the questions: a "
-        "container that answers otherwise than the tested image gets no requests.",
+        description="Let the startup probe ask the questions: a container that answers otherwise "
+        "than the tested image gets no requests.",
     )
 
 

@@ -47,11 +47,7 @@ UpdateLock: TypeAlias = Annotated[
     "ignore the lock file next to the recipe: use sources and bases as they are now, and rewrite "
     "the file",
 ]
-_KIND = (
-    "image (a server), modelcar (for KServe: a shell and /models), volume (only /models), "
-    "modelpack (a CNCF ModelPack of the model's files, for model runners), modelpack-tar (the "
-    "same of the image's own layers) or ollama (for Ollama; GGUF only)"
-)
+_KIND = "form: image, modelcar, volume, modelpack, modelpack-tar or ollama"
 _TARGET = "engine and format, such as llamacpp-q4_k_m"
 _ADAPTER = "adapter, in the order of merging: a folder, hf://owner/name, or another source"
 _ADAPTER_FOLDER = "adapter folder, in the order of merging"
@@ -450,7 +446,7 @@ class RecipeCommand:
     serve: Annotated[Serve, FlagFields(only=SERVED, over_recipe=True)] = _SERVE
     settings: Annotated[tuple[str, ...], Flag("set"), "set a recipe key: key.path=value"] = ()
     kinds: Annotated[
-        tuple[str, ...], Flag("kind"), f"{_KIND}, or adapter (the tested adapter alone)"
+        tuple[str, ...], Flag("kind"), f"{_KIND}; also thin, and adapter (the tested adapter alone)"
     ] = ()
     quantize: Annotated[
         Quantize, FlagFields(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
