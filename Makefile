@@ -44,7 +44,7 @@ alone=$$?; wait $$engine; ended=$$?; cat $$said; exit $$((alone ? alone : ended)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock bases release generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,13 @@ lock: setup-dev ## Write requirements.lock, the tool's own packages by hash, fro
 	  --generate-hashes --no-annotate --no-header -c constraints.txt pyproject.toml - -o $(VENV)/lock
 	@{ echo '# What the tool is installed from, by hash, on Python 3.11 to 3.13: `make lock` writes it.'; \
 	  cat $(VENV)/lock; } > requirements.lock
+
+bases: setup-dev ## Pin upstream's base images by digest, where their registries can be reached
+	@$(BIN)/python images/bases.py
+
+release: check ## Make wheel and source package in dist/, if every base image is pinned
+	@$(BIN)/python images/bases.py --check
+	@$(BIN)/uv build -q --out-dir dist
 
 generate: setup-dev ## Write the generated reference pages and the JSON Schema
 	@$(BIN)/python docs/generate.py
