@@ -128,7 +128,6 @@ def _fleet() -> Iterator[str]:
         "Paths start from the file's folder. Keys of an adapter's sections are "
         "[the recipe's](recipe.md); what is not named keeps the recipe's value.\n"
     )
-    yield "| key | type | default | meaning |\n|---|---|---|---|"
     for prefix, section in (("", Fleet), ("adapters[].", FleetAdapter)):
         for attribute, field in fields_of(section).items():
             name = field.alias or attribute
@@ -136,9 +135,7 @@ def _fleet() -> Iterator[str]:
                 continue
             kind = "list of globs and entries" if name == "adapters" else None
             kind = kind or ("mapping" if name in SECTIONS else _type(field.annotation))
-            default = field.get_default(call_default_factory=True) if not field.is_required() else 0
-            shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
-            yield f"| `{prefix}{name}` | {kind} | {shown} | {_cell(field.description)} |"
+            yield f"- `{prefix}{name}` ({kind}{_default(field)}): {_oneline(field.description)}"
     names = ", ".join(f"`{name}`" for name in SECTIONS)
     yield f"\nAn entry may also have {names}: what differs in that section."
 
@@ -259,7 +256,7 @@ def _default(field: FieldInfo) -> str:
         return ", required"
     value = field.get_default(call_default_factory=True)
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    if value in (None, "", (), {}) or value in choices[:1]:
+    if value in (None, "", (), [], {}) or value in choices[:1]:
         return ""
     return f", default `{json.dumps(value)}`"
 
@@ -293,32 +290,30 @@ def _oneline(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def _cell(text: str | None) -> str:
-    return _oneline(text).replace("|", "\\|")
-
-
 def _commands() -> Iterator[str]:
     yield (
         "Run as `invoke NAME` from a checkout or `weightsmith NAME` where the package is "
         "installed. Flags marked * may be repeated. What sets a key of the recipe is explained "
-        "[there](recipe.md); `weightsmith NAME --help` explains it too.\n"
+        "[there](recipe.md), and by `weightsmith NAME --help`. Each command has:\n"
     )
     namespace["report"].positional = ("folder", "other")  # as many as a command line has words
     names = sorted(namespace.task_names)
     rows = {name: tuple(map(_flag_row, namespace[name].get_arguments())) for name in names}
     used = Counter(row for name in names for row in rows[name])
-    common = [row for row in used if used[row] >= _COMMON and row[0].startswith("--")]
+    yield from _described([row for row in used if used[row] == len(names)])
+    common = [r for r in used if _COMMON <= used[r] < len(names) and r[0].startswith("--")]
     yield "## Flags of several commands\n\nEach command names those that it has.\n"
     yield from _described(common)
     first = {row: name for name in reversed(names) for row in rows[name]}
     for name in names:
         yield f"\n## {name}\n\n{inspect.getdoc(namespace[name].body)}\n"
-        own = [row for row in rows[name] if row not in common]
+        own = [row for row in rows[name] if row not in common and used[row] < len(names)]
         yield from _described([row for row in own if first[row] == name], name != "bench")
         for other in sorted({first[row] for row in own} - {name}):
             same = [row for row in own if first[row] == other]
             yield f"As in [{other}](#{other}): {_named(same)}.\n"
-        yield f"Also {_named([row for row in rows[name] if row in common])}."
+        if also := [row for row in rows[name] if row in common]:
+            yield f"Also {_named(also)}."
 
 
 def _described(flags: Sequence[tuple[str, str, str]], by_key: bool = True) -> Iterator[str]:
@@ -381,15 +376,15 @@ def _adapters() -> Iterator[str]:
         "What PEFT can write, and what `merge` does with it. What is not merged is refused with "
         f"the reason; {UNMERGED}.\n"
     )
-    yield "| adapter | merged | how, or why not |\n|---|---|---|"
     merged = [row for family in families() for row in family.variants.items()]
     refused = [(f"`{name}`", why) for name, why in (SETTINGS | REFUSED).items()]
-    for rows, is_merged in ((merged, "yes"), (refused, "no")):
+    for title, rows in (("Merged", merged), ("Refused", refused)):
+        yield f"\n## {title}\n"
         for why, alike in _by(rows).items():
-            yield f"| {', '.join(alike)} | {is_merged} | {_cell(why)} |"
+            yield f"- **{', '.join(alike)}**: {_oneline(why)}"
     yield (
-        "| PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ | converted | their initialisation changed the base: "
-        "convert with `path_initial_model_for_weight_conversion`, or give the residual base |"
+        "- **PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ**, until they are converted: their initialisation "
+        "[changed the base](../explanation/exact-merge.md#initialisations-that-change-the-base)"
     )
 
 
