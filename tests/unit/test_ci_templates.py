@@ -17,7 +17,11 @@ from weightsmith.cli import namespace
 from tests.paths import ROOT
 
 CI = ROOT / "examples" / "ci"
-TEMPLATES = sorted(path for path in CI.iterdir() if path.suffix in (".yml", ".yaml"))
+ACTION = ROOT / ".github" / "actions" / "build" / "action.yml"
+TEMPLATES = [
+    *sorted(path for path in CI.iterdir() if path.suffix in (".yml", ".yaml")),
+    ACTION,
+]
 DIGEST = "sha256:" + "a" * 64
 STANDIN = f"""#!{sys.executable}
 import json, os, sys
@@ -26,7 +30,8 @@ with open(os.environ["SEEN"], "w") as file:
 os.makedirs("dist/x/1/t", exist_ok=True)
 open("dist/x/1/t/report.md", "w").write("# the report")
 print(json.dumps({{"targets": {{"llamacpp-q4_k_m": {{
-    "image": "r.example:5000/a/b:1-t", "digest": "{DIGEST}"}}}}}}))
+    "image": "r.example:5000/a/b:1-t", "digest": "{DIGEST}", "verdict": "passed",
+    "report": "dist/x/1/t/report.html"}}}}}}))
 """
 
 
@@ -77,14 +82,20 @@ def test_every_flag_exists(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "schema"), [("github-actions.yml", "github-workflows"), ("gitlab-ci.yml", "gitlab-ci")]
+    ("file", "schema"),
+    [
+        (CI / "github-actions.yml", "github-workflows"),
+        (ACTION, "github-actions"),
+        (CI / "gitlab-ci.yml", "gitlab-ci"),
+    ],
+    ids=("workflow", "action", "gitlab"),
 )
-def test_the_schemas_of_the_makers(name: str, schema: str) -> None:
+def test_the_schemas_of_the_makers(file: Path, schema: str) -> None:
     """GitHub's and GitLab's own schemas, as check-jsonschema brings them along."""
     pytest.importorskip("check_jsonschema")
     done = subprocess.run(
         [sys.executable, "-m", "check_jsonschema",
-         "--builtin-schema", f"vendor.{schema}", CI / name],
+         "--builtin-schema", f"vendor.{schema}", file],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,6 +152,24 @@ def test_github(place: Path) -> None:
     assert "oci://ghcr.io/a/cache" in seen(place)
     run(steps["sign"]["run"])
     assert (place / "signed").read_text() == f"sign --yes r.example:5000/a/b@{DIGEST}\n"
+    run(steps["summary"]["run"], GITHUB_STEP_SUMMARY=str(place / "summary"))
+    assert (place / "summary").read_text() == "# the report"
+
+
+def test_the_action(place: Path) -> None:
+    action = yaml.safe_load(ACTION.read_text("utf-8"))
+    steps = {step["name"]: step for step in action["runs"]["steps"] if "name" in step}
+    (place / "bin" / "python").symlink_to("python3")
+    given = {**dict.fromkeys(steps["build"]["env"], ""), "RECIPE": "a b.yaml", "PUSH": "true"}
+    given["SETTINGS"] = "version=1.10\nimage.repository=r.example/a; false\n"
+    env = {"GITHUB_OUTPUT": str(place / "output"), "RUNNER_TEMP": str(place)}
+    run(steps["build"]["run"], **given, **env)
+
+    assert seen(place)[:4] == ["build", "--recipe", "a b.yaml", "--push"]
+    assert settings(seen(place)) == {"version": 1.1, "image.repository": "r.example/a; false"}
+    said = dict(row.split("=", 1) for row in (place / "output").read_text().splitlines())
+    assert said.keys() == action["outputs"].keys()
+    assert (said["digest"], said["verdict"]) == (DIGEST, "passed")
     run(steps["summary"]["run"], GITHUB_STEP_SUMMARY=str(place / "summary"))
     assert (place / "summary").read_text() == "# the report"
 
