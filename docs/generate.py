@@ -222,7 +222,7 @@ def _recipe(
     """Yield a line for each key; what was said of another key is not said again."""
     said = {} if said is None else said
     if not prefix:
-        yield "If a value is given in several places, the last of these counts: its default, the recipe (a file, or `--base` and `--adapter`), `--set`, a flag such as `--max-model-len`. A flag with [its default](commands.md) counts as not given. Of the values that a key may have, the first is the default.\n"
+        yield "If a value is given in several places, the last of these counts: its default, the recipe (a file, or `--base` and `--adapter`), `--set`, a flag such as `--max-model-len`. A flag with [its default](commands.md) counts as not given. Of the values that a key may have, `auto` or else the first is the default.\n"
     # First what is no section, and in a section what it cannot do without.
     fields = sorted(
         fields_of(section).items(),
@@ -256,7 +256,7 @@ def _default(field: FieldInfo) -> str:
         return ", required"
     value = field.get_default(call_default_factory=True)
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    if value in (None, "", (), [], {}) or value in choices[:1]:
+    if value in (None, "", (), [], {}) or value in choices[:1] or value == "auto":
         return ""
     return f", default `{json.dumps(value)}`"
 
@@ -498,16 +498,15 @@ def _targets() -> Iterator[str]:
     for purpose, base in sorted(read_bases().items()):
         yield f"| {purpose} | `{base.reference}` |"
     yield (
-        "\n## GPUs\n\nMemory is from the data sheet; usable is what a process sees on that GPU. "
+        "\n## GPUs\n\nMemory is what a process sees on that GPU. "
         "Compute capabilities and types are from the CUDA C++ Programming Guide. "
         f"{_missing('BF16', lambda gpu: gpu.bf16)} {_missing('FP8', lambda gpu: gpu.fp8)}\n"
     )
-    yield "| name | capability | memory | usable |\n|---|---|---|---|"
+    yield "| name | capability | memory |\n|---|---|---|"
     for name, gpu in sorted(GPUS.items()):
         numbers = gpu.compute_capability
         capability = ".".join(map(str, numbers)) if any(numbers) else gpu.generation
-        sizes = f"{gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB"
-        yield f"| `{name}` | {capability} | {sizes} |"
+        yield f"| `{name}` | {capability} | {gpu.usable_bytes >> 20:,} MiB |"
     yield (
         "\n`cpu`, or no name, plans for `serve.memory`, or else this machine's memory. So does "
         f"`{AMX}`, for {CPUS[AMX]}: vLLM loads "
