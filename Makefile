@@ -31,14 +31,15 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 
 # Run the tests of an expression: $(call tests,EXPRESSION,FLAGS). An engine and builders come first.
-# Those of the engine, whose output comes last, wait more than they compute, as those of clusters do.
+# Tests of the engine wait more than they compute: they run beside all others, and what they say
+# comes last.
 define tests
 bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)" || exit; \
 echo "test: making builders; ten minutes the first time, nothing afterwards"; \
 $(BIN)/python -m tests.builders || exit; \
-$(PARALLEL) -m "($(1)) and not (gpu or $(ENGINE) or $(ALONE))" $(2) $(PYTEST_FLAGS) || exit; \
 said=$$(mktemp); trap 'kill $$engine 2>/dev/null; rm -f $$said' EXIT; \
 $(PYTEST) -m "($(1)) and $(ENGINE) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & engine=$$!; \
+$(PARALLEL) -m "($(1)) and not (gpu or $(ENGINE) or $(ALONE))" $(2) $(PYTEST_FLAGS) || exit; \
 $(PYTEST) -m "($(1)) and ($(ALONE)) and not (gpu or $(ENGINE))" $(2) $(PYTEST_FLAGS); \
 alone=$$?; wait $$engine; ended=$$?; cat $$said; exit $$((alone ? alone : ended))
 endef

@@ -120,6 +120,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             drawn.append(turns[item.path] % parts == number - 1)
         config.hook.pytest_deselected(items=[*compress(items, map(not_, drawn))])
         items[:] = compress(items, drawn)
+    # Whole builds and pages first: the longest would be the last, with one worker idle meanwhile.
+    items.sort(key=lambda item: "shared_store" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

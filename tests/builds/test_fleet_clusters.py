@@ -191,22 +191,25 @@ def digests(rows: FleetRows) -> dict[tuple[str, str], str | None]:
     return {(row.adapter, row.target): row.digest for row in rows.cells}
 
 
-@pytest.mark.parametrize("names", [ADAPTERS[:2], pytest.param(ADAPTERS, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [(ADAPTERS[:2], TARGETS[1:]), pytest.param(ADAPTERS, TARGETS, marks=pytest.mark.full)],
+)
 def test_cells_have_the_digests_of_builds_one_by_one(
-    fleet: Running, alone: Alone, names: tuple[str, ...]
+    fleet: Running, alone: Alone, names: tuple[str, ...], targets: tuple[str, ...]
 ) -> None:
     every = [f"./adapters/{name}" for name in names]
-    fleet.begin(*every, {"source": "./broken", "targets": [*TARGETS[:1]]}, targets=TARGETS)
+    fleet.begin(*every, {"source": "./broken", "targets": [*targets[:1]]}, targets=targets)
     rows = fleet.rows()
 
     made = digests(rows)
-    broken = made.pop(("broken", TARGETS[0]))
-    assert made == alone.digests(names, TARGETS)
+    broken = made.pop(("broken", targets[0]))
+    assert made == alone.digests(names, targets)
     assert broken is None
     (refused,) = (row for row in rows.cells if row.adapter == "broken")
     assert (refused.verdict, refused.exit_code, refused.tries) == ("refused", 3, 1)
     assert "NaN" in (refused.error or "")
-    assert rows.stages["merge"]["run"] == len(names)  # once for three targets
+    assert rows.stages["merge"]["run"] == len(names)  # once for all targets
     assert rows.bytes_moved > 0
     assert all(Path(row.report).is_file() for row in rows.cells if row.digest)
 

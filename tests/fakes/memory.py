@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from cryptography.hazmat.primitives import hashes, serialization
@@ -34,6 +35,7 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe
+from weightsmith.steps import launch
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.tools import NO_LIMIT, JobMemory, Tools
 from weightsmith.worker.jobs import STAGES as JOBS
@@ -344,7 +346,8 @@ def questions(name: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def in_memory(folder: Path, client: Registry, **more: Any) -> Iterator[Memory]:
-    with fake_registry() as registry:
+    # Looking for busy CPUs takes 0.2 s.
+    with fake_registry() as registry, patch.object(launch, "idle", lambda: 1):
         yield Memory(folder, registry, client, **more)
 
 
