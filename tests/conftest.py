@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
@@ -23,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.clusters import clusters, has_ray, has_slurm
+from tests.parts import dealt
 from tests.paths import ROOT, TINY
 
 # A busy machine is no fault of the code: nothing here is judged by the clock. And the same commit
@@ -112,12 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker("full")
     if part := config.getoption("part"):
         number, parts = map(int, part.split("/"))
-        # In turn within a file, so that its long tests are spread over the parts.
-        turns = {path: zlib.crc32(path.name.encode()) for path in {item.path for item in items}}
-        drawn = []
-        for item in items:
-            turns[item.path] += 1
-            drawn.append(turns[item.path] % parts == number - 1)
+        drawn = [one == number - 1 for one in dealt(items, parts)]
         config.hook.pytest_deselected(items=[*compress(items, map(not_, drawn))])
         items[:] = compress(items, drawn)
     # Whole builds and pages first: the longest would be the last, with one worker idle meanwhile.

@@ -77,7 +77,7 @@ def test_llama_cpp_reads_the_calls_that_were_taught(recipe: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_reads_them_with_the_parser_of_the_template(recipe: Path) -> None:
+def test_vllm_reads_them_with_the_parser_of_the_template_and_no_other(recipe: Path) -> None:
     build(recipe, "vllm")
 
     is_as_taught(record(recipe, "vllm"))
@@ -85,11 +85,8 @@ def test_vllm_reads_them_with_the_parser_of_the_template(recipe: Path) -> None:
     assert made["tool-call-parser"] == "hermes"
     shutil.rmtree(recipe.parent / "dist/caller/1.0.0/vllm")  # 2 GB
 
-
-@pytest.mark.vllm
-def test_a_parser_of_another_form_is_named(recipe: Path) -> None:
+    # And one of another form is named.
     parser = f"serve.tool_parser={WRONG_PARSER}"
     error = build(recipe, "vllm", "--set", parser, code=4)["error"]
-
     assert "the server's parser left a" in error["message"]
     assert error["hint"].startswith("another serve.tool_parser may read it")

@@ -1,0 +1,56 @@
+"""Deals what only `make test-all` runs into parts that take about as long as each other."""
+
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+SECONDS = {
+    r"real/test_tool_calls.*vllm": 450,
+    r"real/test_tool_calls": 150,
+    r"real/test_support_bot.*four_images": 300,
+    r"real/test_support_bot": 50,
+    r"real/test_vllm\.py.*checkpoints_numbers": 190,
+    r"real/test_vllm\.py.*by_its_name": 140,
+    r"real/test_vllm\.py.*gptq": 85,
+    r"real/test_vllm\.py": 25,
+    r"real/test_vllm_engine": 110,
+    r"real/test_vllm_pooling.*judged": 200,
+    r"real/test_vllm_pictures": 35,
+    r"real/test_pictures.*vllm": 125,
+    r"real/test_compressor.*package": 50,
+    r"real/test_compressor": 35,
+    r"real/test_arm": 10,
+    r"test_fleet_clusters.*names": 150,
+    r"test_fleet_clusters.*(lost|stops|six)": 90,
+    r"test_fleet_clusters": 25,
+    r"test_gguf_pass.*iq1_m-with": 40,
+    r"test_gguf_pass.*iq2_m-with": 25,
+    r"test_whole_builds.*light": 25,
+    r"test_docs.*whole_page": 10,
+}
+"""Pattern of a test's name -> the time that it takes of a part on two quiet cores; half of what
+it takes itself where another runs beside it. The first that fits counts; below ten, none."""
+
+
+def dealt(items: Sequence[pytest.Item], parts: int) -> Iterator[int]:
+    """Yield the part of each: long tests go where least is yet, others in turn within a file."""
+    sizes = {item.nodeid: _seconds(item) for item in items}
+    full, place = [0] * parts, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if sizes[name]:
+            place[name] = full.index(min(full))
+            full[place[name]] += sizes[name]
+    turns = {path: zlib.crc32(path.name.encode()) for path in {item.path for item in items}}
+    for item in items:
+        turns[item.path] += 1
+        yield place.get(item.nodeid, turns[item.path] % parts)
+
+
+def _seconds(item: pytest.Item) -> int:
+    """Return 0 for a short one, and for one that `make test` runs."""
+    if not {mark.name for mark in item.iter_markers()} & {"full", "real"}:
+        return 0
+    fits = (seconds for name, seconds in SECONDS.items() if re.search(name, item.nodeid))
+    return next(fits, 0)
