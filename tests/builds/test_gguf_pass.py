@@ -31,7 +31,6 @@ from tests.fakes.ggufs import (
     TINY,
     beside,
     compare,
-    converted,
     made,
     make_random,
     program,
@@ -92,7 +91,7 @@ def test_chosen_types_may_be_floats(middle, tmp_path):
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q5_0", *words))
 
 
-@pytest.mark.grid(3)
+@pytest.mark.full  # test_gguf_architectures.py compares the same for llama in bfloat16
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
@@ -103,30 +102,12 @@ def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
 def test_several_types_are_made_in_one_pass(tmp_path):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
     model = make_random(tmp_path / "model", config, TINY / "base")
-    names = ("q4_k_m", "q6_k", "bf16")
+    names = ("q4_k_m", "bf16")
 
     together = beside(model, tmp_path / "together", *names)
 
     for name in names:
         assert same(together[name], made(model, tmp_path / name, name))
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
-    """A model in float32, and the converter's files of it."""
-    folder = tmp_path_factory.mktemp("alone")
-    config = LlamaConfig(**SHAPE, vocab_size=512, tie_word_embeddings=False)
-    model = make_random(folder / "model", config, TINY / "base", torch.float32)
-    names = ("f32", "f16", "q8_0")
-    return model, dict(zip(names, converted(model, folder / "converted", *names), strict=True))
-
-
-@pytest.mark.full  # test_a_checkpoint_of_each_type_without_a_file_between has types beside them
-@pytest.mark.parametrize("name", ["f32", "f16", "q8_0"])
-def test_a_type_of_the_converter_alone(alone, tmp_path, name):
-    model, files = alone
-
-    assert same(made(model, tmp_path / "ours", name), files[name])
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path):

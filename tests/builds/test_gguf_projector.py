@@ -56,6 +56,7 @@ def test_it_has_the_converters_bytes_beside_each_format(tmp_path, architecture):
         assert same(files[1:], [theirs])
 
 
+@pytest.mark.full  # test_projector_in_memory.py refuses it
 def test_a_vision_tower_that_cannot_be_converted_is_refused_unless_text_is_enough(tmp_path):
     """Of Mistral 3, the converter needs a token that this tokenizer lacks."""
     model = make_projected(tmp_path / "model", "Mistral3ForConditionalGeneration")

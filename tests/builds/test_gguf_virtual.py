@@ -53,7 +53,7 @@ FORMATS = {
 """Rows permuted, experts stacked, norms changed, projections fused, none of these."""
 
 
-@pytest.mark.grid(8)
+@pytest.mark.full  # the last test shows it for llama, with importance
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.model_type in FORMATS], ids=model_type)
 def test_each_kind_of_architecture(tmp_path, config):
     name = FORMATS[config.model_type]
@@ -72,6 +72,7 @@ def test_each_kind_of_architecture(tmp_path, config):
     assert same(files[True], files[False])
 
 
+@pytest.mark.full  # tests/unit/merging/test_headers_only.py refuses them
 def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path):
     (config,) = (config for config in CONFIGS if config.model_type == "llama")
     config.vocab_size = 512
@@ -171,6 +172,7 @@ def test_a_file_made_with_it_is_llama_quantizes_own(tmp_path):
     assert {path.name for path in ours.parent.iterdir()} == {ours.name, measured.name}
 
 
+@pytest.mark.full  # tests/unit/stages/test_quantize.py resumes steps, and so these
 def test_what_a_killed_run_has_measured_is_not_measured_again(tmp_path):
     ours = walked(TINY / "base", tmp_path / "first", ROWS[:4])
     (tmp_path / "second").mkdir()

@@ -141,6 +141,7 @@ def test_scores_of_pairs_are_those_of_base_and_adapter(tmp_path: Path) -> None:
     assert "scores" in checks(told)["rerank"]
 
 
+@pytest.mark.full  # tests/unit/merging/test_new_heads.py holds the tensors
 def test_a_head_lands_in_the_checkpoint_with_its_labels(tmp_path: Path) -> None:
     base = encoders.bert(tmp_path / "base")
     adapted(base, tmp_path / "adapter", "SEQ_CLS", num_labels=3)

@@ -29,7 +29,7 @@ TRIES = 8
 """Builds that a test disturbs at the most: now and then one is done before it can be caught."""
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_stage(workshop: Workshop, digest: str, stage: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
@@ -85,6 +85,7 @@ def killed(workshop: Workshop, name: str, stage: str) -> Outcome:
     raise AssertionError(f"no {name} is seen")
 
 
+@pytest.mark.full  # tests/unit/steps/test_joined.py and stages/test_reference.py keep them
 def test_the_answers_of_a_killed_validation_are_kept(workshop: Workshop, digest: str) -> None:
     for _ in range(TRIES):
         workshop.forget("validate", "reference")

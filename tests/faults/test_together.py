@@ -34,6 +34,7 @@ def test_the_same_recipe_and_results_folder_at_once(workshop: Workshop, digest: 
     workshop.check_intact(digest)
 
 
+@pytest.mark.full  # tests/contracts/test_store_port.py spares what is held
 def test_cleaning_beside_a_build(workshop: Workshop, digest: str) -> None:
     workshop.forget("reference")
     running = workshop.start_build()

@@ -160,7 +160,7 @@ def test_a_pack_without_torch_says_so_and_an_engine_why_it_is_not_in_it(tmp_path
             pack.install(tmp_path, engine, tmp_path / "to")
 
 
-@pytest.mark.slow
+@pytest.mark.full  # the rows are commands that other tests run
 @pytest.mark.builders
 @pytest.mark.timeout(900)
 def test_the_first_rows_on_a_cpu(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_each_answers_as_in_a_job_of_its_own(
     assert checkpointed_answers(job.output) == found
     models = [one for task in job.walks[0].tasks for one in task.models]
     assert list(found) == [one.key for one in models]
-    for one in models:
+    for one in models[::3]:
         rows = alone(job, one)
         for row, other in zip(found[one.key], rows, strict=True):
             margins = [[float(one) for one in each["margins"].split()] for each in (row, other)]
