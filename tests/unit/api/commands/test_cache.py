@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from weightsmith.api.commands.cache import run_cache
 from weightsmith.api.commands.requests import CacheCommand
+from weightsmith.cache import uploads
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import key_of
@@ -85,8 +86,10 @@ def test_the_cache_is_pruned_to_a_size(tmp_path: Path, run: Run) -> None:
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
 
 
-@pytest.mark.slow
-def test_a_cache_that_cannot_be_used_is_an_error_here(tmp_path: Path, run: Run) -> None:
+def test_a_cache_that_cannot_be_used_is_an_error_here(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "_PAUSE_SECONDS", 0.0)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "blobs").write_text("")
     made(tmp_path / "one")
