@@ -17,13 +17,12 @@ endef
 
 # What a machine has one of, so that only one test at a time may use it: the engine's names; a
 # cluster's ports, and the memory that a server of vLLM takes. All else is a test's own.
-ENGINE := docker
-ALONE := ray or slurm or vllm
+ONE := docker or ray or slurm or vllm
 # What only test-all runs, and a twelfth of it after each commit: the rest of large grids, and tests
 # of what others show in brief.
 REST := full or real
 # What test-fast does without: other programs, and tests that take half a second or more.
-FAST := not ($(ENGINE) or $(ALONE) or builders or registry or other_registries or browser or root or gpu or $(REST) or slow)
+FAST := not ($(ONE) or builders or registry or other_registries or browser or root or gpu or $(REST) or slow)
 # All tests, and what they start, read and write compiled modules, also where a container's variable
 # forbids to write these: that is a tenth of the time.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
@@ -31,17 +30,16 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 
 # Run the tests of an expression: $(call tests,EXPRESSION,FLAGS). An engine and builders come first.
-# Tests of the engine wait more than they compute: they run beside all others, and what they say
-# comes last.
+# Those that a machine has one of wait more than they compute: they run one by one beside all others,
+# and what they say comes last.
 define tests
 bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)" || exit; \
 echo "test: making builders; ten minutes the first time, nothing afterwards"; \
 $(BIN)/python -m tests.builders || exit; \
-said=$$(mktemp); trap 'kill $$engine 2>/dev/null; rm -f $$said' EXIT; \
-$(PYTEST) -m "($(1)) and $(ENGINE) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & engine=$$!; \
-$(PARALLEL) -m "($(1)) and not (gpu or $(ENGINE) or $(ALONE))" $(2) $(PYTEST_FLAGS) || exit; \
-$(PYTEST) -m "($(1)) and ($(ALONE)) and not (gpu or $(ENGINE))" $(2) $(PYTEST_FLAGS); \
-alone=$$?; wait $$engine; ended=$$?; cat $$said; exit $$((alone ? alone : ended))
+said=$$(mktemp); trap 'kill $$one 2>/dev/null; rm -f $$said' EXIT; \
+$(PYTEST) -m "($(1)) and ($(ONE)) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & one=$$!; \
+$(PARALLEL) -m "($(1)) and not (gpu or $(ONE))" $(2) $(PYTEST_FLAGS) || exit; \
+wait $$one; ended=$$?; cat $$said; exit $$ended
 endef
 
 .DEFAULT_GOAL := help

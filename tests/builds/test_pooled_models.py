@@ -71,6 +71,7 @@ def checks(told: dict[str, Any]) -> dict[str, str]:
     return {check["name"]: check["seen"] for check in record["checks"]}
 
 
+@pytest.mark.full  # test_pooled_suites.py holds the image against the same vectors
 def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
     base = encoders.bert(tmp_path / "base")
     unmerged = adapted(base, tmp_path / "adapter", "FEATURE_EXTRACTION")

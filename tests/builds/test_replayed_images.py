@@ -32,6 +32,7 @@ def served(model: Path, log: Path, variant: str = "") -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+@pytest.mark.full  # test_replay_in_memory.py proves, and test_replay_faults.py asks real servers
 def test_a_started_image_is_proven_and_another_one_is_not(
     tiny_build: TinyBuild, shared_store: Path, tmp_path: Path
 ) -> None:

@@ -194,6 +194,7 @@ def test_single_commands_make_the_same_artifact(local, tmp_path: Path) -> None:
     assert score["score"] >= 0.9
 
 
+@pytest.mark.full  # test_bench_in_memory.py loads one, the tutorial evaluates one
 def test_an_image_is_loaded_and_compared(local, tmp_path: Path) -> None:
     store, dist, built = local
     folder = dist / "tiny-capitals" / "1.0.0" / TARGET

@@ -41,7 +41,7 @@ def images(folder: Path) -> tuple[Image, Image]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("swap", "count"), [(True, 7), (False, 4)])
+@pytest.mark.parametrize(("swap", "count"), [(True, 4), (False, 4)])
 def test_a_layout_that_is_published(
     moments: Moments, tmp_path: Path, swap: bool, count: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_an_image_that_is_pulled(moments: Moments, tmp_path: Path) -> None:
         layout, cache = tmp_path / "out" / "layout", tmp_path / "cache"
         words = {"source": str(place), "layout": str(layout), "root": str(cache)}
         hit = 0
-        for moment in chosen(moments.count("pull", **words), 6):
+        for moment in chosen(moments.count("pull", **words), 4):
             for number in SIGNALS:
                 shutil.rmtree(layout)
                 hit += ended(moments.end_at(moment, number, "pull", **words), number)
@@ -105,7 +105,7 @@ def test_an_image_that_is_pushed(moments: Moments, tmp_path: Path) -> None:
     with fake_registry() as fake:
         words = {"layout": str(tmp_path / "layout"), "to": f"{fake.host}/app:1"}
         hit = 0
-        for moment in chosen(moments.count("push", **words), 7):
+        for moment in chosen(moments.count("push", **words), 5):
             for number in SIGNALS:
                 fake.manifests.clear()
                 fake.blobs.clear()

@@ -126,6 +126,7 @@ def test_a_killed_trial_leaves_no_server_and_no_files(workshop: Workshop, digest
     assert not list((workshop.folder / "tmp").iterdir())
 
 
+@pytest.mark.full  # test_refusals_in_memory.py and tests/contracts/test_runner.py show it
 def test_a_worker_that_is_killed(workshop: Workshop, digest: str) -> None:
     outcome = killed(workshop, "weightsmith.worker", "reference")
 
@@ -133,6 +134,7 @@ def test_a_worker_that_is_killed(workshop: Workshop, digest: str) -> None:
     workshop.check_intact(digest)
 
 
+@pytest.mark.full  # test_refusals_in_memory.py has servers that end
 def test_a_server_that_is_killed(workshop: Workshop, digest: str) -> None:
     outcome = killed(workshop, "llama-server", "evaluate")
 

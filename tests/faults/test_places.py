@@ -53,6 +53,7 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("format_", ["q8_0", "fp8"])
 def test_a_full_disk_for_a_quantized_model(empty: Workshop, format_: str) -> None:
     small = empty.folder / "small"

@@ -123,6 +123,7 @@ CASES: list[tuple[Callable[[Path], object], str, Any]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.grid(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("reader", "name", "change"),

@@ -100,6 +100,7 @@ OTHERS = {
 
 
 @pytest.mark.slow
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", ["embedding", "head", "saved-embedding", "linear"])
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_heads_of_other_names(

@@ -49,6 +49,7 @@ BASES = [
 
 
 @pytest.mark.slow
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("name", "kind"), BASES)
 def test_the_tensors_are_those_of_the_class_that_transformers_saves(

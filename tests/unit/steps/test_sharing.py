@@ -66,6 +66,7 @@ def packed(source: Path, out: Path, format_: Format) -> Resharded:
     return reshard(tree, lambda _: 10**9, lambda _, make: make(), strict=False)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("format_", sorted(SCHEMES))
 @pytest.mark.parametrize("changed", [("self_attn.q_proj",), ("mlp.down_proj",)])
 def test_files_that_do_not_depend_on_adapters_are_equal(

@@ -80,6 +80,7 @@ def test_one_adapter_given_twice_is_not_missing(tmp_path: Path, method: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("rank", [None, 3, 6])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_sum_of_bounded_rank(tmp_path: Path, rank: int | None, dtype: str) -> None:

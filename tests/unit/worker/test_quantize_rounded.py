@@ -57,6 +57,7 @@ CASES = [
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(("architecture", "name"), CASES)
 def test_the_files_are_those_of_the_written_merge(
     tmp_path: Path, architecture: str, name: str
