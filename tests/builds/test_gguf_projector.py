@@ -12,7 +12,6 @@ from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
-from weightsmith.core.errors import InputRefused
 from weightsmith.oci.layout import read_layout
 
 from tests.fakes.ggufs import beside, program, same
@@ -54,21 +53,6 @@ def test_it_has_the_converters_bytes_beside_each_format(tmp_path, architecture):
     for files in ours.values():
         assert [path.name for path in files] == ["demo.gguf", "mmproj-demo.gguf"]
         assert same(files[1:], [theirs])
-
-
-@pytest.mark.full  # test_projector_in_memory.py refuses it
-def test_a_vision_tower_that_cannot_be_converted_is_refused_unless_text_is_enough(tmp_path):
-    """Of Mistral 3, the converter needs a token that this tokenizer lacks."""
-    model = make_projected(tmp_path / "model", "Mistral3ForConditionalGeneration")
-    told: list[str] = []
-    with pytest.raises(InputRefused, match="cannot convert the vision tower"):
-        beside(model, tmp_path / "refused", "q8_0", "f16", projector="f16")
-    allowed = {"projector": "f16", "allow_text_only": True}
-    ours = beside(model, tmp_path / "ours", "q8_0", "f16", told=told, **allowed)
-
-    assert [[path.name for path in files] for files in ours.values()] == [["demo.gguf"]] * 2
-    assert any("could not convert the vision tower" in text for text in told)
-    assert any("does not accept images" in text for text in told)
 
 
 def make_adapter(base: Path, folder: Path) -> Path:

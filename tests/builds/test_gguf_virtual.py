@@ -72,19 +72,6 @@ def test_each_kind_of_architecture(tmp_path, config):
     assert same(files[True], files[False])
 
 
-@pytest.mark.full  # tests/unit/merging/test_headers_only.py refuses them
-def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path):
-    (config,) = (config for config in CONFIGS if config.model_type == "llama")
-    config.vocab_size = 512
-    base, model = make_random(tmp_path / "base", config, TINY / "base"), tmp_path / "out" / "model"
-    adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
-    made = merge(MergeRequest(base=base, adapters=adapters, out=model, headers_only=True))
-    others = ((make_adapter(base, tmp_path / "other"), 1.0),)
-
-    with pytest.raises(InputRefused, match="not those that were merged"):
-        quantized(model, "q4_k_m", computing(base, others, made))
-
-
 def make_adapter(base, folder):
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = get_peft_model(network, LoraConfig(r=4, target_modules="all-linear"))

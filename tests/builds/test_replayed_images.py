@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.building.wiring import cache_folder
-from weightsmith.core import cpus
 from weightsmith.outside.toolset import toolset_folder
 
-from tests.builds.test_whole_builds import from_image
 from tests.conftest import TinyBuild
 from tests.fakes.started import free_port, started, weightsmith
 from tests.paths import ROOT
@@ -54,17 +52,3 @@ def test_a_started_image_is_proven_and_another_one_is_not(
     assert len(statement.read_text().splitlines()) == 2
     assert other["verdict"] == "different"
     assert other["differences"][0]["excess"] > 0
-
-
-@pytest.mark.full  # the demonstrations of the program in the image show it too
-@pytest.mark.skipif(not cpus.has_avx2(), reason="this CPU runs the oldest instructions anyway")
-def test_an_older_instruction_set_is_proven(
-    tiny_build: TinyBuild, shared_store: Path, tmp_path: Path
-) -> None:
-    with served(from_image(tiny_build.dist, tmp_path), tmp_path / "log", "x86-64-v2") as url:
-        found = weightsmith(
-            "prove", "--image", tiny_build.told["image"], "--url", url, "--runner", "local",
-            store=shared_store,
-        )  # fmt: skip
-
-    assert found["verdict"] == "proven"

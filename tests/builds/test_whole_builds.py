@@ -279,15 +279,6 @@ def run(python: Path, *words: object, store: Path) -> subprocess.CompletedProces
 
 
 @pytest.mark.full
-def test_nothing_heavy_is_installed(light):
-    listed = subprocess.run(
-        [light, "-m", "pip", "list"], capture_output=True, text=True, check=True
-    )
-    names = {line.split()[0].lower() for line in listed.stdout.splitlines()[2:]}
-    assert not names & {"torch", "transformers", "peft", "safetensors", "ml-dtypes"}
-
-
-@pytest.mark.full
 def test_a_light_install_builds_the_same_image(light, tiny_build: TinyBuild, tmp_path):
     done = run(
         light,

@@ -32,15 +32,3 @@ def test_the_same_recipe_and_results_folder_at_once(workshop: Workshop, digest: 
     assert [running.end().digest for running in both] == [digest] * 3
     workshop.check_whole()
     workshop.check_intact(digest)
-
-
-@pytest.mark.full  # tests/contracts/test_store_port.py spares what is held
-def test_cleaning_beside_a_build(workshop: Workshop, digest: str) -> None:
-    workshop.forget("reference")
-    running = workshop.start_build()
-    running.wait_for("reference:")
-    cleaned = workshop.run("clean", "--keep", "0")
-
-    assert cleaned.code == 0, cleaned.err
-    assert running.end().digest == digest
-    workshop.check_intact(digest)
