@@ -31,13 +31,14 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 
 # Run the tests of an expression: $(call tests,EXPRESSION,FLAGS). An engine and builders come first.
 # Those that a machine has one of wait more than they compute: they run one by one beside all others,
-# and what they say comes last.
+# and what they say comes last. A shell lets such a process ignore Ctrl-C, and this one has clusters
+# to end.
 define tests
 bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)" || exit; \
 echo "test: making builders; ten minutes the first time, nothing afterwards"; \
 $(BIN)/python -m tests.builders || exit; \
-said=$$(mktemp); trap 'kill $$one 2>/dev/null; rm -f $$said' EXIT; \
-$(PYTEST) -m "($(1)) and ($(ONE)) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & one=$$!; \
+said=$$(mktemp); trap 'kill -INT $$one 2>/dev/null; wait $$one; rm -f $$said' EXIT; \
+env --default-signal=INT $(PYTEST) -m "($(1)) and ($(ONE)) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & one=$$!; \
 $(PARALLEL) -m "($(1)) and not (gpu or $(ONE))" $(2) $(PYTEST_FLAGS) || exit; \
 wait $$one; ended=$$?; cat $$said; exit $$ended
 endef
