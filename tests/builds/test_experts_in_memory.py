@@ -87,6 +87,7 @@ def test_what_the_adapter_taught_survives_every_format(memory: Memory) -> None:
     _check_experts(memory)
 
 
+@pytest.mark.full  # test_dequantized_in_memory.py says so of a fake
 @pytest.mark.parametrize("memory", ["qwen3_moe"], indirect=True)
 def test_an_image_for_a_cpu_with_amx_is_not_started_without_it(memory: Memory) -> None:
     built = memory.build("serve.gpu=cpu-amx", targets=["vllm-w8a8", "vllm-fp8-block"])

@@ -155,7 +155,7 @@ def other_byte(data: bytes) -> bytes:
         ("memory", lose_blobs, False),
         ("memory", damage_memory, False),
         pytest.param("folder", damage_folder, True, marks=pytest.mark.slow),
-        pytest.param("s3", damage_bucket, False, marks=pytest.mark.slow),
+        pytest.param("s3", damage_bucket, False, marks=pytest.mark.full),
     ],
 )
 def test_what_the_cache_has_lost_or_damaged_at_the_same_size_is_sent_again(
