@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,18 @@ WORK = Path(__file__).resolve().parent / "work" / "replay"
 NAME = "model"
 LOADS = 600
 """Seconds that a start may take."""
+ISA = "ONEDNN_MAX_CPU_ISA"
+WITHOUT = """import sys
+
+class Lacking:
+    def find_spec(self, name, *_):
+        if name == "vllm.platforms.cpu" and "{lacks}":
+            import torch.cpu
+            torch.cpu.{lacks} = lambda: False
+
+sys.meta_path.insert(0, Lacking())
+"""
+"""What each of vLLM's processes runs first: its processor lacks something."""
 
 
 @dataclass(frozen=True)
@@ -69,33 +82,44 @@ def llamacpp(model: Path, port: int) -> list[Start]:
 
 
 def vllm(model: Path, port: int) -> list[Start]:
-    """Return vLLM for CPUs with settings that change kernels, threads and batches."""
+    """Return vLLM for CPUs: three instruction sets, threads, chunks of prompts, prefix caching."""
     engine = make_store().find(base_inputs("vllm-cpu").key)
     if engine is None:
         raise SystemExit("vLLM's engine for CPUs is not in the store: build a vllm target first")
-    root = engine.tree.root
-    loader = (f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path")
-    python = (*loader, f"{root}/usr/lib/x86_64-linux-gnu", f"{root}/usr/bin/python3", "-s")
-    words = (*python, f"{root}/usr/bin/vllm", "serve", str(model), "--served-model-name", NAME)
-    words += ("--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512")
+    packages = engine.tree.root / "usr/local/lib/python3.11/dist-packages"
+    base = {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+        "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # fmt: skip
+    # torch and oneDNN read a variable; vLLM asks torch, which asks the processor.
+    kernels: dict[str, tuple[str, dict[str, str]]] = {
+        "AVX-512 with bfloat16": ("", {}),
+        "AVX2": ("_is_avx512_supported", {"ATEN_CPU_CAPABILITY": "avx2", ISA: "AVX2"}),
+        "AVX-512": ("_is_avx512_bf16_supported", {ISA: "AVX512_CORE"}),
+    }
+    for name, (lacks, env) in kernels.items():
+        site = WORK / f"site {name}"
+        site.mkdir(parents=True, exist_ok=True)
+        (site / "sitecustomize.py").write_text(WITHOUT.format(lacks=lacks))
+        env["PYTHONPATH"] = f"{site}:{packages}"
+    words = ("serve", str(model), "--served-model-name", NAME, "--port", str(port))
+    words += ("--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager")
     words += ("--kv-cache-memory-bytes", "268435456")
-    base = {"PYTHONHOME": f"{root}/usr", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    kernels: tuple[dict[str, str], ...] = (
-        {},
-        {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    grid = itertools.product(
+        kernels, ("1", "2"), ("2048", "32"), (("4",), ("16", "--no-enable-prefix-caching"))
     )
-    grid = itertools.product(kernels, ("1", "2"), ("2048", "32"), (True, False))
     return [
         Start(
-            label=f"{'AVX2' if isa else 'best'}, {threads} threads, {tokens} tokens a step, "
-            f"{'eager' if eager else 'compiled'}",
+            label=f"{name}, {threads} thread{'s' * (threads != '1')}, {tokens} tokens a step, "
+            f"{seqs[0]} at once{', no prefix cache' * (len(seqs) > 1)}",
             command=(
-                *(*words, "--max-num-batched-tokens", tokens, "--max-num-seqs", "4"),
-                *(("--enforce-eager",) if eager else ()),
+                *(sys.executable, "-s", "-m", "vllm.entrypoints.cli.main", *words),
+                *("--max-num-batched-tokens", tokens, "--max-num-seqs", *seqs),
             ),
-            env={**base, **isa, "OMP_NUM_THREADS": threads},
+            env={**base, **kernels[name][1], "OMP_NUM_THREADS": threads},
         )
-        for isa, threads, tokens, eager in grid
+        for name, threads, tokens, seqs in grid
     ]
 
 

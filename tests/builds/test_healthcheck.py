@@ -180,6 +180,21 @@ def test_the_first_token_that_differs_decides(
     assert probe.found["verdict"] == ("different" if verdict == "different" else "proven")
 
 
+def test_a_call_is_known_by_its_tokens_alone(probe: Probe, start: Start) -> None:
+    tokens = [token(text, 0) for text in ('{"name":', ' "now"}', "")]
+    probe.write(a_set(answer="", finish="tool_calls", tokens=tokens))
+    call, other = (reply('{"name":', text, "") for text in (' "now"}', ' "then"}'))
+    for one in (call, other):
+        one["choices"][0] |= {"message": {"content": None}, "finish_reason": "tool_calls"}
+
+    assert probe(answering(start, call).server_port).returncode == HEALTHY
+    assert "different: question" in probe(answering(start, other).server_port).stderr
+    del call["choices"][0]["logprobs"]
+    done = probe(answering(start, call).server_port)
+    assert (done.returncode, probe.found["verdict"]) == (NOT_SHOWN, "not shown")
+    assert "a call of a tool, and the server lists no tokens" in done.stderr
+
+
 def drawn(chance: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
     """A set of one answer, and a reply that may be another."""
     words = ["a", " b", "ä", " the", ""]
@@ -433,6 +448,23 @@ def test_without_replay_it_asks_for_health_alone(probe: Probe, start: Start) -> 
     server.health = 500
     assert probe(server.server_port, replay=False).returncode == NOT_SHOWN
     assert server.asked == []
+
+
+def test_a_variable_moves_it_with_its_server(probe: Probe, start: Start) -> None:
+    server = answering(start, GOOD)
+    port, moved = server.server_port, ("--port-variable", "A_PORT")
+    assert probe(1, *moved, replay=False, A_PORT=str(port)).returncode == HEALTHY
+    assert probe(port, *moved, replay=False, A_PORT="").returncode == HEALTHY
+    assert probe(port, *moved, replay=False, A_PORT="x").returncode == USAGE
+
+
+def test_it_prints_what_it_found(probe: Probe, start: Start) -> None:
+    shown = (probe.program, "--show", "--result", probe.result)
+    done = subprocess.run(shown, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (NOT_SHOWN, "")
+    probe(answering(start, GOOD).server_port)
+    done = subprocess.run(shown, capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)) == (HEALTHY, probe.found)
 
 
 @pytest.mark.parametrize(

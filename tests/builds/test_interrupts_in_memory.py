@@ -9,14 +9,14 @@ from tests.fakes.memory import Memory
 TARGET = "llamacpp-q4_k_m"
 MOMENTS = {
     "stage resolve": (), "finish resolve": (),
+    "make healthcheck for linux/amd64": ("base", "merge"),
     "stage merge": (), "job merge": ("merge",), "finish merge": (),
     "stage validate": (), "job proof": ("validate", "reference"), "finish validate": (),
     "stage reference": (), "finish reference": (),
     "stage quantize": (), "job quantize": ("quantize",), "finish quantize": (),
     "stage quality": (), "job quality": ("quality",), "finish quality": (),
     "stage render": (), "finish render": (),
-    "stage bake": (), "job export-engine": ("base",),
-    "make healthcheck for linux/amd64": ("base",), "finish bake": (),
+    "stage bake": (), "job export-engine": ("base",), "finish bake": (),
     "stage evaluate": (), "load candidate": ("smoke",), "start": ("smoke",),
     "stop": ("smoke",), "finish evaluate": ("smoke",),
     "stage publish": ("smoke",), f"load 1.0.0-{TARGET}": ("smoke",),

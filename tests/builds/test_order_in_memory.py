@@ -23,14 +23,14 @@ def test_what_happens_in_which_order(memory: Memory) -> None:
 
     assert [e for e in memory.journal.events if not e.startswith("finish")] == [
         "send",  # an upload opened and given up: is pushing allowed?
-        "stage resolve",
+        "stage resolve", "make healthcheck for linux/amd64",
         "stage merge", "job merge",
         "stage validate", "job proof",
         "stage reference",
         "stage quantize", "job quantize",
         "stage quality", "job quality",
         "stage render",
-        "stage bake", "job export-engine", "make healthcheck for linux/amd64",
+        "stage bake", "job export-engine",
         "stage evaluate", "load candidate", "start", "stop",
         "stage publish", "untag candidate", "send",
         f"tag sha256-{built.published.digest.removeprefix('sha256:')}",

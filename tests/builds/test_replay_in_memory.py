@@ -32,8 +32,8 @@ def built(memory: Memory) -> Memory:
     return memory
 
 
-def build(memory: Memory) -> None:
-    memory.build(layout=memory.folder / "image")
+def build(memory: Memory, **asked: Any) -> None:
+    memory.build(layout=memory.folder / "image", **asked)
 
 
 def layout(memory: Memory) -> str:
@@ -109,7 +109,9 @@ def test_a_set_beside_the_recipe_is_kept_where_it_holds(memory: Memory) -> None:
     """So an image has one digest on machines whose log-probabilities differ a little."""
     build(memory)
     first, found = memory.record()["image"]["digest"], replay_file(memory)
-    (memory.home / "recipe.replay.json").write_text(json.dumps(found))
+    build(memory, keep_replay=True)
+    kept = memory.home / "recipe.replay.json"
+    assert json.loads(kept.read_text()) == found
     memory.launcher.moved = 0.04
     build(memory)
     assert memory.record()["image"]["digest"] == first
@@ -118,9 +120,31 @@ def test_a_set_beside_the_recipe_is_kept_where_it_holds(memory: Memory) -> None:
     memory.store.entries.clear()
     build(memory)
     assert memory.record()["image"]["digest"] != first
-    (memory.home / "recipe.replay.json").write_text("[]")
+    kept.write_text("[]")
     with pytest.raises(InputRefused, match="is no replay set"):
         build(memory)
+
+
+def test_of_several_targets_each_has_its_own_file(memory: Memory) -> None:
+    names = ["llamacpp-q4_k_m", "llamacpp-q8_0"]
+    memory.write_recipe(targets=names)
+    build(memory, keep_replay=True)
+
+    assert [one.name for one in sorted(memory.home.glob("*.replay.json"))] == [
+        f"recipe.{name}.replay.json" for name in names
+    ]
+    first = memory.record()["image"]["digest"]
+    memory.launcher.moved = 0.04
+    build(memory)
+    assert memory.record()["image"]["digest"] == first
+
+
+def test_an_image_without_a_set_leaves_none_beside_the_recipe(memory: Memory) -> None:
+    memory.write_recipe(replay="none")
+    build(memory, keep_replay=True)
+
+    assert "the image has no replay set to keep" in memory.progress.warnings[-1]
+    assert list(memory.home.glob("*.replay.json")) == []
 
 
 def test_secret_questions_are_beside_the_record_alone(memory: Memory) -> None:

@@ -47,15 +47,57 @@ def test_the_program_is_a_layer_of_its_own_that_all_images_share(warm: Memory) -
     assert "--replay" in probe["exec"]["command"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["replay={probe: false}", "replay=none", "replay=digests", "evaluate=[]"],
-)
-def test_without_questions_that_may_be_asked_nothing_is_added(warm: Memory, change: str) -> None:
-    warm.build(change, push=True)
+NOT_ASKED = ("replay={probe: false}", "replay=none", "replay=digests", "evaluate=[]")
 
-    assert program_of(pulled(warm, f"1.0.0-{TARGET}")) == []
+
+@pytest.mark.parametrize("change", NOT_ASKED)
+def test_without_questions_that_may_be_asked_it_asks_for_health_alone(
+    warm: Memory, change: str
+) -> None:
+    warm.build(change, push=True)
+    image = pulled(warm, f"1.0.0-{TARGET}")
+
+    assert len(program_of(image)) == 1
+    said = (f"/{PROGRAM}", "--port", "8080", "--port-variable", "LLAMA_ARG_PORT")
+    assert image.config["Healthcheck"]["Test"] == ["CMD", *said, "--health", "/health"]
     assert startup_probe(warm)["httpGet"] == {"path": "/health", "port": 8080}
+
+
+@pytest.mark.parametrize("change", NOT_ASKED[:2])
+def test_an_image_for_a_gpu_keeps_the_health_check_of_its_base(memory: Memory, change: str) -> None:
+    memory.use_vllm("vllm", serve={"gpu": "nvidia-h100", "max_model_len": 512})
+    memory.build(change, push=True)
+
+    assert program_of(pulled(memory, "1.0.0-vllm")) == []
+    assert "httpGet" in startup_probe(memory, "vllm")
+
+
+def test_a_plan_says_that_it_is_compiled_once_for_each_platform(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = "image.platforms=[linux/amd64, linux/arm64]"
+
+    def rows() -> list[Any]:
+        told = memory.forecast(both)["stages"]
+        return [row for row in told if row["stage"] == "health check"]
+
+    first, second = rows()
+    assert first["why"] == "healthcheck for linux/amd64 is made once: a minute"
+    assert second["why"] == "healthcheck for linux/arm64 is made once: a minute"
+    assert first["disk_bytes"] == 500_000_000
+
+    def refused(engine: str, platform: str) -> None:
+        raise EnvironmentFailure(f"{engine} for {platform}: no compiler", hint="a wheel")
+
+    monkeypatch.setattr(memory, "_check_engine_files", refused)
+    with pytest.raises(
+        EnvironmentFailure,
+        match=r"healthcheck for linux/amd64: no compiler|llamacpp for linux/arm64: no",
+    ):
+        rows()
+    monkeypatch.undo()
+    memory.build(both)
+    assert [row["cached"] for row in rows()] == [True, True]
 
 
 def test_a_set_remains_where_only_the_probe_is_off(warm: Memory) -> None:
@@ -79,6 +121,16 @@ def test_a_thin_image_has_it_too_and_a_volume_not(memory: Memory) -> None:
     assert "exec" not in startup_probe(memory, "vllm", "volume")
 
 
+def test_a_volume_for_a_platform_that_has_no_image_has_no_program(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightsmith.stages.bake.DEFAULT_PLATFORM", "linux/s390x")
+    memory.build("outputs.kinds=[image, volume]", push=True)
+
+    volume = pulled(memory, f"1.0.0-{TARGET}-volume")
+    assert (program_of(volume), volume.platform) == ([], "linux/s390x")
+
+
 def test_a_site_without_the_compiler_is_told_how_to_do_without(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,4 +144,9 @@ def test_a_site_without_the_compiler_is_told_how_to_do_without(
     monkeypatch.setattr(memory, "_make_engine_files", refused)
     with pytest.raises(EnvironmentFailure, match="no index answers") as error:
         memory.build()
+    assert error.value.hint == "name a mirror"
+    memory.use_vllm("vllm", serve={"gpu": "nvidia-h100", "max_model_len": 512})
+    with pytest.raises(EnvironmentFailure, match="no index answers") as error:
+        memory.build()
     assert "replay: {probe: false}" in error.value.hint
+    assert "job merge" not in memory.journal.events  # it is asked for before any long step

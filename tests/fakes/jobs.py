@@ -69,7 +69,7 @@ class Bench:
     """Further facts of a quantization, such as `warnings`."""
     padding: int = 0
     """Bytes that quantized weights have too many."""
-    programs: list[str] = field(default_factory=lambda: ["llama-server", "healthcheck"])
+    programs: list[str] = field(default_factory=lambda: ["llama-server"])
     """Of llama.cpp's engine."""
 
     @property

@@ -20,7 +20,7 @@ struct question {
     const struct json *id, *path, *request, *answer;
     struct token tokens[MOST_TOKENS];
     int count;
-    int has_logprobs;  // of every token
+    int has_logprobs, is_call;  // of every token
 };
 
 struct outcome {

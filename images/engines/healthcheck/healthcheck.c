@@ -32,7 +32,7 @@ enum { HEALTHY = 0, NOT_SHOWN = 1, USAGE = 2, NO_SET = 3 };
 static const char *const VERDICTS[] = {"unanswered", "equal", "explained", "different"};
 
 struct options {
-    int replay, wait, if_any, port;
+    int replay, wait, if_any, show, port;
     double seconds;
     const char *set, *health, *result, *key;
 };
@@ -66,11 +66,13 @@ static int complain(int code, const char *format, ...) {
 static int usage(void) {
     return complain(
         USAGE,
-        "usage: healthcheck --port N [--health PATH] [--seconds N] [--wait] [--key-variable NAME]\n"
-        "                   [--replay] [--if-any] [--set FILE] [--result FILE]\n"
+        "usage: healthcheck --port N [--port-variable NAME] [--health PATH] [--seconds N] [--wait]\n"
+        "                   [--key-variable NAME] [--replay] [--if-any] [--set FILE] [--result FILE]\n"
+        "       healthcheck --show [--result FILE]\n"
         "exit codes: 0 it serves, and answers as it was tested; 1 not, or not yet; 2 wrong usage;\n"
         "3 no set of questions here that could be asked\n"
         "  --port N             of the server, on 127.0.0.1\n"
+        "  --port-variable NAME the variable that moves the server to another port, if it is set\n"
         "  --health PATH        answers 200 when the model is loaded (/health)\n"
         "  --seconds N          this call's time, 1 to 86400 (5; with --replay 50)\n"
         "  --wait               wait until the model is loaded, within that time\n"
@@ -78,7 +80,8 @@ static int usage(void) {
         "  --replay             ask the questions of --set (/etc/weightsmith/replay.json), once for\n"
         "                       each start of the server, and keep what comes out in --result\n"
         "                       (/tmp/replay.json)\n"
-        "  --if-any             where there is no file --set, it is enough to serve");
+        "  --if-any             where there is no file --set, it is enough to serve\n"
+        "  --show               print what was kept in --result, in images that have no cat");
 }
 
 static void too_late(int signal_number) {
@@ -363,15 +366,16 @@ static int is_ready(const struct options *options, double until) {
 }
 
 static int read_options(int argc, char **argv, struct options *options) {
-    enum { REPLAY, IF_ANY, SET, PORT, HEALTH, SECONDS, WAIT, RESULT, KEY };
+    enum { REPLAY, IF_ANY, SHOW, SET, PORT, MOVED, HEALTH, SECONDS, WAIT, RESULT, KEY };
     static const struct option known[] = {
         {"replay", no_argument, NULL, REPLAY},        {"set", required_argument, NULL, SET},
         {"port", required_argument, NULL, PORT},      {"health", required_argument, NULL, HEALTH},
         {"seconds", required_argument, NULL, SECONDS}, {"wait", no_argument, NULL, WAIT},
         {"result", required_argument, NULL, RESULT},  {"key-variable", required_argument, NULL, KEY},
-        {"if-any", no_argument, NULL, IF_ANY},        {NULL, 0, NULL, 0},
+        {"if-any", no_argument, NULL, IF_ANY},        {"port-variable", required_argument, NULL, MOVED},
+        {"show", no_argument, NULL, SHOW},            {NULL, 0, NULL, 0},
     };
-    const char *key = NULL;
+    const char *key = NULL, *moved = NULL;
     char *end = "";
     int found;
     opterr = 0;
@@ -380,16 +384,21 @@ static int read_options(int argc, char **argv, struct options *options) {
         case REPLAY: options->replay = 1; break;
         case WAIT: options->wait = 1; break;
         case IF_ANY: options->if_any = 1; break;
+        case SHOW: options->show = 1; break;
         case SET: options->set = optarg; break;
         case HEALTH: options->health = optarg; break;
         case RESULT: options->result = optarg; break;
         case KEY: key = optarg; break;
+        case MOVED: moved = optarg; break;
         case PORT: options->port = (int)strtol(optarg, &end, 10); break;
         case SECONDS: options->seconds = (double)strtol(optarg, &end, 10); break;
         default: return 0;
         }
         if (*end) return 0;
     }
+    const char *elsewhere = moved ? getenv(moved) : NULL;
+    if (elsewhere && *elsewhere) options->port = (int)strtol(elsewhere, &end, 10);
+    if (*end) return 0;
     if (!options->seconds) options->seconds = options->replay ? 50 : 5;
     const char *secret = key ? getenv(key) : NULL;
     options->key = secret && *secret ? secret : NULL;
@@ -397,14 +406,23 @@ static int read_options(int argc, char **argv, struct options *options) {
         if (*c < 0x20 || *c > 0x7E) return 0;
     for (const char *c = options->health; *c; c++)
         if (*c < 0x21 || *c > 0x7E) return 0;
+    if (options->show) return optind == argc;
     return optind == argc && options->port > 0 && options->port < 65536 && options->health[0] == '/' &&
            options->seconds >= 1 && options->seconds <= 86400;
+}
+
+static int show(const char *path) {
+    size_t length = 0;
+    char *data = read_file(path, LARGEST_RESULT, 1, &length);
+    if (!data) return complain(NOT_SHOWN, "no result: %s is missing, or not of this user", path);
+    return fwrite(data, 1, length, stdout) == length && fflush(stdout) == 0 ? HEALTHY : NOT_SHOWN;
 }
 
 int main(int argc, char **argv) {
     struct options options = {.set = "/etc/weightsmith/replay.json", .health = "/health",
                               .result = "/tmp/replay.json"};
     if (!read_options(argc, argv, &options)) return usage();
+    if (options.show) return show(options.result);
     signal(SIGALRM, too_late);
     alarm((unsigned)options.seconds + 2);  // whatever happens below, it ends
     double until = now() + options.seconds;

@@ -241,13 +241,13 @@ def build_programs(job: Job) -> None:
     note(line.rstrip())
 
 
-def build_small(job: Job, name: str, out: Path) -> None:
-    """Compile one of our own small C programs for the oldest CPU of the architecture."""
+def build_launcher(job: Job, out: Path) -> None:
+    """Compile the launcher for the oldest CPU of the architecture."""
     flags = ["-std=gnu11", "-O2", "-g0", "-s", "-static", "-Wall", "-Wextra", "-Werror"]
     flags += ["-fno-sanitize=undefined", f"-ffile-prefix-map={HERE}=."]
     # As C++ in name only: that way zig takes the C library it has compiled for the large programs.
     command = [str(job.compiler.zig), "c++", "-x", "c", *job.target(job.oldest), *flags]
-    run_quietly(job, [*command, str(HERE / f"{name}.c"), "-o", str(out)], f"compiling {name}.c")
+    run_quietly(job, [*command, str(HERE / "launcher.c"), "-o", str(out)], "compiling launcher.c")
 
 
 def install(source: Path, target: Path) -> None:
@@ -259,9 +259,8 @@ def install(source: Path, target: Path) -> None:
 
 def lay_out_programs(job: Job, out: Path) -> None:
     """Put the programs where they are looked for: variants below cpu/, the launcher in front."""
-    launcher, healthcheck = job.work / "launcher", job.work / "healthcheck"
-    build_small(job, "launcher", launcher)
-    build_small(job, "healthcheck", healthcheck)
+    launcher = job.work / "launcher"
+    build_launcher(job, launcher)
     for program in job.once:
         install(job.build / "bin" / program, out / "bin" / program)
     for program in job.per_variant:
@@ -270,7 +269,6 @@ def lay_out_programs(job: Job, out: Path) -> None:
         for name in job.variants:
             built = program if name == job.baseline else f"{program}-{name}"
             install(job.build / "bin" / built, folder / "cpu" / name / program)
-    install(healthcheck, out / "app" / "healthcheck")
 
 
 def copy_texts(job: Job, out: Path) -> None:

@@ -76,6 +76,7 @@ def test_the_request_is_sent_as_it_is(start: Start) -> None:
 
     assert found.verdict == "proven"
     assert (found.equal, found.by_tokens, found.tokens) == (1, 1, 4)
+    assert found.room_used == pytest.approx((0.0335, 0.0215), abs=1e-4)
     assert server.asked == [a_set().questions[0].request]
 
 
@@ -193,6 +194,28 @@ def test_a_set_is_made_of_what_a_server_says() -> None:
 REQUEST = dict(a_set().questions[0].request)
 
 
+def test_a_call_is_known_by_its_tokens_alone(start: Start) -> None:
+    """The server takes it out of the text, and gives it another id each time."""
+    answer = said(('{"name":', -0.1), (' "now"}', -0.2), ("", -0.5), content="")
+    answer["choices"][0]["finish_reason"] = "tool_calls"
+    made = question_of(1, "/v1/chat/completions", REQUEST, heard(answer, chat=True), 1.0)
+
+    assert made
+    assert (made.answer, [token.end for token in made.tokens]) == ("", [0, 0, 0])
+    wanted = ReplaySet(model="bot", tolerance=0.1, questions=(made,))
+    assert read_replay(wanted.data, "it") == wanted
+    other = said(('{"name":', -0.1), (' "then"}', -0.2), ("", -0.5), content="")
+    assert difference(made, heard(answer, chat=True), 0.1) is None
+    parted = difference(made, heard(other, chat=True), 0.1)
+    assert parted
+    assert (parted.token, parted.given, parted.excess > 0) == (1, ' "then"}', True)
+    choice = {"message": {"content": None}, "finish_reason": "tool_calls"}
+    bare = {"model": "bot", "choices": [choice]}
+    found = ask(start(lambda handler, _: handler.send(200, bare)), wanted)
+    assert (found.verdict, found.equal) == ("not shown", 0)
+    assert "answered by a call, and the server lists no tokens" in found.why
+
+
 def test_completions_of_vllm_list_tokens_otherwise() -> None:
     answer = {
         "choices": [
@@ -218,7 +241,7 @@ def test_completions_of_vllm_list_tokens_otherwise() -> None:
     [
         said(content="other words"),
         said(("I", -0.1), content="other words"),
-        {"choices": [{**SAME["choices"][0], "finish_reason": "tool_calls"}]},
+        {"choices": [{**SAME["choices"][0], "finish_reason": "content_filter"}]},
     ],
 )
 def test_what_cannot_be_held_to_its_tokens_is_left_out(answer: Any) -> None:

@@ -279,6 +279,23 @@ def test_an_engine_for_another_machine_is_compiled_apart(images, tmp_path):
     assert not toolset.toolset_folder(tmp_path, "toy").exists()
 
 
+def test_without_index_and_wheel_it_is_known_before_that_nothing_compiles(
+    images, tmp_path, monkeypatch
+):
+    toy, wheels = images / "engines" / "toy", tmp_path / "wheels"
+    (toy / "requirements.txt").write_text("a-compiler==1.2 \\\n    --hash=sha256:00\n")
+    wheels.mkdir()
+    monkeypatch.setenv("WEIGHTSMITH_WHEELS", str(wheels))
+    toolset.check_engine_files(tmp_path, "toy", "linux/arm64")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(EnvironmentFailure, match=r"a-compiler 1\.2, which is not here") as error:
+        toolset.check_engine_files(tmp_path, "toy", "linux/arm64")
+    assert "pip download --no-deps a-compiler==1.2" in error.value.hint
+
+    (wheels / "a_compiler-1.2-py3-none-any.whl").touch()
+    toolset.check_engine_files(tmp_path, "toy", "linux/arm64")
+
+
 def test_what_engines_share_is_part_of_the_pins_of_those_that_use_it(images):
     """The compiler of compiled ones, which builders have, and the packages of assembled ones."""
     engines = images / "engines"

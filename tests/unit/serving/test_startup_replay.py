@@ -31,5 +31,7 @@ def test_it_asks_where_the_engine_listens(name: str) -> None:
     engine = engines()[name]
     command = startup_replay(engine, ServingPlan(device="cpu")).command
 
-    assert command[1:5] == ("--port", str(engine.port), "--health", engine.health_path)
+    said = dict(zip(command[1::2], command[2::2], strict=False))
+    assert (said["--port"], said["--health"]) == (str(engine.port), engine.health_path)
+    assert said.get("--port-variable", "") == engine.port_variable
     assert ("--key-variable" in command) == bool(engine.key_variable)

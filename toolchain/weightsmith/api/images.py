@@ -355,6 +355,7 @@ def build(
     signature_format: SignatureFormat = "cosign",
     locked: bool = False,
     update_lock: bool = False,
+    keep_replay: bool = False,
     bench_results: AnyPath | Sequence[AnyPath] = (),
     dist: AnyPath = "dist",
     runner: str = "auto",
@@ -367,9 +368,10 @@ def build(
     """Build, test and publish the image of each target; return them by target name.
 
     Relative paths of a recipe file start at its folder, those of a mapping or Recipe at the current
-    one. `targets` and `set` (`key.path=value` texts) change the recipe for this run.
-    `bench_results` are results files of guidellm or AIPerf about the one target's image. Without
-    `push`, `load` and `layout`, images go to the container engine, or to a layout below `dist`.
+    one. `targets` and `set` (`key.path=value` texts) change the recipe for this run. `keep_replay`
+    writes each image's replay set beside the recipe file. `bench_results` are results files of
+    guidellm or AIPerf about the one target's image. Without `push`, `load` and `layout`, images go
+    to the container engine, or to a layout below `dist`.
 
     Raises UsageError, InputRefused, CheckFailed (a gate said no; the report's path is in `hint`) or
     EnvironmentFailure. What was finished is kept, and the next call goes on from there.
@@ -389,6 +391,7 @@ def build(
         force=force,
         locked=locked,
         update_lock=update_lock,
+        keep_replay=keep_replay,
         bench_results=paths_of(bench_results),
         dist=path_of(dist),
         run=RunOptions(
@@ -435,6 +438,11 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
         asked = replace(asked, recipe=again, base="", locked=not asked.base)
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
+    if asked.keep_replay and not (file.path and file.lasting):
+        raise UsageError(
+            "--keep-replay writes beside a recipe file, and this build has none",
+            hint="write a recipe, and give it with --recipe",
+        )
     targets = chosen_targets(file, asked.targets, to_build=True)
     results = _results(asked.bench_results, file, targets)
     with wiring.open_tools(asked.run, progress) as tools:
@@ -447,6 +455,7 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             locked=asked.locked,
             bench_results=results,
             update_lock=asked.update_lock,
+            keep_replay=asked.keep_replay,
         )
         return list(build_all(request, tools))
 

@@ -18,7 +18,7 @@ from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
 from weightsmith.evaluating.build_record import StageRecord
-from weightsmith.evaluating.results import check_contamination, unproven_of
+from weightsmith.evaluating.results import check_contamination, keep_replay, unproven_of
 from weightsmith.steps.step import AnyStep
 from weightsmith.steps.tools import Tools
 
@@ -69,7 +69,10 @@ def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator
                     _perform(step, record)
                 for reason in unproven_of(record.trial.results):
                     tools.progress.warn(f"published, but not proven: {reason}")
-                yield record.keep()
+                built = record.keep()
+                if request.keep_replay:
+                    _keep_replay(record)
+                yield built
 
 
 def run_stages(
@@ -92,6 +95,16 @@ def run_stages(
             if step is steps.sources:
                 sources = run.have[steps.sources]
                 run.plan_by(foresee(steps, tools, sources, only=steps.shared))
+
+
+def _keep_replay(record: Record) -> None:
+    """Write the image's replay set beside the recipe; raises EnvironmentFailure."""
+    name, progress = record.target.of.target.name if record.target else "", record.tools.progress
+    if record.replay is None:
+        progress.warn(f"{name}: the image has no replay set to keep")
+    else:
+        path = keep_replay(record.request.file, name, record.replay.made)
+        progress.note(f"{name}: its replay set is in {path}")
 
 
 def _perform(step: AnyStep, record: Record, *, judge: bool = True) -> None:

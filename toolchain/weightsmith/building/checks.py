@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import texts_of
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.schema import ADAPTER, Recipe
+from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import layer_limit
@@ -40,6 +42,7 @@ from weightsmith.steps.bases import (
     data_base,
 )
 from weightsmith.steps.delivery import check_layout
+from weightsmith.steps.healthcheck import has_program, healthcheck_layers
 from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
 from weightsmith.steps.tools import Tools
@@ -334,13 +337,17 @@ def check_images(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> N
 
     Also that its base can be reached and has every platform. Raises what `check_assembly` and
     `bases_of` raise. Bases that are assembled on this machine are assembled later, when they are
-    needed.
+    needed; the health check, which takes a minute once, is compiled now.
     """
     check_assembly(request, steps, seen)
     for one in () if everything_cached(steps, seen) else steps.targets:
         target, device = one.of.target, seen[one.config].device
         chosen = base_reference(target.engine, device, request.file.recipe.image.base)
+        platforms: Iterable[str] = seen[one.image]
         if not chosen.startswith(OWN):
             # Its warnings are shown later, when the image is assembled.
             quiet, again = replace(seen.tools, progress=Silent()), request.update_lock
-            bases_of(request.file, target, device, quiet, update_lock=again)
+            _, bases = bases_of(request.file, target, device, quiet, update_lock=again)
+            platforms = [base.platform for base in bases]
+        if has_program(request.file.recipe, seen[steps.checkpoint].model, device):
+            healthcheck_layers(platforms, seen.tools, optional=not is_cpu(device))

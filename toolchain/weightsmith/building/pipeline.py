@@ -175,7 +175,7 @@ def _of_target(
         expected=expected,
         validation=validation,
         replay=replay,
-        earlier=earlier_replay(of.file),
+        earlier=earlier_replay(of.file, of.target.name),
     )
     answered = DequantizedStep(
         of=of,

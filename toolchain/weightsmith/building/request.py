@@ -37,6 +37,8 @@ class BuildRequest:
     """What other tools measured of the image."""
     update_lock: bool = False
     """Pin sources and bases again."""
+    keep_replay: bool = False
+    """Write the image's replay set beside the recipe."""
 
     def folder(self, target: Target) -> Path:
         """Return the folder for a target's results."""

@@ -67,7 +67,7 @@ from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.outside.signer import open_signer
 from weightsmith.outside.store import FileStore
-from weightsmith.outside.toolset import make_engine_files
+from weightsmith.outside.toolset import check_engine_files, make_engine_files
 from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.recipe.section import PathUse, fields_of
 from weightsmith.recipe.user_config import RunOptions, read_config
@@ -271,6 +271,7 @@ def open_tools(
             progress=progress,
             scratch=_scratch,
             make_engine_files=partial(make_engine_files, cache_folder()),
+            check_engine_files=partial(check_engine_files, cache_folder()),
             command=run_command,
             signer=signer,
             memory=room,

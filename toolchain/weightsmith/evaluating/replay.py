@@ -17,8 +17,9 @@ from weightsmith.core.values import Digest, JsonValue, canonical, key_of
 
 REPLAY = "/etc/weightsmith/replay.json"
 """The set's path in an image."""
-EARLIER = "recipe.replay.json"
-"""Beside a recipe: the set of an image that was made of it, kept by a build if it still holds."""
+EARLIER = ".replay.json"
+"""Beside a recipe, after its name: the set of an image that was made of it, which a build keeps if
+it still holds. Of a recipe with several targets, the target's name precedes it."""
 VERSION = 1
 MOST_QUESTIONS = 32
 LARGEST = 1 << 20
@@ -26,6 +27,8 @@ LARGEST = 1 << 20
 MOST_TOKENS = 1024
 """Of one answer."""
 PATHS = ("/v1/chat/completions", "/v1/completions")
+CALL = "tool_calls"
+"""How an answer finishes that calls a tool: the server takes the call out of its text."""
 IMAGE = "image"
 """Whose answers they are: the tested image's own."""
 _AGAIN = "take the set from the image, or from the build's folder"
@@ -62,7 +65,7 @@ class ReplayQuestion(JsonObject):
     answer: str
     """The text of the answer, without what a server's parser took out of it."""
     finish: str
-    """`stop`, or `length` for an answer that was cut at `max_tokens`."""
+    """`stop`, `length` for an answer that was cut at `max_tokens`, or `CALL`."""
     tokens: tuple[ReplayToken, ...]
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal, TypeAlias
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
@@ -19,6 +20,7 @@ from weightsmith.core.values import Json, JsonValue
 from weightsmith.evaluating.client import Served, require_model
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.replay import (
+    CALL,
     LARGEST,
     ReplayQuestion,
     ReplaySet,
@@ -101,6 +103,8 @@ class Replayed:
     """Why nothing is shown, or what the differences usually mean."""
     by_tokens: int = 0
     """Answers that were compared token by token, and not by their text."""
+    room_used: tuple[float, float] = (0.0, 0.0)
+    """The largest and the mean part of its room by which a token's log-probability moved."""
     seconds: float = 0.0
     tokens: int = 0
 
@@ -201,7 +205,7 @@ def question_of(
     """
     joined, text = b"".join(token.data for token in said.tokens), said.text.encode()
     begin = 0 if joined.startswith(text) else joined.rfind(text)
-    if begin < 0 or not said.tokens or said.finish not in ("stop", "length"):
+    if begin < 0 or not said.tokens or said.finish not in ("stop", "length", CALL):
         return None
     found, at = list[ReplayToken](), -begin
     for token in said.tokens:
@@ -312,21 +316,34 @@ def _by_token(question: ReplayQuestion, said: Heard) -> tuple[int, str, float] |
     return len(question.tokens) - 1, said.tokens[len(question.tokens)].text, 0.0
 
 
+def _room_used(question: ReplayQuestion, said: Heard) -> Iterator[float]:
+    """Yield by which part of its room each token moved, up to one in whose place another came."""
+    for token, given in zip(question.tokens, said.tokens, strict=False):
+        if token.text != given.text or not token.room or token.logprob is None:
+            return
+        yield abs(given.logprob - token.logprob) / token.room
+
+
 def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Replayed:
     """Return how a server's answers compare with the set's.
 
     A server that does not answer a question shows nothing; which one and why is said.
     """
     equal, by_tokens, tokens, began = 0, 0, 0, time.monotonic()
-    found, why = list[ReplayDifference](), ""
+    found, used, why = list[ReplayDifference](), list[float](), ""
     for number, question in enumerate(wanted.questions, start=1):
         try:
             said = asked_once(session, question)
         except (CheckFailed, EnvironmentFailure) as error:
             why = f"question {question.id} got no answer: {error.message}"
             break
+        listed = bool(said.tokens and question.tokens[0].logprob is not None)
+        if question.finish == CALL and not listed:
+            why = f"question {question.id} is answered by a call, and the server lists no tokens"
+            break
         parted = difference(question, said, wanted.tolerance)
-        by_tokens += bool(said.tokens and question.tokens[0].logprob is not None)
+        by_tokens += listed
+        used += _room_used(question, said)
         tokens += len(said.tokens) or len(question.tokens)
         equal += parted is None
         found += [parted] if parted else []
@@ -344,6 +361,7 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
         differences=wrong,
         why=why,
         by_tokens=by_tokens,
+        room_used=(round(max(used), _DIGITS), round(fmean(used), _DIGITS)) if used else (0.0, 0.0),
         seconds=round(time.monotonic() - began, 3),
         tokens=tokens,
     )

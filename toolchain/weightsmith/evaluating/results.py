@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 
-from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.files import write_whole
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import read_bytes
 from weightsmith.core.values import Json, JsonValue, Score, Scores
@@ -163,13 +164,29 @@ def replay_items(file: RecipeFile) -> tuple[Item, ...]:
     return tuple(Item(messages=one, expected=("",), line=0) for one in chats)
 
 
-def earlier_replay(file: RecipeFile) -> ReplaySet | None:
+def earlier_replay(file: RecipeFile, target: str) -> ReplaySet | None:
     """Return the replay set beside a recipe, of an image that was made of it before; None for none.
 
     Raises InputRefused for a file that is no set.
     """
-    path = file.folder / EARLIER
-    return read_replay(read_bytes(path, LARGEST), str(path)) if path.is_file() else None
+    name = file.path.stem if file.path else "recipe"
+    for path in (file.folder / f"{name}{end}" for end in (f".{target}{EARLIER}", EARLIER)):
+        if path.is_file():
+            return read_replay(read_bytes(path, LARGEST), str(path))
+    return None
+
+
+def keep_replay(file: RecipeFile, target: str, made: ReplaySet) -> Path:
+    """Write a target's replay set beside its recipe; return where. Raises EnvironmentFailure."""
+    one, name = len(file.recipe.targets) == 1, file.path.stem if file.path else "recipe"
+    path = file.folder / f"{name}{EARLIER if one else f'.{target}{EARLIER}'}"
+    try:
+        write_whole(path, made.data)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write {path}: {error.strerror}", hint="make the recipe's folder writable"
+        ) from None
+    return path
 
 
 def recipe_of_adapter(recipe: Recipe, number: int) -> Recipe:

@@ -35,6 +35,7 @@ from weightsmith.outside.environment import locked, make_bare_environment
 from weightsmith.outside.hardware import cores
 from weightsmith.outside.worker_protocol import logged_steps, open_log
 
+_PINNED = re.compile(r"(?m)^([A-Za-z0-9._-]+)==([^\s;]+)")
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
@@ -148,6 +149,31 @@ def _compile(
         )
     # Complete before it appears under its own name.
     made.rename(folder)
+
+
+def check_engine_files(cache: Path, engine: str, platform: str) -> None:
+    """Raise EnvironmentFailure if an engine's compiler is neither here nor may be downloaded.
+
+    As far as files say it: whether an index answers is seen when it is asked.
+    """
+    own = not engine_platforms(engine) and platform == host_platform()
+    there = toolset_folder(cache, engine, "" if own else machine_of(platform)).is_dir()
+    barred = os.environ.get("PIP_NO_INDEX", "").lower() not in ("", "0", "false", "no", "off")
+    links = os.environ.get("PIP_FIND_LINKS", "")
+    if there or assembles_itself(engine) or not barred or "://" in links:
+        return
+    places = [os.environ.get("WEIGHTSMITH_WHEELS", ""), *links.split()]
+    folders = [Path(place) for place in places if place]
+    pinned = (images() / "engines" / engine / "requirements.txt").read_text("utf-8")
+    for name, version in _PINNED.findall(pinned):
+        wheel = f"{name.replace('-', '_')}-{version}-*.whl"
+        if not any(any(folder.glob(wheel)) for folder in folders):
+            raise EnvironmentFailure(
+                f"{engine} for {platform} is compiled with {name} {version}, which is not here, and"
+                " PIP_NO_INDEX bars the package index",
+                hint=f"put the wheel into the folder that WEIGHTSMITH_WHEELS names: pip download "
+                f"--no-deps {name}=={version}",
+            )
 
 
 def make_engine_files(

@@ -182,8 +182,6 @@ class Engine:
         default=lambda _plan, _model: {}
     )
     """(plan, model) -> what the engine's own file says, for its template."""
-    healthcheck: tuple[str, ...]
-    """Command inside the CPU image; empty where there is no program for it."""
     python: str = ""
     """The Python in its image that has numpy; empty if none has."""
     model_dir: str = "/models"

@@ -1,6 +1,7 @@
-"""The program in an image by which a container is found to answer as the tested image did.
+"""The program in an image that asks its server: whether it serves, and answers as it was tested.
 
-`images/engines/healthcheck/` has its source. Manifests call it as startup probe.
+`images/engines/healthcheck/` has its source. Images for CPUs have it as their health check, and
+manifests call it as startup probe.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from weightsmith.serving.plan import ServingPlan
 NAME = "healthcheck"
 """Of the program, and of its folder in `images/engines/`."""
 FOLDER = "/opt/weightsmith"
+PROGRAM = f"{FOLDER}/{NAME}"
 _QUESTIONS, _TOKENS = 32, 64
 """What a replay set asks at most, and how long an answer of it is."""
 _CPU_READS, _GPU_READS = 10_000_000_000, 300_000_000_000
@@ -33,6 +35,12 @@ class StartupReplay:
     """How long the whole set may take."""
 
 
+def health_command(engine: Engine) -> tuple[str, ...]:
+    """Return the command that exits 0 while an engine serves."""
+    moved = ("--port-variable", engine.port_variable) if engine.port_variable else ()
+    return (PROGRAM, "--port", str(engine.port), *moved, "--health", engine.health_path)
+
+
 def startup_replay(engine: Engine, plan: ServingPlan) -> StartupReplay:
     """Return the command and its limits of time, from the weights that each token reads."""
     reads = _GPU_READS * plan.gpus or _CPU_READS
@@ -42,8 +50,12 @@ def startup_replay(engine: Engine, plan: ServingPlan) -> StartupReplay:
     key = ("--key-variable", engine.key_variable) if engine.key_variable else ()
     return StartupReplay(
         command=(
-            *(f"{FOLDER}/{NAME}", "--port", str(engine.port), "--health", engine.health_path),
-            *("--seconds", str(call), *key, "--replay", "--if-any"),
+            *health_command(engine),
+            "--seconds",
+            str(call),
+            *key,
+            "--replay",
+            "--if-any",
         ),
         call_seconds=call + _SPARE,
         seconds=max(_LEAST_ALL, _QUESTIONS * answer // 10 * 10),

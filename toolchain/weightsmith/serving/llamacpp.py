@@ -67,7 +67,6 @@ ENGINE = Engine(
     env=env,
     entrypoint=("/app/llama-server",),
     command=command,
-    healthcheck=("/app/healthcheck",),
     key_variable="LLAMA_API_KEY",
     port_variable="LLAMA_ARG_PORT",
     host_variable="LLAMA_ARG_HOST",

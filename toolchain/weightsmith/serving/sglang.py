@@ -227,7 +227,6 @@ ENGINE = Engine(
     entrypoint=("python3", "-m", "sglang.launch_server"),
     command=command,
     file_settings=file_settings,
-    healthcheck=(),
     neutral_settings=frozenset(
         {"max-running-requests", "context-length", "mem-fraction-static", "chunked-prefill-size"}
     ),

@@ -211,7 +211,6 @@ ENGINE = Engine(
     python="/usr/src/.venv/bin/python",
     entrypoint=("/tgi-entrypoint.sh",),
     command=lambda _plan, _model: (),
-    healthcheck=(),
     key_variable="API_KEY",
     port_variable="PORT",
     host_variable="HOSTNAME",

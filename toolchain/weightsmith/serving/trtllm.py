@@ -144,7 +144,6 @@ ENGINE = Engine(
     entrypoint=("trtllm-serve",),
     command=command,
     file_settings=file_settings,
-    healthcheck=(),
     neutral_settings=frozenset({"max_batch_size", "max_seq_len", "kv_cache_config"}),
     image_files={CONFIG_FILE: "trtllm.yaml"},
     fixed_name="models",

@@ -458,11 +458,6 @@ ENGINE = Engine(
     entrypoint=("vllm", "serve"),
     command=command,
     file_settings=file_settings,
-    healthcheck=(
-        "python3",
-        "-c",
-        f"import urllib.request as u; u.urlopen('http://127.0.0.1:{_PORT}/health', timeout=4)",
-    ),
     key_variable="VLLM_API_KEY",
     threads_variable="OMP_NUM_THREADS",
     drain_setting=_DRAIN,

@@ -81,7 +81,9 @@ from weightsmith.provenance.labels import (
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import ADAPTER
+from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import projector_in
+from weightsmith.serving.healthcheck import NAME
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -98,7 +100,7 @@ from weightsmith.steps.bases import (
 )
 from weightsmith.steps.delivery import network_in_jobs
 from weightsmith.steps.destinations import InStore, layers_in
-from weightsmith.steps.healthcheck import healthcheck_layer, probes_replay
+from weightsmith.steps.healthcheck import has_program, healthcheck_layers
 from weightsmith.steps.replays import recorded_replay
 from weightsmith.steps.sharing import own_files
 from weightsmith.steps.sizes import ForeseenTree
@@ -107,6 +109,7 @@ from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
     Foresight,
+    PlanRow,
     Results,
     State,
     Step,
@@ -267,9 +270,8 @@ def _made(
     settings = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
-    program = [
-        parts[platform] for parts in (thin.program if thin else {}, inputs.healthcheck) if parts
-    ]
+    programs = (thin.program if thin else {}, inputs.healthcheck) if config else ()
+    program = [parts[platform] for parts in programs if parts]
     replay = (inputs.replay.layer,) if inputs.replay and settings else ()
     if replay and inputs.replay:
         labels |= replay_labels(inputs.replay.made)
@@ -447,22 +449,35 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
     config: Step[ServingConfig, ServingPlan]
 
     def foresee(self, seen: Foresight) -> Foreseen[Mapping[str, str]]:
-        """Return the platforms, and a row for each engine that is made for another one.
+        """Return the platforms, and a row for each program that is compiled for one of them.
 
-        Raises what `platforms_of` does.
+        Those are engines for other machines, and the health check. Raises what `platforms_of` and
+        `check_engine_files` do.
         """
-        target, settings = self.of.target, self.file.recipe.image
-        base = base_reference(target.engine, seen[self.config].device, settings.base)
-        name, here = base.removeprefix(OWN), host_platform()
-        said = {one: STARTED if one == here else MADE for one in platforms_of(self.file, base)}
-        rows = []
-        for platform in said if base.startswith(OWN) else ():
-            if platform != here:
-                cached = seen.tools.store.find(base_inputs(name, platform).key) is not None
-                takes = engine_source(name).get("takes", "about ten minutes on four cores")
-                why = "" if cached else f"{name} for {platform} is made once: {takes}"
-                rows.append(self.row(State(cached=cached, why=why), name=ENGINE))
-        return Foreseen(value=said, rows=tuple(rows))
+        recipe, device = self.file.recipe, seen[self.config].device
+        base = base_reference(self.of.target.engine, device, recipe.image.base)
+        here, platforms = host_platform(), platforms_of(self.file, base)
+        said = {one: STARTED if one == here else MADE for one in platforms}
+        asks = has_program(recipe, seen[self.checkpoint].model, device)
+        others = [one for one in platforms if base.startswith(OWN) and one != here]
+        # Which platforms a registry's base has is known when it was asked.
+        asking = [*said] or [DEFAULT_PLATFORM] if asks else []
+        name = base.removeprefix(OWN)
+        rows = (
+            *(self._compiled(name, one, ENGINE, seen) for one in others),
+            *(self._compiled(NAME, one, "health check", seen) for one in asking),
+        )
+        return Foreseen(value=said, rows=rows)
+
+    def _compiled(self, engine: str, platform: str, name: str, seen: Foresight) -> PlanRow:
+        cached = seen.tools.store.find(base_inputs(engine, platform).key) is not None
+        if not cached:
+            seen.tools.check_engine_files(engine, platform)
+        source = engine_source(engine)
+        takes = source.get("takes", "about ten minutes on four cores")
+        why = "" if cached else f"{engine} for {platform} is made once: {takes}"
+        disk = 0 if cached else int(str(source.get("room_bytes", 0)))
+        return self.row(State(cached=cached, why=why), name=name, disk=disk)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return the image for each platform; raises what `bake` does."""
@@ -478,7 +493,8 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         base_name, bases = bases_of(self.file, target, device, tools, update_lock=again)
         base_weights = have[self.quantized] if artifact.format.unmerged else None
         made = (base_weights or artifact).format
-        probed = probes_replay(recipe, read_facts(checkpoint.tree.texts))
+        asked = has_program(recipe, read_facts(checkpoint.tree.texts), device)
+        asking = [each.platform for each in bases if asked]
         return ImageInputs(
             name=recipe.name,
             version=recipe.version,
@@ -495,9 +511,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             sources=sources,
             checkpoint=checkpoint,
             recipe=recipe,
-            healthcheck={
-                each.platform: healthcheck_layer(each.platform, tools) for each in bases if probed
-            },
+            healthcheck=healthcheck_layers(asking, tools, optional=not is_cpu(device)),
             quantizer_builder=of_format(made.name).builder if made.packed else "",
             network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
         )

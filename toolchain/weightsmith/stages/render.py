@@ -49,7 +49,7 @@ from weightsmith.serving.architectures import DONE_HERE, check_served
 from weightsmith.serving.compatibility import check_adapters, check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
-from weightsmith.serving.healthcheck import startup_replay
+from weightsmith.serving.healthcheck import health_command, startup_replay
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.parsers import NONE
 from weightsmith.serving.plan import (
@@ -137,13 +137,8 @@ def render(
     served = _served(engine, shown, model_file, weight_bytes, projector)
     paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
     served = replace(served, adapters=paths)
-    # Upstream's GPU images have their own check.
-    checked = engine.healthcheck if is_cpu(plan.device) else ()
     config = replace(
-        _config(target, plan, served),
-        made_from=made_from,
-        healthcheck=checked,
-        manifests=options.manifests,
+        _config(target, plan, served), made_from=made_from, manifests=options.manifests
     )
     image = image or f"{repository_name(name)}:{version}"
     asked, request = ASKED[model.task.kind]
@@ -378,7 +373,8 @@ def _config(target: Target, plan: ServingPlan, served: ServedModel) -> ServingCo
         env=dict(engine.env(plan, served)),
         port=engine.port,
         health_path=engine.health_path,
-        healthcheck=engine.healthcheck,
+        # Upstream's GPU images have their own check.
+        healthcheck=health_command(engine) if is_cpu(plan.device) else (),
         served_name=served.name,
         plan=plan,
         made_from=(),
@@ -728,7 +724,7 @@ class ThinManifestsStep(UnforeseenStep[None]):
         """Write them."""
         del tools
         recipe, inputs = self.file.recipe, have[self.form][0].inputs
-        if inputs.thin is None:
+        if inputs.thin is None or inputs.checkpoint is None:
             raise AssertionError("it is an image of another kind")
         digest, name = have[self.thin].digest, f"{reference(recipe, self.target)}-{inputs.kind}"
         files = render_thin(
@@ -738,7 +734,7 @@ class ThinManifestsStep(UnforeseenStep[None]):
             recipe.version,
             image=f"{name}@{digest}" if self.pushed else name,
             parts=inputs.thin,
-            replays=bool(inputs.healthcheck),
+            replays=probes_replay(recipe, read_facts(inputs.checkpoint.tree.texts)),
         )
         write_files(files, self.of.folder / THIN)
         return unrecorded(None)

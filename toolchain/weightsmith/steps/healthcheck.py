@@ -1,12 +1,11 @@
-"""The layer with the program that asks an image its replay set when a container starts.
+"""The layer with the program by which an image's health is checked, and its replay set asked.
 
-Without it and without that probe, a pod that answers otherwise would get requests. It is the same
-in all images of a platform.
+It is the same in all images of a platform, and works without Python, shell and curl.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
@@ -15,6 +14,7 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.recipe.schema import Recipe
+from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.healthcheck import FOLDER, NAME
 from weightsmith.steps.bases import base_inputs
 from weightsmith.steps.tools import Tools
@@ -31,25 +31,35 @@ def wants_probe(recipe: Recipe) -> bool:
 
 
 def probes_replay(recipe: Recipe, model: ModelFacts) -> bool:
-    """Say whether images of a recipe have the program, and their manifests call it."""
+    """Say whether manifests of a recipe's images ask the set when a container starts."""
     return wants_probe(recipe) and model.task.kind == "generate"
 
 
-def healthcheck_layer(platform: str, tools: Tools) -> TarLayer:
-    """Return the program for a platform, compiled once on this machine.
+def has_program(recipe: Recipe, model: ModelFacts, device: str) -> bool:
+    """Say whether images of a recipe have the program: as their health check, or for that probe."""
+    return is_cpu(device) or probes_replay(recipe, model)
 
-    Raises EnvironmentFailure if the compiler cannot be downloaded or fails.
+
+def healthcheck_layers(
+    platforms: Iterable[str], tools: Tools, *, optional: bool
+) -> Mapping[str, TarLayer]:
+    """Return the program's layer for each platform, compiled once on this machine.
+
+    `optional`: the image's own health check is another, so the recipe can do without it. Raises
+    EnvironmentFailure if the compiler cannot be downloaded or fails.
     """
+    try:
+        return {each: _layer(each, tools) for each in platforms}
+    except EnvironmentFailure as error:
+        without = "; `replay: {probe: false}` in the recipe does without the program" * optional
+        raise EnvironmentFailure(error.message, hint=error.hint + without) from None
+
+
+def _layer(platform: str, tools: Tools) -> TarLayer:
     stage = base_inputs(NAME, platform)
 
     def make(folder: Path) -> Mapping[str, JsonValue]:
-        try:
-            tools.make_engine_files(NAME, platform, folder, tools.progress)
-        except EnvironmentFailure as error:
-            hint = (
-                f"{error.hint}; `replay: {{probe: false}}` in the recipe does without the program"
-            )
-            raise EnvironmentFailure(error.message, hint=hint) from None
+        tools.make_engine_files(NAME, platform, folder, tools.progress)
         return {}
 
     tree = tools.store.produce(stage.key, stage.note, make).tree

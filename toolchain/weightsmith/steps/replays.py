@@ -40,8 +40,9 @@ def replay_requests(
 ) -> tuple[ReplayRequest, ...]:
     """Return the questions of a set: the recipe's own, else some of each suite, by their content.
 
-    Left out are questions with pictures, whose requests are too large, and those that are not
-    answered in words. A model without a chat template is asked what it can be asked.
+    Left out are questions with pictures, whose requests are too large, and those of pooling models,
+    which do not answer in words. Those of a `choice` are asked without the choices. A model without
+    a chat template is asked what it can be asked.
     """
     if settings.keep == "none":
         return ()
@@ -49,7 +50,7 @@ def replay_requests(
         chosen = sample([item for item in data if _is_asked(item, served)], settings.limit)
         requests = (request_of(served, item, 1 << 10, {}) for item in chosen)
         return tuple(ReplayRequest(path=served.path, request=one) for one in requests)
-    suites = [n for n, one in enumerate(results) if not _is_other(one)]
+    suites = [n for n, one in enumerate(results) if not one.task.task.pooled]
     found = list[ReplayRequest]()
     for place, number in enumerate(suites):
         left = (settings.limit - len(found)) // (len(suites) - place)
@@ -63,11 +64,6 @@ def replay_requests(
                 ReplayRequest(path=model.path, request=request, suite=number, item=items[id(item)])
             )
     return tuple(found)
-
-
-def _is_other(result: Result) -> bool:
-    task = result.task.task
-    return bool(task.pooled) or task.metric == "choice"
 
 
 def _is_asked(item: Item, served: Served) -> bool:

@@ -91,6 +91,8 @@ class Tools:
     """(engine, platform, empty folder, progress): fills the folder with the engine's files.
 
     For engines made of packages, and for platforms that are not this machine's."""
+    check_engine_files: Callable[[str, str], None] = lambda _engine, _platform: None
+    """(engine, platform): raises EnvironmentFailure if it is known that they cannot be made."""
     command: RunCommand
     """Runs the user's own evaluation program."""
     signer: Signer | None = None

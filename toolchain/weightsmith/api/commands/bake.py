@@ -37,6 +37,7 @@ from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.recipe.schema import ADAPTER, KINDS, LOADABLE
 from weightsmith.serving.engine import ServedModel, ServeOptions
+from weightsmith.serving.healthcheck import PROGRAM
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, layer_limit
@@ -44,6 +45,7 @@ from weightsmith.stages.publish import publish
 from weightsmith.stages.render import render_unplanned, repository_name
 from weightsmith.steps.bases import base_images, base_reference, data_base, public_base
 from weightsmith.steps.delivery import ImageOutputs, check_layout
+from weightsmith.steps.healthcheck import healthcheck_layers
 from weightsmith.steps.tools import Tools
 
 _MEMORY = 4 << 30
@@ -194,13 +196,15 @@ def _inputs(
         engine, device = target.engine.name, config.plan.device
         base_name = base_reference(target.engine, device, request.image.base)
     platforms = request.image.platforms
+    bases = base_images(base_name, engine, tools, platforms=platforms) if base_name else ()
+    asking = [each.platform for each in bases if config and PROGRAM in config.healthcheck]
     return ImageInputs(
         name=model.name,
         version="0",
         artifact=artifact,
         engine=target.engine,
         config=config,
-        bases=base_images(base_name, engine, tools, platforms=platforms) if base_name else (),
+        bases=bases,
         platforms=platforms,
         base_name=public_base(base_name),
         kind=request.kind,
@@ -208,6 +212,7 @@ def _inputs(
         order=request.image.order,
         largest_layer=layer_limit(request.image.max_layer_size),
         licensed=folder,
+        healthcheck=healthcheck_layers(asking, tools, optional=False),
         parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,
     )

@@ -293,6 +293,10 @@ def _facts(found: Replayed | None, device: str, engine: str, *, why: str) -> Map
         "explained": [one.to_json() for one in found.explained] if found else [],
         "why": why,
         "by_tokens": found.by_tokens if found else 0,
+        "room_used": {
+            "largest": found.room_used[0] if found else 0.0,
+            "mean": found.room_used[1] if found else 0.0,
+        },
         "seconds": found.seconds if found else 0.0,
         "tokens_per_s": round(found.tokens / found.seconds, 2) if found and found.seconds else 0.0,
     }

@@ -142,7 +142,7 @@ def recipe_of_image(
         locked |= _with_adapters(adapters, documents, sources, partial)
         _with_questions(recipe, documents, partial, progress)
         with suppress(InputRefused):  # it has none, or only digests
-            (partial / EARLIER).write_bytes(replay_in(image, source).data)
+            (partial / f"recipe{EARLIER}").write_bytes(replay_in(image, source).data)
         _check(recipe, source, progress)
         lock = {"bases": {}, "sources": locked}
         (partial / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")

@@ -475,6 +475,11 @@ class BuildCommand(RecipeCommand):
         str, "image to rebuild from the sources it names and the adapters attached to it"
     ] = ""
     key: Annotated[str, _KEY] = ""
+    keep_replay: Annotated[
+        bool,
+        "write the image's replay set beside the recipe, as recipe.replay.json: where its answers"
+        " hold, builds keep it, and so the image's digest",
+    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
