@@ -64,13 +64,13 @@ def setup(*words: str) -> str:
 
 
 def test_the_tool_is_installed_by_hash_wherever_a_page_says_how():
-    """`make setup`, the page on CI and the templates install the lock first, and no more."""
-    pages = ["docs/how-to/in-ci.md", "examples/ci/github-actions.yml", "examples/ci/gitlab-ci.yml"]
+    """`make setup`, the action for GitHub and the templates install the lock first, no more."""
+    pages = [".github/actions/build/action.yml"]
+    pages += ["examples/ci/github-actions.yml", "examples/ci/gitlab-ci.yml"]
     for text in [setup(), *((ROOT / page).read_text() for page in pages)]:
-        rows = [row for row in text.splitlines() if re.search(r"\bpip install\b.* (\.|-r)", row)]
-        rows = [row for row in rows if "lm-eval" not in row]
+        rows = [row for row in text.splitlines() if re.search(r"\bpip install\b", row)]
         assert len(rows) == 2, rows
-        assert re.search(r"--require-hashes -r (weightsmith/)?requirements\.lock", rows[0])
+        assert re.search(r'--require-hashes -r "?(weightsmith/|.root/)?requirements.lock', rows[0])
         assert "--no-deps --no-build-isolation" in rows[1]
 
 
