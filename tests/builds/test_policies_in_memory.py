@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import yaml
+from weightsmith.core.ports import Signer
 from weightsmith.core.values import Json
+from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import RegistryLocation
+from weightsmith.outside.keyless import TOKEN, open_identity_signer
 from weightsmith.provenance import evidence
-from weightsmith.provenance.sealing import attach
-from weightsmith.provenance.signing import check_by, envelope_part, sign_statement
-from weightsmith.provenance.statements import VSA, Statement, image_resource, statement
+from weightsmith.provenance.sealing import attach_signed
+from weightsmith.provenance.signing import check_of_signer
+from weightsmith.provenance.statements import LEVEL, VSA, Statement, image_resource, statement
 
 from tests.fakes.memory import Memory, new_signer
+from tests.fakes.sigstore import ISSUER, WORKFLOW, sigstore, token
 
 TARGET = "llamacpp-q4_k_m"
 PASSES = "evaluate.max_drop=0.3"
@@ -31,12 +35,17 @@ def policies(memory: Memory) -> dict[str, Any]:
 
 
 def signed(memory: Memory) -> list[Statement]:
-    """Return the statements that a cluster finds: on the image, and signed by the key."""
+    """Return the statements that a cluster finds: signed, and where it looks for them.
+
+    Those of a key are under cosign's tag, those of an identity in bundles.
+    """
     assert memory.signer
     place = RegistryLocation(memory.client, Reference.parse(f"{memory.repository}:1.0.0-{TARGET}"))
-    attached = evidence.read_attached(place, place.image().digest)
-    check = check_by(memory.signer.public)
-    read = (evidence.read_statement(part, check) for part in evidence.statement_parts(attached))
+    digest, check = place.image().digest, check_of_signer(memory.signer)
+    attached = evidence.read_attached(place, digest)
+    tagged = memory.client.attachment_under(place.reference, fallback_tag(digest, ".att"))
+    parts = [*(tagged.parts if tagged else ()), *evidence.bundles_in(attached)]
+    read = (evidence.read_statement(part, check) for part in parts)
     return [one for one in read if one.signed]
 
 
@@ -66,12 +75,9 @@ def prove(memory: Memory, device: str, result: str = "PASSED") -> None:
     """Attach the summary that `prove` signs on a node."""
     place = RegistryLocation(memory.client, Reference.parse(f"{memory.repository}:1.0.0-{TARGET}"))
     image = place.image().manifest_blob
-    levels = ["WEIGHTSMITH_PROVEN", f"WEIGHTSMITH_PROVEN_ON_{device}"]
-    said = {"verificationResult": result, "verifiedLevels": levels}
+    said = {"verificationResult": result, "verifiedLevels": [LEVEL, f"{LEVEL}_ON_{device}"]}
     assert memory.signer
-    envelope = sign_statement(statement([image_resource(image)], VSA, said), memory.signer)
-    made = evidence.Evidence(kept=(envelope_part(envelope, VSA),))
-    attach(made, image, place.reference.name, place, memory.signer)
+    attach_signed([statement([image_resource(image)], VSA, said)], image, place, memory.signer)
 
 
 def test_what_passed_is_admitted(warm: Memory) -> None:
@@ -85,6 +91,7 @@ def test_what_passed_is_admitted(warm: Memory) -> None:
     assert kyverno_admits(found["kyverno.yaml"], stated)
     assert not kyverno_admits(found["kyverno.yaml"], [])
 
+    assert isinstance(warm.signer, Signer)
     key = warm.signer.public.decode().strip()
     images = [f"{warm.repository}{end}" for end in (":*", "@*")]
     (image,) = found["kyverno.yaml"]["spec"]["rules"][0]["verifyImages"]
@@ -125,6 +132,28 @@ def test_another_device_or_other_answers_do_not_prove_it(warm: Memory) -> None:
     warm.build(PASSES, PROVEN, push=True)
     prove(warm, "nvidia-l4", "FAILED")
     assert not kyverno_admits(policies(warm)["kyverno.yaml"], signed(warm))
+
+
+def test_what_an_identity_vouches_for(warm: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies name it and its provider, and look for bundles."""
+    monkeypatch.setenv(TOKEN, token())
+    with sigstore() as services:
+        warm.signer = open_identity_signer(str(services.write(warm.folder)[1]))
+        warm.build(PASSES, PROVEN, push=True)
+        found = policies(warm)
+        assert not kyverno_admits(found["kyverno.yaml"], signed(warm))
+        prove(warm, "nvidia-l4")
+        assert kyverno_admits(found["kyverno.yaml"], signed(warm))
+    (image,) = found["kyverno.yaml"]["spec"]["rules"][0]["verifyImages"]
+    assert image["type"] == "SigstoreBundle"
+    assert "attestors" not in image
+    for attestation in image["attestations"]:
+        ((entry,),) = (group["entries"] for group in attestation["attestors"])
+        assert (entry["keyless"]["subject"], entry["keyless"]["issuer"]) == (WORKFLOW, ISSUER)
+    (authority,) = found["sigstore.yaml"]["spec"]["authorities"]
+    assert authority["keyless"]["identities"] == [{"issuer": ISSUER, "subject": WORKFLOW}]
+    assert authority["signatureFormat"] == "bundle"
+    assert "key" not in authority
 
 
 @pytest.mark.parametrize("signs", [False, True])

@@ -322,7 +322,7 @@ def test_a_statement_without_key_is_a_vsa_that_is_not_believed(
     # Fields of https://slsa.dev/spec/v1.1/verification_summary
     assert summary["predicateType"] == "https://slsa.dev/verification_summary/v1"
     assert said["verificationResult"] == "PASSED"
-    assert "REPLAY_PROVEN_ON_cpu" in said["verifiedLevels"]
+    assert "WEIGHTSMITH_PROVEN_ON_cpu" in said["verifiedLevels"]
     assert datetime.fromisoformat(said["timeVerified"]) <= datetime.now(UTC)
     assert {"verifier", "resourceUri", "policy", "inputAttestations"} <= set(said)
 

@@ -459,7 +459,7 @@ def test_it_is_built_again_from_what_it_states(memory: Memory, tmp_path: Path) -
     found = recipe_of_image(
         thin.reference,
         base=str(memory.home / "base"),
-        key=None,
+        check=None,
         dist=tmp_path / "again",
         registry=memory.client,
         progress=Silent(),

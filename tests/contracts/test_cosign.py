@@ -28,12 +28,14 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.manifests import OCI_INDEX
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
+from weightsmith.outside.keyless import TOKEN, open_identity_signer
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import evidence
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.memory import memory_tools
 from tests.fakes.real_registries import real_registry
+from tests.fakes.sigstore import ISSUER, WORKFLOW, sigstore, token
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.registry
@@ -41,6 +43,7 @@ ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.versio
 DOCUMENTED = ("--insecure-ignore-tlog=true", "--new-bundle-format=false")
 
 
+PEM = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 SIGNED = "https://sigstore.dev/cosign/sign/v1"
 
@@ -274,6 +277,38 @@ def test_cosign_believes_our_bundles(
     assert scene.check(name, public) == {}
     assert {*scene.check(name, other)} >= {"signature", "statement provenance/v1"}
     assert scene.tags(name) == (["att", "sig"] if form == "both" else [])
+
+
+def _pem(der: bytes, path: Path) -> str:
+    path.write_bytes(serialization.load_der_public_key(der).public_bytes(*PEM))
+    return str(path)
+
+
+def test_cosign_believes_an_identity(
+    scene: Scene, cosign: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own programs check certificate, log entry and proofs; pushed again nothing is added."""
+    name, to = scene.bake("app"), f"{scene.host}/prod/app:1"
+    with sigstore() as services:
+        root, trust = services.write(scene.folder)
+        monkeypatch.setenv(TOKEN, token())
+        signer = open_identity_signer(str(trust))
+        for _ in range(2):
+            copy_image(name, to, scene.client, Silent(), force=False, signer=signer)
+        assert len(services.bodies) == 1 + 2
+    # Version 2 asks for these beside the trusted root, or fetches Sigstore's own.
+    authority = scene.folder / "ca.pem"
+    authority.write_bytes(services.root.public_bytes(PEM[0]))
+    monkeypatch.setenv("SIGSTORE_ROOT_FILE", str(authority))
+    keys = {"REKOR_PUBLIC_KEY": services.log, "CT_LOG_PUBLIC_KEY_FILE": services.certificates}
+    for variable, key in keys.items():
+        monkeypatch.setenv(f"SIGSTORE_{variable}", _pem(key.der, scene.folder / variable))
+    for kind in ("slsaprovenance1", SIGNED):
+        for identity in (WORKFLOW, f"{WORKFLOW}2"):
+            words = ("--certificate-identity", identity, "--certificate-oidc-issuer", ISSUER)
+            how = ("--trusted-root", root, "--new-bundle-format=true", "--type", kind)
+            assert cosign("verify-attestation", *words, *how, to) is (identity == WORKFLOW)
+    assert scene.tags(to) == []
 
 
 def test_a_bundle_once_for_each_key(scene: Scene) -> None:

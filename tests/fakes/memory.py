@@ -25,7 +25,7 @@ from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
 from weightsmith.core.jobs import Job, ProofJob, ReferenceJob
-from weightsmith.core.ports import CANDIDATES, Cache, Progress, Signer
+from weightsmith.core.ports import CANDIDATES, AnySigner, Cache, Progress, Signer
 from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.folders import FolderReader
@@ -69,7 +69,7 @@ class Memory:
     client: Registry
     """Speaks with it; it may be used by many sets, because it is slow to make."""
     journal: Journal = field(default_factory=Journal)
-    signer: Signer | None = None
+    signer: AnySigner | None = None
     adapters: tuple[str, ...] = ("a",)
     room: JobMemory = NO_LIMIT
     """Memory that its jobs may use."""
@@ -235,7 +235,8 @@ class Memory:
             return
         check = read_public_key(self.verify_key) if self.verify_key else None
         remote = SharedCache(self.cache, check, self.progress.warn, 60)
-        uploads = Uploads(remote, self.store.memo, self.signer, self.remember)
+        key = self.signer if isinstance(self.signer, Signer) else None
+        uploads = Uploads(remote, self.store.memo, key, self.remember)
         with _scratch(self.folder) as scratch:
             self.shared = SharedStore(self.store, [remote], lambda: scratch, uploads, self.remember)
             try:

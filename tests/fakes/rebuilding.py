@@ -26,6 +26,7 @@ from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.sealing import seal
+from weightsmith.provenance.signing import read_public_key
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe
 from weightsmith.recipe.schema import Suite
 from weightsmith.serving.llamacpp import ENGINE
@@ -126,6 +127,6 @@ class Scene:
         settings: Sequence[str] = (),
     ) -> RecipeFile:
         dist, told = self.folder / "dist", progress or Silent()
-        key = key or self.public
-        path = recipe_of_image(self.name, base, key, dist, self.client, told, settings)
+        check = read_public_key(key or self.public)
+        path = recipe_of_image(self.name, base, check, dist, self.client, told, settings)
         return read_recipe(path, settings)

@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import fsspec
 import numpy as np
+import pytest
 import yaml
 from pydantic import ValidationError
 from safetensors.numpy import load, save
@@ -39,7 +40,7 @@ from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.ports import Cache, Silent
+from weightsmith.core.ports import Cache, IdentityCheck, Silent
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree, canonical, plain
 from weightsmith.evaluating.bench_files import read_results
@@ -70,6 +71,7 @@ from weightsmith.outside.archives import extract
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.https import parse_list
 from weightsmith.outside.image_sources import _unpacked
+from weightsmith.outside.keyless import TOKEN, open_identity_signer
 from weightsmith.outside.modelscope import parse_files
 from weightsmith.outside.pypi import extract_model
 from weightsmith.outside.remote import chosen_files
@@ -78,7 +80,12 @@ from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in, roles_of
 from weightsmith.provenance.origins import KINDS, origins, wanted
 from weightsmith.provenance.proofs import ProofDevice, check_proven, proof_of
-from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
+from weightsmith.provenance.signing import (
+    ENVELOPE_TYPE,
+    STATEMENT_TYPE,
+    open_bundle,
+    open_envelope,
+)
 from weightsmith.provenance.statements import Statement
 from weightsmith.quantizers.gguf_header import GgufTensorInfo
 from weightsmith.quantizers.gguf_mix import mixed, read_mix
@@ -100,6 +107,7 @@ from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.records import BUILD
 from tests.fakes.registry import fake_registry
 from tests.fakes.replays import a_set
+from tests.fakes.sigstore import sigstore, token
 from tests.fakes.store import MemoryStore
 from tests.fakes.tiny import write_adapter, write_model
 from tests.golden.cases import MODELS, model
@@ -964,6 +972,33 @@ def read_proof(data: bytes, _: Path) -> None:
     assert found.ok is False  # nobody signed it
 
 
+@cache
+def identity_bundle() -> tuple[bytes, IdentityCheck]:
+    """Return a bundle that an identity of the tests' own Sigstore signed, and what checks it."""
+    with (
+        sigstore() as services,
+        TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv(TOKEN, token())
+        signer = open_identity_signer(str(services.write(Path(folder))[1]))
+        return signer.bundle(Statement(PROOF).content), signer.check
+
+
+def changed_bundle(random: Random) -> bytes:
+    made = identity_bundle()[0]
+    if random.random() < 0.3:
+        return bytes_changed(random, made)
+    return json.dumps(json_changed(random, json.loads(made))).encode()
+
+
+def read_bundle(data: bytes, _: Path) -> None:
+    """Whatever is changed, nothing else is taken for signed."""
+    read = open_bundle(data, identity_bundle()[1])
+    assert not read.signed or read.document == PROOF
+    assert read.signed or read.fault
+
+
 ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}
 
 
@@ -1067,6 +1102,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "replies": (changed_replies, read_replies),
     "replay": (changed_replay, read_replay_set),
     "heard": (lambda r: json.dumps(json_changed(r, HEARD)).encode(), read_heard),
+    "bundle": (changed_bundle, read_bundle),
     "proof": (lambda r: json.dumps(json_changed(r, PROOF)).encode(), read_proof),
 }
 

@@ -314,8 +314,9 @@ def test_a_recipe_of_another_image_is_not_built_from(shop):
         "merge", [weights], parameters={}, dependencies=[replace(weights, name="base")]
     )
     shop.plant(name, told, merged)
+    check = signing.read_public_key(shop.public)
     with pytest.raises(InputRefused, match=name):
-        recipe_of_image(name, "hf://evil/base", shop.public, shop.folder, shop.client, Silent())
+        recipe_of_image(name, "hf://evil/base", check, shop.folder, shop.client, Silent())
 
 
 @pytest.mark.parametrize("form", ["cosign", "bundle"])

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from weightsmith.cache import uploads as module
-from weightsmith.cache.cache import SharedCache, within
+from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import layers_of, read_document
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import CacheLost, EnvironmentFailure
+from weightsmith.core.time_limits import within
 from weightsmith.core.values import Stream, key_of
 from weightsmith.outside.folder_cache import FolderCache
 
@@ -273,9 +274,9 @@ def test_a_call_that_fails_says_why():
         raise PermissionError(13, "no")
 
     with pytest.raises(PermissionError):
-        within(60, fails)
+        within(60, fails, "")
     with pytest.raises(EnvironmentFailure):
-        within(0.01, lambda: time.sleep(1))
+        within(0.01, lambda: time.sleep(1), "")
 
 
 ENGINE_NOTE = {"stage": "base", "inputs": {"engine": "vllm"}}

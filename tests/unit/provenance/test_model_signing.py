@@ -14,7 +14,7 @@ from weightsmith.api.commands.upload import push_to_hub
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Artifact, Digest, FileEntry, Format, Tree
 from weightsmith.outside.signer import open_signer
-from weightsmith.provenance.model_signing import SIGNATURE, require_model_key, sign_model
+from weightsmith.provenance.model_signing import SIGNATURE, model_key, sign_model
 from weightsmith.stages.upload import HubDestination
 
 from tests.fakes.baking import make_key
@@ -170,7 +170,7 @@ def test_a_key_that_its_readers_do_not_take(tmp_path: Path, kind: str) -> None:
         )
     )
     with pytest.raises(UsageError, match="P-256"):
-        require_model_key(open_signer(str(path)))
+        model_key(open_signer(str(path)))
     tools = memory_tools(tmp_path / "work", key=path)
     request = MergeCommand(base=str(TINY / "base"), adapters=(), out=tmp_path / "out")
     with pytest.raises(UsageError, match="P-256"):

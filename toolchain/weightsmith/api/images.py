@@ -48,9 +48,10 @@ from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, SignatureFormat, Silent
 from weightsmith.core.values import Json, Published, Uploaded, plain
 from weightsmith.evaluating.bench_files import ResultsFile, read_results
+from weightsmith.provenance import signing
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import ImageNames
-from weightsmith.recipe.user_config import RunOptions
+from weightsmith.recipe.user_config import RunOptions, WantedIdentity
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
 
@@ -73,6 +74,8 @@ def bake(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
@@ -123,6 +126,8 @@ def bake(
             signature_format,
             cache,
             cache_from,
+            keyless,
+            str(trust_config),
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
@@ -147,6 +152,8 @@ def push(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     progress: bool = True,
 ) -> Pushed:
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card.
@@ -170,7 +177,13 @@ def push(
         force=force,
         public=public,
         dry_run=dry_run,
-        run=RunOptions(insecure=insecure, sign_key=sign_key, signature_format=signature_format),
+        run=RunOptions(
+            insecure=insecure,
+            sign_key=sign_key,
+            signature_format=signature_format,
+            keyless=keyless,
+            trust_config=str(trust_config),
+        ),
     )
     with shown(progress) as told:
         result, _ = run_push(request, told)
@@ -194,7 +207,7 @@ def run_push(asked: PushCommand, progress: Progress) -> tuple[Mapping[str, Json]
                 return preview_push(asked.source, hub, tools)
             sent = push_to_hub(asked.source, hub, tools)
     else:
-        signer = wiring.make_signer(asked.run.sign_key, asked.run.signature_format)
+        signer = wiring.signer_of(asked.run)
         with wiring.make_registry(insecure=asked.run.insecure) as registry:
             if asked.dry_run:
                 return preview_copy(asked.source, asked.to, registry, force=asked.force)
@@ -216,6 +229,8 @@ def rebase(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     cache: str = "",
     cache_from: str = "",
     progress: bool = True,
@@ -248,6 +263,8 @@ def rebase(
             signature_format=signature_format,
             cache=cache,
             cache_from=cache_from,
+            keyless=keyless,
+            trust_config=str(trust_config),
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -278,6 +295,8 @@ def plan(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     memory: str = "",
     cache: str = "",
     cache_from: str = "",
@@ -315,6 +334,8 @@ def plan(
             signature_format,
             cache,
             cache_from,
+            keyless,
+            str(trust_config),
         ),
     )
     return run_plan(request)
@@ -353,6 +374,8 @@ def build(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     locked: bool = False,
     update_lock: bool = False,
     keep_replay: bool = False,
@@ -403,6 +426,8 @@ def build(
             signature_format,
             cache,
             cache_from,
+            keyless,
+            str(trust_config),
         ),
     )
     with shown(progress) as told:
@@ -431,9 +456,10 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
     if asked.from_:
         wiring.keep_places_clean(asked)
         key, dist = key_path(asked.key), asked.dist.absolute()
+        check = signing.read_public_key(key) if key else None
         with wiring.make_registry(insecure=asked.run.insecure) as registry:
             again = recipe_of_image(
-                asked.from_, asked.base, key, dist, registry, progress, asked.settings
+                asked.from_, asked.base, check, dist, registry, progress, asked.settings
             )
         asked = replace(asked, recipe=again, base="", locked=not asked.base)
     file = recipe_of(asked)
@@ -520,6 +546,11 @@ def verify(
     source: str,
     *,
     key: AnyPath | None = None,
+    certificate_identity: str = "",
+    certificate_identity_regexp: str = "",
+    certificate_oidc_issuer: str = "",
+    certificate_oidc_issuer_regexp: str = "",
+    trusted_root: AnyPath = "",
     proven_on: Texts = (),
     proof_key: AnyPath | None = None,
     insecure: bool = False,
@@ -527,6 +558,8 @@ def verify(
 ) -> Verification:
     """Check an image's layers and statements, and with `key` (a public key, PEM) its signature.
 
+    Instead of a key, an identity may be named that must have signed, and who vouches for it, as for
+    `cosign verify`; with `trusted_root`, a file, nothing is asked of Sigstore.
     `proven_on` are devices or node types on which the image must be proven, by `proof_key`, or by
     `key` without it.
 
@@ -542,6 +575,13 @@ def verify(
         VerifyCommand,
         source=source,
         key=str(key or ""),
+        signed_by=WantedIdentity(
+            certificate_identity,
+            certificate_identity_regexp,
+            certificate_oidc_issuer,
+            certificate_oidc_issuer_regexp,
+            str(trusted_root),
+        ),
         proven_on=texts_of(proven_on),
         proof_key=str(proof_key or ""),
         run=run,
@@ -558,6 +598,7 @@ def run_verify(asked: VerifyCommand, progress: Progress) -> Verification:
             key_path(asked.key),
             registry,
             progress,
+            signed_by=wiring.check_of_identity(asked.signed_by),
             proven_on=asked.proven_on,
             proof_key=key_path(asked.proof_key, "--proof-key"),
         )
@@ -574,6 +615,11 @@ def affected(
     license: str = "",  # noqa: A002 - the flag's name
     cve_package: str = "",
     keys: AnyPath | Sequence[AnyPath] = (),
+    certificate_identity: str = "",
+    certificate_identity_regexp: str = "",
+    certificate_oidc_issuer: str = "",
+    certificate_oidc_issuer_regexp: str = "",
+    trusted_root: AnyPath = "",
     withdraw: bool = False,
     reason: str = "",
     rebuild: bool = False,
@@ -583,12 +629,15 @@ def affected(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     progress: bool = True,
 ) -> Affected:
     """Return what was made from one thing: an adapter, a base, an engine, a builder and so on.
 
     `in_` names where to look: `REGISTRY/PREFIX`, an image, `oci:FOLDER`, the folder of a fleet's
-    results. `keys` are public keys: `images` has what they signed, `unsigned` what only says so.
+    results. `keys` are public keys, beside them an identity may be named as for `verify`: `images`
+    has what they signed, `unsigned` what only says so.
     What could not be read is in `problems`, and stops nothing else. `withdraw` marks `images` as
     withdrawn, by statements that `sign_key` signs; nothing is deleted. `rebuild` writes a fleet
     file that makes them again to `out`; `rebase` moves them to another engine base, or with `out`
@@ -612,13 +661,26 @@ def affected(
         license=license,
         cve_package=cve_package,
         keys=tuple(map(str, paths_of(keys))),
+        signed_by=WantedIdentity(
+            certificate_identity,
+            certificate_identity_regexp,
+            certificate_oidc_issuer,
+            certificate_oidc_issuer_regexp,
+            str(trusted_root),
+        ),
         withdraw=withdraw,
         reason=reason,
         rebuild=rebuild,
         rebase=rebase,
         out=path_of(out) if out else None,
         force=force,
-        run=RunOptions(insecure=insecure, sign_key=sign_key, signature_format=signature_format),
+        run=RunOptions(
+            insecure=insecure,
+            sign_key=sign_key,
+            signature_format=signature_format,
+            keyless=keyless,
+            trust_config=str(trust_config),
+        ),
     )
     with shown(progress) as told:
         return run_affected(request, told)
@@ -627,16 +689,16 @@ def affected(
 def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
     """Return what was made from what the command names."""
     question = question_of(asked, wiring.digest_of_folder)
-    signer = wiring.make_signer(asked.run.sign_key, asked.run.signature_format)
-    keys = keys_of(asked, signer)
+    signer = wiring.signer_of(asked.run)
+    keys = keys_of(asked, signer, wiring.check_of_identity(asked.signed_by))
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
         found = find_affected(question, asked.in_, keys, registry, progress)
         if asked.withdraw and signer:
             found = withdraw_all(found, asked.reason, signer, registry, progress)
         if asked.rebuild or (asked.rebase and asked.out):
             out = (asked.out or Path("affected/fleet.yaml")).absolute()
-            key = Path(asked.keys[0]).expanduser() if asked.keys else None
-            return write_fleets(found, out, asked.rebase, key, registry, progress)
+            check = next(iter(keys.values()), None)
+            return write_fleets(found, out, asked.rebase, check, registry, progress)
     if asked.rebase:
         with wiring.open_for(asked, progress) as tools:
             return rebase_all(found, asked.rebase, tools, force=asked.force)

@@ -22,12 +22,12 @@ from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import (
+    AnySigner,
     Cache,
     FleetEngine,
     Launcher,
     Progress,
     Runner,
-    SignatureFormat,
     Signer,
     Silent,
     SourceReader,
@@ -54,6 +54,7 @@ from weightsmith.outside.hardware import cores, free_memory, gpu_names
 from weightsmith.outside.https import HttpsRemote
 from weightsmith.outside.hub import HubReader, HubWriter
 from weightsmith.outside.image_sources import OciRemote
+from weightsmith.outside.keyless import identity_check, open_identity_signer
 from weightsmith.outside.local import FallbackRunner, LocalRunner
 from weightsmith.outside.mlflow import MlflowRemote
 from weightsmith.outside.modelscope import ModelScopeRemote
@@ -68,9 +69,9 @@ from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.outside.signer import open_signer
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.toolset import check_engine_files, make_engine_files
-from weightsmith.provenance.signing import check_by, check_of
+from weightsmith.provenance.signing import Check, check_by, check_of
 from weightsmith.recipe.section import PathUse, fields_of
-from weightsmith.recipe.user_config import RunOptions, read_config
+from weightsmith.recipe.user_config import RunOptions, WantedIdentity, read_config
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.steps.tools import JobMemory, Tools, shares_nothing
 
@@ -251,11 +252,12 @@ def open_tools(
     if run.runner == "docker":
         engine.require()
     answers = run.runner == "docker" or (run.runner == "auto" and engine.answers())
-    signer, layers = make_signer(run.sign_key, run.signature_format), PushedLayers(cache_folder())
+    signer, layers = signer_of(run), PushedLayers(cache_folder())
+    key = signer if isinstance(signer, Signer) else None
     with (
         make_registry(insecure=run.insecure, memory=layers) as registry,
         open_store(
-            sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
+            sharing, progress, key, registry=registry, layers=layers, uploads=uploads
         ) as store,
         ExitStack() as stack,
     ):
@@ -440,11 +442,28 @@ def _launcher(engine: DockerEngine | None) -> Launcher:
     return EitherLauncher(DockerLauncher(engine), rootfs) if engine else rootfs
 
 
-def make_signer(key: str, signature_format: SignatureFormat = "cosign") -> Signer | None:
+def signer_of(run: RunOptions) -> AnySigner | None:
+    """Return what signs, or None: a key, or with `keyless` the identity of this job.
+
+    It signs once, or gets a certificate, to find out before the build. Raises as `make_signer` and
+    `open_identity_signer` do.
+    """
+    if run.trust_config and not run.keyless:
+        raise UsageError("--trust-config needs --keyless", hint="a key needs no services")
+    if not run.keyless:
+        signer = make_signer(run.sign_key)
+        return replace(signer, format=run.signature_format) if signer else None
+    if run.sign_key or run.signature_format == "both":
+        other = "--sign-key" if run.sign_key else "--signature-format both"
+        hint = "without a key, signatures are bundles; `push --sign-key` adds a key's"
+        raise UsageError(f"--keyless and {other} exclude each other", hint=hint)
+    return open_identity_signer(run.trust_config)
+
+
+def make_signer(key: str) -> Signer | None:
     """Return the signer of the user's key, or None without a key.
 
-    It signs once to test the key before the build. Raises as `open_signer` does, and UsageError
-    for a key whose signatures `verify` cannot check.
+    Raises as `open_signer` does, and UsageError for a key whose signatures `verify` cannot check.
     """
     if not key:
         return None
@@ -454,7 +473,15 @@ def make_signer(key: str, signature_format: SignatureFormat = "cosign") -> Signe
             f"{key} makes signatures that `verify` cannot check",
             hint="supported keys: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
         )
-    return replace(signer, format=signature_format)
+    return signer
+
+
+def check_of_identity(wanted: WantedIdentity) -> Check | None:
+    """Return what checks for an identity, or None if none is wanted.
+
+    Raises UsageError for half an identity, and as `identity_check` does.
+    """
+    return identity_check(wanted) if wanted.asked() else None
 
 
 def start_info(layout: str, root: Path) -> StartInfo:

@@ -10,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 from weightsmith.cache.document import SharedEntry, read_document
 from weightsmith.core.errors import (
     Altered,
     CacheLost,
-    EnvironmentFailure,
     InputRefused,
     WeightsmithError,
 )
 from weightsmith.core.ports import Cache
+from weightsmith.core.time_limits import within
 from weightsmith.core.values import Blob, Digest
 from weightsmith.provenance.signing import Check
 
-T = TypeVar("T")
+_LIMIT = "cache.lookup_seconds is this limit"
 
 
 class SharedCache:
@@ -56,7 +55,7 @@ class SharedCache:
         if self.broken:
             return None
         try:
-            data = within(self._seconds, lambda: self.cache.find(key))
+            data = within(self._seconds, lambda: self.cache.find(key), _LIMIT)
             return None if data is None else read_document(data, key, self._check)
         except InputRefused as refused:
             self._warn(
@@ -127,32 +126,6 @@ class SharedCache:
 def lost(where: str, why: str) -> CacheLost:
     """Return the error for a result in a cache that cannot be read as it should."""
     return CacheLost(f"a result in the cache {where} cannot be used: {why}", hint="run it again")
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call returns; EnvironmentFailure if it takes longer.
-
-    The thread that runs it cannot be stopped, but it does not keep the process alive.
-    """
-    found: list[T] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="cache")
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not found:
-        raise EnvironmentFailure(
-            f"no answer within {seconds:g} s", hint="cache.lookup_seconds is this limit"
-        )
-    return found[0]
 
 
 def _why(error: Exception) -> str:

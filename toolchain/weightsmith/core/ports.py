@@ -435,3 +435,35 @@ class Signer:
     """Its public key in PEM form, which identifies its own signatures."""
     format: SignatureFormat = "cosign"
     """How its signatures of images and their statements are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentityCheck:
+    """Says whether an identity made a Sigstore bundle: certificate, signature and log entry."""
+
+    who: str
+    """The identity and its provider, for people."""
+    read: Callable[[bytes], tuple[bytes, str]]
+    """Bundle -> the statement's text in it, and why it does not count; "" if it does."""
+
+    def __call__(self, data: bytes, signature: bytes) -> bool:
+        """Return False: a bare signature names no identity."""
+        del data, signature
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentitySigner:
+    """Signs as the identity that a provider vouches for, with a certificate of Sigstore's CA."""
+
+    identity: str
+    """The name in its certificates: the URL of a workflow, or an address."""
+    issuer: str
+    """The provider's URL."""
+    bundle: Callable[[bytes], bytes]
+    """Text of an in-toto statement -> Sigstore bundle, with an entry in a transparency log."""
+    check: IdentityCheck
+    """Recognizes its own bundles."""
+
+
+AnySigner: TypeAlias = Signer | IdentitySigner

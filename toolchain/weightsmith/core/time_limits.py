@@ -14,8 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from weightsmith.core.errors import UsageError, of_panic
+from weightsmith.core.errors import EnvironmentFailure, UsageError, of_panic
+
+_T = TypeVar("_T")
 
 FOREIGN_SECONDS = 20.0
 """CPU seconds for a pattern or template from an input; honest ones take milliseconds."""
@@ -134,3 +137,27 @@ def chosen_seconds() -> int | None:
             hint="give a whole number, or 0 for no limit",
         )
     return int(text)
+
+
+def within(seconds: float, call: Callable[[], _T], hint: str) -> _T:
+    """Return what a call returns; EnvironmentFailure with the hint if it takes longer.
+
+    The thread that runs it cannot be stopped, but it does not keep the process alive.
+    """
+    found: list[_T] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="within")
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not found:
+        raise EnvironmentFailure(f"no answer within {seconds:g} s", hint=hint)
+    return found[0]

@@ -93,8 +93,10 @@ def is_bundle(part: AttachmentPart) -> bool:
 
 def read_statement(part: AttachmentPart, check: signing.Check | None) -> Statement:
     """Return a statement, plain, in an envelope or in a bundle; raises InputRefused otherwise."""
-    data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
-    if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
+    data = part.read()
+    if is_bundle(part):
+        return signing.open_bundle(data, check)
+    if part.blob.media_type == signing.ENVELOPE_TYPE:
         return signing.open_envelope(data, check)
     try:
         plain = parse(data, largest=PART, unique=True)

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.ports import Signer
+from weightsmith.core.ports import AnySigner, IdentitySigner, Signer
 from weightsmith.core.values import FileEntry
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import STATEMENT, Statement
@@ -37,13 +37,16 @@ def signs_models(signer: Signer) -> bool:
     return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1"
 
 
-def require_model_key(signer: Signer | None) -> None:
-    """Raise UsageError for a key that readers of model signatures do not take."""
+def model_key(signer: AnySigner | None) -> Signer | None:
+    """Return the key to sign a model's files with; UsageError if their readers do not take it."""
+    if isinstance(signer, IdentitySigner):
+        raise UsageError("model signatures need a key", hint="give --sign-key, not --keyless")
     if signer and not signs_models(signer):
         raise UsageError(
             "model signatures need an ECDSA key on the curve P-256",
             hint="create one: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`",
         )
+    return signer
 
 
 def sign_model(name: str, files: Sequence[FileEntry], signer: Signer) -> bytes:

@@ -28,14 +28,11 @@ from weightsmith.provenance.chain import Check
 from weightsmith.provenance.evidence import read_statement
 from weightsmith.provenance.labels import REPLAY_COUNT, REPLAY_DIGEST
 from weightsmith.provenance.signing import Check as KeyCheck
-from weightsmith.provenance.statements import Statement, image_resource, statement
+from weightsmith.provenance.statements import LEVEL, VSA, Statement, image_resource, statement
 from weightsmith.serving.devices import GPUS
 
-VSA = "https://slsa.dev/verification_summary/v1"
 REPLAYED = f"{statements.PROJECT}/replay/v1"
 """Predicate type of what a replay set showed."""
-LEVEL = "REPLAY_PROVEN"
-"""In `verifiedLevels`, which may have values of others that do not begin with SLSA_."""
 _RULE = f"{statements.PROJECT}/docs/reference/replay.md"
 _SKEW = timedelta(minutes=10)
 """By how much the clocks of a node and of who verifies may differ."""

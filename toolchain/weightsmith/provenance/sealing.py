@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.ports import Signer
+from weightsmith.core.ports import AnySigner, IdentitySigner, Signer
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.registry import ImageLocation
@@ -38,29 +38,38 @@ _COSIGN = (
 
 
 def attach(
-    evidence: Evidence, image: Blob, name: str, location: ImageLocation, signer: Signer | None
+    evidence: Evidence, image: Blob, name: str, location: ImageLocation, signer: AnySigner | None
 ) -> None:
     """Attach evidence to an image, signed if there is a key; `name` is its repository."""
     held = read_attached(location, image.digest) if signer else ()
     location.attach(*seal(evidence, image, name, signer, held))
 
 
-def attach_proof(
-    stated: Sequence[Statement], image: Blob, location: ImageLocation, signer: Signer
+def attach_signed(
+    stated: Sequence[Statement], image: Blob, place: ImageLocation, signer: AnySigner
 ) -> None:
-    """Attach signed statements of a machine to an image, which it does not sign itself."""
-    parts = (
+    """Sign statements and attach them beside what others signed; the image gets no signature."""
+    if isinstance(signer, IdentitySigner) or signer.format != "cosign":
+        for one in stated:
+            part = signing.sign_bundle(one, signer)
+            place.attach(signing.bundle_manifest(part, image, one.predicate_type))
+    if isinstance(signer, IdentitySigner) or signer.format == "bundle":
+        return
+    held = statement_parts(read_attached(place, image.digest))
+    parts = [part for part in held if part.blob.media_type == signing.ENVELOPE_TYPE]
+    own = [
         signing.envelope_part(signing.sign_statement(one, signer), one.predicate_type)
         for one in stated
-    )
-    location.attach(*(_one_statement(part, image) for part in parts))
+    ]
+    tag = fallback_tag(image.digest, ".att")
+    place.attach(signing.cosign_manifest((*parts, *own), image, signing.ENVELOPE_TYPE, tag))
 
 
 def seal(
     evidence: Evidence,
     image: Blob,
     name: str,
-    signer: Signer | None,
+    signer: AnySigner | None,
     held: Sequence[Attachment] = (),
 ) -> tuple[Attachment, ...]:
     """Return the attachments with the evidence.
@@ -94,7 +103,7 @@ def countersigned(
     attachments: Sequence[Attachment],
     image: Blob,
     name: str,
-    signer: Signer | None,
+    signer: AnySigner | None,
     held: Sequence[Attachment] = (),
 ) -> tuple[Attachment, ...]:
     """Return an image's own attachments, joined with those `held` at its new location.
@@ -135,7 +144,7 @@ def _signed_with_held(
     parts: Sequence[AttachmentPart],
     image: Blob,
     name: str,
-    signer: Signer | None,
+    signer: AnySigner | None,
 ) -> Iterator[Attachment]:
     """Yield manifests with the signed parts and everything signed in `held`, except bundles."""
     envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
@@ -143,12 +152,12 @@ def _signed_with_held(
     lineage = trace(image.digest, stated)
     own = {one.content: one for one in stated if one.is_ours and lineage.holds(one)}
     statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
-    if signer and signer.format != "bundle":
+    if isinstance(signer, Signer) and signer.format != "bundle":
         statements = [
             _signed(part, signer) if _content(part) in own else part for part in statements
         ]
         signatures.append(signing.sign_image(image, name, signer, signatures))
-    if signer and signer.format != "cosign":
+    if signer and (isinstance(signer, IdentitySigner) or signer.format != "cosign"):
         plain = signing.STATEMENT_TYPE
         statements = [
             part
@@ -169,10 +178,10 @@ def _signed_with_held(
 
 
 def _bundles(
-    stated: Sequence[Statement], image: Blob, signer: Signer, held: Sequence[Attachment]
+    stated: Sequence[Statement], image: Blob, signer: AnySigner, held: Sequence[Attachment]
 ) -> Iterator[Attachment]:
-    """Yield a bundle for each statement that this key has not signed in one yet."""
-    check, there = signing.check_by(signer.public), set[bytes]()
+    """Yield a bundle for each statement that this signer has not signed in one yet."""
+    check, there = signing.check_of_signer(signer), set[bytes]()
     for part in bundles_in(held):
         with suppress(InputRefused):
             read = read_statement(part, check)

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.ports import Signer
+from weightsmith.core.ports import AnySigner, IdentityCheck, IdentitySigner, Signer
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance.statements import STATEMENT, Statement
 
-Check: TypeAlias = Callable[[bytes, bytes], bool]
-"""(bytes, signature) -> whether the key made the signature."""
+Check: TypeAlias = Callable[[bytes, bytes], bool] | IdentityCheck
+"""(bytes, signature) -> whether the key made the signature; of an identity, what reads bundles."""
 
 SIGNATURE_TYPE = "application/vnd.dev.cosign.artifact.sig.v1+json"
 STATEMENT_TYPE = "application/vnd.in-toto+json"
@@ -72,8 +72,17 @@ def sign_statement(statement: Statement, signer: Signer) -> bytes:
     return canonical(_envelope(statement.content, _signature(statement.content, signer)))
 
 
-def sign_bundle(statement: Statement, signer: Signer) -> AttachmentPart:
-    """Return a statement in a signed Sigstore bundle, without a transparency log's entry."""
+def sealed(statement: Statement, signer: AnySigner) -> bytes:
+    """Return a signed statement by itself: an identity's is a bundle, a key's an envelope."""
+    if isinstance(signer, IdentitySigner):
+        return signer.bundle(statement.content)
+    return sign_statement(statement, signer)
+
+
+def sign_bundle(statement: Statement, signer: AnySigner) -> AttachmentPart:
+    """Return a statement in a signed Sigstore bundle; with a key, no transparency log knows it."""
+    if isinstance(signer, IdentitySigner):
+        return AttachmentPart.of_bytes(signer.bundle(statement.content), _BUNDLE)
     return AttachmentPart.of_bytes(bundle(statement.content, signer), _BUNDLE)
 
 
@@ -96,7 +105,7 @@ def bundle(payload: bytes, signer: Signer, hint: str = "") -> bytes:
 
 def claim(image: Digest) -> Statement:
     """Return what cosign 3 signs of an image: its digest, and nothing else."""
-    subject = [{"digest": {"sha256": image.hex}}]
+    subject = [{"name": "", "digest": {"sha256": image.hex}}]
     return Statement(
         {"_type": STATEMENT, "subject": subject, "predicateType": SIGN_PREDICATE, "predicate": {}}
     )
@@ -205,12 +214,38 @@ def open_envelope(data: bytes, check: Check | None) -> Statement:
     return Statement(statement, signed)
 
 
+def open_bundle(data: bytes, check: Check | None) -> Statement:
+    """Return a Sigstore bundle's statement, with whether it is signed, and else why not.
+
+    Raises InputRefused if there is none in it.
+    """
+    envelope = unbundled(data)
+    read = open_envelope(envelope, check)
+    if not isinstance(check, IdentityCheck):
+        return read
+    payload, fault = check.read(data)
+    # The library reads the bundle a second time, and must find there what we found.
+    if not fault and payload != base64.b64decode(parse(envelope, largest=PART)["payload"]):
+        fault = "it can be read in two ways"
+    return Statement(read.document, not fault, fault)
+
+
 def unbundled(data: bytes) -> bytes:
     """Return the envelope in a Sigstore bundle; raises InputRefused if there is none."""
     try:
         return canonical(dict(parse(data, largest=PART)["dsseEnvelope"]))
     except (ValueError, KeyError, TypeError):
         raise InputRefused("a Sigstore bundle holds no signed statement", hint=_FOREIGN) from None
+
+
+def check_of_signer(signer: AnySigner) -> Check:
+    """Return what recognizes a signer's own signatures."""
+    return signer.check if isinstance(signer, IdentitySigner) else check_by(signer.public)
+
+
+def whom(check: Check) -> str:
+    """Return who must have signed, for people."""
+    return check.who if isinstance(check, IdentityCheck) else "this key"
 
 
 def read_public_key(path: Path) -> Check:

@@ -64,7 +64,9 @@ class Statement:
 
     document: Mapping[str, Json]
     signed: bool = False
-    """Signed by the given key; False without a key."""
+    """Signed by the given key or identity; False without one."""
+    fault: str = ""
+    """Why an identity did not sign it, where that is known."""
 
     @property
     def content(self) -> bytes:

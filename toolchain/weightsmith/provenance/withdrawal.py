@@ -11,12 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
-from weightsmith.core.ports import Signer
 from weightsmith.core.values import Blob, JsonValue
-from weightsmith.oci.attachments import fallback_tag
-from weightsmith.oci.registry import ImageLocation
-from weightsmith.provenance import signing
-from weightsmith.provenance.evidence import read_attached, statement_parts
 from weightsmith.provenance.statements import (
     TEST_RESULT,
     WITHDRAWAL,
@@ -56,25 +51,6 @@ def withdraws(told: Statement) -> bool:
     rows = failed if told.predicate_type == TEST_RESULT and isinstance(failed, list) else []
     named = any(isinstance(row, str) and row.startswith(_FAILED) for row in rows)
     return named or told.predicate_type == WITHDRAWAL
-
-
-def attach_withdrawal(told: Statement, image: Blob, place: ImageLocation, signer: Signer) -> None:
-    """Sign a withdrawal and attach it beside what others signed; the image gets no signature."""
-    both = (told, failed_result(told, image))
-    if signer.format != "cosign":
-        for one in both:
-            part = signing.sign_bundle(one, signer)
-            place.attach(signing.bundle_manifest(part, image, one.predicate_type))
-    if signer.format == "bundle":
-        return
-    held = read_attached(place, image.digest)
-    parts = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
-    own = (
-        signing.envelope_part(signing.sign_statement(one, signer), one.predicate_type)
-        for one in both
-    )
-    tag = fallback_tag(image.digest, ".att")
-    place.attach(signing.cosign_manifest((*parts, *own), image, signing.ENVELOPE_TYPE, tag))
 
 
 def withdrawn_in(stated: Iterable[Statement], image: str) -> str | None:

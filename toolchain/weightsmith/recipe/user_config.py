@@ -9,6 +9,8 @@ of the image.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -132,7 +134,74 @@ class RunOptions:
         "s3://BUCKET/PREFIX or a folder; off for none",
     )
     cache_from: str = _option("", "a second cache that is only read")
+    keyless: bool = _option(
+        False, "sign with this job's identity, by Sigstore, instead of a key: bundles alone"
+    )
+    trust_config: str = _option(
+        "",
+        "file of another Sigstore than the public one: the trust configuration with its addresses "
+        "and roots",
+    )
 
     def given(self) -> dict[str, JsonValue]:
         """Return the options that are set, for a request to another process."""
         return {name: value for name, value in asdict(self).items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class WantedIdentity:
+    """Who must have signed, by the options of cosign; an expression may match a part."""
+
+    certificate_identity: str = _option(
+        "", "identity that must have signed, such as a workflow's URL, instead of a key's owner"
+    )
+    certificate_identity_regexp: str = _option(
+        "", "regular expression that the identity must match, in place of it"
+    )
+    certificate_oidc_issuer: str = _option("", "provider that must vouch for the identity, a URL")
+    certificate_oidc_issuer_regexp: str = _option(
+        "", "regular expression that the provider must match, in place of it"
+    )
+    trusted_root: str = _option(
+        "",
+        "file with the certificates and keys of a Sigstore; nothing is then asked of the network. "
+        "Default: those of the public one, fetched",
+    )
+
+    def asked(self) -> bool:
+        """Return whether an identity is wanted; raises UsageError for half of one."""
+        for name, value in asdict(self).items():
+            if name.endswith("regexp"):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"{flag} {value}: {error}", hint="correct it") from None
+        who = self.certificate_identity or self.certificate_identity_regexp
+        vouches = self.certificate_oidc_issuer or self.certificate_oidc_issuer_regexp
+        if who and vouches:
+            return True
+        if who or vouches or self.trusted_root:
+            missing = "--certificate-oidc-issuer" if who else "--certificate-identity"
+            raise UsageError(
+                f"{missing} is missing",
+                hint="anyone may have this name with another provider, and anyone a certificate: "
+                "an identity is both, or their -regexp",
+            )
+        return False
+
+    def fits(self, names: Sequence[str], issuer: str) -> bool:
+        """Return whether a certificate's names and provider are wanted."""
+        exact, pattern = self.certificate_identity, self.certificate_identity_regexp
+        if exact and exact not in names:
+            return False
+        if pattern and not any(re.search(pattern, name) for name in names):
+            return False
+        exact, pattern = self.certificate_oidc_issuer, self.certificate_oidc_issuer_regexp
+        return exact in ("", issuer) and bool(re.search(pattern, issuer))
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        pattern, provider = self.certificate_identity_regexp, self.certificate_oidc_issuer_regexp
+        who = self.certificate_identity or f"/{pattern}/"
+        return f"{who} of {self.certificate_oidc_issuer or f'/{provider}/'}"

@@ -25,6 +25,7 @@ from jinja2 import (
 )
 
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import AnySigner, Signer
 from weightsmith.core.resources import templates
 from weightsmith.core.thin import SERVED, SPARE
 from weightsmith.core.values import (
@@ -276,18 +277,20 @@ def render_volume(
 
 
 def render_policies(
-    name: str, version: str, *, repository: str, key: str, proven_on: Sequence[str]
+    name: str, version: str, *, repository: str, signer: AnySigner, proven_on: Sequence[str]
 ) -> dict[str, str]:
     """Return policies of Kyverno and sigstore's policy-controller for a repository's images.
 
-    They admit only what the public `key` (PEM) signed, and whose test result it signed too, as
-    passed; with `proven_on`, also proven on these node types.
+    They admit only what the key or the identity of `signer` signed, and whose test result it signed
+    too, as passed; with `proven_on`, also proven on these node types.
     """
     facts: dict[str, Writable] = {
         "name": name,
         "version": version,
         "images": [f"{repository}{one}" for one in (":*", "@*")],
-        "key": key.strip(),
+        "key": signer.public.decode().strip() if isinstance(signer, Signer) else "",
+        "identity": "" if isinstance(signer, Signer) else signer.identity,
+        "issuer": "" if isinstance(signer, Signer) else signer.issuer,
         "passed": TEST_RESULT,
         "summary": VSA,
         "levels": [f"{LEVEL}_ON_{one}" for one in proven_on],
@@ -804,7 +807,7 @@ class PoliciesStep(UnforeseenStep[None]):
             recipe.name,
             recipe.version,
             repository=Reference.parse(reference(recipe, self.target)).name,
-            key=tools.signer.public.decode(),
+            signer=tools.signer,
             proven_on=recipe.image.proven_on,
         )
         write_files(files, self.of.folder / POLICIES)

@@ -10,7 +10,7 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
-from weightsmith.core.ports import Hub, HubContent, Signer
+from weightsmith.core.ports import AnySigner, Hub, HubContent, Signer
 from weightsmith.core.values import Artifact, Digest, FileEntry, Published, Tree, Uploaded
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.card import card_of_build
@@ -94,14 +94,14 @@ def check_free(tree: Tree, destination: HubDestination, hub: Hub) -> None:
 
 
 def texts_of(
-    tree: Tree, card: str, destination: HubDestination, signer: Signer | None
+    tree: Tree, card: str, destination: HubDestination, signer: AnySigner | None
 ) -> Mapping[str, bytes]:
     """Return what is published beside a model's files: its card, and the signature of them all.
 
     A key of a kind that signs images alone makes no signature.
     """
     texts = {CARD: card.encode()}
-    if signer and signs_models(signer):
+    if isinstance(signer, Signer) and signs_models(signer):
         shown = FileEntry(path=CARD, size=len(texts[CARD]), digest=Digest.of(texts[CARD]))
         files = [*_published(tree).values(), shown]
         texts[SIGNATURE] = sign_model(destination.repository.rpartition("/")[2], files, signer)

@@ -11,13 +11,13 @@ from typing import Protocol
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import (
+    AnySigner,
     ContainerEngine,
     Hub,
     Launcher,
     Progress,
     RunCommand,
     Runner,
-    Signer,
     SourceReader,
     Store,
     StoreEntry,
@@ -95,7 +95,7 @@ class Tools:
     """(engine, platform): raises EnvironmentFailure if it is known that they cannot be made."""
     command: RunCommand
     """Runs the user's own evaluation program."""
-    signer: Signer | None = None
+    signer: AnySigner | None = None
     """Signs with the user's key; None without a key."""
     clock: Callable[[], float] = time.monotonic
     """Monotonic clock in seconds, used to time stages."""

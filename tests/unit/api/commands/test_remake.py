@@ -93,7 +93,9 @@ def test_a_fleet_file_builds_them_again(built: Rebuilding, tmp_path: Path) -> No
     )
     out = tmp_path / "again" / "fleet.yaml"
 
-    after = write_fleets(rows, out, "x.io/engine:2", built.public, built.client, Silent())
+    after = write_fleets(
+        rows, out, "x.io/engine:2", signing.read_public_key(built.public), built.client, Silent()
+    )
 
     assert [(one.reference, one.error) for one in after.remade] == [(str(out), "")]
     fleet = read_fleet(out)
@@ -109,7 +111,7 @@ def test_a_fleet_file_builds_them_again(built: Rebuilding, tmp_path: Path) -> No
     assert recipe.serve.served_model_name == "x"
     assert [target.name for target in build.targets] == ["llamacpp-q8_0"]
     with pytest.raises(UsageError, match="exists"):
-        write_fleets(rows, out, "", built.public, built.client, Silent())
+        write_fleets(rows, out, "", signing.read_public_key(built.public), built.client, Silent())
 
 
 def test_what_has_two_adapters_is_named(built: Rebuilding, tmp_path: Path) -> None:
@@ -119,7 +121,9 @@ def test_what_has_two_adapters_is_named(built: Rebuilding, tmp_path: Path) -> No
         wanted("adapter", "v7"), [f"{built.fake.host}/team"], keys, built.client, Silent()
     )
     out = tmp_path / "again" / "fleet.yaml"
-    after = write_fleets(rows, out, "", built.public, built.client, RecordingProgress())
+    after = write_fleets(
+        rows, out, "", signing.read_public_key(built.public), built.client, RecordingProgress()
+    )
     assert "2 adapters" in after.remade[0].error
     assert not out.exists()
 

@@ -25,8 +25,9 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.evidence import read_attached, read_statement, statement_parts
 from weightsmith.provenance.origins import wanted
+from weightsmith.provenance.sealing import attach_signed
 from weightsmith.provenance.statements import TEST_RESULT, WITHDRAWAL
-from weightsmith.provenance.withdrawal import attach_withdrawal, withdrawal
+from weightsmith.provenance.withdrawal import failed_result, withdrawal
 
 from tests.fakes.baking import bake, make_key, push_base
 from tests.fakes.journal import RecordingProgress
@@ -130,7 +131,8 @@ def test_what_another_key_withdrew_is_shown_and_not_honoured(scene: Scene) -> No
     other, public = make_key(scene.folder, "other")
     place = RegistryLocation(scene.client, Reference.parse(scene.name))
     image = scene.image().manifest_blob
-    attach_withdrawal(withdrawal(image, "a joke", {}), image, place, open_signer(str(other)))
+    told = withdrawal(image, "a joke", {})
+    attach_signed((told, failed_result(told, image)), image, place, open_signer(str(other)))
 
     ok, said = failed(scene)["withdrawn"]
 

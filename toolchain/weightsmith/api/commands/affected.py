@@ -26,7 +26,7 @@ from weightsmith.core.errors import (
     WeightsmithError,
 )
 from weightsmith.core.escape import joined
-from weightsmith.core.ports import Progress, Signer
+from weightsmith.core.ports import AnySigner, Progress
 from weightsmith.core.safe_parse import RECORD, read_json
 from weightsmith.core.values import Blob, Digest
 from weightsmith.evaluating.results import NOT_PROVEN
@@ -46,7 +46,8 @@ from weightsmith.oci.registry import (
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.origins import KINDS, Wanted, wanted
 from weightsmith.provenance.recall import AffectedImage, Judgement, Recall
-from weightsmith.provenance.withdrawal import attach_withdrawal, withdrawal, withdrawn_in
+from weightsmith.provenance.sealing import attach_signed
+from weightsmith.provenance.withdrawal import failed_result, withdrawal, withdrawn_in
 
 _AT_ONCE = 16
 """Requests at the same time."""
@@ -508,13 +509,16 @@ def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:
             found.fault(reference, error)
 
 
-def keys_of(asked: AffectedCommand, signer: Signer | None) -> Mapping[str, signing.Check]:
-    """Return the keys to believe: those that are named, else the one that withdraws.
+def keys_of(
+    asked: AffectedCommand, signer: AnySigner | None, identity: signing.Check | None = None
+) -> Mapping[str, signing.Check]:
+    """Return whom to believe: the keys and the identity that are named, else who withdraws.
 
     Raises UsageError for a key that cannot be read, and for options that do not fit together.
     """
     if asked.withdraw and signer is None:
-        raise UsageError("--withdraw needs --sign-key", hint="only a signed statement counts")
+        hint = "only a signed statement counts"
+        raise UsageError("--withdraw needs --sign-key or --keyless", hint=hint)
     if asked.reason and not asked.withdraw:
         raise UsageError("--reason needs --withdraw", hint="without it, nothing is withdrawn")
     if signer and not (asked.withdraw or (asked.rebase and not asked.out)):
@@ -526,13 +530,16 @@ def keys_of(asked: AffectedCommand, signer: Signer | None) -> Mapping[str, signi
     for key in asked.keys:
         key_path(key)
     checks = {key: signing.read_public_key(Path(key).expanduser()) for key in asked.keys}
+    if identity:
+        checks[signing.whom(identity)] = identity
     if signer and not checks:
-        checks[asked.run.sign_key] = signing.check_by(signer.public)
+        check = signing.check_of_signer(signer)
+        checks[asked.run.sign_key or signing.whom(check)] = check
     return checks
 
 
 def withdraw_all(
-    found: Affected, reason: str, signer: Signer, registry: Registry, progress: Progress
+    found: Affected, reason: str, signer: AnySigner, registry: Registry, progress: Progress
 ) -> Affected:
     """Attach a signed withdrawal to each trusted image; return the answer as it is then.
 
@@ -547,7 +554,7 @@ def withdraw_all(
             place = open_location(_pinned(row), registry)
             image = _blob(row, place)
             told = withdrawal(image, why, {found.by: found.value})
-            attach_withdrawal(told, image, place, signer)
+            attach_signed((told, failed_result(told, image)), image, place, signer)
             row = replace(row, withdrawn=withdrawn_in([told], row.digest))
         rows.append(row)
     if found.unsigned:

@@ -10,7 +10,7 @@ from weightsmith.api.commands.requests import Said
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.platforms import usual
-from weightsmith.core.ports import ContainerEngine, Progress, Signer
+from weightsmith.core.ports import AnySigner, ContainerEngine, Progress
 from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, Writable
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, blob_of
@@ -54,7 +54,7 @@ def copy_image(
     progress: Progress,
     *,
     force: bool,
-    signer: Signer | None = None,
+    signer: AnySigner | None = None,
 ) -> Published:
     """Copy an image and its attachments to a registry, byte for byte.
 
@@ -142,7 +142,7 @@ def _copy_index(
     progress: Progress,
     *,
     force: bool,
-    signer: Signer | None,
+    signer: AnySigner | None,
 ) -> Published:
     registry, to = there.registry, there.reference
     document = manifests.read_json(index, str(to))
@@ -197,7 +197,7 @@ def copy_attachments(
     image: Blob,
     origin: ImageLocation,
     there: RegistryLocation,
-    signer: Signer | None,
+    signer: AnySigner | None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Copy an image's attachments to its new location, also under cosign's tags.

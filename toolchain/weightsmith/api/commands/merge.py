@@ -21,7 +21,7 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.items import read_prompts
 from weightsmith.merging.plan import KINDS
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
-from weightsmith.provenance.model_signing import SIGNATURE, require_model_key, sign_model
+from weightsmith.provenance.model_signing import SIGNATURE, model_key, sign_model
 from weightsmith.recipe.file import check_section
 from weightsmith.recipe.schema import Adapter, Base
 from weightsmith.recipe.sources import is_remote
@@ -50,7 +50,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
         check(sources, options)
         return sources
 
-    require_model_key(tools.signer)
+    signer = model_key(tools.signer)
     not_nested(("--out", str(out or "")), ("--keep-adapter", str(keep or "")))
     kept: Mapping[str, Json] = {}
     if keep:
@@ -63,8 +63,8 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
     sources = opened()
     with in_folder(out, "the merged checkpoint", tools, resumes=True) as to:
         merged = merge(sources, options, to, tools).value
-        if tools.signer:
-            signature = sign_model(out.absolute().name, merged.tree.files, tools.signer)
+        if signer:
+            signature = sign_model(out.absolute().name, merged.tree.files, signer)
             write_whole(merged.tree.root / SIGNATURE, signature)
     result = _result(merged, out, tools)
     return {**result, "adapter": kept} if kept else result

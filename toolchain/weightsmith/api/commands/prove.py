@@ -42,7 +42,7 @@ from weightsmith.provenance.proofs import (
     replay_in,
     require_stated,
 )
-from weightsmith.provenance.sealing import attach_proof
+from weightsmith.provenance.sealing import attach_signed
 from weightsmith.provenance.statements import Statement
 from weightsmith.steps.destinations import write_files
 from weightsmith.steps.tools import Tools
@@ -126,9 +126,14 @@ def _check(asked: ProveCommand) -> None:
         )
 
 
+def _states(asked: ProveCommand) -> bool:
+    """Return whether anything is to be stated, in a file or at the image."""
+    return bool(asked.statement or asked.key or asked.run.keyless)
+
+
 def _check_statement(asked: ProveCommand, subject: _Subject, device: ProofDevice) -> None:
     """Raise UsageError, before anything is asked, for a proof that could not be stated."""
-    if not (asked.statement or asked.key):
+    if not _states(asked):
         return
     if subject.image is None:
         raise UsageError(
@@ -249,7 +254,7 @@ def _statements(
     found: Replayed,
     server: Mapping[str, JsonValue],
 ) -> tuple[Statement, ...]:
-    if subject.image is None or found.verdict == "not shown" or not (asked.statement or asked.key):
+    if subject.image is None or found.verdict == "not shown" or not _states(asked):
         return ()
     name = _name(subject.place)
     blob, facts = subject.image.manifest_blob, {**server, "url": without_passwords(asked.url)}
@@ -272,12 +277,12 @@ def _kept(
         return {"statement": "", "attached": False}
     signer = tools.signer
     if asked.statement:
-        lines = [signing.sign_statement(one, signer) if signer else one.content for one in stated]
+        lines = [signing.sealed(one, signer) if signer else one.content for one in stated]
         text = "".join(line.decode() + "\n" for line in lines)
         write_files({asked.statement.name: text}, asked.statement.absolute().parent)
     attached = bool(signer and asked.attach and found.verdict == "proven")
     if attached and signer:
-        attach_proof(stated, subject.image.manifest_blob, subject.place, signer)
+        attach_signed(stated, subject.image.manifest_blob, subject.place, signer)
     return {"statement": str(asked.statement or ""), "attached": attached}
 
 

@@ -17,7 +17,7 @@ from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.tensors import unsupported
-from weightsmith.provenance.model_signing import SIGNATURE, require_model_key, sign_model
+from weightsmith.provenance.model_signing import SIGNATURE, model_key, sign_model
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.recipe.schema import Quality, Quantize, TextBounds
@@ -40,7 +40,7 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     format_ = next(f for f in quantizer.formats if f.name == asked.format)
     out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
     _require_new(out)
-    require_model_key(tools.signer)
+    signer = model_key(tools.signer)
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
     for file in checkpoint.tree.files:
@@ -73,7 +73,7 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
         "out": str(out),
         "format": format_.name,
         "bits_per_weight": artifact.details.get("bits_per_weight"),
-        "files": [str(path) for path in _written(out, artifact, tools.signer)],
+        "files": [str(path) for path in _written(out, artifact, signer)],
         "quality": loss.to_json() if loss else {},
         "details": dict(artifact.details),
     }

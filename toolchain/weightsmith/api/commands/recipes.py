@@ -95,7 +95,7 @@ def given(key: str, section: BaseModel) -> list[str]:
 def recipe_of_image(
     source: str,
     base: str,
-    key: Path | None,
+    check: signing.Check | None,
     dist: Path,
     registry: Registry,
     progress: Progress,
@@ -107,22 +107,21 @@ def recipe_of_image(
     statement, so a different base or adapter is refused. `base` is the path of a base that was a
     folder. What `settings` (`key.path=value`) replace of the engine's options is not taken from the
     image. Raises InputRefused if the image has no statement about how it was made, or none that
-    the key signed, and for options of the engine that only the caller may set.
+    the key or identity signed, and for options of the engine that only the caller may set.
     """
     place = open_location(source, registry)
     image = place.image()
     attachments = evidence.read_attached(place, image.digest)
-    check = signing.read_public_key(key) if key else None
     found = (evidence.read_statement(p, check) for p in evidence.own_statements(attachments))
-    statements = [one for one in found if key is None or one.signed]
+    statements = [one for one in found if check is None or one.signed]
     if not statements:
         raise InputRefused(
-            f"{source} has no statement" + (" signed by this key" if key else ""),
+            f"{source} has no statement" + (f" signed by {signing.whom(check)}" if check else ""),
             hint="only images that `build` pushed or wrote have a statement of how they were made",
         )
     lineage = trace(image.digest, statements)
     stated = [one for one in statements if lineage.holds(one)]
-    if key is None:
+    if check is None:
         progress.warn(f"{source}: its build statement's signature was not verified; give --key")
     recipe, adapters = _recipe(stated, source, progress)
     _check_options(recipe, source, settings)

@@ -27,6 +27,7 @@ from weightsmith.oci.layout import is_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.recall import AffectedImage
+from weightsmith.provenance.signing import Check
 from weightsmith.steps.tools import Tools
 
 _SHARED = ("version", "base")
@@ -79,7 +80,7 @@ def write_fleets(
     found: Affected,
     out: Path,
     onto: str,
-    key: Path | None,
+    check: Check | None,
     registry: Registry,
     progress: Progress,
 ) -> Affected:
@@ -96,7 +97,7 @@ def write_fleets(
     made = list[Remade]()
     for row in chosen(found):
         try:
-            recipe, folder = _recipe(row, out.parent, key, registry, progress)
+            recipe, folder = _recipe(row, out.parent, check, registry, progress)
         except WeightsmithError as error:
             made.append(Remade(source=row.reference, error=error.message))
             continue
@@ -114,19 +115,19 @@ def write_fleets(
 
 
 def _recipe(
-    row: AffectedImage, folder: Path, key: Path | None, registry: Registry, progress: Progress
+    row: AffectedImage, folder: Path, check: Check | None, registry: Registry, progress: Progress
 ) -> tuple[Mapping[str, Json], Path]:
     """Return an image's recipe as the image states it, and its folder with adapters and data."""
     place = row.reference
     if not is_layout(place):
         place = f"{Reference.parse(place).name}@{row.digest}"
     try:
-        path = recipe_of_image(place, "", key, folder, registry, progress)
+        path = recipe_of_image(place, "", check, folder, registry, progress)
     except UsageError as error:
         if "was a folder" not in error.message:
             raise
         # Its content is pinned; where it is now, only the user knows.
-        path = recipe_of_image(place, str(folder / "base"), key, folder, registry, progress)
+        path = recipe_of_image(place, str(folder / "base"), check, folder, registry, progress)
         progress.warn(f"{row.reference}: {error.message}: put it into {folder / 'base'}")
     return parse_yaml(path.read_text("utf-8")), path.parent
 

@@ -18,16 +18,19 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Score, Writable
 from weightsmith.recipe.schema import ImageNames, Quantize, Recipe, Scoring, Serve
 from weightsmith.recipe.section import Flag, FlagFields, PathUse
-from weightsmith.recipe.user_config import RunOptions
+from weightsmith.recipe.user_config import RunOptions, WantedIdentity
 
 Said: TypeAlias = tuple[Mapping[str, Writable], str]
 """What a command says: its JSON object, and the text for people."""
 READ, WRITTEN = PathUse.READ, PathUse.WRITTEN
 _RUN, _MERGE, _QUANTIZE, _SCORING = RunOptions(), Merge(), Quantize(), Scoring()
+_WANTED = WantedIdentity()
 _SERVE, _IMAGE_NAMES = Serve(), ImageNames()
 
-Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("sign_key", "signature_format"))]
-SignedJobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("signature_format",))]
+_IDENTITY = ("keyless", "trust_config")
+SIGNING = ("sign_key", *_IDENTITY, "signature_format")
+Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=SIGNING)]
+SignedJobs: TypeAlias = Annotated[RunOptions, FlagFields(without=(*_IDENTITY, "signature_format"))]
 """How a command runs that starts jobs and publishes nothing."""
 AnyRecipe: TypeAlias = str | Path | Recipe | Mapping[str, Any]
 """A recipe file, a Recipe, or a mapping with a recipe file's keys."""
@@ -223,7 +226,7 @@ class PushCommand:
     dry_run: Annotated[bool, "show what would be sent, and of a hub the card; change nothing"] = (
         False
     )
-    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key", "signature_format"))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure", *SIGNING))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +266,7 @@ class VerifyCommand:
 
     source: Annotated[str, Flag(positional=True), _SOURCE]
     key: Annotated[str, _KEY] = ""
+    signed_by: Annotated[WantedIdentity, FlagFields()] = _WANTED
     proven_on: Annotated[
         tuple[str, ...],
         "device or node type on which the image must be proven, such as nvidia-l4",
@@ -298,6 +302,7 @@ class AffectedCommand:
         str, "package in a bill of materials, with versions: 'openssl>=3.0,<3.0.14'"
     ] = ""
     keys: Annotated[tuple[str, ...], Flag("key"), f"{_KEY}; what it signed is believed"] = ()
+    signed_by: Annotated[WantedIdentity, FlagFields()] = _WANTED
     withdraw: Annotated[
         bool,
         "mark the images of the first list as withdrawn, by statements that --sign-key signs: "
@@ -316,7 +321,7 @@ class AffectedCommand:
         Path | None, WRITTEN, "the fleet file; default of --rebuild: affected/fleet.yaml"
     ] = None
     force: Force = False
-    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key", "signature_format"))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure", *SIGNING))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,9 +432,9 @@ class ProveCommand:
     retries: Annotated[
         int, Field(ge=0), "how often a failed request is retried, as while a server starts"
     ] = 4
-    run: Annotated[RunOptions, FlagFields(only=("runner", "insecure", "cache", "cache_from"))] = (
-        _RUN
-    )
+    run: Annotated[
+        RunOptions, FlagFields(only=("runner", "insecure", "cache", "cache_from", *_IDENTITY))
+    ] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -530,7 +535,7 @@ class FleetCommand:
     force: Force = False
     update_lock: UpdateLock = False
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
-    run: Annotated[RunOptions, FlagFields()] = _RUN
+    run: Annotated[RunOptions, FlagFields(without=_IDENTITY)] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

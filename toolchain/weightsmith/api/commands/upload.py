@@ -29,7 +29,7 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in, weights_of
-from weightsmith.provenance.model_signing import require_model_key
+from weightsmith.provenance.model_signing import model_key
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
@@ -103,7 +103,7 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 def _opened(
     source: str, destination: HubDestination, tools: Tools
 ) -> Iterator[tuple[Tree, ModelCard, str]]:
-    require_model_key(tools.signer)
+    model_key(tools.signer)
     tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
         path = Path(source)

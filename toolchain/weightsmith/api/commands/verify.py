@@ -11,6 +11,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,7 @@ _READERS = 3
 _NONE = (
     "none; programs that copy a layout, such as `oras copy -r`, leave them behind: `push` does not"
 )
+_CHANGED = ", or changed after signing"
 _WRONG = (InputRefused, Altered)
 """Errors reported as failed checks, whether the content or the download is at fault."""
 
@@ -93,19 +95,26 @@ def verify_image(
     registry: Registry,
     progress: Progress,
     *,
+    signed_by: signing.Check | None = None,
     proven_on: Sequence[str] = (),
     proof_key: Path | None = None,
 ) -> Verification:
     """Return the result of every check; raise CheckFailed with all results if one failed.
 
-    For an index, the image for every platform is checked, and each must be proven on the devices
-    that are asked for, or one of them, as a device is of one platform.
+    The image must be signed with the key, or by the identity, if one is given. For an index, the
+    image for every platform is checked, and each must be proven on the devices that are asked for,
+    or one of them, as a device is of one platform.
     """
-    check_wanted(proven_on, has_key=bool(key or proof_key))
-    check = signing.read_public_key(key) if key else None
+    if key and signed_by:
+        raise UsageError(
+            "--key and --certificate-identity exclude each other",
+            hint="verify once for each",
+        )
+    check = signing.read_public_key(key) if key else signed_by
+    check_wanted(proven_on, has_key=bool(check or proof_key))
     place, found = open_location(source, registry), _Checked()
-    if proven_on and (prover := proof_key or key):
-        found.proofs = _Proofs(wanted=tuple(proven_on), check=signing.read_public_key(prover))
+    if proven_on and (prover := signing.read_public_key(proof_key) if proof_key else check):
+        found.proofs = _Proofs(wanted=tuple(proven_on), check=prover)
     digest = ""
     try:
         index = place.index()
@@ -228,17 +237,30 @@ def _signature(digest: Digest, check: signing.Check | None, found: _Checked) -> 
     except _WRONG as error:
         found.say("signature", False, error.message)
         return
+    who = signing.whom(check) if check else ""
     if check is None:
-        said = f"{len(claims)} found, give --key to check" if claims else "not signed"
+        give = "give --key or --certificate-identity to check"
+        said = f"{len(claims)} found, {give}" if claims else "not signed"
         found.say("signature", None, said)
     elif digest in claims:
-        found.say("signature", True, f"of {digest.short} by this key")
+        found.say("signature", True, f"of {digest.short} by {who}")
     elif not claims:
         found.say("signature", False, "not signed")
     elif not any(claims):
-        found.say("signature", False, f"{len(claims)} found, none by this key")
+        found.say("signature", False, f"{len(claims)} found, none by {who}{_faults(found, check)}")
     else:
-        found.say("signature", False, "by this key, but for another image")
+        found.say("signature", False, f"by {who}, but for another image")
+
+
+def _faults(found: _Checked, check: signing.Check) -> str:
+    """Return why bundles do not count as an identity's signatures of the image."""
+    reasons = dict[str, None]()
+    for part in evidence.bundles_in(found.attachments):
+        with suppress(*_WRONG):
+            read = evidence.read_statement(part, check)
+            if evidence.is_claim(read) and read.fault:
+                reasons[read.fault] = None
+    return f": {'; '.join([*reasons][:3])}" if reasons else ""
 
 
 def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> None:
@@ -256,7 +278,7 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
         known = unique.get(read.content)
         if not evidence.is_claim(read) and (known is None or not known[1].signed):
             unique[read.content] = part, read
-    rows = list(unique.values())
+    rows, who = list(unique.values()), signing.whom(check) if check else "a key"
     found.stated += [read for _, read in rows if check is None or read.signed]
     lineage = trace(image, found.stated)
     for part, read in rows:
@@ -264,7 +286,7 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
         # Third parties sign their own statements; ours must be signed by this key.
         ours, counts = read.is_ours, read.signed or check is None
         if why := withdrawn_in([read], image):
-            by = "" if counts else "somebody says so, not signed by this key: "
+            by = "" if counts else f"somebody says so, not signed by {who}: "
             found.say("withdrawn", False if counts else None, f"{by}{why}")
             continue
         if counts and not lineage.holds(read):
@@ -272,10 +294,10 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
             found.say(name, ok, f"{lineage.describe_unrelated(read)}, no evidence of this one")
         elif check is not None:
             ok = True if read.signed else (False if ours else None)
-            said = "signed by this key" if read.signed else "not signed"
+            said = f"signed by {who}" if read.signed else "not signed"
             envelope = evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE
             if envelope and not read.signed:
-                said += " by this key, or changed after signing"
+                said += f" by {who}: {read.fault}" if read.fault else f" by {who}{_CHANGED}"
             found.say(name, ok, said)
 
 
