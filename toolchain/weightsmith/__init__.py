@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from weightsmith.api.fleets import FleetCell, FleetResult, SharedTask, fleet
     from weightsmith.api.images import affected, bake, build, inspect, plan, push, rebase, verify
-    from weightsmith.api.models import evaluate, merge, quantize, render, validate
+    from weightsmith.api.models import evaluate, merge, prove, quantize, render, validate
     from weightsmith.api.results import (
         Affected,
         AffectedImage,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Built,
         Evaluation,
         Merged,
+        Proof,
         Pushed,
         Quantized,
         Rebased,
@@ -51,6 +52,7 @@ __all__ = [
     "FleetResult",
     "InputRefused",
     "Merged",
+    "Proof",
     "Pushed",
     "Quantized",
     "Rebased",
@@ -73,6 +75,7 @@ __all__ = [
     "inspect",
     "merge",
     "plan",
+    "prove",
     "push",
     "quantize",
     "rebase",
@@ -85,10 +88,10 @@ _MODULES = {
     "core.errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
     "api.fleets": "FleetCell FleetResult SharedTask fleet",
     "api.images": "affected bake build inspect plan push rebase verify",
-    "api.models": "evaluate merge quantize render validate",
+    "api.models": "evaluate merge prove quantize render validate",
     "api.results": (
-        "Affected AffectedImage Baked Built Evaluation Merged Pushed Quantized Rebased Remade "
-        "Rendered Shard StageTime Unread Validation Verification"
+        "Affected AffectedImage Baked Built Evaluation Merged Proof Pushed Quantized Rebased "
+        "Remade Rendered Shard StageTime Unread Validation Verification"
     ),
     "recipe.schema": "Recipe",
 }

@@ -41,7 +41,7 @@ TINY = ROOT / "examples" / "tiny"
 PAGE = "docs/reference/python.md"
 FUNCTIONS = (
     "merge", "validate", "quantize", "render", "bake", "inspect", "verify", "plan", "build",
-    "evaluate", "push", "affected", "rebase", "fleet",
+    "evaluate", "prove", "push", "affected", "rebase", "fleet",
 )  # fmt: skip
 """In an order in which each example finds what it reads."""
 
@@ -134,6 +134,7 @@ ASKED: Mapping[str, tuple[Any, ...]] = {
     "plan": (RECIPE,),
     "build": (RECIPE,),
     "evaluate": ("questions.jsonl",),
+    "prove": ("x/y:1",),
     "fleet": ({"recipe": str(TINY / "recipe.yaml"), "adapters": [str(TINY / "adapters/a")]},),
 }
 """What each function that runs anything must be given."""

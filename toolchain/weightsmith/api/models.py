@@ -1,8 +1,9 @@
-"""Functions for models: `merge`, `validate`, `quantize`, `render`, `evaluate`."""
+"""Functions for models: `merge`, `validate`, `quantize`, `render`, `evaluate`, `prove`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 from weightsmith.api.commands.arguments import (
@@ -18,16 +19,18 @@ from weightsmith.api.commands.arguments import (
 )
 from weightsmith.api.commands.evaluate import evaluate_subject
 from weightsmith.api.commands.merge import merge_folders, validate_folders
+from weightsmith.api.commands.prove import prove_image
 from weightsmith.api.commands.quantize import quantize_folder
 from weightsmith.api.commands.render import render_folder
 from weightsmith.api.commands.requests import (
     EvaluateCommand,
     MergeCommand,
+    ProveCommand,
     QuantizeCommand,
     RenderCommand,
     ValidateCommand,
 )
-from weightsmith.api.results import Evaluation, Merged, Quantized, Rendered, Shard
+from weightsmith.api.results import Evaluation, Merged, Proof, Quantized, Rendered, Shard
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
 from weightsmith.core.merge_options import Dtype, Merge, Method, Precision, QuantizedBase, Space
@@ -410,3 +413,63 @@ def evaluate(
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
         return evaluate_subject(request, tools)
+
+
+def prove(
+    image: str = "",
+    *,
+    url: str = "",
+    replay: AnyPath = "",
+    statement: AnyPath = "",
+    key: AnyPath = "",
+    attach: bool = True,
+    device: str = "",
+    node_type: str = "",
+    timeout: float = 120.0,
+    retries: int = 4,
+    runner: str = "auto",
+    insecure: bool = False,
+    cache: str = "",
+    cache_from: str = "",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
+    progress: bool = True,
+) -> Proof:
+    """Ask an image's replay set where it runs: does it answer here as it was tested.
+
+    `image` (a reference or `oci:FOLDER`) is started, unless `url` names a server that runs it;
+    `replay` is the file of secret questions. With `key` (private, PEM) or `keyless`, a proof is
+    signed and attached to the image; `statement` is a file for it.
+
+    Raises CheckFailed if answers are different (`details` has which), InputRefused for an image
+    without a replay set, EnvironmentFailure if the server does not answer, so nothing is shown.
+
+    >>> weightsmith.prove("oci:image", progress=False).verdict
+    'proven'
+    """
+    request = request_of(
+        ProveCommand,
+        image=image,
+        url=url,
+        replay=path_of(replay) if replay else None,
+        statement=path_of(statement) if statement else None,
+        key=str(key),
+        attach=attach,
+        device=device,
+        node_type=node_type,
+        timeout=timeout,
+        retries=retries,
+        run=RunOptions(
+            runner,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+            keyless=keyless,
+            trust_config=str(trust_config),
+        ),
+    )
+    request = replace(request, run=replace(request.run, sign_key=request.key))
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        found, _ = prove_image(request, tools)
+    shows = {one.name: found[one.name] for one in fields(Proof) if one.name in found}
+    return Proof(**{**shows, "explained": tuple(found["explained"])}, warnings=tuple(told.warnings))

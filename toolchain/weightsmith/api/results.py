@@ -93,6 +93,35 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """An image that answers its replay set here as it was tested."""
+
+    verdict: str
+    """`proven`."""
+    image: str
+    """Its digest; empty for a set from a file."""
+    device: str
+    """The CPU's or GPU's name."""
+    engine: str
+    """With its version, if the image or the server says it."""
+    questions: int
+    by_tokens: int
+    """How many of them were compared token by token; the others by their text."""
+    explained: tuple[Mapping[str, Json], ...]
+    """Answers that part where rounding explains it: `question`, `token`, `margin`, `excess`."""
+    on: Mapping[str, Json]
+    """All that is known of the device."""
+    server: Mapping[str, Json]
+    seconds: float
+    tokens_per_s: float
+    statement: str
+    """The file with the statements; empty if none was asked for."""
+    attached: bool
+    """Whether a signed proof was attached to the image."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Baked:
     """An assembled image at its destination."""
 

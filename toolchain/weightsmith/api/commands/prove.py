@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from weightsmith.api.commands.requests import ProveCommand, Said
+from weightsmith.api.commands.requests import ProveCommand
 from weightsmith.api.commands.server import session_with
 from weightsmith.core.errors import (
     CheckFailed,
@@ -65,7 +65,7 @@ class _Subject:
         return self.image.labels if self.image else {}
 
 
-def prove_image(asked: ProveCommand, tools: Tools) -> Said:
+def prove_image(asked: ProveCommand, tools: Tools) -> tuple[Mapping[str, Json], str]:
     """Return what the replay set showed, as JSON and as text.
 
     Raises CheckFailed if answers are different, and for a server that is none; InputRefused for an
