@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from weightsmith.core.errors import Altered, InputRefused
 from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.ports import IdentityCheck
 from weightsmith.core.safe_parse import PART, SMALL, parse
 from weightsmith.core.values import Digest, Json
 from weightsmith.oci.attachments import Attachment, AttachmentPart
@@ -22,7 +23,7 @@ from weightsmith.provenance.bills import MEDIA_TYPE
 from weightsmith.provenance.chain import broken_at, trace
 from weightsmith.provenance.labels import PREFIX, VERDICT
 from weightsmith.provenance.origins import IN_BILLS, Named, Wanted, origins
-from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.statements import Statement, utc_time
 from weightsmith.provenance.withdrawal import withdrawn_in
 
 BILLS = (MEDIA_TYPE, evidence.SPDX_TYPE)
@@ -32,6 +33,7 @@ _CACHED_PART, _CACHED_PARTS = 256 << 10, 20_000
 """Bytes of a part that is kept in case another image has it too, and how many are kept."""
 _SHOWN = 5
 _EPOCH = "1970-01-01T00:00:00"
+_CREATED = "org.opencontainers.image.created"
 _UNCHECKED = "signature not checked: give --key"
 
 
@@ -46,7 +48,7 @@ class AffectedImage(JsonObject):
     verdict: str
     platforms: tuple[str, ...]
     built: str | None
-    """Time in its configuration; null if it has none, as with builds that can be repeated."""
+    """When it was made, or as `dated` says the earliest time by which it was; null if unknown."""
     signed_by: tuple[str, ...]
     """The keys, as they were given."""
     chain: str
@@ -54,6 +56,9 @@ class AffectedImage(JsonObject):
     because: tuple[str, ...]
     """What of it is the value."""
     tags: tuple[str, ...] = ()
+    dated: str = ""
+    """Where `built` is from: `configuration`; `statement`, of its build or of a test, or
+    `transparency log`, both signed; or `annotation` of what is attached, which nobody signed."""
     withdrawn: str | None = None
     """Why it was withdrawn; null if it was not."""
     members: tuple[str, ...] = ()
@@ -80,6 +85,8 @@ class _Read:
     keys: frozenset[str]
     sealed: bool
     """Whether it is in an envelope, signed by whomever."""
+    logged: str = ""
+    """When a transparency log got it, if an identity that is believed signed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,13 +145,16 @@ class Recall:
             return Judgement(ours=ours, faults=tuple(faults))
         sealed = any(one.sealed for one in read) or bool(evidence.signatures_in(mine))
         chain = self._chain(image, believed if trusted else every, trusted=trusted, sealed=sealed)
+        told = [one for one in read if (one.keys if self.keys else one.sealed)]
+        built, dated = _dated(image, told, mine)
         row = AffectedImage(
             reference=reference,
             digest=image.digest,
             form=image.labels.get(f"{PREFIX}kind", "image"),
             verdict=image.labels.get(VERDICT, ""),
             platforms=(image.platform,) if image.platform else (),
-            built=_built(image),
+            built=built,
+            dated=dated,
             signed_by=tuple(sorted(signers - {""})),
             chain=chain,
             because=found,
@@ -233,7 +243,8 @@ class Recall:
         plain = evidence.read_statement(again, None)
         keys = {k for k, check in self.keys.items() if evidence.read_statement(again, check).signed}
         sealed = evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE
-        read = _Read(plain, frozenset(keys), sealed)
+        named = any(isinstance(self.keys[key], IdentityCheck) for key in keys)
+        read = _Read(plain, frozenset(keys), sealed, signing.logged_at(data) if named else "")
         if len(data) <= _CACHED_PART:
             with self._lock:
                 if len(self._known) >= _CACHED_PARTS:
@@ -285,7 +296,22 @@ def _said(row: Named) -> str:
     return f"{row.role}: {names[0] if names else ''}{version}"
 
 
-def _built(image: Image) -> str | None:
+def _dated(
+    image: Image, told: Sequence[_Read], attached: Sequence[Attachment]
+) -> tuple[str | None, str]:
+    """Return when an image was made, and who says so; the best source that there is.
+
+    Builds that can be repeated have no time in their configuration. Whatever was said of an image
+    was said after it was made, so the earliest time is the nearest.
+    """
     created = image.settings.get("created")
-    known = isinstance(created, str) and not created.startswith(_EPOCH)
-    return created if known else None
+    if isinstance(created, str) and not created.startswith(_EPOCH):
+        return created, "configuration"
+    about = [one for one in told if image.digest in one.statement.subjects.values()]
+    if times := [time for one in about if (time := one.statement.time)]:
+        return min(times), "statement"
+    if times := [one.logged for one in about if one.logged]:
+        return min(times), "transparency log"
+    noted = (one.annotations.get(_CREATED, "") for one in attached)
+    times = [time for one in noted if (time := utc_time(one))]
+    return (min(times), "annotation") if times else (None, "")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
@@ -228,6 +229,16 @@ def open_bundle(data: bytes, check: Check | None) -> Statement:
     if not fault and payload != base64.b64decode(parse(envelope, largest=PART)["payload"]):
         fault = "it can be read in two ways"
     return Statement(read.document, not fault, fault)
+
+
+def logged_at(data: bytes) -> str:
+    """Return when a transparency log got a bundle that was checked; empty if that is not said."""
+    try:
+        entry = parse(data, largest=PART)["verificationMaterial"]["tlogEntries"][0]
+        when = datetime.fromtimestamp(int(entry["integratedTime"]), UTC)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, OSError):
+        return ""
+    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def unbundled(data: bytes) -> bytes:

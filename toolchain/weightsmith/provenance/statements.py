@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from weightsmith import __version__
 from weightsmith.core.values import (
@@ -119,6 +120,17 @@ class Statement:
         )
 
     @property
+    def time(self) -> str:
+        """When it says that its result was made or seen, in UTC; empty if it does not.
+
+        Our own builds have none. Others' have SLSA's, summaries and withdrawals have theirs.
+        """
+        details = self._at("predicate", "runDetails", "metadata")
+        named = [details.get("finishedOn"), details.get("startedOn")]
+        named += [self.predicate.get(key) for key in ("timeVerified", "time", "withdrawnOn")]
+        return next((time for one in named if (time := utc_time(one))), "")
+
+    @property
     def dependencies(self) -> dict[str, str]:
         """A transformation's inputs: name -> digest."""
         return _digests(self._definition.get("resolvedDependencies"))
@@ -169,6 +181,16 @@ class Statement:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else {}
+
+
+def utc_time(value: Json) -> str:
+    """Return a time of RFC 3339 in UTC, to the second; empty for anything else."""
+    try:
+        when = datetime.fromisoformat(value) if isinstance(value, str) else None
+        known = when.astimezone(UTC) if when and when.tzinfo else None
+    except (ValueError, OverflowError):
+        return ""
+    return known.strftime("%Y-%m-%dT%H:%M:%SZ") if known else ""
 
 
 def _digests(rows: JsonValue) -> dict[str, str]:

@@ -16,16 +16,16 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest, canonical
 from weightsmith.oci import manifests
-from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.image import Image, ImageConfig, Index, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import LayoutLocation, write_layout
 from weightsmith.oci.registry import ImageLocation, Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
-from weightsmith.provenance import signing, statements
+from weightsmith.provenance import evidence, signing, statements
 from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL
 from weightsmith.provenance.evidence import Evidence, resource_of, titled
-from weightsmith.provenance.sealing import attach
+from weightsmith.provenance.sealing import attach, attach_signed
 from weightsmith.provenance.statements import Resource, provenance, tree_resource
 
 from tests.fakes import registry as fakes
@@ -149,10 +149,38 @@ def test_every_image_of_an_adapter_is_found_and_no_other(shop: Shop) -> None:
     assert (row.digest, row.form, row.verdict) == (made.digest, "image", "passed")
     assert (row.platforms, row.chain) == (("linux/amd64",), "whole")
     assert row.signed_by == (str(shop.public),)
-    assert row.built is None
+    assert (row.built, row.dated) == (None, "")
     assert row.withdrawn is None
     assert (found.unsigned, found.problems, found.others) == ((), (), ())
     assert "team/app:1" in affected_text(found)
+
+
+def test_an_image_without_a_time_is_dated_by_others(shop: Shop) -> None:
+    """By what is signed about it, and the earliest of that; by a note only without any."""
+    image = shop.push("team/app:1").manifest_blob
+    place = RegistryLocation(shop.client, at(shop.fake, "team/app:1"))
+
+    def dated() -> tuple[str | None, str]:
+        (row,) = shop.ask("team", adapter=PIN).images
+        return row.built, row.dated
+
+    for when in ("garbage", "2026-03-01T00:00:00", "2026-03-01T02:00:00+02:00"):
+        part = AttachmentPart.of_bytes(when.encode(), "text/plain")
+        notes = {"org.opencontainers.image.created": when}
+        kind = evidence.STATEMENTS[0]
+        place.attach(
+            Attachment(artifact_type=kind, subject=image, parts=(part,), annotations=notes)
+        )
+    assert dated() == ("2026-03-01T00:00:00Z", "annotation")
+    others, _ = make_key(shop.folder, "nobody")
+    times = (("2026-02-03T00:00:00Z", shop.key), ("2026-02-02T00:00:00Z", shop.key),
+             ("2026-01-01T00:00:00Z", others))  # fmt: skip
+    for when, key in times:
+        said = statements.statement(
+            [statements.image_resource(image)], statements.VSA, {"timeVerified": when}
+        )
+        attach_signed([said], image, place, open_signer(str(key)))
+    assert dated() == ("2026-02-02T00:00:00Z", "statement")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,11 @@ def test_what_an_identity_signed_is_found(signed: Signed) -> None:
     client = signed.scene.client
     keys = {"ci": signed.by()}
     found = find_affected(question, [place], keys, client, Silent())
-    assert [row.signed_by for row in found.images] == [("ci",)]
+    (row,) = found.images
+    assert row.signed_by == ("ci",)
+    assert row.built
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(row.built)) < timedelta(hours=1)
+    assert row.dated == "transparency log"
     others = {"ci": signed.by("https://github.com/evil/models")}
     assert find_affected(question, [place], others, client, Silent()).images == ()
     withdraw_all(found, "leaks", signed.signer, client, Silent())

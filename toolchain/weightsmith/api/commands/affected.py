@@ -479,6 +479,7 @@ def _index_row(rows: Sequence[AffectedImage], one: _Index, withdrawn: str | None
         verdict=verdicts.pop() if len(verdicts) == 1 else NOT_PROVEN,
         platforms=tuple(sorted({name for row in rows for name in row.platforms})),
         built=max((row.built for row in rows if row.built), default=None),
+        dated=max(rows, key=lambda row: row.built or "").dated,
         signed_by=(),
         chain="",
         because=tuple(dict.fromkeys(text for row in rows for text in row.because)),
@@ -601,7 +602,8 @@ def affected_text(found: Affected) -> str:
 
 
 def _lines(row: AffectedImage) -> Iterator[str]:
-    facts = [row.form, row.verdict, ", ".join(row.platforms), row.built or ""]
+    by = "" if row.dated in ("", "configuration") else f" by {row.dated}"
+    facts = [row.form, row.verdict, ", ".join(row.platforms), f"{row.built or ''}{by}"]
     facts += [f"signed by {', '.join(row.signed_by)}"] if row.signed_by else []
     yield f"  {row.reference}  {row.digest[7:19]}  {'  '.join(filter(None, facts))}"
     yield f"    {'; '.join(row.because)}; chain: {row.chain}"
