@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import yaml
@@ -42,6 +43,8 @@ class FakeHub:
         self.large = {"model.safetensors"}
         """Kept by Git LFS, with a SHA-256."""
         self.fetched: list[str] = []
+        self.sizes: dict[str, int] = {}
+        """Sizes that it states instead of the right ones."""
         self.listing = True
         self.server: Serving
         self.url = ""
@@ -69,7 +72,10 @@ class _Handler(Replying):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith("/api/models/team/secret"):
+        if path == "/api/models":
+            mine = "author=team" in self.path
+            self.reply(200, json.dumps([{"id": "team/model"}] if mine else []).encode())
+        elif path.startswith("/api/models/team/secret"):
             self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif path.startswith("/api/models/team/model"):
             self._api(path)
@@ -78,7 +84,19 @@ class _Handler(Replying):
         else:
             self._file()
 
+    def do_POST(self) -> None:
+        """Say which of some files there are, and how large."""
+        asked = parse_qs(self.body().decode())["paths"]
+        rows = [self.state.row(name) for name in asked if name in self.state.files]
+        rows = [row | {"size": self.state.sizes.get(str(row["path"]), row["size"])} for row in rows]
+        self.reply(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
+
     def _api(self, path: str) -> None:
+        if path.endswith("/commits/main"):
+            row = {"id": COMMIT, "authors": [], "date": "2026-03-01T00:00:00.000Z"}
+            row |= {"title": "made", "message": ""}
+            self.reply(200, json.dumps([row]).encode())
+            return
         if "/revision/" in path and path.rpartition("/")[2] not in ("main", COMMIT):
             self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return

@@ -40,7 +40,7 @@ from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.ports import Cache, IdentityCheck, Silent
+from weightsmith.core.ports import Cache, HubCommit, IdentityCheck, Silent
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree, canonical, plain
 from weightsmith.evaluating.bench_files import read_results
@@ -77,6 +77,7 @@ from weightsmith.outside.pypi import extract_model
 from weightsmith.outside.remote import chosen_files
 from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.provenance.evidence import EVALUATION_TYPE
+from weightsmith.provenance.hub_recall import HubRecall
 from weightsmith.provenance.labels import plan_in, roles_of
 from weightsmith.provenance.origins import KINDS, origins, wanted
 from weightsmith.provenance.proofs import ProofDevice, check_proven, proof_of
@@ -999,6 +1000,29 @@ def read_bundle(data: bytes, _: Path) -> None:
     assert read.signed or read.fault
 
 
+HUB_CARD = b"""---
+license: apache-2.0
+base_model: [acme/base, acme/support-lora]
+tags: [weightsmith]
+---
+| | source | revision |
+|---|---|---|
+| base | [acme/base](https://huggingface.co/acme/base) | bbbbbbbb |
+| adapter v3 | [acme/support](https://hf.co/acme/support) | aaaaaaaa, run wandb/abc |
+
+Verdict: **passed**.
+"""
+
+
+def read_hub_card(data: bytes, _: Path) -> None:
+    """Ask a card that nobody signed."""
+    for kind in ("adapter", "base", "license", "dataset_run"):
+        recall = HubRecall(wanted=wanted(kind, "acme"), keys={"key": lambda *_: False})
+        files = {"README.md": data, "model.sig": data}
+        made = HubCommit(repository="team/model", commit=COMMIT, created="", files=files)
+        assert not recall.judge(made).trusted
+
+
 ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}
 
 
@@ -1103,6 +1127,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "replay": (changed_replay, read_replay_set),
     "heard": (lambda r: json.dumps(json_changed(r, HEARD)).encode(), read_heard),
     "bundle": (changed_bundle, read_bundle),
+    "card": (lambda r: bytes_changed(r, HUB_CARD), read_hub_card),
     "proof": (lambda r: json.dumps(json_changed(r, PROOF)).encode(), read_proof),
 }
 

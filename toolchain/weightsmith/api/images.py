@@ -692,7 +692,8 @@ def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
     signer = wiring.signer_of(asked.run)
     keys = keys_of(asked, signer, wiring.check_of_identity(asked.signed_by))
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
-        found = find_affected(question, asked.in_, keys, registry, progress)
+        hub = wiring.make_hub_lister()
+        found = find_affected(question, asked.in_, keys, registry, progress, hub)
         if asked.withdraw and signer:
             found = withdraw_all(found, asked.reason, signer, registry, progress)
         if asked.rebuild or (asked.rebase and asked.out):

@@ -25,6 +25,7 @@ from weightsmith.core.ports import (
     AnySigner,
     Cache,
     FleetEngine,
+    HubLister,
     Launcher,
     Progress,
     Runner,
@@ -52,7 +53,7 @@ from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.folders import FolderReader
 from weightsmith.outside.hardware import cores, free_memory, gpu_names
 from weightsmith.outside.https import HttpsRemote
-from weightsmith.outside.hub import HubReader, HubWriter
+from weightsmith.outside.hub import HubFinder, HubReader, HubWriter
 from weightsmith.outside.image_sources import OciRemote
 from weightsmith.outside.keyless import identity_check, open_identity_signer
 from weightsmith.outside.local import FallbackRunner, LocalRunner
@@ -482,6 +483,11 @@ def check_of_identity(wanted: WantedIdentity) -> Check | None:
     Raises UsageError for half an identity, and as `identity_check` does.
     """
     return identity_check(wanted) if wanted.asked() else None
+
+
+def make_hub_lister() -> HubLister:
+    """Return what lists a model hub's repositories."""
+    return HubFinder()
 
 
 def start_info(layout: str, root: Path) -> StartInfo:

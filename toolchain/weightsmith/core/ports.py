@@ -229,6 +229,34 @@ class Hub(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubCommit:
+    """One commit of a hub's repository, and some small files of it."""
+
+    repository: str
+    commit: str
+    created: str
+    """Time in UTC, as the hub says it."""
+    files: Mapping[str, bytes]
+    """Those of the names asked for that it has."""
+
+
+class HubLister(Protocol):
+    """Reads what is published on a model hub."""
+
+    def repositories(self, owner: str) -> Sequence[str]:
+        """Return an owner's repositories, as `owner/name`.
+
+        Raises EnvironmentFailure if the hub cannot be reached, or refuses.
+        """
+
+    def commits(self, repository: str, names: Sequence[str]) -> Iterator[HubCommit]:
+        """Yield a repository's commits, newest first; raises InputRefused if there is none.
+
+        Raises EnvironmentFailure as `repositories`, InputRefused for a file that is too large.
+        """
+
+
 class Runner(Protocol):
     """Runs jobs in a builder: a container or a virtual environment with the same pins."""
 

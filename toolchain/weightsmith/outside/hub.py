@@ -15,13 +15,15 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.core.ports import HubContent, Progress, Silent, Store
+from weightsmith.core.ports import HubCommit, HubContent, Progress, Silent, Store
+from weightsmith.core.safe_parse import SMALL, read_bytes
 from weightsmith.core.values import Snapshot, Tree
 from weightsmith.models.folder import MAKERS_FOLDERS
 from weightsmith.outside.folders import read_tree
@@ -309,6 +311,48 @@ class HubWriter:
         finally:
             constants.HF_HUB_DISABLE_XET = before
         return str(done.oid)
+
+
+class HubFinder:
+    """Lists repositories, their commits and small files; uses the same variables as the reader."""
+
+    def repositories(self, owner: str) -> Sequence[str]:
+        """Return an owner's repositories."""
+        from huggingface_hub import HfApi
+
+        with _explained(owner, "list"):
+            return sorted(one.id for one in HfApi().list_models(author=owner))
+
+    def commits(self, repository: str, names: Sequence[str]) -> Iterator[HubCommit]:
+        """Yield a repository's commits, newest first."""
+        from huggingface_hub import HfApi
+
+        with _explained(repository, "look at"):
+            found = HfApi().list_repo_commits(repository)
+        for one in found:
+            with _explained(repository, "look at"):
+                files = self._files(repository, one.commit_id, names)
+            yield HubCommit(
+                repository=repository,
+                commit=one.commit_id,
+                created=one.created_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                files=files,
+            )
+
+    def _files(self, repository: str, commit: str, names: Sequence[str]) -> dict[str, bytes]:
+        from huggingface_hub import HfApi, hf_hub_download
+
+        rows = HfApi().get_paths_info(repository, list(names), revision=commit)
+        found = {}
+        for row in rows:
+            if getattr(row, "size", 0) > SMALL:
+                raise InputRefused(
+                    f"hf://{repository}@{commit}: {row.path} has {row.size} bytes",
+                    hint="no card is that large",
+                )
+            path = hf_hub_download(repository, row.path, revision=commit)
+            found[row.path] = read_bytes(Path(path), SMALL)
+        return found
 
 
 def _content(repository: str) -> HubContent | None:

@@ -130,27 +130,27 @@ def _adapters(labels: Mapping[str, str], stated: Sequence[Statement]) -> Iterato
         stem = f"adapter.{number}."
         version = own.get(f"{stem}version", "")
         texts = (own.get(stem + key, "") for key in ("pin", "digest"))
-        yield _named(f"adapter:{number}", version, *texts)
+        yield known_as(f"adapter:{number}", version, *texts)
     for one in stated:
         for name, digest in one.dependencies.items():
             if name.startswith("adapter:"):
-                yield _named(name, "", digest, one.dependency_uris.get(name, ""))
+                yield known_as(name, "", digest, one.dependency_uris.get(name, ""))
         for place, row in enumerate(_rows(_recipe(one).get("adapters"))):
             source, revision = str(row.get("source", "")), str(row.get("revision", ""))
             version = str(row.get("version", ""))
-            yield _named(f"adapter:{place}", version, source, f"{source}@{revision}", revision)
+            yield known_as(f"adapter:{place}", version, source, f"{source}@{revision}", revision)
 
 
 def _bases(labels: Mapping[str, str], stated: Sequence[Statement]) -> Iterator[Named]:
     texts = (labels.get(f"{PREFIX}base.{key}", "") for key in ("source", "pin", "digest"))
-    yield _named("base", "", *texts)
+    yield known_as("base", "", *texts)
     for one in stated:
         if digest := one.dependencies.get("base"):
-            yield _named("base", "", digest, one.dependency_uris.get("base", ""))
+            yield known_as("base", "", digest, one.dependency_uris.get("base", ""))
         base = _recipe(one).get("base")
         if isinstance(base, dict):
             source, revision = str(base.get("source", "")), str(base.get("revision", ""))
-            yield _named("base", "", source, f"{source}@{revision}", revision)
+            yield known_as("base", "", source, f"{source}@{revision}", revision)
 
 
 def _engines(labels: Mapping[str, str], own: Sequence[Statement]) -> Iterator[Named]:
@@ -179,21 +179,23 @@ def _runs(labels: Mapping[str, str], stated: Sequence[Statement]) -> Iterator[Na
             continue
         run = _RUN.search(text)
         if parts[-1] == "run_id":
-            yield _named(f"adapter:{parts[1]}", "", text)
+            yield known_as(f"adapter:{parts[1]}", "", text)
         elif parts[-1] == "pin" and run:
-            yield _named(f"adapter:{parts[1]}", "", run[0], run[1])
+            yield known_as(f"adapter:{parts[1]}", "", run[0], run[1])
     for one in stated:
         if digest := one.dependencies.get("calibration"):
             found = one.parameters.get("calibration")
             named = found.values() if isinstance(found, dict) else ()
             texts = (text for text in named if isinstance(text, str))
-            yield _named("calibration", "", digest, *texts)
+            yield known_as("calibration", "", digest, *texts)
         recipe = _recipe(one)
         for number, row in enumerate(_rows(recipe.get("adapters"))):
-            yield _named(f"adapter:{number}", "", str(row.get("run_id", "")))
+            yield known_as(f"adapter:{number}", "", str(row.get("run_id", "")))
         for section in ("evaluate", "calibration"):
             for row in _rows(recipe.get(section)):
-                yield _named(section, "", *(str(row.get(key, "")) for key in ("data", "training")))
+                yield known_as(
+                    section, "", *(str(row.get(key, "")) for key in ("data", "training"))
+                )
 
 
 def _licensed(bill: Json) -> Iterator[Named]:
@@ -251,7 +253,8 @@ def _rows(value: JsonValue) -> list[Mapping[str, Json]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _named(role: str, version: str, *texts: str) -> Named:
+def known_as(role: str, version: str, *texts: str) -> Named:
+    """Return a thing by all names that texts give it: whole, without pin, by the last part."""
     names = {name for text in texts for name in _aliases(text)}
     versioned = {f"{name}@{version}" for name in names} if version else set()
     return Named(role=role, names=frozenset(names | versioned), version=version)

@@ -8,7 +8,7 @@ the image, only manifest, configuration and small attachments are read, never we
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import Altered, InputRefused
@@ -34,7 +34,7 @@ _CACHED_PART, _CACHED_PARTS = 256 << 10, 20_000
 _SHOWN = 5
 _EPOCH = "1970-01-01T00:00:00"
 _CREATED = "org.opencontainers.image.created"
-_UNCHECKED = "signature not checked: give --key"
+UNCHECKED = "signature not checked: give --key"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,8 @@ class AffectedImage(JsonObject):
     tags: tuple[str, ...] = ()
     dated: str = ""
     """Where `built` is from: `configuration`; `statement`, of its build or of a test, or
-    `transparency log`, both signed; or `annotation` of what is attached, which nobody signed."""
+    `transparency log`, both signed; or `annotation` of what is attached, or `hub`, which nobody
+    signed."""
     withdrawn: str | None = None
     """Why it was withdrawn; null if it was not."""
     members: tuple[str, ...] = ()
@@ -198,8 +199,7 @@ class Recall:
         else:
             said = image.labels if labels else {}
             rows = origins(self.wanted.kind, said, about, own=lineage.own)
-        names = dict.fromkeys(_said(row) for row in rows if self.wanted.matches(row))
-        return tuple(names)[:_SHOWN]
+        return because(rows, self.wanted)
 
     def _billed(self, document: Attachment) -> tuple[Named, ...]:
         """Return what a bill of materials lists of the kind that is asked for."""
@@ -274,7 +274,7 @@ class Recall:
         broken = broken_at(image, stated)
         end = f"broken at {broken}" if broken else "whole"
         if trusted:
-            return end if self.keys else f"{end}, {_UNCHECKED}"
+            return end if self.keys else f"{end}, {UNCHECKED}"
         why = "not signed by a key that was given" if sealed and self.keys else "unsigned"
         return f"{why}, {end}" if broken else why
 
@@ -288,6 +288,11 @@ def _is_foreign(one: Attachment, image: Digest, faults: list[str]) -> bool:
         f" ({one.subject.digest[7:19]}) and was left out"
     )
     return True
+
+
+def because(rows: Iterable[Named], wanted: Wanted) -> tuple[str, ...]:
+    """Return what of the rows is the value, for people."""
+    return tuple(dict.fromkeys(_said(row) for row in rows if wanted.matches(row)))[:_SHOWN]
 
 
 def _said(row: Named) -> str:

@@ -26,7 +26,7 @@ from weightsmith.core.errors import (
     WeightsmithError,
 )
 from weightsmith.core.escape import joined
-from weightsmith.core.ports import AnySigner, Progress
+from weightsmith.core.ports import AnySigner, HubLister, Progress
 from weightsmith.core.safe_parse import RECORD, read_json
 from weightsmith.core.values import Blob, Digest
 from weightsmith.evaluating.results import NOT_PROVEN
@@ -44,6 +44,7 @@ from weightsmith.oci.registry import (
     open_location,
 )
 from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.hub_recall import READ, HubRecall
 from weightsmith.provenance.origins import KINDS, Wanted, wanted
 from weightsmith.provenance.recall import AffectedImage, Judgement, Recall
 from weightsmith.provenance.sealing import attach_signed
@@ -55,6 +56,7 @@ _DEEPEST = 8
 """Indexes in indexes; builders nest two."""
 _MOST_MEMBERS = 1000
 """Images of an index; the largest have some dozens of platforms."""
+_HUB = "hf://"
 _ASIDE = "unknown/unknown"
 """Platform of the attestations that other builders put beside their images."""
 _WRONG = (InputRefused, Altered)
@@ -150,6 +152,7 @@ def find_affected(
     keys: Mapping[str, signing.Check],
     registry: Registry,
     progress: Progress,
+    hub: HubLister | None = None,
 ) -> Affected:
     """Return every image, index and artifact in the places that was made from it.
 
@@ -160,7 +163,10 @@ def find_affected(
     found, pending = _Found(), list[_Manifest]()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for place in places:
-            pending += _opened(place, recall, registry, found, pool)
+            if place.startswith(_HUB) and hub:
+                _look_at_hub(place, HubRecall(wanted=question, keys=keys), hub, found)
+            else:
+                pending += _opened(place, recall, registry, found, pool)
         repositories = {one.repository.name.name for one in pending}
         done = 0
         while pending:
@@ -489,6 +495,24 @@ def _index_row(rows: Sequence[AffectedImage], one: _Index, withdrawn: str | None
     )
 
 
+def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -> None:
+    """Judge every commit of a repository, or of all repositories of an owner."""
+    name = place.removeprefix(_HUB).partition("@")[0].strip("/")
+    try:
+        repositories = [name] if "/" in name else hub.repositories(name)
+    except EnvironmentFailure as error:
+        found.fault(place, error)
+        return
+    for repository in repositories:
+        try:
+            for one in hub.commits(repository, READ):
+                where = f"{_HUB}{repository}", Digest.of(one.commit.encode())
+                found.seen.add(where)
+                found.judged(where, f"{_HUB}{repository}@{one.commit}", recall.judge(one))
+        except WeightsmithError as error:
+            found.fault(f"{_HUB}{repository}", error)
+
+
 def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:
     """Judge every image of a layout."""
     folder, name = locate(place)
@@ -551,7 +575,9 @@ def withdraw_all(
     rows = list[AffectedImage]()
     for number, row in enumerate(found.images):
         progress.advance(number, len(found.images), "images")
-        if row.withdrawn is None:
+        if row.form == "hub":
+            progress.warn(f"{row.reference} is not withdrawn: delete or replace it on the hub")
+        elif row.withdrawn is None:
             place = open_location(_pinned(row), registry)
             image = _blob(row, place)
             told = withdrawal(image, why, {found.by: found.value})
@@ -605,7 +631,8 @@ def _lines(row: AffectedImage) -> Iterator[str]:
     by = "" if row.dated in ("", "configuration") else f" by {row.dated}"
     facts = [row.form, row.verdict, ", ".join(row.platforms), f"{row.built or ''}{by}"]
     facts += [f"signed by {', '.join(row.signed_by)}"] if row.signed_by else []
-    yield f"  {row.reference}  {row.digest[7:19]}  {'  '.join(filter(None, facts))}"
+    digest = row.digest.removeprefix("sha256:")[:12]
+    yield f"  {row.reference}  {digest}  {'  '.join(filter(None, facts))}"
     yield f"    {'; '.join(row.because)}; chain: {row.chain}"
     if row.withdrawn is not None:
         yield f"    WITHDRAWN: {row.withdrawn}"

@@ -283,8 +283,8 @@ class AffectedCommand:
 
     in_: Annotated[
         tuple[str, ...],
-        "where to look: REGISTRY, REGISTRY/PREFIX, one image, oci:DIR, or the folder of a fleet's "
-        "results",
+        "where to look: REGISTRY, REGISTRY/PREFIX, one image, oci:DIR, the folder of a fleet's "
+        "results, hf://OWNER or hf://OWNER/NAME",
     ]
     adapter: Annotated[str, f"adapter: {_NAMED}"] = ""
     base: Annotated[str, f"base model: {_NAMED}"] = ""

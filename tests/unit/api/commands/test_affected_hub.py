@@ -1,0 +1,184 @@
+"""`affected` on a model hub: by the cards that `push --to hf://` writes, and their signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from weightsmith.api.commands.affected import affected_text, error_of, find_affected, withdraw_all
+from weightsmith.api.results import Affected
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.ports import HubCommit, Silent
+from weightsmith.core.values import Digest, FileEntry
+from weightsmith.evaluating.card import ModelCard, Parent
+from weightsmith.evaluating.pages import model_card
+from weightsmith.oci.registry import Registry
+from weightsmith.outside.hub import HubFinder
+from weightsmith.outside.signer import open_signer
+from weightsmith.provenance.model_signing import sign_model
+from weightsmith.provenance.origins import wanted
+from weightsmith.provenance.signing import read_public_key
+
+from tests.fakes.baking import make_key
+from tests.fakes.hub import COMMIT, FakeHub, fake_hub
+from tests.fakes.journal import RecordingProgress
+
+BASE, ADAPTER = f"hf://acme/base@{'b' * 40}", f"hf://acme/support-lora@{'a' * 40}"
+CARD = ModelCard(
+    name="support",
+    license="apache-2.0",
+    base=Parent(name="acme/base", pin=BASE),
+    adapters=(Parent(name="acme/support-lora", pin=ADAPTER, version="v3", run_id="wandb/abc"),),
+    method="linear",
+    verdict="passed",
+)
+
+
+def text_of(card: ModelCard) -> bytes:
+    return model_card(card, "team/model", ["model.safetensors"]).encode()
+
+
+def signature(card: bytes, key: Path) -> bytes:
+    files = [FileEntry(path="README.md", size=len(card), digest=Digest.of(card))]
+    return sign_model("model", files, open_signer(str(key)))
+
+
+@dataclass
+class MemoryHub:
+    commits_of: dict[str, list[HubCommit]] = field(default_factory=dict)
+    fails: bool = False
+
+    def put(self, repository: str, **files: bytes) -> None:
+        rows = self.commits_of.setdefault(repository, [])
+        named = {name.replace("_", "."): data for name, data in files.items()}
+        commit = f"{len(rows):040x}"
+        made = HubCommit(repository=repository, commit=commit, created="", files=named)
+        rows.insert(0, made)
+
+    def repositories(self, owner: str) -> Sequence[str]:
+        if self.fails:
+            raise EnvironmentFailure("the hub could not be reached", hint="")
+        return [name for name in self.commits_of if name.startswith(f"{owner}/")]
+
+    def commits(self, repository: str, names: Sequence[str]) -> Iterator[HubCommit]:
+        if repository not in self.commits_of:
+            raise InputRefused("no such repository", hint="")
+        for one in self.commits_of[repository]:
+            kept = {name: data for name, data in one.files.items() if name in names}
+            yield replace(one, files=kept)
+
+
+def ask(hub: MemoryHub | HubFinder, place: str, *keys: Path, **asked: str) -> Affected:
+    ((kind, text),) = asked.items()
+    checks = {key.stem: read_public_key(key) for key in keys}
+    with Registry() as client:
+        return find_affected(wanted(kind, text), [place], checks, client, Silent(), hub)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found"),
+    [
+        ("adapter", "hf://acme/support-lora", True),
+        ("adapter", ADAPTER, True),
+        ("adapter", "a" * 12, True),
+        ("adapter", "acme/base", False),
+        ("base", "acme/base", True),
+        ("base", "hf://acme/other", False),
+        ("license", "Apache-2.0", True),
+        ("dataset_run", "wandb/abc", True),
+    ],
+)
+def test_what_a_card_names(tmp_path: Path, kind: str, text: str, found: bool) -> None:
+    key, public = make_key(tmp_path)
+    hub, card = MemoryHub(), text_of(CARD)
+    hub.put("team/model", README_md=card, model_sig=signature(card, key))
+    got = ask(hub, "hf://team", public, **{kind: text})
+    assert [row.reference for row in got.images] == ([f"hf://team/model@{0:040x}"] * found)
+    for row in got.images:
+        assert (row.form, row.verdict, row.signed_by) == ("hub", "passed", ("key",))
+    assert (got.unsigned, got.problems) == ((), ())
+
+
+def test_nothing_is_believed_unsigned(tmp_path: Path) -> None:
+    """Without a signature, by another key, of another card, or of a card changed afterwards."""
+    (key, public), (theirs, _) = make_key(tmp_path), make_key(tmp_path, "other")
+    hub, card = MemoryHub(), text_of(CARD)
+    hub.put("team/plain", README_md=card)
+    hub.put("team/theirs", README_md=card, model_sig=signature(card, theirs))
+    hub.put("team/moved", README_md=card, model_sig=signature(card + b"\n", key))
+    hub.put("team/broken", README_md=card, model_sig=b'{"dsseEnvelope": []}')
+    hub.put("else/model", README_md=b"---\nbase_model: acme/support-lora\n---\n")
+    hub.put("else/other", README_md=b"\xff---\nbase_model: [\n---")
+    hub.put("else/empty")
+    got = ask(hub, "hf://team", public, adapter="acme/support-lora")
+    assert got.images == ()
+    assert {row.reference.split("/")[-1][:5]: row.chain for row in got.unsigned} == {
+        "plain": "unsigned", "their": "not signed by a key that was given",
+        "moved": "unsigned", "broke": "unsigned",
+    }  # fmt: skip
+    # Another's fine-tune says in the hub's own words what it was made from, and has no verdict.
+    (row,) = ask(hub, "hf://else", public, adapter="acme/support-lora").unsigned
+    assert (row.reference[:15], row.verdict) == ("hf://else/model", "")
+    assert "hf://else/model" in affected_text(ask(hub, "hf://else", adapter="acme/support-lora"))
+
+
+def test_every_commit_is_looked_at(tmp_path: Path) -> None:
+    key, public = make_key(tmp_path)
+    hub, card = MemoryHub(), text_of(CARD)
+    hub.put("team/model", README_md=card, model_sig=signature(card, key))
+    hub.put("team/model", README_md=b"# another model")
+    got = ask(hub, "hf://team/model", public, base="acme/base")
+    assert [row.digest for row in got.images] == [f"{0:040x}"]
+    assert (got.looked_at, len(got.others)) == (2, 1)
+
+
+def test_what_a_card_cannot_say(tmp_path: Path) -> None:
+    hub = MemoryHub()
+    hub.put("team/model", README_md=text_of(CARD))
+    (problem,) = ask(hub, "hf://team", engine="vllm").problems
+    assert (problem.why, problem.unreachable) == ("a card does not say its engine", False)
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    found = ask(MemoryHub(fails=True), "hf://team", base="acme/base")
+    assert isinstance(error_of(found), EnvironmentFailure)
+    (problem,) = ask(MemoryHub(), "hf://team/absent", base="acme/base").problems
+    assert "no such repository" in problem.why
+
+
+def test_nothing_is_withdrawn_on_a_hub(tmp_path: Path) -> None:
+    key, public = make_key(tmp_path)
+    hub, card, told = MemoryHub(), text_of(CARD), RecordingProgress()
+    hub.put("team/model", README_md=card, model_sig=signature(card, key))
+    found = ask(hub, "hf://team", public, base="acme/base")
+    with Registry() as client:
+        after = withdraw_all(found, "leaks", open_signer(str(key)), client, told)
+    assert after.images == found.images
+    assert "on the hub" in told.warnings[0]
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with fake_hub(tmp_path / "hub", monkeypatch) as made:
+        yield made
+
+
+def test_by_the_hubs_own_client(served: FakeHub, tmp_path: Path) -> None:
+    key, public = make_key(tmp_path)
+    card = text_of(CARD)
+    served.files |= {"README.md": card, "model.sig": signature(card, key)}
+    for place in ("hf://team", "hf://team/model"):
+        (row,) = ask(HubFinder(), place, public, adapter="acme/support-lora").images
+        assert (row.digest, row.built, row.dated) == (COMMIT, "2026-03-01T00:00:00Z", "hub")
+    assert {*served.fetched} <= {"README.md", "model.sig"}
+    assert ask(HubFinder(), "hf://nobody", public, base="acme/base").looked_at == 0
+
+
+def test_a_card_that_is_too_large(served: FakeHub) -> None:
+    """It is not fetched."""
+    served.sizes["README.md"] = 1 << 40
+    (problem,) = ask(HubFinder(), "hf://team/model", base="acme/base").problems
+    assert "bytes" in problem.why
+    assert served.fetched == []
