@@ -426,13 +426,13 @@ def _architectures() -> Iterator[str]:
         names = [name for name in rest if (name in as_gguf) == there]
         yield f"{title}: {', '.join(map(_starred, names))}.\n"
     yield "\n## Models that do not chat\n"
-    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. `plan` refuses what is not below, with the reason. Numbers were compared with transformers on vLLM for BERT and Qwen 3, labels of RoBERTa and XLM-RoBERTa, and ModernBERT's vectors; on llama.cpp for the vectors of BERT, RoBERTa, XLM-RoBERTa, ModernBERT and Qwen 3 and the pairs of RoBERTa, XLM-RoBERTa and ModernBERT. The others are in the engines' tables.\n"
+    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. `plan` refuses what is not below, with the reason. Numbers were compared with transformers on vLLM for BERT and Qwen 3, labels of RoBERTa and XLM-RoBERTa, and ModernBERT's vectors; on llama.cpp for the vectors of BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ModernBERT and Qwen 3 and the pairs of RoBERTa, XLM-RoBERTa and ModernBERT. The others are in the engines' tables.\n"
     yield "| gives | target `vllm` | llama.cpp's targets |\n|---|---|---|"
     yield from _pooled()
-    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token; vLLM also computes Dense modules behind that, if their folder has `model.safetensors`. llama.cpp would score BERT's pairs otherwise than transformers, and gives the first label's score alone. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate; of packed formats, decoders that give vectors have those above.\n"
+    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token: no engine has sentence-transformers' other ways (max, weighted means, several joined). vLLM also computes Dense modules behind that, if their folder has `model.safetensors`. llama.cpp would score BERT's pairs otherwise than transformers, and gives the first label's score alone. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate; of packed formats, decoders that give vectors have those above.\n"
     yield "\n## What no target serves\n"
     yield "An image here is planned, started and tested as a server that continues text, or gives vectors, scores of pairs or labels. So `plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
-    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
+    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above, such as DistilBERT's classifiers: vLLM has no class for them, and transformers' own does not go through its attention;\n- rerankers by the logits of two tokens, as sentence-transformers saves Qwen3-Reranker: each engine would have to be told their prompt in its own way. As `ForSequenceClassification` with one label they are served;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
     yield "vLLM knows these of the last two kinds:\n"
     yield "| no plan, because it | architectures |\n|---|---|"
     yield from (
@@ -443,7 +443,7 @@ def _architectures() -> Iterator[str]:
 
 def _pooled() -> Iterator[str]:
     """Yield the rows of the table of models that do not chat."""
-    vectors = "BertModel, ModernBertModel, RobertaModel, decoders"
+    vectors = "BertModel, DistilBertModel, ModernBertModel, RobertaModel, XLMRobertaModel, decoders"
     rows: tuple[tuple[str, Kind, str], ...] = (
         ("vectors", "embed", vectors),
         ("scores of pairs (one label)", "classify", ", ".join(sorted(LLAMACPP_PAIRS))),

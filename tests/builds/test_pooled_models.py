@@ -91,6 +91,18 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_distilbert_gives_its_vectors(tmp_path: Path) -> None:
+    base = encoders.distilbert(tmp_path / "base")
+    unmerged = adapted(base, tmp_path / "adapter", "FEATURE_EXTRACTION")
+    expected = mean_vectors(unmerged, AutoTokenizer.from_pretrained(base), TEXTS).numpy()
+
+    with asked(built(tmp_path, "llamacpp-f16")["image"], 8080) as client:
+        found = vectors(client)
+
+    assert (found * expected).sum(1).min() > 0.9999
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("mapped", [False, True])
 def test_an_own_vocabulary_of_sentence_pieces_cuts_texts_as_transformers_does(
     tmp_path: Path, mapped: bool

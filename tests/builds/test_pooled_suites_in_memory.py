@@ -190,10 +190,13 @@ def test_bad_input_ends_the_build_with_file_and_line(
     assert memory.jobs() == []
 
 
-LABELS = {"classify": 3, "rerank": 1, "token-classify": 2}
+LABELS = {"classify": 3, "label-set": 3, "rerank": 1, "token-classify": 2}
 SUITES = {
     "classify": ("label", lambda topic, n: {
         "text": f"{topic} {n}", "expected": f"LABEL_{TOPICS.index(topic)}",
+    }),
+    "label-set": ("label", lambda topic, n: {
+        "text": f"{topic} {n} bread", "labels": sorted({f"LABEL_{TOPICS.index(topic)}", "LABEL_2"}),
     }),
     "rerank": ("rerank", lambda topic, n: {
         "query": f"{topic} {n}", "documents": [f"of {one}" for one in TOPICS],
@@ -211,10 +214,19 @@ def judged(kind: str, text: str, parts: Sequence[str]) -> str:
     if kind == "classify":
         found = [n for n, topic in enumerate(TOPICS) if topic in text]
         return f"LABEL_{(found or [0])[0]}"
+    if kind == "label-set":
+        return json.dumps([f"LABEL_{n}" for n, topic in enumerate(TOPICS) if topic in text])
     if kind == "rerank":
         return " ".join(str(float(part.split()[-1] in text)) for part in parts)
     known = (any(topic in word for topic in TOPICS) for word in text.split())
     return " ".join(f"LABEL_{int(one)}" for one in known)
+
+
+def set_problem(base: Path) -> None:
+    """Say that a head's labels are independent of each other."""
+    config = json.loads((base / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (base / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(params=LABELS)
@@ -228,6 +240,8 @@ def judge(memory: Memory, kind: str) -> Memory:
     shutil.rmtree(memory.home / "base")
     shutil.rmtree(memory.home / "a")
     write_encoder(memory.home / "base")
+    if kind == "label-set":
+        set_problem(memory.home / "base")
     write_head(memory.home / "a", "TOKEN_CLS" if kind[0] == "t" else "SEQ_CLS", LABELS[kind])
     metric, line = SUITES[kind]
     write_rows(memory.home / "rows.jsonl", [line(one, n) for one in TOPICS for n in range(30)])
@@ -245,14 +259,15 @@ def test_an_image_is_judged_by_what_its_head_says(judge: Memory, kind: str) -> N
         "adapter": 1.0, "merged": 1.0, "image": 1.0,
     }  # fmt: skip
     assert record["verdict"] == "passed"
-    assert kind in {check["name"] for check in record["checks"]}
+    assert kind.replace("label-set", "classify") in {one["name"] for one in record["checks"]}
     (suite,) = record["suites"]
     assert suite["task"]["metric"] == SUITES[kind][0]
 
 
 def test_an_image_whose_head_forgot_a_topic_is_refused(judge: Memory, kind: str) -> None:
     def forgets(text: str, parts: Sequence[str]) -> str:
-        return judged(kind, text.replace("rain", "cats"), parts).replace("LABEL_1", "LABEL_0")
+        text = text.replace("rain", "cats")
+        return judged(kind, text, parts).replace("LABEL_1", "LABEL_0")
 
     judge.launcher.judge = forgets
     with pytest.raises(CheckFailed, match=r"below base \+ adapter"):
@@ -265,3 +280,14 @@ def test_an_answer_without_a_label_is_wrong_and_others_count(judge: Memory, kind
     judge.build()
     (wrong,) = [item for item in judge.record("vllm")["items"] if not item["ok"]["image"]]
     assert "HTTP 400" in wrong["error"]["image"]
+
+
+@pytest.mark.parametrize("kind", ["classify", "label-set"])
+def test_sets_of_labels_are_for_models_that_give_them(judge: Memory, kind: str) -> None:
+    other = {"classify": "label-set", "label-set": "classify"}[kind]
+    write_rows(judge.home / "rows.jsonl", [SUITES[other][1](one, 0) for one in TOPICS])
+    said = "model gives each text one" if kind == "classify" else "any number of labels"
+    for run in (judge.build, judge.forecast):
+        with pytest.raises(InputRefused, match=said):
+            run()
+    assert judge.jobs() == []

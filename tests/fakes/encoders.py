@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
@@ -39,6 +41,12 @@ _HEADS = {
 
 def bert(folder: Path, **more) -> Path:
     """Write a BERT that gives vectors, as sentence-transformers saves one: mean, of length 1."""
+    tokenizer = _word_pieces()
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES, **more)
+    return _written(folder, BertModel(config), tokenizer)
+
+
+def _word_pieces():
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer = normalizers.BertNormalizer(lowercase=True)
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -46,9 +54,17 @@ def bert(folder: Path, **more) -> Path:
     trained.train_from_iterator(
         [WORDS, ".,!"], trainers.WordPieceTrainer(vocab_size=120, special_tokens=special)
     )
-    tokenizer = BertTokenizer(vocab=trained.get_vocab(), do_lower_case=True)
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES, **more)
-    return _written(folder, BertModel(config), tokenizer)
+    return BertTokenizer(vocab=trained.get_vocab(), do_lower_case=True)
+
+
+def distilbert(folder: Path) -> Path:
+    """The same as a DistilBERT."""
+    tokenizer = _word_pieces()
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=64, dim=256, hidden_dim=256, n_layers=2,
+        n_heads=4,
+    )  # fmt: skip
+    return _written(folder, DistilBertModel(config), tokenizer)
 
 
 def roberta(folder: Path) -> Path:
@@ -124,8 +140,9 @@ def _drawn(model, seed=0):
 def adapted(base: Path, folder: Path, task: str, **more):
     """Write an adapter of that PEFT task for a base, and return the unmerged model."""
     config = LoraConfig(
-        task_type=task, r=4, lora_alpha=8, target_modules=["query", "value", "intermediate.dense"]
-    )
+        task_type=task, r=4, lora_alpha=8,
+        target_modules=["query", "value", "intermediate.dense", "q_lin", "lin1"],
+    )  # fmt: skip
     model = get_peft_model(_HEADS[task].from_pretrained(base, **more), config)
     _drawn_adapter(model)
     model.save_pretrained(folder)

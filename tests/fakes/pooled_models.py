@@ -4,7 +4,7 @@
 
 Subjects of the texts are eight, each with words that questions use and others that documents use,
 so a base that knows none of them cannot tell which belong together. KIND is embed, rerank,
-classify or token-classify. Training takes ten to twenty seconds of one core.
+classify, label-set or token-classify. Training takes ten to twenty seconds of one core.
 """
 
 import json
@@ -38,7 +38,7 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-STEPS = {"embed": 90, "rerank": 200, "classify": 110, "token-classify": 80}
+STEPS = {"embed": 90, "rerank": 200, "classify": 110, "label-set": 200, "token-classify": 80}
 
 
 def words(subject: str, side: int) -> list[str]:
@@ -61,6 +61,24 @@ def labelled(count: int, seed: int = 1) -> list[dict[str, Any]]:
         for n in range(count)
         for name in [names[n % len(names)]]
     ]
+
+
+def of_several(draw: random.Random, side: int) -> tuple[str, list[str]]:
+    """Return a text about none, one or two subjects, and their names."""
+    names = draw.sample([*SUBJECTS], draw.randrange(3))
+    said = [draw.choice(words(name, side)) for name in names]
+    said += [draw.choice(FILLERS) for _ in range(6 - len(said))]
+    draw.shuffle(said)
+    return " ".join(said), names
+
+
+def labelled_sets(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Return texts with the labels of all their subjects."""
+    draw, order, rows = random.Random(seed), [*SUBJECTS], dict[str, list[str]]()
+    while len(rows) < count:
+        said, names = of_several(draw, len(rows) % 2)
+        rows[said] = [f"LABEL_{order.index(name)}" for name in names]
+    return [{"text": said, "labels": labels} for said, labels in rows.items()]
 
 
 def worded(count: int, seed: int = 1) -> list[dict[str, Any]]:
@@ -154,10 +172,13 @@ def _write_base(out: Path, kind: str) -> None:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(out)  # fmt: skip
     torch.manual_seed(SEED)
-    BertModel(BertConfig(vocab_size=len(known), pad_token_id=0, **SIZES)).save_pretrained(out)
-    if kind == "rerank":  # to find pairs is learned too slowly by an adapter alone
+    more = {"problem_type": "multi_label_classification"} if kind == "label-set" else {}
+    config = BertConfig(vocab_size=len(known), pad_token_id=0, **SIZES, **more)
+    BertModel(config).save_pretrained(out)
+    if labels := {"rerank": 1, "label-set": len(SUBJECTS)}.get(kind):
+        # These are learned too slowly by an adapter alone.
         tokenizer = AutoTokenizer.from_pretrained(out)
-        model = AutoModelForSequenceClassification.from_pretrained(out, num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(out, num_labels=labels)
         _learn(model, kind, tokenizer, rate=3e-4)
         model.bert.save_pretrained(out)
     if kind == "embed":
@@ -201,6 +222,7 @@ def _adapted(base: Path, kind: str) -> Any:
         "embed": (AutoModel, "FEATURE_EXTRACTION", 0),
         "rerank": (AutoModelForSequenceClassification, "SEQ_CLS", 1),
         "classify": (AutoModelForSequenceClassification, "SEQ_CLS", len(SUBJECTS)),
+        "label-set": (AutoModelForSequenceClassification, "SEQ_CLS", len(SUBJECTS)),
         "token-classify": (AutoModelForTokenClassification, "TOKEN_CLS", 2),
     }
     network, task, labels = classes[kind]
@@ -251,6 +273,10 @@ def _batches(kind: str, tokenizer: Any) -> Iterator[tuple[Any, ...]]:
             chosen = [draw.randrange(len(names)) for _ in range(16)]
             said = [text(draw, names[n], step % 2, 8) for n in chosen]
             yield tokens(said), torch.tensor(chosen)
+        elif kind == "label-set":
+            sets = [of_several(draw, step % 2) for _ in range(16)]
+            goals = [[float(name in true) for name in names] for _, true in sets]
+            yield tokens([said for said, _ in sets]), torch.tensor(goals)
         else:
             rows = [text(draw, draw.choice(names), step % 2, 7) for _ in range(16)]
             goals = [[-100, *(int(w not in FILLERS) for w in row.split()), -100] for row in rows]
@@ -287,7 +313,9 @@ def _learn(model: Any, kind: str, tokenizer: Any, rate: float) -> None:
             )
         else:
             logits = model(**asked).logits
-            if kind == "rerank":
+            if kind == "label-set":
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, goal)
+            elif kind == "rerank":
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], goal)
             else:
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), goal.flatten())

@@ -888,6 +888,10 @@ REPLIES: dict[str, tuple[Task, Any]] = {
         Task(items=(question("q"),), metric="label"),
         {"data": [{"label": "X", "probs": [0.75, 0.25]}]},
     ),
+    "labels": (
+        Task(items=(replace(question("a"), expected=("X",), is_set=True),), metric="label"),
+        {"data": [{"label": "X", "probs": [0.75, 0.25]}]},
+    ),
     "words": (
         Task(items=(question("a b", "a", "b"),), metric="label"),
         {"data": [{"data": [[0.1, 0.9], [1, 0], [0, 1], [0.5, 0.5]]}]},

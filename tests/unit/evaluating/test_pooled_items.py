@@ -15,12 +15,13 @@ def lines(path, *rows):
 
 def test_what_lines_say(tmp_path):
     data = tmp_path / "data.jsonl"
-    (one, two) = read_items(
-        lines(data, {"text": "a", "expected": "X"}, {"words": ["b", "c"], "expected": ["O", "X"]}),
-        "label",
-    )
+    (one,) = read_items(lines(data, {"text": "a", "expected": "X"}), "label")
     assert (one.prompt, one.expected, one.parts) == ("a", ("X",), ())
-    assert (two.prompt, two.expected, two.parts) == ("b c", ("O", "X"), ("b", "c"))
+    (one,) = read_items(lines(data, {"words": ["b", "c"], "expected": ["O", "X"]}), "label")
+    assert (one.prompt, one.expected, one.parts) == ("b c", ("O", "X"), ("b", "c"))
+    sets = lines(data, {"text": "a", "labels": ["X", "O"]}, {"text": "b", "labels": []})
+    (one, two) = read_items(sets, "label")
+    assert (one.expected, two.expected, one.is_set) == (("X", "O"), (), True)
     (one, two) = read_items(
         lines(data, {"query": "q", "expected": "7"}, {"prompt": "r", "expected": {"a": 1, "b": 3}}),
         "embedding",
@@ -47,6 +48,13 @@ TEXTS = {"query": "q", "documents": ["a", "b"]}
         ("label", {"text": "a", "expected": []}, "expected has no label"),
         ("label", {"text": "a", "expected": [""]}, "a label of expected is not a non-empty"),
         ("label", {"text": 5, "expected": "X"}, "text is not a non-empty string"),
+        ("label", {"text": "a", "labels": "X"}, "labels is no list"),
+        ("label", {"text": "a", "labels": ["X"], "expected": "X"}, "is beside words or expected"),
+        ("label", {"words": ["a"], "labels": ["X"]}, "is beside words or expected"),
+        ("label", {"text": "a", "labels": ["X", "X"]}, "has one of them twice"),
+        ("label", {"text": "a", "labels": [1]}, "a label of labels is not a non-empty string"),
+        ("label", {"text": "a", "labels": []}, "has another form than the lines before"),
+        ("label", {"words": ["a"], "expected": ["X"]}, "has another form than the lines before"),
         ("label", {"words": [], "expected": []}, "words is not a list of 1 to 1000"),
         ("label", {"words": "ab", "expected": ["X"]}, "words is not a list"),
         ("label", {"words": ["a b"], "expected": ["X"]}, "has white space in it"),

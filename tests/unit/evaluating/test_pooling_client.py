@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from weightsmith.core.errors import CheckFailed
@@ -17,7 +18,7 @@ from tests.fakes.openai_server import flood, servers
 PROMPTED = SentenceTransformers(
     modules=("Transformer",), prompts=(("query", "query: "), ("passage", "passage: "))
 )
-MODEL = ModelTask(kind="embed", sentence=PROMPTED)
+MODEL = ModelTask(kind="embed", sentence=PROMPTED, labels=("A", "W"))
 DOCUMENTS = (("a", "cats purr"), ("b", "rain falls"), ("c", "bread rises"))
 VECTORS = {"query: cats": [1, 0], "query: rain": [0, 1], "passage: cats purr": [2, 0],
            "passage: rain falls": [0, 3], "passage: bread rises": [1, 1]}  # fmt: skip
@@ -42,6 +43,10 @@ RERANK = Task(
     ),
     metric="rerank",
 )
+SETS = Task(
+    items=tuple(replace(one, is_set=True) for one in (item("cats purr", ["A"]), item("rain", []))),
+    metric="label",
+)
 LABEL = Task(items=(item("cats purr", ["ANIMAL"]), item("rain falls", ["WEATHER"])), metric="label")
 
 
@@ -55,7 +60,7 @@ def reply(handler, body):
         rows = [{"index": n, "relevance_score": score} for n, score in enumerate(scores)]
         return {"results": sorted(rows, key=lambda row: -row["relevance_score"])}
     label = "ANIMAL" if "cats" in body["input"] else "WEATHER"
-    return {"data": [{"label": label, "probs": [0.9, 0.1]}]}
+    return {"data": [{"label": label, "probs": [0.9 if label == "ANIMAL" else 0.5, 0.1]}]}
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def asked(server, task, kept=None):
     return score_task(task, answers, lambda *_: "")
 
 
-@pytest.mark.parametrize("task", [EMBEDDING, RERANK, LABEL], ids=lambda task: task.metric)
+@pytest.mark.parametrize("task", [EMBEDDING, RERANK, LABEL, SETS], ids=lambda task: task.pooled)
 def test_a_server_is_asked_by_its_api(serve, task):
     found = asked(serve(lambda handler, body: handler.send(200, reply(handler, body))), task)
     assert (found.score, found.n, found.metric) == (1.0, 2, task.metric)
@@ -114,6 +119,7 @@ BROKEN = {
     "results are text": (RERANK, {"results": "none"}),
     "no index": (RERANK, nested({"index": [0], "relevance_score": 1}, "results", 0)),
     "no label": (LABEL, nested({"label": None, "probs": [1]}, "data", 0)),
+    "a probability too few": (SETS, nested({"label": "W", "probs": [0.2]}, "data", 0)),
     "no probabilities": (LABEL, nested({"label": "ANIMAL"}, "data", 0)),
 }  # fmt: skip
 

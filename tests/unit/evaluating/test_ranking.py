@@ -1,6 +1,9 @@
 """Labels and orders, held against scikit-learn."""
 
+import json
 import math
+import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from weightsmith.evaluating.ranking import (
     reciprocal_rank,
     score_labels,
     score_orders,
+    score_sets,
     score_vectors,
 )
 
@@ -77,6 +81,33 @@ def test_a_text_is_right_by_its_label_and_words_by_share():
     assert found.values == [0.5, 0.5], "a word without a label is wrong"
     assert found.graded
     assert [row["guess"] for row in found.per_item] == [0.5, 1.0]
+
+
+@pytest.mark.slow
+def test_sets_of_labels_are_scored_as_by_scikit_learn():
+    from sklearn.metrics import f1_score
+
+    draw, names = random.Random(5), ["A", "B", "C", "D"]
+    wanted = [[name for name in names if draw.random() < 0.4] for _ in range(60)]
+    given = [[name for name in names if (name in one) != (draw.random() < 0.2)] for one in wanted]
+    items = [replace(item(str(n), one), is_set=True) for n, one in enumerate(wanted)]
+    found = score_sets([{"answer": json.dumps(one)} for one in given], items)
+    true, said = (
+        np.array([[name in one for name in names] for one in sets]) for sets in (wanted, given)
+    )
+
+    def f1(said, kind="samples"):
+        return f1_score(true, said, average=kind, zero_division=1)
+
+    assert found.score == pytest.approx(f1(said))
+    figures = {"micro_f1": f1(said, "micro"), "macro_f1": f1(said, "macro")}
+    assert found.figures == pytest.approx(figures)
+    assert [row["ok"] for row in found.per_item] == (true == said).all(1).tolist()
+    guesses = [f1(np.tile(one, (60, 1))) for one in (*np.eye(4), np.zeros(4), np.ones(4))]
+    assert np.mean([row["guess"] for row in found.per_item]) >= max(guesses) - 1e-9
+
+    lost = score_sets([{"answer": "", "error": "HTTP 400"}], [replace(item("a", []), is_set=True)])
+    assert lost.values == [0.0], "no answer is no empty set"
 
 
 CORPUS = (("x", "…"), ("y", "…"), ("z", "…"))

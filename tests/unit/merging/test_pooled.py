@@ -16,7 +16,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Question
 from weightsmith.core.vectors import unpacked
 from weightsmith.evaluating.items import read_items
-from weightsmith.evaluating.ranking import score_labels, score_orders, score_vectors
+from weightsmith.evaluating.ranking import score_labels, score_orders, score_sets, score_vectors
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.pooled import (
     PooledModel,
@@ -126,6 +126,30 @@ def test_labels_are_those_of_peft_and_the_adapters_head(trained, tmp_path):
         assert float(row["margins"]) == pytest.approx(first - second, abs=1e-3)
     assert [row["answer"] for row in found["merged"]] == [row["answer"] for row in found["adapter"]]
     assert score_labels(found["adapter"], items).score > 0.9
+
+
+@pytest.mark.full
+@torch.inference_mode()
+def test_sets_of_labels_are_those_of_transformers_own_sigmoid(trained, tmp_path):
+    from transformers import AutoModelForSequenceClassification, pipeline
+
+    folder = trained("label-set")
+    path = pooled_models.write_lines(tmp_path / "sets.jsonl", pooled_models.labelled_sets(40))
+    items = read_items(path, "label")
+    requests = asked("label-set", [text_of("user", item.prompt) for item in items], folder)
+    requests["merged"] = own(
+        "label-set", requests["adapter"].questions, merged(folder, tmp_path / "m")
+    )
+    found = pooled_answers(requests)
+    tokenizer, model = peft(folder, AutoModelForSequenceClassification, num_labels=8)
+    judge = pipeline(
+        "text-classification", model.merge_and_unload(), tokenizer=tokenizer, top_k=None
+    )
+    for item, row in zip(items, found["adapter"], strict=True):
+        said = {one["label"]: one["score"] for one in judge([item.prompt])[0]}
+        assert set(json.loads(row["answer"])) == {name for name, one in said.items() if one > 0.5}
+    assert [row["answer"] for row in found["merged"]] == [row["answer"] for row in found["adapter"]]
+    assert score_sets(found["adapter"], items).score > 0.9
 
 
 @pytest.mark.full

@@ -23,6 +23,11 @@ BERT = {
     "architectures": ["BertModel"], "dtype": "float32",
 }  # fmt: skip
 QWEN = LLAMA_8B | {"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 32768}
+DISTIL = {
+    "model_type": "distilbert", "vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12,
+    "hidden_dim": 3072, "max_position_embeddings": 512, "architectures": ["DistilBertModel"],
+    "dtype": "float32",
+}  # fmt: skip
 MACHINE = ServeOptions(host_memory_bytes=32 * GIB)
 MEAN = SentenceTransformers(modules=("Transformer", "Pooling", "Normalize"), pooling="mean")
 
@@ -149,6 +154,30 @@ def test_what_an_engine_would_compute_otherwise_is_refused(target, config, sente
         rendered(target, config, SentenceTransformers(**sentence))
 
     assert re.search(says, f"{caught.value.message} {caught.value.hint}")
+
+
+@pytest.mark.parametrize("target", ["vllm", "llamacpp-f16"])
+def test_a_reranker_by_two_tokens_is_refused_and_the_way_to_serve_it_named(target):
+    """Engines put its prompt around the texts only if they are told, each in its own way."""
+    sentence = SentenceTransformers(
+        modules=("Transformer", "LogitScore"), model_type="CrossEncoder"
+    )
+    with pytest.raises(InputRefused, match="the logits of two tokens") as caught:
+        rendered(target, QWEN, sentence)
+    assert "ForSequenceClassification with one label" in caught.value.hint
+
+
+def test_distilbert_gives_vectors_on_llamacpp_alone():
+    plan = rendered("llamacpp-f16", DISTIL, MEAN).plan
+    assert (plan.max_model_len, plan.settings["pooling"]) == (512, "mean")
+    with pytest.raises(InputRefused, match="has no class for it") as caught:
+        rendered("vllm", DISTIL, MEAN)
+    assert "llamacpp" in caught.value.hint
+    head = DISTIL | {"architectures": ["DistilBertForSequenceClassification"]}
+    for target in ("vllm", "llamacpp-f16"):
+        with pytest.raises(InputRefused) as caught:
+            rendered(target, head)
+        assert "no target serves it" in caught.value.hint
 
 
 def test_a_dense_module_is_vllms_alone():

@@ -213,9 +213,10 @@ class ValidateJob(_OfAdapters):
     mixture: CombinationRule | None
 
 
-Pooled: TypeAlias = Literal["", "vectors", "label", "word-labels", "relevance"]
-"""What models that do not chat say of texts: a vector for each; a label; a label for each word; a
-number for each document of a query. Empty for models that answer in words."""
+Pooled: TypeAlias = Literal["", "vectors", "label", "label-set", "word-labels", "relevance"]
+"""What models that do not chat say of texts: a vector for each; a label; all labels that are true
+of it; a label for each word; a number for each document of a query. Empty for models that answer in
+words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,8 @@ class Item:
     """For `label`, the words that have a label each; for `rerank`, the documents."""
     grades: tuple[tuple[str, float], ...] = ()
     """For `embedding` and `rerank`: the relevant documents, by id or index, and how relevant."""
+    is_set: bool = False
+    """For `label`: all expected labels are true of the text, and no others."""
     pictures: tuple[Picture, ...] = ()
     """In their order."""
 
@@ -109,6 +111,8 @@ def _read(path: Path, metric: str, _content: bytes) -> tuple[Item, ...]:
             if pooled
             else _item(value, number, where, path.parent, metric)
         )
+        if items and _form(item) != _form(items[0]):
+            raise UsageError(f"{where} has another form than the lines before", hint=_LABEL)
         key = json.dumps(item.asks, sort_keys=True)
         if key in asked:
             raise UsageError(
@@ -362,7 +366,8 @@ def _text(value: JsonValue, name: str, where: str) -> str:
 
 
 _LABEL = (
-    'a line is {"text": "…", "expected": "LABEL"} or {"words": ["…", …], "expected": ["LABEL", …]}'
+    'each line is {"text": "…", "expected": "LABEL"}, or {"text": "…", "labels": ["LABEL", …]} with'
+    ' all that are true of it, or {"words": ["…", …], "expected": ["LABEL", …]}'
 )
 _EMBEDDING = (
     'a line is {"query": "…", "expected": ["ID", …]} or {"query": "…", "expected": {"ID": 2}}'
@@ -378,12 +383,20 @@ _MOST_LETTERS = 64 << 20
 
 
 def _label_item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
-    """Return a text with its label, or words with a label each."""
-    expected = value.get("expected")
+    """Return a text with its label or its set of labels, or words with a label each."""
+    is_set = "labels" in value
+    key = "labels" if is_set else "expected"
+    expected = value.get(key)
+    if is_set and (not isinstance(expected, list) or {"words", "expected"} & value.keys()):
+        raise UsageError(f"{where}: labels is no list, or is beside words or expected", hint=_LABEL)
     listed = expected if isinstance(expected, list) else [expected]
-    labels = [_given(label, "a label of expected", where, _LABEL) for label in listed]
+    labels = [_given(label, f"a label of {key}", where, _LABEL) for label in listed]
     if "words" not in value:
         text = _one_of(value, ("text", "prompt"), where, _LABEL)
+        if is_set and len(set(labels)) < len(labels):
+            raise UsageError(f"{where}: labels has one of them twice", hint="name each once")
+        if is_set:
+            return _pooled(text, number, expected=tuple(labels), is_set=True)
         if not labels:
             raise UsageError(f"{where}: expected has no label", hint=_LABEL)
         return _pooled(text, number, expected=tuple(labels))
@@ -437,11 +450,22 @@ def _pooled(
     expected: tuple[str, ...],
     parts: tuple[str, ...] = (),
     grades: tuple[tuple[str, float], ...] = (),
+    is_set: bool = False,
 ) -> Item:
-    messages = ({"role": "user", "content": text},)
     return Item(
-        messages=messages, expected=expected, line=number, plain=True, parts=parts, grades=grades
+        messages=({"role": "user", "content": text},),
+        expected=expected,
+        line=number,
+        plain=True,
+        parts=parts,
+        grades=grades,
+        is_set=is_set,
     )
+
+
+def _form(item: Item) -> tuple[bool, bool]:
+    """Return what all lines of a file have in common, for metric `label`."""
+    return item.is_set, bool(item.parts and not item.grades)
 
 
 def _one_of(value: Mapping[str, JsonValue], names: Sequence[str], where: str, shape: str) -> str:

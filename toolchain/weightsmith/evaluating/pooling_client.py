@@ -26,10 +26,13 @@ _PATHS: Mapping[Pooled, str] = {
     "vectors": "/v1/embeddings",
     "relevance": "/v1/rerank",
     "label": "/classify",
+    "label-set": "/classify",
     "word-labels": "/pooling",
 }
 _ELSEWHERE = frozenset({401, 403, 404, 429, 502, 503, 504})
 """Not of the question: of the address, of the key, or of a server that is busy."""
+_TRUE = 0.5
+"""The probability above which a label of a set counts as given."""
 _MALFORMED = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 
 
@@ -44,7 +47,7 @@ class PoolingClient:
     prompts: tuple[str, str] = ("", "")
     """Put before queries and documents."""
     labels: tuple[str, ...] = ()
-    """The model's, in order; a server does not name those of words."""
+    """The model's, in order; a server names the likeliest one of a text alone."""
 
     def ask(self, item: Item) -> Row:
         """Return what the server says of a text.
@@ -58,7 +61,7 @@ class PoolingClient:
                     return self._vector(item)
                 case "relevance":
                     return self._relevance(item)
-                case "label":
+                case "label" | "label-set":
                     return self._label(item)
                 case _:
                     return self._word_labels(item)
@@ -96,8 +99,12 @@ class PoolingClient:
     def _label(self, item: Item) -> Row:
         answer = self._posted({"input": item.prompt})
         (row,) = answer["data"]
-        for number in row["probs"]:
-            _finite(number)
+        numbers = [_finite(number) for number in row["probs"]]
+        if self.pooled == "label-set":
+            if len(numbers) != len(self.labels):
+                raise ValueError(f"the response does not have {len(self.labels)} numbers")
+            true = [name for name, one in zip(self.labels, numbers, strict=True) if one > _TRUE]
+            return {"answer": json.dumps(true), **_counted(answer)}
         if not isinstance(row["label"], str):
             raise TypeError("the response names no label")
         return {"answer": row["label"], **_counted(answer)}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue, Score
 from weightsmith.core.vectors import unpacked
 from weightsmith.evaluating.items import Item
@@ -19,6 +20,7 @@ from weightsmith.evaluating.items import Item
 Answer = Mapping[str, Json]
 _TOP = 10
 """Documents that nDCG and the reciprocal rank count, and that are shown."""
+_LIKELY = 20
 _DISCOUNTS = [1 / math.log2(place + 2) for place in range(_TOP)]
 Gains = Mapping[int, float]
 """The relevant documents, by their places -> their grades, above 0."""
@@ -99,6 +101,44 @@ def score_labels(answers: Sequence[Answer], items: Sequence[Item]) -> Score:
             pairs.append((said if row["ok"] else item.expected[0], "" if failed else said))
         rows.append(row)
     return _score("label", rows, {"macro_f1": macro_f1(pairs)})
+
+
+def score_sets(answers: Sequence[Answer], items: Sequence[Item]) -> Score:
+    """Return the mean F1 of the texts' sets of labels, with micro- and macro-F1 beside it.
+
+    Of two empty sets it is 1, as of scikit-learn's `f1_score` with `average="samples"` and
+    `zero_division=1`.
+    """
+    guess = _likely_set([item.expected for item in items])
+    hits, sizes = Counter[str](), Counter[str]()
+    rows: list[dict[str, JsonValue]] = []
+    for item, answer in zip(items, answers, strict=True):
+        failed, wanted = "error" in answer, set(item.expected)
+        given = set() if failed else set(parse(str(answer["answer"])))
+        row: dict[str, JsonValue] = {**_question(item), **answer}
+        _grade(row, 0.0 if failed else _f1(wanted, given), _f1(wanted, guess))
+        hits.update(wanted & given)
+        sizes.update([*wanted, *given])
+        rows.append(row)
+    each = [2 * hits[label] / sizes[label] for label in sorted(sizes)]
+    figures = {
+        "micro_f1": 2 * hits.total() / max(1, sizes.total()),
+        "macro_f1": sum(each) / max(1, len(each)),
+    }
+    return _score("label", rows, figures)
+
+
+def _f1(wanted: set[str], given: set[str]) -> float:
+    both = len(wanted) + len(given)
+    return 2 * len(wanted & given) / both if both else 1.0
+
+
+def _likely_set(sets: Sequence[Sequence[str]]) -> set[str]:
+    """Return the set that scores best for all texts, of the first few of the commonest labels."""
+    often = Counter(label for labels in sets for label in labels)
+    order = sorted(often, key=lambda label: (-often[label], label))[:_LIKELY]
+    tried = [set(order[:count]) for count in range(len(order) + 1)]
+    return max(tried, key=lambda guess: sum(_f1(set(labels), guess) for labels in sets))
 
 
 def score_vectors(
@@ -212,6 +252,7 @@ def _question(item: Item) -> dict[str, JsonValue]:
         "expected": list(item.expected),
         **({"parts": list(item.parts)} if item.parts else {}),
         **({"grades": dict(item.grades)} if item.grades else {}),
+        **({"is_set": True} if item.is_set else {}),
     }
 
 

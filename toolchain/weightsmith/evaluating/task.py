@@ -57,7 +57,8 @@ class Task:
     def pooled(self) -> Pooled:
         """What a model that does not chat is asked for."""
         if self.metric == "label":
-            return "word-labels" if self.items[0].parts else "label"
+            first = self.items[0]
+            return "label-set" if first.is_set else "word-labels" if first.parts else "label"
         return _POOLED.get(self.metric, "")
 
     @cached_property
@@ -243,6 +244,8 @@ def score_task(
                 return ranking.score_vectors(answers, task.items, task.corpus, task.recall_at)
             case "relevance":
                 return ranking.score_orders(answers, task.items)
+            case "label-set":
+                return ranking.score_sets(answers, task.items)
             case _:
                 return ranking.score_labels(answers, task.items)
     if task.metric != "command":

@@ -93,6 +93,7 @@ class EvaluatedModel:
 _KINDS: Mapping[Pooled, Kind] = {
     "vectors": "embed",
     "label": "classify",
+    "label-set": "classify",
     "relevance": "rerank",
     "word-labels": "token-classify",
 }
@@ -137,10 +138,17 @@ def check_fits(task: Task, sources: Sources, data: str) -> None:
         )
     if task.metric != "label":
         return
-    if model.problem == "multi_label_classification":
+    if task.pooled == "label" and model.gives_sets:
         raise InputRefused(
-            f"{data}: the model gives a text several labels, and metric label is for one",
-            hint="leave the suite out",
+            f"{data}: the model gives a text any number of labels (`problem_type` in config.json),"
+            " and each line expects one",
+            hint='list all that are true of a text: {"text": "…", "labels": ["…", "…"]}',
+        )
+    if task.pooled == "label-set" and not model.gives_sets:
+        raise InputRefused(
+            f"{data}: lines have `labels`, and the model gives each text one label",
+            hint='use "expected", or if the model was trained for sets of labels, write'
+            ' "problem_type": "multi_label_classification" into the config.json of its base',
         )
     for item in task.items:
         for label in item.expected:

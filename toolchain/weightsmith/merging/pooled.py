@@ -6,6 +6,7 @@ sentence-transformers does by the model's own files, and transformers' heads do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _CLASSES: Mapping[Pooled, str] = {
     "vectors": "AutoModel",
     "label": "AutoModelForSequenceClassification",
+    "label-set": "AutoModelForSequenceClassification",
     "relevance": "AutoModelForSequenceClassification",
     "word-labels": "AutoModelForTokenClassification",
 }
@@ -132,10 +134,11 @@ def pooled_answers(
 ) -> dict[str, Rows]:
     """Return what each model says of its texts, in order, in one walk over the weights.
 
-    A row has `answer`: a vector, packed; a label, or a word's labels with blanks between them; or
-    the scores of a query's documents, before any activation. `prompt_tokens` are those that were
-    read, `margins` and `token_ends` as in an answer in words: by how much a label's logit exceeds
-    the second one, in nats. Texts are cut off where sentence-transformers does. `count` and
+    A row has `answer`: a vector, packed; a label; the labels whose probability is above one half,
+    as JSON; words' labels with blanks between them; or the scores of a query's documents, before
+    any activation. `prompt_tokens` are those that were read, `margins` and `token_ends` as in an
+    answer in words: by how much a label's logit exceeds the second one, or one of a set is from
+    zero, in nats. Texts are cut off where sentence-transformers does. `count` and
     `finished` are called as by `answered`. Raises InputRefused for a model whose files ask for what
     is not computed here.
     """
@@ -264,10 +267,14 @@ def _row(
         best = found[0].argmax(-1).tolist()
         said = [_NO_LABEL if place < 0 else labels[best[place]] for place in text.words]
         return {"answer": " ".join(said)}
-    first, second = found[0].topk(2).values.tolist()
-    label = labels[int(found[0].argmax())]
-    margin = f"{round(first - second, 4):g}"
-    return {"answer": label, "token_ends": str(len(label)), "margins": margin}
+    if pooled == "label-set":
+        answer = json.dumps([labels[n] for n, one in enumerate(found[0].tolist()) if one > 0])
+        margin = float(found[0].abs().min())
+    else:
+        answer = labels[int(found[0].argmax())]
+        first, second = found[0].topk(2).values.tolist()
+        margin = first - second
+    return {"answer": answer, "token_ends": str(len(answer)), "margins": f"{round(margin, 4):g}"}
 
 
 _Projected = Callable[[torch.Tensor], torch.Tensor]

@@ -59,6 +59,8 @@ _MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Keys of a Pooling module's config.json -> its mode (sentence-transformers 6.2, pooling.py)."""
+BY_TOKENS = "scores pairs by the logits of two tokens (so its modules.json says)"
+"""What a CrossEncoder with a LogitScore module does, such as Qwen3-Reranker."""
 _SETTINGS = ("sentence_bert_config.json", "sentence_roberta_config.json")
 _MOST_LABELS = 100_000
 MODULES = "modules.json"
@@ -146,6 +148,11 @@ class ModelTask:
     "" without a head."""
     sentence: SentenceTransformers = NO_SENTENCES
 
+    @property
+    def gives_sets(self) -> bool:
+        """Whether a head decides on each label by itself, so that a text may have any number."""
+        return self.problem == "multi_label_classification"
+
 
 def read_task(folder: Path, adapter: Path | None = None) -> ModelTask:
     """Return the kind of the checkpoint in a folder, or of that base with a LoRA adapter's head.
@@ -199,7 +206,7 @@ def _of_files(config: Mapping[str, JsonValue], sentence: SentenceTransformers) -
     """Return the kind by sentence-transformers' files, else by the name of the class."""
     if sentence.model_type == "CrossEncoder":
         if "LogitScore" in sentence.modules:
-            return "other", "scores pairs by two tokens' logits (so its modules.json says)"
+            return "other", BY_TOKENS
     elif sentence.modules:
         known = sentence.model_type in {"", "SentenceTransformer"}
         does = "vectors" if known else f"the vectors of a {sentence.model_type}"

@@ -74,7 +74,7 @@ _LARGEST_CORPORA = 16 << 20
 """Characters of the documents that are attached with an evaluation."""
 _NO_DATE = "1970-01-01T00:00:00Z"
 """Of an artifact without one, whose digest depends on none."""
-_ASKED = ("messages", "pictures", "choices", "tolerance", "tools", "parts", "grades")
+_ASKED = ("messages", "pictures", "choices", "tolerance", "tools", "parts", "grades", "is_set")
 """What a record keeps of a question beside its text and what is expected."""
 _MOST_PICTURES = 256 << 20
 """Bytes of a build's pictures that are attached to its image; of more, none are."""

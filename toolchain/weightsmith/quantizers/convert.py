@@ -218,10 +218,11 @@ def _patch(model: Path) -> None:
     It may read files without data, and knows pre-tokenizers by `split_name`. It says which tokens
     begin and end a text as this model's users are served: it takes them from files that
     transformers may save without them. llama.cpp then goes by the kind of vocabulary, and its
-    server got one token more than the reference.
+    server got one token more than the reference. A Qwen 3 is what its class says: it would become a
+    reranker, without its head for words, because of a folder's name or a heading of its README.md.
     """
-    names = ("gguf", "gguf.utility", "conversion.base")
-    gguf, utility, base = (cast("Any", importlib.import_module(name)) for name in names)
+    names = ("gguf", "gguf.utility", "conversion.base", "conversion.qwen")
+    gguf, utility, base, qwen = (cast("Any", importlib.import_module(name)) for name in names)
     stored, vocabulary, text_model = utility.LocalTensor, gguf.SpecialVocab, base.TextModel
     settings = base.ModelBase.load_hparams
     begin, mapped = stored.__init__, stored.mmap_bytes
@@ -260,6 +261,7 @@ def _patch(model: Path) -> None:
         return _as_published(settings(*words, **named))
 
     base.ModelBase.load_hparams = staticmethod(read_settings)
+    qwen.Qwen3Model._is_qwen3_reranker = lambda _: False  # noqa: SLF001 - it has no other way
     stored.__init__, stored.mmap_bytes = initialize, data
     vocabulary.add_to_gguf, text_model.get_vocab_base_pre = add_to_gguf, by_hash_or_split
 

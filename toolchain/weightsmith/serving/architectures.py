@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts
+from weightsmith.models.task import BY_TOKENS
 
 _KNOWN = (
     "Afmoe|Apertus|Arcee|Aria|AXK1|Bamba|Blip2|Bloom|Cohere|Cohere2|Cohere2Moe|Cohere2Vision"
@@ -83,6 +84,12 @@ _UNPLANNED = (
     " settings, neither planned nor tested"
 )
 
+_WITH_HEAD = (
+    "save it as its class ForSequenceClassification with one label, of which the head is the true"
+    " token's row of `lm_head` less the false one's: target vllm serves that, and clients put the"
+    " prompt around query and document"
+)
+
 
 def check_served(model: ModelFacts) -> None:
     """Refuse a model that no target serves, by its configuration alone.
@@ -101,7 +108,7 @@ def check_served(model: ModelFacts) -> None:
             f"{name} {model.task.does}, and no target serves such a model: an image here is"
             " planned, started and tested as a server that continues text, or gives vectors, scores"
             " of pairs or labels",
-            hint=DONE_HERE + _UNPLANNED,
+            hint=_WITH_HEAD if model.task.does == BY_TOKENS else DONE_HERE + _UNPLANNED,
         )
     if why := NOT_PLANNED.get(name) or (_STATES if model.states_alone else ""):
         raise InputRefused(

@@ -100,6 +100,11 @@ GRADES = {"grades": {"a": 2.0, "b": 1.0}}
             {"prompt": "a b", "parts": ["a", "b"], "expected": ["X", "O"]},
             {"words": ["a", "b"], "expected": ["X", "O"]},
         ),
+        (
+            "label",
+            {"is_set": True, "expected": ["X", "O"]},
+            {"text": "Capital of Ö?", "labels": ["X", "O"]},
+        ),
         ("embedding", GRADES, {"prompt": "Capital of Ö?", "expected": GRADES["grades"]}),
         (
             "rerank",

@@ -143,6 +143,12 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         asks, to = worded(task, sources), Unkept(tools)
         answers = reference_answers({"model": subject}, asks, to, tools)["model"]
         return score_task(task, answers, tools.command)
+    if task.pooled in {"label-set", "word-labels"}:
+        raise UsageError(
+            "a server does not name the labels of words, nor all labels of a text",
+            hint="ask a model's folder (--model), or put the suite into a recipe: a build knows its"
+            " image's labels",
+        )
     image, url = asked.image, asked.url
     limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
     with session_with(tools, limits, image=image, url=url, modest=True) as session:

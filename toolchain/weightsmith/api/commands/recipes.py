@@ -379,6 +379,8 @@ def _asked_again(item: Mapping[str, Json]) -> dict[str, Json]:
     expected = item.get("grades", item["expected"])
     if "parts" in item and "grades" in item:
         return {"query": item["prompt"], "documents": item["parts"], "expected": expected}
+    if "is_set" in item:
+        return {"text": item["prompt"], "labels": expected}
     if "parts" in item:
         return {"words": item["parts"], "expected": expected}
     keys = ["messages" if "messages" in item else "prompt"]
