@@ -65,7 +65,7 @@ pytestmark = [
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """vLLM's packages in one process: an image of them would be packed and started per model."""
     root = tmp_path_factory.mktemp("engine")
-    with vllm_parts.answering(Path(__file__).with_name("text_engine.py"), root) as ask:
+    with vllm_parts.answering(Path(__file__).with_name("vllm_answers.py"), root) as ask:
         yield ask
 
 

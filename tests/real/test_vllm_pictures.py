@@ -79,7 +79,7 @@ def check(
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """The image's vLLM, which answers a line by a line."""
-    program = Path(__file__).with_name("picture_engine.py")
+    program = Path(__file__).with_name("vllm_answers.py")
     with vllm_parts.answering(program, tmp_path_factory.mktemp("engine")) as ask:
         yield ask
 

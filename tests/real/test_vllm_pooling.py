@@ -53,7 +53,7 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """vLLM's packages in one process: an image of them would be packed and started per model."""
     root = tmp_path_factory.mktemp("engine")
-    with vllm_parts.answering(Path(__file__).with_name("pooling_engine.py"), root) as ask:
+    with vllm_parts.answering(Path(__file__).with_name("vllm_answers.py"), root) as ask:
         yield ask
 
 
