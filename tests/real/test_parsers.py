@@ -1,47 +1,28 @@
 """vLLM's own parsers read back the calls that each family's template renders."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Endpoint
+from weightsmith.evaluating.client import Served, wait_until_healthy
+from weightsmith.evaluating.round_trip import CALLS, TOOLS, read_back
+from weightsmith.evaluating.session import ServerSession
 
 from tests import vllm_parts
 from tests.fakes.chat_templates import FAMILIES
+from tests.fakes.started import free_port
 from tests.paths import ROOT, TINY
 
 pytestmark = [pytest.mark.real, pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-WEATHER = {
-    "city": 'Łódź "old" town',
-    "days": 3,
-    "units": ["C", "%"],
-    "at": {"hour": 7, "note": "first\nsecond", "exact": True},
-}
-PLAIN = {"city": "Rome", "days": 1}
-CALLS = [[("get_weather", WEATHER)], [("get_weather", PLAIN), ("send", {"to": "a@b.c"})], []]
-_TEXT = {"type": "string"}
-_AT = {"hour": {"type": "integer"}, "note": _TEXT, "exact": {"type": "boolean"}}
-_FIELDS = {
-    "get_weather": {
-        "city": _TEXT,
-        "days": {"type": "integer"},
-        "units": {"type": "array", "items": _TEXT},
-        # Without these, Gemma 4's parser reads a number within it as text.
-        "at": {"type": "object", "properties": _AT},
-    },
-    "send": {"to": _TEXT},
-}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": name,
-            "parameters": {"type": "object", "properties": fields},
-        },
-    }
-    for name, fields in _FIELDS.items()
-]
+ASKED = [*CALLS.values(), ()]
 ONE_AT_A_TIME = {"llama3_json"}
 """Llama 3's template refuses a message with several calls."""
 FLAWED = {
@@ -69,7 +50,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_what_the_template_renders_is_read_back(ask: Any, family: Any) -> None:
     if family.vllm in OWN_LOOP:
         pytest.skip(OWN_LOOP[family.vllm])
-    asked = [calls for calls in CALLS if len(calls) < 2 or family.vllm not in ONE_AT_A_TIME]
+    asked = [calls for calls in ASKED if len(calls) < 2 or family.vllm not in ONE_AT_A_TIME]
     told = ask(
         {
             "template": family.template,
@@ -85,3 +66,41 @@ def test_what_the_template_renders_is_read_back(ask: Any, family: Any) -> None:
         assert row["whole"] == expected, row
         flawed = calls and family.vllm in FLAWED
         assert row["streamed"] == ([] if flawed else expected), row
+
+
+def served(folder: Path, parser: str, port: int) -> str:
+    """Start vLLM's server without weights; return what its parser reads of a template's calls."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    words = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "m"]
+    words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-m", "vllm.entrypoints.cli.main", "launch", "render",
+             folder / "model", *words],
+            env={**env, "PYTHONPATH": str(vllm_parts.packages()), "HF_HUB_OFFLINE": "1",
+                 "VLLM_NO_USAGE_STATS": "1"},
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        endpoint = Endpoint(
+            url=f"http://127.0.0.1:{port}",
+            logs=lambda _: (folder / "log").read_text()[-2000:],
+            alive=lambda: process.poll() is None,
+        )
+        wait_until_healthy(endpoint, "/health", 600)
+        with ServerSession(endpoint) as session:
+            return read_back(session, Served(name="m"), ("hermes",))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_started_server_reads_its_templates_calls_or_the_parser_is_named(tmp_path: Path) -> None:
+    """As the smoke test asks an image, which is started with its weights."""
+    shutil.copytree(TINY / "base", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(FAMILIES["hermes"].template)
+
+    assert served(tmp_path, "hermes", free_port()) == "a call; two calls"
+    with pytest.raises(CheckFailed, match="the server's parser makes text") as caught:
+        served(tmp_path, "pythonic", free_port())
+    assert "serve.tool_parser hermes" in caught.value.hint

@@ -80,7 +80,10 @@ def test_llama_cpp_reads_the_calls_that_were_taught(recipe: Path) -> None:
 def test_vllm_reads_them_with_the_parser_of_the_template_and_no_other(recipe: Path) -> None:
     build(recipe, "vllm")
 
-    is_as_taught(record(recipe, "vllm"))
+    told = record(recipe, "vllm")
+    is_as_taught(told)
+    read = {check["name"]: check["seen"] for check in told["checks"]}["calls read back"]
+    assert read == "a call; two calls"
     made = yaml.safe_load((recipe.parent / "dist/caller/1.0.0/vllm/vllm.yaml").read_text())
     assert made["tool-call-parser"] == "hermes"
     shutil.rmtree(recipe.parent / "dist/caller/1.0.0/vllm")  # 2 GB
@@ -88,5 +91,6 @@ def test_vllm_reads_them_with_the_parser_of_the_template_and_no_other(recipe: Pa
     # And one of another form is named.
     parser = f"serve.tool_parser={WRONG_PARSER}"
     error = build(recipe, "vllm", "--set", parser, code=4)["error"]
-    assert "the server's parser left a" in error["message"]
-    assert error["hint"].startswith("another serve.tool_parser may read it")
+    assert "smoke test 'calls read back' failed" in error["message"]
+    assert "the server's parser makes text" in error["message"]
+    assert error["hint"] == "the template's marks are those of serve.tool_parser hermes"

@@ -121,7 +121,10 @@ def test_a_server_is_published_on_loopback_alone_and_keeps_its_user():
             "shm_size": None,
         }.items()
     )
-    assert not {"user", "network_mode"} & asked.keys()
+    assert not {"user", "network_mode", "command"} & asked.keys()
+    more = replace(spec, arguments=("--more",))
+    asked = server_request("image:1", more, "me", gpu=False, command=["--config", "f"])
+    assert asked["command"] == ["--config", "f", "--more"]
     shared = replace(spec, shm_bytes=1 << 28)
     assert server_request("image:1", shared, "me", gpu=False)["shm_size"] == 1 << 28
     assert server_request("image:1", shared, "me", gpu=True)["shm_size"] == 1 << 30

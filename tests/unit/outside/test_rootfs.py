@@ -78,6 +78,16 @@ def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path, mon
     assert not endpoint.alive()
 
 
+def test_further_arguments_follow_the_images_own(tmp_path):
+    def image(layout: str, root: Path) -> StartInfo:
+        say = 'echo "$0 $1"; exec sleep 600'
+        return replace(unpack(layout, root), argv=("/bin/sh", "-c", say, "own"))
+
+    with serve(image, tmp_path, arguments=("--more",)) as endpoint:
+        need_namespaces(endpoint)
+        assert wait_for_lines(endpoint, 1) == ["own --more"]
+
+
 def test_a_program_for_a_gpu_finds_this_machines_driver(tmp_path, monkeypatch):
     """No image has it, since it must be of the kernel module's version."""
     driver = tmp_path / "driver"

@@ -339,6 +339,8 @@ class StartSpec:
     shm_bytes: int = 0
     """Shared memory of the container; 0 for the launcher's default."""
     use_gpu: bool = False
+    arguments: tuple[str, ...] = ()
+    """Put after the image's own, for what only a test asks."""
 
 
 class Launcher(Protocol):

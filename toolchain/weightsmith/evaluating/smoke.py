@@ -22,6 +22,7 @@ from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.client import Served, ask, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.round_trip import read_back
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
 from weightsmith.evaluating.tool_calls import ANOTHER_PARSER, read_calls, without_thoughts
 from weightsmith.models.task import ModelTask
@@ -63,6 +64,8 @@ class Promise:
     """Whether the chat template takes contents in parts, as a message with a picture has."""
     calls: bool = False
     """Whether the server reads tool calls out of answers."""
+    fitting: tuple[str, ...] | None = None
+    """Parsers of calls that its template is marked for; None if the server reads no tokens."""
     thinks: bool = False
     """Whether it has a parser for thoughts."""
     task: ModelTask = CHATS
@@ -127,6 +130,8 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
     smoke.check("log-probabilities", session, lambda: _logprobs(session, served))
     if promise.calls:
         smoke.check("tools", session, lambda: _tools(session, served))
+    if (fitting := promise.fitting) is not None:
+        smoke.check("calls read back", session, lambda: read_back(session, served, fitting))
     if promise.thinks:
         smoke.check("thoughts", session, lambda: _thoughts(session, served))
     if promise.sees:

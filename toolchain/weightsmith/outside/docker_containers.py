@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,17 @@ def inside(job: Job) -> Job:
 
 
 def server_request(
-    image: str, spec: StartSpec, owner: str, *, gpu: bool, network: str = ""
+    image: str,
+    spec: StartSpec,
+    owner: str,
+    *,
+    gpu: bool,
+    network: str = "",
+    command: Sequence[str] = (),
 ) -> dict[str, object]:
     """Return the create request of a server: the image unchanged, with its own user.
+
+    `command` is the image's own, which is needed if the start has further arguments.
 
     It is on `network`, the internal one, if given; else on the default bridge, with its port
     published on loopback. Its root file system is read-only, its home is the temporary folder, and
@@ -135,6 +143,7 @@ def server_request(
         "shm_size": max(spec.shm_bytes, _SHM_WITH_GPU if gpu else 0) or None,
         "pids_limit": PROCESSES,
         **({"network": network} if network else published),
+        **({"command": [*command, *spec.arguments]} if spec.arguments else {}),
     }
 
 
@@ -359,14 +368,20 @@ class DockerLauncher:
         gpu = spec.use_gpu and self._engine.has_gpu()
         with self._internal_network() as network:
             name = (network.name or "") if network else ""
-            request = server_request(image, spec, owner_token(), gpu=gpu, network=name)
             containers: Any = self._engine.client.containers
             with _starting(image):
+                own = self._command(image) if spec.arguments else ()
+                request = server_request(
+                    image, spec, owner_token(), gpu=gpu, network=name, command=own
+                )
                 container = containers.create(**request)
             try:
                 yield self._started(container, image, spec, name)
             finally:
                 remove(container)
+
+    def _command(self, image: str) -> Sequence[str]:
+        return self._engine.client.images.get(image).attrs["Config"].get("Cmd") or ()
 
     def _started(self, container: Container, image: str, spec: StartSpec, network: str) -> Endpoint:
         with _starting(image):

@@ -102,6 +102,7 @@ class RootfsLauncher:
             info = self._unpack(image.removeprefix(_SCHEME), root)
             if not info.argv:
                 raise no_program(image)
+            info = replace(info, argv=(*info.argv, *spec.arguments))
             if spec.use_gpu:
                 spec = replace(spec, env={**_lay_driver(root, info), **spec.env})
             if is_root():

@@ -213,6 +213,8 @@ class Engine:
     """Why it does not serve a model that does not chat; "" if it does."""
     reads_calls: bool = False
     """Whether it finds out by itself how the chat template words tool calls."""
+    test_arguments: tuple[str, ...] = ()
+    """Let this project's image of it read tokens back with its parser for calls, in a test."""
     load_metrics: tuple[str, ...] = ()
     """Prometheus gauges of requests that run and of those that wait; empty where it has none."""
     can_be_picked: bool = False

@@ -7,11 +7,8 @@ read by one parser only; where several read them, the table has the one that vLL
 the family (https://github.com/vllm-project/recipes). So the choice depends on the template and the
 pinned engine alone, and a plan is the same on a machine that cannot run the engine. That each
 parser reads back what its templates render is shown with the engine's own parsers in
-tests/real/test_parsers.py. That round trip alone does not choose: four of 54 parsers read the most
-common form. vLLM's own `auto` (pull request 34809) is not released.
-
-The engine's parsers do not run to make a plan: they need its packages (a layer of 1.9 GB), and a
-machine without them would make another image.
+tests/real/test_parsers.py; a started image shows it with the model's own template and tokenizer
+(evaluating/round_trip.py). vLLM's own `auto` (pull request 34809) is not released.
 """
 
 from __future__ import annotations
@@ -109,6 +106,12 @@ THOUGHTS = (
     Dialect(name="deepseek_r1", sglang="deepseek-r1", marks=("</think>",)),
 )  # fmt: skip
 """The same for thoughts."""
+
+
+def fitting(model: ModelFacts, engine: str) -> tuple[str, ...]:
+    """Return an engine's parsers for calls whose marks are in a model's template, best first."""
+    found = (d.of(engine) for d in TOOLS if d.fits(model.chat_template, model.model_type))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

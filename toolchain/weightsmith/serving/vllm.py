@@ -465,6 +465,7 @@ ENGINE = Engine(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization", _DRAIN}
     ),
     has_parsers=True,
+    test_arguments=("--enable-scale-out",),
     lacks=lacks_vllm,
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,

@@ -36,6 +36,7 @@ from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.labels import has_own_engine
 from weightsmith.serving.engine import Engine, projector_in
+from weightsmith.serving.parsers import fitting
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.pooling import width_of
 from weightsmith.steps.delivery import candidate
@@ -182,8 +183,12 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         task=evaluation.model.task,
         width=width_of(evaluation.model),
     )
-    if engine.lets_requests_end(config.plan) or has_own_engine(image.labels):
+    own = has_own_engine(image.labels)
+    if engine.lets_requests_end(config.plan) or own:
         promise = replace(promise, grace_seconds=GRACE_SECONDS)
+    if own and engine.test_arguments and "tool-call-parser" in config.plan.settings:
+        spec = replace(spec, arguments=engine.test_arguments)
+        promise = replace(promise, fitting=fitting(evaluation.model, engine.name))
     with start(
         name, spec, tools, health_path=config.health_path, seconds=seconds, smoke=smoke
     ) as session:

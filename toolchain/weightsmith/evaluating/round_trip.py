@@ -1,0 +1,219 @@
+"""Whether a started server's parser reads the tool calls that the model's chat template writes.
+
+No model is asked: the server renders a chat that has calls, and reads the tokens of the last answer
+back as if the model had just written them. vLLM (0.32) does both: /tokenize, and /derender if it is
+started with `--enable-scale-out`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json, JsonValue
+from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.session import Answer, ServerSession, excerpt
+from weightsmith.evaluating.tool_calls import ANOTHER_PARSER, Call, calls_text, read_calls
+
+_TEXT: JsonValue = {"type": "string"}
+_FIELDS: Mapping[str, JsonValue] = {
+    "get_weather": {
+        "city": _TEXT,
+        "days": {"type": "integer"},
+        "units": {"type": "array", "items": _TEXT},
+        "at": {
+            "type": "object",
+            "properties": {
+                "hour": {"type": "integer"},
+                "note": _TEXT,
+                "exact": {"type": "boolean"},
+            },
+        },
+    },
+    "send": {"to": _TEXT},
+}
+TOOLS: JsonValue = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": name,
+            "parameters": {"type": "object", "properties": fields},
+        },
+    }
+    for name, fields in _FIELDS.items()
+]
+_WEATHER: Mapping[str, JsonValue] = {
+    "city": 'Łódź "old" town',
+    "days": 3,
+    "units": ["C", "%"],
+    "at": {"hour": 7, "note": "first\nsecond", "exact": True},
+}
+CALLS: Mapping[str, Sequence[Call]] = {
+    "a call": (("get_weather", _WEATHER),),
+    "two calls": (("get_weather", {"city": "Rome", "days": 1}), ("send", {"to": "a@b.c"})),
+}
+"""What is rendered and read back: quotes, a line break, other letters and objects in objects."""
+_ASKED: Mapping[str, JsonValue] = {"role": "user", "content": "?"}
+_PLAIN: Mapping[str, JsonValue] = {"role": "assistant", "content": "It rains."}
+_PIECE = 4
+"""Tokens that come at a time where an answer is streamed."""
+_SEEN = 64
+"""Tokens of the prompt's end, where it may have begun the model's thoughts."""
+_READ = "/v1/chat/completions/derender"
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
+
+
+def read_back(session: ServerSession, served: Served, fitting: Sequence[str]) -> str:
+    """Return what the server's parser read of the template's own calls, whole and streamed.
+
+    `fitting` are the parsers whose marks are in the template, the best first. A stream that is read
+    otherwise is told, and no more: some of vLLM's parsers read it wrongly (0.32: DeepSeek's), and
+    whole answers rightly. Raises CheckFailed if it reads other calls than the text has; a template
+    that loses some of them on the way, or that nothing here reads, is told.
+    """
+    prompt, plain = _rendered(session, served, (), True), _rendered(session, served, _PLAIN)
+    if not prompt or not plain:
+        return "not tried: the server does not say how the template is tokenized"
+    seen = []
+    for name, calls in CALLS.items():
+        whole = _rendered(session, served, _said(calls))
+        if whole is None:
+            seen.append(f"{name}: refused by the template")
+            continue
+        if whole[: len(prompt)] != prompt:
+            seen.append(
+                f"{name}: not tried, for the template writes it otherwise than a new answer"
+            )
+            continue
+        same = zip(reversed(whole), reversed(plain), strict=False)
+        end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+        ids = whole[len(prompt) : len(whole) - end]
+        answer = session.try_post(_READ, _request(served, prompt, ids, stream=False))
+        if answer.status in {403, 404, 405}:
+            return f"not tried: the server reads no tokens (HTTP {answer.status})"
+        if answer.status != 200:  # as for a short context
+            seen.append(f"{name}: not tried (HTTP {answer.status}: {excerpt(answer.text)})")
+            continue
+        if (found := _read(answer)) != list(calls):
+            text = _text(session, served, ids)
+            if list(read_calls(text, [*_FIELDS])) == list(calls):
+                raise _fault(session, text, found, fitting)
+            seen.append(f"{name}: read otherwise; the template writes {excerpt(text)}")
+            continue
+        streamed = _streamed(session, served, prompt, ids)
+        seen.append(name if streamed == list(calls) else f"{name}: read whole, not in a stream")
+    return "; ".join(seen)
+
+
+def _rendered(
+    session: ServerSession,
+    served: Served,
+    said: Mapping[str, JsonValue] | tuple[()],
+    begins: bool = False,
+) -> list[int] | None:
+    """Return a chat's tokens, with the beginning of an answer if `begins`; None if refused."""
+    body: JsonValue = {
+        "model": served.name,
+        "messages": [_ASKED, *([said] if said else [])],
+        "tools": TOOLS,
+        "add_generation_prompt": begins,
+    }
+    answer = session.try_post("/tokenize", body)
+    try:
+        return [int(one) for one in parse(answer.text)["tokens"]] if answer.status == 200 else None
+    except _MALFORMED:
+        return None
+
+
+def _said(calls: Sequence[Call]) -> Mapping[str, JsonValue]:
+    made: list[JsonValue] = [
+        {
+            "id": f"call{number:05}",
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(given, ensure_ascii=False)},
+        }
+        for number, (name, given) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": made}
+
+
+def _request(
+    served: Served, prompt: Sequence[int], ids: Sequence[int], *, stream: bool
+) -> dict[str, JsonValue]:
+    chat: JsonValue = {
+        "model": served.name,
+        "messages": [_ASKED],
+        "tools": TOOLS,
+        "tool_choice": "auto",
+    }
+    choice: JsonValue = {
+        "index": 0,
+        "token_ids": list(ids),
+        "finish_reason": None if stream else "stop",
+    }
+    part = "generate_chunk" if stream else "generate_response"
+    return {
+        "model": served.name,
+        "stream": stream,
+        part: {"choices": [choice]},
+        "prompt_token_ids": list(prompt[-_SEEN:]),
+        "chat_request": chat,
+    }
+
+
+def _read(answer: Answer) -> list[Call]:
+    """Return the calls of an answer; none if it is not one."""
+    try:
+        message = parse(answer.text)["choices"][0]["message"]
+        rows = [one["function"] for one in message.get("tool_calls") or ()]
+        return [(str(row["name"]), parse(str(row["arguments"]))) for row in rows]
+    except _MALFORMED:
+        return []
+
+
+def _text(session: ServerSession, served: Served, ids: Sequence[int]) -> str:
+    answer = session.try_post("/detokenize", {"model": served.name, "tokens": list(ids)})
+    try:
+        return str(parse(answer.text)["prompt"])
+    except _MALFORMED:
+        return ""
+
+
+def _fault(
+    session: ServerSession, text: str, found: Sequence[Call], fitting: Sequence[str]
+) -> CheckFailed:
+    named = " or ".join(fitting)
+    made = calls_text(found) if found else "text"
+    return CheckFailed(
+        f"{session.endpoint.shown}: of the calls that the chat template writes, {excerpt(text)},"
+        f" the server's parser makes {made}",
+        hint=f"the template's marks are those of serve.tool_parser {named}"
+        if named
+        else ANOTHER_PARSER,
+    )
+
+
+def _streamed(
+    session: ServerSession, served: Served, prompt: Sequence[int], ids: Sequence[int]
+) -> list[Call]:
+    """Return the calls that a client would put together; those so far if the server fails."""
+    state: Json = None
+    names: dict[int, str] = {}
+    given: dict[int, str] = {}
+    try:
+        for place in range(0, len(ids), _PIECE):
+            body = _request(served, prompt, ids[place : place + _PIECE], stream=True)
+            told = parse(session.try_post(_READ, {**body, "stream_state": state}).text)
+            state = told["stream_state"]
+            for choice in (told["chunk"] or {}).get("choices", ()):
+                for call in choice["delta"].get("tool_calls") or ():
+                    made, number = call.get("function") or {}, int(call["index"])
+                    names[number] = made.get("name") or names.get(number, "")
+                    given[number] = given.get(number, "") + (made.get("arguments") or "")
+        return [(names[number], parse(given[number] or "{}")) for number in sorted(names)]
+    except _MALFORMED:
+        return []
