@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,8 @@ from tests.builds.test_gguf_projector import make_adapter
 from tests.fakes.drawn import SHAPES, draw
 from tests.fakes.memory import write_rows
 from tests.fakes.painter import COLOURS, SIZE, make_blank
+from tests.fakes.pictured import make_pictured
+from tests.fakes.seeing import mute_tokens
 from tests.fakes.started import weightsmith
 
 TARGET = "llamacpp-f16"
@@ -18,7 +21,31 @@ TARGET = "llamacpp-f16"
 @pytest.mark.slow
 def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_path: Path) -> None:
     """Of random weights in 16 bits, which say something else of each picture."""
-    base = make_blank(tmp_path / "base")
+    record = built(tmp_path, make_blank(tmp_path / "base"))
+    said = [{who: item[who] for who in ("base", "adapter", "merged", "image")}
+            for item in record["items"]]  # fmt: skip
+    assert len({one["adapter"] for one in said[:4]}) > 1
+    assert any(one["base"] != one["adapter"] for one in said)
+    same = record["sameness"]
+    assert same["merged"]["share"] >= 0.8  # the nearest ties of random weights may turn
+    assert same["image"]["share"] >= 0.8
+    assert not [text for text in record["warnings"] if "tokens" in text]
+    assert record["image"]["takes_pictures"]
+
+
+@pytest.mark.builders
+@pytest.mark.full
+def test_gemma_3_is_asked_with_the_line_breaks_of_its_processor(tmp_path: Path) -> None:
+    """As many tokens in llama.cpp's server as in transformers."""
+    base = make_pictured(tmp_path / "base", "Gemma3ForConditionalGeneration", num_hidden_layers=3)
+    mute_tokens(base)
+    record = built(tmp_path, base)
+    assert record["sameness"]["merged"]["share"] >= 0.8
+    assert not [text for text in record["warnings"] if "asked otherwise" in text]
+    assert record["image"]["takes_pictures"]
+
+
+def built(tmp_path: Path, base: Path) -> dict[str, Any]:
     make_adapter(base, tmp_path / "adapter")
     rows = []
     for number, (shape, colour) in enumerate(zip(SHAPES, COLOURS.values(), strict=True)):
@@ -39,13 +66,4 @@ def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_
                 "--dist", tmp_path / "dist", "--layout", tmp_path / "image",
                 store=tmp_path / "store")  # fmt: skip
 
-    record = json.loads((tmp_path / f"dist/eyes/1.0.0/{TARGET}/build.json").read_text())
-    said = [{who: item[who] for who in ("base", "adapter", "merged", "image")}
-            for item in record["items"]]  # fmt: skip
-    assert len({one["adapter"] for one in said[:4]}) > 1
-    assert any(one["base"] != one["adapter"] for one in said)
-    same = record["sameness"]
-    assert same["merged"]["share"] >= 0.8  # the nearest ties of random weights may turn
-    assert same["image"]["share"] >= 0.8
-    assert not [text for text in record["warnings"] if "tokens" in text]
-    assert record["image"]["takes_pictures"]
+    return dict(json.loads((tmp_path / f"dist/eyes/1.0.0/{TARGET}/build.json").read_text()))

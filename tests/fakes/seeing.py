@@ -133,13 +133,23 @@ def make_projected(folder: Path, architecture: str) -> Path:
 def publish_names(folder: Path, architecture: str, *, mute: bool = False) -> None:
     """Give the tensors their published names; `mute` tokens that are no text of an answer."""
     path, tensors = folder / "model.safetensors", {}
+    if mute:
+        mute_tokens(folder)
     for name, data in load_file(path).items():
-        if mute and name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            data[:_SPECIAL] = data[512:] = 0
         # transformers reads the published name, and writes its own.
         if architecture in {"Gemma3ForConditionalGeneration", "LlavaNextForConditionalGeneration"}:
             name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
         tensors[name] = data
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def mute_tokens(folder: Path) -> None:
+    """Let a model with random weights write text alone, and no special tokens."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, data in tensors.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            data[:_SPECIAL] = data[512:] = 0
     save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from weightsmith.core.errors import InputRefused
-from weightsmith.models.templates import own_template, takes_parts
+from weightsmith.models.templates import gguf_template, own_template, takes_parts
 
 
 @pytest.mark.parametrize("stated", ["", [], ["x"], [{"name": "tool", "template": "t"}], 7])
@@ -35,3 +36,28 @@ def test_a_template_that_is_not_text_is_refused(tmp_path):
 )
 def test_a_template_for_contents_in_parts_goes_through_them(template, taken):
     assert takes_parts(template) is taken
+
+
+def test_a_gguf_file_of_gemma_3_has_the_line_breaks_of_its_processor(tmp_path):
+    """Around what stands for a picture in llama.cpp's server, and nowhere else."""
+    own = "{% for m in messages %}<turn>{{ m.content | trim }}{% endfor %}\n"
+    (tmp_path / "chat_template.jinja").write_text(own)
+
+    def rendered(config, content):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+            gguf_template(tmp_path)
+        )
+        return made.render(messages=[{"role": "user", "content": content}])
+
+    sees = {"model_type": "gemma3", "vision_config": {}}
+    seeing = {**sees, "vision_config": {"image_size": 56}}
+    mark = "<__media_4711__>"
+    assert rendered(seeing, f"{mark}Which?") == f"<turn>\n\n{mark}\n\nWhich?"
+    assert rendered(seeing, "a__>b") == "<turn>a__>b"
+    for other in (sees, {**seeing, "model_type": "qwen2_vl"}):
+        assert rendered(other, f"{mark}Which?") == f"<turn>{mark}Which?"
+    (tmp_path / "config.json").write_text(json.dumps(seeing))
+    once = gguf_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(once)
+    assert gguf_template(tmp_path) == once, "of a file that is converted again"

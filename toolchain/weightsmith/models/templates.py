@@ -79,6 +79,30 @@ def own_template(model: Path) -> str | None:
     return template if isinstance(template, str) and template else None
 
 
+_MARK = "<__media_"
+_WITH_BREAKS = "{{ said.replace('<__media_', '\\n\\n<__media_').replace('__>', '__>\\n\\n') }}"
+_BREAKS = (
+    "{%- set said %}",
+    "{% endset -%}{% if '<__media_' in said %}" + _WITH_BREAKS + "{% else %}{{ said }}{% endif %}",
+)
+"""Around a template: two line breaks before and after what stands for a picture in llama.cpp's
+server, `<__media_…__>`."""
+
+
+def gguf_template(model: Path) -> str | None:
+    """Return the chat template that a GGUF file of a folder's model has; None without one.
+
+    It is the folder's own. Only Gemma 3's processor writes line breaks around a picture, after the
+    template, which llama.cpp's server does not: there the template itself does.
+    """
+    own, settings = own_template(model), model / "config.json"
+    if not own or _MARK in own or not settings.is_file():
+        return own
+    config = read_json(settings)
+    breaks = config.get("model_type") == "gemma3" and config.get("vision_config")
+    return own.join(_BREAKS) if breaks else own
+
+
 def render_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, JsonValue]],

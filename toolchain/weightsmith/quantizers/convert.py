@@ -37,7 +37,7 @@ from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_m
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
 from weightsmith.models.facts import read_facts
-from weightsmith.models.templates import VOCABULARY_FILES, own_template, render_chat
+from weightsmith.models.templates import VOCABULARY_FILES, gguf_template, render_chat
 from weightsmith.models.tensors import computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
@@ -243,7 +243,7 @@ def _patch(model: Path) -> None:
             special.add_special_token |= added_tokens(load_tokenizer(model), chats=chats)
         # It reads tokenizer_config.json before the newer file, which may be an adapter's.
         if isinstance(special.chat_template, str):
-            special.chat_template = own_template(model) or special.chat_template
+            special.chat_template = gguf_template(model) or special.chat_template
         add(special, writer, quiet)
 
     def by_hash_or_split(converted: _TextModel, tokenizer: object) -> str:

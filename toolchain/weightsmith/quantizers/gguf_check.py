@@ -23,7 +23,7 @@ from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.reshard import kind_of
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.task import of_class
-from weightsmith.models.templates import own_template
+from weightsmith.models.templates import gguf_template
 from weightsmith.quantizers.gguf_file import GGUFModel, tensors_of
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, experts_missed
 from weightsmith.quantizers.gguf_mix import BOUND, LOSS, guessed_type
@@ -221,7 +221,7 @@ def _check_count(read: GGUFModel, names: set[str]) -> None:
 
 
 def _check_template(read: GGUFModel, model: Path) -> bool:
-    expected = own_template(model)
+    expected = gguf_template(model)
     found = read.get("tokenizer.chat_template")
     if expected is not None and found != expected:
         what = "is missing from" if found is None else "differs in"
