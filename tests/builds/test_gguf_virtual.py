@@ -171,6 +171,7 @@ def test_what_a_killed_run_has_measured_is_not_measured_again(tmp_path):
     assert same([again.with_name("demo.gguf")], [ours.with_name("demo.gguf")])
 
 
+@pytest.mark.full  # tests/unit/quantizers/test_gguf.py refuses it by the same rule
 def test_a_text_that_is_too_short_is_refused_beside_the_converter(tmp_path):
     with pytest.raises(InputRefused, match="1 calibration texts have 1 tokens") as refused:
         walked(TINY / "base", tmp_path / "out", ({"text": "a"},))
