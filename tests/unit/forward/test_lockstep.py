@@ -10,17 +10,6 @@ from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Lockstep
 
 
-def test_products_are_those_of_torch() -> None:
-    lockstep = Lockstep(2)
-    for rows, columns, inputs in ((1, 1, 1), (127, 8, 3), (1000, 64, 200)):
-        matrix = torch.randn(rows, columns, dtype=torch.bfloat16)
-        x = torch.randn(2, inputs, columns)
-
-        found = lockstep.run({"": lambda x=x, m=matrix: lockstep.multiply((0, 0), x, m)})[""]
-
-        torch.testing.assert_close(found, x @ matrix.float().T, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("error", [ValueError, ModelFails])
 def test_a_view_that_fails_stops_the_others(error: type[Exception]) -> None:
     lockstep = Lockstep(2)
