@@ -94,6 +94,13 @@ def test_the_text_models_part_counts_first(config, tied):
             },
             {"awq", "gptq"},
         ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"type": "int", "num_bits": 8}}},
+            },
+            {"compressed-tensors"},
+        ),
     ],
 )
 def test_packed_weights_may_be_served_as_what_they_are(value, kinds):

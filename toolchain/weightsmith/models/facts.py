@@ -426,7 +426,7 @@ def _whole(value: JsonValue) -> int:
 def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
     """Return the kinds of Format that engines load.
 
-    compressed-tensors with 4-bit weights may be AWQ or GPTQ.
+    compressed-tensors with 4-bit weights may be AWQ or GPTQ; with 8-bit integers it is `w8a8`.
     """
     if method in {"awq", "gptq", "fp8", "mxfp4"}:
         return frozenset({method})
@@ -443,6 +443,8 @@ def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
             found |= {16: {"nvfp4"}, 32: {"mxfp4"}}.get(_whole(weights.get("group_size")), set())
         if weights.get("type") == "int" and weights.get("num_bits") == 4:
             found |= {"awq", "gptq"}
+        if weights.get("type") == "int" and weights.get("num_bits") == 8:
+            found.add("compressed-tensors")
     return frozenset(found)
 
 
