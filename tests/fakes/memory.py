@@ -331,9 +331,14 @@ def memory_tools(
         hub=HubWriter(),
         progress=RecordingProgress(),
         scratch=lambda: _scratch(folder),
+        make_engine_files=_write_program,
         command=run_command,
         signer=open_signer(str(key)) if key else None,
     )
+
+
+def _write_program(engine: str, _platform: str, folder: Path, _progress: Progress) -> None:
+    (folder / engine).write_bytes(b"a program")
 
 
 @contextmanager
