@@ -20,7 +20,7 @@ from weightsmith.building.build import build
 from weightsmith.building.explain import forecast
 from weightsmith.building.record import BuiltTarget
 from weightsmith.building.request import BuildRequest
-from weightsmith.building.targets import chosen_targets
+from weightsmith.building.targets import chosen_targets, wants_auto
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
@@ -179,7 +179,8 @@ class Memory:
             file = read_recipe(self.home / "recipe.yaml", settings)
         return BuildRequest(
             file=file,
-            targets=chosen_targets(file, tuple(targets), to_build=True),
+            targets=chosen_targets(file, tuple(targets), to_build=True, auto=True),
+            auto=wants_auto(file, tuple(targets)),
             outputs=ImageOutputs(**{"tag_digest": outputs.get("push", False), **outputs}),
             dist=self.dist,
             engine_answers=self.engine.answering,
@@ -196,7 +197,7 @@ class Memory:
         self.progress.warnings.clear()
         with self.sharing():
             built = list(build(self.request(*settings, **wanted), self.tools))
-        return {one.target.name: one for one in built}
+        return {one.name: one for one in built}
 
     def forecast(self, *settings: str, measure: bool = False, **wanted: Any) -> dict[str, Any]:
         """What `plan --json` says of such a build."""
@@ -209,6 +210,7 @@ class Memory:
             outputs=asked.outputs,
             locked=asked.locked,
             measure=measure,
+            auto=asked.auto,
         )
         return dict(found)
 

@@ -42,7 +42,7 @@ from weightsmith.building.build import build as build_all
 from weightsmith.building.explain import forecast
 from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
-from weightsmith.building.targets import chosen_targets
+from weightsmith.building.targets import chosen_targets, wants_auto
 from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, SignatureFormat, Silent
@@ -346,7 +346,7 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
     _check_lock(asked)
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
-    targets = chosen_targets(file, asked.targets)
+    targets = chosen_targets(file, asked.targets, auto=True)
     results = _results(asked.bench_results, file, targets)
     with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
         return forecast(
@@ -359,6 +359,7 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
             update_lock=asked.update_lock,
             bench_results=results,
             measure=asked.measure,
+            auto=wants_auto(file, asked.targets),
         )
 
 
@@ -433,7 +434,7 @@ def build(
     with shown(progress) as told:
         built = run_build(request, told)
     return {
-        one.target.name: Built(
+        one.name: Built(
             target=one.target.name,
             image=one.published.reference,
             digest=one.published.digest,
@@ -469,7 +470,7 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             "--keep-replay writes beside a recipe file, and this build has none",
             hint="write a recipe, and give it with --recipe",
         )
-    targets = chosen_targets(file, asked.targets, to_build=True)
+    targets = chosen_targets(file, asked.targets, to_build=True, auto=True)
     results = _results(asked.bench_results, file, targets)
     with wiring.open_tools(asked.run, progress) as tools:
         request = BuildRequest(
@@ -482,6 +483,7 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             bench_results=results,
             update_lock=asked.update_lock,
             keep_replay=asked.keep_replay,
+            auto=wants_auto(file, asked.targets),
         )
         return list(build_all(request, tools))
 
@@ -495,6 +497,8 @@ def _results(
             f"--bench-results is about one image, and this build makes {len(targets)}",
             hint="choose it with --target",
         )
+    if not paths:
+        return ()
     # With several adapters, an image serves each under a name of its own.
     serve, one_name = file.recipe.serve, not targets[0].format.unmerged
     served = targets[0].engine.fixed_name or serve.served_model_name or file.recipe.name

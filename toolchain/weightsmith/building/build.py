@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from weightsmith.building.checks import (
     check_before_work,
@@ -12,11 +13,12 @@ from weightsmith.building.checks import (
     check_places,
     check_tags,
 )
+from weightsmith.building.choosing import CandidateLeft, check_choice, choose
 from weightsmith.building.graph import BuildRun, foresee
 from weightsmith.building.pipeline import steps_of
 from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
-from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
+from weightsmith.core.errors import CacheLost, CheckFailed, InputRefused, WeightsmithError
 from weightsmith.evaluating.build_record import StageRecord
 from weightsmith.evaluating.results import check_contamination, keep_replay, unproven_of
 from weightsmith.steps.step import AnyStep
@@ -28,6 +30,19 @@ _MOST_LOSSES = 20
 
 def build(request: BuildRequest, tools: Tools) -> Iterator[BuiltTarget]:
     """Yield each target's image: merged, quantized, planned, baked, evaluated, published.
+
+    The target `auto` comes last, when others have shown that base and adapters are sound.
+    """
+    if request.auto:
+        check_choice(request)
+    if request.targets or not request.auto:
+        yield from _until_read(request, tools)
+    if request.auto:
+        yield from choose(request, tools, partial(_until_read, tools=tools))
+
+
+def _until_read(request: BuildRequest, tools: Tools) -> Iterator[BuiltTarget]:
+    """Yield the image of each target that has a name.
 
     If a result in a shared cache cannot be read, the build starts again without it: what was
     finished is in the store, and what was published is not published again.
@@ -66,13 +81,24 @@ def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator
             if target.of.target.name not in published:
                 record = replace(shared, target=target)
                 for step in target.steps:
-                    _perform(step, record)
+                    _perform_own(step, record)
                 for reason in unproven_of(record.trial.results):
                     tools.progress.warn(f"published, but not proven: {reason}")
                 built = record.keep()
                 if request.keep_replay:
                     _keep_replay(record)
                 yield built
+
+
+def _perform_own(step: AnyStep, record: Record) -> None:
+    """Run a target's step; raise CandidateLeft for a candidate that it refuses."""
+    try:
+        _perform(step, record)
+    except (CheckFailed, InputRefused) as error:
+        if record.request.choice:
+            row = record.candidate(step.name, error)
+            raise CandidateLeft(row, error, tested=step.asks) from None
+        raise
 
 
 def run_stages(

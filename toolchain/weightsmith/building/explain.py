@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypedDict
 
 from weightsmith.building.checks import check_assembly, check_pictures, check_places
+from weightsmith.building.choosing import foreseen_choice
 from weightsmith.building.graph import foresee, peak_memory, temporary_bytes
 from weightsmith.building.pipeline import BuildSteps, steps_of
 from weightsmith.building.request import BuildRequest
@@ -94,11 +95,13 @@ def forecast(
     update_lock: bool = False,
     bench_results: tuple[ResultsFile, ...] = (),
     measure: bool = False,
+    auto: bool = False,
 ) -> Mapping[str, JsonValue]:
     """Return stages, serving plans and totals of a build, as `plan --json` prints them.
 
     With `measure`, one layer of the model is timed, and rows have `seconds`. Sizes are in bytes.
-    Raises what `plan_of` raises.
+    With `auto`, `auto` has the candidates in the order of trying; if no other target is named, the
+    rest is about the first of them. Raises what `plan_of` raises.
     """
     request = BuildRequest(
         file=file,
@@ -109,12 +112,19 @@ def forecast(
         locked=locked,
         update_lock=update_lock,
         bench_results=bench_results,
+        auto=auto,
     )
+    choice: JsonValue = None
+    if auto:
+        tried, first = foreseen_choice(request, tools)
+        choice, request = tried.to_json(), replace(request, auto=False)
+        request = request if targets else first
     plan = plan_of(request, tools)
     recipe, rows = file.recipe, plan.rows
     found: dict[str, JsonValue] = {
         "name": recipe.name,
         "version": recipe.version,
+        **({"auto": choice} if auto else {}),
         "stages": [row.to_json() for row in rows],
         "serving": {},
         "plan": {},

@@ -176,6 +176,7 @@ def _of_target(
         validation=validation,
         replay=replay,
         earlier=earlier_replay(of.file, of.target.name),
+        candidacy=request.choice.candidacy if request.choice else None,
     )
     answered = DequantizedStep(
         of=of,

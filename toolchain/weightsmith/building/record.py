@@ -19,6 +19,7 @@ from weightsmith import __version__
 from weightsmith.building.graph import BuildRun
 from weightsmith.building.pipeline import BuildSteps, TargetSteps
 from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import AUTO
 from weightsmith.core.errors import CheckFailed, WeightsmithError
 from weightsmith.core.values import Artifact, Form, Published, Scores, without_passwords
 from weightsmith.evaluating.build_record import (
@@ -26,13 +27,16 @@ from weightsmith.evaluating.build_record import (
     NO_TASK,
     AdapterRecord,
     ArtifactRecord,
+    AutoRecord,
     BuildRecord,
+    CandidateRecord,
     CheckRecord,
     ImageRecord,
     LayerRecord,
     MergeRecord,
     ReplayRecord,
     ScoreRecord,
+    SequenceRecord,
     SourceRecord,
     StageRecord,
     SuiteRecord,
@@ -41,6 +45,7 @@ from weightsmith.evaluating.build_record import (
     read_build,
     recorded,
 )
+from weightsmith.evaluating.candidacy import sequences
 from weightsmith.evaluating.gate import score_interval
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import (
@@ -67,6 +72,7 @@ from weightsmith.steps.stage_result import unrecorded
 from weightsmith.steps.step import AnyStep, Trial
 from weightsmith.steps.tools import Tools
 
+_REFUSED = "not published: "
 _REPLAY = "replay.json"
 """Beside the record: the replay set of secret questions."""
 
@@ -86,6 +92,13 @@ class BuiltTarget:
     """The platform whose image was started and tested; "" if none was."""
     bench: Speed | None = None
     """How fast the image is; None if the recipe does not ask."""
+    auto: AutoRecord | None = None
+    """What it was chosen from, by `auto`."""
+
+    @property
+    def name(self) -> str:
+        """The target as it was asked for: its name, or `auto`."""
+        return AUTO if self.auto else self.target.name
 
     @property
     def scores(self) -> Scores:
@@ -159,21 +172,50 @@ class Record:
         found = {kind: self.run.have.get(step) for kind, step in named}
         return {kind: form for kind, form in found.items() if form}
 
+    @property
+    def auto(self) -> AutoRecord | None:
+        """What `auto` has tried, then this target, and what is not tried; None if it was named."""
+        if (choice := self.request.choice) is None:
+            return None
+        tried = choice.tried
+        return replace(tried, candidates=(*tried.candidates, self.candidate(), *choice.rest))
+
+    def candidate(self, stage: str = "", error: WeightsmithError | None = None) -> CandidateRecord:
+        """Return what is known of a candidate, which was left at a stage for an error."""
+        choice, have = self.request.choice, self.run.have
+        if choice is None or self.target is None:
+            raise AssertionError("only a candidate of `auto` is one")
+        weights = have.get(self.target.weights)
+        found = sequences(self.trial.results, choice.candidacy.level)
+        asked = error.details.get("sequence", ()) if error else ()
+        return CandidateRecord(
+            target=self.target.of.target.name,
+            options=choice.options,
+            price=choice.price,
+            size=weights.tree.size if weights else 0,
+            stage=stage,
+            left=error.message if error else "",
+            seconds=round(self.tools.clock() - choice.began, 3),
+            sequence=found or tuple(map(SequenceRecord.from_json, asked)),
+        )
+
     def keep(self) -> BuiltTarget:
         """Write build.json, the report and the rendered files of a target that passed."""
         published = self.published
         if self.target is None or published is None:
             raise AssertionError("only what was published is kept")
         of, trial = self.target.of, self.trial
+        report = self._write(published, of.folder, "")
         return BuiltTarget(
             target=of.target,
             published=published,
             forms=self.forms,
             results=trial.results,
             stages=self.run.records(of),
-            report=self._write(published, of.folder, ""),
+            report=report,
             started=trial.started,
             bench=self.run.have.get(self.target.bench),
+            auto=read_build(of.folder).auto if self.request.choice else None,
         )
 
     def names_published(self) -> bool:
@@ -196,7 +238,7 @@ class Record:
         have = self.run.have
         if have.get(self.steps.checkpoint) is None:
             return error
-        self.tools.progress.warn(f"not published: {error.message}")
+        self.tools.progress.warn(f"{_REFUSED}{error.message}")
         if found := step.failed(error):
             have.put(step, unrecorded(found))
         recipe = self.request.file.recipe
@@ -299,6 +341,7 @@ class Record:
                 map(CheckRecord.from_json, checks_of(image.digest, self.tools) if image else ())
             ),
             bench=have.get(target.bench) if target else None,
+            auto=self.auto if target and not refused else None,
             stages=self.run.records(target.of if target else None),
             inputs={
                 step.name: found.inputs
@@ -308,7 +351,12 @@ class Record:
             verdict="failed" if refused else verdict_of(trial.results),
             unproven=() if refused else unproven_of(trial.results),
             refused=refused,
-            warnings=tuple(self.tools.progress.warnings),
+            # What is left of `auto` has records of its own.
+            warnings=tuple(
+                text
+                for text in dict.fromkeys(self.tools.progress.warnings)
+                if refused or not text.startswith(_REFUSED)
+            ),
             network_in_jobs=network_in_jobs(checkpoint, artifact, self.tools),
             memory_bytes=self.tools.memory.limit,
             recipe=without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.bench_files import ResultsFile
+from weightsmith.evaluating.build_record import AutoRecord, CandidateRecord
+from weightsmith.evaluating.candidacy import Candidacy
 from weightsmith.merging.combining.combination import SUMS
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import ADAPTER, LOADABLE
@@ -18,6 +22,23 @@ from weightsmith.steps.lock import pinned, read_lock
 from weightsmith.steps.served_adapters import adapter_forms
 from weightsmith.steps.step import TargetBuild
 from weightsmith.steps.thin import THIN, check_thin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The candidate of `auto` that a build tries."""
+
+    candidacy: Candidacy
+    price: int
+    """Foreseen bytes of its weights."""
+    options: Mapping[str, JsonValue]
+    """What it has of `quantize` beside the recipe's own."""
+    began: float
+    """By the tools' clock."""
+    tried: AutoRecord
+    """With the candidates that were left before."""
+    rest: tuple[CandidateRecord, ...]
+    """Those that are not tried if this one is proven."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +60,16 @@ class BuildRequest:
     """Pin sources and bases again."""
     keep_replay: bool = False
     """Write the image's replay set beside the recipe."""
+    auto: bool = False
+    """Choose one more target, by the recipe's `auto`."""
+    choice: Attempt | None = None
+    """The candidate that the only target is, if `auto` tries it."""
+    beside: bool = False
+    """Whether another build of the same command has the same outputs."""
+
+    @property
+    def _has_several(self) -> bool:
+        return self.beside or len(self.targets) + self.auto > 1
 
     def folder(self, target: Target) -> Path:
         """Return the folder for a target's results."""
@@ -57,7 +88,7 @@ class BuildRequest:
     def _outputs(self, target: Target, *, push: bool) -> ImageOutputs:
         """Return outputs; of several targets, each gets its own layout folder."""
         layout, load = self.outputs.layout, self.outputs.load
-        if layout is not None and len(self.targets) > 1:
+        if layout is not None and self._has_several:
             layout = layout / target.name
         if not (layout or load or push):
             layout = None if self.engine_answers else self.folder(target) / "image"
@@ -141,9 +172,9 @@ class BuildRequest:
         wanted = self.file.recipe.outputs
         if not wanted.hub or not self.outputs.push:
             return None
-        if len(self.targets) > 1 and "{target}" not in wanted.hub:
+        if self._has_several and "{target}" not in wanted.hub:
             raise UsageError(
-                f"outputs.hub {wanted.hub}: {len(self.targets)} targets would share it",
+                f"outputs.hub {wanted.hub}: several targets would share it",
                 hint=f"write outputs.hub: {wanted.hub}-{{target}}, or build one --target",
             )
         if target.format.unmerged:

@@ -11,17 +11,27 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving import targets as serving_targets
 from weightsmith.serving.targets import Target
 
+AUTO = "auto"
+"""The target that a build chooses itself."""
+
 
 def chosen_targets(
-    file: RecipeFile, names: tuple[str, ...], *, to_build: bool = False
+    file: RecipeFile, names: tuple[str, ...], *, to_build: bool = False, auto: bool = False
 ) -> tuple[Target, ...]:
     """Return the targets to build: those named, else the recipe's.
 
     Raises UsageError for an unknown target; with `to_build`, also for one that cannot be made.
+    `auto` is none of them: whoever can choose one says so, all others refuse it.
     """
     known = all_targets()
     requested = names or file.recipe.targets
-    if not requested:
+    if AUTO in requested and not auto:
+        raise UsageError(
+            f"the target {AUTO} is chosen by a build of its own",
+            hint="name the target that `build` chose; its build.json has it",
+        )
+    chooses, requested = AUTO in requested, tuple(name for name in requested if name != AUTO)
+    if not requested and not chooses:
         raise UsageError(
             "no target: neither --target nor the recipe names one",
             hint="`invoke targets` lists them",
@@ -36,6 +46,11 @@ def chosen_targets(
                 hint=f"choose one of: {', '.join(buildable)}",
             )
     return chosen
+
+
+def wants_auto(file: RecipeFile, names: tuple[str, ...]) -> bool:
+    """Return whether one of the targets is to be chosen."""
+    return AUTO in (names or file.recipe.targets)
 
 
 def target_of(name: str) -> Target:

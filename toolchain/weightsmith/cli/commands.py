@@ -64,7 +64,7 @@ def build(asked: BuildCommand) -> Said:
 
     made = run_build(asked, _progress())
     lines = [line for built in made for line in _lines(built)]
-    return {"targets": {built.target.name: _facts(built) for built in made}}, joined(lines)
+    return {"targets": {built.name: _facts(built) for built in made}}, joined(lines)
 
 
 _OF_A_FORM = ("reference", "digest", "uploaded_bytes", "mounted")
@@ -73,7 +73,9 @@ _OF_A_FORM = ("reference", "digest", "uploaded_bytes", "mounted")
 def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
     from weightsmith.evaluating.results import verdicts_of
 
+    chosen = {"target": built.target.name, "auto": built.auto.to_json()} if built.auto else {}
     return {
+        **chosen,
         "image": built.published.reference,
         "digest": built.published.digest,
         "verdict": built.verdict,
@@ -121,6 +123,10 @@ def _lines(built: BuiltTarget) -> Iterator[str]:
     if same := ", ".join(f"{who} {share:.3f}" for who, share in built.sameness.items()):
         yield f"  answers equal to the reference's: {same}"
     yield from (f"  NOT PROVEN: {reason}" for reason in built.unproven)
+    for row in built.auto.candidates if built.auto else ():
+        if row.seconds:
+            said = f"left: {row.left}" if row.left else "chosen"
+            yield f"  {row.name}: {said}"
     yield f"  report: {built.report}"
 
 

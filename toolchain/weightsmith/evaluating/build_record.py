@@ -248,6 +248,69 @@ class ReplayRecord(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceRecord(JsonObject):
+    """A suite whose questions were asked one by one until it was clear what they show."""
+
+    suite: str
+    limit: float
+    """The drop that must be refuted."""
+    questions: int
+    """How many there are."""
+    asked: int
+    lost: int
+    won: int
+    drop: float
+    """Of those that were asked."""
+    interval: tuple[float, float]
+    """Holds after every question at once."""
+    proven_at: int
+    """After which question the drop was proven to be below the limit; 0 if it was not."""
+    score: float
+    """The reference's score less the drop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateRecord(JsonObject):
+    """An image that `auto` could choose."""
+
+    target: str
+    options: Mapping[str, Json]
+    """What it has of `quantize` beside the recipe's own."""
+    price: int
+    """Foreseen bytes of its weights."""
+    size: int = 0
+    """Their real bytes; 0 if they were not made."""
+    stage: str = ""
+    """The stage at which it was left; empty if none was begun, or if it was chosen."""
+    left: str = ""
+    """Why it was left; empty for the one that was chosen."""
+    seconds: float = 0.0
+    sequence: tuple[SequenceRecord, ...] = ()
+    """Suites in the order of asking; () if nothing was asked."""
+
+    @property
+    def name(self) -> str:
+        """The target, with its options."""
+        return ", ".join([self.target, *(f"{key} {value}" for key, value in self.options.items())])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoRecord(JsonObject):
+    """What the target `auto` chose from, cheapest first."""
+
+    engines: tuple[str, ...]
+    at_most: int
+    """Bytes of the weights; 0 for any."""
+    error: float
+    """The largest chance that the chosen image drops by more than a limit."""
+    tests: int
+    """How many candidates may be asked."""
+    level: float
+    """The part of `error` that each of them has."""
+    candidates: tuple[CandidateRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRecord(JsonObject):
     """All that is recorded of one target; what came after a refusal is None or empty."""
 
@@ -290,6 +353,8 @@ class BuildRecord(JsonObject):
     checks: tuple[CheckRecord, ...] = ()
     bench: Speed | None = field(default=None, metadata=OMITTED)
     """How fast the started image was, and what other tools measured of it."""
+    auto: AutoRecord | None = field(default=None, metadata=OMITTED)
+    """What else was tried, if the target is the one that `auto` chose or tried."""
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     inputs: Mapping[str, Json] = field(default_factory=dict)
     """What each cached stage depended on; `plan` compares it to say what changed."""
@@ -357,6 +422,7 @@ def recorded(folder: Path, made: BuildRecord) -> BuildRecord | None:
     same = replace(
         made,
         created=earlier.created,
+        auto=earlier.auto if _alike(made.auto, earlier.auto) else made.auto,
         memory_bytes=earlier.memory_bytes,
         stages={
             name: replace(stage, seconds=earlier.stages[name].seconds)
@@ -365,6 +431,18 @@ def recorded(folder: Path, made: BuildRecord) -> BuildRecord | None:
         },
     )
     return earlier if same.to_json() == text else None
+
+
+def _alike(made: AutoRecord | None, earlier: AutoRecord | None) -> bool:
+    """Return whether two choices differ in no more than how long they took."""
+
+    def timeless(auto: AutoRecord | None) -> AutoRecord | None:
+        if auto is None:
+            return None
+        rows = tuple(replace(one, seconds=0.0) for one in auto.candidates)
+        return replace(auto, candidates=rows)
+
+    return timeless(made) == timeless(earlier)
 
 
 def _read(folder: Path) -> tuple[JsonValue, BuildRecord]:

@@ -166,6 +166,7 @@ def build_view(
         "platforms": views.platforms(build.image),
         "stages": views.stages(build),
         "targets": views.targets(targets, build.target),
+        "choice": views.choice(build),
         "bench": bench,
         "speed": views.speed(build.bench),
         "title": build.title,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -191,10 +191,12 @@ def ask_server(
     concurrency: int = 1,
     kept: KeptAnswers | None = None,
     model: ModelTask | None = None,
+    watch: Callable[[Mapping[str, JsonValue]], None] | None = None,
 ) -> Answers:
     """Return a server's answers in order, but ask for none that is `kept`.
 
-    `model` is what is known of one that does not chat: its prompts, and its labels.
+    `model` is what is known of one that does not chat: its prompts, and its labels. `watch` gets
+    each answer, and ends the asking by an error of its own.
 
     A question that the server refuses, or answers at too great a length, has an `error`, and counts
     as answered wrongly. Raises CheckFailed if the server fails, or refuses all questions.
@@ -217,7 +219,14 @@ def ask_server(
         answer = kept.around(answer, about)
     refusals = Refusals()
     asked = refusals.around(answer)
-    answers = ask_all(task.texts, asked, progress, concurrency=concurrency)
+
+    def watched(item: Item) -> Mapping[str, JsonValue]:
+        said = asked(item)
+        if watch:
+            watch(said)
+        return said
+
+    answers = ask_all(task.texts, watched, progress, concurrency=concurrency)
     refusals.require_an_answer()
     return answers
 

@@ -337,6 +337,38 @@ def targets(builds: Sequence[BuildRecord], own: str) -> list[dict[str, object]]:
     return rows
 
 
+def choice(build: BuildRecord) -> dict[str, object] | None:
+    """Return what `auto` tried and why the rest was left, and of what was asked size and score."""
+    if (auto := build.auto) is None:
+        return None
+    asked = [one for one in auto.candidates if one.sequence]
+    largest = max((one.size for one in asked), default=0) or 1
+    points = []
+    for one in sorted(asked, key=lambda one: -one.size):
+        first = one.sequence[0]
+        low, high = (first.score + first.drop - end for end in reversed(first.interval))
+        points.append(
+            {
+                "target": one.name,
+                "short": one.name.partition("-")[2],
+                "own": not one.left,
+                "bytes": one.size,
+                "bits": None,
+                "score": first.score,
+                "refused": bool(one.left),
+                "x": round(92 * one.size / largest + 2, 2),
+                "y": _percent(first.score),
+                "from": _percent(low),
+                "tall": _percent(min(1.0, high) - max(0.0, low)),
+            }
+        )
+    rows = [
+        {**one.to_json(), "name": one.name, "bytes": one.size or one.price}
+        for one in auto.candidates
+    ]
+    return {**auto.to_json(), "rows": rows, "points": points}
+
+
 def _percent(share: float) -> float:
     return round(100 * min(1.0, max(0.0, share)), 3)
 

@@ -18,7 +18,7 @@ from weightsmith.quantizers.architectures import converted_as, gguf_architecture
 from weightsmith.quantizers.checkpoints import check_plain
 from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
-from weightsmith.quantizers.gguf_mix import budget_options
+from weightsmith.quantizers.gguf_mix import budget_options, fewest_bits
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FORMATS, MIX, TENSOR_TYPES, FileType, file_type
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
@@ -101,6 +101,17 @@ def _chosen_types(row: FileType, requested: Options) -> Options:
                 hint=f"types: {', '.join(known)}",
             )
     return {"tensor_types": {p: str(kind).lower() for p, kind in sorted(types.items())}}
+
+
+_BUDGETS = (3.0, 3.5, 4.3, 4.6, 5.0, 5.4, 6.0, 7.0)
+"""Bits per weight of the mixes that `auto` tries, where they may be so small."""
+
+
+def _variants(format_: Format, requested: Options) -> tuple[Options, ...]:
+    low = bool(requested.get("allow_low_bits"))
+    if (row := file_type(format_.name)) == MIX:
+        return tuple({"bits": bits} for bits in _BUDGETS if bits >= fewest_bits(low=low))
+    return () if row.is_low and not low else ({},)
 
 
 def _budget(requested: Options) -> Options:
@@ -352,6 +363,7 @@ QUANTIZER = Quantizer(
     recipe_number=5,
     check_input=lambda _format, model: check_input(model),
     options=_options,
+    variants=_variants,
     # The type of the projector that a model which sees gets beside its file.
     options_of_model=lambda model: (
         {"projector": gguf_check.PROJECTOR_TYPE} if has_projector(model) else {}

@@ -109,6 +109,9 @@ class Quantizer:
     for other budgets."""
     weighs: Callable[[Options], bool] = lambda _options: False
     """(options) -> whether types are chosen by these losses."""
+    variants: Callable[[Format, Options], tuple[Options, ...]] = lambda *_: ({},)
+    """(format, the recipe's `quantize`) -> values of `quantize` with which the target `auto` tries
+    it, one candidate each; () for a format that it does not try."""
     beside_adapters: Callable[[Format, Options], Options] = lambda _format, chosen: chosen
     """(format, options) -> options for a base that unmerged adapters lie beside: it must leave the
     inputs and outputs of each matrix as they were. Raises UsageError if it cannot."""

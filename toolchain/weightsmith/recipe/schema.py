@@ -460,6 +460,10 @@ class Bench(Section):
 Manifest: TypeAlias = Literal["pod-monitor", "keda", "inference-pool"]
 
 
+def _engine_alone(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class Serve(Section):
     """The hardware to serve on, and the limits and options of the server."""
 
@@ -548,6 +552,20 @@ class Serve(Section):
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError("must be above 0 and at most 1: it is a fraction of a GPU's memory")
         return value
+
+
+class Auto(Section):
+    """What the target `auto` chooses from: the smallest image that is proven on the questions."""
+
+    engine: Annotated[tuple[str, ...], BeforeValidator(_engine_alone)] = Field(
+        min_length=1,
+        description="Engine, such as `llamacpp`, or a list of them; every format that one loads "
+        "and a quantizer makes is a candidate.",
+        json_schema_extra=one_or_list,
+    )
+    at_most: str = Field(
+        "", pattern=SIZE, description="Largest size of the weights, such as `6GB`; default: any."
+    )
 
 
 class ImageNames(Section):
@@ -706,8 +724,11 @@ class Recipe(Section):
     quantize: Quantize = Quantize()
     quality: Quality = Quality()
     targets: tuple[str, ...] = Field(
-        (), description="Engine and format, such as `vllm-awq`; `invoke targets` lists them."
+        (),
+        description="Engine and format, such as `vllm-awq`; `invoke targets` lists them. `auto` is "
+        "the smallest of `auto.engine` that is proven.",
     )
+    auto: Auto | None = Field(None, description="What the target `auto` chooses from.")
     outputs: Annotated[Outputs, BeforeValidator(_kinds_alone)] = Field(
         Outputs(),
         description="What is published of each target; a list alone is its `kinds`.",

@@ -168,6 +168,7 @@ class DequantizedStep(TargetStep[Trial, None]):
 
     name = "dequantized"
     proves = True
+    asks = True
     recipe_number = RECIPE_NUMBER
     way_out = "set evaluate.limit to ask fewer questions"
 

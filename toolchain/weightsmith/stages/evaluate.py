@@ -6,13 +6,22 @@ pushed can be pulled by digest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs, canonical, key_of
+from weightsmith.evaluating.candidacy import (
+    Candidacy,
+    LargerThanForeseen,
+    Unprovable,
+    Watch,
+    ask_in_sequence,
+    require_proven,
+    unprovable,
+)
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.gate import server_faults
 from weightsmith.evaluating.items import Item
@@ -29,13 +38,14 @@ from weightsmith.evaluating.smoke import (
     check_life,
     check_serving,
 )
-from weightsmith.evaluating.task import Answers, ask_server, score_task
+from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.templates import has_tools, takes_parts
 from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.labels import has_own_engine
 from weightsmith.serving.engine import Engine, projector_in
+from weightsmith.serving.memory import human
 from weightsmith.serving.parsers import fitting
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.pooling import width_of
@@ -57,7 +67,8 @@ from weightsmith.validating.result import Validation
 
 RECIPE_NUMBER = 4
 _REPLAY_NUMBER = 1
-_ANSWERS, _REPLAY = "answers.json", "replay.json"
+_SEQUENCE_NUMBER = 1
+_ANSWERS, _REPLAY, _DROPS = "answers.json", "replay.json", "drops.json"
 _ENDS = frozenset({"stop", "tool_calls", "error"})
 """Why an answer is over that does not run on; what the server refused is judged as wrong."""
 
@@ -97,6 +108,8 @@ class ImageEvaluation:
     """Of that set, in nats."""
     earlier: ReplaySet | None = None
     """A set of the same requests that another machine made, to be kept if it holds here."""
+    candidacy: Candidacy | None = None
+    """Of an image that `auto` tries: its questions are asked in sequence."""
 
     def replay_inputs(self) -> StageInputs:
         """Everything that the answers of the replay set depend on."""
@@ -146,6 +159,23 @@ class ImageEvaluation:
             },
         )
 
+    def left_inputs(self, question: TaskInProgress) -> StageInputs:
+        """Everything on which it depends that a candidate was left before its last question."""
+        result = question.result
+        return StageInputs(
+            stage="left",
+            recipe_number=_SEQUENCE_NUMBER,
+            inputs={
+                **self.inputs(question).inputs,
+                "level": self.candidacy.level if self.candidacy else 0.0,
+                "rule": asdict(result.task.rule),
+                "expected": [list(item.expected) for item in result.task.task.items],
+                "before": [row["ok"] for row in result.reference.per_item]
+                if result.reference
+                else [],
+            },
+        )
+
 
 def takes_pictures(artifact: Artifact) -> bool:
     """Return whether the started engine takes pictures: not of a GGUF file without a projector."""
@@ -153,6 +183,18 @@ def takes_pictures(artifact: Artifact) -> bool:
         return True
     folder = artifact.tree.texts
     return (folder / "config.json").is_file() and read_facts(folder).sees_images
+
+
+def _require_size(artifact: Artifact, candidacy: Candidacy) -> None:
+    """Raise CheckFailed if they are too large, LargerThanForeseen if another candidate is next."""
+    size = artifact.tree.size
+    if candidacy.at_most and size > candidacy.at_most:
+        raise CheckFailed(
+            f"its weights have {human(size)}, and auto.at_most is {human(candidacy.at_most)}",
+            hint=f"set auto.at_most to {-(-size // 10**6)}MB",
+        )
+    if candidacy.next_price and size > candidacy.next_price:
+        raise LargerThanForeseen(size)
 
 
 def _smoke_inputs(image: Digest) -> StageInputs:
@@ -219,13 +261,17 @@ def _answers(
     def ask(_: Path) -> Answers:
         if session is None:
             raise AssertionError("the image was not queried")
-        answers = ask_server(
+        asked = partial(
+            ask_server,
             session.adding(question.fields),
             Served(name=question.model or evaluation.config.served_name, chat=evaluation.chat),
-            question.result.task.task,
-            tools.progress,
+            progress=tools.progress,
             model=evaluation.model.task,
         )
+        if evaluation.candidacy:
+            answers = _in_sequence(evaluation, question, asked, tools)
+        else:
+            answers = asked(question.result.task.task)
         ends = sum(answer.get("finish_reason") in _ENDS for answer in answers)
         if 2 * ends < (expected := question.result.ends):
             raise CheckFailed(
@@ -238,6 +284,37 @@ def _answers(
 
     inputs = partial(evaluation.inputs, question)
     return tuple(InStore(tools.store).document(inputs, _ANSWERS, ask).value)
+
+
+def _in_sequence(
+    evaluation: ImageEvaluation,
+    question: TaskInProgress,
+    asked: Callable[..., Answers],
+    tools: Tools,
+) -> Answers:
+    """Return a candidate's answers; keep the drops of one that is left before its last question."""
+    level = evaluation.candidacy.level if evaluation.candidacy else 0.0
+
+    def ask(task: Task, watch: Watch | None) -> Answers:
+        return asked(task, watch=watch)
+
+    try:
+        return ask_in_sequence(question.result, level, ask, tools.command)
+    except Unprovable as left:
+        drops = left.details["drops"]
+        key = partial(evaluation.left_inputs, question)
+        InStore(tools.store).document(key, _DROPS, lambda _: list(drops))
+        raise
+
+
+def _require_hope(evaluation: ImageEvaluation, candidacy: Candidacy, tools: Tools) -> None:
+    """Raise Unprovable for a candidate that an earlier build left before its last question."""
+    store = InStore(tools.store)
+    for question in evaluation.questions:
+        key = partial(evaluation.left_inputs, question)
+        if store.find(key):
+            drops = store.document(key, _DROPS, lambda _: []).value
+            raise unprovable(question.result, candidacy.level, drops)
 
 
 def _replay(
@@ -278,6 +355,7 @@ class EvaluateStep(UnforeseenStep[Trial]):
 
     name = "evaluate"
     proves = True
+    asks = True
 
     image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
     expected: Step[tuple[Result, ...], None]
@@ -286,6 +364,8 @@ class EvaluateStep(UnforeseenStep[Trial]):
     """The recipe's own questions of a replay set; () for some of its suites'."""
     earlier: ReplaySet | None = None
     """Of an image that was made of this recipe before."""
+    candidacy: Candidacy | None = None
+    """If `auto` tries it."""
 
     def run(self, have: Results, tools: Tools) -> StageResult[Trial]:
         """Start the image, check it and score its answers, unless all results are cached.
@@ -298,6 +378,9 @@ class EvaluateStep(UnforeseenStep[Trial]):
         image = host_image(index_of_materials(made))
         evaluation = self._evaluation(made[0].inputs, have[self.expected], have[self.validation])
         questions, store = evaluation.questions, InStore(tools.store)
+        if self.candidacy:
+            _require_size(made[0].inputs.artifact, self.candidacy)
+            _require_hope(evaluation, self.candidacy, tools)
         count = sum(len(question.result.task.task.items) for question in questions)
         timer = Timer(self.name, f"{count} questions to the started image", tools)
         if not evaluation.chat and evaluation.model.task.kind == "generate":
@@ -340,6 +423,11 @@ class EvaluateStep(UnforeseenStep[Trial]):
         )
         return timer.done(trial, cached=cached)
 
+    def judge(self, have: Results) -> None:
+        """Raise CheckFailed if `auto` tries the image and a suite is not proven."""
+        if self.candidacy and have[self].started:
+            require_proven(have[self].results, self.candidacy.level)
+
     def _evaluation(
         self, inputs: ImageInputs, results: Sequence[Result], validation: Validation | None
     ) -> ImageEvaluation:
@@ -381,5 +469,6 @@ class EvaluateStep(UnforeseenStep[Trial]):
             questions=tuple(questions),
             replay=asked,
             earlier=earlier,
+            candidacy=self.candidacy,
             tolerance=tolerance_of(limits.max_abs if limits else None),
         )

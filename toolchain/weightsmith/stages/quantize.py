@@ -557,7 +557,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         options = self._asked(format_, seen[self.sources].base, tools)
         format_ = nominal(options, checkpoint.weight_bytes, model)
         estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
-        value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
+        value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate, planned=estimate)
         state = State(cached=False, why=checkpoint.missing)
         if checkpoint.tree:
             stage = inputs(checkpoint.tree.digest, options)

@@ -109,6 +109,8 @@ class ForeseenWeights:
     """None until they exist."""
     missing: str = ""
     """Why they do not exist yet."""
+    planned: int = 0
+    """The estimate of `weight_bytes`, also once they exist; 0 for what is only copied."""
 
     @classmethod
     def of(cls, tree: Tree) -> ForeseenWeights:
@@ -154,6 +156,8 @@ class Step(Generic[T_co, F_co]):
     """May run while another step is run ahead of its turn."""
     proves: ClassVar[bool] = False
     """Runs to find a fault of the model: what it refuses is recorded, as what is judged."""
+    asks: ClassVar[bool] = False
+    """Judges what an image answers: a candidate of `auto` that it refuses was tested."""
     before_publishing: ClassVar[bool] = False
     """A tested image waits for it: an error of it ends that image."""
     publishes: ClassVar[bool] = False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from weightsmith.core.escape import escaped
 from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import CandidateRecord
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan, summary
 from weightsmith.steps.step import HERE
@@ -50,6 +51,7 @@ def table(result: Mapping[str, Json]) -> str:
     for name, platforms in result["platforms"].items():
         for platform, said in platforms.items() if len(platforms) > 1 else ():
             console.print(Text(escaped(f"{name}: the image for {platform} is {said}")))
+    text.write("".join(_choice(result.get("auto"))))
     if advice := result["advice"]:
         what = {True: "merge", False: "serve the adapters unmerged", None: "use the base unchanged"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
@@ -68,3 +70,14 @@ def table(result: Mapping[str, Json]) -> str:
     else:
         console.print("sizes will be known when the sources are on this machine")
     return text.getvalue().rstrip()
+
+
+def _choice(auto: Mapping[str, Json] | None) -> Iterator[str]:
+    """Yield what `auto` would try, a line for each candidate."""
+    if not auto:
+        return
+    yield f"auto: the first of these that is proven; the questions can test {auto['tests']}\n"
+    for row in map(CandidateRecord.from_json, auto["candidates"]):
+        size = f", {human(row.price)}" if row.price else ""
+        why = f": not tried: {row.left}" if row.left else ""
+        yield f"  {escaped(row.name + size + why)}\n"

@@ -1,0 +1,49 @@
+"""The target `auto` through the command line, with llama.cpp: what is chosen, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TinyBuild
+from tests.fakes.started import weightsmith
+from tests.paths import ROOT
+
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+AUTO = ("--recipe", TINY, "--target", "auto", "--set", "auto.engine=llamacpp", "--runner", "local")
+pytestmark = pytest.mark.builders
+
+
+@pytest.mark.slow
+def test_an_image_is_chosen_and_proven(
+    tiny_build: TinyBuild, shared_store: Path, tmp_path: Path
+) -> None:
+    """With the merge and the answers of the other tests; 20 questions can test one candidate."""
+    told: Any = weightsmith("build", *AUTO, "--dist", tmp_path, store=shared_store)
+    built = told["targets"]["auto"]
+    record = json.loads((Path(built["report"]).parent / "build.json").read_text())
+    (chosen,) = (row for row in record["auto"]["candidates"] if not row["left"])
+
+    assert built["verdict"] == "passed"
+    assert built["target"] == record["target"] == chosen["target"]
+    assert record["auto"]["tests"] == 1
+    assert chosen["size"] == record["artifact"]["size"]
+    assert chosen["price"] == pytest.approx(chosen["size"], rel=0.35)
+    (suite,) = chosen["sequence"]
+    assert (suite["asked"], suite["lost"]) == (20, 0)
+    assert suite["proven_at"] > 10
+    assert record["stages"]["merge"]["cached"]
+    assert record["stages"]["reference"]["cached"]
+
+
+def test_twelve_questions_prove_nothing(tmp_path: Path) -> None:
+    for command in ("plan", "build"):
+        said: Any = weightsmith(
+            command, *AUTO, "--set", "evaluate.limit=12", "--dist", tmp_path, code=3
+        )
+        assert "nothing can be proven: 12 questions" in said["error"]["message"]
+        assert "even if no answer changes, 19 are needed" in said["error"]["message"]
+    assert not any(tmp_path.iterdir())

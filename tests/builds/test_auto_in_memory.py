@@ -1,0 +1,346 @@
+"""Builds in memory of the target `auto`: which candidate is chosen, and why others are left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.api.commands.plan import table
+from weightsmith.building.record import BuiltTarget
+from weightsmith.cli.commands import _facts, _lines
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.jobs import QuantizeJob
+from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import CandidateRecord
+from weightsmith.oci.registry import Registry
+
+from tests.fakes.fleet import run, write_fleet
+from tests.fakes.jobs import LOSSY, NOTHING
+from tests.fakes.memory import Memory, in_memory, write_rows
+
+MANY = 60
+"""Enough questions to test every candidate."""
+SMALLEST, MIX = "llamacpp-mix, bits 4.3", "llamacpp-mix"
+
+
+def question(number: int) -> tuple[str, str]:
+    return f"What does a say to {number}?", f"a says {number * number}."
+
+
+@pytest.fixture
+def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+    with in_memory(tmp_path, client) as made:
+        ask(made, MANY)
+        yield made
+
+
+def ask(memory: Memory, count: int, **recipe: Any) -> None:
+    rows = [{"prompt": q, "expected": a} for q, a in map(question, range(count))]
+    write_rows(memory.home / "a.jsonl", rows)
+    memory.minds.facts = memory.facts = {q: ("a", a) for q, a in map(question, range(count))}
+    suite = {"data": "a.jsonl", "max_drop": 0.2}
+    usual = {"targets": ["auto"], "auto": {"engine": "llamacpp"}, "evaluate": suite}
+    memory.write_recipe(**{**usual, **recipe})
+
+
+def tried(memory: Memory) -> str:
+    """The candidate that is built now."""
+    notes = [text for text in memory.progress.said if text.startswith("auto: trying ")]
+    return notes[-1].removeprefix("auto: trying ").rpartition(", ")[0]
+
+
+def harm(memory: Memory, lost: Mapping[str, int]) -> None:
+    """Let images of these targets answer so many questions wrongly."""
+    knows = memory.launcher.answer
+
+    def answer(text: str, adapter: str) -> str:
+        forgot = {question(number)[0] for number in range(lost.get(tried(memory), 0))}
+        return NOTHING if text in forgot else knows(text, adapter)
+
+    memory.launcher.answer = answer
+
+
+def left(found: Json) -> list[tuple[str, str]]:
+    """Names and stages of the candidates that were tried."""
+    rows = found["candidates"] if isinstance(found, Mapping) else found.to_json()["candidates"]
+    return [(CandidateRecord.from_json(row).name, row["stage"]) for row in rows if row["seconds"]]
+
+
+def chosen(memory: Memory, *settings: str, **wanted: Any) -> BuiltTarget:
+    return memory.build(*settings, **wanted)["auto"]
+
+
+def test_the_smallest_that_is_proven_is_chosen_and_is_the_image_of_its_target(
+    memory: Memory,
+) -> None:
+    built = chosen(memory)
+    record = memory.record(MIX)
+
+    assert (built.target.name, built.verdict) == (MIX, "passed")
+    assert memory.jobs().count("quantize") == 1
+    (row,) = (one for one in record["auto"]["candidates"] if not one["left"])
+    assert (row["target"], row["options"]) == (record["target"], {"bits": 4.3})
+    assert record["recipe"]["quantize"] == {"bits": 4.3}
+    assert row["price"] > 0 < row["size"]
+    assert row["sequence"][0]["asked"] == MANY
+    assert 0 < row["sequence"][0]["proven_at"] < MANY
+    assert record["recipe"]["targets"] == [MIX]
+    facts: Any = _facts(built)
+    assert (facts["target"], facts["auto"]) == (MIX, record["auto"])
+    assert any(f"{SMALLEST}: chosen" in line for line in _lines(built))
+    memory.build("quantize.bits=4.3", targets=[MIX])
+    assert memory.jobs() == []
+    assert memory.launcher.asked == []
+    assert memory.record(MIX)["image"]["digest"] == built.published.digest
+
+
+def test_what_loses_too_much_is_left_as_soon_as_that_is_clear(memory: Memory) -> None:
+    harm(memory, {SMALLEST: 200})
+
+    built = chosen(memory)
+
+    assert left(built.auto) == [(SMALLEST, "evaluate"), ("llamacpp-mix, bits 4.6", "")]
+    assert built.auto
+    first, second = built.auto.candidates[:2]
+    assert "cannot prove any more that the drop is below 0.2" in first.left
+    assert 0 < first.sequence[0].asked < 60
+    assert first.sequence[0].lost > first.sequence[0].asked / 2
+    assert not first.sequence[0].proven_at
+    assert second.sequence[0].asked == MANY
+    # Merge, answers and importance are made once.
+    jobs = memory.jobs()
+    assert [jobs.count(one) for one in ("merge", "reference adapter", "quantize")] == [1, 1, 2]
+    page = (memory.results(built.target.name) / "report.html").read_text("utf-8")
+    assert "What was tried" in page
+    assert "cannot prove any more" in page
+    assert "not published" not in " ".join(memory.record(built.target.name)["warnings"])
+    refused = json.loads((memory.results(MIX) / "refused" / "build.json").read_text())
+    assert refused["recipe"]["quantize"] == {"bits": 4.3}
+
+
+def test_the_gate_on_text_leaves_a_candidate_before_any_question(memory: Memory) -> None:
+    usual = memory.runner.stages["quality"]
+    lossy = lambda job, report: (  # noqa: E731
+        LOSSY if tried(memory) == SMALLEST else usual(job, report)
+    )
+    memory.runner.stages = {**memory.runner.stages, "quality": lossy}
+
+    built = chosen(memory)
+
+    assert left(built.auto) == [(SMALLEST, "quality"), ("llamacpp-mix, bits 4.6", "")]
+    assert built.auto
+    assert built.auto.candidates[0].sequence == ()
+    assert memory.journal.of("start") == ["start"]
+
+
+def test_none_is_proven(memory: Memory) -> None:
+    rows = memory.forecast()["auto"]["candidates"]
+    harm(memory, {CandidateRecord.from_json(row).name: MANY for row in rows})
+
+    with pytest.raises(
+        CheckFailed, match=r"\d+ candidates were tried, and none is proven"
+    ) as caught:
+        chosen(memory, "auto.at_most=300KB")
+
+    rows = caught.value.details["auto"]["candidates"]
+    stages = [row["stage"] for row in rows if row["seconds"]]
+    assert set(stages) == {"evaluate"}
+    assert 3 <= len(stages) <= caught.value.details["auto"]["tests"]
+    assert all(row["left"] for row in rows)
+
+
+def test_too_few_questions_are_refused_before_any_work(memory: Memory) -> None:
+    ask(memory, 12)
+
+    for what in (memory.build, memory.forecast):
+        with pytest.raises(InputRefused, match="nothing can be proven: 12 questions") as caught:
+            what()
+        assert caught.value.details["questions_needed"] == 14
+        assert "ask 14 questions or more, or set max_drop to 0.221" in caught.value.hint
+    assert memory.journal.events == []
+
+
+def test_few_questions_test_few_candidates_of_all_sizes(memory: Memory) -> None:
+    ask(memory, 16)
+    names = [f"llamacpp-mix, bits {bits}" for bits in (5.0, 5.4, 6.0)]
+    harm(memory, dict.fromkeys((*names, "llamacpp-q5_k_m", "llamacpp-q5_k_s"), MANY))
+
+    with pytest.raises(CheckFailed, match="1 candidates were tried") as caught:
+        chosen(memory)
+
+    assert caught.value.details["auto"]["tests"] == 1
+    assert "the questions can test 1 candidates: ask more" in caught.value.hint
+    rows = caught.value.details["auto"]["candidates"]
+    assert (
+        "so sizes are spread"
+        in next(row for row in rows if row["options"] == {"bits": 4.3})["left"]
+    )
+
+
+def test_an_interrupted_choice_goes_on(memory: Memory) -> None:
+    harm(memory, {SMALLEST: 200})
+    reached = memory.launcher.answer
+
+    def interrupt(text: str, adapter: str) -> str:
+        if tried(memory) != SMALLEST:
+            raise KeyboardInterrupt
+        return reached(text, adapter)
+
+    usual = memory.runner.stages["quality"]
+
+    def stop(job: Any, report: Any) -> Mapping[str, Json]:
+        if tried(memory) != SMALLEST:
+            raise KeyboardInterrupt
+        return usual(job, report)
+
+    memory.runner.stages = {**memory.runner.stages, "quality": stop}
+    with pytest.raises(KeyboardInterrupt):
+        chosen(memory)
+    assert memory.seen() == ["refused"]
+    memory.runner.stages = {**memory.runner.stages, "quality": usual}
+
+    built = chosen(memory)
+
+    assert left(built.auto)[0] == (SMALLEST, "evaluate")
+    assert built.auto
+    assert built.auto.candidates[0].sequence[0].asked < 60
+    assert memory.jobs() == ["quality", "export-engine"] or memory.jobs() == ["quality"]
+    assert memory.journal.of("start") == ["start"]  # the first one is not asked again
+
+
+def test_a_second_build_does_nothing_and_writes_nothing(memory: Memory) -> None:
+    harm(memory, {SMALLEST: 200})
+    chosen(memory)
+    built = chosen(memory)  # its record says that all was cached
+    before = (memory.results(built.target.name) / "build.json").read_bytes()
+
+    again = chosen(memory)
+
+    assert memory.jobs() == []
+    assert memory.journal.of("start") == []
+    assert again.published.digest == built.published.digest
+    assert (memory.results(built.target.name) / "build.json").read_bytes() == before
+
+
+def test_weights_that_are_larger_than_the_next_ones_wait_for_their_turn(memory: Memory) -> None:
+    usual = memory.runner.stages["quantize"]
+
+    def heavy(job: QuantizeJob, report: Any) -> Mapping[str, Json]:
+        memory.bench.padding = 260_000 if job.options.get("bits") == 4.3 else 0
+        return usual(job, report)
+
+    memory.runner.stages = {**memory.runner.stages, "quantize": heavy}
+
+    built = chosen(memory)
+
+    assert left(built.auto) == [("llamacpp-mix, bits 4.6", "")]
+    assert memory.journal.of("start") == ["start"]
+
+
+def test_what_a_budget_leaves_out(memory: Memory) -> None:
+    plan = memory.forecast("auto.at_most=250KB")
+    rows = plan["auto"]["candidates"]
+    assert {row["left"] for row in rows if row["price"] > 250_000} >= {"larger than auto.at_most"}
+    assert all(row["price"] <= 250_000 for row in rows if not row["left"])
+
+    for what in (memory.build, memory.forecast):
+        with pytest.raises(InputRefused, match=r"auto\.at_most: the smallest candidate") as caught:
+            what("auto.at_most=1KB")
+        assert "set auto.at_most to 1MB or more" in caught.value.hint
+
+
+def test_weights_over_the_budget_are_left(memory: Memory) -> None:
+    memory.bench.padding = 300_000
+    with pytest.raises(CheckFailed, match=r"auto\.at_most is"):
+        chosen(memory, "auto.at_most=250KB")
+
+
+def test_a_plan_has_the_candidates_in_their_order(memory: Memory) -> None:
+    plan = memory.forecast()
+    rows = plan["auto"]["candidates"]
+    tries = [row["price"] for row in rows if not row["left"]]
+
+    assert tries == sorted(tries)
+    assert rows[0]["target"] == MIX == next(iter(plan["serving"]))
+    assert {tuple(row["options"].items()) for row in rows} > {(), (("bits", 4.3),)}
+    shown = table(plan)
+    assert "auto: the first of these that is proven" in shown
+    assert f"  {SMALLEST}, 21" in shown
+    chosen(memory)
+    again = memory.forecast()["auto"]["candidates"]  # whatever sizes files really have
+    assert [(row["target"], row["left"]) for row in again] == [
+        (row["target"], row["left"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "why"),
+    [
+        (("quantize.bits=5",), UsageError, "quantize.bits fixes what"),
+        (("quantize.size=1GB",), UsageError, "quantize.size fixes what"),
+        (("quantize.tensor_types={a: q8_0}",), UsageError, "quantize.tensor_types fixes what"),
+        (("auto.engine=nothing",), UsageError, "unknown engine 'nothing'"),
+        (("auto=null",), UsageError, "needs `auto` in the recipe"),
+        (("auto={}",), UsageError, "engine"),
+        (("evaluate=null",), InputRefused, "the recipe has no `evaluate`"),
+        (("evaluate.max_drop=0",), InputRefused, "no number of questions proves"),
+    ],
+)
+def test_bad_input_is_refused_before_any_job(
+    memory: Memory, settings: tuple[str, ...], error: type[Exception], why: str
+) -> None:
+    for ask_for in (memory.build, memory.forecast):
+        with pytest.raises(error, match=why):
+            ask_for(*settings)
+    assert memory.jobs() == []
+
+
+def test_other_targets_are_built_first(memory: Memory, tmp_path: Path) -> None:
+    built = memory.build(targets=["auto", "llamacpp-q8_0"], layout=tmp_path / "image")
+
+    assert list(built) == ["llamacpp-q8_0", "auto"]
+    assert [path.name for path in sorted((tmp_path / "image").iterdir())] == [
+        MIX, "llamacpp-q8_0",
+    ]  # fmt: skip
+
+
+def test_several_engines_share_one_order(memory: Memory) -> None:
+    suite = {"data": "a.jsonl", "max_drop": 0.2}
+    memory.use_vllm("auto", auto={"engine": ["vllm", "llamacpp"]}, evaluate=suite)
+    names = [row["target"] for row in memory.forecast()["auto"]["candidates"]]
+
+    assert {name.partition("-")[0] for name in names} == {"vllm", "llamacpp"}
+
+
+def test_a_suite_that_its_base_passes_too_is_refused_before_any_candidate(memory: Memory) -> None:
+    memory.minds.facts = {q: ("", a) for q, a in map(question, range(MANY))}
+
+    with pytest.raises(CheckFailed, match="the base alone"):
+        chosen(memory)
+
+    assert "export-engine" not in memory.jobs()
+
+
+def test_all_suites_must_be_proven(memory: Memory) -> None:
+    suites = [
+        {"name": "task", "data": "a.jsonl", "max_drop": 0.1},
+        {"name": "floor", "data": "a.jsonl", "min_score": 0.9},
+    ]
+    ask(memory, MANY, evaluate=suites)
+
+    built = chosen(memory)
+
+    assert built.auto
+    (row,) = (one for one in built.auto.candidates if not one.left)
+    assert [one.suite for one in row.sequence] == ["task", "floor"]
+    assert all(one.proven_at for one in row.sequence)
+
+
+def test_a_fleet_names_its_targets(memory: Memory) -> None:
+    path = write_fleet(memory, targets=["auto"])
+
+    with pytest.raises(UsageError, match="the target auto is chosen by a build of its own"):
+        run(memory, path)
