@@ -492,7 +492,9 @@ def _targets() -> Iterator[str]:
         " one for [adapters that are not merged](../explanation/when-not-to-merge.md"
         "#on-a-quantized-base): the same name with `-lora` at its end, such as"
         " `llamacpp-q4_k_m-lora` or `vllm-awq-lora`. Its base is in that format, its adapters in"
-        " 16 bits."
+        " 16 bits. On a CPU, vLLM serves adapters beside 16 bits, AWQ, GPTQ and FP8; `plan` refuses"
+        " `vllm-w8a8-lora` there, and models with experts, since vLLM's layers for CPUs take no"
+        " adapters beside these."
     )
     yield "\n## Base images\n\n| purpose | image |\n|---|---|"
     for purpose, base in sorted(read_bases().items()):

@@ -5,19 +5,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from weightsmith.api.commands.bench import bench
 from weightsmith.api.commands.evaluate import evaluate_subject
+from weightsmith.api.commands.images import inspect_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.recipes import recipe_of_image
 from weightsmith.api.commands.requests import BenchCommand, EvaluateCommand, RebaseCommand
 from weightsmith.api.commands.verify import verify_image
+from weightsmith.building.wiring import make_readers
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import FileEntry, Sources
@@ -287,6 +293,9 @@ def test_verify_compares_base_and_adapters_with_what_was_merged(
 
     assert found["files base"].endswith(", split") == (size == "auto")
     assert found["files adapter:0"].startswith("2 files of ")
+    assert "model.cdx.json" in found["documents"]
+    told = inspect_image(thin.reference, memory.client, memory.engine)
+    assert told["labels"]["dev.weightsmith.kind"] == "thin"
     memory.build(THIN)
     container = Container.of(files(memory, "vllm-thin"), tmp_path / "root")
     assert container.start().returncode == 0
@@ -477,3 +486,140 @@ def test_the_plan_says_what_is_shared(memory: Memory) -> None:
     row = memory.planned("publish", THIN)
 
     assert "thin: 1.6 MiB that all fine-tunes of the base share, 4.4 KiB of its own" in row["why"]
+
+
+def build_on_volume(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> tuple[Reference, Any]:
+    """Push a volume of the base, then a thin image without the base; return both."""
+    base = memory.use_vllm(adapters=None, evaluate=None, version="0.1.0")
+    tools_of = Memory.tools.fget
+
+    def tools(self: Memory) -> object:
+        found = tools_of(self)
+        return replace(found, readers=make_readers(found.store, self.client, lambda: self.folder))
+
+    monkeypatch.setattr(Memory, "tools", property(tools))
+    volume = memory.build("outputs=[image, volume]", push=True, load=True)["vllm"].forms["volume"]
+    place = Reference.parse(volume.reference).at(volume.digest)
+    memory.write_recipe(
+        targets=["vllm"],
+        base={"source": f"oci://{place}"},
+        image={"repository": memory.repository, "base": base},
+    )
+    words = ("outputs.kinds=[image, thin]", "outputs.mount_base=true")
+    built = memory.build(*words, push=True, load=True)
+    return place, built["vllm"].forms["thin"]
+
+
+def test_the_base_may_be_an_image_that_is_mounted(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, thin = build_on_volume(memory, monkeypatch)
+    fat, inside = files(memory, "vllm"), files(memory, "vllm-thin")
+    checks = verify_image(thin.reference, None, memory.client, Silent()).checks
+
+    assert not [name for name in inside if name.startswith("/models")]
+    (found,) = (check for check in checks if check.name == "files base")
+    assert (found.ok, str(place.digest)[:19] in found.found) == (None, True)
+    container = Container.of(inside, tmp_path / "root")
+    done = container.start()
+    assert done.returncode == 5
+    assert "nothing is mounted at" in done.stderr
+    assert f"mount the folder models of the image {place} there" in done.stderr
+    volume = memory.engine.held(f"{memory.repository}:0.1.0-vllm-volume").files()
+    (container.root / "models").mkdir()
+    for name, data in model_of(volume).items():
+        (container.root / "models" / name).write_bytes(data)
+    assert container.start().returncode == 0
+    assert as_tensors(container.model()) == as_tensors(model_of(fat))
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_a_container_merges_into_the_base_that_is_mounted(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is thin's own files alone; its Python is this machine's, mounted as well."""
+    build_on_volume(memory, monkeypatch)
+    volume = memory.engine.held(f"{memory.repository}:0.1.0-vllm-volume").files()
+    root, base = tmp_path / "root", tmp_path / "base"
+    for folder, held in ((root, files(memory, "vllm-thin")), (base, model_of(volume))):
+        for name, data in held.items():
+            path = folder / name.lstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    name, merged = f"weightsmith-thin:{tmp_path.name.replace('_', '-').lower()}", tmp_path / "model"
+    merged.mkdir()
+    with subprocess.Popen(["tar", "-cC", root, "."], stdout=subprocess.PIPE) as tar:
+        start_with = 'ENTRYPOINT ["python3", "-I", "-B", "/opt/weightsmith"]'
+        command = ["docker", "import", "--change", start_with]
+        subprocess.run([*command, "-", name], stdin=tar.stdout, capture_output=True, check=True)
+    places = {*("/usr", "/lib", "/lib64", "/bin"), sys.prefix, sys.base_prefix}
+    mounts = [f"--volume={place}:{place}:ro" for place in places if Path(place).is_dir()]
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["docker", "run", "--rm", "--network=none", "--read-only", "--tmpfs=/tmp", *mounts,
+             f"--env=PATH={sys.prefix}/bin:/usr/bin", f"--volume={base}:/models:ro",
+             f"--volume={merged}:/model", name, "/bin/sh", "-c", "ls /tmp/model/"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    try:
+        done = start()
+        assert done.returncode == 0, done.stderr
+        assert "model.safetensors" in done.stdout
+        (served,) = merged.iterdir()
+        made = {path.name: path.read_bytes() for path in served.iterdir() if path.name[0] != "."}
+        assert as_tensors(made) == as_tensors(model_of(files(memory, "vllm")))
+        shutil.rmtree(served)
+        wrong = next(base.glob("*.safetensors"))
+        wrong.write_bytes(wrong.read_bytes()[:-1] + b"?")
+        done = start()
+        assert (done.returncode, done.stdout) == (4, "")
+        assert "is not what was tested" in done.stderr
+    finally:
+        subprocess.run(["docker", "rmi", "--force", name], capture_output=True, check=True)
+
+
+def test_manifests_mount_it(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _ = build_on_volume(memory, monkeypatch)
+    folder = memory.results("vllm") / "thin"
+
+    for name, merges in (
+        ("kubernetes.yaml", "containers"),
+        ("kubernetes-volume.yaml", "initContainers"),
+    ):
+        documents = list(yaml.safe_load_all((folder / name).read_text()))
+        for one in documents:
+            for version in ("1.33", "1.36", "1.37"):
+                kubernetes_validate.validate(one, version, strict=True)
+        (pod,) = (
+            one["spec"]["template"]["spec"] for one in documents if one["kind"] == "Deployment"
+        )
+        (volume,) = (one for one in pod["volumes"] if "image" in one)
+        assert volume["image"]["reference"] == str(place)
+        mounted = {
+            kind: [
+                (m["mountPath"], m["subPath"], m["readOnly"])
+                for c in pod.get(kind, [])
+                for m in c["volumeMounts"]
+                if m["name"] == volume["name"]
+            ]
+            for kind in ("containers", "initContainers")
+        }
+        assert mounted.pop(merges) == [("/models", "models", True)]
+        assert list(mounted.values()) == [[]]
+    compose = yaml.safe_load((folder / "compose.yaml").read_text())
+    assert compose["services"]["model"]["volumes"][1]["source"] == str(place)
+    assert f"--mount type=image,source={place},target=/models" in (folder / "README.md").read_text()
+
+
+def test_a_base_that_cannot_be_mounted_is_refused_before_any_work(memory: Memory) -> None:
+    memory.use_vllm()
+    with pytest.raises(UsageError, match="no image that can be mounted"):
+        memory.forecast("outputs.kinds=[thin]", "outputs.mount_base=true")
+    with pytest.raises(UsageError, match="no image that can be mounted"):
+        memory.build("outputs.kinds=[thin]", "outputs.mount_base=true")
+    with pytest.raises(UsageError, match="mount_base"):
+        memory.build("outputs.kinds=[image]", "outputs.mount_base=true")
+    assert memory.jobs() == []

@@ -52,7 +52,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def gcs() -> Iterator[str]:
-    """Google's protocol, by an emulator that is not among our own packages: install both to try."""
+    """Google's protocol, by an emulator."""
     pytest.importorskip("gcsfs", reason="gcsfs is not installed")
     emulator = pytest.importorskip(
         "gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed"

@@ -1,6 +1,7 @@
 """Objects in S3, by moto's server: versions, checksums, archives."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,49 @@ def test_of_a_bucket_with_versions_the_listed_one_is_read(s3: Any) -> None:
     assert first == MODEL[LAST][:100]
     assert file.version
     assert ObjectRemote(S3()).open("s3://versions/bot", "", "", Silent()).pin != place.pin
+
+
+@pytest.mark.parametrize("change", ["replace", "add", "delete"])
+def test_of_a_bucket_with_versions_a_pin_is_read_as_it_was(
+    s3: Any, reader: RemoteReader, change: str
+) -> None:
+    bucket = f"pinned-{change}"
+    s3.create_bucket(Bucket=bucket)
+    s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    put(s3, bucket)
+    source, key = f"s3://{bucket}/bot", f"bot/{LAST}"
+    place = ObjectRemote(S3()).open(source, "", "", Silent())
+    pin = place.pin.removeprefix(f"{source}@")
+    time.sleep(0.1)  # in which nothing was written
+    match change:
+        case "replace":
+            s3.put_object(Bucket=bucket, Key=key, Body=b"newer")
+        case "add":
+            s3.put_object(Bucket=bucket, Key="bot/tokenizer.json", Body=b"{}")
+        case _:
+            s3.delete_object(Bucket=bucket, Key=key)
+
+    got = reader.fetch(source, pin, "", Silent())
+
+    assert got.pin == place.pin
+    assert {f.path: got.tree.path(f.path).read_bytes() for f in got.tree.files} == dict(MODEL)
+    (file,) = (one for one in place.files if one.path == LAST)
+    assert b"".join(place.read(file, 0, -1)) == MODEL[LAST]
+    with pytest.raises(InputRefused, match="its pin is"):
+        ObjectRemote(S3()).open(source, f"sha256:{'0' * 64}", "", Silent())
+
+
+def test_an_archive_that_was_replaced_is_read_as_it_was(s3: Any, reader: RemoteReader) -> None:
+    s3.create_bucket(Bucket="replaced")
+    s3.put_bucket_versioning(Bucket="replaced", VersioningConfiguration={"Status": "Enabled"})
+    s3.put_object(Bucket="replaced", Key="bot.tar", Body=archive_of(MODEL))
+    s3.put_object(Bucket="replaced", Key="bot.tar.sig", Body=b"beside it")
+    pin = ObjectRemote(S3()).open("s3://replaced/bot.tar", "", "", Silent()).pin
+    s3.put_object(Bucket="replaced", Key="bot.tar", Body=b"newer")
+
+    got = reader.fetch("s3://replaced/bot.tar", pin.rpartition("@")[2], "", Silent())
+
+    assert {file.path for file in got.tree.files} == set(MODEL)
 
 
 def test_an_object_in_parts_has_no_md5(s3: Any, reader: RemoteReader) -> None:

@@ -85,6 +85,8 @@ def test_a_source_is_taken(source: str) -> None:
         "mlflow:models:/bot/Production",
         "mlflow:runs:/0123abcd/../x",
         "mlflow:x",
+        "hf:/acme/model",
+        "S3:/bucket/model",
         "HTTPS://example.com/model.tar",
         "s3://bucket/a\x00b",
         "s3://bucket/a\\b",
@@ -117,6 +119,14 @@ def test_no_secret_in_a_source(source: str, tmp_path: Path) -> None:
 
     assert "base.source" in caught.value.message
     assert "s3cret" not in caught.value.message + caught.value.hint
+
+
+def test_a_missing_slash_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: bot\nbase: {source: hf:/acme/bot}\ntargets: [vllm]\n")
+
+    with pytest.raises(UsageError, match="hf:// needs two slashes"):
+        read_recipe(recipe)
 
 
 @pytest.mark.parametrize(

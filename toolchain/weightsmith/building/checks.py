@@ -45,6 +45,7 @@ from weightsmith.steps.delivery import check_layout
 from weightsmith.steps.healthcheck import has_program, healthcheck_layers
 from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
+from weightsmith.steps.thin import THIN
 from weightsmith.steps.tools import Tools
 
 _NO_TEMPLATE = "model has no chat template in chat_template.jinja or tokenizer_config.json"
@@ -205,6 +206,11 @@ def check_places(request: BuildRequest) -> None:
     """
     recipe = request.file.recipe
     repository_of(recipe)
+    if recipe.outputs.mount_base and THIN not in recipe.outputs.kinds:
+        raise UsageError(
+            "outputs.mount_base is for thin images, and outputs.kinds has none",
+            hint="add the kind thin, or leave mount_base out",
+        )
     if own := [name for name in recipe.image.labels if name.startswith(PREFIX)]:
         raise UsageError(
             f"image.labels sets {own[0]}, which only the build itself may set",

@@ -18,6 +18,8 @@ Each model has a folder there with the digest of its manifest as its name.
 """
 ADAPTERS, OWN_FILES = "/adapters", "/etc/weightsmith/model"
 """Folders of the image: the adapters by number, and files that are not the base's."""
+FOLDER = "models"
+"""Of an image of the base that is mounted."""
 SPARE = 16 << 20
 """Bytes of folders and rounding that a file system takes beside the files."""
 PROGRAM = "/opt/weightsmith"
@@ -65,6 +67,8 @@ class ThinModel:
 
     base: str
     """Folder of the base's own files."""
+    mounted: str = ""
+    """The image whose folder `FOLDER` is mounted there; "" for files of this image."""
     adapters: tuple[ThinAdapter, ...]
     merge: Merge
     format: str = ""

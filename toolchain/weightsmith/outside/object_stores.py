@@ -2,15 +2,19 @@
 
 A folder is a prefix. What identifies an object is its version (S3, where a bucket keeps versions)
 or generation (GCS), else its ETag; that version is what is read, and its checksum is compared where
-the store has one. Credentials, region and endpoint are those of the stores' own tools.
+the store has one. A pin is the digest of a list: where S3 keeps versions, a folder that was changed
+since is read as it was at the moment whose list has that digest. Credentials, region and endpoint
+are those of the stores' own tools.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from operator import itemgetter
 from typing import Any, Protocol
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
@@ -30,7 +34,12 @@ from weightsmith.recipe.sources import BUCKET, LIST_PIN, is_archive
 
 _CHUNK = 16 << 20
 """Bytes of one request."""
+_MOST_MOMENTS = 1000
+"""Of a folder's past that are looked at."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
+_UNKEPT = "null"
+"""The version of an object that was written when its bucket kept none."""
+_TAG = re.compile(r"[0-9a-f]{32}(-[0-9]+)?")
 _QUERY = re.compile(r"\?\S*")
 
 
@@ -56,8 +65,13 @@ class ObjectStore(Protocol):
     def connect(self) -> Any:
         """Return its file system; nothing is asked yet."""
 
-    def describe(self, files: Any, bucket: str, key: str, path: str) -> RemoteFile:
-        """Return what it says of an object now."""
+    def describe(
+        self, files: Any, bucket: str, key: str, path: str, version: str = ""
+    ) -> RemoteFile:
+        """Return what it says of a version of an object, or of the object now."""
+
+    def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
+        """Yield the versions by key of what was below a prefix at earlier moments, newest first."""
 
     def read(self, files: Any, place: str, version: str, start: int, end: int) -> bytes:
         """Return a part of a version of an object."""
@@ -90,16 +104,22 @@ class ObjectRemote:
             root = key.rpartition("/")[0] if single else key
             paths = [key.rpartition("/")[2]] if single else self._paths(files, bucket, key)
             check_names([RemoteFile(path=path) for path in paths], source)
-            # Each is asked for by itself, and only a model's own: lists have no checksums.
-            rows = [
-                self._store.describe(files, bucket, f"{root}/{path}".lstrip("/"), path)
-                if single or is_used(path)
-                else RemoteFile(path=path)
-                for path in paths
-            ]
+            below = f"{root}/".lstrip("/")
+            found_now = dict.fromkeys((f"{below}{path}" for path in paths), "")
+            known: dict[tuple[str, str], RemoteFile] = {}
+            rows = self._rows(files, bucket, below, found_now, known, single=single)
+            digest = _pin(rows, single=single)
+            if revision and digest != revision:
+                whole = key if single else below
+                for moment in self._store.past(files, bucket, whole):
+                    then = {one: moment[one] for one in moment if not single or one == key}
+                    check_names([RemoteFile(path=n.removeprefix(below)) for n in then], source)
+                    earlier = self._rows(files, bucket, below, then, known, single=single)
+                    if _pin(earlier, single=single) == revision:
+                        rows, digest = earlier, revision
+                        break
         if not rows:
             raise InputRefused(f"{source} does not exist, or is empty", hint="check its path")
-        digest = _archive_pin(rows[0]) if single else list_pin(rows)
         require_pin(source, revision, digest)
         place = f"{bucket}/{root}".rstrip("/")
         return Place(
@@ -110,6 +130,27 @@ class ObjectRemote:
             hint=self._store.hint,
             is_archive=is_archive(key),
         )
+
+    def _rows(
+        self,
+        files: Any,
+        bucket: str,
+        below: str,
+        found: Mapping[str, str],
+        known: dict[tuple[str, str], RemoteFile],
+        *,
+        single: bool,
+    ) -> list[RemoteFile]:
+        # Each is asked for by itself, and only a model's own: lists have no checksums.
+        rows = []
+        for key, version in found.items():
+            path = key.removeprefix(below)
+            about = known.get((key, version)) or RemoteFile(path=path)
+            if about.size < 0 and (single or is_used(path)):
+                about = self._store.describe(files, bucket, key, path, version)
+            known[key, version] = about
+            rows.append(about)
+        return rows
 
     @staticmethod
     def _paths(files: Any, bucket: str, key: str) -> list[str]:
@@ -139,7 +180,7 @@ class ObjectRemote:
         if start == file.size > 0:
             bucket, _, key = path.partition("/")
             with self._asked(source, again=True):
-                now = self._store.describe(files, bucket, key, file.path)
+                now = self._store.describe(files, bucket, key, file.path, file.version)
             if now != file:
                 raise InputRefused(
                     f"{source}: {file.path} was changed while it was read",
@@ -169,7 +210,11 @@ class ObjectRemote:
             raise EnvironmentFailure(f"{source}: {what}", hint=self._store.hint) from None
 
 
-def _archive_pin(file: RemoteFile) -> str:
+def _pin(rows: Sequence[RemoteFile], *, single: bool) -> str:
+    """Return the digest of a list, or of what is known of one file."""
+    if not (single and rows):
+        return list_pin(rows)
+    (file,) = rows
     return str(Digest.of(repr((file.path, file.size, file.version or file.md5)).encode()))
 
 
@@ -189,10 +234,13 @@ class S3:
             use_listings_cache=False, skip_instance_cache=True, config_kwargs=CLIENT
         )
 
-    def describe(self, files: Any, bucket: str, key: str, path: str) -> RemoteFile:
+    def describe(
+        self, files: Any, bucket: str, key: str, path: str, version: str = ""
+    ) -> RemoteFile:
         """Return size, version and checksum of an object."""
+        one = {"VersionId": version} if version and not _TAG.fullmatch(version) else {}
         said: Mapping[str, Json] = files.call_s3(
-            "head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED"
+            "head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **one
         )
         tag = str(said.get("ETag") or "").strip('"')
         version = str(said.get("VersionId") or "")
@@ -209,16 +257,44 @@ class S3:
             size=int(said["ContentLength"]),
             digest=digest,
             md5=tag if plain and digest is None else "",
-            version=version if version not in ("", "null") else tag,
+            version=version if version not in ("", _UNKEPT) else tag,
         )
 
     def read(self, files: Any, place: str, version: str, start: int, end: int) -> bytes:
         """Return a part of an object, of a version where its bucket keeps them."""
         # An ETag names no version: that the object is still the same one is asked afterwards.
-        tagged = bool(re.fullmatch(r"[0-9a-f]{32}(-[0-9]+)?", version))
-        return bytes(
-            files.cat_file(place, version_id=None if tagged else version, start=start, end=end)
-        )
+        one = None if _TAG.fullmatch(version) else version
+        return bytes(files.cat_file(place, version_id=one, start=start, end=end))
+
+    def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
+        """Yield what was there after each change, by the times of versions and delete markers."""
+        history: dict[str, list[tuple[datetime, str | None]]] = {}  # None: it was deleted
+        marks: dict[str, str] = {}
+        with suppress(OSError):  # the right to list versions is one of its own
+            while True:
+                said = files.call_s3("list_object_versions", Bucket=bucket, Prefix=key, **marks)
+                for one in (*said.get("Versions", ()), *said.get("DeleteMarkers", ())):
+                    version = str(one["VersionId"]) if "ETag" in one else None
+                    history.setdefault(one["Key"], []).append((one["LastModified"], version))
+                if not said.get("IsTruncated"):
+                    break
+                marks = {name: said[f"Next{name}"] for name in ("KeyMarker", "VersionIdMarker")}
+        if all(version == _UNKEPT for rows in history.values() for _, version in rows):
+            return
+        for rows in history.values():
+            rows.sort(key=itemgetter(0), reverse=True)
+        moments = sorted({time for rows in history.values() for time, _ in rows}, reverse=True)
+        for moment in moments[:_MOST_MOMENTS]:
+            then = {
+                name: next((version for time, version in rows if time <= moment), None)
+                for name, rows in sorted(history.items())
+                if not name.endswith("/")
+            }
+            yield {
+                name: "" if version == _UNKEPT else version
+                for name, version in then.items()
+                if version is not None
+            }
 
 
 class Gcs:
@@ -235,9 +311,12 @@ class Gcs:
 
         return get_filesystem_class("gs")(use_listings_cache=False, skip_instance_cache=True)
 
-    def describe(self, files: Any, bucket: str, key: str, path: str) -> RemoteFile:
+    def describe(
+        self, files: Any, bucket: str, key: str, path: str, version: str = ""
+    ) -> RemoteFile:
         """Return size, generation and checksum of an object."""
-        said: Mapping[str, Json] = files.info(f"{bucket}/{key}")
+        one = {"generation": version} if version.isdecimal() else {}
+        said: Mapping[str, Json] = files.info(f"{bucket}/{key}", **one)
         md5 = ""
         with suppress(ValueError):
             md5 = base64.b64decode(str(said.get("md5Hash") or ""), validate=True).hex()
@@ -247,6 +326,11 @@ class Gcs:
             md5=md5,
             version=str(said.get("generation") or said.get("etag") or ""),
         )
+
+    def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
+        """Yield nothing: a list of generations has none that were deleted together."""
+        del files, bucket, key
+        return ()
 
     def read(self, files: Any, place: str, version: str, start: int, end: int) -> bytes:
         """Return a part of one generation of an object."""

@@ -60,6 +60,7 @@ from weightsmith.provenance.spdx import spdx_document
 from weightsmith.provenance.statements import (
     BASE_FILES,
     CONTENTS,
+    MOUNTED,
     Resource,
     Statement,
     file_resources,
@@ -336,7 +337,11 @@ def _baked(made: ImageMaterials, documents: Sequence[Attachment]) -> Statement:
     if (thin := made.inputs.thin) and made.inputs.sources:
         inside = thin.files
         needed.append(tree_resource(CONTENTS, tree_digest(inside)))
-        needed.append(tree_resource(BASE_FILES, thin.base_files))
+        if at := thin.model.mounted:
+            digest = Digest(at.partition("@")[2])
+            needed.append(Resource(name=MOUNTED, digest=digest, uri=at))
+        else:
+            needed.append(tree_resource(BASE_FILES, thin.base_files))
     if made.base:
         needed.append(
             Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)

@@ -28,6 +28,7 @@ from weightsmith.provenance.labels import PREFIX, TESTED, VERDICT
 from weightsmith.provenance.statements import (
     BASE_FILES,
     CONTENTS,
+    MOUNTED,
     TEST_RESULT,
     Resource,
     Statement,
@@ -252,7 +253,12 @@ def _thin(baked: Statement, lineage: Lineage, files: Mapping[str, str]) -> Itera
         else:
             name = "base"
         groups.setdefault(name, []).append(FileEntry(path=path, size=0, digest=Digest(digest)))
+    mounted = baked.dependencies.get(MOUNTED)
     for name, group in sorted(groups.items()):
+        if name == "base" and mounted and not group:
+            found = f"mounted from the image {mounted[:19]}, compared where it merges"
+            yield Check(name="files base", ok=None, found=found)
+            continue
         whole, wanted = tree_digest(group), sources.get(name, "")
         split = name == "base" and wanted and whole == baked.dependencies.get(BASE_FILES) != wanted
         ok = whole == wanted or bool(split)

@@ -214,6 +214,8 @@ def tree_resource(name: str, digest: Digest, uri: str = "") -> Resource:
 CONTENTS, BASE_FILES = "contents", "base files"
 """What the statement of a thin image names: all files in it but the engine's and the program's, and
 of these the base's, perhaps split."""
+MOUNTED = "mounted base"
+"""The image that a thin image has its base from, if it has none itself."""
 
 
 def file_resources(tree: Tree) -> list[Resource]:

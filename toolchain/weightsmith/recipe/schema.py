@@ -631,6 +631,12 @@ class Outputs(Section):
         "this machine); the others have its name and `-KIND`. "
         "See [which to choose](../how-to/choose-a-form.md).",
     )
+    mount_base: bool = Field(
+        False,
+        description="Leave the base out of a thin image, whose manifests then mount the image that "
+        "`base.source` names: a `volume` or another image that `build` made of the base. So a node "
+        "has the base once for all engines.",
+    )
     hub: str = Field(
         "",
         max_length=250,

@@ -19,6 +19,7 @@ LIST_PIN = re.compile(r"sha256:[0-9a-f]{64}")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _MLFLOW = "mlflow"
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
+_ONE_SLASH = re.compile(r"(hf|pypi|oci|s3|gs|https?|modelscope):/(?!/)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -56,8 +57,8 @@ def scheme_of(source: str) -> str:
 
 
 def is_remote(source: str) -> bool:
-    """Return whether a source is no folder."""
-    return bool(scheme_of(source))
+    """Return whether a source is no folder: also one that `check_source` refuses."""
+    return bool(scheme_of(source) or _ONE_SLASH.match(source))
 
 
 def check_source(source: str) -> str:
@@ -65,6 +66,8 @@ def check_source(source: str) -> str:
 
     The forms of `hf://` and `pypi://` are checked by those who read them.
     """
+    if found := _ONE_SLASH.match(source):
+        raise ValueError(f"{found[1]}:// needs two slashes (a folder of that name: ./{found[0]}…)")
     scheme = "https" if source.startswith("http://") else scheme_of(source)
     if scheme not in _FORMS:
         if scheme.lower() in (*_FORMS, "http"):

@@ -117,7 +117,7 @@ from weightsmith.steps.step import (
     Trial,
     UnforeseenStep,
 )
-from weightsmith.steps.thin import grown, plan_thin, thin_parts
+from weightsmith.steps.thin import grown, mounted_base, plan_thin, thin_parts
 from weightsmith.steps.tools import Tools
 
 USER = "65532:65532"
@@ -683,22 +683,26 @@ class ThinStep(FormStep):
     def foresee(self, seen: Foresight) -> Foreseen[None]:
         """Return nothing; refuses a merge that another machine may do otherwise."""
         sources = seen[self.sources]
+        if self.file.recipe.outputs.mount_base:
+            mounted_base(sources.base, seen.tools.registry)
         if not isinstance(sources.base.tree, ForeseenTree):
             plan_thin(sources, self.file.recipe.merge)
         return Foreseen(value=None)
 
     def _made_of(self, have: Results, tools: Tools) -> ImageInputs:
         made, sources = super()._made_of(have, tools), have[self.sources]
-        image = have[self.image][0].inputs
+        image, recipe = have[self.image][0].inputs, self.file.recipe
+        mount = recipe.outputs.mount_base
         parts = thin_parts(
             sources,
-            self.file.recipe.merge,
+            recipe.merge,
             have[self.weights],
             image.artifact,
-            *self._base(image, sources, tools.store),
+            *(((), sources.base.digest) if mount else self._base(image, sources, tools.store)),
             image.engine,
             [base.platform for base in image.bases],
             tools,
+            mounted=mounted_base(sources.base, tools.registry) if mount else "",
         )
         config = have[self.config]
         manifest = json.dumps(plain(parts.model), indent=2) + "\n"

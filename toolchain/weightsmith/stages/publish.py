@@ -140,7 +140,10 @@ class PublishStep(TargetStep[Published, None]):
         if any(kind == THIN for kind, _ in self.forms):
             base, own = seen[self.sources].base.tree.size, seen[self.sources].adapters
             adapters = human(sum(one.snapshot.tree.size for one in own))
-            why += f"; thin: {human(base)} that all fine-tunes of the base share, "
+            shared = (
+                "mounted" if recipe.outputs.mount_base else "that all fine-tunes of the base share"
+            )
+            why += f"; thin: {human(base)} {shared}, "
             why += f"{adapters} of its own"
         if hub := recipe.outputs.hub:
             why += f"; with --push, {human(size)} go to {hub} too, unless it has them"

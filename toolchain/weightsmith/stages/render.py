@@ -27,7 +27,7 @@ from jinja2 import (
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import AnySigner, Signer
 from weightsmith.core.resources import templates
-from weightsmith.core.thin import SERVED, SPARE
+from weightsmith.core.thin import FOLDER, SERVED, SPARE
 from weightsmith.core.values import (
     Artifact,
     Checkpoint,
@@ -333,6 +333,9 @@ def render_thin(
         "merge_memory": parts.model.memory_bytes,
         "merge_limit": ServingPlan(host_bytes=parts.model.memory_bytes).memory_limit_bytes,
         "merge_command": list(parts.entrypoint),
+        "base_image": parts.model.mounted,
+        "base_folder": FOLDER,
+        "model_dir": parts.model.base,
     }
     environment = _environment((templates() / THIN, templates() / "deploy"))
     names = ["compose.yaml.j2", *(path.name for path in (templates() / THIN).glob("*.j2"))]

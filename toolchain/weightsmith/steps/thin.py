@@ -30,17 +30,22 @@ from weightsmith.core.values import (
     FileEntry,
     Format,
     JsonValue,
+    Snapshot,
     Sources,
     Tree,
 )
 from weightsmith.merging.libc import KEPT_MEMORY
 from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate, make_plan
 from weightsmith.models.safetensors import read_header
+from weightsmith.oci.image import layers_by_role
 from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.provenance.attest import ThinParts
 from weightsmith.quantizers.rounded import KEPT_ROWS
 from weightsmith.quantizers.schemes import SCHEMES
+from weightsmith.recipe.sources import scheme_of
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.steps.bases import base_inputs
@@ -108,12 +113,14 @@ def thin_parts(
     engine: Engine,
     platforms: Sequence[str],
     tools: Tools,
+    *,
+    mounted: str = "",
 ) -> ThinParts:
     """Return the parts of a thin image.
 
     `made` are the weights as they were quantized or merged, `served` the same with what lies beside
-    them; `base` are the layers of the base's own files, which have the digest `base_files`. Raises
-    what `plan_thin` does.
+    them; `base` are the layers of the base's own files, which have the digest `base_files`; there
+    are none if the image `mounted` has the base. Raises what `plan_thin` does.
     """
     plan = plan_thin(sources, options)
     known = {file.path: file for file in sources.base.tree.files}
@@ -123,6 +130,7 @@ def thin_parts(
     format_ = made.format.name if made.format.packed else ""
     model = ThinModel(
         base=engine.model_dir,
+        mounted=mounted,
         adapters=tuple(
             ThinAdapter(folder=f"{ADAPTERS}/{number}", weight=one.weight)
             for number, one in enumerate(sources.adapters)
@@ -166,6 +174,23 @@ def thin_parts(
         program={each: program_layer(each, tools) for each in platforms},
         entrypoint=(engine.python, "-I", "-B", PROGRAM),
         base_files=base_files,
+    )
+
+
+def mounted_base(base: Snapshot, registry: Registry) -> str:
+    """Return the image with the base that a thin image's manifests mount, by digest.
+
+    Raises UsageError if the base does not come from an image with a folder that can be mounted.
+    """
+    if scheme_of(base.source) == "oci":
+        place = base.pin.removeprefix("oci://")
+        image = registry.pull_all(Reference.parse(place))[0]
+        if layers_by_role(image).get("weights") and not image.has_files:
+            return place
+    raise UsageError(
+        f"outputs.mount_base: {base.source} is no image that can be mounted",
+        hint="build the base with the kind volume and --push, and let base.source name that: "
+        "oci://REGISTRY/REPOSITORY:TAG-volume",
     )
 
 

@@ -26,7 +26,7 @@ from weightsmith.core.cpus import granted
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.json_objects import read_exactly
 from weightsmith.core.safe_parse import INDEX, parse, parse_file, read_bytes
-from weightsmith.core.thin import PLACES, SERVED, SPARE, CopiedFile, MadeFile, ThinModel
+from weightsmith.core.thin import FOLDER, PLACES, SERVED, SPARE, CopiedFile, MadeFile, ThinModel
 from weightsmith.core.trees import discard
 from weightsmith.merging.blocks import MergeCounts, Settings
 from weightsmith.merging.companions import companion_files, index_json
@@ -179,6 +179,11 @@ def _hashed(
 
 
 def _make(model: ThinModel, out: Path, progress: _Progress) -> None:
+    if model.mounted and not Path(model.base, "config.json").is_file():
+        raise EnvironmentFailure(
+            f"the base is not in this image, and nothing is mounted at {model.base}",
+            hint=f"mount the folder {FOLDER} of the image {model.mounted} there",
+        )
     adapters = tuple((Path(one.folder), one.weight) for one in model.adapters)
     progress.begin("merging", sum(file.size for file in model.made))
     keep_freed_memory()

@@ -45,6 +45,12 @@ def test_two_merges_do_not_write_into_one_folder(tmp_path):
     assert not beside.exists()
 
 
+def test_a_missing_slash_is_named(tmp_path):
+    for source in ({"base": "hf:/acme/bot"}, {"adapters": ("hf:/acme/bot",)}):
+        with pytest.raises(UsageError, match="hf:// needs two slashes"):
+            merge_folders(asked(out=tmp_path / "out", **source), memory_tools(tmp_path / "m"))
+
+
 def test_a_combined_adapter_is_told_by_its_files(tmp_path):
     result = merge_folders(asked(keep_adapter=tmp_path / "kept"), memory_tools(tmp_path / "m"))
 
