@@ -1,6 +1,6 @@
 """Thin images of 20 fine-tunes of one base: bytes in a registry and for a node, and their start.
 
-    python benchmarks/thin.py [--work benchmarks/work] [--formats fp8,…] [--rounds 3]
+    python benchmarks/thin.py [--work benchmarks/work] [--formats fp8,…] [--rounds 3] [--serve]
 
 The base has Llama's shapes and 0.97 GB in bfloat16, the adapters rank 8 on all linear layers. Bytes
 are those of layers without the engine's, which both kinds share; layers of tensors that no adapter
@@ -11,6 +11,10 @@ A start is the image's own program in a process of its own, on the files of the 
 /dev/shm: wall and CPU seconds and peak memory until the last file was compared. `reading` is the
 time that a disk of 200 MB/s takes for the weights of the fat image; the base is in the page cache,
 so a cold start takes up to the base's own reading time more.
+
+With `--serve`, vLLM for CPUs (from the store) serves the merged model, what the thin start merges,
+and the base with the adapter unmerged: seconds from start to first answer, CPU seconds of that, and
+tokens per second of one request. It compiles nothing (`--enforce-eager`).
 """
 
 from __future__ import annotations
@@ -20,16 +24,22 @@ import heapq
 import json
 import os
 import shutil
+import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import merge as shapes
 from weightsmith.building.progress import progress_for
-from weightsmith.building.wiring import open_tools
+from weightsmith.building.wiring import make_store, open_tools
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.values import (
@@ -54,12 +64,18 @@ from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe.user_config import RunOptions
 from weightsmith.serving.vllm import ENGINE
+from weightsmith.steps.bases import base_inputs
 from weightsmith.steps.thin import program_files, thin_parts
 from weightsmith.steps.tools import Tools
 
 COUNT = 20
 RANK = 8
 CONNECTIONS, RATE, DISK = 3, 100e6, 200e6
+VLLM_FLAGS = (
+    *("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "1"),
+    *("--kv-cache-memory-bytes", "268435456", "--host", "127.0.0.1"),
+)
+NAME, TOKENS, LOADS = "model", 32, 600
 START = """
 import sys
 from pathlib import Path
@@ -69,7 +85,7 @@ sys.argv[0] = program
 from weightsmith.core import thin
 from weightsmith.worker import start
 thin.PLACES, thin.SERVED = (place,), place + "/served"
-raise SystemExit(start.main([], Path(manifest)))
+raise SystemExit(start.main(sys.argv[4:], Path(manifest)))
 """
 
 
@@ -111,9 +127,9 @@ def parts_of(sources: Sources, made: Artifact, tools: Tools) -> ThinParts:
     return thin_parts(sources, Merge(), made, made, layers, base.digest, ENGINE, platforms, tools)
 
 
-def started(parts: ThinParts, sources: Sources, work: Path, rounds: int) -> dict[str, float]:
-    """Start the image's program on its files; return medians."""
-    program = work / "program"
+def start_command(parts: ThinParts, sources: Sources, made: Path, manifest: Path) -> list[str]:
+    """Write the image's program and manifest; return what runs it, but for the folder to fill."""
+    program = manifest.parent / "program"
     shutil.rmtree(program, ignore_errors=True)
     for name, data in program_files().items():
         (program / name).parent.mkdir(parents=True, exist_ok=True)
@@ -127,16 +143,118 @@ def started(parts: ThinParts, sources: Sources, work: Path, rounds: int) -> dict
             replace(one, folder=str(source.snapshot.tree.root))
             for one, source in zip(parts.model.adapters, sources.adapters, strict=True)
         ),
-        copied=(),
+        copied=tuple(replace(one, source=str(made / one.name)) for one in parts.model.copied),
     )
-    manifest = work / "thin.json"
     manifest.write_text(json.dumps(plain(model)))
+    return [sys.executable, "-I", "-B", "-c", START, str(program), str(manifest)]
+
+
+def started(command: list[str], rounds: int) -> dict[str, float]:
+    """Start the image's program on its files; return medians."""
     runs = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
-            argv = [sys.executable, "-I", "-B", "-c", START, str(program), str(manifest), place]
-            runs.append(shapes.run(argv))
+            runs.append(shapes.run([*command, place]))
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def vllm() -> tuple[list[str], dict[str, str]]:
+    """Return the command and the variables of vLLM for CPUs."""
+    engine = make_store().find(base_inputs("vllm-cpu").key)
+    if engine is None:
+        raise SystemExit("vLLM's engine for CPUs is not in the store: build a vllm target first")
+    root = engine.tree.root
+    loader = [f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path"]
+    python = [f"{root}/usr/lib/x86_64-linux-gnu", f"{root}/usr/bin/python3", "-s"]
+    env = {"PYTHONHOME": f"{root}/usr", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return [*loader, *python, f"{root}/usr/local/bin/vllm", "serve"], env
+
+
+def asked(command: list[str], env: dict[str, str], name: str, log: Path) -> tuple[float, ...]:
+    """Start a server.
+
+    Returns seconds and CPU seconds to its first token, then tokens per second and CPU seconds for
+    each of one request.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [*command, "--port", str(port)],
+            env={**os.environ, **env},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        while server.poll() is None and time.monotonic() < begun + LOADS:
+            with suppress(OSError):
+                answer(port, name, 1)
+                break
+            time.sleep(0.2)
+        else:
+            raise SystemExit(f"no answer, see {log}")
+        first, cpu = time.monotonic() - begun, cpu_of(server.pid)
+        answer(port, name, 4)
+        since, before = time.monotonic(), cpu_of(server.pid)
+        answer(port, name, TOKENS)
+        speed = TOKENS / (time.monotonic() - since)
+        return first, cpu, speed, (cpu_of(server.pid) - before) / TOKENS
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def answer(port: int, name: str, tokens: int) -> None:
+    """Ask for tokens; raises OSError where no server answers."""
+    body = {"model": name, "prompt": [5, 6, 7, 8], "max_tokens": tokens, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(body | {"temperature": 0}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=LOADS) as reply:
+        json.load(reply)
+
+
+def cpu_of(group: int) -> float:
+    """Return the CPU seconds of a process group's processes, and of those that have ended."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15])) if int(fields[2]) == group else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def serve(command: list[str], base: Path, adapter: Path, fat: Path, work: Path) -> None:
+    """Print the table of the three ways to serve one fine-tune."""
+    server, env = vllm()
+    tokenizer = shapes.ROOT / "examples" / "tiny" / "base"
+    for folder in (base, fat):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer / name, folder / name)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        words = ["--tokenizer", str(base), "--served-model-name", NAME, *VLLM_FLAGS]
+        lora = ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(RANK)]
+        ways = {
+            "fat": [*server, str(fat), *words],
+            "thin": [*command, place, *server, f"{place}/served", *words],
+            "base and adapter unmerged": [
+                *(*server, str(base), "--served-model-name", "base", *VLLM_FLAGS),
+                *(*lora, "--lora-modules", f"{NAME}={adapter}"),
+            ],
+        }
+        print("\n| served by vLLM | first answer s | CPU s | tokens/s | CPU s a token |")
+        print("|---|---|---|---|---|")
+        for name, argv in ways.items():
+            first, cpu, speed, each = asked(argv, env, NAME, work / f"{name[:4]}.log")
+            row = f"| {name} | {first:.1f} | {cpu:.1f} | {speed:.2f} | {each:.3f} |"
+            print(row, flush=True)
 
 
 def main() -> None:
@@ -145,6 +263,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=shapes.ROOT / "benchmarks" / "work")
     parser.add_argument("--formats", default="", help="such as fp8,nvfp4a16, besides 16 bits")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", action="store_true", help="start and ask vLLM, too")
     given = parser.parse_args()
     work = given.work.resolve()
     shape = shapes.GIGABYTE
@@ -167,6 +286,12 @@ def main() -> None:
             made[name] = Artifact(format=formats()[name], tree=tree_of(out))
         loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
         print(f"{COUNT} fine-tunes, {os.cpu_count()} CPUs, load {loads}\n")
+        if given.serve:
+            parts = parts_of(sources, made["16 bits"], tools)
+            serve(
+                start_command(parts, sources, fat, work / "served.json"), base, adapter, fat, work
+            )
+            return
         print("| | registry | a node's second image | pull | share of fat |")
         print("|---|---|---|---|---|")
         starts = []
@@ -183,7 +308,8 @@ def main() -> None:
                   f"| {pull:.1f} s | |")  # fmt: skip
             print(f"| thin, {name} | {(shared + COUNT * own) / 1e9:.2f} GB | {own / 1e6:.1f} MB "
                   f"| {quick:.1f} s | {own / whole:.1%} |")  # fmt: skip
-            found = started(parts, sources, work, given.rounds)
+            command = start_command(parts, sources, artifact.tree.root, work / f"{name}.json")
+            found = started(command, given.rounds)
             reading = artifact.tree.weight_bytes / DISK
             planned = parts.model.memory_bytes / 2**20
             starts.append(
