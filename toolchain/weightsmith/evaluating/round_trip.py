@@ -63,6 +63,8 @@ _PIECE = 4
 """Tokens that come at a time where an answer is streamed."""
 _SEEN = 64
 """Tokens of the prompt's end, where it may have begun the model's thoughts."""
+_MOST = 8192
+"""Tokens of a chat that is read back: each piece of a stream is a request."""
 _READ = "/v1/chat/completions/derender"
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
 
@@ -124,7 +126,8 @@ def _rendered(
     }
     answer = session.try_post("/tokenize", body)
     try:
-        return [int(one) for one in parse(answer.text)["tokens"]] if answer.status == 200 else None
+        found = [int(one) for one in parse(answer.text)["tokens"]] if answer.status == 200 else []
+        return found if 0 < len(found) <= _MOST else None
     except _MALFORMED:
         return None
 
