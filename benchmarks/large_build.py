@@ -148,12 +148,13 @@ def _cpu(pid: int) -> float:
     return total / _TICKS
 
 
-def build(folder: Path) -> Watch:
-    """Build, and return what was seen."""
-    words = ["build", "--recipe", str(folder / "recipe.yaml"), "--runner", "local", "--json"]
+def build(folder: Path, recipe: str = "recipe.yaml") -> Watch:
+    """Build, and return what was seen; the image is started by our own sandbox, as a child."""
+    words = ["build", "--recipe", str(folder / recipe), "--runner", "local", "--json"]
+    nobody = {"DOCKER_HOST": f"unix://{folder}/none"}
     process = subprocess.Popen(
         [sys.executable, "-m", "weightsmith.cli.program", *words, "--dist", str(folder / "dist")],
-        env=os.environ | {"WEIGHTSMITH_STORE": str(folder / "store")},
+        env=os.environ | nobody | {"WEIGHTSMITH_STORE": str(folder / "store")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -206,7 +206,9 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False) -> None:
+def make_adapter(
+    folder: Path, shape: Shape, kind: str, *, sparse: bool = False, seed: int = 1
+) -> None:
     """Write an adapter for all linear layers, about one hundredth of the weights in size."""
     import numpy as np
     from weightsmith.models.safetensors import build_header
@@ -221,7 +223,7 @@ def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False)
                 sides = {f"hada_w{i}_a": (rows, 16) for i in (1, 2)}
                 sides |= {f"hada_w{i}_b": (16, columns) for i in (1, 2)}
             tensors += [(f"{name}.{side}", "F32", size) for side, size in sides.items()]
-    random = np.random.default_rng(1)
+    random = np.random.default_rng(seed)
     with (folder / "adapter_model.safetensors").open("wb") as file:
         header = build_header(tensors, {"format": "pt"})
         file.write(header)

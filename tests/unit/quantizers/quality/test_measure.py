@@ -23,6 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from weightsmith.core.errors import CheckFailed, InputRefused, Unmeasurable
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.quality.limits import limits_for
@@ -285,12 +286,14 @@ def written(folder, config):
 
 
 IDS = torch.stack([torch.arange(20) + 3, torch.arange(20) + 30])
-PLACES = [(row, column) for row in range(2) for column in range(20)]
+LENGTHS = [20, 12]
+"""The second text's last tokens are padding."""
+PLACES = [(row, column) for row in range(2) for column in range(LENGTHS[row])]
 
 
 def assert_same(mine, network):
     with torch.inference_mode():
-        wanted = network(IDS).logits.log_softmax(-1).flatten(0, 1)
+        wanted = network(IDS).logits.log_softmax(-1)[tuple(zip(*PLACES, strict=True))]
     torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -310,7 +313,7 @@ def test_both_models_run_as_whole_ones(tmp_path, config):
     right = written(tmp_path, config)
     view = View(lambda _, data: np.round(data * 64) / 64, tmp_path)
 
-    found = run_both(tmp_path, view, IDS, 20, lambda done, total: None)
+    found = run_both(tmp_path, view, IDS, LENGTHS, lambda done, total: None)
 
     rounded = {name: torch.tensor(view.tensor(name)) for name in view.names}
     save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
@@ -323,13 +326,29 @@ def test_both_models_run_as_whole_ones(tmp_path, config):
     assert all(error > 0 for error in found.layers.values())
 
 
+def test_padding_is_not_multiplied(tmp_path, monkeypatch):
+    written(tmp_path, LlamaConfig(**SMALL))
+    counts, multiply = set(), Lockstep.multiply
+    monkeypatch.setattr(
+        Lockstep,
+        "multiply",
+        lambda self, key, inputs, matrix: (
+            counts.add(len(inputs)) or multiply(self, key, inputs, matrix)
+        ),
+    )
+
+    run_both(tmp_path, View(model=tmp_path), IDS, LENGTHS, lambda done, total: None)
+
+    assert counts == {sum(LENGTHS), sum(LENGTHS) + LENGTHS[0]}
+
+
 def test_an_architecture_that_cannot_be_streamed_is_measured_in_memory(tmp_path):
     """Jamba's state spaces use weights without calling their module."""
     sizes = {"mamba_d_state": 8, "mamba_dt_rank": 8, "num_experts": 1, "use_mamba_kernels": False}
     config = JambaConfig(**SMALL, **sizes, attn_layer_offset=1, attn_layer_period=2)
     right = written(tmp_path, config)
 
-    found = run_both(tmp_path, View(model=tmp_path), IDS, 20, lambda done, total: None)
+    found = run_both(tmp_path, View(model=tmp_path), IDS, LENGTHS, lambda done, total: None)
 
     for mine in (found.checkpoint, found.quantized):
         assert_same(mine, right)
@@ -347,7 +366,7 @@ def test_only_the_language_model_of_a_multimodal_one_needs_quantized_weights(tmp
     view = View(model=tmp_path)
     view.names = frozenset(name for name in view.names if name.startswith("language_model."))
 
-    found = run_both(tmp_path, view, IDS, 20, lambda done, total: None)
+    found = run_both(tmp_path, view, IDS, LENGTHS, lambda done, total: None)
 
     assert_same(found.quantized, right)
     assert found.layers == {0: 0, 1: 0}
@@ -368,7 +387,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_not_measured(tmp_path):
     save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(Unmeasurable, match=r"no tensor model\.norm\.weight"):
-        run_both(tmp_path, View(model=tmp_path), IDS, 20, lambda done, total: None)
+        run_both(tmp_path, View(model=tmp_path), IDS, LENGTHS, lambda done, total: None)
 
 
 def test_experts_that_get_no_token_are_compared_too(tmp_path):
@@ -378,7 +397,7 @@ def test_experts_that_get_no_token_are_compared_too(tmp_path):
         def tensor(self, name):
             return self.truth.tensor(name) * (1.25 if ".experts." in name else 1)
 
-    found = run_both(model, Louder(model=model), torch.arange(8)[None], 8, lambda *_: None)
+    found = run_both(model, Louder(model=model), torch.arange(8)[None], [8], lambda *_: None)
 
     errors = [error for name, error in found.errors.items() if ".experts." in name]
     assert errors == [0.25] * 3 * 3 * 64

@@ -55,7 +55,7 @@ def measure(
     # One batch, [texts, longest], padded on the right (ignored: causal).
     longest = max(len(text.ids) for text in chosen)
     ids = torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
-    found = run_both(model, view, ids, len(chosen[0].ids), progress)
+    found = run_both(model, view, ids, [len(text.ids) for text in chosen], progress)
     layers, errors = found.layers, found.errors
     places = [
         (row, column)

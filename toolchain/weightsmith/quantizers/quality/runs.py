@@ -30,7 +30,7 @@ import torch
 
 from weightsmith.core.errors import CheckFailed, Unmeasurable
 from weightsmith.forward.adapters import with_adapters
-from weightsmith.forward.heads import logits_of
+from weightsmith.forward.heads import BatchPositions, logits_of, only
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import (
@@ -86,23 +86,27 @@ class Both:
     """Tensors that are damaged."""
 
 
-def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: Progress) -> Both:
-    """Run token ids [texts, tokens] through both; the first text has `length` tokens.
+def run_both(
+    model: Path, view: View, ids: torch.Tensor, lengths: Sequence[int], progress: Progress
+) -> Both:
+    """Run token ids [texts, tokens] through both; text i has `lengths[i]` tokens, then padding.
 
-    Raises Unmeasurable for an unsupported architecture, CheckFailed for weights that are not
-    finite.
+    Padding is not multiplied: of the general texts, it would be 4 positions of 10. Raises
+    Unmeasurable for an unsupported architecture, CheckFailed for weights that are not finite.
     """
     layers = len(decoder_layers(skeleton(model)))
-    compared = LayerErrors(length, partial(Count(2 * layers, progress), 1))
+    compared = LayerErrors(lengths[0], partial(Count(2 * layers, progress), 1))
     quantized = QuantizedNetwork(model, view)
     probed = torch.cat([ids, ids[:PROBE_ROWS]])
+    columns = torch.arange(ids.shape[1])
+    real = columns < torch.tensor([*lengths, *lengths[:PROBE_ROWS]])[:, None]
 
     def run(network: Model, lockstep: Lockstep) -> States:
         if network is quantized.network:
             compared.compare(network, lockstep)
-            return _run(network, probed)
+            return _run(network, probed, real)
         compared.record(network)
-        return _run(network, ids)
+        return _run(network, ids, real[: len(ids)])
 
     both: dict[str, Opening] = {"checkpoint": _Checkpoint(model), "quantized": quantized}
     found = walk(both, dict.fromkeys(both, run), alike=True)
@@ -116,8 +120,10 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
     )
 
 
-def _run(model: Model, ids: torch.Tensor) -> States:
-    with torch.inference_mode(), running():
+def _run(model: Model, ids: torch.Tensor, real: torch.Tensor) -> States:
+    tokens = real.flatten().nonzero()[:, 0]
+    positions = BatchPositions(*ids.shape, tokens, tokens)
+    with torch.inference_mode(), running(), only(positions):
         return States(decoder_of(model)(input_ids=ids, use_cache=False), model)
 
 
