@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     assert len(run.hidden) == len(reference.run.hidden) == len(reference.twins.hidden) == 3
     matrices = [p for p in model.parameters() if p.dim() > 1]
     assert all(p.untyped_storage().nbytes() == 4 for p in matrices), "one stayed in memory"
+
+
+def test_what_no_result_depends_on_is_not_multiplied(
+    plain: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the merged model's padding, nor twins where they get other outputs anyway."""
+    base, lora, out = plain
+    rows, multiply = defaultdict[int, set[int]](set), Lockstep.multiply
+
+    def counted(self: Lockstep, key: Any, inputs: torch.Tensor, matrix: Any) -> torch.Tensor:
+        rows[key[1]].add(inputs.shape[:-1].numel())
+        return multiply(self, key, inputs, matrix)
+
+    monkeypatch.setattr(Lockstep, "multiply", counted)
+    lockstep, batch = Lockstep(2), ProbeBatch.of(PROBES, 2)
+    merged_forward(MergedModel(checkpoint=out).streamed(lockstep, 0), batch, 1, lambda: None)
+    opening = BaseAndAdapters(checkpoint=base, adapters=((lora, 1.0),)).streamed(lockstep, 1)
+    weights = Weights(out, skeleton(out))
+    reference_forward(opening, lockstep, weights, batch, 2, advance=lambda: None)
+
+    tokens, logits = sum(map(len, PROBES)), 2 * len(PROBES)
+    assert rows[0] == {tokens, logits}
+    assert rows[1] == {3 * 8, 2 * 5}
 
 
 @pytest.mark.slow

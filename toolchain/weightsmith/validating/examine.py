@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -12,6 +12,7 @@ import torch
 
 from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.experts import stacks_of
+from weightsmith.forward.heads import BatchPositions, only
 from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.validating.elements import (
@@ -73,6 +74,8 @@ class Examiner:
     """Parameters whose rounding the twins do not cover."""
     bypassed: list[str] = field(default_factory=list)
     """Parameters that the model's code reads without calling their layer, bypassing PEFT."""
+    _running: ExitStack = field(default_factory=ExitStack)
+    """Of the layer that runs."""
 
     def watch(self, site: Site) -> None:
         """Examine a site when it runs."""
@@ -82,6 +85,7 @@ class Examiner:
             site.layer.register_forward_pre_hook(lambda *_: self._fill(site))
             site.layer.register_forward_hook(partial(self._examine_other, site))
         else:
+            site.layer.register_forward_pre_hook(partial(self._leave_out_twins, site))
             site.layer.register_forward_hook(partial(self._examine_plain, site))
 
     def finish(self, site: Site) -> None:
@@ -99,9 +103,19 @@ class Examiner:
         else:
             self._blocks(site, lambda *_: None)
 
+    def _leave_out_twins(
+        self, site: Site, _: torch.nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> None:
+        """Let the base multiply no twins, a third of the texts: they get other outputs."""
+        if site.kind == "linear" and not site.seen and args[0].dim() == 3:
+            rows, columns, _ = args[0].shape
+            others = torch.arange(rows * columns - self.twins.get(rows * columns, 0))
+            self._running.enter_context(only(BatchPositions(rows, columns, others, others)))
+
     def _examine_plain(
         self, site: Site, _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
     ) -> torch.Tensor | None:
+        self._running.close()
         if site.seen:
             return None
         site.seen = True

@@ -15,6 +15,7 @@ from weightsmith.core.cpus import all_but_one
 from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.adapters import NeedsWeights, replication, with_adapters
 from weightsmith.forward.experts import ExpertStack
+from weightsmith.forward.heads import BatchPositions, only
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import (
@@ -251,7 +252,11 @@ def reference_forward(
 @torch.no_grad()
 def merged_forward(model: Model, batch: ProbeBatch, twins: int, advance: Advance) -> ForwardResult:
     """Run the merged checkpoint, keeping hidden states of its first `twins` probes."""
-    return _forward(model, model, batch, list(range(twins)), advance)
+    rows, columns = batch.ids.shape
+    real = torch.arange(columns) < torch.tensor(batch.lengths)[:, None]
+    tokens = real.flatten().nonzero()[:, 0]
+    with only(BatchPositions(rows, columns, tokens, tokens)):  # nothing depends on padding
+        return _forward(model, model, batch, list(range(twins)), advance)
 
 
 def _apply_weights(
