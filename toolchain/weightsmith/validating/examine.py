@@ -108,7 +108,7 @@ class Examiner:
     ) -> None:
         """Let the base multiply no twins, a third of the texts: they get other outputs."""
         if site.kind == "linear" and not site.seen and args[0].dim() == 3:
-            rows, columns, _ = args[0].shape
+            rows, columns = args[0].shape[:2]
             others = torch.arange(rows * columns - self.twins.get(rows * columns, 0))
             self._running.enter_context(only(BatchPositions(rows, columns, others, others)))
 
