@@ -121,8 +121,8 @@ def run_both(
 
 
 def _run(model: Model, ids: torch.Tensor, real: torch.Tensor) -> States:
-    tokens = real.flatten().nonzero()[:, 0]
-    positions = BatchPositions(*ids.shape, tokens, tokens)
+    tokens, (rows, columns) = real.flatten().nonzero()[:, 0], real.shape
+    positions = BatchPositions(rows, columns, tokens, tokens)
     with torch.inference_mode(), running(), only(positions):
         return States(decoder_of(model)(input_ids=ids, use_cache=False), model)
 
