@@ -37,7 +37,9 @@ CHANGES = (
     Change("serve.max_model_len=400", stages=("render", *LATE)),
     Change("serve.max_model_len=128", stages=("render", *LATE), questions=QUESTIONS),
     Change("serve.max_num_seqs=4", stages=("render", *LATE)),
-    Change("serve.served_model_name=other", stages=("render", *LATE)),
+    Change(  # requests of the replay set have the name
+        "serve.served_model_name=other", stages=("render", *LATE), questions=QUESTIONS
+    ),
     Change("evaluate.max_drop=0.5", stages=("publish",)),
     Change("evaluate.metric=exact"),
     Change(

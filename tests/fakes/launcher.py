@@ -119,11 +119,10 @@ class MemoryLauncher:
     name: str = "memory"
 
     def note(self, body: Json, adapter: str, question: str) -> None:
-        """Write a request down: those of a replay set apart."""
+        """Write a request down: those of a replay set once more apart."""
+        self.asked.append((adapter, question))
         if body.get("logprobs") and body["max_tokens"] > 1:
             self.replayed.append(body)
-        else:
-            self.asked.append((adapter, question))
 
     def cpu_flags(self) -> frozenset[str] | None:
         return self.flags

@@ -1,7 +1,7 @@
 import gzip
 import itertools
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +25,8 @@ from weightsmith.evaluating.client import (
 )
 from weightsmith.evaluating.client import ask as ask_one
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession, SessionLimits, died
+from weightsmith.evaluating.replaying import request_of
+from weightsmith.evaluating.session import ServerSession, SessionLimits, Unanswered, died
 from weightsmith.evaluating.task import Task, ask_server
 from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.serving import engines
@@ -53,6 +54,29 @@ def test_fields_go_into_each_request_of_the_session_that_adds_them(serve):
         ask_one(session, SUPPORT, ASKED, 9)
 
     assert [body.get("lora") for body in server.asked] == [lora, None]
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_request_that_is_shared_is_sent_once(serve, lists):
+    """Also in place of the same without log-probabilities, unless the server refuses them."""
+
+    def behave(handler, body):
+        if body.get("logprobs") and not lists:
+            handler.send(400, {"error": "no log-probabilities"})
+        else:
+            handler.send(200, answer())
+
+    server, other = serve(behave), replace(ASKED, messages=({"role": "user", "content": "Name?"},))
+    listed = request_of(SUPPORT, ASKED, 9, {"lora": []})
+    with ServerSession(server.endpoint, QUICK) as session:
+        session.share([(SUPPORT.path, listed)])
+        for item, most in ((ASKED, 9), (ASKED, 9), (ASKED, 10), (other, 9)):
+            assert ask_one(session.adding({"lora": []}), SUPPORT, item, most)["answer"] == "7481"
+        with nullcontext() if lists else pytest.raises(Unanswered):
+            session.post(SUPPORT.path, listed)
+
+    plain = [not body.get("logprobs") for body in server.asked]
+    assert plain == ([False, True, True] if lists else [False, True, True, True, True, False])
 
 
 @pytest.mark.parametrize("said", ["support", "support-2024-08-06", None])

@@ -6,9 +6,9 @@ import copy
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from types import TracebackType
 from typing import Self, TypeVar
@@ -19,7 +19,7 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, Weightsmith
 from weightsmith.core.network import DeadlineTransport
 from weightsmith.core.ports import Endpoint
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import Json, JsonValue, key_of
 
 _LOG_LINES = 15
 _NO_ACCESS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
@@ -32,6 +32,8 @@ _LOADER_ERRORS = {
     "shared library: build it again on a base that has it",
 }
 """Pattern of a loader's error -> hint."""
+_LISTS = ("logprobs", "top_logprobs")
+"""Fields that ask for log-probabilities."""
 _Result = TypeVar("_Result")
 
 
@@ -120,6 +122,7 @@ class ServerSession:
             trust_env=False,
         )
         self._fields: Mapping[str, JsonValue] = {}
+        self._shared: dict[str, _Shared] = {}
         self._urls: dict[str, httpx.URL] = {}
 
     def adding(self, fields: Mapping[str, JsonValue]) -> Self:
@@ -127,6 +130,14 @@ class ServerSession:
         other = copy.copy(self)
         other._fields = {**self._fields, **fields}
         return other
+
+    def share(self, requests: Iterable[tuple[str, Mapping[str, JsonValue]]]) -> None:
+        """Send each of these once from now on: later ones get the first one's response.
+
+        They ask for log-probabilities, which changes no answer, so they also stand for the same
+        request without, as long as the server takes them.
+        """
+        self._shared |= {_plain(path, body): _Shared(body) for path, body in requests}
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -154,6 +165,16 @@ class ServerSession:
 
         `most` overrides the limit of the response's size in bytes.
         """
+        if self._shared and isinstance(body, Mapping):
+            place = _plain(path, {**body, **self._fields})
+            if (shared := self._shared.get(place)) is not None:
+                with suppress(Unanswered):
+                    shared.response = shared.response or self._posted(path, shared.body, most)
+                    return shared.response
+                del self._shared[place]
+        return self._posted(path, body, most)
+
+    def _posted(self, path: str, body: JsonValue, most: int) -> Mapping[str, Json]:
         return self._retried(path, lambda: _object(self._once("POST", path, body, most)))
 
     def try_post(self, path: str, body: JsonValue) -> Answer:
@@ -293,6 +314,17 @@ class ServerSession:
                 elif not text and data:
                     yield "\n".join(data)
                     data = []
+
+
+@dataclass(slots=True)
+class _Shared:
+    body: Mapping[str, JsonValue]
+    response: Mapping[str, Json] = field(default_factory=dict)
+
+
+def _plain(path: str, body: Mapping[str, JsonValue]) -> str:
+    """Return what a request asks, whether it wants log-probabilities or not."""
+    return key_of([path, {k: v for k, v in body.items() if k not in _LISTS}])
 
 
 def died(endpoint: Endpoint, when: str) -> WeightsmithError:

@@ -236,6 +236,8 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
     ) as session:
         pools = promise.task.kind != "generate"
         (check_pooling if pools else check_serving)(smoke, session, promise)
+        # A question of the replay set is usually one of a suite, too.
+        session.share((one.path, one.request) for one in evaluation.replay)
         for question in evaluation.questions:
             _answers(evaluation, question, session, tools)
         _replay(evaluation, session, tools)
