@@ -122,7 +122,7 @@ class ServerSession:
             trust_env=False,
         )
         self._fields: Mapping[str, JsonValue] = {}
-        self._shared: dict[str, _Shared] = {}
+        self._shared: dict[str, _SharedRequest] = {}
         self._urls: dict[str, httpx.URL] = {}
 
     def adding(self, fields: Mapping[str, JsonValue]) -> Self:
@@ -137,7 +137,7 @@ class ServerSession:
         They ask for log-probabilities, which changes no answer, so they also stand for the same
         request without, as long as the server takes them.
         """
-        self._shared |= {_plain(path, body): _Shared(body) for path, body in requests}
+        self._shared |= {_plain(path, body): _SharedRequest(body) for path, body in requests}
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -317,7 +317,7 @@ class ServerSession:
 
 
 @dataclass(slots=True)
-class _Shared:
+class _SharedRequest:
     body: Mapping[str, JsonValue]
     response: Mapping[str, Json] = field(default_factory=dict)
 
