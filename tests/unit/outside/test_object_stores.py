@@ -16,6 +16,8 @@ from weightsmith.outside.store import FileStore
 from tests.fakes.s3_server import s3_server
 from tests.fakes.sources import MODEL, archive_of
 
+SECOND = 1.1
+"""S3 tells the seconds of changes, so what is between two of them is what there was."""
 LAST = "model-00002-of-00002.safetensors"
 
 
@@ -70,7 +72,7 @@ def test_of_a_bucket_with_versions_a_pin_is_read_as_it_was(
     source, key = f"s3://{bucket}/bot", f"bot/{LAST}"
     place = ObjectRemote(S3()).open(source, "", "", Silent())
     pin = place.pin.removeprefix(f"{source}@")
-    time.sleep(0.1)  # in which nothing was written
+    time.sleep(SECOND)
     match change:
         case "replace":
             s3.put_object(Bucket=bucket, Key=key, Body=b"newer")
@@ -95,6 +97,7 @@ def test_an_archive_that_was_replaced_is_read_as_it_was(s3: Any, reader: RemoteR
     s3.put_object(Bucket="replaced", Key="bot.tar", Body=archive_of(MODEL))
     s3.put_object(Bucket="replaced", Key="bot.tar.sig", Body=b"beside it")
     pin = ObjectRemote(S3()).open("s3://replaced/bot.tar", "", "", Silent()).pin
+    time.sleep(SECOND)
     s3.put_object(Bucket="replaced", Key="bot.tar", Body=b"newer")
 
     got = reader.fetch("s3://replaced/bot.tar", pin.rpartition("@")[2], "", Silent())

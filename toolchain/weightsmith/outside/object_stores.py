@@ -267,7 +267,10 @@ class S3:
         return bytes(files.cat_file(place, version_id=one, start=start, end=end))
 
     def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
-        """Yield what was there after each change, by the times of versions and delete markers."""
+        """Yield what was there after each change, by the times of versions and delete markers.
+
+        S3 tells seconds: changes within one are one.
+        """
         history: dict[str, list[tuple[datetime, str | None]]] = {}  # None: it was deleted
         marks: dict[str, str] = {}
         with suppress(OSError):  # the right to list versions is one of its own
