@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsmith.api.commands.bake import bake_model
 from weightsmith.api.commands.requests import BakeCommand
-from weightsmith.core.ports import Progress, SignatureFormat, Silent
+from weightsmith.core.ports import Progress, SignatureFormat, Signer, Silent
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
@@ -86,8 +86,9 @@ def bake(
     image = ImageNames(base=base, platforms=(platform,) if platform else (), **own)
     request = BakeCommand(**{"model": model, "target": "llamacpp-q8_0", "image": image, **more})
     tools = memory_tools(model.parent, registry=registry, key=key)
-    signer = replace(tools.signer, format=form) if tools.signer else None
-    return bake_model(request, replace(tools, signer=signer, progress=progress or Silent()))
+    if isinstance(tools.signer, Signer):
+        tools = replace(tools, signer=replace(tools.signer, format=form))
+    return bake_model(request, replace(tools, progress=progress or Silent()))
 
 
 class Bakery:
