@@ -43,6 +43,13 @@ $(PARALLEL) -m "($(1)) and not (gpu or $(ONE))" $(2) $(PYTEST_FLAGS) || exit; \
 wait $$one; ended=$$?; cat $$said; exit $$ended
 endef
 
+# Print a lock: $(call locked,EXTRAS,WHAT IT IS).
+define locked
+printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q --universal --python-version 3.11 $(1) \
+  --generate-hashes --no-annotate --no-header -c constraints.txt pyproject.toml - -o $(VENV)/lock >&2 \
+  && echo '# $(2), by hash, on Python 3.11 to 3.13: `make lock` writes it.' && cat $(VENV)/lock
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check fix lock bases release generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
 
@@ -83,10 +90,8 @@ fix: setup-dev ## Repair what `check` can repair by itself
 	@$(BIN)/python docs/generate.py
 
 lock: setup-dev ## Write requirements.lock, the tool's own packages by hash, from constraints.txt
-	@printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
-	  --generate-hashes --no-annotate --no-header -c constraints.txt pyproject.toml - -o $(VENV)/lock
-	@{ echo '# What the tool is installed from, by hash, on Python 3.11 to 3.13: `make lock` writes it.'; \
-	  cat $(VENV)/lock; } > requirements.lock
+	@{ $(call locked,,What the tool is installed from); } > requirements.lock
+	@{ $(call locked,--extra keyless,The same with what signing without a key takes); } > requirements-keyless.lock
 
 bases: setup-dev ## Pin upstream's base images by digest, where their registries can be reached
 	@$(BIN)/python images/bases.py

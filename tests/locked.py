@@ -1,4 +1,4 @@
-"""Whether requirements.lock is what the tool needs, without a network: `python -m tests.locked`."""
+"""Whether the locks are what the tool needs, without a network: `python -m tests.locked`."""
 
 import re
 import sys
@@ -29,7 +29,12 @@ def locked(text: str) -> dict[str, tuple[Requirement, int]]:
 
 
 def faults(root: Path = ROOT) -> Iterator[str]:
-    lock = locked((root / "requirements.lock").read_text())
+    yield from _faults(root, "requirements.lock")
+    yield from _faults(root, "requirements-keyless.lock", "keyless")
+
+
+def _faults(root: Path, file: str, *extras: str) -> Iterator[str]:
+    lock = locked((root / file).read_text())
     project = tomllib.loads((root / "pyproject.toml").read_text())
     constraints = [Requirement(row) for row in (root / "constraints.txt").read_text().splitlines()]
     versions = {canonicalize_name(r.name): str(r.specifier) for r in constraints}
@@ -39,6 +44,8 @@ def faults(root: Path = ROOT) -> Iterator[str]:
         if versions.get(name, str(requirement.specifier)) != str(requirement.specifier):
             yield f"{name} is {requirement.specifier}, in constraints.txt {versions[name]}"
     asked = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    for extra in extras:
+        asked += project["project"]["optional-dependencies"][extra]
     for python in PYTHONS:
         yield from _missing([Requirement(text) for text in asked], lock, python)
 

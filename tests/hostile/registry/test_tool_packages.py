@@ -70,7 +70,7 @@ def test_the_tool_is_installed_by_hash_wherever_a_page_says_how():
     for text in [setup(), *((ROOT / page).read_text() for page in pages)]:
         rows = [row for row in text.splitlines() if re.search(r"\bpip install\b", row)]
         assert len(rows) == 2, rows
-        assert re.search(r'--require-hashes -r "?(weightsmith/|.root/)?requirements.lock', rows[0])
+        assert re.search(r"--require-hashes -r \S*(requirements(-keyless)?\.lock|\$lock)", rows[0])
         assert "--no-deps --no-build-isolation" in rows[1]
 
 
@@ -132,7 +132,8 @@ def test_the_lock_is_what_the_tool_needs():
 )
 def test_a_lock_that_lacks_something_is_noticed(tmp_path, change, fault):
     """A package left out, of another version, or without a hash: `make check` says which."""
-    for name in ("requirements.lock", "pyproject.toml", "constraints.txt"):
+    locks = ("requirements.lock", "requirements-keyless.lock")
+    for name in (*locks, "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     path = tmp_path / "requirements.lock"
     path.write_text(change(path.read_text()))

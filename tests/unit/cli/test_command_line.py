@@ -132,7 +132,7 @@ def flags(command):
 
 def test_a_plan_takes_the_flags_of_the_build_that_it_foresees():
     """All but those of an image that is built again, whose recipe has to be fetched first."""
-    assert flags("build") - flags("plan") == {"from_", "key"}
+    assert flags("build") - flags("plan") == {"from_", "keep_replay", "key"}
     assert flags("plan") - flags("build") == {"measure"}
 
 

@@ -217,4 +217,4 @@ def test_a_tag_that_exists_needs_force(scene: Scene) -> None:
         scene.rebase(scene.name, onto, "team/app:1")
     scene.rebase(scene.name, onto, "team/app:1", force=True)
     done, _ = scene.rebase(scene.name, onto, "prod/app:1")
-    assert done.mounted == 4
+    assert done.mounted == 5

@@ -52,13 +52,13 @@ def test_a_dry_run_shows_what_would_be_copied(scene: Scene) -> None:
     before = (dict(scene.fake.blobs), dict(scene.fake.manifests))
     shown, text = preview_copy(scene.name, other, scene.client, force=False)
     assert (scene.fake.blobs, scene.fake.manifests) == before
-    assert [row["how"] for row in shown["blobs"]] == [*["mount"] * 4, "send"]
+    assert [row["how"] for row in shown["blobs"]] == [*["mount"] * 5, "send"]
     assert shown["uploaded_bytes"] == scene.image().config_blob.size
     assert shown["attached"] == 3
     assert "3 attachments" in text
 
     copied = copy_image(scene.name, other, scene.client, Silent(), force=False)
-    assert (copied.mounted, copied.uploaded_bytes) == (4, shown["uploaded_bytes"])
+    assert (copied.mounted, copied.uploaded_bytes) == (5, shown["uploaded_bytes"])
     assert scene.check(other) == {}
     before = dict(scene.fake.manifests)
     copy_image(scene.name, other, scene.client, Silent(), force=True)
