@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.evaluating.build_record import read_build
+from weightsmith.evaluating.card import card_of_build
 
 from tests.fakes.jobs import WRONG
 from tests.fakes.memory import Memory
@@ -42,6 +43,30 @@ def records(memory: Memory) -> dict[Path, Any]:
 
 def spoil(memory: Memory) -> None:
     memory.bench.quality["layer_error"] = 0.9
+
+
+def test_answers_that_were_carried_over_are_marked_and_judged_as_others(memory: Memory) -> None:
+    """In the record, the report's pages and the card; no figure of the verdict changes."""
+    memory.bench.carried = 5
+    memory.build()
+    folder, found = memory.results(), memory.record()
+    check(found)
+    said = "3 asked, 5 carried over from base + adapter by margin"
+    assert (found["scores"]["merged"]["carried"], found["scores"]["merged"]["bound"]) == (5, 0.22)
+    assert all("carried" not in found["scores"][who] for who in ("base", "adapter", "image"))
+    for page in ("report.md", "report.html"):
+        assert f"Merged: {said} (each token likelier" in (folder / page).read_text("utf-8")
+    card = card_of_build(read_build(folder))
+    assert any(said in check for check in card.checks)
+
+    memory.bench.carried = 0
+    memory.build()
+    assert memory.record()["scores"] == found["scores"]  # the store keeps the mark
+    memory.build("evaluate.max_tokens=8")
+    asked = memory.record()
+    assert "carried" not in asked["scores"]["merged"]
+    for key in ("verdict", "unproven", "verdicts", "sameness", "items"):
+        assert asked[key] == found[key]
 
 
 def invalidate(memory: Memory) -> None:

@@ -64,6 +64,8 @@ class Bench:
     base: Path
     minds: Minds
     valid: dict[str, Json] = field(default_factory=lambda: dict(VALID))
+    carried: int = 0
+    """So many of the merged model's answers are carried over."""
     quality: dict[str, Json] = field(default_factory=lambda: dict(QUALITY))
     quantized: dict[str, Json] = field(default_factory=dict)
     """Further facts of a quantization, such as `warnings`."""
@@ -127,7 +129,9 @@ class Bench:
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
         folder = job.pictures.path if job.pictures else None
-        return self._said(who, adapters, task.questions, folder)
+        said = self._said(who, adapters, task.questions, folder)
+        few = self.carried if who == "merged" else 0
+        return [{**row, "carried": 0.22} if n < few else {**row} for n, row in enumerate(said)]
 
     def _vector(self, who: str, task: AskedTask, message: Mapping[str, str]) -> dict[str, Json]:
         prompt = task.prompts[message["role"] == "document"]

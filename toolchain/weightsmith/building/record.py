@@ -452,6 +452,8 @@ def _suite(result: Result, verdict: str, reasons: tuple[str, ...]) -> SuiteRecor
                 interval=(round(low, 6), round(high, 6)),
                 graded=s.graded,
                 figures=s.figures,
+                carried=sum("carried" in row for row in s.per_item),
+                bound=max((float(row.get("carried", 0)) for row in s.per_item), default=0.0),
             )
             for name, s in result.scores.items()
             for low, high in [score_interval(s)]

@@ -141,11 +141,26 @@ class ScoreRecord(JsonObject):
     """Whether questions are more than right or wrong, as with nDCG."""
     figures: Mapping[str, float] = field(default_factory=dict, metadata=OMITTED)
     """Other measures of the same answers, such as macro-F1 or recall."""
+    carried: int = field(default=0, metadata=OMITTED)
+    """Answers of the merged model that were not asked: those of base and adapter, of which each
+    token was likelier than any other by more than `bound`."""
+    bound: float = field(default=0.0, metadata=OMITTED)
+    """Nats by which a margin of the merged model may be another, by validation."""
 
     @property
     def right(self) -> int | None:
         """Number of right answers; None if there is no such number."""
         return round(self.score * self.n) if self.n and not self.graded else None
+
+    @property
+    def asked(self) -> str:
+        """How many questions were asked, and how many answers were carried over, if any were."""
+        if not self.carried:
+            return ""
+        return (
+            f"{self.n - self.carried} asked, {self.carried} carried over from base + adapter by"
+            f" margin (each token likelier than any other by more than {self.bound:.2g} nats)"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

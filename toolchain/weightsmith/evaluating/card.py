@@ -274,6 +274,9 @@ def _checks(build: BuildRecord) -> Iterator[str]:
         logits = f", and {100 * agreed:.2f} % of next tokens agree" if agreed is not None else ""
         if found.passed:
             yield f"Every element of the merged weights was compared with base and adapters{logits}"
+    for suite in build.tasks:
+        if (merged := suite.scores.get("merged")) and merged.carried:
+            yield f"The merged model's answers: {merged.asked}"
     if build.quality and build.quality.loss is not None:
         loss = build.quality.loss
         yield (

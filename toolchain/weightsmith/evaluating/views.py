@@ -125,7 +125,10 @@ def score_rows(task: SuiteRecord) -> list[dict[str, object]]:
                 "score": facts.score,
                 "n": facts.n,
                 "right": facts.right,
-                "figures": [f"{n} {spelled(v)}" for n, v in facts.figures.items()],
+                "figures": [
+                    *(f"{n} {spelled(v)}" for n, v in facts.figures.items()),
+                    *filter(None, [facts.asked]),
+                ],
                 "interval": (low, high),
                 "at": _percent(facts.score),
                 "from": _percent(low),

@@ -99,6 +99,8 @@ class GenerationRequest:
     """Those of items with any, by the item's number."""
     folder: Path = Path()
     """The pictures' folder."""
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Probable answers in tokens, by the item's number."""
 
 
 def answers(
@@ -174,7 +176,7 @@ def answered(
     for round_ in (False, True):
         names = [name for name, one in asked.items() if bool(one.subject.draft) is round_]
         for name in names:
-            asked[name].questions.drafts = _drafts(asked[name], found)
+            asked[name].questions.drafts = subjects[name].drafts or _drafts(asked[name], found)
             if journal:
                 journal.go_on(name, asked[name].questions)
             if batch_bytes:

@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, Unmeasurable
@@ -40,6 +41,7 @@ from weightsmith.core.trees import discard
 from weightsmith.core.values import Format, JsonValue, Writable, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.worker.calibrating import cache_scales
+from weightsmith.worker.carrying import Carrying, Drafts, Text
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -141,10 +143,12 @@ def rows_of(found: Mapping[str, Given]) -> Mapping[str, JsonValue]:
     return {key: plain(getattr(one, "rows", one)) for key, one in found.items()}
 
 
-def answered(job: ReferenceJob, report: Report) -> Mapping[str, Given]:
+def answered(
+    job: ReferenceJob, report: Report, drafts: Drafts = MappingProxyType({})
+) -> Mapping[str, Given]:
     """Return what each model answers by key, or log-likelihoods where it chooses.
 
-    Models that do not chat are asked in walks of their own.
+    Models that do not chat are asked in walks of their own. `drafts` of answers are tokens, by key.
 
     What a model has finished also lies in the output at once, in case the job does not end.
     """
@@ -198,6 +202,7 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Given]:
                     items=[question.messages for question in task.questions],
                     max_tokens=task.max_tokens,
                     tools=[question.tools for question in task.questions],
+                    drafts=dict(enumerate(drafts.get(one.key, ()))),
                     pictures={n: q.pictures for n, q in enumerate(task.questions) if q.pictures},
                     folder=job.pictures.path if job.pictures else Path(),
                 )
@@ -314,30 +319,44 @@ def _quantizer(name: str) -> Quantizer:
 def _prove(job: ProofJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, the `seconds` that they took, and `validation`.
 
-    While the validation runs, the answers also lie in a file of the output, in case it is
-    interrupted. There are no answers if a model cannot give any.
+    Some of the merged model's are carried over if the validation bounds how far it is from base and
+    adapters. While the validation runs, whole answers also lie in a file of the output, in case it
+    is interrupted. There are none of a model that cannot give any.
 
     The reference stage then asks for them again, and says why there are none, but only if the
     validation finds nothing wrong with the merged model.
     """
-    asked, drafts, began = job.reference, [], time.monotonic()
-    answers: Mapping[str, JsonValue] = {}
-    try:
-        with computed(asked):
-            found = answered(asked, report)
-        answers = rows_of(found)
+    asked, seconds, texts = job.reference, 0.0, list[Text]()
+    answers = dict[str, JsonValue]()
+    carrying = Carrying(job, lambda some, drafts: answered(some, report, drafts))
+
+    @contextmanager
+    def asking() -> Iterator[None]:
+        nonlocal seconds
+        began = time.monotonic()
+        try:
+            with computed(asked):
+                yield
+        except Exception as error:  # noqa: BLE001 - what is wrong with the merge is said below
+            traceback.print_exc()
+            why = " ".join(str(getattr(error, "message", error)).split())
+            note(f"no reference answers yet: {why[:200] or type(error).__name__}")
+        gc.collect()  # modules with hooks refer to each other
+        seconds += round(time.monotonic() - began, 3)
+
+    with asking():
+        found = answered(carrying.others, report)
+        carrying.ask_some(found)
+        answers.update(rows_of(found))
         models = [one for walk in asked.walks for task in walk.tasks for one in task.models]
-        merged = [found[one.key] for one in models if one.name == "merged"]
-        drafts = [text for one in merged for text in getattr(one, "texts", ())]
+        merged = [found[one.key] for one in models if one.name == "merged" and one.key in found]
+        texts += [*(text for one in merged for text in getattr(one, "texts", ())), *carrying.texts]
         del found, merged
-    except Exception as error:  # noqa: BLE001 - what is wrong with the merge is said below
-        traceback.print_exc()
-        why = " ".join(str(getattr(error, "message", error)).split())
-        note(f"no reference answers yet: {why[:200] or type(error).__name__}")
-    gc.collect()  # modules with hooks refer to each other
-    seconds = round(time.monotonic() - began, 3)
     with computed(job.validation):
-        validation = _validate(job.validation, report, drafts)
+        validation = _validate(job.validation, report, texts)
+    if answers and validation["passed"]:
+        with asking():
+            answers.update(carrying.ask_rest(validation))
     AnswerCheckpoint(job.output).forget()
     (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
     return {"validation": validation, "answers": answers, "seconds": seconds}
