@@ -35,6 +35,8 @@ def test_an_image_is_chosen_and_proven(
     (suite,) = chosen["sequence"]
     assert (suite["asked"], suite["lost"]) == (20, 0)
     assert suite["proven_at"] > 10
+    # Of the merged model, eight probes and four others were asked.
+    assert record["scores"]["merged"]["carried"] == 8
     assert record["stages"]["merge"]["cached"]
     assert record["stages"]["reference"]["cached"]
 
