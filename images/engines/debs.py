@@ -10,9 +10,11 @@ import hashlib
 import http.client
 import io
 import os
+import posixpath
 import tarfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 TRIES = 4
@@ -42,6 +44,34 @@ def write(archive: tarfile.TarFile, member: str | tarfile.TarInfo, to: Path, mod
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(content.read())
     to.chmod(mode)
+
+
+def unpack(archive: tarfile.TarFile, wanted: Callable[[str], bool], out: Path) -> None:
+    """Write the wanted files of a package as regular files; a link becomes its target."""
+    members = {place(m.name): m for m in archive.getmembers() if not m.isdir()}
+    for path in sorted(members):
+        source = resolved(path, members) if wanted(path) else None
+        if source is not None:
+            write(archive, source, out / path, 0o755 if source.mode & 0o100 else 0o644)
+
+
+def place(name: str) -> str:
+    """Return where a file goes: /bin and /lib are parts of /usr in Debian."""
+    path = posixpath.normpath(name.lstrip("./"))
+    if path.startswith(".."):
+        raise SystemExit(f"error: {name} leaves the image")
+    return f"usr/{path}" if path.split("/")[0] in {"bin", "lib", "lib64", "sbin"} else path
+
+
+def resolved(path: str, members: dict) -> tarfile.TarInfo | None:
+    """Return the regular file behind a path; None where it lies outside the package."""
+    for _ in range(8):
+        member = members.get(path)
+        if member is None or member.isreg():
+            return member
+        base = "" if member.linkname.startswith("/") or member.islnk() else posixpath.dirname(path)
+        path = place(posixpath.join(base, member.linkname))
+    return None
 
 
 def fetch(lock: dict, package: dict) -> bytes:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import posixpath
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +72,7 @@ def assemble(out: Path, find_links: str) -> None:
     lock = json.loads((HERE / "debian.json").read_text("utf-8"))
     for package in lock["packages"]:
         with debs.open_package(lock, package) as archive:
-            unpack(archive, package.get("only", ()), out)
+            debs.unpack(archive, partial(wanted, package.get("only", ())), out)
     place_python(out)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         say(2, "vLLM's wheels")
@@ -92,39 +91,14 @@ def say(step: int, text: str) -> None:
     print(f"[{step}/6] {text}", flush=True)
 
 
-def unpack(archive: tarfile.TarFile, only: tuple[str, ...], out: Path) -> None:
-    """Write a package's programs, libraries and Python modules; a link becomes its target."""
-    members = {place(m.name): m for m in archive.getmembers() if not m.isdir()}
-    for path in sorted(members):
-        source = resolved(path, members) if wanted(path, only) else None
-        if source is not None:
-            debs.write(archive, source, out / path, 0o755 if source.mode & 0o100 else 0o644)
 
 
-def place(name: str) -> str:
-    """Return where a file goes: /bin and /lib are parts of /usr in Debian."""
-    path = posixpath.normpath(name.lstrip("./"))
-    if path.startswith(".."):
-        raise SystemExit(f"error: {name} leaves the image")
-    return f"usr/{path}" if path.split("/")[0] in {"bin", "lib", "lib64", "sbin"} else path
-
-
-def wanted(path: str, only: tuple[str, ...]) -> bool:
+def wanted(only: tuple[str, ...], path: str) -> bool:
     """Say whether the image needs a file."""
     if only:
         return path in only
     return path.startswith(("usr/bin/", LIBRARIES + "/", "usr/lib/python3"))
 
-
-def resolved(path: str, members: dict) -> tarfile.TarInfo | None:
-    """Return the regular file behind a path; None where it lies outside the package."""
-    for _ in range(8):
-        member = members.get(path)
-        if member is None or member.isreg():
-            return member
-        base = "" if member.linkname.startswith("/") or member.islnk() else posixpath.dirname(path)
-        path = place(posixpath.join(base, member.linkname))
-    return None
 
 
 def place_python(out: Path) -> None:

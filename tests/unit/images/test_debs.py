@@ -95,3 +95,28 @@ def test_packages_are_those_of_the_machine() -> None:
     assert debs.packages_for(lock, "aarch64") == [arm]
     with pytest.raises(SystemExit, match="no packages are pinned for aarch64"):
         debs.packages_for({"packages": [PACKAGE]}, "aarch64")
+
+
+def test_unpacking_resolves_links_and_keeps_to_what_is_wanted(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        for name, content, mode in (("./bin/dash", b"dash", 0o755), ("./usr/share/doc", b"", 0o644)):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), mode
+            archive.addfile(member, io.BytesIO(content))
+        for name, target in (("./bin/sh", "dash"), ("./bin/gone", "/elsewhere")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            archive.addfile(member)
+    whole.seek(0)
+    with tarfile.open(fileobj=whole) as archive:
+        debs.unpack(archive, lambda path: path.startswith("usr/bin/"), tmp_path)
+    written = {str(p.relative_to(tmp_path)): p for p in tmp_path.rglob("*") if not p.is_dir()}
+    assert sorted(written) == ["usr/bin/dash", "usr/bin/sh"]
+    assert not written["usr/bin/sh"].is_symlink()
+    assert written["usr/bin/sh"].read_bytes() == b"dash"
+
+
+def test_a_path_that_leaves_the_image_is_refused() -> None:
+    with pytest.raises(SystemExit, match="leaves the image"):
+        debs.place("./../../etc/passwd")
