@@ -91,14 +91,11 @@ def say(step: int, text: str) -> None:
     print(f"[{step}/6] {text}", flush=True)
 
 
-
-
 def wanted(only: tuple[str, ...], path: str) -> bool:
     """Say whether the image needs a file."""
     if only:
         return path in only
     return path.startswith(("usr/bin/", LIBRARIES + "/", "usr/lib/python3"))
-
 
 
 def place_python(out: Path) -> None:
