@@ -23,11 +23,11 @@ MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def packages_for(lock: dict, machine: str) -> list[dict]:
-    """Return the lock's packages for a machine, `x86_64` or `aarch64`."""
-    names = [name for name, own in MACHINES.items() if own == machine]
-    ends = tuple(f"_{name}.deb" for name in names)
-    found = [package for package in lock["packages"] if package["path"].endswith(ends)]
-    if not found:
+    """Return the lock's packages for a machine, `x86_64` or `aarch64`, and those for all."""
+    (name,) = (name for name, own in MACHINES.items() if own == machine)
+    own, every = f"_{name}.deb", "_all.deb"
+    found = [package for package in lock["packages"] if package["path"].endswith((own, every))]
+    if not any(package["path"].endswith(own) for package in found):
         raise SystemExit(f"error: no packages are pinned for {machine}")
     return found
 
