@@ -57,7 +57,15 @@ def container(memory: Memory, tmp_path: Path) -> Container:
 
 @pytest.mark.parametrize(
     "target",
-    ["vllm", "vllm-fp8", "vllm-fp8-block", "vllm-w8a8", "vllm-nvfp4a16", "vllm-mxfp4a16"],
+    [
+        "vllm",
+        "vllm-fp8",
+        "vllm-fp8-block",
+        "vllm-w8a8",
+        "vllm-nvfp4a16",
+        "vllm-mxfp4a16",
+        "vllm-mxfp8",
+    ],
 )
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_it_serves_the_bytes_of_the_image_that_was_tested(

@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the engine's packages are for it"),
 ]
-MOST = {"w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15}
+MOST = {
+    "w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "mxfp8": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15,
+}  # fmt: skip
 SEEING = "Qwen3VLMoeForConditionalGeneration"
 DENSE = (
     "ApertusForCausalLM", "Idefics3ForConditionalGeneration", "Lfm2ForCausalLM",

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts, Packing, read_facts, text_part
+from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.fakes.configs import LLAMA_8B, facts, shape_of
 
@@ -101,6 +102,8 @@ def test_the_text_models_part_counts_first(config, tied):
             },
             {"compressed-tensors"},
         ),
+        (SCHEMES["fp8-block"].config([]), {"fp8"}),
+        (SCHEMES["mxfp8"].config([]), {"mxfp8"}),
     ],
 )
 def test_packed_weights_may_be_served_as_what_they_are(value, kinds):

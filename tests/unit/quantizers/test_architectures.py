@@ -57,7 +57,9 @@ CELLS = [
     for scheme in SCHEMES
     if not (scheme == "fp8-block" and name in LLAMA4 | SCANNING)
 ]
-MOST = {"w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6}
+MOST = {
+    "w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "mxfp8": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6,
+}  # fmt: skip
 """Errors of layers; the largest are of models with experts, whose routers choose others."""
 NOT_QUANTIZED = (
     "embed_tokens", "lm_head", "norm", ".bias", ".gate.", "router", "shared_expert_gate",
@@ -151,6 +153,7 @@ EXPERT = {"num_experts": 4, "moe_intermediate_size": 128}
     [
         ("nvfp4a16", {"intermediate_size": 1000}, "16 inputs, and down_proj has 1000"),
         ("mxfp4a16", {"hidden_size": 528, "head_dim": 128}, "32 inputs, and q_proj has 528"),
+        ("mxfp8", {"intermediate_size": 1008}, "32 inputs, and down_proj has 1008"),
         ("fp8-block", {"num_key_value_heads": 2, "head_dim": 32}, "k_proj, .* has 64"),
         ("fp8-block", {"intermediate_size": 1000}, "gate_proj, .* has 1000"),
         ("fp8-block", {**EXPERT, "moe_intermediate_size": 96}, "an expert's gate_proj, .* has 96"),

@@ -105,6 +105,8 @@ def read_by_compressed_tensors(folder):
                 packed, *packed.shape[:1], packed.shape[1] * 2, torch.float32
             )
             scale = compressor._decompress_scale(scale, torch.float32)
+        elif scale.dtype == torch.uint8:
+            scale = compressor._decompress_scale(scale)
         made[name] = dequantize(
             codes, scale.float(), args=scheme.weights, dtype=torch.float32,
             global_scale=tensors.get(f"{name}_global_scale"),

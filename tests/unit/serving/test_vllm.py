@@ -68,6 +68,16 @@ def test_what_a_cpu_holds_beside_weights_and_cache(
     assert held << 20 <= made.overhead_bytes <= 1.2 * (held << 20)
 
 
+@pytest.mark.parametrize("target", ["vllm-mxfp4a16", "vllm-mxfp8"])
+def test_float16_is_left_where_scales_are_exponents(target):
+    """Marlin, the kernel of GPUs before Blackwell, multiplies such weights with bfloat16 alone."""
+    config = {**LLAMA_8B, "dtype": "float16"}
+    made = rendered(target, config=config, gpu="nvidia-l40s", max_model_len=4096)
+
+    assert settings_of(made)["dtype"] == "bfloat16"
+    assert any("GPUs before Blackwell" in note for note in made.plan.notes)
+
+
 @pytest.mark.parametrize("target", ["vllm-w8a8", "vllm-fp8-block"])
 def test_float16_is_left_where_kernels_for_amx_have_none(target):
     """An image for any CPU may start on one with AMX, whose kernel would end the server."""

@@ -438,7 +438,7 @@ def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
         if not isinstance(weights, Mapping):
             continue
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
-            found.add("fp8")
+            found.add("mxfp8" if _whole(weights.get("group_size")) == 32 else "fp8")
         if weights.get("type") == "float" and weights.get("num_bits") == 4:
             found |= {16: {"nvfp4"}, 32: {"mxfp4"}}.get(_whole(weights.get("group_size")), set())
         if weights.get("type") == "int" and weights.get("num_bits") == 4:

@@ -431,7 +431,7 @@ def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
             hint="choose fp8, which has a scale per row",
         )
     for name, outputs, inputs in dimensions(model):
-        if scheme.packed and inputs % width:
+        if scheme.whole_tiles and inputs % width:
             raise InputRefused(
                 f"{scheme.format.name} has a scale per {width} inputs, and {name} has {inputs}",
                 hint="choose fp8 or w8a8, which have a scale per row",

@@ -2,8 +2,9 @@
 
 AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's first layout
 (qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.20 (compressors/: pack-quantized,
-int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), and OpenAI's layout of
-stacked experts in MXFP4 (convert_moe_packed_tensors in integrations/mxfp4.py of transformers 5.24).
+int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized), and
+OpenAI's layout of stacked experts in MXFP4 (convert_moe_packed_tensors in integrations/mxfp4.py of
+transformers 5.24).
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class PackedView:
             matrix = self._experts[module]
             stored = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, where]
             return _powers_of_two(stored).reshape(len(stored), -1)
-        if method == "mxfp4-pack-quantized":
+        if method in {"mxfp4-pack-quantized", "mxfp8-quantized"}:
             return _powers_of_two(tensors.array(name)[where])
         if math.prod(tensors.info(name).shape) == 1:
             where = slice(None)  # one for the whole matrix

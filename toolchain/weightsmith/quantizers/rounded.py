@@ -71,7 +71,7 @@ def quantize(
     known = matrices(source, model)
     found = checkpoints.without_kept(known, keep)
     for matrix in found:
-        if scheme.packed and matrix.inputs % scheme.tile[1]:
+        if scheme.whole_tiles and matrix.inputs % scheme.tile[1]:
             raise InputRefused(
                 f"{matrix.module} has {matrix.inputs} inputs, no multiple of {scheme.tile[1]}",
                 hint="choose fp8 or w8a8, which have a scale per row",

@@ -7,6 +7,7 @@ quantization/lifecycle/forward.py).
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -53,7 +54,7 @@ def round_rows(
     """
     if scheme.fused_scale and shared is None:
         raise ValueError(f"{scheme.format.name} needs the fused scale")
-    if not tiles.reads(rows.dtype):
+    if not tiles.reads(rows.dtype) or (scheme.scales == "U8" and not scheme.packed):  # not in C
         return _round_rows(widened(rows), scheme, shared)
     (count, inputs), (high, wide) = rows.shape, (scheme.tile[0], scheme.tile[1] or rows.shape[1])
     size = inputs // 2 if scheme.packed else inputs
@@ -99,8 +100,8 @@ def _scales(
     if scheme.scales == "U8":
         # Exponents of 2 plus 127: scales of the OCP's MX formats. The largest magnitude is rounded
         # up to a power of 2 from 1.75 times the one below on. So it becomes at least 3.5 and less
-        # than 7, and above 6 it is cut off.
-        exponents = ((most.view(np.int32) + (1 << 21)) >> 23) - 2
+        # than 7 in 4 bits, where above 6 it is cut off, and at least 224 and less than 448 in 8.
+        exponents = ((most.view(np.int32) + (1 << 21)) >> 23) - int(math.log2(scheme.largest))
         stored = np.clip(exponents, 0, 254).astype(np.uint8)
         powers = np.ldexp(np.float32(1), stored.astype(np.int32) - _BIAS)
         return stored, powers.astype(np.float32)

@@ -44,6 +44,11 @@ class Scheme:
         """Whether a byte holds two codes."""
         return self.codes == "U8"
 
+    @property
+    def whole_tiles(self) -> bool:
+        """Whether engines read rows of whole tiles only: all with a scale per group of inputs."""
+        return self.tile[0] == 1 and self.tile[1] > 0
+
     def config(self, ignored: Sequence[str]) -> dict[str, JsonValue]:
         """Return the quantization_config; `ignored` modules stay in 16 bits."""
         if self.layout == "mxfp4":
@@ -69,11 +74,14 @@ def _eight(kind: str, **more: JsonValue) -> dict[str, JsonValue]:
     return {"num_bits": 8, "type": kind, "symmetric": True, **more}
 
 
-def _four(strategy: str, group: int, scales: str) -> dict[str, JsonValue]:
+def _groups(bits: int, strategy: str, group: int, scales: str) -> dict[str, JsonValue]:
     return {
-        "num_bits": 4, "type": "float", "symmetric": True, "dynamic": False,
+        "num_bits": bits, "type": "float", "symmetric": True, "dynamic": False,
         "strategy": strategy, "group_size": group, "scale_dtype": scales, "zp_dtype": scales,
     }  # fmt: skip
+
+
+_MXFP8 = _groups(8, "group", 32, "torch.uint8")
 
 
 _SCHEMES = (
@@ -115,7 +123,7 @@ _SCHEMES = (
         largest=6.0,
         tile=(1, 16),
         fused_scale=True,
-        weights=_four("tensor_group", 16, "torch.float8_e4m3fn"),
+        weights=_groups(4, "tensor_group", 16, "torch.float8_e4m3fn"),
         inputs=None,
     ),
     Scheme(
@@ -125,8 +133,18 @@ _SCHEMES = (
         scales="U8",
         largest=6.0,
         tile=(1, 32),
-        weights=_four("group", 32, "torch.uint8"),
+        weights=_groups(4, "group", 32, "torch.uint8"),
         inputs=None,
+    ),
+    Scheme(
+        format=Format(name="mxfp8", kind="mxfp8", bits_per_weight=8.25),
+        layout="mxfp8-quantized",
+        codes="F8_E4M3",
+        scales="U8",
+        largest=448.0,
+        tile=(1, 32),
+        weights=_MXFP8,
+        inputs={**_MXFP8, "dynamic": True},
     ),
 )
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({one.format.name: one for one in _SCHEMES})
@@ -144,7 +162,7 @@ NVFP4 = replace(
     SCHEMES["nvfp4a16"],
     format=Format(name="nvfp4", kind="nvfp4", bits_per_weight=4.5),
     inputs={
-        **_four("tensor_group", 16, "torch.float8_e4m3fn"),
+        **_groups(4, "tensor_group", 16, "torch.float8_e4m3fn"),
         "dynamic": "local",
         "observer": "static_minmax",
     },

@@ -69,15 +69,22 @@ _BFLOAT16 = frozenset({"fp8-block", "w8a8"})
 csrc/cpu/sgl-kernels/gemm_int8.cpp, moe_int8.cpp and gemm_fp8.cpp."""
 
 
+_BFLOAT16_ON_GPUS = frozenset({"mxfp4", "mxfp8"})
+"""Kinds whose kernel for GPUs before Blackwell, Marlin, multiplies no float16: generate_kernels.py
+in csrc/quantization/marlin has exponents as scales with bfloat16 only."""
+
+
 def without_float16(
     format_: Format, device: str, own: str, options: ServeOptions
 ) -> tuple[ServeOptions, tuple[str, ...]]:
     """Return options that serve a format in bfloat16 where its kernels have no float16, and why.
 
-    That is for every CPU, because one that an image for any CPU starts on may have AMX. `own` is
-    the checkpoint's type. Raises UsageError if the options want float16 on a CPU with AMX.
+    That is for every CPU, because one that an image for any CPU starts on may have AMX, and for
+    every GPU. `own` is the checkpoint's type. Raises UsageError if the options want float16 on a
+    CPU with AMX.
     """
-    if not is_cpu(device) or format_.name not in _BFLOAT16:
+    on_cpu = is_cpu(device)
+    if format_.name not in _BFLOAT16 if on_cpu else format_.kind not in _BFLOAT16_ON_GPUS:
         return options, ()
     if options.dtype == "float16" and device == AMX:
         raise UsageError(
@@ -86,7 +93,8 @@ def without_float16(
         )
     if options.dtype or own != "float16":
         return options, ()
-    note = f"{format_.name} weights are served in bfloat16: on CPUs with AMX, vLLM has no float16"
+    where = "on CPUs with AMX" if on_cpu else "on GPUs before Blackwell"
+    note = f"{format_.name} weights are served in bfloat16: {where}, vLLM has no float16"
     return replace(options, dtype="bfloat16"), (note,)
 
 
@@ -202,7 +210,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     do not fit, with the nearest that do.
     """
     on_cpu = is_cpu(options.gpu or CPU) and not options.gpu_memory_bytes
-    device = options.gpu or CPU if on_cpu else ""
+    device = options.gpu or (CPU if on_cpu else "")
     options, own = without_float16(options.format, device, model.shape.dtype, options)
     known = known_options(cpu=on_cpu)
     extra = known.checked(options.extra)
@@ -428,6 +436,13 @@ _SUPPORT: Mapping[str, Support] = {
         source="compressed_tensors_w4a4_mxfp4.py get_min_capability; "
         "kernels/linear/__init__.py _POSSIBLE_MXFP4_KERNELS",
     ),
+    # Its emulation on AMD's GPUs makes 16 bits of the weights, so that the plan would be wrong.
+    "mxfp8": Support(
+        capability=(8, 0),
+        amd=False,
+        source="compressed_tensors_w8a8_mxfp8.py get_min_capability; "
+        "kernels/linear/mxfp8/marlin.py, which multiplies bfloat16",
+    ),
     "w8a8": Support(
         capability=(7, 5),
         cpu=True,
@@ -445,7 +460,8 @@ ENGINE = Engine(
     name="vllm",
     title="vLLM",
     accepts=frozenset(
-        {"safetensors", "awq", "gptq", "fp8", "nvfp4", "mxfp4", "compressed-tensors", "lora"}
+        {"safetensors", "awq", "gptq", "fp8", "nvfp4", "mxfp4", "mxfp8", "lora"}
+        | {"compressed-tensors"}
     ),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,

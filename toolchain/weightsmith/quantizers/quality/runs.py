@@ -589,6 +589,7 @@ ROUNDING: Mapping[str, Rounding] = {
     "float-quantized": Rounding(0.0263, block=0),
     "nvfp4-pack-quantized": Rounding(0.1032, block=16),
     "mxfp4-pack-quantized": Rounding(0.1145),
+    "mxfp8-quantized": Rounding(0.0266, block=0),
     # With groups of 128; rounding errors are moved to other weights on purpose.
     "gptq": Rounding(0.2, block=128),
     "f32": Rounding(_COPIED / _MARGIN, block=0, tiny=_TINY_COPIED),
