@@ -397,7 +397,7 @@ def _by(pairs: Iterable[tuple[str, K]]) -> dict[K, list[str]]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Tests in `tests/unit/quantizers/` make each pair with the first five formats, `awq` and `gptq`, and many with `nvfp4`, of a small random model.\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Tests in `tests/unit/quantizers/` make each pair with the formats without calibration, `awq` and `gptq`, and many with `nvfp4`, of a small random model.\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield "| architectures | packed formats |\n|---|---|"
