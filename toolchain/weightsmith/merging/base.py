@@ -19,6 +19,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.merging.names import is_conv1d
 from weightsmith.merging.outputs import Files, StoredTensor, TensorSource
 from weightsmith.merging.quantized.layout import Packed, quantization_of, read_layout
+from weightsmith.models.predicting import predicting, predicting_tensors
 from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ def replicate(
     config.json's layer counts and per-layer lists.
     """
     old = [number for first, end in layers for number in range(first, end)]
-    found = {int(m["number"]) for name in base.sources if (m := _LAYER.fullmatch(name))}
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    count = next((config[name] for name in names if name in config), 0)
+    further = frozenset(predicting_tensors(config, base.sources))
+    numbered = {name: m for name in base.sources if (m := _LAYER.fullmatch(name))}
+    found = {int(match["number"]) for name, match in numbered.items() if name not in further}
     if not old or not set(old) <= found:
         raise InputRefused(
             f"layer_replication in adapter_config.json names layers {sorted(set(old) - found)}, "
@@ -75,16 +80,20 @@ def replicate(
         )
     copies: dict[str, list[str]] = {}
     for name in base.sources:
-        match = _LAYER.fullmatch(name)
-        copies[name] = (
-            [
-                f"{match['before']}.{new}.{match['after']}"
-                for new, number in enumerate(old)
-                if number == int(match["number"])
-            ]
-            if match
-            else [name]
-        )
+        match = numbered.get(name)
+        if name in further:  # those that are numbered on come behind the last copy
+            behind = isinstance(count, int) and match and int(match["number"]) >= count
+            copies[name] = [_renumbered(match, len(old) - count) if behind else name]
+        else:
+            copies[name] = (
+                [
+                    _renumbered(match, new - number)
+                    for new, number in enumerate(old)
+                    if number == int(match["number"])
+                ]
+                if match
+                else [name]
+            )
     tensors = BaseTensors(
         sources={new: base.sources[name] for name, some in copies.items() for new in some},
         layout=tuple(
@@ -92,13 +101,15 @@ def replicate(
             for shard, names in base.layout
         ),
     )
-    names = ("num_hidden_layers", "n_layer", "num_layers")
     settings: dict[str, JsonValue] = {name: len(old) for name in names if name in config}
-    count = next((config[name] for name in names if name in config), 0)
     for name, value in config.items():
         if isinstance(value, list) and len(value) == count and name.endswith(("types", "layers")):
             settings[name] = [value[number] for number in old]
     return tensors, settings
+
+
+def _renumbered(match: re.Match[str], by: int) -> str:
+    return f"{match['before']}.{int(match['number']) + by}.{match['after']}"
 
 
 def same_layers(configured: Sequence[Any]) -> Layers:
@@ -219,9 +230,11 @@ def _simulated(stored: BaseTensors, config: Mapping[str, JsonValue], choice: str
 
     bitsandbytes quantizes every linear layer but the head, not only the adapter's targets.
     """
-    kind = str(config.get("model_type", ""))
+    kind, not_loaded = str(config.get("model_type", "")), predicting(config)
     rounded: dict[str, TensorSource] = {}
     for name, source in stored.sources.items():
+        if not_loaded(name):  # as in training
+            continue
         module = name.removesuffix(".weight")
         if any(part in name for part in _MIXTURES) or is_conv1d(kind, module):
             raise InputRefused(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from weightsmith.merging.names import (
 )
 from weightsmith.merging.tying import is_embedding, is_head
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
+from weightsmith.models.predicting import predicting
 from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.models.task import outputs_of
 
@@ -115,13 +116,14 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     stacked = not any(is_one_of_stack(claim.module) for claim in claims)
     # A class with a head of its own may lack the base's: BERT's for tokens has no pooler.
     headed = view.config.raw.get("task_type") in TASKS
+    left_out = _left_out(view, have)
     missing = []
     for name, source in view.sources.items():
         module = put + as_model(name).removeprefix(cut).removesuffix(".weight")
         matrix = name.endswith(".weight") and len(source.shape) == 2
         matrix = matrix and not (stacked and is_one_of_stack(module))
         matrix = matrix and not (headed and not _IN_LAYER.search(module))
-        if matrix and name not in have and view.config.targets(module):
+        if matrix and name not in have and view.config.targets(module) and not left_out(name):
             missing.append(module)
     if missing:
         raise InputRefused(
@@ -129,6 +131,16 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
             + ", ".join(missing[:SHOWN]),
             hint="the adapter file is incomplete or its keys were renamed; export it again",
         )
+
+
+def _left_out(view: AdapterView, have: Collection[str]) -> Callable[[str], bool]:
+    """Return what tells whether the adapter was trained without a tensor of the base.
+
+    Layers that predict further tokens are not loaded for training, whatever is targeted. An adapter
+    that has weights for one of them was trained with them.
+    """
+    belongs = predicting(view.base_config)
+    return (lambda _: False) if any(map(belongs, have)) else belongs
 
 
 def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
@@ -154,10 +166,11 @@ def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
         done = any(is_head(claim.module) or claim.both for claim in claims)
         missing += [] if done else [f"target_modules {head}"]
     bias, have = str(raw.get("bias", "none")), {c.target for c in claims if c.replacement}
+    left_out = _left_out(view, {c.target for c in claims})
     biases: list[str] = []
     if bias == "all":
         # Not `dt_bias` or `experts.down_proj_bias`: PEFT trains parameters called `bias`.
-        biases = [name for name in view.sources if name.endswith(".bias")]
+        biases = [name for name in view.sources if name.endswith(".bias") and not left_out(name)]
     elif bias.endswith("_only"):
         modules = [claim.module for claim in claims if claim.terms or claim.change]
         biases = sorted({view.find(module, "bias") for module in modules} - {""})

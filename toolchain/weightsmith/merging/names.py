@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -58,7 +58,8 @@ class BaseNames:
     """The base's tensors by name: an exact match first, else the tensor with the same ending.
 
     `loaded` has the tensors that transformers renames: name in the model -> name in the base.
-    `pieces` has the parameters that it makes of a tensor's rows.
+    `pieces` has the parameters that it makes of a tensor's rows. `further` are tensors that it does
+    not load, which match by their whole names alone.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class BaseNames:
         tensors: Mapping[str, object],
         loaded: Mapping[str, str] | None = None,
         pieces: Mapping[str, SplitParameter] | None = None,
+        further: Collection[str] = (),
     ) -> None:
         self._tensors = tensors
         self._pieces = pieces or {}
@@ -74,6 +76,8 @@ class BaseNames:
         self._renamed = BaseNames(self._loaded) if self._loaded else None
         self._endings: dict[str, list[str]] = defaultdict(list)
         for name in tensors:
+            if name in further:
+                continue
             parts = name.split(".")
             for cut in range(1, min(_LEADING, len(parts) - 2) + 1):
                 self._endings[".".join(parts[cut:])].append(name)

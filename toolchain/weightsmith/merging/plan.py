@@ -59,6 +59,7 @@ from weightsmith.merging.outputs import (
 from weightsmith.merging.tying import Tie, find_tie, is_embedding, is_head, stored_apart
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
+from weightsmith.models.predicting import predicting_tensors
 from weightsmith.models.safetensors import CheckpointIndex, open_checkpoint
 from weightsmith.models.tensors import unsupported
 
@@ -143,7 +144,8 @@ def make_plan(
     tie = find_tie(config, tensors.sources, loaded)
     apart = tie if tie and read and stored_apart(tie, tensors.sources) else None
     tie = None if apart else tie
-    names = BaseNames(tensors.sources, loaded, split_names(config, tensors.sources))
+    further = frozenset(predicting_tensors(config, tensors.sources))
+    names = BaseNames(tensors.sources, loaded, split_names(config, tensors.sources), further)
     onto = partial(
         replace, names=names, sources=tensors.sources, base_config=config, tie=tie, apart=apart
     )
