@@ -46,6 +46,7 @@ from weightsmith.quantizers.schemes import NVFP4, SCHEMES
 
 from docs.known import listed
 from tests import vllm_parts
+from tests.fakes.predicting import add_predicting
 from tests.fakes.seeing import turn_experts
 from tests.unit.quantizers.conftest import make_any, model_of
 
@@ -250,18 +251,26 @@ def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path):
     assert {f"{first}.{name}" for name in keep} <= set(ignored)
 
 
-def test_layers_that_predict_further_tokens_stay_in_16_bits(models, tmp_path, out):
+@pytest.mark.parametrize(
+    ("architecture", "style"),
+    [("DeepseekV3ForCausalLM", "numbered"), ("Qwen3NextForCausalLM", "mtp.")],
+)
+def test_layers_that_predict_further_tokens_stay_in_16_bits(
+    models, tmp_path, out, architecture, style
+):
+    """Engines must be told so of each of their matrices, to read them as drafters."""
     model, scheme = tmp_path / "model", SCHEMES["fp8"]
-    shutil.copytree(models("DeepseekV3ForCausalLM"), model)
-    tensors = load_file(model / "model.safetensors")
-    more = {n.replace(".1.", ".2."): v.clone() for n, v in tensors.items() if ".layers.1." in n}
-    more["model.layers.2.eh_proj.weight"] = torch.ones(128, 256, dtype=torch.bfloat16)
-    save_file({**tensors, **more}, model / "model.safetensors")
+    shutil.copytree(models(architecture), model)
+    added = add_predicting(model, style)
 
     quantize(scheme, model, out, [])
 
-    made, source = CheckpointTensors(out), CheckpointTensors(model)
-    assert all(_same(made, source, name) for name in more)
+    check_checkpoint(out, model, PackedLayout.of_scheme(scheme))
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in added.items())
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    matrices_of = {n for n, t in added.items() if t.dim() > 1 and "embed_tokens" not in n}
+    assert {name.removesuffix(".weight") for name in matrices_of} <= set(ignored)
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4a16"])
