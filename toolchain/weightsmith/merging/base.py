@@ -19,6 +19,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.merging.names import is_conv1d
 from weightsmith.merging.outputs import Files, StoredTensor, TensorSource
 from weightsmith.merging.quantized.layout import Packed, quantization_of, read_layout
+from weightsmith.models.facts import whole
 from weightsmith.models.predicting import predicting, predicting_tensors
 from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
@@ -68,7 +69,7 @@ def replicate(
     """
     old = [number for first, end in layers for number in range(first, end)]
     names = ("num_hidden_layers", "n_layer", "num_layers")
-    count = next((config[name] for name in names if name in config), 0)
+    count = next((whole(config[name]) for name in names if name in config), 0)
     further = frozenset(predicting_tensors(config, base.sources))
     numbered = {name: m for name in base.sources if (m := _LAYER.fullmatch(name))}
     found = {int(match["number"]) for name, match in numbered.items() if name not in further}
@@ -81,19 +82,17 @@ def replicate(
     copies: dict[str, list[str]] = {}
     for name in base.sources:
         match = numbered.get(name)
-        if name in further:  # those that are numbered on come behind the last copy
-            behind = isinstance(count, int) and match and int(match["number"]) >= count
-            copies[name] = [_renumbered(match, len(old) - count) if behind else name]
+        if match is None:
+            copies[name] = [name]
+        elif name in further:  # those that are numbered on come behind the last copy
+            moved = int(match["number"]) >= count
+            copies[name] = [_renumbered(match, len(old) - count) if moved else name]
         else:
-            copies[name] = (
-                [
-                    _renumbered(match, new - number)
-                    for new, number in enumerate(old)
-                    if number == int(match["number"])
-                ]
-                if match
-                else [name]
-            )
+            copies[name] = [
+                _renumbered(match, new - number)
+                for new, number in enumerate(old)
+                if number == int(match["number"])
+            ]
     tensors = BaseTensors(
         sources={new: base.sources[name] for name, some in copies.items() for new in some},
         layout=tuple(
