@@ -11,7 +11,8 @@ import pytest
 from weightsmith.api.commands.plan import table
 from weightsmith.building.record import BuiltTarget
 from weightsmith.cli.commands import _facts, _lines
-from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.devices import Devices
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.jobs import QuantizeJob
 from weightsmith.core.values import Json
 from weightsmith.evaluating.build_record import CandidateRecord
@@ -344,3 +345,101 @@ def test_a_fleet_names_its_targets(memory: Memory) -> None:
 
     with pytest.raises(UsageError, match="the target auto is chosen by a build of its own"):
         run(memory, path)
+
+
+IQ4, MIX46 = "llamacpp-iq4_nl", "llamacpp-mix, bits 4.6"
+
+
+def prefer_speed(memory: Memory, **speeds: float) -> None:
+    """Let these write so many tokens per second, in the order of what the memory allows.
+
+    That is 36.9 of the smallest (8 MB/s by 221 KB, of which 4 KB are an embedding), then 34.6, 34.0
+    and 31.8.
+    """
+    ask(memory, MANY, auto={"engine": "llamacpp", "prefer": "speed"})
+    memory.bandwidth = 8e6
+    names = {"first": SMALLEST, "second": MIX46, "third": IQ4, "fourth": "llamacpp-mix, bits 5.0"}
+    paces = {names[which]: speed for which, speed in speeds.items()}
+
+    def work(tokens: int) -> None:
+        memory.ticks += (tokens + 7) / paces[tried(memory)] - 1  # the clock itself counts one
+
+    memory.launcher.worked = work
+
+
+def speeds_of(found: Json) -> dict[str, float]:
+    """Tokens per second of the candidates that were measured."""
+    rows = map(CandidateRecord.from_json, found["candidates"])
+    return {row.name: row.speed for row in rows if row.speed}
+
+
+def test_the_fastest_that_is_proven_is_chosen_by_what_was_measured(memory: Memory) -> None:
+    """What the memory allows only orders them: the first is slower than it, and so waits."""
+    prefer_speed(memory, first=20, second=30, third=33)
+
+    built = chosen(memory)
+
+    record = memory.record(IQ4)
+    assert built.target.name == IQ4
+    assert speeds_of(record["auto"]) == {IQ4: 33.0, MIX46: 30.0, SMALLEST: 20.0}
+    assert memory.journal.of("start") == ["start"] * 3
+    assert left(built.auto) == [(IQ4, "")]  # no other was asked
+    assert (record["auto"]["prefer"], record["auto"]["bandwidth"]) == ("speed", 8e6)
+    rows = {row["target"]: row for row in record["auto"]["candidates"] if row["options"] == {}}
+    assert rows[IQ4]["foreseen_speed"] == 34.0
+    assert rows["llamacpp-q8_0"]["left"] == "not tried: a faster one is proven"
+    for page in ("report.md", "report.html"):
+        text = (memory.results(IQ4) / page).read_text("utf-8")
+        assert "The fastest image that is proven was chosen" in text
+        for said in ("33 tokens/s", "20 tokens/s", "at most 18.7 tokens/s", "read at 0.008 GB/s"):
+            assert said in text
+    assert f"  {IQ4}, 33 tokens/s: chosen" in _lines(built)
+
+
+def test_a_fast_one_that_loses_too_much_gives_way_to_the_next_fastest(memory: Memory) -> None:
+    prefer_speed(memory, first=20, second=30, third=33, fourth=28)
+    harm(memory, {IQ4: MANY})
+
+    built = chosen(memory)
+
+    assert left(built.auto) == [(IQ4, "evaluate"), (MIX46, "")]
+    assert built.auto
+    assert [one.speed for one in built.auto.candidates[:2]] == [33.0, 30.0]
+
+    # Nothing is measured again, although the memory seems to be a little faster.
+    again = chosen(memory)
+    assert (memory.jobs(), memory.journal.of("start")) == ([], [])
+    assert again.published.digest == built.published.digest
+    assert again.auto
+    assert speeds_of(again.auto.to_json()) == speeds_of(built.auto.to_json())
+    page = memory.results(built.target.name) / "build.json"
+    before = page.read_bytes()
+    memory.bandwidth = 8.01e6
+    chosen(memory)
+    assert page.read_bytes() == before
+
+
+def test_speed_in_a_plan(memory: Memory) -> None:
+    prefer_speed(memory)
+    plan = memory.forecast()
+    tries = [row["foreseen_speed"] for row in plan["auto"]["candidates"] if not row["left"]]
+    assert tries == sorted(tries, reverse=True)
+    assert f"  {SMALLEST}, 215.8 KiB, at most 36.9 tokens/s\n" in table(plan)
+
+
+def test_a_server_that_does_not_count_has_no_speed(memory: Memory) -> None:
+    prefer_speed(memory, first=20, second=30, third=33)
+    memory.launcher.counts = False
+    with pytest.raises(CheckFailed, match=r"none is proven.*its speed cannot be measured"):
+        chosen(memory, "auto.at_most=240KB")
+
+
+def test_speed_is_not_measured_for_gpus(memory: Memory) -> None:
+    suite = {"data": "a.jsonl", "max_drop": 0.2}
+    memory.engine.answering = False
+    memory.launcher.runs_on = Devices(cpu="Memory CPU 7", cpus=2, gpus=("NVIDIA L4",))
+    auto = {"engine": "vllm", "prefer": "speed"}
+    memory.use_vllm("auto", auto=auto, evaluate=suite, serve={"gpu": "nvidia-l4"})
+    with pytest.raises(EnvironmentFailure, match="its speed is measured on CPUs") as caught:
+        memory.forecast()
+    assert "auto.prefer: size" in caught.value.hint

@@ -112,6 +112,10 @@ class MemoryLauncher:
     runs_on: Devices | None = field(default_factory=lambda: Devices(cpu="Memory CPU 7", cpus=2))
     pace: float = 0.0
     """Seconds before each word of a stream."""
+    worked: Callable[[int], None] = lambda tokens: None
+    """Is told how many tokens an answer has that does not end by itself."""
+    counts: bool = True
+    """Whether it says how many tokens an answer has."""
     with_gpu: list[bool] = field(default_factory=list)
     """Whether each start asked for GPUs."""
     shared: list[int] = field(default_factory=list)
@@ -123,6 +127,14 @@ class MemoryLauncher:
         self.asked.append((adapter, question))
         if body.get("logprobs") and body["max_tokens"] > 1:
             self.replayed.append(body)
+
+    def count(self, body: Json, text: str) -> Json:
+        """What the server says of an answer's tokens, which are words if it ends by itself."""
+        tokens = len(text.split())
+        if body.get("ignore_eos"):
+            tokens = body["max_tokens"]
+            self.worked(tokens)
+        return {"usage": {"completion_tokens": tokens}} if self.counts else {}
 
     def cpu_flags(self) -> frozenset[str] | None:
         return self.flags
@@ -259,6 +271,7 @@ class _Handler(Replying):
             adapter = program.numbered[row["id"]]
         launcher.note(body, adapter, question)
         text = launcher.answer(question, adapter)
+        counted = launcher.count(body, text)
         if body.get("stream"):
             self.stream(text, chat="messages" in body)
             return
@@ -272,7 +285,7 @@ class _Handler(Replying):
         choice = {**(said if "messages" in body else {"text": text}), "finish_reason": ends}
         if body.get("logprobs") and launcher.lists_tokens:
             choice["logprobs"] = listed(text, launcher.moved)
-        self.send(200, {"model": body["model"], "choices": [choice]})
+        self.send(200, {"model": body["model"], "choices": [choice], **counted})
 
     def embed(self, given: str | list[str]) -> None:
         """Answer with a vector for each text."""

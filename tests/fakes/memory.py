@@ -96,6 +96,7 @@ class Memory:
         self.progress = RecordingProgress(journal=self.journal)
         self.registry.watch = self._watch
         self.ticks = 0.0
+        self.bandwidth = 1e9
         self.shared: SharedStore | None = None
         self.given_up = 0
         self.remember: Remember = nowhere
@@ -145,6 +146,7 @@ class Memory:
             memory=self.room,
             two_at_once=lambda: self.two_at_once,
             images_in_engine=self.engine.answering,
+            bandwidth=lambda: self.bandwidth,
             share=lambda *_, **__: None,  # its nodes have this very store
         )
 

@@ -45,3 +45,8 @@ def test_the_drivers_libraries_are_found_where_the_loader_is_told_to_look(
         (tmp_path / name).touch()
 
     assert {path.name for path in hardware.driver_libraries()} == names
+
+
+def test_the_memory_is_read_at_some_speed() -> None:
+    """No machine that this runs on reads less than 50 MB or more than 10 TB in a second."""
+    assert 5e7 < hardware.memory_bandwidth() < 1e13

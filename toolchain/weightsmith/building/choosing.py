@@ -1,9 +1,16 @@
-"""The target `auto`: candidates, cheapest first, are built until one is proven.
+"""The target `auto`: candidates, smallest or fastest first, are built until one is proven.
 
 A candidate is a build of one target like any other, with the recipe's whole gate. Merge, reference
 answers, importance and losses have the same keys for all, so the store gives them to the next one.
 What was left for good, such as a file over its limits or a suite that cannot be proven any more, is
 stored too: a build that was interrupted goes on with the candidate at which it stopped.
+
+Where speed is preferred, a candidate's price is the time of a token. For each token of one request,
+a decoder reads its weights once, so it writes at most bandwidth / bytes tokens per second (the
+memory roof of Williams, Waterman and Patterson, Roofline, CACM 52, 2009). By that bound candidates
+are ordered. A started one is measured, and waits behind all that may still be faster, as in
+best-first branch and bound; so the first that is proven is the fastest. No order changes an error
+rate, since it knows no answer.
 """
 
 from __future__ import annotations
@@ -26,7 +33,11 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.values import JsonValue, Sources
 from weightsmith.evaluating.build_record import AutoRecord, CandidateRecord
-from weightsmith.evaluating.candidacy import Candidacy, LargerThanForeseen
+from weightsmith.evaluating.candidacy import (
+    Candidacy,
+    LargerThanForeseen,
+    SlowerThanForeseen,
+)
 from weightsmith.evaluating.results import RecipeTask, named, tasks_of
 from weightsmith.evaluating.sequential import (
     ERROR,
@@ -34,9 +45,11 @@ from weightsmith.evaluating.sequential import (
     limit_of,
     questions_needed,
 )
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats, of_format
 from weightsmith.recipe.schema import Auto
 from weightsmith.serving import engines
+from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.targets import Target
 from weightsmith.stages.resolve import NotHere
@@ -47,7 +60,10 @@ _FIXED = ("bits", "size", "mix", "tensor_types")
 """Keys of `quantize` that say what `auto` is to find out."""
 _ALIKE = 1.04
 """Of candidates whose sizes differ by less, the largest is tried: it loses least of them."""
-_CHEAPER = "not tried: a smaller one is proven"
+_CHEAPER = {
+    "size": "not tried: a smaller one is proven",
+    "speed": "not tried: a faster one is proven",
+}
 Build = Callable[[BuildRequest], Iterator[BuiltTarget]]
 
 
@@ -68,6 +84,10 @@ class Candidate:
     options: Mapping[str, JsonValue]
     price: int
     """Bytes of its weights, as they are foreseen, or as they were made."""
+    foreseen_speed: float = 0.0
+    """Tokens per second that the memory's bandwidth allows; 0 if size is preferred."""
+    speed: float = 0.0
+    """Tokens per second as measured; 0 if it was not."""
     why_not: str = ""
     """Why it is not tried."""
 
@@ -79,13 +99,25 @@ class Candidate:
     @property
     def shown(self) -> str:
         """Its name with its options, and its price."""
-        return f"{self.row.name}, {human(self.price)}"
+        fast = f" and {self.row.fast}" if self.row.fast else ""
+        return f"{self.row.name}, {human(self.price)}{fast}"
+
+    @property
+    def rank(self) -> tuple[float, str, str]:
+        """What it is ordered by: the time of a token if speed is preferred, else its bytes."""
+        fast = self.speed or self.foreseen_speed
+        return 1 / fast if fast else self.price, self.target.name, str(self.options)
 
     @property
     def row(self) -> CandidateRecord:
         """What is recorded of it before it was tried."""
         return CandidateRecord(
-            target=self.target.name, options=self.options, price=self.price, left=self.why_not
+            target=self.target.name,
+            options=self.options,
+            price=self.price,
+            left=self.why_not,
+            foreseen_speed=self.foreseen_speed,
+            speed=self.speed,
         )
 
 
@@ -142,11 +174,12 @@ def check_questions(tasks: Sequence[RecipeTask]) -> None:
 
 
 def candidates_of(
-    request: BuildRequest, tools: Tools, sources: Sources | None = None
+    request: BuildRequest, tools: Tools, sources: Sources | None = None, bandwidth: float = 0.0
 ) -> tuple[Candidate, ...]:
     """Return every candidate, those to try first, cheapest first, and then the others.
 
-    Sources are those that were resolved; without, those that are here. Raises InputRefused if none
+    Sources are those that were resolved; without, those that are here. `bandwidth` is the memory's,
+    in bytes per second, if speed is preferred. Raises InputRefused if none
     is left, and NotHere, and what building each of them would raise.
     """
     auto = settings_of(request)
@@ -154,11 +187,11 @@ def candidates_of(
     found, refused = [], dict[str, WeightsmithError]()
     for one in _all_of(request, auto):
         try:
-            found.append(_priced(one, tools, sources))
+            found.append(_priced(one, tools, sources, bandwidth))
         except (UsageError, InputRefused, EnvironmentFailure) as error:
             refused[one.target.name] = error
             found.append(replace(one, why_not=error.message))
-    made = sorted((one for one in found if not one.why_not), key=_rank)
+    made = sorted((one for one in found if not one.why_not), key=lambda one: one.rank)
     if not made:
         first = next(iter(refused.values()))
         raise type(first)(
@@ -168,16 +201,17 @@ def candidates_of(
         )
     small = [one for one in made if not most or one.price <= most]
     if not small:
+        least = min(made, key=lambda one: one.price)
         raise InputRefused(
-            f"auto.at_most: the smallest candidate, {made[0].target.name}, has about"
-            f" {human(made[0].price)}, more than {human(most)}",
-            hint=f"set auto.at_most to {-(-made[0].price // 10**6)}MB or more",
+            f"auto.at_most: the smallest candidate, {least.target.name}, has about"
+            f" {human(least.price)}, more than {human(most)}",
+            hint=f"set auto.at_most to {-(-least.price // 10**6)}MB or more",
         )
     tried: list[Candidate] = []
     others = [one for one in found if one.why_not]
     others += [replace(one, why_not="larger than auto.at_most") for one in made if one not in small]
     while small:
-        group = [one for one in small if one.price <= small[0].price * _ALIKE]
+        group = [one for one in small if _alike(one, small[0])]
         best = max(group, key=lambda one: one.price)
         tried.append(best)
         why = f"as large as {best.target.name}, or a little smaller"
@@ -186,8 +220,10 @@ def candidates_of(
     return (*tried, *others)
 
 
-def _rank(one: Candidate) -> tuple[int, str, str]:
-    return one.price, one.target.name, str(one.options)
+def _alike(one: Candidate, cheapest: Candidate) -> bool:
+    """Return whether trying one of both is enough: engines differ in speed at the same size."""
+    others = one.foreseen_speed and one.target.engine.name != cheapest.target.engine.name
+    return not others and one.rank[0] <= cheapest.rank[0] * _ALIKE
 
 
 def _all_of(request: BuildRequest, auto: Auto) -> Iterator[Candidate]:
@@ -222,7 +258,7 @@ def _all_of(request: BuildRequest, auto: Auto) -> Iterator[Candidate]:
             yield Candidate(request=alone, options=options, price=0)
 
 
-def _priced(one: Candidate, tools: Tools, sources: Sources | None) -> Candidate:
+def _priced(one: Candidate, tools: Tools, sources: Sources | None, bandwidth: float) -> Candidate:
     """Return a candidate with its price; raises what its build would before any work.
 
     The price is that of the plan also where the weights exist, and rounded, since a merged
@@ -248,7 +284,30 @@ def _priced(one: Candidate, tools: Tools, sources: Sources | None) -> Candidate:
             f"its image is {missing}, so it cannot be asked",
             hint="build on a machine that can start it, or name another auto.engine",
         )
-    return replace(one, price=price)
+    if not bandwidth:
+        return replace(one, price=price)
+    if not is_cpu(device := seen[own.config].device):
+        raise EnvironmentFailure(
+            f"its speed is measured on CPUs, and it is for {device}",
+            hint="set auto.prefer: size; of one engine's formats, smaller ones usually read faster",
+        )
+    model = seen[steps.checkpoint].model
+    weights = seen[steps.checkpoint].weight_bytes // (4 if model.stated_dtype == "float32" else 2)
+    read = max(1.0, price * (1 - _unread(model) / max(1, weights)))
+    return replace(one, price=price, foreseen_speed=float(f"{bandwidth / read:.3g}"))
+
+
+def _unread(model: ModelFacts) -> int:
+    """Return how many weights a decoder does not read for each token, at most.
+
+    Of an input embedding of its own, it reads a row; of experts, at least one; of a vision tower,
+    nothing.
+    """
+    shape, more = model.shape, model.matrices
+    embedding = 0 if model.tied_embeddings else shape.vocab * shape.hidden
+    expert = 3 * shape.hidden * (more.expert_width or shape.intermediate)
+    experts = more.sparse_layers * max(0, more.experts - 1) * expert
+    return embedding + experts + more.vision.weights
 
 
 def check_choice(request: BuildRequest) -> AutoRecord:
@@ -265,6 +324,7 @@ def check_choice(request: BuildRequest) -> AutoRecord:
         tests=1,
         level=ERROR,
         candidates=(),
+        prefer=auto.prefer,
     )
 
 
@@ -275,12 +335,19 @@ def foreseen_choice(request: BuildRequest, tools: Tools) -> tuple[AutoRecord, Bu
     Raises what `choose` would raise before any work.
     """
     tried, every = check_choice(request), _all_of(request, settings_of(request))
+    tried = _with_bandwidth(tried, tools)
     try:
-        found = candidates_of(request, tools)
+        found = candidates_of(request, tools, bandwidth=tried.bandwidth)
     except NotHere:
         found = tuple(every)
     tried = _tests(tried, request, sum(not one.why_not for one in found))
     return replace(tried, candidates=tuple(one.row for one in found)), found[0].request
+
+
+def _with_bandwidth(tried: AutoRecord, tools: Tools) -> AutoRecord:
+    if tried.prefer == "size":
+        return tried
+    return replace(tried, bandwidth=float(f"{tools.bandwidth():.3g}"))
 
 
 def choose(request: BuildRequest, tools: Tools, build: Build) -> Iterator[BuiltTarget]:
@@ -289,9 +356,9 @@ def choose(request: BuildRequest, tools: Tools, build: Build) -> Iterator[BuiltT
     Raises CheckFailed if none is, with the table of what was tried, and what `settings_of`,
     `check_questions` and `candidates_of` raise.
     """
-    tried = check_choice(request)
+    tried = _with_bandwidth(check_choice(request), tools)
     check_places(next(_all_of(request, settings_of(request))).request)
-    found = candidates_of(request, tools, _resolved(request, tools))
+    found = candidates_of(request, tools, _resolved(request, tools), tried.bandwidth)
     others = [one.row for one in found if one.why_not]
     queue = [one for one in found if not one.why_not]
     tried = _tests(tried, request, len(queue))
@@ -301,23 +368,14 @@ def choose(request: BuildRequest, tools: Tools, build: Build) -> Iterator[BuiltT
     while queue and tests:
         one = queue.pop(0)
         tools.progress.note(f"{AUTO}: trying {one.shown}")
-        candidacy = Candidacy(
-            level=tried.level,
-            at_most=tried.at_most,
-            next_price=queue[0].price if queue else 0,
-        )
-        choice = Attempt(
-            candidacy=candidacy,
-            price=one.price,
-            options=one.options,
-            began=tools.clock(),
-            tried=tried,
-            rest=(*(replace(each.row, left=_CHEAPER) for each in queue), *others),
-        )
+        choice = _attempt(one, queue, others, tried, tools)
         try:
             yield from build(replace(one.request, choice=choice))
         except LargerThanForeseen as larger:
-            queue = sorted([*queue, replace(one, price=larger.size)], key=_rank)
+            queue = sorted([*queue, replace(one, price=larger.size)], key=lambda each: each.rank)
+        except SlowerThanForeseen as slower:
+            tools.progress.note(f"{AUTO}: {one.row.name} has {slower.speed:.3g} tokens/s")
+            queue = sorted([*queue, replace(one, speed=slower.speed)], key=lambda each: each.rank)
         except CandidateLeft as left:
             tools.progress.note(f"{AUTO}: left {one.row.name}: {left.row.left}")
             errors.append(left.error)
@@ -329,6 +387,34 @@ def choose(request: BuildRequest, tools: Tools, build: Build) -> Iterator[BuiltT
         else:
             return
     raise _none_proven(tried, queue, others, errors)
+
+
+def _attempt(
+    one: Candidate,
+    queue: Sequence[Candidate],
+    others: Sequence[CandidateRecord],
+    tried: AutoRecord,
+    tools: Tools,
+) -> Attempt:
+    """Return the attempt at a candidate, of which a queue and others are left."""
+    fast = tried.prefer == "speed"
+    candidacy = Candidacy(
+        level=tried.level,
+        at_most=tried.at_most,
+        next_price=queue[0].price if queue and not fast else 0,
+        measured=fast,
+        speed=one.speed,
+        next_speed=queue[0].speed or queue[0].foreseen_speed if queue else 0.0,
+    )
+    return Attempt(
+        candidacy=candidacy,
+        price=one.price,
+        foreseen_speed=one.foreseen_speed,
+        options=one.options,
+        began=tools.clock(),
+        tried=tried,
+        rest=(*(replace(each.row, left=_CHEAPER[tried.prefer]) for each in queue), *others),
+    )
 
 
 def _tests(tried: AutoRecord, request: BuildRequest, candidates: int) -> AutoRecord:

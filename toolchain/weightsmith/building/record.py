@@ -187,7 +187,9 @@ class Record:
             raise AssertionError("only a candidate of `auto` is one")
         weights = have.get(self.target.weights)
         found = sequences(self.trial.results, choice.candidacy.level)
-        asked = error.details.get("sequence", ()) if error else ()
+        details = error.details if error else {}
+        asked = details.get("sequence", ())
+        speed = self.trial.speed or choice.candidacy.speed or details.get("speed", 0.0)
         return CandidateRecord(
             target=self.target.of.target.name,
             options=choice.options,
@@ -197,6 +199,8 @@ class Record:
             left=error.message if error else "",
             seconds=round(self.tools.clock() - choice.began, 3),
             sequence=found or tuple(map(SequenceRecord.from_json, asked)),
+            foreseen_speed=choice.foreseen_speed,
+            speed=speed,
         )
 
     def keep(self) -> BuiltTarget:

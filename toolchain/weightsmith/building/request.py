@@ -31,6 +31,8 @@ class Attempt:
     candidacy: Candidacy
     price: int
     """Foreseen bytes of its weights."""
+    foreseen_speed: float
+    """Tokens per second that the memory's bandwidth allows; 0 if size is preferred."""
     options: Mapping[str, JsonValue]
     """What it has of `quantize` beside the recipe's own."""
     began: float

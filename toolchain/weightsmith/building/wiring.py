@@ -51,7 +51,7 @@ from weightsmith.outside.fleet_ray import RayFleet
 from weightsmith.outside.fleet_slurm import SlurmFleet
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.folders import FolderReader
-from weightsmith.outside.hardware import cores, free_memory, gpu_names
+from weightsmith.outside.hardware import cores, free_memory, gpu_names, memory_bandwidth
 from weightsmith.outside.https import HttpsRemote
 from weightsmith.outside.hub import HubFinder, HubReader, HubWriter
 from weightsmith.outside.image_sources import OciRemote
@@ -279,6 +279,7 @@ def open_tools(
             signer=signer,
             memory=room,
             two_at_once=lambda: cores() > 1 and not gpu_names(),
+            bandwidth=memory_bandwidth,
             images_in_engine=answers,
             share=store.share if isinstance(store, SharedStore) else shares_nothing,
             moved=store.moved if isinstance(store, SharedStore) else lambda: 0,

@@ -126,7 +126,7 @@ def _lines(built: BuiltTarget) -> Iterator[str]:
     for row in built.auto.candidates if built.auto else ():
         if row.seconds:
             said = f"left: {row.left}" if row.left else "chosen"
-            yield f"  {row.name}: {said}"
+            yield f"  {row.name}{f', {row.fast}' if row.speed else ''}: {said}"
     yield f"  report: {built.report}"
 
 

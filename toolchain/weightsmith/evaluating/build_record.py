@@ -302,16 +302,27 @@ class CandidateRecord(JsonObject):
     seconds: float = 0.0
     sequence: tuple[SequenceRecord, ...] = ()
     """Suites in the order of asking; () if nothing was asked."""
+    foreseen_speed: float = field(default=0.0, metadata=OMITTED)
+    """Tokens per second that the memory's bandwidth allows; 0 if size is preferred."""
+    speed: float = field(default=0.0, metadata=OMITTED)
+    """Tokens per second of one request, as measured; 0 if it was not."""
 
     @property
     def name(self) -> str:
         """The target, with its options."""
         return ", ".join([self.target, *(f"{key} {value}" for key, value in self.options.items())])
 
+    @property
+    def fast(self) -> str:
+        """Its tokens per second, measured or at most; "" if nothing is known of them."""
+        if self.speed:
+            return f"{self.speed:.3g} tokens/s"
+        return f"at most {self.foreseen_speed:.3g} tokens/s" if self.foreseen_speed else ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoRecord(JsonObject):
-    """What the target `auto` chose from, cheapest first."""
+    """What the target `auto` chose from, in the order of trying."""
 
     engines: tuple[str, ...]
     at_most: int
@@ -323,6 +334,10 @@ class AutoRecord(JsonObject):
     level: float
     """The part of `error` that each of them has."""
     candidates: tuple[CandidateRecord, ...]
+    prefer: str = field(default="size", metadata=OMITTED)
+    """`size` or `speed`."""
+    bandwidth: float = field(default=0.0, metadata=OMITTED)
+    """Bytes per second that this machine reads from its memory; 0 if size is preferred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,13 +464,13 @@ def recorded(folder: Path, made: BuildRecord) -> BuildRecord | None:
 
 
 def _alike(made: AutoRecord | None, earlier: AutoRecord | None) -> bool:
-    """Return whether two choices differ in no more than how long they took."""
+    """Return whether two choices differ in no more than how long they took, and the bandwidth."""
 
     def timeless(auto: AutoRecord | None) -> AutoRecord | None:
         if auto is None:
             return None
-        rows = tuple(replace(one, seconds=0.0) for one in auto.candidates)
-        return replace(auto, candidates=rows)
+        rows = tuple(replace(one, seconds=0.0, foreseen_speed=0.0) for one in auto.candidates)
+        return replace(auto, candidates=rows, bandwidth=0.0)
 
     return timeless(made) == timeless(earlier)
 

@@ -31,7 +31,14 @@ class Candidacy:
     """Largest size of its weights in bytes; 0 for any."""
     next_price: int
     """Foreseen bytes of the next candidate, which comes before it if it is larger than that; 0 if
-    there is none."""
+    there is none, or if speed is preferred."""
+    measured: bool = False
+    """Whether its speed is measured before it is asked."""
+    speed: float = 0.0
+    """Its tokens per second, if they were measured before."""
+    next_speed: float = 0.0
+    """Foreseen tokens per second of the next candidate, which comes before it if it is slower than
+    that; 0 if there is none."""
 
 
 class LargerThanForeseen(Exception):
@@ -40,6 +47,14 @@ class LargerThanForeseen(Exception):
     def __init__(self, size: int) -> None:
         super().__init__("the weights are larger than foreseen")
         self.size = size
+
+
+class SlowerThanForeseen(Exception):
+    """A candidate has fewer tokens per second than the next one may have."""
+
+    def __init__(self, speed: float) -> None:
+        super().__init__("the image is slower than foreseen")
+        self.speed = speed
 
 
 def test_of(task: RecipeTask, level: float) -> DropTest:
@@ -51,8 +66,13 @@ class Unprovable(CheckFailed):
     """The questions that are left cannot prove a suite any more (exit 4)."""
 
 
-def unprovable(result: Result, level: float, drops: Sequence[float]) -> Unprovable:
-    """Return the error for drops of the questions that were asked, in their order."""
+def unprovable(
+    result: Result, level: float, drops: Sequence[float], speed: float = 0.0
+) -> Unprovable:
+    """Return the error for drops of the questions that were asked, in their order.
+
+    `speed` is the image's, if it was measured.
+    """
     found = _record(result, level, drops)
     return Unprovable(
         named(
@@ -62,7 +82,7 @@ def unprovable(result: Result, level: float, drops: Sequence[float]) -> Unprovab
             f" below {found.limit:g}",
         ),
         hint="choose a format that loses less",
-        details={"sequence": [found.to_json()], "drops": drops},
+        details={"sequence": [found.to_json()], "drops": drops, "speed": speed},
     )
 
 

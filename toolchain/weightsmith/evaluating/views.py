@@ -366,10 +366,10 @@ def choice(build: BuildRecord) -> dict[str, object] | None:
             }
         )
     rows = [
-        {**one.to_json(), "name": one.name, "bytes": one.size or one.price}
+        {**one.to_json(), "name": one.name, "bytes": one.size or one.price, "fast": one.fast}
         for one in auto.candidates
     ]
-    return {**auto.to_json(), "rows": rows, "points": points}
+    return {**auto.to_json(), "prefer": auto.prefer, "rows": rows, "points": points}
 
 
 def _percent(share: float) -> float:

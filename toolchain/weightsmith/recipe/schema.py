@@ -555,7 +555,7 @@ class Serve(Section):
 
 
 class Auto(Section):
-    """What the target `auto` chooses from: the smallest image that is proven on the questions."""
+    """What the target `auto` chooses from: the best image that is proven on the questions."""
 
     engine: Annotated[tuple[str, ...], BeforeValidator(_engine_alone)] = Field(
         min_length=1,
@@ -565,6 +565,11 @@ class Auto(Section):
     )
     at_most: str = Field(
         "", pattern=SIZE, description="Largest size of the weights, such as `6GB`; default: any."
+    )
+    prefer: Literal["size", "speed"] = Field(
+        "size",
+        description="Which proven image is the best: the one of fewest bytes, or of most tokens "
+        "per second for one request, measured on the building machine, a CPU.",
     )
 
 

@@ -16,6 +16,7 @@ from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs, ca
 from weightsmith.evaluating.candidacy import (
     Candidacy,
     LargerThanForeseen,
+    SlowerThanForeseen,
     Unprovable,
     Watch,
     ask_in_sequence,
@@ -23,6 +24,7 @@ from weightsmith.evaluating.candidacy import (
     unprovable,
 )
 from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.decoding import decoding_speed
 from weightsmith.evaluating.gate import server_faults
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.pooled_smoke import POOLING, check_pooling
@@ -68,7 +70,8 @@ from weightsmith.validating.result import Validation
 RECIPE_NUMBER = 4
 _REPLAY_NUMBER = 1
 _SEQUENCE_NUMBER = 1
-_ANSWERS, _REPLAY, _DROPS = "answers.json", "replay.json", "drops.json"
+_SPEED_NUMBER = 1
+_ANSWERS, _REPLAY, _DROPS, _SPEED = "answers.json", "replay.json", "drops.json", "speed.json"
 _ENDS = frozenset({"stop", "tool_calls", "error"})
 """Why an answer is over that does not run on; what the server refused is judged as wrong."""
 
@@ -110,6 +113,8 @@ class ImageEvaluation:
     """A set of the same requests that another machine made, to be kept if it holds here."""
     candidacy: Candidacy | None = None
     """Of an image that `auto` tries: its questions are asked in sequence."""
+    machine: tuple[str, int] = ("", 0)
+    """CPU and cores of the machine on which a candidate's speed is measured."""
 
     def replay_inputs(self) -> StageInputs:
         """Everything that the answers of the replay set depend on."""
@@ -159,6 +164,20 @@ class ImageEvaluation:
             },
         )
 
+    def speed_inputs(self) -> StageInputs:
+        """Everything that a candidate's speed depends on, but what else the machine does."""
+        plan, neutral = self.config.plan, self.engine.neutral_settings
+        return StageInputs(
+            stage="decoding",
+            recipe_number=_SPEED_NUMBER,
+            inputs={
+                "artifact": self.artifact.digest,
+                "base": self.base,
+                "settings": {k: v for k, v in plan.settings.items() if k not in neutral},
+                "machine": [*self.machine],
+            },
+        )
+
     def left_inputs(self, question: TaskInProgress) -> StageInputs:
         """Everything on which it depends that a candidate was left before its last question."""
         result = question.result
@@ -195,6 +214,38 @@ def _require_size(artifact: Artifact, candidacy: Candidacy) -> None:
         )
     if candidacy.next_price and size > candidacy.next_price:
         raise LargerThanForeseen(size)
+
+
+def _require_speed(speed: float, candidacy: Candidacy) -> None:
+    """Raise SlowerThanForeseen if it was measured now, and another candidate may be faster."""
+    if not candidacy.speed and speed < candidacy.next_speed:
+        raise SlowerThanForeseen(speed)
+
+
+def _speed(evaluation: ImageEvaluation, session: ServerSession | None, tools: Tools) -> float:
+    """Return a candidate's stored speed, or measure and store it; 0 for one that is not measured.
+
+    Kept, so that a build that goes on has the same order. Without a session, 0 if none is stored.
+    """
+    candidacy, store = evaluation.candidacy, InStore(tools.store)
+    if not (candidacy and candidacy.measured):
+        return 0.0
+    if candidacy.speed or not (session or store.find(evaluation.speed_inputs)):
+        return candidacy.speed
+
+    def measure(_: Path) -> float:
+        if session is None:
+            raise AssertionError("the image was not started")
+        question = evaluation.questions[0]
+        name = question.model or evaluation.config.served_name
+        return decoding_speed(
+            session.adding(question.fields),
+            Served(name=name, chat=evaluation.chat),
+            evaluation.config.plan.max_model_len,
+            tools.clock,
+        )
+
+    return float(store.document(evaluation.speed_inputs, _SPEED, measure).value)
 
 
 def _smoke_inputs(image: Digest) -> StageInputs:
@@ -238,6 +289,8 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         (check_pooling if pools else check_serving)(smoke, session, promise)
         # A question of the replay set is usually one of a suite, too.
         session.share((one.path, one.request) for one in evaluation.replay)
+        if (speed := _speed(evaluation, session, tools)) and evaluation.candidacy:
+            _require_speed(speed, evaluation.candidacy)
         for question in evaluation.questions:
             _answers(evaluation, question, session, tools)
         _replay(evaluation, session, tools)
@@ -306,7 +359,8 @@ def _in_sequence(
         drops = left.details["drops"]
         key = partial(evaluation.left_inputs, question)
         InStore(tools.store).document(key, _DROPS, lambda _: list(drops))
-        raise
+        speed = _speed(evaluation, None, tools)
+        raise unprovable(question.result, level, drops, speed) from None
 
 
 def _require_hope(evaluation: ImageEvaluation, candidacy: Candidacy, tools: Tools) -> None:
@@ -316,7 +370,8 @@ def _require_hope(evaluation: ImageEvaluation, candidacy: Candidacy, tools: Tool
         key = partial(evaluation.left_inputs, question)
         if store.find(key):
             drops = store.document(key, _DROPS, lambda _: []).value
-            raise unprovable(question.result, candidacy.level, drops)
+            speed = _speed(evaluation, None, tools)
+            raise unprovable(question.result, candidacy.level, drops, speed)
 
 
 def _replay(
@@ -382,6 +437,9 @@ class EvaluateStep(UnforeseenStep[Trial]):
         questions, store = evaluation.questions, InStore(tools.store)
         if self.candidacy:
             _require_size(made[0].inputs.artifact, self.candidacy)
+            evaluation = replace(evaluation, machine=self._machine(tools))
+            if speed := _speed(evaluation, None, tools):
+                _require_speed(speed, self.candidacy)
             _require_hope(evaluation, self.candidacy, tools)
         count = sum(len(question.result.task.task.items) for question in questions)
         timer = Timer(self.name, f"{count} questions to the started image", tools)
@@ -401,6 +459,8 @@ class EvaluateStep(UnforeseenStep[Trial]):
             return timer.done(trial, cached=False)
         needed = [partial(evaluation.inputs, question) for question in questions]
         needed += [partial(evaluation.replay_inputs)] if evaluation.replay else []
+        if self.candidacy and self.candidacy.measured:
+            needed.append(partial(evaluation.speed_inputs))
         cached = all(map(store.find, (partial(_smoke_inputs, image.digest), *needed)))
         if not cached:
             with candidate(image, self.of.candidate_layout, tools) as name:
@@ -422,6 +482,7 @@ class EvaluateStep(UnforeseenStep[Trial]):
             results=scored(results, "image", scores),
             started=image.platform,
             replay=_replay(evaluation, None, tools),
+            speed=_speed(evaluation, None, tools),
         )
         return timer.done(trial, cached=cached)
 
@@ -429,6 +490,11 @@ class EvaluateStep(UnforeseenStep[Trial]):
         """Raise CheckFailed if `auto` tries the image and a suite is not proven."""
         if self.candidacy and have[self].started:
             require_proven(have[self].results, self.candidacy.level)
+
+    def _machine(self, tools: Tools) -> tuple[str, int]:
+        layout = self.of.candidate_layout
+        found = tools.launcher.devices("" if layout is None else f"oci:{layout}")
+        return (found.cpu, found.cpus) if found else ("", 0)
 
     def _evaluation(
         self, inputs: ImageInputs, results: Sequence[Result], validation: Validation | None

@@ -138,6 +138,8 @@ class Trial:
     """What a replay set asks, also if the image was not started."""
     tolerance: float = 0.0
     """Of a replay set, in nats."""
+    speed: float = 0.0
+    """Tokens per second of one request, where `auto` prefers speed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -105,5 +105,7 @@ class Tools:
     """Returns the bytes that have come from the shared caches and gone to them so far."""
     two_at_once: Callable[[], bool] = lambda: False
     """Returns whether a job of a later stage may run beside another one."""
+    bandwidth: Callable[[], float] = lambda: 0.0
+    """Measures how many bytes per second this machine reads from its memory."""
     images_in_engine: bool = False
     """Whether built images are started in the container engine or from an OCI layout."""

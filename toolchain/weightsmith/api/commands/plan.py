@@ -79,5 +79,6 @@ def _choice(auto: Mapping[str, Json] | None) -> Iterator[str]:
     yield f"auto: the first of these that is proven; the questions can test {auto['tests']}\n"
     for row in map(CandidateRecord.from_json, auto["candidates"]):
         size = f", {human(row.price)}" if row.price else ""
+        size += f", {row.fast}" if row.fast else ""
         why = f": not tried: {row.left}" if row.left else ""
         yield f"  {escaped(row.name + size + why)}\n"
