@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from weightsmith.api.commands.upload import push_to_hub
@@ -17,7 +19,9 @@ from weightsmith.stages.upload import HubDestination
 
 from tests.fakes.hub import Repository, WritableHub, writable_hub
 from tests.fakes.memory import Memory
+from tests.paths import ROOT
 
+SCHEMA = ROOT / "docs" / "reference" / "build.schema.json"
 TARGET = "llamacpp-q4_k_m"
 HUB = "outputs.hub=hf://team/bot"
 DESTINATION = HubDestination(repository="team/bot")
@@ -37,7 +41,9 @@ def card(hub: WritableHub, name: str = "team/bot") -> str:
 def weights(hub: WritableHub, name: str = "team/bot") -> dict[str, bytes]:
     files = hub.repositories[name].files
     return {
-        path: data for path, data in files.items() if path not in (".gitattributes", "README.md")
+        path: data
+        for path, data in files.items()
+        if path not in (".gitattributes", "README.md", "build.json")
     }
 
 
@@ -63,6 +69,18 @@ def test_a_build_publishes_its_weights_with_a_card(warm: Memory, hub: WritableHu
     assert f"Verdict: **{built.verdict}**" in text
     assert str(warm.home) not in text
     assert form.digest in (warm.results() / "report.html").read_text()
+
+    told = hub.repositories["team/bot"].files["build.json"].decode()
+    for secret in (str(warm.home), warm.registry.host, *record["items"][0].values()):
+        if isinstance(secret, str):
+            assert secret not in told
+    public = json.loads(told)
+    jsonschema.validate(public, json.loads(SCHEMA.read_text()))
+    assert public["adapters"][0]["digest"] == record["adapters"][0]["digest"]
+    assert public["artifact"]["files"] == record["artifact"]["files"]
+    assert public["image"]["digest"] == built.published.digest
+    assert public["verdict"] == built.verdict
+    assert public["inputs"]["quantize"]["builder"] == record["inputs"]["quantize"]["builder"]
 
     again = warm.build(HUB, "card.license=MIT", push=True)[TARGET].forms["hub"]
     assert again.digest == form.digest

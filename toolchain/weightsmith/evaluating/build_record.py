@@ -351,7 +351,9 @@ class BuildRecord(JsonObject):
     target: str
     """Engine and format; empty if a merge was refused."""
     created: str
-    """When this was written, ISO 8601, UTC."""
+    """When this was written, ISO 8601, UTC; empty on a hub."""
+    made_by: str = field(default="", metadata=OMITTED)
+    """On a hub: the version of weightsmith that made it."""
     base: SourceRecord
     adapters: tuple[AdapterRecord, ...] = ()
     """In the order of the merge."""

@@ -174,9 +174,11 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         intended_use=str(said.get("intended_use", "")),
         limitations=str(said.get("limitations", "")),
         license=str(said.get("license", "")) or build.base.license,
-        base=Parent(name=_public(build.base.source), pin=build.base.pin),
+        base=Parent(name=public_name(build.base.source), pin=build.base.pin),
         adapters=tuple(
-            Parent(name=_public(one.source), pin=one.pin, version=one.version, run_id=one.run_id)
+            Parent(
+                name=public_name(one.source), pin=one.pin, version=one.version, run_id=one.run_id
+            )
             for one in build.adapters
         ),
         method=build.merge.method if build.merge and build.adapters else "",
@@ -302,7 +304,7 @@ def _licenses() -> frozenset[str]:
     return frozenset(known.read_text("utf-8").split())
 
 
-def _public(source: str) -> str:
+def public_name(source: str) -> str:
     """Return a source's name; of a folder, only the last part."""
     return source if is_remote(source) else source.rstrip("/").rpartition("/")[2]
 

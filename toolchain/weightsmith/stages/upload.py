@@ -1,4 +1,4 @@
-"""A model's files and its card -> one commit on a hub."""
+"""A model's files, its card and its record -> one commit on a hub."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import AnySigner, Hub, HubContent, Signer
 from weightsmith.core.values import Artifact, Digest, FileEntry, Published, Tree, Uploaded
-from weightsmith.evaluating.build_record import read_build
+from weightsmith.evaluating.build_record import FILE as RECORD
+from weightsmith.evaluating.build_record import BuildRecord, read_build
 from weightsmith.evaluating.card import card_of_build
 from weightsmith.evaluating.pages import model_card
+from weightsmith.evaluating.public_record import file_of, public_record
 from weightsmith.provenance.model_signing import SIGNATURE, sign_model, signs_models
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import ForeseenWeights, Results, Step, UnforeseenStep
@@ -93,25 +95,39 @@ def check_free(tree: Tree, destination: HubDestination, hub: Hub) -> None:
         _require_free(destination, held, _stale(entries, held), [*_missing(tree, entries, held)])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What is said of a model beside its files."""
+
+    card: str
+    record: BuildRecord | None
+    """For everybody; None of a model that no build made, as far as is known."""
+
+
 def texts_of(
-    tree: Tree, card: str, destination: HubDestination, signer: AnySigner | None
+    tree: Tree, about: About, destination: HubDestination, signer: AnySigner | None
 ) -> Mapping[str, bytes]:
-    """Return what is published beside a model's files: its card, and the signature of them all.
+    """Return what is published beside a model's files: card, record, and the signature of all.
 
     A key of a kind that signs images alone makes no signature.
     """
-    texts = {CARD: card.encode()}
+    texts = {CARD: about.card.encode()}
+    if about.record:
+        texts[RECORD] = file_of(about.record)
     if isinstance(signer, Signer) and signs_models(signer):
-        shown = FileEntry(path=CARD, size=len(texts[CARD]), digest=Digest.of(texts[CARD]))
-        files = [*_published(tree).values(), shown]
+        ours = {
+            name: FileEntry(path=name, size=len(data), digest=Digest.of(data))
+            for name, data in texts.items()
+        }
+        files = [*(_published(tree) | ours).values()]
         texts[SIGNATURE] = sign_model(destination.repository.rpartition("/")[2], files, signer)
     return texts
 
 
 def upload(
-    tree: Tree, card: str, destination: HubDestination, version: str, tools: Tools
+    tree: Tree, about: About, destination: HubDestination, version: str, tools: Tools
 ) -> StageResult[Uploaded]:
-    """Publish a model's files and its card on a hub, in one commit that holds nothing else.
+    """Publish a model's files, card and record on a hub, in one commit that holds nothing else.
 
     With a key, the files' signature goes with them.
 
@@ -121,7 +137,7 @@ def upload(
     """
     timer = Timer("upload", destination.reference, tools)
     began = tools.clock()
-    texts = texts_of(tree, card, destination, tools.signer)
+    texts = texts_of(tree, about, destination, tools.signer)
     wanted = changes(tree, texts, destination, tools.hub)
     if wanted.held and not wanted.sent and not wanted.deleted:
         done = Uploaded(reference=destination.reference, digest=wanted.held.commit)
@@ -157,14 +173,14 @@ def changes(
     stale = _stale(entries, held)
     if held:
         _require_free(destination, held, stale, [*sent])
-        if SIGNATURE in held.files and SIGNATURE not in texts and (sent or stale):
-            stale.append(SIGNATURE)  # it signs what will not be there
+        if sent or stale:  # they are about what will not be there
+            stale += [name for name in (RECORD, SIGNATURE) if name in {*held.files} - {*texts}]
     return Changes(held=held, sent=sent, deleted=tuple(stale))
 
 
 def _published(tree: Tree) -> dict[str, FileEntry]:
-    """Return a model's files, by path, without the card that ours replaces."""
-    return {entry.path: entry for entry in tree.files if entry.path != CARD}
+    """Return a model's files, by path, without those that ours replace."""
+    return {entry.path: entry for entry in tree.files if entry.path not in (CARD, RECORD)}
 
 
 def _own_files(held: HubContent) -> set[str]:
@@ -172,7 +188,7 @@ def _own_files(held: HubContent) -> set[str]:
 
 
 def _stale(entries: Mapping[str, FileEntry], held: HubContent | None) -> list[str]:
-    return sorted(_own_files(held) - {*entries, CARD, SIGNATURE}) if held else []
+    return sorted(_own_files(held) - {*entries, CARD, RECORD, SIGNATURE}) if held else []
 
 
 def _require_free(
@@ -235,7 +251,7 @@ class CheckHubStep(UnforeseenStep[None]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UploadStep(UnforeseenStep[Uploaded]):
-    """Publishes a target's weights on a hub, with a card from its build.json."""
+    """Publishes a target's weights on a hub, with a card and a record from its build.json."""
 
     name = "upload"
     publishes = True
@@ -249,5 +265,7 @@ class UploadStep(UnforeseenStep[Uploaded]):
         """Return the commit; raises what `upload` does."""
         tree, place = have[self.weights].tree, self.destination
         names = [entry.path for entry in tree.files]
-        card = model_card(card_of_build(read_build(self.of.folder)), place.repository, names)
-        return upload(tree, card, place, self.file.recipe.version, tools)
+        build = read_build(self.of.folder)
+        card = model_card(card_of_build(build), place.repository, names)
+        about = About(card=card, record=public_record(build))
+        return upload(tree, about, place, self.file.recipe.version, tools)

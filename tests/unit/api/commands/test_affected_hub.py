@@ -1,10 +1,12 @@
-"""`affected` on a model hub: by the cards that `push --to hf://` writes, and their signatures."""
+"""`affected` on a model hub: by the cards and records that `push --to hf://` writes, if signed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.api.commands.affected import affected_text, error_of, find_affected, withdraw_all
@@ -137,8 +139,121 @@ def test_every_commit_is_looked_at(tmp_path: Path) -> None:
 def test_what_a_card_cannot_say(tmp_path: Path) -> None:
     hub = MemoryHub()
     hub.put("team/model", README_md=text_of(CARD))
-    (problem,) = ask(hub, "hf://team", engine="vllm").problems
-    assert (problem.why, problem.unreachable) == ("a card does not say its engine", False)
+    (problem,) = ask(hub, "hf://team", builder="gguf").problems
+    assert problem.why == "it has no build.json, and a card does not say what made it"
+    assert not problem.unreachable
+
+
+@pytest.mark.parametrize("asked", [{"engine": "vllm"}, {"cve_package": "openssl"}])
+def test_a_commit_has_weights_alone(asked: dict[str, str]) -> None:
+    hub = MemoryHub()
+    hub.put("team/model", README_md=text_of(CARD), build_json=record_of())
+    got = ask(hub, "hf://team", **asked)
+    assert (got.images, got.unsigned, got.problems) == ((), (), ())
+
+
+def record_of(**changes: Any) -> bytes:
+    """Return what a hub has of a build, written by hand."""
+    source = {"source": "hf://acme/support-lora", "pin": ADAPTER, "digest": "sha256:" + "1" * 64}
+    base = {"source": "hf://acme/base", "pin": BASE, "digest": "sha256:" + "2" * 64}
+    files = [{"path": "model.safetensors", "size": 1, "digest": "sha256:" + "3" * 64}]
+    weights = {"format": "q4_k_m", "size": 1, "bits_per_weight": 4.5, "file": "", "files": files}
+    rows = {
+        "name": "support",
+        "version": "1",
+        "target": "llamacpp-q4_k_m",
+        "created": "",
+        "made_by": "0.1.0",
+        "base": base | {"license": "apache-2.0"},
+        "adapters": [source | {"version": "v3", "run_id": "wandb/abc"}],
+        "artifact": weights | {"digest": "sha256:" + "4" * 64},
+        "inputs": {
+            "quantize": {"quantizer": "gguf", "builder": "sha256:" + "5" * 64},
+            "reference": {"questions": "sha256:" + "6" * 64, "builder": "sha256:" + "7" * 64},
+        },
+        "verdict": "not proven",
+    }
+    return json.dumps(rows | changes).encode()
+
+
+def sealed(key: Path, **files: bytes) -> dict[str, bytes]:
+    """Return files of a commit with their signature."""
+    named = {name.replace("_", "."): data for name, data in files.items()}
+    rows = [
+        FileEntry(path=name, size=len(data), digest=Digest.of(data)) for name, data in named.items()
+    ]
+    weights = FileEntry(path="model.safetensors", size=1, digest=Digest("sha256:" + "3" * 64))
+    return files | {"model_sig": sign_model("model", [*rows, weights], open_signer(str(key)))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found"),
+    [
+        ("adapter", "hf://acme/support-lora", True),
+        ("adapter", "1" * 12, True),
+        ("adapter", "support-lora@v3", True),
+        ("adapter", "acme/base", False),
+        ("base", "2" * 64, True),
+        ("builder", "gguf", True),
+        ("builder", "sha256:" + "5" * 64, True),
+        ("builder", "weightsmith<0.2", True),
+        ("builder", "weightsmith<0.1", False),
+        ("builder", "autoawq", False),
+        ("dataset_run", "6" * 64, True),
+        ("dataset_run", "wandb/abc", True),
+        ("license", "Apache-2.0", True),
+    ],
+)
+def test_what_a_record_names(tmp_path: Path, kind: str, text: str, found: bool) -> None:
+    """The card says nothing here, so it is the record that answers."""
+    key, public = make_key(tmp_path)
+    hub = MemoryHub()
+    hub.put("team/model", **sealed(key, README_md=b"# a model", build_json=record_of()))
+    got = ask(hub, "hf://team", public, **{kind: text})
+    assert len(got.images) == found
+    for row in got.images:
+        assert (row.verdict, row.signed_by) == ("not proven", ("key",))
+        assert row.chain == "the record is signed with the files"
+    assert (got.unsigned, got.problems, got.others) == ((), (), ())
+
+
+def test_a_record_is_believed_only_if_it_is_signed_itself(tmp_path: Path) -> None:
+    (key, public), (theirs, _) = make_key(tmp_path), make_key(tmp_path, "other")
+    hub, card = MemoryHub(), text_of(CARD)
+    hub.put("team/added", **sealed(key, README_md=b"#"), build_json=record_of())
+    hub.put("team/theirs", **sealed(theirs, README_md=card, build_json=record_of()))
+    hub.put("team/plain", build_json=record_of())
+    hub.put("team/mixed", **sealed(key, README_md=card), build_json=record_of(verdict="passed"))
+    got = ask(hub, "hf://team", public, adapter="acme/support-lora")
+    # The card of the last is signed: it is in the answer, by what the card says.
+    assert [row.chain for row in got.images] == ["the card is signed with the files"]
+    assert {row.reference.split("/")[-1][:5]: row.chain for row in got.unsigned} == {
+        "added": "unsigned",
+        "their": "not signed by a key that was given",
+        "plain": "unsigned",
+    }
+
+
+def test_a_record_of_other_weights_breaks_the_chain(tmp_path: Path) -> None:
+    key, public = make_key(tmp_path)
+    hub = MemoryHub()
+    other = json.loads(record_of())["artifact"]
+    other["files"][0]["digest"] = "sha256:" + "9" * 64
+    hub.put("team/model", **sealed(key, README_md=b"#", build_json=record_of(artifact=other)))
+    (row,) = ask(hub, "hf://team", public, base="acme/base").images
+    assert row.chain.startswith("broken at model.safetensors")
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b'{"base": 1}', b"\xff", b"null"])
+def test_a_damaged_record_is_named(tmp_path: Path, data: bytes) -> None:
+    """What the card says is answered all the same."""
+    key, public = make_key(tmp_path)
+    hub = MemoryHub()
+    hub.put("team/model", **sealed(key, README_md=text_of(CARD), build_json=data))
+    got = ask(hub, "hf://team", public, base="acme/base")
+    assert len(got.images) == 1
+    (problem,) = got.problems
+    assert "build.json cannot be read" in problem.why
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
@@ -168,11 +283,12 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
 def test_by_the_hubs_own_client(served: FakeHub, tmp_path: Path) -> None:
     key, public = make_key(tmp_path)
     card = text_of(CARD)
-    served.files |= {"README.md": card, "model.sig": signature(card, key)}
+    files = sealed(key, README_md=card, build_json=record_of())
+    served.files |= {name.replace("_", "."): data for name, data in files.items()}
     for place in ("hf://team", "hf://team/model"):
         (row,) = ask(HubFinder(), place, public, adapter="acme/support-lora").images
         assert (row.digest, row.built, row.dated) == (COMMIT, "2026-03-01T00:00:00Z", "hub")
-    assert {*served.fetched} <= {"README.md", "model.sig"}
+    assert {*served.fetched} == {"README.md", "model.sig", "build.json"}
     assert ask(HubFinder(), "hf://nobody", public, base="acme/base").looked_at == 0
 
 

@@ -18,6 +18,7 @@ from weightsmith.core.values import FileEntry, StageInputs, Tree, Uploaded
 from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.evaluating.pages import model_card, read_as_facts
+from weightsmith.evaluating.public_record import public_record, record_of_card
 from weightsmith.models.folder import check_model_folder, check_no_code, pickles_in, scan
 from weightsmith.models.gguf_config import files_with, model_name
 from weightsmith.oci.image import Image
@@ -34,12 +35,20 @@ from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
-from weightsmith.stages.upload import CARD, HubDestination, changes, repository_of, texts_of, upload
+from weightsmith.stages.upload import (
+    CARD,
+    About,
+    HubDestination,
+    changes,
+    repository_of,
+    texts_of,
+    upload,
+)
 from weightsmith.steps.step import WEIGHTS
 from weightsmith.steps.tools import Tools
 
-_Model: TypeAlias = tuple[Tree, ModelCard]
-"""A model's files and what is known of it."""
+_Model: TypeAlias = tuple[Tree, ModelCard, BuildRecord | None]
+"""A model's files and what is known of it, with the record for everybody."""
 
 
 def hub_destination(asked: PushCommand) -> HubDestination | None:
@@ -63,8 +72,8 @@ def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Uploa
     Raises InputRefused for a model that is incomplete, has pickle files, custom code or links
     out of its folder, and what `upload` raises.
     """
-    with _opened(source, destination, tools) as (tree, card, text):
-        return upload(tree, text, destination, card.version, tools).value
+    with _opened(source, destination, tools) as (tree, version, about):
+        return upload(tree, about, destination, version, tools).value
 
 
 def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said:
@@ -72,8 +81,8 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
 
     These are the repository's files as they would be, those that would go, and the card.
     """
-    with _opened(source, destination, tools) as (tree, _, card):
-        texts = texts_of(tree, card, destination, tools.signer)
+    with _opened(source, destination, tools) as (tree, _, about):
+        texts = texts_of(tree, about, destination, tools.signer)
         wanted = changes(tree, texts, destination, tools.hub)
     sizes = {entry.path: entry.size for entry in tree.files}
     sizes |= {name: len(data) for name, data in texts.items()}
@@ -86,7 +95,7 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
         files.append({"path": path, "size": size, "sent": is_sent})
         lines.append(f"  {'send' if is_sent else 'there':<7} {path}  {human(size)}")
     lines += [f"  {'delete':<7} {path}" for path in wanted.deleted]
-    lines += [f"{human(sent)} would be sent, with this {CARD}:", *card.splitlines()]
+    lines += [f"{human(sent)} would be sent, with this {CARD}:", *about.card.splitlines()]
     return {
         "reference": destination.reference,
         "dry_run": True,
@@ -95,22 +104,23 @@ def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said
         "files": files,
         "deleted": wanted.deleted,
         "uploaded_bytes": sent,
-        "card": card,
+        "card": about.card,
     }, joined(lines)
 
 
 @contextmanager
 def _opened(
     source: str, destination: HubDestination, tools: Tools
-) -> Iterator[tuple[Tree, ModelCard, str]]:
+) -> Iterator[tuple[Tree, str, About]]:
+    """Open a model: its files, its version, and what is said of it."""
     model_key(tools.signer)
     tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
-        path = Path(source)
+        path, record = Path(source), None
         if is_layout(source):
-            tree, card = _of_image(source, scratch, tools)
+            tree, card, record = _of_image(source, scratch, tools)
         elif (path / FILE).is_file():
-            tree, card = _of_build(path, scratch, tools)
+            tree, card, record = _of_build(path, scratch, tools)
         elif path.is_dir():
             card = ModelCard(name=path.resolve().name, license=license_of(path))
             tree = _of_folder(path, tools)
@@ -121,9 +131,10 @@ def _opened(
             hint = "give a checkpoint's folder or a .gguf file"
             raise InputRefused(f"{path} is no model", hint=hint)
         else:
-            tree, card = _of_image(source, scratch, tools)
+            tree, card, record = _of_image(source, scratch, tools)
         names = [entry.path for entry in tree.files]
-        yield tree, card, model_card(card, destination.repository, names)
+        text = model_card(card, destination.repository, names)
+        yield tree, card.version, About(card=text, record=record)
 
 
 def _of_folder(root: Path, tools: Tools) -> Tree:
@@ -159,20 +170,20 @@ def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
         )
     _require_merged(record.artifact.format, str(folder))
     if tree := _in_store(record, tools):
-        return tree, card_of_build(record)
+        return tree, card_of_build(record), public_record(record)
     image, layouts = record.image, [folder / "image"]
     if image.reference.startswith("oci:"):
         layouts.append(Path(image.reference.removeprefix("oci:")))
     held = [one for one in layouts if is_layout(str(one)) and held_digest(one) == image.digest]
     source = f"oci:{held[0]}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
     try:
-        tree, _ = _of_image(source, scratch, tools)
+        tree, _, _ = _of_image(source, scratch, tools)
     except (EnvironmentFailure, InputRefused, UsageError) as error:
         raise InputRefused(
             f"{folder}: its weights are neither in the store nor in {source}: {error.message}",
             hint="build again, or give the image's reference or layout instead of the folder",
         ) from None
-    return tree, card_of_build(record)
+    return tree, card_of_build(record), public_record(record)
 
 
 def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
@@ -228,7 +239,7 @@ def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
         context=context if isinstance(context, int) else 0,
         image=image.digest if VERDICT in image.labels else "",
     )
-    return tree, card
+    return tree, card, record_of_card(card)
 
 
 def _copy_files(layers: Sequence[Layer], root: Path) -> None:
