@@ -74,14 +74,14 @@ class HubRecall:
             return Judgement(ours=ours, faults=tuple(faults))
         believed = {name: said for name, said in answers.items() if signed.by.get(name)}
         trusted, told = bool(believed), believed or answers
-        verdict = _VERDICT.search(text) if ours and CARD in told else None
-        said = record.verdict if record and RECORD in told else ""
+        shown = _VERDICT.search(text) if ours and CARD in told else None
+        verdict = record.verdict if record and RECORD in told else ""
         signers = {key for name in believed for key in signed.by.get(name, ())}
         row = AffectedImage(
             reference=f"hf://{one.repository}@{one.commit}",
             digest=one.commit,
             form="hub",
-            verdict=said or (verdict[1] if verdict else ""),
+            verdict=verdict or (shown[1] if shown else ""),
             platforms=(),
             built=one.created or None,
             dated="hub" if one.created else "",
