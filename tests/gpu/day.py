@@ -59,13 +59,20 @@ LONGEST = 540
 """Seconds that a command may take: where the GPU is lent, they are ended after ten minutes."""
 TARGETS = (
     "vllm", "vllm-fp8", "vllm-fp8-block", "vllm-awq", "vllm-gptq", "vllm-nvfp4a16",
-    "vllm-mxfp4a16", "vllm-mxfp8", "vllm-w8a8", "vllm-lora", "sglang", "sglang-fp8", "sglang-awq",
+    "vllm-mxfp4a16", "vllm-mxfp4a8", "vllm-mxfp8", "vllm-w8a8", "vllm-lora", "sglang",
+    "sglang-fp8", "sglang-awq",
 )  # fmt: skip
 PROGRAMS = {
     "vllm": ("vllm.entrypoints.cli.main", "serve"),
     "sglang": ("sglang.launch_server",),
 }
-ALLOWED = {"vllm-fp8": 0.05, "vllm-fp8-block": 0.05, "vllm-mxfp8": 0.05, "vllm-w8a8": 0.02}
+ALLOWED = {
+    "vllm-fp8": 0.05,
+    "vllm-fp8-block": 0.05,
+    "vllm-mxfp4a8": 0.05,
+    "vllm-mxfp8": 0.05,
+    "vllm-w8a8": 0.02,
+}
 """Nats between the engine's mean log-probability and that of the same weights in float32. Formats
 that round a layer's inputs to 8 bits may be further off (tests/real/test_vllm.py measured them)."""
 CLOSE = 0.01

@@ -36,6 +36,7 @@ def format_of(name: str) -> Format:
         ("vllm", "nvfp4a16", "amd-mi300x", "AMD"),
         ("vllm", "mxfp8", "amd-mi300x", "AMD"),
         ("vllm", "mxfp8", "nvidia-t4", r"needs compute capability 8\.0 for it, .*mxfp8/marlin"),
+        ("vllm", "mxfp4a8", "nvidia-a10g", r"needs compute capability 8\.9 .*mxfp4/humming"),
         ("vllm", "mxfp8", "cpu", "no kernel for it on a CPU"),
         ("sglang", "fp8-block", "nvidia-a10g", r"needs compute capability 8\.9 for it"),
         ("sglang", "awq", "cpu", r"sglang 0\.5\.23 has no kernel for it on a CPU \(awq/awq\.py"),

@@ -409,7 +409,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
     """Refuse an architecture that is not known, and rows or outputs that tiles do not divide."""
     check_config(model, ROUNDED)
-    if model.architecture in STACKED_MXFP4 and scheme.format.kind != "mxfp4":
+    if model.architecture in STACKED_MXFP4 and scheme.format.name != "mxfp4a16":
         raise InputRefused(
             f"vLLM loads the experts of {model.architecture} in MXFP4 only, not in"
             f" {scheme.format.name}",

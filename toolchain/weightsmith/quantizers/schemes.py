@@ -81,6 +81,7 @@ def _groups(bits: int, strategy: str, group: int, scales: str) -> dict[str, Json
     }  # fmt: skip
 
 
+_MXFP4 = _groups(4, "group", 32, "torch.uint8")
 _MXFP8 = _groups(8, "group", 32, "torch.uint8")
 
 
@@ -133,8 +134,18 @@ _SCHEMES = (
         scales="U8",
         largest=6.0,
         tile=(1, 32),
-        weights=_groups(4, "group", 32, "torch.uint8"),
+        weights=_MXFP4,
         inputs=None,
+    ),
+    Scheme(
+        format=Format(name="mxfp4a8", kind="mxfp4", bits_per_weight=4.25),
+        layout="mxfp4-pack-quantized",
+        codes="U8",
+        scales="U8",
+        largest=6.0,
+        tile=(1, 32),
+        weights=_MXFP4,
+        inputs={**_MXFP8, "dynamic": True},
     ),
     Scheme(
         format=Format(name="mxfp8", kind="mxfp8", bits_per_weight=8.25),

@@ -436,6 +436,14 @@ _SUPPORT: Mapping[str, Support] = {
         source="compressed_tensors_w4a4_mxfp4.py get_min_capability; "
         "kernels/linear/__init__.py _POSSIBLE_MXFP4_KERNELS",
     ),
+    # Humming multiplies FP8 by MXFP4 where there is FP8 arithmetic; where it is missing, vLLM falls
+    # back to what it does with mxfp4a16.
+    "mxfp4a8": Support(
+        capability=(8, 9),
+        amd=False,
+        source="compressed_tensors_w4a8_mxfp4.py; kernels/linear/mxfp4/humming.py "
+        "_supports_quant_scheme",
+    ),
     # Its emulation on AMD's GPUs makes 16 bits of the weights, so that the plan would be wrong.
     "mxfp8": Support(
         capability=(8, 0),

@@ -69,7 +69,7 @@ def both(
 )
 def test_bytes_are_those_of_numpy(name: str, dtype: np.dtype, kind: str, lanes: int) -> None:
     scheme = SCHEMES[name]
-    for shape in SHAPES[4 if scheme.packed else 8]:
+    for shape in SHAPES[4 if scheme.whole_tiles else 8]:
         with np.errstate(over="ignore"):
             rows = weights(kind, shape, scheme).astype(dtype)
         rows[~np.isfinite(rows)] = 1
@@ -123,7 +123,7 @@ def test_squares_are_those_of_numpy(
     name: str, dtype: np.dtype, lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = SCHEMES[name]
-    for shape in SHAPES[4 if scheme.packed else 8]:
+    for shape in SHAPES[4 if scheme.whole_tiles else 8]:
         rows = weights("student", shape, scheme).astype(dtype)
         shared = fused_scale(largest(rows), scheme) if scheme.fused_scale else None
         made = read(*round_rows(rows, scheme, shared), scheme, shared)
