@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from weightsmith.core import time_limits
+from weightsmith.evaluating import metrics
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.hub import FakeHub, fake_hub
@@ -33,3 +34,4 @@ def hub(tmp_path, monkeypatch) -> Iterator[FakeHub]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.5)
+    monkeypatch.setattr(metrics, "SECONDS_EACH", 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import chdir
 from itertools import chain
@@ -14,6 +15,7 @@ import pytest
 import weightsmith as library
 from weightsmith.building.record import Record
 from weightsmith.building.wiring import keep_clean
+from weightsmith.core import time_limits
 from weightsmith.core.errors import UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import (
@@ -26,6 +28,8 @@ from weightsmith.core.values import (
     Tree,
     without_passwords,
 )
+from weightsmith.evaluating import metrics
+from weightsmith.evaluating.gate import foreign_faults
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import check_metric, score_answers
 from weightsmith.oci.references import Reference
@@ -256,11 +260,34 @@ NEVER_ENDS = "(a+)+$"
         ("json-schema", json.dumps({"pattern": NEVER_ENDS}), json.dumps("a" * 60 + "!")),
     ],
 )
-def test_a_metric_that_never_ends_names_its_line(metric, expected, answer, impatient):
-    """The expected pattern takes for ever on what the model said: the build ends, and says which
-    line of the questions it was."""
-    with pytest.raises(UsageError, match="line 7"):
-        score_answers([answer], [question(expected)], metric)
+def test_a_metric_that_never_ends_costs_its_own_question(metric, expected, answer, impatient):
+    """The expected pattern takes for ever on what the model said: that answer is wrong, its row
+    says why, and the others are judged."""
+    honest = "aa" if metric == "regex" else '"aa"'
+
+    found = score_answers([answer, honest, honest], [question(expected)] * 3, metric)
+
+    assert [row["ok"] for row in found.per_item] == [False, True, True]
+    assert re.search("line 7: .* exceeded 0.* s of CPU time", found.per_item[0]["unjudged"])
+    assert "unjudged" not in found.per_item[1]
+    (said,) = foreign_faults(found)
+    assert said.startswith("1 of 3 questions count as wrong, since they could not be judged")
+
+
+@pytest.mark.slow
+def test_many_patterns_without_an_end_take_a_bounded_time(impatient):
+    """The first ones use the time up; each later one, and any honest one, still has a share."""
+    asked = [*[question(NEVER_ENDS)] * 8, question("!")]
+
+    found = score_answers(["a" * 60 + "!"] * 9, asked, "regex")
+
+    assert [row["ok"] for row in found.per_item] == [False] * 8 + [True]
+    limits = [
+        float(re.search("exceeded ([0-9.]+) s", row["unjudged"])[1])  # type: ignore[index]
+        for row in found.per_item[:8]
+    ]
+    assert sum(limits) <= time_limits.FOREIGN_SECONDS + 8 * metrics.SECONDS_EACH
+    assert limits[-1] == metrics.SECONDS_EACH < limits[0]
 
 
 def test_an_answer_of_white_space_in_a_fence_is_judged_at_once(impatient):

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -71,8 +72,71 @@ def test_a_program_that_fails_or_is_not_there_is_reported():
         score_task(task, ANSWERS, run_command)
 
 
+FAILS = (
+    "import json, sys\nrows = [json.loads(line) for line in sys.stdin]\n"
+    "if any(row['prompt'] == 'blue' for row in rows): sys.exit('odd')\n"
+    "print(json.dumps({'ok': [row['prompt'] in row['answer'] for row in rows]}))"
+)
+
+
+def test_an_answer_on_which_the_program_fails_is_one_wrong_question():
+    task = Task(items=ITEMS, metric="command", command=(sys.executable, "-c", FAILS))
+
+    found = score_task(task, ({"answer": "red!"}, {"answer": "blue"}), run_command)
+
+    assert [row["ok"] for row in found.per_item] == [True, False]
+    assert re.search(r"line 2: .*failed \(exit code 1\): odd", found.per_item[1]["unjudged"])
+    assert found.score == 0.5
+
+
+def test_an_answer_on_which_the_program_hangs_is_one_wrong_question():
+    """All have `command_seconds`, one alone has a minute of that; nobody waits here."""
+    given = []
+
+    def run(argv, environment, stdin, seconds):
+        rows = [json.loads(line) for line in stdin.splitlines()]
+        given.append((len(rows), seconds))
+        if any(row["prompt"] == "blue" for row in rows):
+            raise CheckFailed(f"judge did not end within {seconds:g} s", hint="")
+        return json.dumps({"ok": [True] * len(rows)})
+
+    task = Task(items=ITEMS * 2, metric="command", command=("judge",), command_seconds=900.0)
+    found = score_task(task, ANSWERS * 2, run)
+
+    assert given == [(4, 900.0), *[(1, 60.0)] * 4]
+    assert [row["ok"] for row in found.per_item] == [True, False, True, False]
+    assert found.per_item[1]["unjudged"] == "line 2: judge did not end within 60 s"
+
+
+def test_a_program_that_fails_on_the_first_answers_is_not_asked_for_all():
+    calls = []
+
+    def run(argv, environment, stdin, seconds):
+        calls.append(stdin.count(b"\n"))
+        raise CheckFailed("broken", hint="run it by hand")
+
+    items = ITEMS * 50
+    task = Task(items=items, metric="command", command=("judge",))
+    with pytest.raises(CheckFailed, match="broken"):
+        score_task(task, ANSWERS * 50, run)
+    assert calls == [100, *[1] * 8]
+
+
+def test_a_program_that_judges_all_together_cannot_be_asked_alone():
+    """It fails on both at once; of one answer it prints a score, which is no verdict on it."""
+
+    def run(argv, environment, stdin, seconds):
+        if stdin.count(b"\n") > 1:
+            raise CheckFailed("too slow", hint="")
+        return '{"score": 1.0, "n": 1}'
+
+    task = Task(items=ITEMS, metric="command", command=("judge",))
+    with pytest.raises(CheckFailed, match="too slow"):
+        score_task(task, ANSWERS, run)
+
+
 def test_a_program_that_does_not_end_is_a_failed_check():
     with pytest.raises(CheckFailed, match=r"did not end within 0.5 s") as caught:
         run_command([sys.executable, "-c", "import time; time.sleep(600)"], {}, b"", 0.5)
 
-    assert caught.value.hint == "give it fewer questions"
+    assert "command_seconds" in caught.value.hint

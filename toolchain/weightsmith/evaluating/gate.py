@@ -292,10 +292,10 @@ def judge_drop(
 
     Scores without items, such as a harness's, are compared without an interval. A drop of exactly
     `max_drop` passes. `p` is the comparison's p value if it is adjusted for other suites. What was
-    the server's fault, and not the model's, is said.
+    a server's or the metric's fault, and not the model's, is said.
     """
     found = _judged(subject, now, against, before, rule, p)
-    faults, parsed = server_faults(now), any("parser" in row for row in now.per_item)
+    faults, parsed = foreign_faults(now), any("parser" in row for row in now.per_item)
     hints = (ANOTHER_PARSER if parsed else "", found.hint)
     return replace(
         found,
@@ -304,9 +304,10 @@ def judge_drop(
     )
 
 
-def server_faults(score: Score) -> tuple[str, ...]:
-    """Return what a server, and not the model, is to blame for; one text a kind, with a count."""
+def foreign_faults(score: Score) -> tuple[str, ...]:
+    """Return what a server or the metric is to blame for; one text a kind, with a count."""
     found = []
+    unjudged = [str(row["unjudged"]) for row in score.per_item if "unjudged" in row]
     parsed = sum("parser" in row for row in score.per_item)
     refused = [str(row["error"]) for row in score.per_item if "error" in row]
     if parsed:
@@ -317,6 +318,11 @@ def server_faults(score: Score) -> tuple[str, ...]:
     if refused:
         found.append(
             f"{len(refused)} of {score.n} questions got no answer, the first: {refused[0]}"
+        )
+    if unjudged:
+        found.append(
+            f"{len(unjudged)} of {score.n} questions count as wrong, since they could not be"
+            f" judged, the first: {unjudged[0]}"
         )
     return tuple(found)
 
@@ -392,6 +398,8 @@ def changed(now: Score, before: Score | None) -> str:
 
 def _said(row: Mapping[str, JsonValue]) -> JsonValue:
     graded = f" ({row['value']:.3f})" if "value" in row else ""
+    if "unjudged" in row:
+        return f"{row['answer']} (not judged: {row['unjudged']})"
     return f"no answer: {row['error']}" if "error" in row else f"{row['answer']}{graded}"
 
 

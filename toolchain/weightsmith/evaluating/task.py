@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ from weightsmith.evaluating.likelihood import Scorer, choose, scorer
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.evaluating.pictures import Picture, named_part
 from weightsmith.evaluating.pooling_client import PoolingClient
-from weightsmith.evaluating.session import ServerSession
+from weightsmith.evaluating.session import ServerSession, excerpt
 from weightsmith.models.task import ModelTask, SentenceTransformers
 from weightsmith.recipe.schema import Scoring
 
 Answers = tuple[Mapping[str, JsonValue], ...]
 """One per item, in order: `answer` and further facts, such as `finish_reason`."""
 
-_COMMAND_SECONDS = 3600.0
+_ALONE_SECONDS = 60.0
+"""Seconds that a program has for one answer, after it failed on all at once."""
+_MOST_FAILURES = 8
+"""Failures before the first verdict that are the program's, and no answer's."""
 _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
 _POOLED: Mapping[str, Pooled] = {"embedding": "vectors", "rerank": "relevance"}
 
@@ -42,6 +46,8 @@ class Task:
     max_tokens: int = 64
     command: tuple[str, ...] = ()
     """The program of metric `command`, with its arguments."""
+    command_seconds: float = 3600.0
+    """How long it may take for all answers."""
     tolerance: str = "0"
     """How far a number may be off, for metric `numeric`: `0.5` or `2%`."""
     name: str = ""
@@ -173,6 +179,7 @@ def task_with(
         metric=settings.metric,
         max_tokens=settings.max_tokens,
         command=settings.command,
+        command_seconds=settings.command_seconds,
         tolerance=settings.tolerance,
         name=name,
         corpus=documents,
@@ -243,7 +250,8 @@ def score_task(
 ) -> Score:
     """Return the score of answers; metric `command` runs the user's program on them.
 
-    Raises CheckFailed for a program that fails or prints no valid result.
+    An answer on which the program fails or hangs is wrong, and `unjudged` says why. Raises
+    CheckFailed for a program that fails on each, or prints no valid result.
     """
     if task.pooled:
         from weightsmith.evaluating import ranking  # with numpy, which a command may not need
@@ -259,10 +267,48 @@ def score_task(
                 return ranking.score_labels(answers, task.items)
     if task.metric != "command":
         return score_answers(answers, task.items, task.metric, task.tolerance)
-    output = run(
-        task.command, environment or {}, question_lines(task.items, answers), _COMMAND_SECONDS
-    )
+    judged = partial(run, task.command, environment or {})
+    try:
+        output = judged(question_lines(task.items, answers), task.command_seconds)
+    except CheckFailed as failed:
+        if len(task.items) < 2:
+            raise
+        return _judged_alone(task, answers, judged, failed)
     return read_verdict(output, task.items, answers)
+
+
+def _judged_alone(
+    task: Task,
+    answers: Answers,
+    run: Callable[[bytes, float], str],
+    failed: CheckFailed,
+) -> Score:
+    """Return the score of answers that are judged one by one, in the same time as all at once.
+
+    So an answer on which the program fails or hangs costs no other question. Raises `failed` for a
+    program that does so on all, or on the first ones, or gives no verdict on a single answer.
+    """
+    rows, judged = list[Mapping[str, JsonValue]](), 0
+    ends = time.monotonic() + task.command_seconds
+    for item, answer in zip(task.items, answers, strict=True):
+        seconds = min(_ALONE_SECONDS, ends - time.monotonic())
+        if not judged and len(rows) >= _MOST_FAILURES:
+            raise failed
+        try:
+            if seconds <= 0:
+                raise CheckFailed(f"{task.command[0]} had no time left", hint=failed.hint)
+            output = run(question_lines((item,), (answer,)), seconds)
+        except CheckFailed as error:
+            rows.append(_row(item, answer, False, error.message))
+            continue
+        found = read_verdict(output, (item,), (answer,)).per_item
+        if len(found) != 1 or "ok" not in _printed(output):
+            raise failed  # it judges all together
+        rows += found
+        judged += 1
+    if not judged:
+        raise failed
+    return _score_of(rows)
 
 
 _HINT = 'it must print {"ok": [true, …]} or {"score": 0.93, "n": 200} as its last line'
@@ -293,13 +339,7 @@ def read_verdict(
 
     Raises CheckFailed for invalid output.
     """
-    for text in (output, *reversed(output.splitlines())):
-        with suppress(ValueError):
-            verdict = parse(text)
-            if isinstance(verdict, dict):
-                break
-    else:
-        raise CheckFailed("the command printed no JSON object", hint=_HINT)
+    verdict = _printed(output)
     if "ok" in verdict:
         return _judged(verdict["ok"], items, answers)
     score, n = verdict.get("score"), verdict.get("n", 0)
@@ -336,15 +376,36 @@ def _judged(
     if not isinstance(verdicts, list) or len(verdicts) != len(items):
         count = len(verdicts) if isinstance(verdicts, list) else "no"
         raise CheckFailed(f"the command judged {count} of {len(items)} answers", hint=_HINT)
-    rows = tuple(
-        {
-            "prompt": item.prompt,
-            "expected": list(item.expected),
-            **answer,
-            "ok": bool(verdict) and "error" not in answer,
-        }
+    rows = [
+        _row(item, answer, bool(verdict))
         for item, answer, verdict in zip(items, answers, verdicts, strict=True)
-    )
+    ]
+    return _score_of(rows)
+
+
+def _printed(output: str) -> Mapping[str, Json]:
+    """Return the JSON object that a program printed; raise CheckFailed if it is none."""
+    for text in (output, *reversed(output.splitlines())):
+        with suppress(ValueError):
+            verdict = parse(text)
+            if isinstance(verdict, dict):
+                return verdict
+    raise CheckFailed("the command printed no JSON object", hint=_HINT)
+
+
+def _row(
+    item: Item, answer: Mapping[str, JsonValue], right: bool, unjudged: str = ""
+) -> Mapping[str, JsonValue]:
+    return {
+        "prompt": item.prompt,
+        "expected": list(item.expected),
+        **answer,
+        "ok": right and "error" not in answer,
+        **({"unjudged": f"line {item.line}: {excerpt(unjudged)}"} if unjudged else {}),
+    }
+
+
+def _score_of(rows: Sequence[Mapping[str, JsonValue]]) -> Score:
     right = sum(bool(row["ok"]) for row in rows)
     share = right / len(rows) if rows else 0.0
-    return Score(score=share, n=len(rows), metric="command", per_item=rows)
+    return Score(score=share, n=len(rows), metric="command", per_item=tuple(rows))

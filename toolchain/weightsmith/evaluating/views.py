@@ -404,10 +404,12 @@ def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
 
 def _said(item: Mapping[str, Json], path: str) -> str:
     """Return an answer, with what went wrong at the server."""
-    keys = ("error", "parser", "value")
-    error, fault, value = (item.get(key, {}).get(path) for key in keys)
+    keys = ("error", "unjudged", "parser", "value")
+    error, unjudged, fault, value = (item.get(key, {}).get(path) for key in keys)
     if error:
         return f"(no answer: {error})"
+    if unjudged:
+        return f"{item[path]} (not judged: {unjudged})"
     graded = "" if value is None else f" ({float(value):.3f})"
     return f"{item[path]}{graded}" + (f" ({fault})" if fault else "")
 

@@ -413,7 +413,9 @@ def run_command(
             timeout=seconds,
         )
     except TookTooLong as error:
-        raise CheckFailed(error.message, hint="give it fewer questions") from None
+        raise CheckFailed(
+            error.message, hint="give it fewer questions, or more time: evaluate.command_seconds"
+        ) from None
     if done.returncode != 0:
         # Of a traceback, only the last line.
         lines = [line for line in done.tail if line.strip() and not line[0].isspace()]

@@ -103,6 +103,9 @@ class Scoring(Section):
     command: Annotated[tuple[str, ...], Flag(read=shlex.split, many=False)] = Field(
         (), description="Program and arguments that judge the answers, for metric `command`."
     )
+    command_seconds: float = Field(
+        3600.0, gt=0, le=604800, description="How long that program may take for all answers."
+    )
     corpus: str = Field(
         "",
         description="For metric `embedding`: JSON Lines of the documents, `{id, text}`, that each "

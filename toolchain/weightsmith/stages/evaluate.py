@@ -25,7 +25,7 @@ from weightsmith.evaluating.candidacy import (
 )
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.decoding import decoding_speed
-from weightsmith.evaluating.gate import server_faults
+from weightsmith.evaluating.gate import foreign_faults
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.pooled_smoke import POOLING, check_pooling
 from weightsmith.evaluating.replay import ReplaySet, read_replay
@@ -476,7 +476,7 @@ class EvaluateStep(UnforeseenStep[Trial]):
             for one, said in zip(results, answers, strict=True)
         ]
         for one, score in zip(results, scores, strict=True):
-            for fault in server_faults(score):
+            for fault in foreign_faults(score):
                 tools.progress.warn(named(one.task, f"the image: {fault}"))
         trial = Trial(
             results=scored(results, "image", scores),

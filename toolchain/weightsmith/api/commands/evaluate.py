@@ -22,10 +22,10 @@ from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe_contamination
 from weightsmith.evaluating.gate import (
     Rule,
+    foreign_faults,
     judge_drop,
     sampled,
     score_interval,
-    server_faults,
     too_few,
 )
 from weightsmith.evaluating.items import read_items, sample
@@ -70,7 +70,7 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
         before = _earlier(before)
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
     score = _score(task, asked, tools, kept)
-    for fault in server_faults(score):
+    for fault in foreign_faults(score):
         tools.progress.warn(fault)
     rule = Rule(
         max_drop=1.0 if asked.max_drop is None else asked.max_drop,
