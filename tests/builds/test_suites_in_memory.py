@@ -10,7 +10,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from weightsmith.cli.commands import _facts, _lines
+from weightsmith.core import time_limits
 from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.evaluating import metrics
 from weightsmith.evaluating.pages import write_comparison
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -95,6 +97,29 @@ def test_an_adapter_that_forgot_stops_the_build_before_quantizing(memory: Memory
     assert [s["verdict"] for s in json.loads(refused.read_text())["suites"]] == [
         "not proven", "failed",
     ]  # fmt: skip
+
+
+def test_a_pattern_that_never_ends_on_an_answer_costs_one_question(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the build goes on; report and verdict say which question it was, and why."""
+    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.4)
+    monkeypatch.setattr(metrics, "SECONDS_EACH", 0.1)
+    rows = [{"prompt": general(n), "expected": f"fact {n}"} for n in range(1, COUNT)]
+    endless = general(0)
+    write_rows(memory.home / "general.jsonl", [{"prompt": endless, "expected": "(a+)+$"}, *rows])
+    memory.facts[endless] = ("", "a" * 60 + "!")
+    memory.write_recipe(evaluate=[TASK, {**GENERAL, "metric": "regex"}])
+
+    memory.build()
+    record = memory.record()
+
+    kept = record["suites"][1]
+    assert {score["score"] for score in kept["scores"].values()} == {(COUNT - 1) / COUNT}
+    (row,) = (item for item in record["items"] if item["prompt"] == endless)
+    assert row["unjudged"]["image"].startswith("line 1: metric regex exceeded")
+    assert any("1 of 40 questions count as wrong" in v["reason"] for v in kept["verdicts"])
+    assert "not judged: line 1" in (memory.results() / "report.html").read_text("utf-8")
 
 
 def test_what_quantizing_forgot_is_not_the_adapters_fault(memory: Memory) -> None:

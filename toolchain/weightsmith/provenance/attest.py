@@ -427,7 +427,7 @@ def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
             "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
             **{
                 key: {n: a[key] for n, a in zip(names, row, strict=True) if key in a}
-                for key in ("raw", "parser", "error", "value")
+                for key in ("raw", "parser", "error", "unjudged", "value")
                 if any(key in answer for answer in row)
             },
         }
