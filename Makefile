@@ -51,7 +51,7 @@ printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q --universal --python-
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock bases release generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock bases release tool-image generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ bases: setup-dev ## Pin upstream's base images by digest, where their registries
 release: check ## Make wheel and source package in dist/, if every base image is pinned
 	@$(BIN)/python images/bases.py --check
 	@$(BIN)/uv build -q --out-dir dist
+
+tool-image: setup-dev ## Assemble an image of weightsmith itself in dist/; TOOL_FLAGS=--load gives it to Docker
+	@$(BIN)/python images/tool/assemble.py --out dist/tool-image $(TOOL_FLAGS)
 
 generate: setup-dev ## Write the generated reference pages and the JSON Schema
 	@$(BIN)/python docs/generate.py
