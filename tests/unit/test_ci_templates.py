@@ -17,9 +17,11 @@ from tests.paths import ROOT
 
 CI = ROOT / "examples" / "ci"
 ACTION = ROOT / ".github" / "actions" / "build" / "action.yml"
+COMPONENT = ROOT / "templates" / "build" / "template.yml"
 TEMPLATES = [
     *sorted(path for path in CI.iterdir() if path.suffix in (".yml", ".yaml")),
     ACTION,
+    COMPONENT,
 ]
 DIGEST = "sha256:" + "a" * 64
 STANDIN = f"""#!{sys.executable}
@@ -68,7 +70,7 @@ def load(name: str) -> Any:
 def test_every_flag_exists(path: Path) -> None:
     text = path.read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"weightsmith (build|verify|plan)\b([^>|]*)", text)
-    assert commands
+    assert commands or "component:" in text
     for name, rest in commands:
         known = {
             f"--{key.replace('_', '-')}"
@@ -100,10 +102,11 @@ def test_the_schemas_of_the_makers(file: Path, schema: str) -> None:
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
 def test_nothing_from_outside_is_put_into_a_script(path: Path) -> None:
-    scripts = [value for key, value in walk(yaml.safe_load(path.read_text())) if key in
+    documents = list(yaml.safe_load_all(path.read_text()))
+    scripts = [value for key, value in walk(documents) if key in
                ("run", "script", "before_script")]  # fmt: skip
-    assert scripts
-    assert not [s for s in scripts if "${{" in str(s) or "$(params" in str(s)]
+    assert scripts or "component:" in path.read_text()
+    assert not [s for s in scripts if any(m in str(s) for m in ("${{", "$(params", "$[["))]
 
 
 def walk(value: Any) -> Any:
@@ -167,18 +170,83 @@ def test_the_action(place: Path) -> None:
     assert (place / "summary").read_text() == "# the report"
 
 
-def test_gitlab(place: Path) -> None:
-    job = load("gitlab-ci.yml")["build-image"]
-    variables = {"CI_REGISTRY": "r.example", "CI_REGISTRY_USER": "u", "CI_REGISTRY_PASSWORD": "p",
-                 "DOCKER_CONFIG": str(place / "docker"), "ADAPTER": "v3", "CI_COMMIT_TAG": "1.10",
-                 "REPOSITORY": "r.example/a", "CACHE": "oci://r.example/cache"}  # fmt: skip
-    for script in (*job["before_script"], *job["script"]):
-        if not script.startswith("pip install"):
-            run(script, **variables)
-    config = json.loads((place / "docker" / "config.json").read_text())
+def component(**inputs: Any) -> dict[str, Any]:
+    """The component with its inputs, as GitLab writes them: docs.gitlab.com/ci/inputs."""
+    header, jobs = yaml.safe_load_all(COMPONENT.read_text("utf-8"))
+    declared = header["spec"]["inputs"]
+    unknown = inputs.keys() - declared.keys()
+    lacking = {name for name, row in declared.items() if "default" not in row} - inputs.keys()
+    assert not (unknown | lacking)
+    given = {name: row.get("default") for name, row in declared.items()} | inputs
+    return interpolated(jobs, {f"$[[ inputs.{name} ]]": v for name, v in given.items()})
+
+
+def interpolated(value: Any, given: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        pairs = value.items()
+        return {interpolated(k, given): interpolated(v, given) for k, v in pairs}
+    if isinstance(value, list):
+        return [interpolated(one, given) for one in value]
+    if not isinstance(value, str):
+        return value
+    for name, text in given.items():
+        value = value.replace(name, str(text).lower() if isinstance(text, bool) else str(text))
+    assert "$[[" not in value
+    return value
+
+
+def test_gitlabs_component(place: Path) -> None:
+    given = component(image="r.example/weightsmith:1", push=True, job="b", cache="oci://r.example/c",
+                      set="version=1.10\nimage.repository=r.example/a; false\n")  # fmt: skip
+    (job,) = given.values()
+    own = {"CI_REGISTRY": "r.example", "CI_REGISTRY_USER": "u", "CI_REGISTRY_PASSWORD": "p",
+           "CI_PROJECT_DIR": str(place)}  # fmt: skip
+    variables = {k: v.replace("$CI_PROJECT_DIR", str(place)) for k, v in job["variables"].items()}
+    for script in job["script"]:
+        run(script, "sh", **own, **variables)
+
+    config = json.loads((place / ".docker" / "config.json").read_text())
     assert config == {"auths": {"r.example": {"auth": "dTpw"}}}
-    assert settings(seen(place))["version"] == "1.10"
-    assert "--keyless" in seen(place)
+    assert seen(place)[:4] == ["build", "--recipe", "recipe.yaml", "--runner"]
+    assert {"--push", "oci://r.example/c"} <= set(seen(place))
+    assert settings(seen(place)) == {"version": 1.1, "image.repository": "r.example/a; false"}
+    assert not {"--keyless", "--sign-key", "--target"} & set(seen(place))
+    assert json.loads((place / "built.json").read_text())["targets"]
+    run(job["script"][1], "sh", **variables, SIGNING_KEY="key.pem")
+    assert "key.pem" in seen(place)
+
+
+def test_gitlab(place: Path) -> None:
+    """The runner expands variables in a job's variables before the shell sees them."""
+    whole = load("gitlab-ci.yml")
+    inputs = whole["include"][0]["inputs"]
+    (job,) = component(**inputs).values()
+    own = {"ADAPTER": "v3", "CI_COMMIT_TAG": "1.10", "CI_REGISTRY_IMAGE": "r.example/a",
+           "CI_PROJECT_DIR": str(place)}  # fmt: skip
+    run(job["script"][1], "sh", **{k: expanded(v, own) for k, v in job["variables"].items()})
+    assert set(whole) == {"include", "stages", inputs["job"]}
+    assert {"--push", "--keyless", "oci://r.example/a/cache"} <= set(seen(place))
+    assert settings(seen(place)) == {
+        "adapters": [{"source": "./adapters/v3", "version": "v3"}],
+        "version": "1.10",
+        "image.repository": "r.example/a/v3",
+    }
+
+
+def expanded(text: str, variables: dict[str, str]) -> str:
+    return re.sub(r"\$(\w+)", lambda found: variables[found[1]], text)
+
+
+@pytest.mark.slow
+def test_gitlabs_component_keeps_to_gitlabs_schema(tmp_path: Path) -> None:
+    pytest.importorskip("check_jsonschema")
+    (tmp_path / ".gitlab-ci.yml").write_text(yaml.safe_dump(component(image="r.example/a:1")))
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema",
+         "--builtin-schema", "vendor.gitlab-ci", tmp_path / ".gitlab-ci.yml"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 TEKTON = {
