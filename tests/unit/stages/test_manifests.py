@@ -439,7 +439,7 @@ def test_the_readme_says_how_to_ask(config):
 def uncommented(text):
     """Switch on what a comment that begins with `Off:` offers, and what belongs to it."""
     return re.sub(
-        r"^( *)# (- [{n.]|  persist|volumes:$|  - [.])", r"\1\2", text, flags=re.MULTILINE
+        r"^( *)# (- [{n.]|  persist|volumes:$|  - [.]|serving[.])", r"\1\2", text, flags=re.MULTILINE
     )
 
 
@@ -461,4 +461,6 @@ def test_the_cache_of_compiled_code_can_be_switched_on():
         kubernetes_validate.validate(deployment, version, strict=True)
     compose = yaml.safe_load(uncommented(config.files["compose.yaml"]))
     assert {v.split(":")[1] for v in compose["services"]["model"]["volumes"]} == places
+    service = next(yaml.safe_load_all(uncommented(config.files["kserve.yaml"])))
+    assert service["metadata"]["annotations"]["serving.kserve.io/kernelcache-supported"] == "true"
     assert not any("Off:" in file for file in rendered("llamacpp-q8_0").files.values())
