@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from huggingface_hub import parse_eval_result_entries
 from weightsmith.api.commands.upload import push_to_hub
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core import platforms
@@ -85,6 +86,23 @@ def test_a_build_publishes_its_weights_with_a_card(warm: Memory, hub: WritableHu
     again = warm.build(HUB, "card.license=MIT", push=True)[TARGET].forms["hub"]
     assert again.digest == form.digest
     assert again.uploaded_bytes == 0 < form.uploaded_bytes
+
+
+def test_a_score_on_a_benchmark_is_said_as_the_hub_reads_it(warm: Memory, hub: WritableHub) -> None:
+    commit = "5503434ddd753f426f4b38109466949a1217c2bb"
+    warm.build(HUB, f"evaluate.benchmark=cais/hle@{commit}:default", push=True)
+    files = hub.repositories["team/bot"].files
+    said = yaml.safe_load(files[".eval_results/hle_default.yaml"])
+
+    (entry,) = parse_eval_result_entries(said)
+    assert (entry.dataset_id, entry.task_id) == ("cais/hle", "default")
+    assert (entry.dataset_revision, entry.value) == (commit, 1.0)
+    assert entry.notes == "8 questions, contains, asked by weightsmith"
+
+    theirs = ".eval_results/gpqa.yaml"
+    files[theirs] = b"[]"
+    warm.build(HUB, f"evaluate.benchmark=cais/hle@{commit}:default", push=True)
+    assert theirs in hub.repositories["team/bot"].files  # the same model: what others found stays
 
 
 def test_what_the_hub_refuses_is_known_before_any_work(memory: Memory, hub: WritableHub) -> None:

@@ -438,9 +438,8 @@ def test_the_readme_says_how_to_ask(config):
 
 def uncommented(text):
     """Switch on what a comment that begins with `Off:` offers, and what belongs to it."""
-    return re.sub(
-        r"^( *)# (- [{n.]|  persist|volumes:$|  - [.]|serving[.])", r"\1\2", text, flags=re.MULTILINE
-    )
+    offers = r"^( *)# (- [{n.]|  persist|volumes:$|  - [.]|serving[.])"
+    return re.sub(offers, r"\1\2", text, flags=re.MULTILINE)
 
 
 def test_the_cache_of_compiled_code_can_be_switched_on():

@@ -447,6 +447,7 @@ def _suite(result: Result, verdict: str, reasons: tuple[str, ...]) -> SuiteRecor
             against=rule.against,
             min_score=rule.min_score,
             sample_of=result.task.of,
+            benchmark=result.task.settings.benchmark,
         ),
         scores={
             name: ScoreRecord(

@@ -123,6 +123,8 @@ class TaskRecord(JsonObject):
     min_score: float = field(default=0.0, metadata=OMITTED)
     sample_of: int = field(default=0, metadata=OMITTED)
     """Questions in the data, if only a sample of them was asked."""
+    benchmark: str = field(default="", metadata=OMITTED)
+    """The hub's benchmark that they are, `OWNER/DATASET[@COMMIT]:TASK`."""
 
 
 NO_TASK = TaskRecord(name="", metric="", max_drop=0.0)

@@ -4,7 +4,7 @@ https://huggingface.co/docs/hub/model-cards
 
 It says what was measured, nothing else, and has no date, so that the same build gives the same
 commit. No `model-index`: the hub shows it beside public benchmarks, and a task's questions are the
-user's own.
+user's own. A suite that the recipe says is one has a file in `.eval_results/`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from weightsmith.recipe.sources import is_remote
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 _SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")
+RESULTS = ".eval_results/"
+"""Folder of a hub's repository: https://huggingface.co/docs/hub/eval-results."""
 _MOVED = "its engine was replaced after the test, and the new one was asked nothing"
 _PLAIN = ("", "safetensors", "lora", "bf16", "f16", "f32")
 """Formats that lose nothing of the merged weights that a served answer shows."""
@@ -192,6 +194,28 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         image=build.image.digest if build.image and build.image.started else "",
         context=int((build.plan or {}).get("max_model_len", 0)),
     )
+
+
+def benchmark_files(build: BuildRecord) -> Mapping[str, bytes]:
+    """Return the files of a hub's repository that say scores on its benchmarks, by path."""
+    files = {}
+    for suite in build.tasks:
+        named, _, task = suite.task.benchmark.partition(":")
+        dataset, _, commit = named.partition("@")
+        scores = [suite.scores[who] for who in LABELS if who in suite.scores]
+        if not (dataset and scores):
+            continue
+        asked = f"{scores[-1].n} questions, {scores[-1].metric}, asked by weightsmith"
+        if suite.task.sample_of:
+            asked += f"; a sample of {suite.task.sample_of}"
+        row = {
+            "dataset": {"id": dataset, "task_id": task} | ({"revision": commit} if commit else {}),
+            "value": round(scores[-1].score, 6),
+            "notes": asked,
+        }
+        name = f"{RESULTS}{dataset.partition('/')[2]}_{task}.yaml"
+        files[name] = yaml.safe_dump([row], sort_keys=False).encode()
+    return files
 
 
 def card_of_labels(

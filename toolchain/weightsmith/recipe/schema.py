@@ -189,6 +189,12 @@ class Suite(Scoring):
         ge=0,
         description="Maximum number of questions, a sample chosen by their content; 0: all.",
     )
+    benchmark: str = Field(
+        "",
+        pattern=r"^([\w.-]+/[\w.-]+(@[0-9a-f]{40})?:[\w.-]+)?$",
+        description="The hub's benchmark that the questions are, as `OWNER/DATASET:TASK`, or with "
+        "a commit `OWNER/DATASET@COMMIT:TASK`: a hub that the model is pushed to shows its score.",
+    )
 
     @property
     def is_bar(self) -> bool:

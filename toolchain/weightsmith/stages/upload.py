@@ -14,7 +14,7 @@ from weightsmith.core.ports import AnySigner, Hub, HubContent, Signer
 from weightsmith.core.values import Artifact, Digest, FileEntry, Published, Tree, Uploaded
 from weightsmith.evaluating.build_record import FILE as RECORD
 from weightsmith.evaluating.build_record import BuildRecord, read_build
-from weightsmith.evaluating.card import card_of_build
+from weightsmith.evaluating.card import RESULTS, benchmark_files, card_of_build
 from weightsmith.evaluating.pages import model_card
 from weightsmith.evaluating.public_record import file_of, public_record
 from weightsmith.provenance.model_signing import SIGNATURE, sign_model, signs_models
@@ -114,6 +114,7 @@ def texts_of(
     texts = {CARD: about.card.encode()}
     if about.record:
         texts[RECORD] = file_of(about.record)
+        texts |= benchmark_files(about.record)
     if isinstance(signer, Signer) and signs_models(signer):
         ours = {
             name: FileEntry(path=name, size=len(data), digest=Digest.of(data))
@@ -169,10 +170,13 @@ def changes(
 ) -> Changes:
     """Return what a commit would change; raises what `check_free` raises. Changes nothing."""
     entries, held = _published(tree), hub.check(destination.repository)
-    sent = {**_missing_texts(texts, held), **_missing(tree, entries, held)}
+    weights = _missing(tree, entries, held)
+    sent = {**_missing_texts(texts, held), **weights}
     stale = _stale(entries, held)
     if held:
         _require_free(destination, held, stale, [*sent])
+        if weights or stale:  # others may have measured what was there
+            stale += sorted(name for name in {*held.files} - {*texts} if _is_result(name))
         if sent or stale:  # they are about what will not be there
             stale += [name for name in (RECORD, SIGNATURE) if name in {*held.files} - {*texts}]
     return Changes(held=held, sent=sent, deleted=tuple(stale))
@@ -188,7 +192,13 @@ def _own_files(held: HubContent) -> set[str]:
 
 
 def _stale(entries: Mapping[str, FileEntry], held: HubContent | None) -> list[str]:
-    return sorted(_own_files(held) - {*entries, CARD, RECORD, SIGNATURE}) if held else []
+    others = _own_files(held) - {*entries, CARD, RECORD, SIGNATURE} if held else set()
+    return sorted(name for name in others if not _is_result(name))
+
+
+def _is_result(name: str) -> bool:
+    """Say whether a file of a repository is a score on a benchmark, of ours or of others."""
+    return name.startswith(RESULTS)
 
 
 def _require_free(
