@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.base import BaseTensors, replicate
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.models.predicting import counted, predicting
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.predicting import predicting
 from weightsmith.validating.structure import compare_files
 
 from tests.fakes.decoders import make_sparse
@@ -71,6 +72,7 @@ def test_what_transformers_leaves_out_belongs() -> None:
 
 
 def test_a_count_is_read_by_any_of_its_keys() -> None:
+    counted = lambda config: ModelFacts.of(config).predicting_layers  # noqa: E731
     assert counted({"num_nextn_predict_layers": 2}) == 2
     assert counted({"text_config": {"mtp_num_hidden_layers": 1}}) == 1
     assert counted({"num_nextn_predict_layers": "many"}) == counted({}) == 0

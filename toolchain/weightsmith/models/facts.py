@@ -53,6 +53,13 @@ _LENGTHS = (
     "seq_len",
 )
 """Keys of the length (vLLM 0.33, model_arch_config_convertor.py)."""
+_PREDICTING = (
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_layers",
+    "num_nextn_layers",
+)
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
@@ -220,6 +227,8 @@ class ModelFacts:
     """The weights' dtype, such as `bfloat16`; "" if it is not set."""
     layers: int
     """0 if it is not set, which `shape` refuses."""
+    predicting_layers: int
+    """Layers behind these that predict further tokens (multi-token prediction, MTP)."""
     hidden: int
     tied_embeddings: bool | None
     """`tie_word_embeddings`; None if it is not set."""
@@ -284,6 +293,7 @@ class ModelFacts:
             describes_images=describes_images,
             stated_dtype=dtype,
             layers=whole(text.get("num_hidden_layers")),
+            predicting_layers=next((n for key in _PREDICTING if (n := whole(text.get(key)))), 0),
             hidden=whole(text.get("hidden_size")),
             tied_embeddings=None if tied is None else bool(tied),
             packing=Packing.of(config.get("quantization_config")),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 from weightsmith.core.values import JsonValue
-from weightsmith.models.facts import text_part, whole
+from weightsmith.models.facts import ModelFacts
 
 _NAMED = re.compile(r"(?:[a-z_]+\.)*?mtp(?:_[a-z_]+)?\.")
 """`mtp.` of Qwen3-Next, Qwen3.5, Nemotron-H and EXAONE-MoE, `model.mtp_layers.` of MiMo,
@@ -21,20 +21,6 @@ _LAYER = re.compile(
     r"|model\.(?:language|text)_model\.)?layers)\.(?P<number>\d+)\.(?P<within>.+)"
 )
 """A layer of the language model; towers have other names."""
-_COUNTS = (
-    "num_nextn_predict_layers",
-    "mtp_num_hidden_layers",
-    "mtp_num_layers",
-    "num_mtp_layers",
-    "num_nextn_layers",
-)
-"""Keys of config.json with the number of these layers."""
-
-
-def counted(config: Mapping[str, object]) -> int:
-    """Return how many such layers a config.json states; 0 for none."""
-    text = text_part(cast("Mapping[str, JsonValue]", config))
-    return next((n for key in _COUNTS if (n := whole(text.get(key)))), 0)
 
 
 def predicting(config: Mapping[str, object]) -> Callable[[str], bool]:
@@ -42,8 +28,8 @@ def predicting(config: Mapping[str, object]) -> Callable[[str], bool]:
 
     Those of DeepSeek-V3, GLM-4.5 and others are numbered on behind the decoder's layers.
     """
-    text = text_part(cast("Mapping[str, JsonValue]", config))
-    behind = whole(text.get("num_hidden_layers")) if counted(config) else 0
+    facts = ModelFacts.of(cast("Mapping[str, JsonValue]", config))
+    behind = facts.layers if facts.predicting_layers else 0
 
     def belongs(name: str) -> bool:
         if _NAMED.match(name):

@@ -473,6 +473,16 @@ def _engine_alone(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+class Speculative(Section):
+    """Speculative decoding: tokens are drafted, and the model confirms several in one step."""
+
+    method: Literal["mtp", "ngram"] = Field(
+        description="What drafts: `mtp`, the model's own layers for further tokens; `ngram`, what "
+        "stands in prompt and answer already."
+    )
+    tokens: int = Field(3, ge=1, le=16, description="Maximum tokens drafted at a time.")
+
+
 class Serve(Section):
     """The hardware to serve on, and the limits and options of the server."""
 
@@ -530,6 +540,9 @@ class Serve(Section):
         "auto",
         pattern=_PARSER,
         description="The same for thoughts, so that they do not stand in the answer.",
+    )
+    speculative: Speculative | None = Field(
+        None, description="Speculative decoding, which changes no greedy answer; default: none."
     )
     manifests: Annotated[tuple[Manifest, ...], Flag("manifest")] = Field(
         (),

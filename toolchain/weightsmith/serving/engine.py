@@ -10,6 +10,7 @@ from weightsmith.core.values import SAFETENSORS, Format, JsonValue, Tree
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_config import projector_of
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.speculation import Speculation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class ServeOptions:
     """Bytes of the weights that are a projector for pictures."""
     format: Format = SAFETENSORS
     """The target's, not the user's: what the weights are packed in."""
+    speculation: Speculation | None = None
     manifests: tuple[str, ...] = ()
     """More of them, for Kubernetes: names of files in `templates/manifests/`."""
     extra: Mapping[str, JsonValue] = field(default_factory=dict)
@@ -211,6 +213,8 @@ class Engine:
         default=lambda _model: "is planned here as a server that continues text alone"
     )
     """Why it does not serve a model that does not chat; "" if it does."""
+    speculates: frozenset[str] = frozenset()
+    """Methods of `serve.speculative` that it has."""
     reads_calls: bool = False
     """Whether it finds out by itself how the chat template words tool calls."""
     test_arguments: tuple[str, ...] = ()

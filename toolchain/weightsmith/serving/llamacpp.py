@@ -73,6 +73,7 @@ ENGINE = Engine(
     adapter_fields=lambda number: {"lora": [{"id": number, "scale": 1.0}]},
     pictures=("png", "jpeg"),  # stb_image's
     reads_calls=True,
+    speculates=frozenset({"ngram"}),
     lacks=lacks_llamacpp,
     threads_variable="LLAMA_ARG_THREADS",
     neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),

@@ -28,6 +28,7 @@ from weightsmith.serving.pooling import (
     pooling_of,
     require_no_cache_type,
 )
+from weightsmith.serving.speculation import Speculation
 
 _AUTO_SLOTS = 4
 _MANY_SLOTS = 64
@@ -262,6 +263,7 @@ def _result(
         "ubatch-size": capacity.ubatch,
         "cache-ram": 0,
         "fit": "off",
+        **_speculative(capacity.drafts),
     }
     if capacity.pools:  # the server lowers the first to the second
         settings |= dict.fromkeys(("batch-size", "ubatch-size"), capacity.batch(tokens))
@@ -297,6 +299,17 @@ def _result(
     )
 
 
+def _speculative(wanted: Speculation | None) -> dict[str, JsonValue]:
+    """Return llama-server's options (docs/speculative.md of llama.cpp)."""
+    if wanted is None:
+        return {}
+    return {
+        "spec-type": "ngram-simple",
+        "spec-ngram-simple-size-n": 3,  # tokens that must be found again
+        "spec-ngram-simple-size-m": wanted.tokens,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PooledMachine:
     """Memory of all devices together; `gpus` is 0 for a CPU."""
@@ -328,6 +341,7 @@ class LlamaCppCapacity(Fitting):
     """Whether it gives vectors or scores."""
     whole: bool = False
     """Whether a text must be in one micro-batch (`can_split` in server-context.cpp)."""
+    drafts: Speculation | None = None
     adapted: int = 0
     """Matrices of all adapters that are served beside the model; their weights are in `weights`."""
 
@@ -365,7 +379,8 @@ class LlamaCppCapacity(Fitting):
             per_token += 4 * shape.heads * padded(tokens)
         if not self.cached:  # a mask over the whole batch, in float32 first
             per_token += 4 * self.batch(tokens)
-        compute = self.batch(tokens) * per_token + 8 * slots * shape.vocab
+        drafted = self.drafts.tokens if self.drafts else 0  # each has logits, too
+        compute = self.batch(tokens) * per_token + 8 * slots * (1 + drafted) * shape.vocab
         gpus = self.machine.gpus
         if not gpus:
             return self.program + compute + self.graph + self.picture(tokens) + self.host_cache
@@ -455,6 +470,7 @@ def _capacity(
         cached=cached,
         pools=pools,
         whole=whole,
+        drafts=options.speculation,
         adapted=sum(adapter.matrices for adapter in options.adapters),
     )
 

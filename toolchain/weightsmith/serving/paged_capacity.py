@@ -218,7 +218,8 @@ class PagedCapacity(Fitting):
         size, tensor = dtype_bytes(self.dtype), machine.tensor_parallel
         batch = self.batched(tokens, requests)
         activations = batch * size * (4 * shape.hidden + 3 * shape.intermediate // tensor)
-        logits = requests * shape.vocab * (size + 8)
+        drafts = self.options.speculation
+        logits = requests * (1 + (drafts.tokens if drafts else 0)) * shape.vocab * (size + 8)
         # vLLM packs the embedding and the head for its kernels and keeps both forms, of tied ones
         # too (0.32, layers/vocab_parallel_embedding.py, dispatch_cpu_unquantized_gemm).
         fixed = _CPU_PROGRAM + 2 * shape.vocab * shape.hidden * size

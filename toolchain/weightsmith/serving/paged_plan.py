@@ -27,6 +27,7 @@ from weightsmith.serving.memory import GIB, human
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches, lengths
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.pooling import keeps_cache
+from weightsmith.serving.speculation import with_drafter
 
 _AUTO_REQUESTS = 8
 """For which `auto` makes requests shorter than the model allows."""
@@ -108,7 +109,7 @@ def _capacity(
     stretched = any(key.replace("_", "-") in stretching for key in options.extra)
     return PagedCapacity(
         rules=rules,
-        shape=shape,
+        shape=with_drafter(shape, model, options.speculation),
         weights=weight_bytes,
         machine=machine,
         options=options,

@@ -27,6 +27,7 @@ from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.parsers import parsers_of
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.speculation import Speculation
 
 GPU_IMAGE = "docker.io/lmsysorg/sglang:v0.5.23"
 """Upstream's image, CUDA 13 only since 0.5.19; images/bases.lock has its digest."""
@@ -143,11 +144,30 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         settings["disable-hybrid-swa-memory"] = True
     if cache := options.kv_cache_dtype:
         settings["kv-cache-dtype"] = {"fp8": "fp8_e4m3", "bfloat16": "bf16"}.get(cache, cache)
+    if options.speculation:
+        settings |= _speculative(options.speculation)
     parsers = parsers_of(model, "sglang", known_options(), options)
     settings |= {"tool-call-parser": parsers.tools} if parsers.tools else {}
     settings |= {"reasoning-parser": parsers.thoughts} if parsers.thoughts else {}
     notes = (*planned.notes, *parsers.notes)
     return replace(planned, settings={**settings, **extra}, notes=notes)
+
+
+_ALGORITHMS = {"mtp": "NEXTN", "ngram": "NGRAM"}
+"""Method -> SGLang's own name (0.5.23, srt/speculative/spec_info.py)."""
+
+
+def _speculative(wanted: Speculation) -> dict[str, JsonValue]:
+    """Return SGLang's options: a chain of drafted tokens, behind which the model adds one."""
+    found: dict[str, JsonValue] = {"speculative-algorithm": _ALGORITHMS[wanted.method]}
+    if wanted.method == "ngram":
+        return {**found, "speculative-num-draft-tokens": wanted.tokens}
+    return {
+        **found,
+        "speculative-num-steps": wanted.tokens,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": wanted.tokens + 1,
+    }
 
 
 def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, JsonValue]:
@@ -233,6 +253,7 @@ ENGINE = Engine(
     # /health generates a token, and waits up to 20 seconds for it.
     probe_seconds=25,
     has_parsers=True,
+    speculates=frozenset(_ALGORITHMS),
     image_files={CONFIG_FILE: "sglang.yaml"},
     support=_SUPPORT,
     support_versions={"gpu": "0.5.23"},

@@ -40,6 +40,7 @@ from weightsmith.serving.pooling import (
     require_no_cache_type,
     vllm_settings,
 )
+from weightsmith.serving.speculation import Speculation
 
 _SOFTMAX = frozenset({
     "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM",
@@ -235,6 +236,8 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     check_blocks(model, options.format, planned.tensor_parallel_size)
     notes = (*own, *planned.notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)
+    if options.speculation:
+        settings["speculative-config"] = _speculative(options.speculation)
     if pools:
         settings |= vllm_settings(model)
         notes = (*notes, *notes_of(model, normalizes=False))
@@ -321,6 +324,17 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonVa
     # Compiling takes a C++ compiler, which an image has not, and minutes at every start.
     settings["enforce-eager"] = True
     return settings
+
+
+def _speculative(wanted: Speculation) -> str:
+    """Return vLLM's `--speculative-config`, as JSON (0.33, config/speculative.py)."""
+    found: dict[str, JsonValue] = {
+        "method": wanted.method,
+        "num_speculative_tokens": wanted.tokens,
+    }
+    if wanted.method == "ngram":  # tokens that must be found again
+        found |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    return json.dumps(found, sort_keys=True)
 
 
 def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
@@ -489,6 +503,7 @@ ENGINE = Engine(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization", _DRAIN}
     ),
     has_parsers=True,
+    speculates=frozenset({"mtp", "ngram"}),
     test_arguments=("--enable-scale-out",),
     lacks=lacks_vllm,
     image_files={CONFIG_FILE: "vllm.yaml"},

@@ -61,9 +61,11 @@ from weightsmith.serving.plan import (
     ServingPlan,
 )
 from weightsmith.serving.pooling import ASKED
+from weightsmith.serving.speculation import Speculation, check_speculation
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files
+from weightsmith.steps.drafting import check_drafter
 from weightsmith.steps.healthcheck import probes_replay, wants_probe
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
 from weightsmith.steps.sizes import ForeseenTree, expected_projector
@@ -131,6 +133,9 @@ def render(
     size = projector.size if projector else 0
     format_ = target.format.without_adapters
     options = replace(options, format=format_, projector_bytes=size)
+    if wanted := options.speculation:
+        check_speculation(model, wanted, engine.title, engine.speculates, options.extra)
+        notes = (*notes, wanted.note)
     plan = engine.plan(model, weight_bytes, options)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
@@ -580,7 +585,8 @@ def repository_name(name: str) -> str:
 
 def serve_options(serve: Serve) -> ServeOptions:
     """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
-    given = serve.model_dump(exclude_defaults=True, exclude={"kv_cache_scales"})
+    left = {"kv_cache_scales", "speculative"}
+    given = serve.model_dump(exclude_defaults=True, exclude=left)
     for key, option in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
         if key in given:
             text = given.pop(key)
@@ -590,6 +596,8 @@ def serve_options(serve: Serve) -> ServeOptions:
                     f"serve.{key} {text} is {size} bytes",
                     hint="write it with its unit, such as 24GiB",
                 )
+    if wanted := serve.speculative:
+        given["speculation"] = Speculation(method=wanted.method, tokens=wanted.tokens)
     return ServeOptions(**given)
 
 
@@ -681,6 +689,8 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         """
         recipe, target = self.file.recipe, target or self.of.target
         adapters = unmerged_adapters(self.file, target, sources)
+        if recipe.serve.speculative:
+            check_drafter(recipe.serve.speculative, sources.base.tree)
         return render(
             target=target,
             name=recipe.name,

@@ -1,0 +1,100 @@
+"""Speculative decoding: something cheap drafts tokens, and the model confirms several in one step.
+
+A greedy answer stays the same, whatever drafts: a token counts only if the model would have chosen
+it. What changes is the time, and the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import JsonValue
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import CacheLayers, ModelShape
+from weightsmith.serving.options import plain_name
+
+_OPTIONS = ("spec-", "speculative-", "draft", "model-draft", "speculate")
+"""Beginnings of engines' own options of it."""
+_WHAT = {
+    "mtp": "the model's own layers for further tokens draft",
+    "ngram": "what stands in the prompt and the answer already drafts",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """What drafts, and how many tokens at a time."""
+
+    method: str
+    """Of the recipe's `serve.speculative`."""
+    tokens: int
+
+    @property
+    def note(self) -> str:
+        """What a plan says of it."""
+        return (
+            f"speculative decoding: {_WHAT[self.method]} up to {self.tokens} tokens, and the model"
+            " confirms each: greedy answers stay the same"
+        )
+
+
+def check_speculation(
+    model: ModelFacts,
+    speculation: Speculation,
+    engine: str,
+    known: Collection[str],
+    extra: Mapping[str, JsonValue],
+) -> None:
+    """Refuse what the engine, of whose methods `known` are, cannot do with this model.
+
+    Raises InputRefused, and UsageError where `serve.extra` has options of it, too.
+    """
+    if speculation.method not in known:
+        has = f"it has {', '.join(sorted(known))}" if known else "none is planned for it here"
+        raise InputRefused(
+            f"serve.speculative: {engine} has no method {speculation.method}; {has}",
+            hint="choose another method, or build this target by a recipe of its own",
+        )
+    if model.task.kind != "generate":
+        raise InputRefused(
+            f"serve.speculative: {model.architecture} {model.task.does}, and writes no tokens",
+            hint="leave serve.speculative out",
+        )
+    own = [key for key in extra if plain_name(key).removeprefix("llama-arg-").startswith(_OPTIONS)]
+    if own:
+        raise UsageError(
+            f"serve.extra.{own[0]} and serve.speculative say the same thing",
+            hint="set one of them",
+        )
+    layers = model.predicting_layers
+    if speculation.method == "mtp":
+        if not layers:
+            raise InputRefused(
+                f"serve.speculative: {model.architecture}'s config.json states no layers for"
+                " further tokens (MTP)",
+                hint="choose ngram, or a base that has them",
+            )
+        if speculation.tokens > layers and speculation.tokens % layers:
+            # vLLM 0.33, config/speculative.py: "must be divisible by n_predict".
+            raise InputRefused(
+                f"serve.speculative.tokens {speculation.tokens} is no multiple of the model's"
+                f" {layers} layers for further tokens",
+                hint=f"set it to {speculation.tokens // layers * layers}",
+            )
+
+
+def with_drafter(shape: ModelShape, model: ModelFacts, drafts: Speculation | None) -> ModelShape:
+    """Return a decoder's shape with the caches of what drafts beside its own.
+
+    A layer for further tokens keeps every token, as the decoder's own layers of full attention.
+    """
+    if drafts is None or drafts.method != "mtp":
+        return shape
+    layers, found = model.predicting_layers, list(shape.cache)
+    for place, part in enumerate(found):
+        if part.kind == "full":
+            found[place] = replace(part, layers=part.layers + layers)
+            return replace(shape, cache=tuple(found))
+    return replace(shape, cache=(CacheLayers(kind="full", layers=layers), *found))
