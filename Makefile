@@ -26,8 +26,10 @@ FAST := not ($(ONE) or builders or registry or other_registries or browser or ro
 # All tests, and what they start, read and write compiled modules, also where a container's variable
 # forbids to write these: that is a tenth of the time.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
-# As many processes as cores, each with one thread for torch and numpy: their tests are small.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
+# Each process has one thread for torch and numpy: their tests are small. One more than cores where
+# tests wait for programs that they start.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --dist worksteal -n
 
 # Run the tests of an expression: $(call tests,EXPRESSION,FLAGS). An engine and builders come first.
 # Those that a machine has one of wait more than they compute: they run one by one beside all others,
@@ -39,7 +41,7 @@ echo "test: making builders; ten minutes the first time, nothing afterwards"; \
 $(BIN)/python -m tests.builders || exit; \
 said=$$(mktemp); trap 'kill -INT $$one 2>/dev/null; wait $$one; rm -f $$said' EXIT; \
 env --default-signal=INT $(PYTEST) -m "($(1)) and ($(ONE)) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & one=$$!; \
-$(PARALLEL) -m "($(1)) and not (gpu or $(ONE))" $(2) $(PYTEST_FLAGS) || exit; \
+$(PARALLEL) $$(($(CORES) + 1)) -m "($(1)) and not (gpu or $(ONE))" $(2) $(PYTEST_FLAGS) || exit; \
 wait $$one; ended=$$?; cat $$said; exit $$ended
 endef
 
@@ -110,7 +112,7 @@ test: setup-dev ## Every kind of test, of large grids a sample; starts a contain
 	@$(call tests,not ($(REST)),)
 
 test-fast: setup-dev ## The tests that need neither builders nor an engine nor other programs
-	@$(PARALLEL) -m "$(FAST)" $(PYTEST_FLAGS)
+	@$(PARALLEL) $(CORES) -m "$(FAST)" $(PYTEST_FLAGS)
 
 test-all: setup-dev ## Every test that needs no GPU, on real weights and of whole grids too
 	@$(call tests,not gpu,)

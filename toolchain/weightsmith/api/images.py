@@ -117,17 +117,13 @@ def bake(
         load=load,
         layout=path_of(layout) if layout else None,
         force=force,
-        run=RunOptions(
-            runner,
-            allow_network_in_jobs,
-            memory,
-            insecure,
-            sign_key,
-            signature_format,
-            cache,
-            cache_from,
-            keyless,
-            str(trust_config),
+        run=replace(
+            _signing(insecure, sign_key, signature_format, keyless, trust_config),
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            cache=cache,
+            cache_from=cache_from,
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
@@ -177,13 +173,7 @@ def push(
         force=force,
         public=public,
         dry_run=dry_run,
-        run=RunOptions(
-            insecure=insecure,
-            sign_key=sign_key,
-            signature_format=signature_format,
-            keyless=keyless,
-            trust_config=str(trust_config),
-        ),
+        run=_signing(insecure, sign_key, signature_format, keyless, trust_config),
     )
     with shown(progress) as told:
         result, _ = run_push(request, told)
@@ -257,14 +247,10 @@ def rebase(
         to=to,
         smoke=smoke,
         force=force,
-        run=RunOptions(
-            insecure=insecure,
-            sign_key=sign_key,
-            signature_format=signature_format,
+        run=replace(
+            _signing(insecure, sign_key, signature_format, keyless, trust_config),
             cache=cache,
             cache_from=cache_from,
-            keyless=keyless,
-            trust_config=str(trust_config),
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -325,17 +311,13 @@ def plan(
         bench_results=paths_of(bench_results),
         measure=measure,
         dist=path_of(dist),
-        run=RunOptions(
-            runner,
-            allow_network_in_jobs,
-            memory,
-            insecure,
-            sign_key,
-            signature_format,
-            cache,
-            cache_from,
-            keyless,
-            str(trust_config),
+        run=replace(
+            _signing(insecure, sign_key, signature_format, keyless, trust_config),
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            cache=cache,
+            cache_from=cache_from,
         ),
     )
     return run_plan(request)
@@ -418,17 +400,13 @@ def build(
         keep_replay=keep_replay,
         bench_results=paths_of(bench_results),
         dist=path_of(dist),
-        run=RunOptions(
-            runner,
-            allow_network_in_jobs,
-            memory,
-            insecure,
-            sign_key,
-            signature_format,
-            cache,
-            cache_from,
-            keyless,
-            str(trust_config),
+        run=replace(
+            _signing(insecure, sign_key, signature_format, keyless, trust_config),
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            cache=cache,
+            cache_from=cache_from,
         ),
     )
     with shown(progress) as told:
@@ -486,6 +464,22 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             auto=wants_auto(file, asked.targets),
         )
         return list(build_all(request, tools))
+
+
+def _signing(
+    insecure: bool,
+    sign_key: str,
+    signature_format: SignatureFormat,
+    keyless: bool,
+    trust_config: AnyPath,
+) -> RunOptions:
+    return RunOptions(
+        insecure=insecure,
+        sign_key=sign_key,
+        signature_format=signature_format,
+        keyless=keyless,
+        trust_config=str(trust_config),
+    )
 
 
 def _results(
@@ -678,13 +672,7 @@ def affected(
         rebase=rebase,
         out=path_of(out) if out else None,
         force=force,
-        run=RunOptions(
-            insecure=insecure,
-            sign_key=sign_key,
-            signature_format=signature_format,
-            keyless=keyless,
-            trust_config=str(trust_config),
-        ),
+        run=_signing(insecure, sign_key, signature_format, keyless, trust_config),
     )
     with shown(progress) as told:
         return run_affected(request, told)

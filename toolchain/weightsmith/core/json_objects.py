@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Measured: TypeAlias = Annotated[float, "null is not a number"]
 """A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
 _Value = TypeVar("_Value")
+_SCALARS = frozenset({str, int, bool, NoneType})
 
 INLINE = {"inline": True}
 """Metadata of a field of type `D | None` whose keys are inlined into the enclosing object;
@@ -100,6 +101,8 @@ def _fields(kind: type[DataclassInstance]) -> tuple[Field[object], ...]:
 
 
 def _written(value: object) -> JsonValue:
+    if type(value) in _SCALARS:  # a fast path for most values
+        return cast("JsonValue", value)
     if isinstance(value, JsonObject):
         return value.to_json()
     if isinstance(value, Mapping):

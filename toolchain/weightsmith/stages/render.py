@@ -94,6 +94,7 @@ _LEAST_MEMORY = 1 << 20
 _OF_LORA = frozenset({"enable-lora", "max-loras", "max-lora-rank"})
 """Settings that KServe makes of `spec.model.lora`."""
 _SLOWEST_DISK = 50_000_000
+_ESCAPED = re.compile(r'["\\]|[^ -~]')
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -532,16 +533,14 @@ def _yaml(value: JsonValue) -> str:
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
-    return '"' + "".join(map(_escaped, str(value))) + '"'
+    return f'"{_ESCAPED.sub(_escape, str(value))}"'
 
 
-def _escaped(character: str) -> str:
+def _escape(found: re.Match[str]) -> str:
     # YAML 1.2, section 5.7: \x, \u and \U escapes; JSON's surrogate pairs mean something else.
-    code = ord(character)
-    if character in {'"', "\\"}:
-        return "\\" + character
-    if 0x20 <= code < 0x7F:
-        return character
+    code = ord(found[0])
+    if found[0] in {'"', "\\"}:
+        return "\\" + found[0]
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
