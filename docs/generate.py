@@ -31,7 +31,7 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.models.task import Kind
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.outside.docker_images import read_bases
-from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers import formats, legacy_of, of_format
 from weightsmith.quantizers.architectures import (
     DENSE,
     EXPERTS,
@@ -486,6 +486,12 @@ def _targets() -> Iterator[str]:
     sizes = [(f"`{n}`", t.format.bits_per_weight) for n, t in every.items() if not t.format.base]
     for bits, names in sorted(_by(sizes).items(), reverse=True):
         yield f"| {bits:g} | {', '.join(names)} |"
+    for engine in {t.engine.name: t.engine for t in every.values()}.values():
+        if engine.legacy:
+            yield f"\nTargets that begin with `{engine.name}` are {engine.legacy}."
+    for format_ in sorted(formats().values(), key=lambda one: one.name):
+        if legacy := legacy_of(format_):
+            yield f"\nTargets that end in `{format_.name}` are {legacy}."
     engines = sorted({one.engine.title for one in every.values() if one.format.base})
     yield (
         f"\nEach target of {' and '.join(engines)} above that names a format of weights has another"

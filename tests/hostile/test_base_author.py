@@ -30,6 +30,7 @@ from weightsmith.provenance.bills import license_of
 from weightsmith.quantizers.convert import sentence_pieces
 from weightsmith.recipe.file import read_recipe
 
+from tests.fakes.command_line import weightsmith
 from tests.paths import ROOT, TINY
 from tests.unit.models.test_gguf_import import weights, write
 
@@ -91,6 +92,40 @@ def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path):
 
     assert "the chat template of" in done.stdout
     assert "memory" in done.stdout
+
+
+# Chat templates that run code where an engine renders them without a sandbox, as SGLang did for
+# rerankers (CVE-2026-5760, and CVE-2024-34359 before it).
+
+REACHING = {
+    "globals": "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    "init": "{{ cycler.__init__.__globals__.__builtins__.open('/etc/passwd').read() }}",
+    "attr": "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "escaped": r"{{ ''|attr('\x5f\x5fclass\x5f\x5f') }}",
+    "octal": r"{{ messages['\137\137class\137\137'] }}",
+    "item": "{{ self['__init__'] }}",
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [(case, "sglang") for case in REACHING]
+    + [("attr", other) for other in ("vllm", "tgi", "trtllm", "llamacpp-f16")],
+)
+def test_a_chat_template_that_reaches_into_python_is_refused(tmp_path, case, target):
+    """For every engine: what is refused at input is in no image, whoever renders it later."""
+    base, out = base_with(tmp_path, REACHING[case]), tmp_path / "out"
+    gpu = () if "llamacpp" in target else ("--set", "serve.gpu=nvidia-l4")
+
+    for words in (
+        ("plan", "--base", base, "--adapter", TINY / "adapters/a", "--target", target, *gpu),
+        ("render", "--model", base, "--target", target, *gpu, "--out", out),
+        ("bake", "--model", base, "--target", target, "--layout", out),
+    ):
+        ended = weightsmith(*words)
+        assert ended.code == 3, words
+        assert "chat template, which reaches into Python" in ended.err
+        assert not out.exists()
 
 
 # JSON and YAML: their size, their depth, and what recursion and memory do not survive.

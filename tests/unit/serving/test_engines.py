@@ -1,5 +1,6 @@
 """Rules that every engine on GPUs keeps, and the traps of each."""
 
+import json
 import re
 
 import pytest
@@ -15,8 +16,10 @@ from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.targets import find
 
+from tests.fakes import command_line
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 from tests.fakes.rendering import L40S, rendered
+from tests.paths import ROOT
 
 ON_GPUS = ["vllm", "tgi", "sglang", "trtllm"]
 
@@ -60,6 +63,22 @@ def planned(engine, wish):
 
 
 @settings(max_examples=80, deadline=None)
+def test_what_is_archived_upstream_says_so_where_it_is_chosen():
+    """In the list of targets, the page and the plan, with the date and what to take instead."""
+    listed = json.loads(command_line.run("targets", "--json").out)["targets"]
+    page = (ROOT / "docs/reference/targets.md").read_text("utf-8")
+    plan = json.loads((ROOT / "tests/golden/renders/tgi-a10g/plan.json").read_text("utf-8"))
+
+    dates = {"tgi-awq": "2026-03-21", "tgi": "2026-03-21", "vllm-awq-autoawq": "2025-05-11"}
+    assert all(date in listed[name]["legacy"] for name, date in dates.items())
+    assert all(date in page for date in dates.values())
+    assert "2026-03-21" in plan["notes"][-1]
+    assert "an image of vLLM" in plan["notes"][-1]
+    assert {name for name, told in listed.items() if told["legacy"]} == {
+        name for name in listed if name.startswith("tgi") or "-autoawq" in name
+    }
+
+
 @given(st.sampled_from(["vllm", "tgi", "sglang"]), wishes, st.data())
 def test_what_fits_still_fits_when_less_is_wished(engine, wish, data):
     plan = planned(engine, wish)

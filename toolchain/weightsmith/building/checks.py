@@ -23,7 +23,7 @@ from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import LARGEST_ANYWHERE
 from weightsmith.provenance.labels import PREFIX, reference, repository
-from weightsmith.quantizers import of_format
+from weightsmith.quantizers import legacy_of, of_format
 from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import texts_of
 from weightsmith.quantizers.quantizer import Quantizer
@@ -79,8 +79,8 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     if not steps.tasks:
         tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")
     for target in request.targets:
-        if target.engine.legacy:
-            tools.progress.warn(target.engine.legacy)
+        for legacy in filter(None, (target.engine.legacy, legacy_of(target.format))):
+            tools.progress.warn(f"{target.name} is {legacy}")
     if any(target.format.without_adapters.packed for target in request.targets):
         # The texts are read now, and a user is told if they are general or few.
         texts = texts_of(file)

@@ -369,6 +369,7 @@ def report(
 def targets() -> Said:
     """List all targets: the engines, and the formats that each can load."""
     from weightsmith.building.targets import all_targets
+    from weightsmith.quantizers import legacy_of
 
     found, facts, lines = all_targets(), dict[str, Writable](), list[str]()
     width = max(map(len, found), default=0)
@@ -378,9 +379,10 @@ def targets() -> Said:
             "engine": engine.name,
             "format": format_,
             "bits_per_weight": bits,
-            "legacy": engine.legacy,
+            "legacy": "; ".join(filter(None, (engine.legacy, legacy_of(target.format)))),
         }
         said = f"{engine.name} with {format_} weights, about {bits:g} bits each"
+        said += ", archived upstream" if facts[name]["legacy"] else ""
         lines.append(f"{name:<{width}}  {said}")
     return {"targets": facts}, joined(lines)
 

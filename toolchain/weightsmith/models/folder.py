@@ -43,7 +43,9 @@ _TEMPLATE_CONFIGS = ("chat_template.json", "processor_config.json", "tokenizer_c
 _INTERNALS = re.compile(r"__[A-Za-z]+__|\\+(?:x5f|u005f|137)", re.IGNORECASE)
 """Names of Python's own attributes, and escapes that spell them.
 
-SGLang rendered templates without a sandbox, so that one in a model ran code (CVE-2026-5760).
+SGLang rendered templates of rerankers without a sandbox, so that one in a model ran code
+(CVE-2026-5760, github.com/sgl-project/sglang/pull/23660). The pinned version has a sandbox there;
+`image.base` and whoever takes the files elsewhere may have none.
 """
 _CODE_CONFIGS = (
     "config.json",
@@ -263,7 +265,7 @@ def _inside(root: Path, required: str) -> str:
 
 
 def check_no_code(root: Path, names: list[str]) -> None:
-    """Raise InputRefused if one of the files of a model or adapter asks for custom code."""
+    """Raise InputRefused if a file of a model or adapter asks for custom code, or may run some."""
     for name in _CODE_CONFIGS:
         if name in names and read_json(root / name).get("auto_map"):
             raise InputRefused(
@@ -271,6 +273,11 @@ def check_no_code(root: Path, names: list[str]) -> None:
                 hint="use a model with an architecture that transformers supports; if this is one, "
                 "remove auto_map from the file",
             )
+    check_templates(root, names)
+
+
+def check_templates(root: Path, names: list[str]) -> None:
+    """Raise InputRefused if a chat template among the files reaches into Python."""
     for name in names:
         if name.endswith(".jinja") or name in _TEMPLATE_CONFIGS:
             if name.endswith(".jinja"):

@@ -44,3 +44,9 @@ def of_format(name: str) -> Quantizer:
     near = difflib.get_close_matches(name.lower(), formats(), n=2, cutoff=0.5)
     guess = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(f"unknown format {name!r}", hint=f"{guess}formats: {', '.join(formats())}")
+
+
+def legacy_of(format_: Format) -> str:
+    """Return why one should choose another format; "" for most, and where none makes it here."""
+    found = formats().get(format_.without_adapters.name)
+    return of_format(found.name).legacy if found else ""

@@ -139,6 +139,8 @@ QUANTIZER = Quantizer(
     beside_adapters=checkpoints.refuse_scales,
     check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
+    legacy="archived upstream: AutoAWQ is deprecated by its maker, and unchanged since 2025-05-11;"
+    " awq makes the same kind of weights with a calibration of our own, for more models",
     view=view_of,
 )
 

@@ -115,6 +115,8 @@ class Quantizer:
     beside_adapters: Callable[[Format, Options], Options] = lambda _format, chosen: chosen
     """(format, options) -> options for a base that unmerged adapters lie beside: it must leave the
     inputs and outputs of each matrix as they were. Raises UsageError if it cannot."""
+    legacy: str = ""
+    """Why one should choose another format, or empty."""
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
     computed: bool = False

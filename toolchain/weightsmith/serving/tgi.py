@@ -20,9 +20,12 @@ GPU_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
 """The last image that the documentation names; images/bases.lock has its digest."""
 
 LEGACY = (
-    "TGI is in maintenance mode since December 2025 and its repository is archived since March"
-    " 2026: choose a vllm or sglang target for anything new"
+    "archived upstream: TGI is in maintenance mode since 2025-12-11 and its repository read-only"
+    " since 2026-03-21, so nobody mends it; the same recipe makes an image of vLLM with vllm in the"
+    " target's name instead of tgi, and clients keep /v1/chat/completions"
 )
+"""The first date is of its own commit 34988476, the second is reported in
+github.com/aws-solutions-library-samples/global-capacity-orchestrator-on-aws/pull/387."""
 
 _PORT = 8080  # the image's own is 80, which only root may open
 _OPTIONS = Path(__file__).with_name("tgi_options.json")

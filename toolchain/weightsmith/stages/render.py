@@ -44,6 +44,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA
+from weightsmith.quantizers import legacy_of
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving import engines
 from weightsmith.serving.architectures import DONE_HERE, check_served
@@ -138,7 +139,8 @@ def render(
         check_speculation(model, wanted, engine.title, engine.speculates, options.extra)
         notes = (*notes, wanted.note)
     plan = engine.plan(model, weight_bytes, options)
-    legacy = (engine.legacy,) if engine.legacy else ()
+    told = filter(None, (engine.legacy, legacy_of(target.format)))
+    legacy = [f"{target.name} is {why}" for why in told]
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
     shown = engine.fixed_name or options.served_model_name or name
     served = _served(engine, shown, model_file, weight_bytes, projector)

@@ -12,7 +12,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.values import SAFETENSORS
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.models.folder import no_folder, scan
+from weightsmith.models.folder import check_templates, no_folder, scan
 from weightsmith.models.gguf_config import (
     files_with,
     gguf_models,
@@ -70,6 +70,7 @@ def open_model(path: Path, name: str = "") -> Model:
         raise no_folder(path, "give the model's folder or .gguf file")
     else:
         names = scan(path, gguf=True)
+        check_templates(path, names)
         weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
         if not weights:
             raise InputRefused(
@@ -104,6 +105,7 @@ def foresee_model(path: Path, name: str = "") -> Model:
     names = scan(path, gguf=True) if path.is_dir() else []
     if "config.json" not in names or any(n.endswith((".gguf", ".safetensors")) for n in names):
         return open_model(path, name)
+    check_templates(path, names)
     facts = read_facts(path)
     size, note = expected_weights(path, facts)
     return Model(
