@@ -375,14 +375,15 @@ def targets() -> Said:
     width = max(map(len, found), default=0)
     for name, target in found.items():
         engine, format_, bits = target.engine, target.format.name, target.format.bits_per_weight
+        legacy = "; ".join(filter(None, (engine.legacy, legacy_of(target.format))))
         facts[name] = {
             "engine": engine.name,
             "format": format_,
             "bits_per_weight": bits,
-            "legacy": "; ".join(filter(None, (engine.legacy, legacy_of(target.format)))),
+            "legacy": legacy,
         }
         said = f"{engine.name} with {format_} weights, about {bits:g} bits each"
-        said += ", archived upstream" if facts[name]["legacy"] else ""
+        said += ", archived upstream" if legacy else ""
         lines.append(f"{name:<{width}}  {said}")
     return {"targets": facts}, joined(lines)
 
