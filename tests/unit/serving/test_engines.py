@@ -62,7 +62,6 @@ def planned(engine, wish):
         return None
 
 
-@settings(max_examples=80, deadline=None)
 def test_what_is_archived_upstream_says_so_where_it_is_chosen():
     """In the list of targets, the page and the plan, with the date and what to take instead."""
     listed = json.loads(command_line.run("targets", "--json").out)["targets"]
@@ -79,6 +78,7 @@ def test_what_is_archived_upstream_says_so_where_it_is_chosen():
     }
 
 
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["vllm", "tgi", "sglang"]), wishes, st.data())
 def test_what_fits_still_fits_when_less_is_wished(engine, wish, data):
     plan = planned(engine, wish)
