@@ -326,7 +326,8 @@ def verified(
     chunks: Iterable[bytes],
     blob: Blob,
     where: str,
-    hint: str = "it is damaged or was tampered with; write or push the image again",
+    hint: str
+    | Callable[[], str] = "it is damaged or was tampered with; write or push the image again",
     kind: type[WeightsmithError] = InputRefused,
 ) -> Iterator[bytes]:
     """Pass chunks on; raises `kind` unless they have exactly the blob's size and digest.
@@ -347,7 +348,7 @@ def verified(
     if size != blob.size or state.hexdigest() != blob.digest.hex:
         raise kind(
             f"{where}: the content of the blob {blob.digest.short} does not match its digest",
-            hint=hint,
+            hint=hint if isinstance(hint, str) else hint(),
         )
     if held:
         yield held

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -551,7 +552,8 @@ def blob(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
     Raises Altered at the end if the content does not match the digest.
     """
     chunks = _resumed(session, wanted)
-    return verified(chunks, wanted, session.registry, altered_hint(session), Altered)
+    hint = partial(altered_hint, session)  # not asked for each blob: it reads the environment
+    return verified(chunks, wanted, session.registry, hint, Altered)
 
 
 def blob_from(session: RegistrySession, wanted: Blob, start: int) -> Iterator[bytes]:

@@ -23,7 +23,7 @@ from weightsmith.provenance.bills import MEDIA_TYPE
 from weightsmith.provenance.chain import broken_at, trace
 from weightsmith.provenance.labels import PREFIX, VERDICT
 from weightsmith.provenance.origins import IN_BILLS, Named, Wanted, origins
-from weightsmith.provenance.statements import Statement, utc_time
+from weightsmith.provenance.statements import TEST_RESULT, Statement, utc_time
 from weightsmith.provenance.withdrawal import withdrawn_in
 
 BILLS = (MEDIA_TYPE, evidence.SPDX_TYPE)
@@ -225,7 +225,8 @@ class Recall:
 
     def _statements(self, attached: Sequence[Attachment], faults: list[str]) -> Iterator[_Read]:
         parts = (*evidence.statement_parts(attached), *evidence.bundles_in(attached))
-        for part in parts:
+        telling = [one for one in parts if one.annotations.get("predicateType") != TEST_RESULT]
+        for part in telling or parts:  # a test result says nothing that is asked
             try:
                 yield self._statement(part)
             except (InputRefused, Altered) as error:
