@@ -26,7 +26,7 @@ from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.attest import ImageInputs, ImageMaterials, evidence, public_recipe
 from weightsmith.provenance.sealing import seal
-from weightsmith.provenance.signing import read_public_key
+from weightsmith.provenance.signing import Check, read_public_key
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe
 from weightsmith.recipe.schema import Suite
 from weightsmith.serving.llamacpp import ENGINE
@@ -123,10 +123,11 @@ class Scene:
         self,
         base: str = "",
         key: Path | None = None,
+        by: Check | None = None,
         progress: Progress | None = None,
         settings: Sequence[str] = (),
     ) -> RecipeFile:
         dist, told = self.folder / "dist", progress or Silent()
-        check = read_public_key(key or self.public)
+        check = by or read_public_key(key or self.public)
         path = recipe_of_image(self.name, base, check, dist, self.client, told, settings)
         return read_recipe(path, settings)

@@ -19,24 +19,28 @@ from typing import Any, cast
 import httpx
 import pytest
 from weightsmith.api.commands.cache import describe_cache, prune_cache
+from weightsmith.building.wiring import open_tools
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import LARGEST, read_document
 from weightsmith.cache.store import SharedStore
-from weightsmith.cache.uploads import Uploads
-from weightsmith.core.errors import CacheLost, InputRefused
-from weightsmith.core.ports import Signer
+from weightsmith.cache.uploads import Uploads, prepared
+from weightsmith.core.errors import CacheLost, InputRefused, UsageError
+from weightsmith.core.ports import IdentityCheck, Signer, Silent
 from weightsmith.core.values import Blob, Digest, canonical, key_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.session import RegistryReply
 from weightsmith.outside.folder_cache import FolderCache
+from weightsmith.outside.keyless import TOKEN, identity_check, open_identity_signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.signing import check_by
 from weightsmith.provenance.statements import Statement
+from weightsmith.recipe.user_config import RunOptions, WantedIdentity
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory, in_memory, new_signer
+from tests.fakes.sigstore import ISSUER, WORKFLOW, sigstore, token
 from tests.fakes.store import MemoryStore
 
 Change = Callable[[dict[str, Any]], None]
@@ -165,6 +169,54 @@ def shared(tmp_path: Path) -> MemoryCache:
     entry = store.produce(KEY, NOTE, two_files)
     Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
     return cache
+
+
+def test_only_what_the_identity_signed_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, token())
+    theirs = new_signer()
+    store = MemoryStore(tmp_path / "maker")
+    entry = store.produce(KEY, NOTE, two_files)
+    with sigstore() as services:
+        root, config = services.write(tmp_path)
+        signers = (open_identity_signer(str(config)), theirs, None)
+        documents = [prepared(KEY, NOTE, entry, store.memo, one)[0] for one in signers]
+
+    def check(identity: str) -> IdentityCheck:
+        wanted = WantedIdentity(
+            certificate_identity=identity, certificate_oidc_issuer=ISSUER, trusted_root=str(root)
+        )
+        return identity_check(wanted)
+
+    signed = documents[0]
+    assert read_document(signed, KEY, check(WORKFLOW)).files == entry.tree.files
+    assert read_document(signed, KEY, None).files == entry.tree.files
+    altered = json.loads(signed)
+    altered["dsseEnvelope"]["payload"] = base64.b64encode(documents[2] + b" ").decode()
+    tried = [(one, WORKFLOW) for one in documents[1:]]
+    tried += [(signed, "https://github.com/evil"), (json.dumps(altered).encode(), WORKFLOW)]
+    for document, identity in tried:
+        with pytest.raises(InputRefused, match="not signed by"):
+            read_document(document, KEY, check(identity))
+    with pytest.raises(InputRefused, match=r"not signed by the key"):
+        read_document(signed, KEY, check_by(theirs.public))
+
+
+def test_a_key_and_an_identity_exclude_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "cache.pub"
+    key.write_bytes(new_signer().public)
+    file = tmp_path / "config.yaml"
+    both = f"verify_key: {key}, certificate_identity: me, certificate_oidc_issuer: x"
+    file.write_text(f"cache: {{where: {tmp_path}/cache, {both}}}")
+    monkeypatch.setenv("WEIGHTSMITH_CONFIG", str(file))
+    with (
+        pytest.raises(UsageError, match="exclude each other"),
+        open_tools(RunOptions(runner="local"), Silent()),
+    ):
+        pass
 
 
 def renamed(path: str) -> Change:

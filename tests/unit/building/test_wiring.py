@@ -74,6 +74,6 @@ def test_settings_that_a_caller_gives_are_read_as_those_of_the_file() -> None:
 
     with (
         pytest.raises(UsageError, match=f"^{re.escape(missing)} is not a public key"),
-        open_tools(RunOptions(runner="local"), Silent(), verify_key="~/not-there.pem"),
+        open_tools(RunOptions(runner="local"), Silent(), trusted={"verify_key": "~/not-there.pem"}),
     ):
         pass

@@ -123,8 +123,19 @@ def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path):
     assert told == {**shared.given(), "verify_key": key.read_text()}
     assert check_of(told["verify_key"])(b"text", b"no signature") is False
     assert of_nodes("local", off, settings) == off.given()
+    whoever = CacheSettings(certificate_identity="me", certificate_oidc_issuer="https://x")
+    named = {"certificate_identity": "me", "certificate_oidc_issuer": "https://x"}
+    assert of_nodes("local", shared, whoever) == {**shared.given(), **named}
     missing = of_nodes("ray", shared, CacheSettings(verify_key="/nowhere"))
     with pytest.raises(UsageError, match="/nowhere is not a public key"):
         check_of(missing["verify_key"])
     with pytest.raises(UsageError, match="no public key"):
         check_of("-----BEGIN PUBLIC KEY-----\nno")
+
+
+def test_nodes_elsewhere_have_no_identity_to_sign_with():
+    shared = RunOptions(cache="/mnt/cache", keyless=True)
+    assert of_nodes("local", shared, CacheSettings())["keyless"] is True
+    for on in ("ray", "slurm"):
+        with pytest.raises(UsageError, match="do not have this job's identity"):
+            of_nodes(on, shared, CacheSettings())

@@ -13,13 +13,17 @@ from weightsmith.api.commands.requests import MergeCommand
 from weightsmith.api.commands.upload import push_to_hub
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Artifact, Digest, FileEntry, Format, Tree
+from weightsmith.outside.keyless import TOKEN, identity_check, open_identity_signer
 from weightsmith.outside.signer import open_signer
-from weightsmith.provenance.model_signing import SIGNATURE, model_key, sign_model
+from weightsmith.provenance.model_signing import SIGNATURE, model_signer, sign_model
+from weightsmith.provenance.signing import open_bundle
+from weightsmith.recipe.user_config import WantedIdentity
 from weightsmith.stages.upload import HubDestination
 
 from tests.fakes.baking import make_key
 from tests.fakes.hub import writable_hub
 from tests.fakes.memory import memory_tools
+from tests.fakes.sigstore import ISSUER, OLD_ISSUER_OID, WORKFLOW, Sigstore, sigstore, token
 from tests.fakes.tiny import write_model
 from tests.paths import ROOT
 
@@ -151,6 +155,46 @@ def test_a_hub_s_repository(
         assert SIGNATURE not in hub.repositories["team/bot"].files
 
 
+def test_a_hub_s_repository_by_an_identity(
+    readers: Readers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSF's library checks who signed; and so does `affected`."""
+    from model_signing.verifying import Config
+    from sigstore.errors import VerificationError
+
+    monkeypatch.setenv(TOKEN, token())
+    model, there = write_model(tmp_path / "model"), tmp_path / "there"
+    made = lambda: Sigstore(by_extension=OLD_ISSUER_OID)  # noqa: E731 - all that this reader reads
+    with sigstore(made) as services, writable_hub(monkeypatch) as hub:
+        root, config = services.write(tmp_path)
+        signer = open_identity_signer(str(config))
+        tools = replace(memory_tools(tmp_path), signer=signer)
+        push_to_hub(str(model), HubDestination(repository="team/bot"), tools)
+        files = hub.repositories["team/bot"].files
+    for name, data in files.items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(data)
+
+    def believe(identity: str) -> None:
+        reader = Config().use_sigstore_verifier(
+            identity=identity, oidc_issuer=ISSUER, trust_config=config
+        )
+        reader.verify(there, there / SIGNATURE)
+
+    believe(WORKFLOW)
+    with pytest.raises(VerificationError, match="SAN"):
+        believe("https://github.com/evil/models")
+
+    wanted = WantedIdentity(
+        certificate_identity=WORKFLOW, certificate_oidc_issuer=ISSUER, trusted_root=str(root)
+    )
+    check = identity_check(wanted)
+    assert open_bundle(files[SIGNATURE], check).signed
+    (there / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        believe(WORKFLOW)
+
+
 @pytest.mark.parametrize("kind", ["rsa:2048", "ed25519", "ec:secp384r1"])
 def test_a_key_that_its_readers_do_not_take(tmp_path: Path, kind: str) -> None:
     from cryptography.hazmat.primitives import serialization
@@ -170,7 +214,7 @@ def test_a_key_that_its_readers_do_not_take(tmp_path: Path, kind: str) -> None:
         )
     )
     with pytest.raises(UsageError, match="P-256"):
-        model_key(open_signer(str(path)))
+        model_signer(open_signer(str(path)))
     tools = memory_tools(tmp_path / "work", key=path)
     request = MergeCommand(base=str(TINY / "base"), adapters=(), out=tmp_path / "out")
     with pytest.raises(UsageError, match="P-256"):

@@ -44,6 +44,8 @@ def fleet(
     insecure: bool = False,
     sign_key: str = "",
     signature_format: SignatureFormat = "cosign",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     update_lock: bool = False,
     dist: AnyPath = "dist",
     runner: str = "auto",
@@ -94,6 +96,8 @@ def fleet(
             signature_format,
             cache,
             cache_from,
+            keyless,
+            str(trust_config),
         ),
     )
     with shown(progress) as told:

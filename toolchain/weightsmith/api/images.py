@@ -435,7 +435,12 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
     if asked.from_:
         wiring.keep_places_clean(asked)
         key, dist = key_path(asked.key), asked.dist.absolute()
-        check = signing.read_public_key(key) if key else None
+        by = wiring.check_of_identity(asked.signed_by)
+        if key and by:
+            raise UsageError(
+                "--key and --certificate-identity exclude each other", hint="give one of them"
+            )
+        check = signing.read_public_key(key) if key else by
         with wiring.make_registry(insecure=asked.run.insecure) as registry:
             again = recipe_of_image(
                 asked.from_, asked.base, check, dist, registry, progress, asked.settings
@@ -511,10 +516,11 @@ def _check_lock(asked: BuildCommand | PlanCommand) -> None:
             f"--update-lock and {'--locked' if asked.locked else '--from'} exclude each other",
             hint="give only one of them",
         )
-    if isinstance(asked, BuildCommand) and asked.key and not from_:
+    if isinstance(asked, BuildCommand) and (asked.key or asked.signed_by.asked()) and not from_:
+        given = "--key" if asked.key else "--certificate-identity"
         raise UsageError(
-            "--key needs --from: it is the public key that the image's signature must match",
-            hint="--sign-key signs the images of this build",
+            f"{given} needs --from: it says who must have signed that image",
+            hint="--sign-key and --keyless sign the images of this build",
         )
 
 

@@ -26,6 +26,7 @@ from weightsmith.core.ports import (
     Cache,
     FleetEngine,
     HubLister,
+    IdentitySigner,
     Launcher,
     Progress,
     Runner,
@@ -72,7 +73,13 @@ from weightsmith.outside.store import FileStore
 from weightsmith.outside.toolset import check_engine_files, make_engine_files
 from weightsmith.provenance.signing import Check, check_by, check_of
 from weightsmith.recipe.section import PathUse, fields_of
-from weightsmith.recipe.user_config import RunOptions, WantedIdentity, read_config
+from weightsmith.recipe.user_config import (
+    TRUSTED,
+    CacheSettings,
+    RunOptions,
+    WantedIdentity,
+    read_config,
+)
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.steps.tools import JobMemory, Tools, shares_nothing
 
@@ -217,7 +224,7 @@ def open_tools(
     *,
     uploads: bool = True,
     upload_seconds: float = 0.0,
-    verify_key: str = "",
+    trusted: Mapping[str, str] | None = None,
 ) -> Iterator[Tools]:
     """Yield everything outside this process that stages use; close connections afterwards.
 
@@ -228,17 +235,17 @@ def open_tools(
     that.
 
     `cache` and `cache_from` are addresses of shared caches; by default, those of environment and
-    configuration; so is `verify_key`. Without `uploads`, nothing is written to them. The end waits
-    for uploads for `upload_seconds`, or longer if the configuration says so.
+    configuration; so is whom they trust (`trusted`, by the names of TRUSTED). Without `uploads`,
+    nothing is written to them. The end waits for uploads for `upload_seconds`, or longer if the
+    configuration says so.
 
     Raises UsageError for an unknown runner, address, size or time limit, EnvironmentFailure if
     `docker` is asked for and no engine answers.
     """
     settings = read_config().cache
     patience = max(settings.upload_seconds, upload_seconds)
-    settings = settings.changed(
-        upload_seconds=patience, verify_key=verify_key or settings.verify_key
-    )
+    named = {name: trusted.get(name, "") for name in TRUSTED} if trusted else {}
+    settings = settings.changed(upload_seconds=patience, **named)
     sharing = chosen(run.cache, run.cache_from, settings)
     if run.runner not in RUNNERS:
         raise UsageError(f"--runner {run.runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
@@ -254,11 +261,10 @@ def open_tools(
         engine.require()
     answers = run.runner == "docker" or (run.runner == "auto" and engine.answers())
     signer, layers = signer_of(run), PushedLayers(cache_folder())
-    key = signer if isinstance(signer, Signer) else None
     with (
         make_registry(insecure=run.insecure, memory=layers) as registry,
         open_store(
-            sharing, progress, key, registry=registry, layers=layers, uploads=uploads
+            sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
         ) as store,
         ExitStack() as stack,
     ):
@@ -312,7 +318,7 @@ def make_readers(
 def open_store(
     sharing: Sharing,
     progress: Progress,
-    signer: Signer | None = None,
+    signer: AnySigner | None = None,
     *,
     registry: Registry,
     layers: PushedLayers,
@@ -324,7 +330,7 @@ def open_store(
     for keys that cannot be used, or a kind of cache whose packages are not installed.
     """
     local, settings = make_store(progress.note), sharing.settings
-    check = check_of(settings.verify_key) if settings.verify_key else None
+    check = _trusted_in(settings)
     with ExitStack() as stack:
         caches: dict[Address, SharedCache] = {}
         for address in filter(None, (sharing.both, sharing.read)):
@@ -336,6 +342,8 @@ def open_store(
         queue = None
         if sharing.both and uploads:
             key = make_signer(settings.sign_key) if settings.sign_key else signer
+            if isinstance(key, IdentitySigner) and not settings.certificate_identity:
+                key = None  # each signature is an entry of a public log, and nobody asks for it
             queue = Uploads(caches[sharing.both], local.memo, key, layers.note)
         scratch = cache_once(lambda: stack.enter_context(_scratch()))
         wait = settings.upload_seconds
@@ -351,6 +359,21 @@ def open_store(
                 f"{left} result(s) were not uploaded to {caches[sharing.both].where} within "
                 f"{settings.upload_seconds:g} s; the next command that uses them tries again"
             )
+
+
+def _trusted_in(settings: CacheSettings) -> Check | None:
+    """Return what checks a cache's results, or None; raises UsageError for what cannot be used."""
+    wanted = WantedIdentity(
+        certificate_identity=settings.certificate_identity,
+        certificate_oidc_issuer=settings.certificate_oidc_issuer,
+        trusted_root=settings.trusted_root,
+    )
+    if settings.verify_key and wanted.asked():
+        raise UsageError(
+            "cache.verify_key and cache.certificate_identity exclude each other",
+            hint="results are trusted by one of them",
+        )
+    return check_of(settings.verify_key) if settings.verify_key else check_of_identity(wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,7 +396,7 @@ def open_one_cache(
         raise AssertionError("`required` returns a cache")
     settings, local = sharing.settings, make_store(progress.note)
     layers = PushedLayers(cache_folder())
-    check = check_of(settings.verify_key) if settings.verify_key else None
+    check = _trusted_in(settings)
     signer = make_signer(sign_key or settings.sign_key)
     with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
         found = open_cache(sharing.both, registry)

@@ -13,7 +13,7 @@ from typing import Literal
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.oci.references import Reference
-from weightsmith.recipe.user_config import CacheSettings, RunOptions
+from weightsmith.recipe.user_config import TRUSTED, CacheSettings, RunOptions
 
 SHARED_CACHE = "WEIGHTSMITH_CACHE"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -110,10 +110,15 @@ def required(cache: str, settings: CacheSettings) -> Sharing:
 
 
 def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, JsonValue]:
-    """Return how a fleet's nodes run: as its command, with its caches and the key that they trust.
+    """Return how a fleet's nodes run: as its command, with its caches and whom they trust.
 
-    Raises UsageError if nodes on other machines would share none.
+    Raises UsageError if nodes on other machines would share none, or have no identity to sign with.
     """
+    if on != "local" and run.keyless:
+        raise UsageError(
+            f"--keyless is not for --on {on}: its nodes do not have this job's identity",
+            hint="sign with a key that each node has, or run `push --keyless` for each image",
+        )
     found = chosen(run.cache, run.cache_from, settings)
     if on != "local" and found.both is None:
         raise UsageError(
@@ -127,10 +132,12 @@ def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, 
         cache_from=OFF if run.cache_from == OFF else str(found.read or ""),
     )
     trusted, key = dict[str, str](), settings.verify_key
+    if found.both or found.read:
+        named = {name: str(getattr(settings, name)) for name in TRUSTED}
+        trusted = {name: value for name, value in named.items() if value}
     if key and (found.both or found.read):
         # As text, because its file is on this machine only: nodes check the cache's results as it
         # does. A file that cannot be read is refused where it is used.
-        trusted["verify_key"] = key
         with suppress(OSError, ValueError):
             trusted["verify_key"] = Path(key).read_text("utf-8")
     return {**options.given(), **trusted}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
-from weightsmith.core.ports import Signer
+from weightsmith.core.ports import AnySigner, IdentityCheck, IdentitySigner
 from weightsmith.core.resources import assembles_itself
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import (
@@ -96,8 +96,8 @@ def layers_of(
             return weight_layers(files, epoch=entry.epoch, memo=memo)
 
 
-def to_document(entry: SharedEntry, signer: Signer | None) -> bytes:
-    """Return the entry's document, signed if there is a key."""
+def to_document(entry: SharedEntry, signer: AnySigner | None) -> bytes:
+    """Return the entry's document, in an envelope by a key, or in a bundle by an identity."""
     predicate: dict[str, Writable] = {
         "note": entry.note,
         "meta": entry.meta,
@@ -109,11 +109,13 @@ def to_document(entry: SharedEntry, signer: Signer | None) -> bytes:
         "headers": {path: [blob.digest, blob.size] for path, blob in entry.headers.items()},
     }
     made = statement([Resource(name="key", digest=entry.key)], _PREDICATE, predicate)
+    if isinstance(signer, IdentitySigner):
+        return signer.bundle(made.content)
     return signing.sign_statement(made, signer) if signer else made.content
 
 
 def read_document(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
-    """Return a document's entry; with `check`, only if the key signed it.
+    """Return a document's entry; with `check`, only if it was signed so.
 
     Raises InputRefused if it is not a whole entry of this key: another key's, made of other things
     than the key says, malformed, unsigned, with files outside its folder, or with layers that
@@ -133,10 +135,17 @@ def _read(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
     if len(data) > LARGEST:
         raise ValueError(f"it has more than {LARGEST} bytes")
     outer = parse(data, largest=LARGEST, unique=True)
-    envelope = isinstance(outer, dict) and "payloadType" in outer
-    read = signing.open_envelope(data, check) if envelope else Statement(outer)
+    named = outer if isinstance(outer, dict) else {}
+    if "dsseEnvelope" in named:
+        read = signing.open_bundle(data, check)
+    else:
+        is_envelope = "payloadType" in named
+        read = signing.open_envelope(data, check) if is_envelope else Statement(outer)
     if check and not read.signed:
-        raise ValueError("it is not signed with the key in cache.verify_key")
+        by = "the key in cache.verify_key"
+        raise ValueError(
+            f"it is not signed by {check.who if isinstance(check, IdentityCheck) else by}"
+        )
     if read.predicate_type != _PREDICATE or read.subjects != {"key": key}:
         raise ValueError("it is of another key")
     about = read.predicate

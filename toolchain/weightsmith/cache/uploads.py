@@ -21,11 +21,11 @@ from weightsmith.cache.document import (
     to_document,
 )
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.core.ports import Signer, StoreEntry
+from weightsmith.core.ports import AnySigner, StoreEntry
 from weightsmith.core.values import Blob, Digest, Writable, key_of
 from weightsmith.oci.layers import LAYER_TAR, Memo
 from weightsmith.oci.transfers import checked_opener
-from weightsmith.provenance.signing import Check, check_by
+from weightsmith.provenance.signing import Check, check_of_signer
 
 T = TypeVar("T")
 
@@ -52,14 +52,14 @@ class Uploads:
         self,
         shared: SharedCache,
         memo: Memo,
-        signer: Signer | None = None,
+        signer: AnySigner | None = None,
         remember: Remember = nowhere,
     ) -> None:
         self.shared = shared
         """Where results go; other caches are only read."""
         self._memo = memo
         self._signer = signer
-        self._check: Check | None = check_by(signer.public) if signer else None
+        self._check: Check | None = check_of_signer(signer) if signer else None
         self._remember = remember
         self._tasks = queue.SimpleQueue[_Task | None]()
         self._seen: set[Digest] = set()
@@ -161,7 +161,11 @@ class Uploads:
 
 
 def prepared(
-    key: Digest, note: Mapping[str, Writable], entry: StoreEntry, memo: Memo, signer: Signer | None
+    key: Digest,
+    note: Mapping[str, Writable],
+    entry: StoreEntry,
+    memo: Memo,
+    signer: AnySigner | None,
 ) -> tuple[bytes, Sequence[tuple[Blob, Opener]], Sequence[Digest]]:
     """Return a local entry as a cache takes it: document, its blobs, digests of those with layers.
 

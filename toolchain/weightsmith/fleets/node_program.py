@@ -66,17 +66,17 @@ def _answer(request: TaskRequest) -> TaskReply:
     from weightsmith.core.errors import EnvironmentFailure, WeightsmithError, of_machine
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, TaskReply
-    from weightsmith.recipe.user_config import RunOptions
+    from weightsmith.recipe.user_config import TRUSTED, RunOptions
 
     asked = dict(request.tools)
     upload_seconds = float(asked.pop("upload_seconds", 0.0))
-    verify_key = str(asked.pop("verify_key", ""))
+    trusted = {name: str(asked.pop(name)) for name in TRUSTED if name in asked}
     try:
         with open_tools(
             RunOptions(**asked),
             PlainProgress(sys.stderr),
             upload_seconds=upload_seconds,
-            verify_key=verify_key,
+            trusted=trusted,
         ) as tools:
             reply = answer(request, tools)
         # Only now: uploads have gone on until here.

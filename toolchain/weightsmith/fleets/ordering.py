@@ -120,8 +120,9 @@ def run_fleet(
     """Run a fleet, and keep its page and its JSON in `dist` as it goes; return its rows."""
     page = Page(dist=dist, title=f"Fleet {fleet.title}")
     chosen = {key: value for key, value in options.items() if value}
-    if (key := str(options.get("sign_key") or "")) and "://" not in key:
-        chosen["sign_key"] = str(Path(key).expanduser().absolute())  # nodes run in other folders
+    for name in ("sign_key", "trust_config", "trusted_root"):
+        if (path := str(options.get(name) or "")) and "://" not in path:
+            chosen[name] = str(Path(path).expanduser().absolute())  # nodes run in other folders
     with _token(dist) as token:
         order = Order(
             outputs=outputs, tools=chosen, dist=dist, token=token, lock=fleet.lock, cpus=cpus

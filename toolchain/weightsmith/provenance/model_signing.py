@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.ports import AnySigner, IdentitySigner, Signer
+from weightsmith.core.ports import AnySigner, IdentitySigner
 from weightsmith.core.values import FileEntry
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import STATEMENT, Statement
@@ -25,11 +25,13 @@ _IGNORED = (".git", ".gitattributes", ".github", ".gitignore", SIGNATURE)
 """Files that need not be signed: the library's own list, and the signature itself."""
 
 
-def signs_models(signer: Signer) -> bool:
-    """Say whether readers of model signatures take a key: only ECDSA on P-256.
+def signs_models(signer: AnySigner) -> bool:
+    """Say whether readers of model signatures take it: an identity, or a key of ECDSA on P-256.
 
     They take other curves too, but choose the hash by the curve, and ours is always SHA-256.
     """
+    if isinstance(signer, IdentitySigner):
+        return True
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -37,10 +39,8 @@ def signs_models(signer: Signer) -> bool:
     return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1"
 
 
-def model_key(signer: AnySigner | None) -> Signer | None:
-    """Return the key to sign a model's files with; UsageError if their readers do not take it."""
-    if isinstance(signer, IdentitySigner):
-        raise UsageError("model signatures need a key", hint="give --sign-key, not --keyless")
+def model_signer(signer: AnySigner | None) -> AnySigner | None:
+    """Return what signs a model's files; UsageError for a key that their readers do not take."""
     if signer and not signs_models(signer):
         raise UsageError(
             "model signatures need an ECDSA key on the curve P-256",
@@ -49,7 +49,7 @@ def model_key(signer: AnySigner | None) -> Signer | None:
     return signer
 
 
-def sign_model(name: str, files: Sequence[FileEntry], signer: Signer) -> bytes:
+def sign_model(name: str, files: Sequence[FileEntry], signer: AnySigner) -> bytes:
     """Return the signature of a model's folder; of a single file, the only path is `.`."""
     rows = sorted(files, key=lambda file: file.path.split("/"))
     whole = hashlib.sha256(b"".join(bytes.fromhex(file.digest.hex) for file in rows))
@@ -72,4 +72,6 @@ def sign_model(name: str, files: Sequence[FileEntry], signer: Signer) -> bytes:
             },
         }
     )
+    if isinstance(signer, IdentitySigner):
+        return signer.bundle(made.content)
     return signing.bundle(made.content, signer, hint=hashlib.sha256(signer.public).hexdigest())

@@ -24,6 +24,8 @@ from weightsmith.recipe.section import Section
 from weightsmith.recipe.user_text import read_yaml, require_plain
 
 _T = TypeVar("_T")
+TRUSTED = ("verify_key", "certificate_identity", "certificate_oidc_issuer", "trusted_root")
+"""Keys of `CacheSettings` that say what is trusted."""
 VARIABLE = "WEIGHTSMITH_CONFIG"
 _HINT = "docs/reference/configuration.md lists every key"
 
@@ -41,6 +43,18 @@ class CacheSettings(Section):
         "",
         description="Public key as a PEM file: results that it did not sign are not used",
     )
+    certificate_identity: str = Field(
+        "",
+        description="Identity in place of that key, such as a workflow's URL; `--keyless` then "
+        "signs results too",
+    )
+    certificate_oidc_issuer: str = Field(
+        "", description="The provider that must vouch for the identity, a URL"
+    )
+    trusted_root: str = Field(
+        "",
+        description="File with the certificates and keys of a Sigstore; default: the public one's",
+    )
     sign_key: str = Field(
         "",
         description="Private key that signs what is uploaded, as for --sign-key; default: that key",
@@ -52,7 +66,7 @@ class CacheSettings(Section):
         60.0, description="How long a command's end waits for uploads"
     )
 
-    @field_validator("verify_key", "sign_key")
+    @field_validator("verify_key", "sign_key", "trusted_root")
     @classmethod
     def _expanded(cls, value: str) -> str:
         return str(Path(value).expanduser()) if value.startswith("~") else value

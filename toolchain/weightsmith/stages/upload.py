@@ -10,7 +10,7 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
-from weightsmith.core.ports import AnySigner, Hub, HubContent, Signer
+from weightsmith.core.ports import AnySigner, Hub, HubContent
 from weightsmith.core.values import Artifact, Digest, FileEntry, Published, Tree, Uploaded
 from weightsmith.evaluating.build_record import FILE as RECORD
 from weightsmith.evaluating.build_record import BuildRecord, read_build
@@ -115,7 +115,7 @@ def texts_of(
     if about.record:
         texts[RECORD] = file_of(about.record)
         texts |= benchmark_files(about.record)
-    if isinstance(signer, Signer) and signs_models(signer):
+    if signer and signs_models(signer):
         ours = {
             name: FileEntry(path=name, size=len(data), digest=Digest.of(data))
             for name, data in texts.items()

@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.api.commands.images import copy_image
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.ports import Silent
+from weightsmith.core.ports import IdentityCheck, Silent
 from weightsmith.evaluating.items import read_corpus, read_items
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry, RegistryLocation
 from weightsmith.outside.folders import FolderReader
+from weightsmith.outside.keyless import TOKEN, identity_check, open_identity_signer
 from weightsmith.outside.store import FileStore
+from weightsmith.recipe.user_config import WantedIdentity
 from weightsmith.steps.lock import pinned, read_lock
 
 from tests.fakes.baking import make_key, push_base
+from tests.fakes.command_line import weightsmith
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
+from tests.fakes.sigstore import ISSUER, WORKFLOW, sigstore, token
 
 
 @pytest.fixture
@@ -181,6 +186,44 @@ def test_only_what_the_key_signed_is_believed(scene: Scene) -> None:
     _, other = make_key(scene.folder, "other")
     with pytest.raises(InputRefused, match="team/app"):
         scene.again(key=other)
+
+
+def test_an_identity_may_have_signed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `build --from --certificate-identity` believes."""
+    monkeypatch.setenv(TOKEN, token())
+    scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b")
+    with sigstore() as services:
+        root, config = services.write(scene.folder)
+        signer = open_identity_signer(str(config))
+        copy_image(scene.name, scene.name, scene.client, Silent(), force=True, signer=signer)
+
+    def by(identity: str) -> IdentityCheck:
+        return identity_check(
+            WantedIdentity(
+                certificate_identity=identity,
+                certificate_oidc_issuer=ISSUER,
+                trusted_root=str(root),
+            )
+        )
+
+    assert scene.again(by=by(WORKFLOW)).recipe.base.source == "hf://a/b"
+    with pytest.raises(InputRefused, match=r"no statement signed by https://github\.com/evil"):
+        scene.again(by=by("https://github.com/evil"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--key", "x.pub"], "--key needs --from"),
+        (["--certificate-identity", "me", "--certificate-oidc-issuer", "x"], "needs --from"),
+        (["--from", "x", "--certificate-identity", "me"], "--certificate-oidc-issuer is missing"),
+        (["--certificate-identity", "me"], "--certificate-oidc-issuer is missing"),
+    ],
+)
+def test_who_must_have_signed_what(given: list[str], message: str) -> None:
+    done = weightsmith("build", *given)
+    assert done.code == UsageError.exit_code
+    assert message in done.err
 
 
 def test_another_adapter_than_stated_is_refused(scene: Scene) -> None:

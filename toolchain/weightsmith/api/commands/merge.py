@@ -21,7 +21,7 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.items import read_prompts
 from weightsmith.merging.plan import KINDS
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
-from weightsmith.provenance.model_signing import SIGNATURE, model_key, sign_model
+from weightsmith.provenance.model_signing import SIGNATURE, model_signer, sign_model
 from weightsmith.recipe.file import check_section
 from weightsmith.recipe.schema import Adapter, Base
 from weightsmith.recipe.sources import is_remote
@@ -50,7 +50,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
         check(sources, options)
         return sources
 
-    signer = model_key(tools.signer)
+    signer = model_signer(tools.signer)
     not_nested(("--out", str(out or "")), ("--keep-adapter", str(keep or "")))
     kept: Mapping[str, Json] = {}
     if keep:

@@ -10,14 +10,14 @@ from weightsmith.api.commands.merge import open_checkpoint
 from weightsmith.api.commands.requests import QuantizeCommand
 from weightsmith.core.errors import UsageError
 from weightsmith.core.files import write_whole
-from weightsmith.core.ports import Signer
+from weightsmith.core.ports import AnySigner
 from weightsmith.core.trees import below
 from weightsmith.core.values import Artifact, Json
 from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.tensors import unsupported
-from weightsmith.provenance.model_signing import SIGNATURE, model_key, sign_model
+from weightsmith.provenance.model_signing import SIGNATURE, model_signer, sign_model
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.recipe.schema import Quality, Quantize, TextBounds
@@ -40,7 +40,7 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     format_ = next(f for f in quantizer.formats if f.name == asked.format)
     out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
     _require_new(out)
-    signer = model_key(tools.signer)
+    signer = model_signer(tools.signer)
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
     for file in checkpoint.tree.files:
@@ -79,7 +79,7 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     }
 
 
-def _written(out: Path, artifact: Artifact, signer: Signer | None) -> list[Path]:
+def _written(out: Path, artifact: Artifact, signer: AnySigner | None) -> list[Path]:
     """Return what was written; with a key, also the signatures, which are written here.
 
     A folder's is in it; a file's, and its projector's, are beside them.

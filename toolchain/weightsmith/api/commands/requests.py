@@ -480,6 +480,7 @@ class BuildCommand(RecipeCommand):
         str, "image to rebuild from the sources it names and the adapters attached to it"
     ] = ""
     key: Annotated[str, _KEY] = ""
+    signed_by: Annotated[WantedIdentity, FlagFields()] = _WANTED
     keep_replay: Annotated[
         bool,
         "write the image's replay set beside the recipe, as recipe.replay.json: where its answers"
@@ -535,7 +536,7 @@ class FleetCommand:
     force: Force = False
     update_lock: UpdateLock = False
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
-    run: Annotated[RunOptions, FlagFields(without=_IDENTITY)] = _RUN
+    run: Annotated[RunOptions, FlagFields()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

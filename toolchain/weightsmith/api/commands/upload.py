@@ -30,7 +30,7 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in, weights_of
-from weightsmith.provenance.model_signing import model_key
+from weightsmith.provenance.model_signing import model_signer
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
@@ -113,7 +113,7 @@ def _opened(
     source: str, destination: HubDestination, tools: Tools
 ) -> Iterator[tuple[Tree, str, About]]:
     """Open a model: its files, its version, and what is said of it."""
-    model_key(tools.signer)
+    model_signer(tools.signer)
     tools.hub.check(destination.repository)
     with tools.scratch() as scratch:
         path, record = Path(source), None
