@@ -25,7 +25,7 @@ from weightsmith.building import wiring
 from weightsmith.cli import namespace
 from weightsmith.core.ports import Progress
 from weightsmith.oci.registry import Registry
-from weightsmith.recipe.user_config import RunOptions
+from weightsmith.recipe.user_config import RunOptions, WantedIdentity
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import push_base
@@ -184,7 +184,7 @@ THE_RECIPES = {"base", "adapter", "kind", "allow_low_bits", "allow_text_only", "
 FLAGS_ALONE = {
     "merge": {"keep_adapter"},
     "evaluate": {"tasks", "tokenizer", "include"},
-    "build": {"from_", "key", *THE_RECIPES},
+    "build": {"from_", "key", *asdict(WantedIdentity()), *THE_RECIPES},
     "plan": {"push", "load", "layout", "force", *THE_RECIPES},
     "fleet": {"plan", "print_", "watch"},
 }

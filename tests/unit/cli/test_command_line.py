@@ -4,11 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 
 import pytest
 from weightsmith.cli import namespace
 from weightsmith.cli.program import Weightsmith
+from weightsmith.recipe.user_config import WantedIdentity
 
 from tests.fakes.command_line import PROGRAMS, ROOT, run, started
 from tests.fakes.tiny import write_model
@@ -132,7 +133,8 @@ def flags(command):
 
 def test_a_plan_takes_the_flags_of_the_build_that_it_foresees():
     """All but those of an image that is built again, whose recipe has to be fetched first."""
-    assert flags("build") - flags("plan") == {"from_", "keep_replay", "key"}
+    who = {"key", *asdict(WantedIdentity())}
+    assert flags("build") - flags("plan") == {"from_", "keep_replay", *who}
     assert flags("plan") - flags("build") == {"measure"}
 
 
