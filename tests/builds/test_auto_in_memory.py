@@ -283,6 +283,9 @@ def test_a_plan_has_the_candidates_in_their_order(memory: Memory) -> None:
         (("quantize.bits=5",), UsageError, "quantize.bits fixes what"),
         (("quantize.size=1GB",), UsageError, "quantize.size fixes what"),
         (("quantize.tensor_types={a: q8_0}",), UsageError, "quantize.tensor_types fixes what"),
+        (("quantize.mix=recipe.yaml",), UsageError, "quantize.mix fixes what"),
+        (("auto.prefer=taste",), UsageError, r"auto\.prefer"),
+        (("auto.at_most=little",), UsageError, r"auto\.at_most"),
         (("auto.engine=nothing",), UsageError, "unknown engine 'nothing'"),
         (("auto=null",), UsageError, "needs `auto` in the recipe"),
         (("auto={}",), UsageError, "engine"),
@@ -314,6 +317,52 @@ def test_several_engines_share_one_order(memory: Memory) -> None:
     names = [row["target"] for row in memory.forecast()["auto"]["candidates"]]
 
     assert {name.partition("-")[0] for name in names} == {"vllm", "llamacpp"}
+
+
+def test_the_best_of_several_engines_is_chosen(memory: Memory) -> None:
+    """llama.cpp's mix and vLLM's AWQ lose too much, llama.cpp's IQ4_NL does not; then vLLM's wins.
+
+    Answers and validation are made once for both engines, and each image is started by its own. The
+    merge is written for AWQ, which llama.cpp does not need.
+    """
+    ask(memory, MANY, auto={"engine": ["llamacpp", "vllm"], "at_most": "250KB"})
+    harm(memory, {SMALLEST: 200, "vllm-awq": 200})
+
+    built = chosen(memory)
+
+    assert left(built.auto) == [(SMALLEST, "evaluate"), ("vllm-awq", "evaluate"), (IQ4, "")]
+    jobs = memory.jobs()
+    kinds = ("merge", "reference adapter", "validate")
+    assert [jobs.count(one) for one in kinds] == [2, 1, 1]
+    record = memory.record(IQ4)
+    assert record["auto"]["engines"] == ["llamacpp", "vllm"]
+    reasons = {row["target"]: row["left"] for row in record["auto"]["candidates"]}
+    assert "no kernel for it on a CPU" in reasons["vllm-nvfp4"]
+
+    memory.launcher.answer = memory._answer
+    harm(memory, {SMALLEST: 200})
+    again = memory.build("serve.max_model_len=256")["auto"]
+
+    assert left(again.auto) == [(SMALLEST, "evaluate"), ("vllm-awq", "")]
+    assert again.target.engine.name == "vllm"
+
+
+def test_engines_of_one_size_differ_in_speed(memory: Memory) -> None:
+    """Of sizes within 4 %, one is tried of each engine: the faster is known when both ran."""
+    auto = {"engine": ["llamacpp", "vllm"], "prefer": "speed", "at_most": "240KB"}
+    ask(memory, MANY, auto=auto)
+    memory.bandwidth = 8e6
+    paces = {SMALLEST: 20, MIX46: 32, "vllm-awq": 33, IQ4: 30}
+
+    def work(tokens: int) -> None:
+        memory.ticks += tokens / paces[tried(memory)] - 1
+
+    memory.launcher.worked = work
+
+    built = chosen(memory)
+
+    assert left(built.auto) == [("vllm-awq", "")]
+    assert speeds_of(memory.record("vllm-awq")["auto"]) == paces
 
 
 def test_a_suite_that_its_base_passes_too_is_refused_before_any_candidate(memory: Memory) -> None:

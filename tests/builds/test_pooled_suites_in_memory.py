@@ -56,6 +56,16 @@ def finder(memory: Memory) -> Memory:
     return memory
 
 
+def test_vectors_have_no_tokens_per_second(finder: Memory) -> None:
+    auto = {"engine": "llamacpp", "prefer": "speed"}
+    suite = {"data": "query.jsonl", "metric": "embedding", "corpus": "corpus.jsonl"}
+    finder.write_recipe(targets=["auto"], auto=auto, evaluate={**suite, "max_drop": 0.2})
+    for what in (finder.build, finder.forecast):
+        with pytest.raises(InputRefused, match="its model writes no tokens") as caught:
+            what()
+        assert "leave auto.prefer out" in caught.value.hint
+
+
 def vector(who: str, text: str) -> list[float]:
     """Return a vector of the width that the model has; the base is always about cats."""
     known = "cats" if who == "base" and text.startswith("ask: ") else text

@@ -292,6 +292,11 @@ def _priced(one: Candidate, tools: Tools, sources: Sources | None, bandwidth: fl
             hint="set auto.prefer: size; of one engine's formats, smaller ones usually read faster",
         )
     model = seen[steps.checkpoint].model
+    if model.task.kind != "generate":
+        raise InputRefused(
+            "its model writes no tokens, so auto.prefer: speed has nothing to measure",
+            hint="leave auto.prefer out, and give `bench` limits instead",
+        )
     weights = seen[steps.checkpoint].weight_bytes // (4 if model.stated_dtype == "float32" else 2)
     read = max(1.0, price * (1 - _unread(model) / max(1, weights)))
     return replace(one, price=price, foreseen_speed=float(f"{bandwidth / read:.3g}"))
