@@ -9,6 +9,7 @@ import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.jobs import QuantizeJob
 
+from tests.fakes.baking import ENGINE, push_base
 from tests.fakes.memory import Memory
 
 TARGET = "llamacpp-mix"
@@ -77,6 +78,41 @@ def test_a_plan_has_the_size_of_the_budget(memory: Memory) -> None:
     assert sized["write_bytes"] == pytest.approx(few["write_bytes"], rel=0.01)
 
 
+GPU = ("quantize.fit=gpu", "serve.gpu_memory=2GiB")
+
+
+def gpu_with(memory: Memory, room: int) -> tuple[str, str]:
+    """Settings with a GPU that has so many bytes beside cache and overhead of the recipe."""
+    plan = memory.forecast(*GPU, targets=[TARGET])["serving"][TARGET]
+    taken = plan["overhead_bytes"] + plan["kv_bytes_total"]
+    return GPU[0], f"serve.gpu_memory={-(-(taken + room) * 20 // 19)}B"  # a twentieth is held back
+
+
+def test_a_mix_fits_the_gpu_beside_the_cache_that_is_wanted(memory: Memory) -> None:
+    wanted = gpu_with(memory, 400_000)
+    plan = memory.forecast(*wanted, targets=[TARGET])["serving"][TARGET]
+    row = memory.planned("quantize", *wanted, targets=[TARGET])
+    fewer = memory.planned("quantize", *wanted, "serve.max_num_seqs=1", targets=[TARGET])
+
+    assert plan["fits"]
+    assert any(note.startswith("quantize.fit: 390.") for note in plan["notes"])
+    assert 399_990 < plan["weight_bytes"] <= 400_001
+    assert fewer["write_bytes"] >= row["write_bytes"] + plan["kv_bytes_per_request"]
+
+
+def test_a_mix_that_fits_is_made_again_only_for_another_room(memory: Memory) -> None:
+    engine = f"image.base={memory.registry.host}/engines/llama.cpp:1"
+    push_base(memory.client, engine.partition("=")[2], ENGINE, {"app/llama-server": b"1"})
+    wanted = gpu_with(memory, 400_000)
+    memory.build(*wanted, engine, targets=[TARGET])
+    size = pass_of(memory).options["size"]
+    assert memory.record(TARGET)["recipe"]["quantize"]["fit"] == "gpu"
+    memory.build(*wanted, engine, "serve.served_model_name=x", targets=[TARGET])
+    assert memory.jobs() == []
+    memory.build(*wanted, engine, "serve.max_num_seqs=1", targets=[TARGET])
+    assert pass_of(memory).options["size"] > size
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "why"),
     [
@@ -85,6 +121,12 @@ def test_a_plan_has_the_size_of_the_budget(memory: Memory) -> None:
         (("quantize.bits=4",), UsageError, "4 is not between 4.25"),
         (("quantize.bits=5", "quantize.tensor_types={a: q8_0}"), UsageError, "tensor_types is not"),
         (("quantize.size=1KB",), InputRefused, "no mix of this model has"),
+        (("quantize.fit=gpu",), UsageError, "gpu needs the GPU"),
+        (("quantize.fit=gpu", "serve.gpu=cpu-amx"), UsageError, "gpu needs the GPU"),
+        ((*GPU, "serve.max_model_len=auto"), UsageError, "gpu needs the length of a request"),
+        ((*GPU, "quantize.bits=5"), UsageError, "quantize.bits and quantize.fit cannot be"),
+        ((*GPU, "quantize.size=1MB"), UsageError, "quantize.size and quantize.fit cannot be"),
+        (("quantize.fit=gpu", "serve.gpu_memory=600MiB"), UsageError, "and the smallest mix of"),
         (("quantize.mix=none.json",), InputRefused, "cannot read"),
         (("quantize.bits=5", "quantize.imatrix=none.gguf"), InputRefused, "no such importance"),
     ],

@@ -56,7 +56,7 @@ from weightsmith.stages.resolve import NotHere
 from weightsmith.steps.launch import missing_device
 from weightsmith.steps.tools import Tools
 
-_FIXED = ("bits", "size", "mix", "tensor_types")
+_FIXED = ("bits", "size", "fit", "mix", "tensor_types")
 """Keys of `quantize` that say what `auto` is to find out."""
 _ALIKE = 1.04
 """Of candidates whose sizes differ by less, the largest is tried: it loses least of them."""

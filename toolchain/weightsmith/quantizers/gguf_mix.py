@@ -43,7 +43,11 @@ _FLOATS = frozenset({"f32", "f16", "bf16", "f64"})
 _GUESSED = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "mxfp4": "mxfp4_moe"}
 """The file type that llama.cpp takes a file to have without one, where most tensors have this type
 (llama-model-loader.cpp)."""
-_HOW = "set quantize.bits (--bits 4.4), quantize.size (--size 8GB) or quantize.mix (--mix FILE)"
+_BUDGETS = ("bits", "size", "fit", "mix")
+_HOW = (
+    "set one of quantize.bits (--bits 4.4), quantize.size (--size 8GB), quantize.fit (gpu, in a"
+    " recipe) and quantize.mix (--mix FILE)"
+)
 
 
 def kinds_of_rows(columns: int, *, low: bool) -> tuple[str, ...]:
@@ -65,7 +69,7 @@ def budget_options(requested: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
     Raises UsageError unless it is exactly one of them, and for bits below the smallest type's.
     """
-    given = {name: requested[name] for name in ("bits", "size", "mix") if requested.get(name)}
+    given = {name: requested[name] for name in _BUDGETS if requested.get(name)}
     if len(given) != 1:
         what = " and ".join(f"quantize.{name}" for name in given)
         raise UsageError(

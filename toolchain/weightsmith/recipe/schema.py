@@ -327,6 +327,11 @@ class Quantize(Section):
     size: str = Field(
         "", pattern=SIZE, description="Budget of a mix: the file's largest size, such as `8GB`."
     )
+    fit: Literal["", "gpu"] = Field(
+        "",
+        description="Budget of a mix: `gpu` for what `serve.gpu` has room for beside the cache of "
+        "`serve.max_num_seqs` requests of `serve.max_model_len` tokens.",
+    )
     mix: str = Field(
         "",
         description="File with the types of a mix, such as the build.json of another build.",

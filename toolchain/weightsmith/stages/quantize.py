@@ -41,9 +41,17 @@ from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.sources import without_pin
+from weightsmith.serving.fitting import WeightRoom
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.steps.destinations import Destination, InStore, moved
-from weightsmith.steps.sizes import calibration_memory, disk_peak, estimated_bytes, kept_bytes
+from weightsmith.steps.serve_options import serve_options
+from weightsmith.steps.sizes import (
+    calibration_memory,
+    disk_peak,
+    estimated_bytes,
+    expected_projector,
+    kept_bytes,
+)
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     WEIGHTS,
@@ -69,6 +77,8 @@ _PACKING = 4 << 30
 _STREAMED = 512 << 20
 """For a few rows and the scales of one matrix."""
 _GGUF = 1 << 30
+_PROJECTOR = 1.02
+"""Room for a projector, whose size is an estimate until it is made."""
 _OF_THE_JOB = ("builder_image", "network_in_jobs")
 """Facts that a runner adds to a job's result."""
 
@@ -373,11 +383,18 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
 
 
 def _recipe_options(
-    file: RecipeFile, format_: Format, base: Snapshot, tools: Tools, *, unmerged: bool
+    file: RecipeFile,
+    format_: Format,
+    base: Snapshot,
+    tools: Tools,
+    *,
+    unmerged: bool,
+    fitting: int = 0,
 ) -> QuantizeOptions:
     """Return the options of a format; raises UsageError, or InputRefused for its files.
 
     A base that adapters lie beside (`unmerged`) has its own name, so that all recipes share it.
+    `fitting` are the bytes that `quantize.fit` stands for.
     """
     if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
         return QuantizeOptions(name=file.recipe.name, format=format_)
@@ -396,6 +413,8 @@ def _recipe_options(
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license
     settings = file.recipe.quantize.model_dump()
+    if fitting:
+        settings |= {"fit": "", "size": f"{fitting}B"}
     if settings["imatrix"] not in IMATRIX_WORDS:
         settings["imatrix"] = str(file.folder / settings["imatrix"])
     if settings["mix"]:
@@ -458,6 +477,11 @@ def _with_budget(settings: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     }
 
 
+def _smallest_mix(whole: int, *, low: bool) -> int:
+    """Return the bytes of the smallest mix of a checkpoint that has `whole` bytes in 16 bits."""
+    return int(whole * fewest_bits(low=low) / 16)
+
+
 def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format:
     """Return the format with the bits per weight that a mix will have, about.
 
@@ -469,7 +493,7 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
         # A weight less than the smallest type has is refused here, the rest once headers are known.
         whole = estimated_bytes(weights, replace(format_, bits_per_weight=16.0), model)
         fewest = fewest_bits(low=bool(chosen.get("low")))
-        if (least := int(whole * fewest / 16)) > size:
+        if (least := _smallest_mix(whole, low=bool(chosen.get("low")))) > size:
             raise InputRefused(
                 f"quantize.size: no mix of this model has {human(size)}: its weights have "
                 f"{human(least)} with {fewest:g} bits each, the fewest",
@@ -541,7 +565,14 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         """The format, and how it is made."""
         recipe = self.file.recipe
         calibration = recipe.calibration and recipe.calibration.model_dump(mode="json")
-        return [self.format.name, recipe.quantize.model_dump(mode="json"), calibration]
+        found: list[Writable] = [
+            self.format.name,
+            recipe.quantize.model_dump(mode="json"),
+            calibration,
+        ]
+        if self._fits(self.format):
+            found.append([self.of.target.engine.name, recipe.serve.model_dump(mode="json")])
+        return found
 
     def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
         """Return the weights as they will be; refuses what the quantizer would, by its config."""
@@ -554,10 +585,15 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
             value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
             state = State(cached=False, why=f"no installed quantizer makes {format_.name}")
             return Foreseen(value=value, rows=(self.row(state, read=size),))
-        options = self._asked(format_, seen[self.sources].base, tools)
+        options = self._asked(
+            format_, seen[self.sources].base, tools, model, checkpoint.weight_bytes
+        )
+        note = self._note(options)
         format_ = nominal(options, checkpoint.weight_bytes, model)
         estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
-        value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate, planned=estimate)
+        value = ForeseenWeights(
+            model=model, size=estimate, weight_bytes=estimate, planned=estimate, note=note
+        )
         state = State(cached=False, why=checkpoint.missing)
         if checkpoint.tree:
             stage = inputs(checkpoint.tree.digest, options)
@@ -576,22 +612,73 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         )
         return Foreseen(value=value, rows=(row,))
 
-    def _asked(self, format_: Format, base: Snapshot, tools: Tools) -> QuantizeOptions:
+    def _asked(
+        self, format_: Format, base: Snapshot, tools: Tools, model: ModelFacts, size: int
+    ) -> QuantizeOptions:
+        """Return the options of a format for a checkpoint of `size` bytes."""
         unmerged = self.of.target.format.unmerged
-        return _recipe_options(self.file, format_, base, tools, unmerged=unmerged)
+        fitting = self._fitting(format_, model, size) if self._fits(format_) else 0
+        return _recipe_options(self.file, format_, base, tools, unmerged=unmerged, fitting=fitting)
+
+    def _fits(self, format_: Format) -> bool:
+        """Return whether a format's budget is what the GPU has room for, and nothing else."""
+        given = self.file.recipe.quantize
+        others = given.bits or given.size or given.mix
+        return format_.name == MIX.name and bool(given.fit) and not others
+
+    def _fitting(self, format_: Format, model: ModelFacts, size: int) -> int:
+        """Return the bytes that the GPU has room for; raises UsageError where no mix fits."""
+        if self.of.target.format.unmerged:
+            raise UsageError(
+                f"quantize.fit: {self.of.target.name} has adapters beside its weights, whose room "
+                "on the GPU is not planned here",
+                hint="give the budget as quantize.size, or merge the adapters",
+            )
+        projector = expected_projector(self.of.target, model)
+        beside = int(projector.size * _PROJECTOR) if projector else 0
+        serve = self.file.recipe.serve
+        options = replace(serve_options(serve), format=format_, projector_bytes=beside)
+        room = WeightRoom.of(self.of.target.engine, model, options)
+        whole = estimated_bytes(size, replace(format_, bits_per_weight=16.0), model)
+        least = beside + _smallest_mix(whole, low=self.file.recipe.quantize.allow_low_bits)
+        if (found := room.bytes) >= least:
+            return found - beside
+        shorter, gpu = room.longest(least), serve.gpu or "the GPU"
+        raise UsageError(
+            f"quantize.fit: {room.tokens} tokens of {room.options.max_num_seqs} requests leave"
+            f" {human(found)} for weights on {gpu}, and the smallest mix of this model has about"
+            f" {human(least)}",
+            hint=(f"set serve.max_model_len to {shorter}, or " if shorter else "")
+            + "choose fewer requests, serve.kv_cache_dtype: fp8 or a larger GPU",
+        )
+
+    def _note(self, options: QuantizeOptions) -> str:
+        """Return what a plan says of a budget that was worked out."""
+        if not self._fits(options.format):
+            return ""
+        serve = self.file.recipe.serve
+        many = serve.max_num_seqs if serve.max_num_seqs != "auto" else 1
+        return (
+            f"quantize.fit: {human(int(str(options.options['size'])))} for the weights are what "
+            f"{serve.gpu or 'the GPU'} has left beside {many} request{'s' * (many != 1)} of"
+            f" {serve.max_model_len} tokens"
+        )
 
     def permit(self, seen: Foresight) -> None:
         """Raise InputRefused if the quantizer does not support the model."""
         if self.format.packed and self.format.name in formats():
-            options = self._asked(self.format, seen[self.sources].base, seen.tools)
-            check_model(options, seen[self.checkpoint].model)
+            checkpoint = seen[self.checkpoint]
+            model, size = checkpoint.model, checkpoint.weight_bytes
+            options = self._asked(self.format, seen[self.sources].base, seen.tools, model, size)
+            check_model(options, model)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights; raises as `quantize` does."""
-        base = have[self.sources].base
-        options = self._asked(self.format, base, tools)
+        base, tree = have[self.sources].base, have[self.checkpoint].tree
+        made = read_facts(tree.texts), tree.weight_bytes
+        options = self._asked(self.format, base, tools, *made)
         others = [
-            self._asked(one, base, tools)
+            self._asked(one, base, tools, *made)
             for one in dict.fromkeys(self.in_one_pass)
             if one != self.format
         ]
@@ -603,8 +690,10 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         """Return what the weights depended on."""
         if not self.format.packed:
             return None
-        options = self._asked(self.format, have[self.sources].base, tools)
-        return inputs(have[self.checkpoint].digest, options)
+        checkpoint = have[self.checkpoint]
+        model, size = read_facts(checkpoint.tree.texts), checkpoint.tree.weight_bytes
+        options = self._asked(self.format, have[self.sources].base, tools, model, size)
+        return inputs(checkpoint.digest, options)
 
     def builders(self) -> tuple[str, ...]:
         """Return the quantizer's builder."""

@@ -45,14 +45,13 @@ from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA
 from weightsmith.quantizers import legacy_of
-from weightsmith.recipe.schema import Serve
 from weightsmith.serving import engines
 from weightsmith.serving.architectures import DONE_HERE, check_served
 from weightsmith.serving.compatibility import check_adapters, check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.healthcheck import health_command, startup_replay
-from weightsmith.serving.memory import human, parse_size
+from weightsmith.serving.memory import human
 from weightsmith.serving.parsers import NONE
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
@@ -62,12 +61,13 @@ from weightsmith.serving.plan import (
     ServingPlan,
 )
 from weightsmith.serving.pooling import ASKED
-from weightsmith.serving.speculation import Speculation, check_speculation
+from weightsmith.serving.speculation import check_speculation
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files
 from weightsmith.steps.drafting import check_drafter
 from weightsmith.steps.healthcheck import probes_replay, wants_probe
+from weightsmith.steps.serve_options import serve_options
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
 from weightsmith.steps.sizes import ForeseenTree, expected_projector
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
@@ -90,8 +90,6 @@ VOLUME_FOLDER = "volume"
 """Where manifests for an image of weights are in a target's results."""
 POLICIES = "policies"
 """Where policies that admit an image are in a target's results, and their templates' folder."""
-_LEAST_MEMORY = 1 << 20
-"""Bytes; less is a number without its unit."""
 _OF_LORA = frozenset({"enable-lora", "max-loras", "max-lora-rank"})
 """Settings that KServe makes of `spec.model.lora`."""
 _SLOWEST_DISK = 50_000_000
@@ -584,24 +582,6 @@ def repository_name(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"
 
 
-def serve_options(serve: Serve) -> ServeOptions:
-    """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
-    left = {"kv_cache_scales", "speculative"}
-    given = serve.model_dump(exclude_defaults=True, exclude=left)
-    for key, option in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
-        if key in given:
-            text = given.pop(key)
-            given[option] = size = parse_size(text)
-            if size < _LEAST_MEMORY:
-                raise UsageError(
-                    f"serve.{key} {text} is {size} bytes",
-                    hint="write it with its unit, such as 24GiB",
-                )
-    if wanted := serve.speculative:
-        given["speculation"] = Speculation(method=wanted.method, tokens=wanted.tokens)
-    return ServeOptions(**given)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     """Plans the memory of the server, and renders its files."""
@@ -634,7 +614,10 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
                 weights.weight_bytes,
                 seen[self.sources],
                 projector=projector_in(made) if made else expected_projector(target, weights.model),
-                notes=(base.note,) if isinstance(base, ForeseenTree) else (),
+                notes=(
+                    *((base.note,) if isinstance(base, ForeseenTree) else ()),
+                    *((weights.note,) if weights.note else ()),
+                ),
             )
         except UsageError as error:
             if "plan" not in error.details:

@@ -111,6 +111,8 @@ class ForeseenWeights:
     """Why they do not exist yet."""
     planned: int = 0
     """The estimate of `weight_bytes`, also once they exist; 0 for what is only copied."""
+    note: str = ""
+    """What a plan says of their size, for people."""
 
     @classmethod
     def of(cls, tree: Tree) -> ForeseenWeights:

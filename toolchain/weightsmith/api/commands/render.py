@@ -26,8 +26,9 @@ from weightsmith.recipe.schema import Serve
 from weightsmith.serving.engine import Projector, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
-from weightsmith.stages.render import render, serve_options
+from weightsmith.stages.render import render
 from weightsmith.steps.destinations import write_files
+from weightsmith.steps.serve_options import serve_options
 from weightsmith.steps.sizes import estimated_bytes, expected_projector, expected_weights
 
 _CONFIG = "serving.json"

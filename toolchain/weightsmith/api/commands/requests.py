@@ -167,7 +167,7 @@ class QuantizeCommand:
         Path | None,
         "calibration text as JSON Lines; part of it is held out for the quality gate",
     ] = None
-    settings: Annotated[Quantize, FlagFields()] = _QUANTIZE
+    settings: Annotated[Quantize, FlagFields(without=("fit",))] = _QUANTIZE
     gate: Annotated[bool, "fail for a loss over the limits; --no-gate only reports it"] = True
     run: SignedJobs = _RUN
 
