@@ -60,7 +60,7 @@ LONGEST = 540
 TARGETS = (
     "vllm", "vllm-fp8", "vllm-fp8-block", "vllm-awq", "vllm-gptq", "vllm-nvfp4a16",
     "vllm-mxfp4a16", "vllm-mxfp4a8", "vllm-mxfp8", "vllm-w8a8", "vllm-lora", "sglang",
-    "sglang-fp8", "sglang-awq",
+    "sglang-fp8", "sglang-awq", "vllm-w3a16", "vllm-w5a16",
 )  # fmt: skip
 PROGRAMS = {
     "vllm": ("vllm.entrypoints.cli.main", "serve"),

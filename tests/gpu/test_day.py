@@ -173,7 +173,10 @@ def test_the_first_rows_on_a_cpu(tmp_path: Path) -> None:
     assert found["merge tiny"].figures["score"] == 1.0
 
 
-NEED_A_GPU = {"vllm-fp8-block", "vllm-nvfp4a16", "vllm-mxfp4a16", "vllm-mxfp4a8", "vllm-mxfp8"}
+NEED_A_GPU = {
+    "vllm-fp8-block", "vllm-nvfp4a16", "vllm-mxfp4a16", "vllm-mxfp4a8", "vllm-mxfp8", "vllm-w3a16",
+    "vllm-w5a16",
+}  # fmt: skip
 
 
 @pytest.mark.real

@@ -409,6 +409,7 @@ def test_an_unknown_format_gets_near_misses_and_the_list():
     [
         *((name, ROUNDED) for name in SCHEMES),
         ("gptq", GROUPED),
+        ("w3a16", GROUPED),
         ("nvfp4", WALKED),
         ("awq", GROUPED),
         ("gptq-gptqmodel", DENSE),

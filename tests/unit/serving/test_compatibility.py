@@ -36,6 +36,8 @@ def format_of(name: str) -> Format:
         ("vllm", "nvfp4a16", "amd-mi300x", "AMD"),
         ("vllm", "mxfp8", "amd-mi300x", "AMD"),
         ("vllm", "mxfp8", "nvidia-t4", r"needs compute capability 8\.0 for it, .*mxfp8/marlin"),
+        ("vllm", "w3a16", "amd-mi300x", "AMD"),
+        ("vllm", "w3a16", "cpu", r"on a CPU .*humming"),
         ("vllm", "mxfp4a8", "nvidia-a10g", r"needs compute capability 8\.9 .*mxfp4/humming"),
         ("vllm", "mxfp8", "cpu", "no kernel for it on a CPU"),
         ("sglang", "fp8-block", "nvidia-a10g", r"needs compute capability 8\.9 for it"),

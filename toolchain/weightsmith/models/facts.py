@@ -436,7 +436,7 @@ def _whole(value: JsonValue) -> int:
 def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
     """Return the kinds of Format that engines load.
 
-    compressed-tensors with 4-bit weights may be AWQ or GPTQ; with 8-bit integers it is `w8a8`.
+    compressed-tensors with 4-bit weights may be AWQ or GPTQ; with other integers it is that.
     """
     if method in {"awq", "gptq", "fp8", "mxfp4"}:
         return frozenset({method})
@@ -453,7 +453,7 @@ def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
             found |= {16: {"nvfp4"}, 32: {"mxfp4"}}.get(_whole(weights.get("group_size")), set())
         if weights.get("type") == "int" and weights.get("num_bits") == 4:
             found |= {"awq", "gptq"}
-        if weights.get("type") == "int" and weights.get("num_bits") == 8:
+        if weights.get("type") == "int" and weights.get("num_bits") in {2, 3, 5, 8}:
             found.add("compressed-tensors")
     return frozenset(found)
 

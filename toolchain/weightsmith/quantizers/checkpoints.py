@@ -310,6 +310,26 @@ def grouped_config(
     return found
 
 
+def integers_config(bits: int, group: int, kept: Sequence[str]) -> dict[str, JsonValue]:
+    """Return the quantization_config of compressed-tensors' symmetric integers in groups.
+
+    `kept` are the modules that stay in 16 bits.
+    """
+    weights: dict[str, JsonValue] = {
+        "num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
+        "strategy": "group", "group_size": group,
+    }  # fmt: skip
+    layout: dict[str, JsonValue] = {"format": "pack-quantized"}
+    group_0 = {**layout, "targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        **layout,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group_0},
+        "ignore": ["lm_head", *kept],
+    }
+
+
 def keep_option(requested: Options) -> list[str]:
     """Return `quantize.keep` of a recipe, sorted.
 

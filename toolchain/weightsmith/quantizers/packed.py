@@ -174,6 +174,8 @@ class PackedView:
 
         Only these are dequantized.
         """
+        if self.layout.method == "pack-quantized":
+            return _packed(self.tensors, module, start, stop, self.layout.bits)
         if reader := _INTEGERS.get(self.layout.method):
             return reader(self.tensors, module, start, stop)
         skipped = start % self.layout.outputs
@@ -287,11 +289,19 @@ def _gptq(tensors: CheckpointTensors, module: str, start: int, stop: int | None)
     return np.ascontiguousarray(((values - zeros[group]).astype(np.float32) * scales[group]).T)
 
 
-def _packed(tensors: CheckpointTensors, module: str, start: int, stop: int | None) -> Floats:
-    """W[o, i] = (q - z[g]) s[g]; q and z are stored plus eight, z is packed along the outputs."""
+def _packed(
+    tensors: CheckpointTensors, module: str, start: int, stop: int | None, bits: int
+) -> Floats:
+    """W[o, i] = (q - z[g]) s[g]; q and z are stored plus 2^(bits - 1), z is packed along outputs.
+
+    A row's codes follow each other from the lowest bit on, also across words.
+    """
     _, columns = (int(n) for n in tensors.array(f"{module}.weight_shape"))
     packed = tensors.array(f"{module}.weight_packed")[start:stop]
-    values = nibbles(packed).reshape(packed.shape[0], -1)[:, :columns] - 8
+    if bits == 4:
+        values = nibbles(packed).reshape(packed.shape[0], -1)[:, :columns] - 8
+    else:
+        values = _dense(packed, bits, columns) - (1 << bits - 1)
     scales = tensors.part(f"{module}.weight_scale", (slice(start, stop),))
     group = columns // scales.shape[1]
     name = f"{module}.weight_zero_point"
@@ -303,7 +313,17 @@ def _packed(tensors: CheckpointTensors, module: str, start: int, stop: int | Non
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
 
 
-_INTEGERS = {"awq": _awq, "gptq": _gptq, "pack-quantized": _packed}
+_INTEGERS = {"awq": _awq, "gptq": _gptq}
+
+
+def _dense(packed: npt.NDArray[np.generic], bits: int, columns: int) -> npt.NDArray[np.int32]:
+    """Return a row's first integers of `bits` bits: each bit is one of the row's in order."""
+    words = np.ascontiguousarray(packed).astype("<i4", copy=False)
+    every = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=columns * bits)
+    found = np.zeros((len(words), columns), np.int32)
+    for bit in range(bits):
+        found |= every[:, bit::bits].astype(np.int32) << bit
+    return found
 
 
 def _powers_of_two(stored: npt.NDArray[np.generic]) -> Floats:

@@ -21,7 +21,7 @@ from weightsmith.quantizers.quantizer import QuantizeRequest
 # Relative error of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14, GPTQ up to 0.26 and
 # AWQ, which clips, up to 0.45 (measured on SmolLM2 and examples/tiny); a zeroed matrix gives 1, a
 # permuted one more.
-_MOST_ERROR = {4: 0.45, 8: 0.05}
+_MOST_ERROR = {2: 0.9, 3: 0.6, 4: 0.45, 5: 0.25, 8: 0.05}
 _MOST_FLOAT4 = 0.2
 """For 4-bit floats: 0.09 to 0.13 with normally distributed weights."""
 _EXPERT = re.compile(r".*\.experts\.\d+(?=\.)")
@@ -172,9 +172,14 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
                 )
 
 
+def _may_rescale(layout: PackedLayout) -> bool:
+    """Return whether scales may have moved between tensors: AWQ's, which has 4 bits here."""
+    return layout.method in _MAY_RESCALE and layout.bits == 4
+
+
 def _check_near(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     layout = view.layout
-    if layout.method in _MAY_RESCALE:
+    if _may_rescale(layout):
         error, limit = _rescaled_error(view, source, matrix), _MOST_CLIPPED
     else:
         error = _error(view, source, matrix)
@@ -276,7 +281,7 @@ def _check_rest(view: PackedView, source: CheckpointTensors, name: str) -> None:
         for at in range(0, own.size, _BLOCK)
     ):
         return
-    may = view.layout.method in _MAY_RESCALE
+    may = _may_rescale(view.layout)
     if may and ("norm" in name or name.endswith(".bias")):
         return
     if may and LINEAR.search(name):

@@ -131,6 +131,8 @@ class Quantizer:
     """Whether it needs memory for a few rows only, however large the model is."""
     by_layer: bool = False
     """Whether it has only one decoder layer in memory, with its statistics."""
+    compensated: bool = False
+    """Whether errors of a weight are spread to others, by Gram matrices of the inputs."""
     check_imports: tuple[str, ...] = ()
     """Modules that `check` needs; they are imported while the steps run."""
     check_statistics: Callable[[Path, ModelFacts], None] | None = None

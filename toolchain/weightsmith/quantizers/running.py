@@ -49,6 +49,7 @@ class ProgramSettings:
     """JSON Lines of rendered texts; empty: none."""
     method: str = ""
     """The format's name or kind, for a program that makes several."""
+    bits: int = 4
     group_size: int = 0
     symmetric: bool = True
     scaled: bool = True
@@ -72,6 +73,7 @@ def python_step(
     title: str,
     *,
     method: str = "",
+    bits: int = 4,
     group_size: int = 0,
     symmetric: bool = True,
     scaled: bool = True,
@@ -83,6 +85,7 @@ def python_step(
         out=request.output,
         calibration=str(request.calibration) if request.calibration else "",
         method=method,
+        bits=bits,
         group_size=group_size,
         symmetric=symmetric,
         scaled=scaled,

@@ -16,18 +16,20 @@ from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import GROUPED
-from weightsmith.quantizers.packed import view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import Options, Quantizer, QuantizeRequest
 
 
-def _check_options(model: ModelFacts, chosen: Options) -> None:
+def check_options(model: ModelFacts, chosen: Options) -> None:
+    """Refuse a group size and names in `keep` that do not fit the model."""
     checkpoints.check_group(model, chosen)
     checkpoints.check_kept(model, chosen)
 
 
-def _check(request: QuantizeRequest) -> Options:
-    found = checked(request, checkpoints.in_groups(request), "walked")
+def facts(request: QuantizeRequest, layout: PackedLayout) -> Options:
+    """Return the facts of a finished walk for the report; raises CheckFailed if a check fails."""
+    found = checked(request, layout, "walked")
     told = request.output / running.FACTS
     more = read_json(told) if told.is_file() else {}
     told.unlink(missing_ok=True)
@@ -53,7 +55,7 @@ QUANTIZER = Quantizer(
     steps=lambda request: checkpoints.grouped_step(
         __name__, request, f"calibrating {request.format.name}, layer by layer"
     ),
-    check=_check,
+    check=lambda request: facts(request, checkpoints.in_groups(request)),
     # The finished layers, and the folder made of them.
     peak_disk=lambda size, kept, format_, _options: (
         2 * checkpoints.output_bytes(size, kept, format_)
@@ -62,10 +64,11 @@ QUANTIZER = Quantizer(
     beside_adapters=lambda format_, chosen: (
         {**chosen, "scaled": False} if format_ == AWQ else chosen
     ),
-    check_options=_check_options,
+    check_options=check_options,
     calibrated=lambda _format, _options: True,
     view=view_of,
     by_layer=True,
+    compensated=True,
 )
 
 if __name__ == "__main__":

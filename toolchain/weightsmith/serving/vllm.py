@@ -465,6 +465,15 @@ _SUPPORT: Mapping[str, Support] = {
         source="compressed_tensors_w8a8_mxfp8.py get_min_capability; "
         "kernels/linear/mxfp8/marlin.py, which multiplies bfloat16",
     ),
+    **{
+        name: Support(
+            capability=(7, 5),
+            amd=False,
+            source="compressed_tensors_wNa16.py get_min_capability; "
+            "kernels/linear/mixed_precision/humming.py can_implement: CUDA only",
+        )
+        for name in ("w2a16", "w3a16", "w5a16")
+    },
     "w8a8": Support(
         capability=(7, 5),
         cpu=True,

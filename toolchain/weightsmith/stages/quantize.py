@@ -15,8 +15,6 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
 from weightsmith.core.trees import discard
 from weightsmith.core.values import (
-    AWQ,
-    GPTQ,
     SAFETENSORS,
     Artifact,
     Checkpoint,
@@ -361,7 +359,7 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     if of_format(options.format.name).streams:
         return _STREAMED
     if options.texts and of_format(options.format.name).by_layer:
-        compensated = options.format in (AWQ, GPTQ)
+        compensated = of_format(options.format.name).compensated
         return min(calibration_memory(model, size, options.texts, compensated=compensated), limit)
     if options.format.suffix != ".gguf":
         return min(_PACKING + size, limit)

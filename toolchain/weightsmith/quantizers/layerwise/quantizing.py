@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -48,6 +49,9 @@ MIN_TOKENS = 64
 @dataclass(slots=True)
 class _Walk:
     awq: bool
+    pack: Callable[[Grid, torch.Tensor], dict[str, torch.Tensor]]
+    """Returns a matrix's stored tensors, of its values on a grid."""
+    bits: int
     scaled: bool
     """Whether scales may move between matrices and what comes before them."""
     group: int
@@ -75,13 +79,16 @@ def quantize(settings: running.ProgramSettings) -> None:
     for matrix in found:
         if matrix.outputs % 8 or matrix.inputs % group:
             raise InputRefused(
-                f"{matrix.module} has {matrix.outputs} outputs and {matrix.inputs} inputs; 4 bits "
-                f"need multiples of 8 and of {group}",
+                f"{matrix.module} has {matrix.outputs} outputs and {matrix.inputs} inputs; "
+                f"{settings.bits} bits need multiples of 8 and of {group}",
                 hint="choose another --group-size, or fp8, which has a scale per row",
             )
     layers, awq = Layers(model, read), settings.method == "awq"
-    scaled = awq and settings.scaled
-    walk = _Walk(awq=awq, scaled=scaled, group=group, source=source, layers=layers, found=found)
+    scaled, pack = awq and settings.scaled, _PACKS.get(settings.method, packed_integers)
+    walk = _Walk(
+        awq=awq, pack=pack, bits=settings.bits, scaled=scaled, group=group, source=source,
+        layers=layers, found=found,
+    )  # fmt: skip
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
     identity = json.dumps([settings.text(), lines, files])
     made = _Finished(out / running.RAW, hashlib.sha256(identity.encode()).hexdigest())
@@ -92,7 +99,10 @@ def quantize(settings: running.ProgramSettings) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
     _assemble(walk, out, made)
     kept = unquantized(source, known, found)
-    config = checkpoints.grouped_config(settings.method, group, settings.keep, kept)
+    if settings.method in _PACKS:
+        config = checkpoints.grouped_config(settings.method, group, settings.keep, kept)
+    else:
+        config = checkpoints.integers_config(settings.bits, group, kept)
     checkpoints.write_companions(model, out, config)
     discard(out / running.RAW)
 
@@ -187,15 +197,15 @@ def _rounded(
             raise checkpoints.not_finite(matrix.tensor)
         whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
         gram = None if whole else moments.gram
-        grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq))
-    grid = Grid(torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids]))
+        grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq, bits=walk.bits))
+    scale, zero = torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids])
+    grid = Grid(scale, zero, grids[0].largest)
     values = compensated(torch.cat(list(weights.values())), moments.gram, grid)
     made: dict[str, torch.Tensor] = {}
-    pack = packed_awq if walk.awq else packed_gptq
     parts = torch.split(values, [len(weight) for weight in weights.values()])
     for (matrix, weight), grid, part in zip(weights.items(), grids, parts, strict=True):
         weight.data.copy_(part)
-        made |= {f"{matrix.module}.{name}": one for name, one in pack(grid, part).items()}
+        made |= {f"{matrix.module}.{name}": one for name, one in walk.pack(grid, part).items()}
     return made
 
 
@@ -315,7 +325,7 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
         corner = upper[start:stop, start:stop]
         for i in range(stop - start):
             column, scale, zero = part[i], scales[start + i], zeros[start + i]
-            value = (column / scale).round_().clamp_(min=-zero, max=_LARGEST - zero).mul_(scale)
+            value = (column / scale).round_().clamp_(min=-zero, max=grid.largest - zero).mul_(scale)
             made[start + i] = value
             error = torch.sub(column, value, out=errors[i]).div_(corner[i, i])
             if i + 1 < stop - start:
@@ -452,13 +462,11 @@ def _divide_norm(norm: nn.Module, factors: torch.Tensor, dtype: torch.dtype) -> 
     return torch.where(usable, exact, factors)
 
 
-# Four-bit integers in groups of inputs: their scales and zero points, and two layouts of them:
+# Integers of few bits in groups of inputs: their scales and zero points, and three layouts of them:
 # AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9) and GPTQ's first layout
-# (qlinear/torch.py of GPTQModel 7.6), the ones that `packed.py` reads.
+# (qlinear/torch.py of GPTQModel 7.6), both of four bits, and compressed-tensors' pack-quantized
+# (compressors/pack_quantized/helpers.py of 0.20), the ones that `packed.py` reads.
 
-_LARGEST = 15
-_MIDDLE = 8
-"""The zero point of a symmetric grid."""
 _LEAST = 2.0**-14
 """The least scale that float16 holds with full precision."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -473,24 +481,29 @@ class Grid:
 
     scale: torch.Tensor
     zero: torch.Tensor
+    largest: int = 15
+    """The largest code."""
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the nearest values to a weight [outputs, inputs]."""
         size = weight.shape[1] // self.scale.shape[1]
         parts = weight.reshape(len(weight), -1, size)
-        return _nearest(parts, self.scale[:, :, None], self.zero[:, :, None]).reshape(weight.shape)
+        scale, zero = self.scale[:, :, None], self.zero[:, :, None]
+        return _nearest(parts, scale, zero, self.largest).reshape(weight.shape)
 
     def codes(self, values: torch.Tensor) -> torch.Tensor:
         """Return the codes, int32 [outputs, inputs], of values that are on the grid."""
         size = values.shape[1] // self.scale.shape[1]
         parts = values.reshape(len(values), -1, size)
         codes = torch.round(parts / self.scale[:, :, None]) + self.zero[:, :, None]
-        return codes.clamp_(0, _LARGEST).reshape(values.shape).int()
+        return codes.clamp_(0, self.largest).reshape(values.shape).int()
 
 
-def _nearest(parts: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def _nearest(
+    parts: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, largest: int
+) -> torch.Tensor:
     made = (parts / scale).round_()
-    made = torch.minimum(torch.maximum(made, -zero, out=made), _LARGEST - zero, out=made)
+    made = torch.minimum(torch.maximum(made, -zero, out=made), largest - zero, out=made)
     return made.mul_(scale)
 
 
@@ -499,17 +512,18 @@ def _stored(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(_LEAST, 60000.0).bfloat16().float()
 
 
-def grid_of(low: torch.Tensor, high: torch.Tensor, *, symmetric: bool) -> Grid:
+def grid_of(low: torch.Tensor, high: torch.Tensor, *, symmetric: bool, bits: int = 4) -> Grid:
     """Return the grid for values from `low` <= 0 to `high` >= 0, both [outputs, groups]."""
+    largest = 2**bits - 1
     if symmetric:
-        scale = _stored(torch.maximum(-low, high) * (2 / _LARGEST))
-        return Grid(scale, torch.full_like(scale, _MIDDLE))
-    scale = _stored((high - low) / _LARGEST)
-    return Grid(scale, torch.round(-low / scale).clamp_(0, _LARGEST))
+        scale = _stored(torch.maximum(-low, high) * (2 / largest))
+        return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), largest)
+    scale = _stored((high - low) / largest)
+    return Grid(scale, torch.round(-low / scale).clamp_(0, largest), largest)
 
 
 def best_grid(
-    weight: torch.Tensor, gram: torch.Tensor | None, size: int, *, symmetric: bool
+    weight: torch.Tensor, gram: torch.Tensor | None, size: int, *, symmetric: bool, bits: int = 4
 ) -> Grid:
     """Return for each group of `size` inputs the grid with the least squared error of its output.
 
@@ -519,7 +533,7 @@ def best_grid(
     """
     parts = weight.reshape(len(weight), -1, size)
     low, high = parts.amin(-1).clamp_(max=0), parts.amax(-1).clamp_(min=0)
-    best = grid_of(low, high, symmetric=symmetric)
+    best = grid_of(low, high, symmetric=symmetric, bits=bits)
     if gram is None:
         return best
     count = parts.shape[1]
@@ -529,8 +543,9 @@ def best_grid(
     least: torch.Tensor | None = None
     for step in range(_TRIED):
         part = 1 - step / _SHRINK
-        tried = grid_of(low * part, high * part, symmetric=symmetric)
-        moved = _nearest(own, tried.scale.T[:, :, None], tried.zero.T[:, :, None]).sub_(own)
+        tried = grid_of(low * part, high * part, symmetric=symmetric, bits=bits)
+        whole = tried.scale.T[:, :, None], tried.zero.T[:, :, None]
+        moved = _nearest(own, *whole, best.largest).sub_(own)
         error = torch.bmm(moved, blocks).mul_(moved).sum(-1).T
         if least is None:
             least = error
@@ -539,7 +554,7 @@ def best_grid(
         least = torch.where(better, error, least)
         scale = torch.where(better, tried.scale, scale)
         zero = torch.where(better, tried.zero, zero)
-    return Grid(scale, zero)
+    return Grid(scale, zero, best.largest)
 
 
 def packed_awq(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -560,6 +575,30 @@ def packed_gptq(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
         "scales": grid.scale.T.half().contiguous(),
         "g_idx": (torch.arange(count) // (count // grid.scale.shape[1])).int(),
     }
+
+
+def packed_integers(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return compressed-tensors' tensors of values on a symmetric grid.
+
+    `weight_packed` is int32 [outputs, inputs * bits / 32]: a row's codes, one after the other from
+    the lowest bit on, also across words; `weight_scale` is [outputs, groups].
+    """
+    codes, bits = grid.codes(values).numpy().astype(np.uint8), grid.largest.bit_length()
+    each = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+    row = np.packbits(each.reshape(len(codes), -1), axis=1, bitorder="little")
+    words = np.pad(row, ((0, 0), (0, -row.shape[1] % 4))).view("<i4")
+    return {
+        "weight_packed": torch.from_numpy(np.ascontiguousarray(words, np.int32)),
+        "weight_scale": grid.scale.bfloat16().contiguous(),
+        "weight_shape": torch.tensor(values.shape),
+    }
+
+
+_PACKS: Mapping[str, Callable[[Grid, torch.Tensor], dict[str, torch.Tensor]]] = {
+    "awq": packed_awq,
+    "gptq": packed_gptq,
+}
+"""By `ProgramSettings.method`; others are packed as compressed-tensors does."""
 
 
 def _packed_columns(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
