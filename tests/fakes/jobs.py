@@ -20,6 +20,7 @@ from weightsmith.core.jobs import (
     ExportEngineJob,
     QuantizeJob,
     Question,
+    ReadCallsJob,
     ReferenceJob,
     SiblingFormat,
 )
@@ -69,6 +70,8 @@ class Bench:
     quality: dict[str, Json] = field(default_factory=lambda: dict(QUALITY))
     quantized: dict[str, Json] = field(default_factory=dict)
     """Further facts of a quantization, such as `warnings`."""
+    read_calls: Callable[[ReadCallsJob], Mapping[str, Json]] = lambda job: {"read": {}}
+    """What an engine's own parsers read back."""
     padding: int = 0
     """Bytes that quantized weights have too many."""
     programs: list[str] = field(default_factory=lambda: ["llama-server"])
@@ -90,6 +93,7 @@ class Bench:
             "dequantized": self._dequantized,
             "export-engine": self._export_engine,
             "convert-adapters": _convert_adapters,
+            "read-calls": lambda job, report: self.read_calls(job),
             "layer_time": lambda job, report: {
                 "layers": 80,
                 "counts": list(job.counts),

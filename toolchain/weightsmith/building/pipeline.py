@@ -36,6 +36,7 @@ from weightsmith.stages.cache_scales import CacheScalesStep
 from weightsmith.stages.dequantized import DequantizedStep
 from weightsmith.stages.evaluate import EvaluateStep
 from weightsmith.stages.merge import MergeStep
+from weightsmith.stages.parsers import ParsersStep
 from weightsmith.stages.publish import PermitStep, PublishFormStep, PublishStep
 from weightsmith.stages.quality import QualityStep
 from weightsmith.stages.quantize import QuantizeStep
@@ -151,14 +152,21 @@ def _of_target(
 ) -> TargetSteps:
     of, sources = request.of(target), expected.sources
     parts = _weights(request, of, expected)
-    made, checkpoint, weights = parts.steps, parts.checkpoint, parts.weights
+    checkpoint, weights = parts.checkpoint, parts.weights
+    parsers = ParsersStep(of=of, checkpoint=checkpoint)
+    made = (*parts.steps, parsers)
     # A base in 16 bits is what its adapters were trained on.
     measured = parts.quantized if target.format.without_adapters.packed else weights
 
     quality = QualityStep(of=of, checkpoint=checkpoint, weights=measured)
     served = CacheScalesStep(of=of, checkpoint=checkpoint, weights=weights, sources=sources)
     config = RenderStep(
-        of=of, sources=sources, checkpoint=checkpoint, weights=weights, served=served
+        of=of,
+        sources=sources,
+        checkpoint=checkpoint,
+        weights=weights,
+        served=served,
+        parsers=parsers,
     )
     image = BakeStep(
         of=of,

@@ -465,6 +465,23 @@ class ExportEngineJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadCallsJob(Job):
+    """Let an engine's own parsers read back the tool calls that a chat template writes."""
+
+    kind = "read-calls"
+    model: Input
+    """Its tokenizer and its chat template."""
+    packages: Input
+    """The engine's Python packages, which are loaded in place of the builder's."""
+    parsers: tuple[str, ...]
+    thoughts: str
+    """The parser for thoughts; "" for none."""
+    tools: tuple[Row, ...]
+    chats: tuple[Row, ...]
+    """Each `{name, said, calls}`, and `thoughts` if the message has some."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimeJob(Job):
     """Measure how long one layer of a model takes, for several counts of tokens."""
 
@@ -487,6 +504,7 @@ _KINDS: Mapping[str, type[Job]] = {
         QualityJob,
         DequantizedJob,
         ExportEngineJob,
+        ReadCallsJob,
         LayerTimeJob,
     )
 }

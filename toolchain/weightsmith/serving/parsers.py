@@ -13,16 +13,19 @@ tests/real/test_parsers.py; a started image shows it with the model's own templa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.templates import has_tools
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import OptionList
 
 AUTO, NONE = "auto", "none"
+NO_CALL = "no call"
+"""The name of the chat without a call, which a parser must leave as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +118,51 @@ def fitting(model: ModelFacts, engine: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParserChoice:
+    """Which parser of tool calls the engine's own code chose, and what is said about it."""
+
+    tools: str = ""
+    """"" if the table decides."""
+    note: str = ""
+
+
+def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
+    """Return the choice by what each parser read back of what the chat template writes.
+
+    `found` is a job's result (`read`, by parser and chat how it was read, and `skipped`), `first`
+    are the parsers of the table, best first. One that reads all comes before one that fails in a
+    stream. Parsers that read alike are equal for the user: the table's, else the first by name.
+    """
+    read: Mapping[str, Mapping[str, Sequence[str]]] = found["read"]
+    tried = sorted({chat for chats in read.values() for chat in chats})
+    if not any(chat != NO_CALL for chat in tried):
+        why = "; ".join(sorted({str(one) for one in found["skipped"].values()}))
+        table = f"; {first[0]} is taken" if first else ""
+        return ParserChoice(
+            note=f"tool calls: what the chat template writes is not read: {why}{table}"
+        )
+    whole = [one for one, chats in read.items() if all("whole" in chats[c] for c in tried)]
+    ways = {one: sum(map(len, read[one].values())) for one in whole}
+    best = [one for one in whole if ways[one] == max(ways.values())]
+    if not whole:
+        table = f"; {first[0]} is taken by the template's marks" if first else ""
+        return ParserChoice(
+            note=f"tool calls: none of {len(read)} parsers of the engine reads what the chat"
+            f" template writes ({', '.join(tried)}){table}"
+        )
+    own = [one for one in first if one in whole]
+    chosen = next((one for one in [*(o for o in own if o in best), *own, *sorted(best)]), "")
+    stream = "" if chosen in best and ways[chosen] >= len(tried) else ", though not in a stream"
+    others = [one for one in whole if one != chosen]
+    also = f"; so do {', '.join(others)}" if others else ""
+    return ParserChoice(
+        tools=chosen,
+        note=f"tool calls: of {len(read)} parsers of the engine, {chosen} reads back what the chat"
+        f" template writes ({', '.join(tried)}){stream}{also}",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parsers:
     """An engine's parsers for a model; "" for none."""
 
@@ -130,15 +178,15 @@ def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: Serve
     """
     template, notes = model.chat_template, list[str]()
     tools, thoughts = options.tool_parser, options.reasoning_parser
-    offered = known.words.get("tool-call-parser", ()), known.words.get("reasoning-parser", ())
-    chosen = _named(tools, "tool_parser", offered[0])
+    offered = known.words.get("tool-call-parser", ())
+    chosen = _named(tools, "tool_parser", offered)
     if tools in ("", AUTO):
         fitting = next((d for d in TOOLS if d.fits(template, model.model_type)), None)
         if not template:
             pass  # it does not chat
         elif not has_tools(template):
             notes.append("the chat template has no tools, so the server has no parser for calls")
-        elif fitting and fitting.of(engine) in offered[0]:
+        elif fitting and fitting.of(engine) in offered:
             chosen = fitting.of(engine)
         else:
             what = "the form of its calls is not known here"
@@ -148,14 +196,24 @@ def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: Serve
                 f"the chat template has tools, but {what}: the server will refuse `tool_choice:"
                 " auto`; serve.tool_parser names a parser"
             )
-    reasoning = _named(thoughts, "reasoning_parser", offered[1])
-    if thoughts in ("", AUTO):
-        found = (d.of(engine) for d in THOUGHTS if d.fits(template, model.model_type))
-        first = next(found, "")
-        reasoning = first if first in offered[1] else ""
-        if first and not reasoning:
-            notes.append(f"thoughts stay in the answers: {known.version} has no parser {first}")
+    reasoning = thoughts_of(model, engine, known, thoughts)
+    if thoughts in ("", AUTO) and not reasoning and (first := _of_thoughts(model, engine)):
+        notes.append(f"thoughts stay in the answers: {known.version} has no parser {first}")
     return Parsers(tools=chosen, thoughts=reasoning, notes=tuple(notes))
+
+
+def thoughts_of(model: ModelFacts, engine: str, known: OptionList, given: str) -> str:
+    """Return an engine's parser for thoughts: the given one, or by the template; "" for none."""
+    offered = known.words.get("reasoning-parser", ())
+    if given not in ("", AUTO):
+        return _named(given, "reasoning_parser", offered)
+    first = _of_thoughts(model, engine)
+    return first if first in offered else ""
+
+
+def _of_thoughts(model: ModelFacts, engine: str) -> str:
+    fits = (d.of(engine) for d in THOUGHTS if d.fits(model.chat_template, model.model_type))
+    return next(fits, "")
 
 
 def _named(given: str, key: str, offered: Sequence[str]) -> str:

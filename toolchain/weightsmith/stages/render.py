@@ -52,7 +52,7 @@ from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.healthcheck import health_command, startup_replay
 from weightsmith.serving.memory import human
-from weightsmith.serving.parsers import NONE
+from weightsmith.serving.parsers import NONE, ParserChoice
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
     GRACE_SECONDS,
@@ -593,6 +593,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     weights: Step[Artifact, ForeseenWeights]
     served: Step[Artifact, ForeseenWeights]
     """The same weights, with what lies beside them in the image."""
+    parsers: Step[ParserChoice, ParserChoice]
 
     @property
     def options(self) -> Writable:
@@ -608,16 +609,20 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         target, weights = self.of.target, seen[self.weights]
         tree, base = weights.tree, seen[self.sources].base.tree
         made = tree if tree and gguf_models(file.path for file in tree.files) else None
+        # Not in the image's plan, whose bytes must not tell what else is on this machine.
+        notes = (
+            base.note if isinstance(base, ForeseenTree) else "",
+            weights.note,
+            seen[self.parsers].note,
+        )
         try:
             config = self._config(
                 weights.model,
                 weights.weight_bytes,
                 seen[self.sources],
                 projector=projector_in(made) if made else expected_projector(target, weights.model),
-                notes=(
-                    *((base.note,) if isinstance(base, ForeseenTree) else ()),
-                    *((weights.note,) if weights.note else ()),
-                ),
+                parsers=seen[self.parsers],
+                notes=tuple(note for note in notes if note),
             )
         except UsageError as error:
             if "plan" not in error.details:
@@ -649,6 +654,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             read_facts(model.tree.texts),
             base_weight_bytes(artifact),
             sources,
+            parsers=have[self.parsers],
             weights=files[0] if files else "",
             made_from=(artifact.digest,),
             projector=projector_in(artifact.tree),
@@ -661,6 +667,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         weight_bytes: int,
         sources: Sources,
         *,
+        parsers: ParserChoice,
         weights: str = "",
         made_from: tuple[Digest, ...] = (),
         projector: Projector | None = None,
@@ -675,6 +682,9 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         adapters = unmerged_adapters(self.file, target, sources)
         if recipe.serve.speculative:
             check_drafter(recipe.serve.speculative, sources.base.tree)
+        options = replace(serve_options(recipe.serve), adapters=adapters)
+        if parsers.tools:
+            options = replace(options, tool_parser=parsers.tools)
         return render(
             target=target,
             name=recipe.name,
@@ -682,7 +692,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             model=model,
             model_file=weights,
             weight_bytes=weight_bytes + sum(adapter.weight_bytes for adapter in adapters),
-            options=replace(serve_options(recipe.serve), adapters=adapters),
+            options=options,
             image=reference(recipe, target.name),
             made_from=made_from,
             projector=projector,

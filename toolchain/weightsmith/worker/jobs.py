@@ -33,6 +33,7 @@ from weightsmith.core.jobs import (
     QualityJob,
     QuantizeJob,
     Question,
+    ReadCallsJob,
     ReferenceJob,
     SiblingFormat,
     ValidateJob,
@@ -42,6 +43,7 @@ from weightsmith.core.values import Format, JsonValue, Writable, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.worker.calibrating import cache_scales
 from weightsmith.worker.carrying import Carrying, Drafts, Text
+from weightsmith.worker.reading_calls import read_calls_back
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -448,6 +450,7 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, JsonValue]]] = {
     ValidateJob.kind: _validate,
     QualityJob.kind: _quality,
     ExportEngineJob.kind: _export_engine,
+    ReadCallsJob.kind: read_calls_back,
     LayerTimeJob.kind: _layer_time,
 }
 """Kind of job -> function; each imports what it needs when it is called."""

@@ -1,0 +1,232 @@
+"""Checkpoint -> the parser of its tool calls, where its chat template does not tell.
+
+The table of serving/parsers.py decides by a template's marks. Where no row fits, or several do,
+vLLM's own parsers read back what the template writes, with the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.jobs import Input, ReadCallsJob, Row
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import (
+    Checkpoint,
+    Digest,
+    Json,
+    JsonValue,
+    StageInputs,
+    Tree,
+    Writable,
+    canonical,
+)
+from weightsmith.evaluating.round_trip import CALLS, TOOLS
+from weightsmith.evaluating.tool_calls import Call
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.templates import has_tools
+from weightsmith.serving.parsers import AUTO, NO_CALL, ParserChoice, choice_of, fitting, thoughts_of
+from weightsmith.serving.vllm import known_options
+from weightsmith.steps.bases import OWN, base_image, base_inputs, base_reference
+from weightsmith.steps.destinations import InStore
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
+from weightsmith.steps.step import Foreseen, ForeseenWeights, Foresight, Results, Step, TargetStep
+from weightsmith.steps.tools import Tools
+
+BUILDER = "merge"
+"""Its Python loads the engine's packages; its own are not used."""
+_FILE = "parsers.json"
+_PACKAGES = "usr/local/lib/python3.11/dist-packages"
+_MEMORY = 4 << 30
+_THOUGHT = "First I look at the map."
+_KEPT = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+"""Beginnings of the names of the files that decide how a template is rendered and read."""
+
+
+def _chats() -> tuple[Row, ...]:
+    """Return what the template renders: a call, several, none, and one after thoughts."""
+    rows: list[Row] = [
+        {"name": name, "said": _message(calls), "calls": [list(call) for call in calls]}
+        for name, calls in CALLS.items()
+    ]
+    said = {"role": "assistant", "content": 'Rain in "Łódź" [likely], {"days": 3} of it.'}
+    rows.append({"name": NO_CALL, "said": said, "calls": []})
+    calls = next(iter(CALLS.values()))
+    thinking = {**_message(calls), "reasoning_content": _THOUGHT, "reasoning": _THOUGHT}
+    rows.append(
+        {
+            "name": "a call after thoughts",
+            "said": thinking,
+            "calls": [list(call) for call in calls],
+            "thoughts": _THOUGHT,
+        }
+    )
+    return tuple(json.loads(json.dumps(rows)))
+
+
+def _message(calls: Sequence[Call]) -> Mapping[str, JsonValue]:
+    """Return an answer with calls as templates get it: servers parse arguments before."""
+    made: list[JsonValue] = [
+        {
+            "id": f"call{number:05}",
+            "type": "function",
+            "function": {"name": name, "arguments": dict(given)},
+        }
+        for number, (name, given) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": made}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
+    """Chooses the parser of tool calls by vLLM's own, where the table is undecided."""
+
+    name = "parsers"
+
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+
+    @property
+    def options(self) -> Writable:
+        """Whose parsers, and whether the recipe names one."""
+        return [self.of.target.engine.name, self.file.recipe.serve.tool_parser]
+
+    def foresee(self, seen: Foresight) -> Foreseen[ParserChoice]:
+        """Return what was found, or that it will be found."""
+        weights = seen[self.checkpoint]
+        if not self._undecided(weights.model):
+            return Foreseen(value=ParserChoice())
+        if why := self._obstacle(seen.tools):
+            return Foreseen(value=self._stands(weights.model, why))
+        entry = None
+        if weights.tree:
+            entry = seen.tools.store.find(self._inputs(weights.model, weights.tree).key)
+        if entry is None:
+            will = "the build lets vLLM's own parsers read what it writes"
+            return Foreseen(value=self._stands(weights.model, will))
+        found = json.loads(entry.tree.path(_FILE).read_text("utf-8"))
+        return Foreseen(value=self._chosen(weights.model, found))
+
+    def run(self, have: Results, tools: Tools) -> StageResult[ParserChoice]:
+        """Return the parser that reads what the template writes; the table's if none was asked."""
+        checkpoint = have[self.checkpoint]
+        model = read_facts(checkpoint.tree.texts)
+        if not self._undecided(model):
+            return unrecorded(ParserChoice())
+        if why := self._obstacle(tools):
+            return unrecorded(self._told(self._stands(model, why), tools))
+        timer = Timer(self.name, self.target, tools)
+        try:
+            found = InStore(tools.store).document(
+                partial(self._inputs, model, checkpoint.tree),
+                _FILE,
+                partial(self._read, model, checkpoint, tools),
+            )
+        except EnvironmentFailure as error:
+            tools.progress.warn(f"{self.target}: {error.message}")
+            stands = self._told(self._stands(model, "they could not be asked"), tools)
+            return timer.done(stands, cached=False)
+        choice = self._told(self._chosen(model, found.value), tools)
+        return timer.done(choice, cached=found.cached)
+
+    def _told(self, choice: ParserChoice, tools: Tools) -> ParserChoice:
+        tools.progress.note(f"{self.target}: {choice.note}")
+        return choice
+
+    def _undecided(self, model: ModelFacts) -> bool:
+        """Say whether the table has no row, or several, for a template with tools."""
+        engine, serve = self.of.target.engine, self.file.recipe.serve
+        if not engine.has_parsers or serve.tool_parser not in ("", AUTO):
+            return False
+        if "tool-call-parser" in serve.extra or model.task.kind != "generate":
+            return False
+        return has_tools(model.chat_template) and len(fitting(model, engine.name)) != 1
+
+    def _obstacle(self, tools: Tools) -> str:
+        """Return why the engine's own parsers cannot be asked; "" if they can."""
+        engine = self.of.target.engine
+        if engine.name != "vllm":
+            return f"{engine.title}'s own parsers are not asked"
+        if self._makes_engine or tools.store.find(self._engine.key):
+            return ""
+        return "vLLM's packages are not here, so its own parsers are not asked"
+
+    @property
+    def _engine(self) -> StageInputs:
+        return base_inputs(self.of.target.engine.base.cpu.removeprefix(OWN))
+
+    @property
+    def _makes_engine(self) -> bool:
+        """Whether the image is of the packages that are asked, so that the build has them."""
+        engine, recipe = self.of.target.engine, self.file.recipe
+        base = base_reference(engine, recipe.serve.gpu or "", recipe.image.base)
+        wanted = recipe.image.platforms
+        return base == engine.base.cpu and (not wanted or host_platform() in wanted)
+
+    def _inputs(self, model: ModelFacts, tree: Tree) -> StageInputs:
+        """Return what is read depends on: template, tokenizer, engine, and the parsers' names."""
+        files = {one.path: one.digest for one in tree.files if one.path.startswith(_KEPT)}
+        parsers, thoughts = self._asked(model)
+        asked: JsonValue = [list(parsers), thoughts, list(_chats()), TOOLS]
+        return StageInputs(
+            stage=self.name,
+            recipe_number=self.recipe_number,
+            inputs={
+                "template": Digest.of(model.chat_template.encode()),
+                "tokenizer": Digest.of(canonical({k: str(v) for k, v in files.items()})),
+                "engine": self._engine.key,
+                "asked": Digest.of(canonical(asked)),
+                "builder": builder_pins(BUILDER),
+            },
+        )
+
+    def _asked(self, model: ModelFacts) -> tuple[tuple[str, ...], str]:
+        """Return the parsers that are asked, those of the family first, and that of thoughts."""
+        # The packages are those of the CPU build, which may be an earlier version.
+        known, builds = known_options(), known_options(cpu=True)
+        both = {*known.words["tool-call-parser"]} & {*builds.words["tool-call-parser"]}
+        first = [one for one in fitting(model, "vllm") if one in both]
+        thoughts = thoughts_of(model, "vllm", builds, self.file.recipe.serve.reasoning_parser)
+        return tuple(dict.fromkeys([*first, *sorted(both)])), thoughts
+
+    def _read(
+        self, model: ModelFacts, checkpoint: Checkpoint, tools: Tools, folder: Path
+    ) -> JsonValue:
+        engine = self.of.target.engine
+        if (entry := tools.store.find(self._engine.key)) is None:
+            base_image(engine.base.cpu, engine.name, tools)
+            entry = tools.store.find(self._engine.key)
+        if entry is None:
+            raise EnvironmentFailure("vLLM's packages could not be made", hint="see its log")
+        packages = entry.tree.root / _PACKAGES
+        tools.runner.prepare(BUILDER, tools.progress)
+        parsers, thoughts = self._asked(model)
+        job = ReadCallsJob(
+            builder=BUILDER,
+            model=Input.checkpoint(checkpoint),
+            packages=Input(path=packages),
+            parsers=parsers,
+            thoughts=thoughts,
+            tools=tuple(json.loads(json.dumps(TOOLS))),
+            chats=_chats(),
+            output=folder,
+            memory_bytes=_MEMORY,
+            seconds=job_seconds(0),
+        )
+        found: Mapping[str, JsonValue] = tools.runner.run(job, tools.progress)
+        return dict(found)
+
+    def _chosen(self, model: ModelFacts, found: Json) -> ParserChoice:
+        return choice_of(found, fitting(model, self.of.target.engine.name))
+
+    def _stands(self, model: ModelFacts, why: str) -> ParserChoice:
+        """Return that the table's answer stands."""
+        first, *others = fitting(model, self.of.target.engine.name) or ("",)
+        what = f"{' and '.join([first, *others])} fit" if others else "no known form fits"
+        taken = f"; {first} is taken" if first else ""
+        return ParserChoice(note=f"tool calls: {what} the chat template; {why}{taken}")
