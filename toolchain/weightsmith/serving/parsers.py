@@ -4,11 +4,11 @@ Without them, vLLM answers `tool_choice: auto` with HTTP 400, and thoughts stand
 
 A template names the marks that the model was trained to write around a call, and most marks are
 read by one parser only; where several read them, the table has the one that vLLM's recipes name for
-the family (https://github.com/vllm-project/recipes). So the choice depends on the template and the
-pinned engine alone, and a plan is the same on a machine that cannot run the engine. That each
-parser reads back what its templates render is shown with the engine's own parsers in
-tests/real/test_parsers.py; a started image shows it with the model's own template and tokenizer
-(evaluating/round_trip.py). vLLM's own `auto` (pull request 34809) is not released.
+the family (https://github.com/vllm-project/recipes) first. Where no row fits, or several, the
+engine's own parsers read back what the template writes (stages/parsers.py). That each parser reads
+what its templates render is shown with them in tests/real/test_parsers.py; a started image shows it
+with the model's own template and tokenizer (evaluating/round_trip.py). vLLM's own `auto` (pull
+request 34809) is not released.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from weightsmith.serving.options import OptionList
 AUTO, NONE = "auto", "none"
 NO_CALL = "no call"
 """The name of the chat without a call, which a parser must leave as it is."""
+CALL_AFTER_THOUGHTS = "a call after thoughts"
+"""The name of the chat that is read whole alone: servers put streams of both together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,21 +140,23 @@ def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
     if not any(chat != NO_CALL for chat in tried):
         why = "; ".join(sorted({str(one) for one in found["skipped"].values()}))
         table = f"; {first[0]} is taken" if first else ""
-        return ParserChoice(
-            note=f"tool calls: what the chat template writes is not read: {why}{table}"
-        )
+        return ParserChoice(note=f"tool calls: nothing could be read back: {why}{table}")
     whole = [one for one, chats in read.items() if all("whole" in chats[c] for c in tried)]
-    ways = {one: sum(map(len, read[one].values())) for one in whole}
-    best = [one for one in whole if ways[one] == max(ways.values())]
+    table = f"; {first[0]} is taken by the template's marks" if first else ""
     if not whole:
-        table = f"; {first[0]} is taken by the template's marks" if first else ""
         return ParserChoice(
             note=f"tool calls: none of {len(read)} parsers of the engine reads what the chat"
             f" template writes ({', '.join(tried)}){table}"
         )
+    streams = [
+        one
+        for one in whole
+        if all("streamed" in read[one][c] for c in tried if c != CALL_AFTER_THOUGHTS)
+    ]
     own = [one for one in first if one in whole]
-    chosen = next((one for one in [*(o for o in own if o in best), *own, *sorted(best)]), "")
-    stream = "" if chosen in best and ways[chosen] >= len(tried) else ", though not in a stream"
+    order = [*(one for one in own if one in streams), *own, *sorted(streams), *sorted(whole)]
+    chosen = order[0]
+    stream = "" if chosen in streams else ", though not in a stream"
     others = [one for one in whole if one != chosen]
     also = f"; so do {', '.join(others)}" if others else ""
     return ParserChoice(

@@ -31,7 +31,15 @@ from weightsmith.evaluating.round_trip import CALLS, TOOLS
 from weightsmith.evaluating.tool_calls import Call
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.templates import has_tools
-from weightsmith.serving.parsers import AUTO, NO_CALL, ParserChoice, choice_of, fitting, thoughts_of
+from weightsmith.serving.parsers import (
+    AUTO,
+    CALL_AFTER_THOUGHTS,
+    NO_CALL,
+    ParserChoice,
+    choice_of,
+    fitting,
+    thoughts_of,
+)
 from weightsmith.serving.vllm import known_options
 from weightsmith.steps.bases import OWN, base_image, base_inputs, base_reference
 from weightsmith.steps.destinations import InStore
@@ -42,14 +50,14 @@ from weightsmith.steps.tools import Tools
 BUILDER = "merge"
 """Its Python loads the engine's packages; its own are not used."""
 _FILE = "parsers.json"
-_PACKAGES = "usr/local/lib/python3.11/dist-packages"
+PACKAGES = "usr/local/lib/python3.11/dist-packages"
 _MEMORY = 4 << 30
 _THOUGHT = "First I look at the map."
 _KEPT = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 """Beginnings of the names of the files that decide how a template is rendered and read."""
 
 
-def _chats() -> tuple[Row, ...]:
+def chats() -> tuple[Row, ...]:
     """Return what the template renders: a call, several, none, and one after thoughts."""
     rows: list[Row] = [
         {"name": name, "said": _message(calls), "calls": [list(call) for call in calls]}
@@ -61,7 +69,7 @@ def _chats() -> tuple[Row, ...]:
     thinking = {**_message(calls), "reasoning_content": _THOUGHT, "reasoning": _THOUGHT}
     rows.append(
         {
-            "name": "a call after thoughts",
+            "name": CALL_AFTER_THOUGHTS,
             "said": thinking,
             "calls": [list(call) for call in calls],
             "thoughts": _THOUGHT,
@@ -172,7 +180,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         """Return what is read depends on: template, tokenizer, engine, and the parsers' names."""
         files = {one.path: one.digest for one in tree.files if one.path.startswith(_KEPT)}
         parsers, thoughts = self._asked(model)
-        asked: JsonValue = [list(parsers), thoughts, list(_chats()), TOOLS]
+        asked: JsonValue = [list(parsers), thoughts, list(chats()), TOOLS]
         return StageInputs(
             stage=self.name,
             recipe_number=self.recipe_number,
@@ -203,7 +211,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
             entry = tools.store.find(self._engine.key)
         if entry is None:
             raise EnvironmentFailure("vLLM's packages could not be made", hint="see its log")
-        packages = entry.tree.root / _PACKAGES
+        packages = entry.tree.root / PACKAGES
         tools.runner.prepare(BUILDER, tools.progress)
         parsers, thoughts = self._asked(model)
         job = ReadCallsJob(
@@ -213,7 +221,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
             parsers=parsers,
             thoughts=thoughts,
             tools=tuple(json.loads(json.dumps(TOOLS))),
-            chats=_chats(),
+            chats=chats(),
             output=folder,
             memory_bytes=_MEMORY,
             seconds=job_seconds(0),
