@@ -16,6 +16,7 @@ from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import Input, ReadCallsJob, Row
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
+from weightsmith.core.safe_parse import parse
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
     Checkpoint,
@@ -75,7 +76,7 @@ def chats() -> tuple[Row, ...]:
             "thoughts": _THOUGHT,
         }
     )
-    return tuple(json.loads(json.dumps(rows)))
+    return tuple(parse(json.dumps(rows)))
 
 
 def _message(calls: Sequence[Call]) -> Mapping[str, JsonValue]:
@@ -117,7 +118,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         if entry is None:
             will = "the build lets vLLM's own parsers read what it writes"
             return Foreseen(value=self._stands(weights.model, will))
-        found = json.loads(entry.tree.path(_FILE).read_text("utf-8"))
+        found = parse(entry.tree.path(_FILE).read_text("utf-8"))
         return Foreseen(value=self._chosen(weights.model, found))
 
     def run(self, have: Results, tools: Tools) -> StageResult[ParserChoice]:
@@ -220,7 +221,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
             packages=Input(path=packages),
             parsers=parsers,
             thoughts=thoughts,
-            tools=tuple(json.loads(json.dumps(TOOLS))),
+            tools=tuple(parse(json.dumps(TOOLS))),
             chats=chats(),
             output=folder,
             memory_bytes=_MEMORY,

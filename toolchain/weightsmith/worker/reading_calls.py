@@ -7,7 +7,6 @@ image for CPUs; images for GPUs have the same parsers. Written against vLLM 0.32
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import ReadCallsJob, Row
+from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import JsonValue
 from weightsmith.worker.wire import Report
 
@@ -159,7 +159,7 @@ class _Reader:
             body = rest or ""
         parser = self.calls(name)(self.tokenizer, self.request.tools)
         calls = parser.extract_tool_calls(body, self.request).tool_calls or []
-        return [[one.function.name, json.loads(one.function.arguments)] for one in calls]
+        return [[one.function.name, parse(one.function.arguments)] for one in calls]
 
     def _streamed(self, name: str, text: str) -> JsonValue:
         """Return the calls that a client would put together, of an answer token by token."""
@@ -182,4 +182,4 @@ class _Reader:
                     names[call.index] = function.name
                 if function and function.arguments:
                     given[call.index] = given.get(call.index, "") + function.arguments
-        return [[names[number], json.loads(given.get(number) or "{}")] for number in sorted(names)]
+        return [[names[number], parse(given.get(number) or "{}")] for number in sorted(names)]
