@@ -17,7 +17,8 @@ import pytest
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.ports import Silent
 from weightsmith.evaluating.replay import read_replay
-from weightsmith.evaluating.replaying import difference, heard
+from weightsmith.evaluating.replay_numbers import numbers_in
+from weightsmith.evaluating.replaying import difference, heard, moved_numbers
 from weightsmith.outside.toolset import make_toolset
 
 from tests.fakes.openai_server import FakeServer, servers
@@ -362,7 +363,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no JSON": (b"{", "not JSON"),
     "a deep value": (b"[" * 1000, "not JSON"),
     "a list": ([], "version 1"),
-    "a new version": ({**a_set(), "version": 2}, "version 1"),
+    "a new version": ({**a_set(), "version": 3}, "version 1"),
     "of digests": ({"version": 1, "digests": []}, "digests of questions alone"),
     "without a tolerance": ({**a_set(), "tolerance": None}, "tolerance"),
     "a great tolerance": ({**a_set(), "tolerance": 1e9}, "tolerance"),
@@ -483,3 +484,76 @@ def test_it_is_small_and_needs_nothing(program: Path) -> None:
     assert len(data) < 100_000
     assert b"ld-musl" not in data
     assert b"ld-linux" not in data
+
+
+def of_numbers(path: str, numbers: list[float], room: float) -> dict[str, Any]:
+    """Return a set of one question to a model that does not chat."""
+    asked = {"id": "q", "path": path, "request": {"model": "bot", "input": "a"}, "answer": ""}
+    row = {**asked, "finish": "", "tokens": [], "numbers": numbers, "room": room}
+    return {
+        "version": 2,
+        "model": "bot",
+        "reference": "image",
+        "tolerance": 1.0,
+        "questions": [row],
+    }
+
+
+def answer_of(path: str, numbers: list[float]) -> dict[str, Any]:
+    """Return a server's answer, with the scores of documents from best to worst."""
+    if path == "/v1/rerank":
+        rows = [{"index": n, "relevance_score": one} for n, one in enumerate(numbers)]
+        return {"results": sorted(rows, key=lambda row: -row["relevance_score"])}
+    if path == "/pooling":
+        half = len(numbers) // 2
+        return {"data": [{"data": [numbers[:half], [], numbers[half:]]}]}
+    return {"data": [{"embedding" if path == "/v1/embeddings" else "probs": numbers}]}
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/classify", "/pooling"])
+def test_numbers_are_held_to_their_room_as_prove_does(
+    probe: Probe, start: Start, path: str
+) -> None:
+    """Random answers near the limit, and of another number: the verdicts are those of `prove`."""
+    draw = random.Random(path)
+    seen = set[str]()
+    for number in range(24):
+        own = [round(draw.gauss(0, 1), 4) for _ in range(draw.randint(2, 30))]
+        size = draw.choice((0, 1e-3, 0.02, 0.3))
+        given = [one + draw.gauss(0, size) for one in own][: draw.choice((len(own), len(own), 1))]
+        wanted = of_numbers(path, own, 0.01)
+        (question,) = read_replay(json.dumps(wanted).encode(), "set").questions
+        _, parted = moved_numbers(question, numbers_in(path, answer_of(path, given)))
+        probe.write(wanted)
+        probe.result = probe.result.with_name(f"{number}.json")
+        server = answering(start, answer_of(path, given))
+        done = probe(server.server_port)
+        verdict = probe.found["questions"][0]["verdict"]
+        assert verdict == ("different" if parted else "equal"), (own, given, done.stderr)
+        assert done.returncode == (NOT_SHOWN if parted else HEALTHY)
+        seen.add(verdict)
+    assert seen == {"equal", "different"}
+    assert server.asked == [{"model": "bot", "input": "a"}]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/classify", "/pooling"])
+@pytest.mark.parametrize(
+    "answer", [{}, {"data": []}, {"data": [{}, {}]}, {"data": [{"embedding": ["x"], "data": 1}]}]
+)
+def test_an_answer_without_numbers_shows_nothing(
+    probe: Probe, start: Start, path: str, answer: object
+) -> None:
+    probe.write(of_numbers(path, [0.5, 0.5], 0.1))
+    done = probe(answering(start, answer).server_port)
+    assert done.returncode == NOT_SHOWN
+    assert "no numbers of the kind" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change", [{"numbers": []}, {"numbers": ["1"]}, {"numbers": 1}, {"room": 0}, {"room": None}]
+)
+def test_a_set_of_wrong_numbers_is_none(probe: Probe, change: dict[str, object]) -> None:
+    value = of_numbers("/classify", [0.5], 0.1)
+    value["questions"][0] |= change
+    probe.write(value)
+    assert probe(1).returncode == NO_SET

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from weightsmith.api.commands.prove import prove_image
+from weightsmith.api.commands.requests import ProveCommand
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.registry import Registry
 
@@ -93,6 +95,19 @@ def test_vectors_are_judged_by_the_documents_that_they_find(finder: Memory) -> N
     assert "recall@10 1.0" in page or "recall@10 1" in page
     found = finder.forecast()["stages"]
     assert {row["stage"]: row["cached"] for row in found}["reference"]
+
+
+def test_an_image_of_vectors_is_known_by_them_elsewhere(finder: Memory) -> None:
+    finder.build(layout=finder.folder / "image")
+    assert finder.record()["replay"]["questions"] == 32
+    asked = ProveCommand(image=f"oci:{finder.folder / 'image'}", retries=0)
+    found, _ = prove_image(asked, finder.tools)
+    assert (found["verdict"], found["questions"]) == ("proven", 32)
+
+    finder.launcher.vector = lambda text: vector("base", text)
+    with pytest.raises(CheckFailed, match="another pooling") as caught:
+        prove_image(asked, finder.tools)
+    assert {one["numbers"] for one in caught.value.details["differences"]} == {True}
 
 
 def test_an_image_that_finds_less_is_refused_and_the_queries_are_named(finder: Memory) -> None:

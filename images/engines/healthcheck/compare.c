@@ -17,6 +17,23 @@ static int is_printable(const struct json *text) {
     return 1;
 }
 
+static enum numbers numbers_at(const char *path) {
+    static const char *const paths[] = {NULL, "/v1/embeddings", "/v1/rerank", "/classify", "/pooling"};
+    for (enum numbers one = VECTOR; one <= LABELS_OF_TOKENS; one++)
+        if (strcmp(path, paths[one]) == 0) return one;
+    return NONE;
+}
+
+static const char *read_numbers(const struct json *from, struct question *to) {
+    to->numbers = json_find(from, "numbers", JSON_LIST);
+    to->room = number_or_nan(from, "room");
+    if (!to->request || !to->numbers || !to->numbers->first) return "it lacks its request or its numbers";
+    if (!(to->room > 0)) return "its numbers have no room";
+    for (const struct json *one = to->numbers->first; one; one = one->next)
+        if (one->kind != JSON_NUMBER) return "one of its numbers is none";
+    return NULL;
+}
+
 const char *read_question(const struct json *from, struct question *to) {
     to->id = json_find(from, "id", JSON_STRING);
     to->path = json_find(from, "path", JSON_STRING);
@@ -25,9 +42,11 @@ const char *read_question(const struct json *from, struct question *to) {
     const struct json *tokens = json_find(from, "tokens", JSON_LIST);
     if (!to->id || !to->id->length || to->id->length > LONGEST_ID || !is_printable(to->id))
         return "its id is empty, too long or has control characters";
+    to->kind = to->path ? numbers_at(to->path->text) : NONE;
+    if (to->kind) return read_numbers(from, to);
     if (!to->path || (strcmp(to->path->text, "/v1/chat/completions") != 0 &&
                       strcmp(to->path->text, "/v1/completions") != 0))
-        return "its path is none of completions";
+        return "its path is none that is asked";
     if (!to->request || !to->answer || !tokens) return "it lacks its request, answer or tokens";
     const struct json *finish = json_find(from, "finish", JSON_STRING);
     to->is_call = finish && strcmp(finish->text, "tool_calls") == 0;
@@ -135,7 +154,88 @@ static void compare_texts(struct outcome *found, const struct question *asked, c
     differs_at(found, asked, token, tolerance);
 }
 
+// The numbers of an answer, one after the other.
+struct numbers_given {
+    const struct json *list, *one;  // a list of lists, if there is one; the number
+};
+
+static const struct json *first_in(const struct json *list) {
+    return list && list->kind == JSON_LIST ? list->first : NULL;
+}
+
+// Goes on to the next list that is not empty, if this one has come to its end.
+static struct numbers_given in_list(struct numbers_given now) {
+    while (!now.one && now.list) now.one = first_in(now.list = now.list->next);
+    return now;
+}
+
+static struct numbers_given first_number(const struct question *asked, const struct json *reply) {
+    const struct json *data = json_find(reply, "data", JSON_LIST);
+    const struct json *row = data && data->first && !data->first->next ? data->first : NULL;
+    static const char *const names[] = {"", "embedding", "", "probs", "data"};
+    const struct json *list = json_find(row, names[asked->kind], JSON_LIST);
+    if (!list) return (struct numbers_given){0};
+    if (asked->kind != LABELS_OF_TOKENS) return (struct numbers_given){.one = list->first};
+    return in_list((struct numbers_given){.list = list->first, .one = first_in(list->first)});
+}
+
+static struct numbers_given next_number(struct numbers_given now) {
+    now.one = now.one->next;
+    return in_list(now);
+}
+
+// The score of a document, by its place among those that were asked about.
+static double score_of(const struct json *reply, int place) {
+    const struct json *rows = json_find(reply, "results", JSON_LIST);
+    for (const struct json *row = rows ? rows->first : NULL; row; row = row->next)
+        if (number_or_nan(row, "index") == place) return number_or_nan(row, "relevance_score");
+    return NAN;
+}
+
+static struct outcome unanswered(const char *why) {
+    return (struct outcome){.verdict = UNANSWERED, .token = -1, .margin = NAN, .drift = NAN, .why = why};
+}
+
+static struct outcome compare_numbers(const struct question *asked, const struct json *reply) {
+    struct outcome found = {.verdict = EQUAL, .token = -1, .margin = NAN, .drift = 0};
+    double own = 0, other = 0, both = 0, furthest = -1;
+    int place = 0, at = 0, by_place = asked->kind == SCORES;
+    struct numbers_given given = by_place ? (struct numbers_given){0} : first_number(asked, reply);
+    for (const struct json *one = asked->numbers->first; one; one = one->next, place++) {
+        double number = by_place ? score_of(reply, place) : NAN;
+        if (!by_place && given.one && given.one->kind == JSON_NUMBER) {
+            number = given.one->number;
+            given = next_number(given);
+        }
+        if (isnan(number)) {
+            if (!place) return unanswered("its reply has no numbers of the kind that was asked for");
+            found.drift = INFINITY;  // fewer than there were
+            break;
+        }
+        double moved = fabs(number - one->number);
+        if (moved > furthest) {
+            furthest = moved;
+            at = place;
+        }
+        own += one->number * one->number;
+        other += number * number;
+        both += number * one->number;
+    }
+    if (given.one || (by_place && !isnan(score_of(reply, place)))) found.drift = INFINITY;
+    if (asked->kind == VECTOR && !isinf(found.drift))
+        found.drift = own > 0 && other > 0 ? fmax(0, 1 - both / (sqrt(own) * sqrt(other))) : INFINITY;
+    else if (!isinf(found.drift)) found.drift = furthest;
+    if (isinf(found.drift)) found.drift = 1e6;  // JSON has no word for more
+    found.used = found.drift / asked->room;
+    if (found.drift > asked->room) {
+        found.verdict = DIFFERENT;
+        found.token = at;
+    }
+    return found;
+}
+
 struct outcome compare(const struct question *asked, const struct json *reply, double tolerance) {
+    if (asked->kind) return compare_numbers(asked, reply);
     struct outcome found = {.verdict = EQUAL, .token = -1, .margin = NAN, .drift = NAN};
     const struct json *choices = json_find(reply, "choices", JSON_LIST);
     const struct json *choice = choices ? choices->first : NULL;

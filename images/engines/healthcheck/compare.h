@@ -7,6 +7,9 @@
 #define MOST_QUESTIONS 32
 #define MOST_TOKENS 1024
 
+// What a model that does not chat answers with, in place of a text.
+enum numbers { NONE, VECTOR, SCORES, LABELS, LABELS_OF_TOKENS };
+
 enum verdict { UNANSWERED, EQUAL, EXPLAINED, DIFFERENT };
 
 struct token {
@@ -21,13 +24,17 @@ struct question {
     struct token tokens[MOST_TOKENS];
     int count;
     int has_logprobs, is_call;  // of every token
+    enum numbers kind;
+    const struct json *numbers;  // in place of an answer and its tokens
+    double room;                 // how far they may move
 };
 
 struct outcome {
     enum verdict verdict;
-    int token;         // the first that differs, -1 if none does
+    int token;         // the first that differs, of numbers the one that moved furthest; -1 for none
     double margin;     // of that token
-    double drift;      // the largest difference of log-probabilities, NaN if none was compared
+    double drift;      // the largest difference of log-probabilities or numbers, of vectors 1 - cosine;
+                       // NaN if none was compared
     double used;       // the largest part of a token's room that such a difference took
     const char *got;   // what came instead, `got_length` bytes; NULL if the token itself came
     size_t got_length;

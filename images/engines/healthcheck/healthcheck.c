@@ -137,8 +137,8 @@ static int read_set(const char *path) {
     const struct json *tolerance = json_find(whole, "tolerance", JSON_NUMBER);
     const struct json *questions = json_find(whole, "questions", JSON_LIST);
     if (!whole) return complain(NO_SET, "%s is no replay set: it is not JSON", path);
-    if (!version || version->number != 1)
-        return complain(NO_SET, "%s is no replay set of version 1", path);
+    if (!version || (version->number != 1 && version->number != 2))
+        return complain(NO_SET, "%s is no replay set of version 1 or 2", path);
     if (!questions && json_get(whole, "digests"))
         return complain(NO_SET, "%s has digests of questions alone, so nothing can be asked", path);
     if (!questions || !tolerance || !(tolerance->number >= 0 && tolerance->number <= 10))
@@ -262,6 +262,10 @@ static void say(const struct question *asked, const struct outcome *found) {
     const struct token *token = &asked->tokens[found->token];
     fputs("different: question ", stderr);
     write_text(stderr, asked->id->text, asked->id->length, LONGEST_SHOWN);
+    if (asked->kind) {
+        fprintf(stderr, ": its numbers are off by %.3g, above %.3g\n", found->drift, asked->room);
+        return;
+    }
     fprintf(stderr, ", token %d: ", found->token + 1);
     write_text(stderr, token->text->text, token->text->length, LONGEST_SHOWN);
     if (found->got) {
@@ -282,9 +286,12 @@ static char *line_of(const struct question *asked, const struct outcome *found, 
     fputs("{\"id\": ", out);
     write_text(out, asked->id->text, asked->id->length, SIZE_MAX);
     fprintf(out, ", \"verdict\": \"%s\", \"seconds\": %.3f", VERDICTS[found->verdict], seconds);
-    if (!isnan(found->drift))
+    if (asked->kind) {
+        fprintf(out, ", \"difference\": %.6g, \"room_used\": %.4g", found->drift, found->used);
+        if (found->token >= 0) fprintf(out, ", \"number\": %d", found->token + 1);
+    } else if (!isnan(found->drift))
         fprintf(out, ", \"logprob_difference\": %.6g, \"room_used\": %.4g", found->drift, found->used);
-    if (found->token >= 0) {
+    if (!asked->kind && found->token >= 0) {
         const struct json *text = asked->tokens[found->token].text;
         fprintf(out, ", \"token\": %d, \"margin\": %.6g, \"expected\": ", found->token + 1, found->margin);
         write_text(out, text->text, text->length, SIZE_MAX);

@@ -75,9 +75,12 @@ class PoolingClient:
                 reason=f"{path}: {excerpt(why)}",
             ) from None
 
+    def request(self, item: Item) -> tuple[str, dict[str, JsonValue]]:
+        """Return the path and the body that ask about a text."""
+        return request_of(self.name, self.pooled, self.prompts, item)
+
     def _vector(self, item: Item) -> Row:
-        text = self.prompts[item.messages[0]["role"] == "document"] + item.prompt
-        answer = self._posted({"input": text, "encoding_format": "float"})
+        answer = self._posted(item)
         (row,) = answer["data"]
         numbers = [_finite(number) for number in row["embedding"]]
         if not any(numbers):
@@ -85,9 +88,7 @@ class PoolingClient:
         return {"answer": packed(numbers), **_counted(answer)}
 
     def _relevance(self, item: Item) -> Row:
-        count = len(item.parts)
-        body: dict[str, JsonValue] = {"query": item.prompt, "documents": list(item.parts)}
-        answer = self._posted({**body, "top_n": count})
+        count, answer = len(item.parts), self._posted(item)
         found = {row["index"]: _finite(row["relevance_score"]) for row in answer["results"]}
         if len(answer["results"]) != count or found.keys() != set(range(count)):
             raise ValueError(f"the response does not score each of {count} documents once")
@@ -97,7 +98,7 @@ class PoolingClient:
         }
 
     def _label(self, item: Item) -> Row:
-        answer = self._posted({"input": item.prompt})
+        answer = self._posted(item)
         (row,) = answer["data"]
         numbers = [_finite(number) for number in row["probs"]]
         if self.pooled == "label-set":
@@ -110,7 +111,7 @@ class PoolingClient:
         return {"answer": row["label"], **_counted(answer)}
 
     def _word_labels(self, item: Item) -> Row:
-        answer = self._posted({"input": item.prompt})
+        answer = self._posted(item)
         (row,) = answer["data"]
         tokens = [[_finite(number) for number in token] for token in row["data"]]
         ends = [self._count(text) for text in accumulate(item.parts, "{} {}".format)]
@@ -127,8 +128,8 @@ class PoolingClient:
         body: JsonValue = {"model": self.name, "prompt": text, "add_special_tokens": False}
         return len(self.session.post("/tokenize", body)["tokens"])
 
-    def _posted(self, asked: Mapping[str, JsonValue]) -> Mapping[str, Json]:
-        path, body = _PATHS[self.pooled], {"model": self.name, **asked}
+    def _posted(self, item: Item) -> Mapping[str, Json]:
+        path, body = self.request(item)
         answer = self.session.try_post(path, body)
         if answer.status in _ELSEWHERE:
             return self.session.post(path, body)  # which tries again, or says what is wrong
@@ -139,6 +140,23 @@ class PoolingClient:
             raise TypeError(f"the response is not a JSON object: {excerpt(answer.text)}")
         require_model(self.session, path, value, self.name)
         return value
+
+
+def request_of(
+    name: str, pooled: Pooled, prompts: tuple[str, str], item: Item
+) -> tuple[str, dict[str, JsonValue]]:
+    """Return the path and the body that ask a model of this name about a text."""
+    body: dict[str, JsonValue] = {"model": name}
+    match pooled:
+        case "vectors":
+            text = prompts[item.messages[0]["role"] == "document"] + item.prompt
+            body |= {"input": text, "encoding_format": "float"}
+        case "relevance":
+            documents = list(item.parts)
+            body |= {"query": item.prompt, "documents": documents, "top_n": len(documents)}
+        case _:
+            body |= {"input": item.prompt}
+    return _PATHS[pooled], body
 
 
 def _finite(number: Json) -> float:

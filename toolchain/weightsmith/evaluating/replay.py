@@ -6,27 +6,31 @@ The set is the file `REPLAY` in the image. `weightsmith prove` asks it, and so d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.json_objects import OMITTED, JsonObject
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Digest, JsonValue, canonical, key_of
+from weightsmith.evaluating import replay_numbers
 
 REPLAY = "/etc/weightsmith/replay.json"
 """The set's path in an image."""
 EARLIER = ".replay.json"
 """Beside a recipe, after its name: the set of an image that was made of it, which a build keeps if
 it still holds. Of a recipe with several targets, the target's name precedes it."""
-VERSION = 1
+VERSION, WITH_NUMBERS = 1, 2
+"""Of sets whose answers are texts, and of those with numbers."""
 MOST_QUESTIONS = 32
 LARGEST = 1 << 20
 """Bytes of the file."""
 MOST_TOKENS = 1024
 """Of one answer."""
-PATHS = ("/v1/chat/completions", "/v1/completions")
+_TEXTS = ("/v1/chat/completions", "/v1/completions")
+PATHS = (*_TEXTS, *replay_numbers.PATHS)
 CALL = "tool_calls"
 """How an answer finishes that calls a tool: the server takes the call out of its text."""
 IMAGE = "image"
@@ -61,12 +65,16 @@ class ReplayQuestion(JsonObject):
     path: str
     """One of `PATHS`."""
     request: Mapping[str, Any]
-    """The exact body: greedy, not a stream, with log-probabilities."""
+    """The exact body; of a text greedy, not a stream, with log-probabilities."""
     answer: str
     """The text of the answer, without what a server's parser took out of it."""
     finish: str
     """`stop`, `length` for an answer that was cut at `max_tokens`, or `CALL`."""
     tokens: tuple[ReplayToken, ...]
+    numbers: tuple[float, ...] = field(default=(), metadata=OMITTED)
+    """Of a model that does not chat, in place of a text: `replay_numbers.numbers_in`."""
+    room: float = field(default=0.0, metadata=OMITTED)
+    """How far they may move: of vectors by 1 - cosine, else each number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +137,15 @@ def read_replay(data: bytes, where: str) -> ReplaySet:
 
 def _check(found: ReplaySet) -> None:
     """Raise ValueError, with the place, for what `read_replay` refuses."""
-    if found.version != VERSION:
-        raise ValueError(f"version {found.version} is not {VERSION}")
+    version = WITH_NUMBERS if any(one.numbers for one in found.questions) else VERSION
+    if found.version != version:
+        raise ValueError(f"version {found.version} is not {version}")
     if not 0 < len(found.questions) <= MOST_QUESTIONS:
         raise ValueError(f"it has {len(found.questions)} questions, not 1 to {MOST_QUESTIONS}")
     if not 0 <= found.tolerance <= 10:
         raise ValueError(f"a tolerance of {found.tolerance} nats")
+    if sum(len(one.numbers) for one in found.questions) > replay_numbers.MOST:
+        raise ValueError(f"it has more than {replay_numbers.MOST} numbers")
     seen = set[str]()
     for number, one in enumerate(found.questions):
         place = f"questions[{number}]"
@@ -143,10 +154,22 @@ def _check(found: ReplaySet) -> None:
         seen.add(one.id)
         if one.path not in PATHS:
             raise ValueError(f"{place}.path is not one of {', '.join(PATHS)}: {one.path[:80]!r}")
+        if one.path in replay_numbers.PATHS:
+            _check_numbers(one, place)
+            continue
         _check_request(one.request, f"{place}.request")
-        if not 0 < len(one.tokens) <= MOST_TOKENS:
+        if one.numbers or not 0 < len(one.tokens) <= MOST_TOKENS:
             raise ValueError(f"{place} has {len(one.tokens)} tokens, not 1 to {MOST_TOKENS}")
         _check_tokens(one, place)
+
+
+def _check_numbers(one: ReplayQuestion, place: str) -> None:
+    if not isinstance(one.request.get("model"), str) or not one.request["model"]:
+        raise ValueError(f"{place}.request.model is no name")
+    if not 0 < len(one.numbers) <= replay_numbers.MOST or not all(map(math.isfinite, one.numbers)):
+        raise ValueError(f"{place} has {len(one.numbers)} numbers, or not all are finite")
+    if one.tokens or one.answer or not (math.isfinite(one.room) and one.room > 0):
+        raise ValueError(f"{place} has a text beside its numbers, or no room")
 
 
 def _check_tokens(one: ReplayQuestion, place: str) -> None:

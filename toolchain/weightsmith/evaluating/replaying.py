@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, TypeAlias
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
-from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.json_objects import OMITTED, JsonObject
 from weightsmith.core.ports import Progress
 from weightsmith.core.values import Json, JsonValue
+from weightsmith.evaluating import replay_numbers
 from weightsmith.evaluating.client import Served, require_model
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.replay import (
     CALL,
     LARGEST,
+    WITH_NUMBERS,
     ReplayQuestion,
     ReplaySet,
     ReplayToken,
@@ -37,7 +39,13 @@ times the rest of the probability, and tokens changed at margins of up to 0.3.""
 _CERTAIN = 0.03
 """Of a token that is all but certain, the part of the tolerance by which it may move."""
 _DIGITS = 4
+_FAR = 1e6
+"""Stands for a distance that has no number."""
 _HALF = 0.5
+_NUMBERS_DIFFER = (
+    "usually another pooling, another prompt before texts, another adapter or head, or weights that"
+    " were not loaded whole"
+)
 _ALL_DIFFER = (
     "most answers differ: usually another chat template, another tokenizer, another adapter, or"
     " weights that were not loaded whole"
@@ -86,6 +94,9 @@ class ReplayDifference(JsonObject):
     """Nats beyond what rounding may do; 0 if that explains it."""
     moved: bool = False
     """Whether the token is the same and its log-probability is another."""
+    numbers: bool = field(default=False, metadata=OMITTED)
+    """Whether it is of a model that does not chat: `token` is the number that moved furthest, and
+    `excess` is in the unit of the set's `room`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +183,16 @@ def asked_once(session: ServerSession, question: ReplayQuestion) -> Heard:
     require_model(session, question.path, answer, str(question.request["model"]))
     try:
         return heard(answer, chat="messages" in question.request)
+    except ValueError as error:
+        raise session.failed(question.path, str(error)) from None
+
+
+def numbers_once(session: ServerSession, question: ReplayQuestion) -> tuple[float, ...]:
+    """Send a question of a model that does not chat; raises CheckFailed as the session does."""
+    answer = session.post(question.path, dict(question.request), most=LARGEST)
+    require_model(session, question.path, answer, str(question.request["model"]))
+    try:
+        return replay_numbers.numbers_in(question.path, answer)
     except ValueError as error:
         raise session.failed(question.path, str(error)) from None
 
@@ -300,6 +321,30 @@ def difference(question: ReplayQuestion, said: Heard, tolerance: float) -> Repla
     )
 
 
+def moved_numbers(
+    question: ReplayQuestion, given: Sequence[float]
+) -> tuple[float, ReplayDifference | None]:
+    """Return by which part of its room an answer moved, and what differs, if that is more."""
+    own = question.numbers
+    moved = replay_numbers.distance(question.path, own, given)
+    used = moved / question.room
+    if moved <= question.room:
+        return used, None
+    pairs = list(zip(own, given, strict=False))
+    place = max(range(len(pairs)), key=lambda n: abs(pairs[n][0] - pairs[n][1]))
+    said = f"{given[place]:g}" if len(own) == len(given) else f"{len(given)} numbers"
+    return used, ReplayDifference(
+        question=question.id,
+        token=place,
+        expected=f"{own[place]:g}" if len(own) == len(given) else f"{len(own)} numbers",
+        given=said,
+        margin=0.0,
+        excess=round(min(moved - question.room, _FAR), _DIGITS + 2),
+        moved=True,
+        numbers=True,
+    )
+
+
 def _by_token(question: ReplayQuestion, said: Heard) -> tuple[int, str, float] | None:
     """Return the first token that differs: its number, what came, and how far it moved."""
     pairs = zip(question.tokens, said.tokens, strict=False)
@@ -333,6 +378,13 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     found, used, why = list[ReplayDifference](), list[float](), ""
     for number, question in enumerate(wanted.questions, start=1):
         try:
+            if question.numbers:
+                part, parted = moved_numbers(question, numbers_once(session, question))
+                used.append(min(part, _FAR))
+                equal += parted is None
+                found += [parted] if parted else []
+                progress.advance(number, len(wanted.questions), "questions")
+                continue
             said = asked_once(session, question)
         except (CheckFailed, EnvironmentFailure) as error:
             why = f"question {question.id} got no answer: {error.message}"
@@ -353,6 +405,7 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     verdict: Verdict = "different" if wrong else "not shown" if why else "proven"
     if wrong:
         why = _ALL_DIFFER if len(wrong) > _HALF * count else _SOME_DIFFER
+        why = f"{len(wrong)} of {count} answers differ: {_NUMBERS_DIFFER}" * wrong[0].numbers or why
     return Replayed(
         verdict=verdict,
         questions=count,
@@ -369,6 +422,11 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
 
 def described(one: ReplayDifference) -> str:
     """Return a difference in a sentence."""
+    if one.numbers:
+        return (
+            f"question {one.question}: {one.given} instead of {one.expected} (number {one.token}),"
+            f" {one.excess:g} beyond what rounding explains"
+        )
     if one.moved:
         return (
             f"question {one.question}, token {one.token} {one.expected!r}: its log-probability"
@@ -386,10 +444,12 @@ def record(
     model: str,
     tolerance: float,
     progress: Progress,
+    references: Sequence[str] = (),
 ) -> ReplaySet | None:
     """Return the set of a server's own answers to these paths and requests; None if it has none.
 
-    Questions that it refuses, or whose tokens it does not list, are left out.
+    Questions that it refuses, or whose tokens it does not list, are left out. `references` are the
+    recorded answers of the float32 reference, for those that are answered by numbers.
     """
     found = list[ReplayQuestion]()
     for number, (path, request) in enumerate(questions, start=1):
@@ -397,13 +457,35 @@ def record(
             id=str(number), path=path, request=request, answer="", finish="", tokens=()
         )
         try:
+            if path in replay_numbers.PATHS:
+                found.append(replace(asked, numbers=numbers_once(session, asked)))
+                progress.advance(number, len(questions), "replay questions")
+                continue
             said = asked_once(session, asked)
         except Unanswered:
             continue
         made = question_of(number, path, request, said, tolerance)
         found += [made] if made else []
         progress.advance(number, len(questions), "replay questions")
-    return within_limits(ReplaySet(model=model, tolerance=tolerance, questions=tuple(found)))
+    whole = ReplaySet(model=model, tolerance=tolerance, questions=tuple(found))
+    return within_limits(_with_rooms(whole, references))
+
+
+def _with_rooms(made: ReplaySet, references: Sequence[str]) -> ReplaySet:
+    """Return a set with the room of numbers, the same for all questions at one path."""
+    pairs = dict[str, list[tuple[Sequence[float], Sequence[float]]]]()
+    for one in made.questions:
+        if one.numbers:
+            text = references[int(one.id) - 1] if references else ""
+            told = replay_numbers.reference_of(one.path, text)
+            pairs.setdefault(one.path, []).append((one.numbers, told))
+    if not pairs:
+        return made
+    rooms = {path: replay_numbers.room_of(path, answers) for path, answers in pairs.items()}
+    questions = tuple(
+        replace(one, room=rooms[one.path]) if one.numbers else one for one in made.questions
+    )
+    return replace(made, version=WITH_NUMBERS, questions=questions)
 
 
 def within_limits(made: ReplaySet) -> ReplaySet | None:
@@ -412,6 +494,9 @@ def within_limits(made: ReplaySet) -> ReplaySet | None:
     The digest depends on the set, so it is small enough, or another question is left out.
     """
     kept = list(made.questions)
-    while kept and len(replace(made, questions=tuple(kept)).data) > LARGEST:
+    while kept and (
+        len(replace(made, questions=tuple(kept)).data) > LARGEST
+        or sum(len(one.numbers) for one in kept) > replay_numbers.MOST
+    ):
         kept.pop()
     return replace(made, questions=tuple(kept)) if kept else None

@@ -128,6 +128,11 @@ class ImageEvaluation:
                 "settings": {k: v for k, v in plan.settings.items() if k not in neutral},
                 "requests": key_of([[one.path, one.request] for one in self.replay]),
                 "tolerance": self.tolerance,
+                **(
+                    {"references": key_of([one.reference for one in self.replay])}
+                    if any(one.reference for one in self.replay)
+                    else {}
+                ),
                 **({"earlier": self.earlier.digest} if self.earlier else {}),
             },
         )
@@ -386,7 +391,8 @@ def _replay(
             return evaluation.earlier.to_json()
         asked = [(one.path, one.request) for one in evaluation.replay]
         name, progress = evaluation.config.served_name, tools.progress
-        made = record(session, asked, name, evaluation.tolerance, progress)
+        told = [one.reference for one in evaluation.replay]
+        made = record(session, asked, name, evaluation.tolerance, progress, told)
         return made.to_json() if made else {}
 
     if not evaluation.replay:
@@ -510,16 +516,14 @@ class EvaluateStep(UnforeseenStep[Trial]):
         template = chat_template(target, sources, inputs.checkpoint)
         chat, name = template is not None, inputs.config.served_name
         facts = read_facts(served_checkpoint(target, sources, inputs.checkpoint).texts)
-        asked: tuple[ReplayRequest, ...] = ()
-        if facts.task.kind == "generate":
-            by_result = {id(one.result): one for one in questions}
+        by_result = {id(one.result): one for one in questions}
 
-            def how(result: Result) -> tuple[Served, Mapping[str, JsonValue]]:
-                one = by_result[id(result)]
-                return Served(name=one.model or name, chat=chat), one.fields
+        def how(result: Result) -> tuple[Served, Mapping[str, JsonValue]]:
+            one = by_result[id(result)]
+            return Served(name=one.model or name, chat=chat), one.fields
 
-            served = Served(name=name, chat=chat)
-            asked = replay_requests(results, self.file.recipe.replay, self.replay, served, how)
+        served, settings = Served(name=name, chat=chat), self.file.recipe.replay
+        asked = replay_requests(results, settings, self.replay, served, how, facts.task)
         requests = [(one.path, dict(one.request)) for one in asked]
         earlier = self.earlier
         if earlier and [(one.path, dict(one.request)) for one in earlier.questions] != requests:

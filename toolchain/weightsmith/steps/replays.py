@@ -13,15 +13,23 @@ from dataclasses import dataclass
 from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, sample
+from weightsmith.evaluating.pooling_client import request_of as pooled_request
 from weightsmith.evaluating.replay import ReplaySet
+from weightsmith.evaluating.replay_numbers import PATHS as NUMBERS
 from weightsmith.evaluating.replaying import recorded_question, request_of, within_limits
 from weightsmith.evaluating.results import Result
+from weightsmith.models.task import ModelTask
 from weightsmith.recipe.schema import Replay
 
 HowAsked = Callable[[Result], tuple[Served, Mapping[str, JsonValue]]]
 """Result -> the model that answers its suite, and further fields of requests."""
 _PLAIN, _PACKED = ("merged", "adapter", "base"), ("dequantized",)
 """Whose answers stand for an image that was not started, the nearest first."""
+_UNMERGED = ("adapter", "base")
+"""Whose answers are those of the float32 reference."""
+_PICTURES = 64 << 10
+"""Bytes of a question's pictures: a set with all its questions has a megabyte."""
+CHATS = ModelTask(kind="generate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +41,28 @@ class ReplayRequest:
     suite: int | None = None
     """Its number among the build's; None for a question of the recipe's `replay.data`."""
     item: int = 0
+    reference: str = ""
+    """What the float32 reference answered, for an answer that is numbers."""
 
 
 def replay_requests(
-    results: Sequence[Result], settings: Replay, data: Sequence[Item], served: Served, how: HowAsked
+    results: Sequence[Result],
+    settings: Replay,
+    data: Sequence[Item],
+    served: Served,
+    how: HowAsked,
+    does: ModelTask = CHATS,
 ) -> tuple[ReplayRequest, ...]:
     """Return the questions of a set: the recipe's own, else some of each suite, by their content.
 
-    Left out are questions with pictures, whose requests are too large, and those of pooling models,
-    which do not answer in words. Those of a `choice` are asked without the choices. A model without
-    a chat template is asked what it can be asked.
+    Left out are questions with large pictures. Those of a `choice` are asked without the choices. A
+    model without a chat template is asked what it can be asked; one that does not chat (`does`),
+    what its suites ask.
     """
     if settings.keep == "none":
         return ()
+    if does.kind != "generate":
+        return _pooled_requests(results, settings, does, how)
     if data:
         chosen = sample([item for item in data if _is_asked(item, served)], settings.limit)
         requests = (request_of(served, item, 1 << 10, {}) for item in chosen)
@@ -66,8 +83,37 @@ def replay_requests(
     return tuple(found)
 
 
+def _pooled_requests(
+    results: Sequence[Result], settings: Replay, model: ModelTask, how: HowAsked
+) -> tuple[ReplayRequest, ...]:
+    found = list[ReplayRequest]()
+    for place, result in enumerate(results):
+        task, left = result.task.task, (settings.limit - len(found)) // (len(results) - place)
+        if not task.pooled or not left:
+            continue
+        served, fields = how(result)
+        numbers = {id(item): n for n, item in enumerate(task.items)}
+        told = next((result.scores[who] for who in _UNMERGED if who in result.scores), None)
+        for item in sample(task.items, left):
+            number = numbers[id(item)]
+            path, body = pooled_request(served.name, task.pooled, task.prompts(model), item)
+            rows = told.per_item if told else ()
+            said = rows[number].get("answer") if number < len(rows) else ""
+            found.append(
+                ReplayRequest(
+                    path=path,
+                    request={**body, **fields},
+                    suite=place,
+                    item=number,
+                    reference=said if isinstance(said, str) else "",
+                )
+            )
+    return tuple(found)
+
+
 def _is_asked(item: Item, served: Served) -> bool:
-    return not item.pictures and (served.chat or len(item.messages) == 1)
+    small = sum(picture.size for picture in item.pictures) <= _PICTURES
+    return small and (served.chat or (len(item.messages) == 1 and not item.pictures))
 
 
 def recorded_replay(
@@ -86,7 +132,7 @@ def recorded_replay(
         found = []
         for number, one in enumerate(requests, start=1):
             score = results[one.suite].scores.get(who) if one.suite is not None else None
-            if score is None or len(score.per_item) <= one.item:
+            if score is None or len(score.per_item) <= one.item or one.path in NUMBERS:
                 continue
             row = score.per_item[one.item]
             if made := recorded_question(number, one.path, one.request, row):
