@@ -40,10 +40,10 @@ from weightsmith.core.values import (
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models
 from weightsmith.oci.layout import is_layout
-from weightsmith.oci.references import Reference
+from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
-from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA
+from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA, WITHDRAWAL
 from weightsmith.quantizers import legacy_of
 from weightsmith.serving import engines
 from weightsmith.serving.architectures import DONE_HERE, check_served
@@ -88,6 +88,7 @@ USER_ID = 65532
 
 VOLUME_FOLDER = "volume"
 """Where manifests for an image of weights are in a target's results."""
+_IVPOL = "kyverno-ivpol.yaml.j2"
 POLICIES = "policies"
 """Where policies that admit an image are in a target's results, and their templates' folder."""
 _OF_LORA = frozenset({"enable-lora", "max-loras", "max-lora-rank"})
@@ -288,8 +289,10 @@ def render_policies(
     """Return policies of Kyverno and sigstore's policy-controller for a repository's images.
 
     They admit only what the key or the identity of `signer` signed, and whose test result it signed
-    too, as passed; with `proven_on`, also proven on these node types.
+    too, as passed; with `proven_on`, also proven on these node types. Kyverno's newer kind reads
+    statements in bundles alone, so a key that signs none has no such policy.
     """
+    bundles = not isinstance(signer, Signer) or signer.format != "cosign"
     facts: dict[str, Writable] = {
         "name": name,
         "version": version,
@@ -297,13 +300,26 @@ def render_policies(
         "key": signer.public.decode().strip() if isinstance(signer, Signer) else "",
         "identity": "" if isinstance(signer, Signer) else signer.identity,
         "issuer": "" if isinstance(signer, Signer) else signer.issuer,
+        "repositories": _spellings(repository),
         "passed": TEST_RESULT,
+        "withdrawal": WITHDRAWAL,
         "summary": VSA,
         "levels": [f"{LEVEL}_ON_{one}" for one in proven_on],
     }
     environment = _environment((templates() / POLICIES,))
-    names = sorted(environment.list_templates())
+    names = [each for each in sorted(environment.list_templates()) if bundles or each != _IVPOL]
     return {each.removesuffix(".j2"): _one(environment, each, facts) for each in names}
+
+
+def _spellings(repository: str) -> list[str]:
+    """Return every way in which a pod may write a repository's name: Docker Hub has several."""
+    host, _, path = repository.partition("/")
+    if host != DOCKER_HUB:
+        return [repository]
+    short = [path, *([path.removeprefix("library/")] if path.startswith("library/") else [])]
+    return [
+        f"{one}{name}" for name in short for one in (f"{DOCKER_HUB}/", f"index.{DOCKER_HUB}/", "")
+    ]
 
 
 def render_thin(

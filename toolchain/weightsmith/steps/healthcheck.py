@@ -32,7 +32,7 @@ def wants_probe(recipe: Recipe) -> bool:
 
 def probes_replay(recipe: Recipe, model: ModelFacts) -> bool:
     """Say whether manifests of a recipe's images ask the set when a container starts."""
-    return wants_probe(recipe) and model.task.kind == "generate"
+    return wants_probe(recipe) and model.task.kind != "other"
 
 
 def has_program(recipe: Recipe, model: ModelFacts, device: str) -> bool:
