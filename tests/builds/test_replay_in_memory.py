@@ -18,10 +18,12 @@ from weightsmith.api.commands.prove import prove_image
 from weightsmith.api.commands.requests import ProveCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.evaluating.replay import LARGEST
 from weightsmith.oci.layout import read_layout
 from weightsmith.outside.signer import open_signer
 
 from tests.fakes.memory import Memory, write_rows
+from tests.fakes.replays import a_set
 
 FILE = "etc/weightsmith/replay.json"
 
@@ -250,10 +252,17 @@ def test_a_set_that_was_altered_or_is_another_images_is_refused(
 ) -> None:
     found = replay_file(built)
     found["tolerance"] = 3.0
-    other = tmp_path / "other.json"
+    other, asked = tmp_path / "other.json", [*built.launcher.asked]
     other.write_text(json.dumps(found))
     with pytest.raises(InputRefused, match="is not the image's replay set"):
         prove(built, replay=other)
+    other.write_bytes(a_set().data)
+    with pytest.raises(InputRefused, match="is not the image's replay set"):
+        prove(built, replay=other)
+    other.write_bytes(b" " * (LARGEST + 1))
+    with pytest.raises(InputRefused, match=str(other)):
+        prove(built, replay=other)
+    assert built.launcher.asked == asked
 
 
 def test_a_proof_is_signed_attached_and_asked_for(built: Memory, tmp_path: Path) -> None:
