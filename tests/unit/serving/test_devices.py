@@ -24,6 +24,24 @@ def test_cpus_and_gpus_are_told_apart() -> None:
     assert named_gpu("l4") == GPUS["nvidia-l4"]
 
 
+# MiB that `nvidia-smi --query-gpu=memory.total` prints with drivers 570 to 610, and of AMD's cards
+# what PyTorch's errors say ("total capacity of 287.98 GiB"), in published logs.
+REPORTED = {
+    "nvidia-t4": 15_360, "nvidia-l4": 23_034, "nvidia-l40s": 46_068, "nvidia-a100-80gb": 81_920,
+    "nvidia-a100-40gb": 40_960, "nvidia-h100-80gb": 81_559, "nvidia-h200-141gb": 143_771,
+    "nvidia-b200": 183_359, "nvidia-gb200": 189_471, "nvidia-b300": 275_040,
+    "nvidia-gb300": 284_208, "nvidia-rtx-4090": 24_564, "nvidia-rtx-pro-5000": 48_935,
+    "nvidia-rtx-pro-6000": 97_887, "amd-mi325x": 262_124, "amd-mi355x": 294_892,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_a_process_sees_a_little_less_than_drivers_report(name: str) -> None:
+    seen = GPUS[name].usable_bytes >> 20
+
+    assert 0.975 * REPORTED[name] < seen <= REPORTED[name]
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [("cpu_amx", "cpu-amx"), ("CPU-AMX", "cpu-amx"), ("nvidia-l44", "nvidia-l4")],

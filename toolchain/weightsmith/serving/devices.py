@@ -96,7 +96,8 @@ def _amd(name: str, gb: int, usable_mib: int, generation: str) -> tuple[str, Gpu
 
 # Memory: NVIDIA's and AMD's data sheets. Usable, in MiB: the totals that PyTorch and vLLM print on
 # these cards in published logs ("79.10 GiB" on an H100), rounded down; drivers differ a little. No
-# log of an RTX PRO 5000 (48 GB) was found: it has the 6000's share of its board, less 200 MiB.
+# such log of an RTX PRO 5000 (48 GB) was found: it has what `nvidia-smi` prints, less what other
+# cards lose. The GB300 of a DGX Station has 256,703 MiB there: give its memory by --gpu-memory.
 _GB10 = replace(_nvidia("gb10", 128, 122_040, (12, 1), "dgx-spark")[1], shares_memory=True)
 GPUS: Mapping[str, Gpu] = dict(
     [
