@@ -203,6 +203,26 @@ def test_results_of_both_tools_are_bound_to_the_image(
     assert memory.left() == []
 
 
+def test_a_results_file_is_about_the_image_that_its_name_says(
+    memory: Memory, tmp_path: Path
+) -> None:
+    memory.build()
+    digest = memory.record()["image"]["digest"]
+    ours = write(tmp_path / f"run@{digest.replace(':', '-')}.json", guidellm())
+    other = write(tmp_path / f"run@sha256-{'0' * 64}.json", guidellm())
+    nobody = write(tmp_path / "benchmarks.json", guidellm())
+
+    memory.build(results=[read_results(ours, "tiny")])
+    assert memory.record()["bench"]["evidence"][0]["image"] == digest
+    assert not any("nothing shows" in one for one in memory.progress.warnings)
+    with pytest.raises(InputRefused, match=f"its name says sha256:{'0' * 64}"):
+        memory.build(results=[read_results(other, "tiny")])
+    memory.build(results=[read_results(nobody, "tiny")])
+    assert "image" not in memory.record()["bench"]["evidence"][0]
+    assert any(f"NAME@{digest.replace(':', '-')}" in one for one in memory.progress.warnings)
+    assert "nothing shows that it is about this" in (memory.results() / "report.html").read_text()
+
+
 def test_results_alone_measure_nothing(memory: Memory, tmp_path: Path) -> None:
     file = write(tmp_path / "benchmarks.json", guidellm())
     memory.build()

@@ -15,7 +15,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.jobs import Input, ReadCallsJob
 from weightsmith.core.ports import Endpoint, Silent
 from weightsmith.evaluating.client import Served, wait_until_healthy
-from weightsmith.evaluating.round_trip import CALLS, TOOLS, read_back
+from weightsmith.evaluating.round_trip import CALLS, TOOLS, read_back, thoughts_read_back
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.outside.local import LocalRunner
 from weightsmith.serving.parsers import NO_CALL, choice_of
@@ -75,11 +75,15 @@ def test_what_the_template_renders_is_read_back(ask: Any, family: Any) -> None:
         assert row["streamed"] == ([] if flawed else expected), row
 
 
-def served(folder: Path, parser: str, port: int) -> str:
-    """Start vLLM's server without weights; return what its parser reads of a template's calls."""
+def served(folder: Path, parser: str, port: int, thoughts: str = "") -> str:
+    """Start vLLM's server without weights; return what its parser reads of its template's calls.
+
+    Or of its template's thoughts, with a parser for these.
+    """
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     words = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "m"]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+    words += ["--reasoning-parser", thoughts] if thoughts else []
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-S", "-m", "vllm.entrypoints.cli.main", "launch", "render",
@@ -96,6 +100,8 @@ def served(folder: Path, parser: str, port: int) -> str:
         )
         wait_until_healthy(endpoint, "/health", 600)
         with ServerSession(endpoint) as session:
+            if thoughts:
+                return thoughts_read_back(session, Served(name="m"), ("qwen3",))
             return read_back(session, Served(name="m"), ("hermes",))
     finally:
         process.kill()
@@ -156,3 +162,44 @@ def test_every_parser_is_asked_where_the_table_is_undecided(
         name: ["whole", "streamed"] for name in ("a call", "two calls", NO_CALL)
     }
     assert "leaves thoughts out" in found["skipped"]["a call after thoughts"]
+
+
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_started_server_reads_its_templates_thoughts_or_the_parser_is_named(
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(TINY / "base", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(THINKS)
+    with_tokens(tmp_path / "model", "<think>", "</think>")
+
+    read = served(tmp_path, "hermes", free_port(), thoughts="qwen3")
+    assert read == "whole and in a stream"
+    with pytest.raises(CheckFailed, match="makes the thoughts ''") as caught:
+        served(tmp_path, "hermes", free_port(), thoughts="granite")
+    assert "serve.reasoning_parser qwen3" in caught.value.hint
+
+
+def with_tokens(model: Path, *texts: str) -> None:
+    """Make each text one token, as in models that think."""
+    path = model / "tokenizer.json"
+    value = json.loads(path.read_text("utf-8"))
+    number = 1 + max(
+        max(value["model"]["vocab"].values()), *(one["id"] for one in value["added_tokens"])
+    )
+    value["added_tokens"] += [
+        {
+            "id": number + place, "content": text, "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False, "special": False,
+        }
+        for place, text in enumerate(texts)
+    ]  # fmt: skip
+    path.write_text(json.dumps(value), "utf-8")

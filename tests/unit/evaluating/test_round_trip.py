@@ -1,11 +1,12 @@
 """A server that renders calls and reads its own tokens back, as vLLM does, and what goes wrong."""
 
 import json
+import re
 
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.evaluating.client import Served
-from weightsmith.evaluating.round_trip import read_back
+from weightsmith.evaluating.round_trip import read_back, thoughts_read_back
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.tool_calls import read_calls
 
@@ -145,3 +146,72 @@ def test_an_answer_that_is_none_is_a_parser_that_fails(said):
 
     with pytest.raises(CheckFailed, match="the server's parser makes text"):
         asked(behave)
+
+
+class Thinker(Engine):
+    """Its template writes thoughts in tags, and its parser takes them out."""
+
+    leaves_out = False
+    reads_streams = True
+    opens = ""
+
+    def rendered(self, body):
+        said = "".join(self.written(one) for one in body["messages"][1:])
+        begins = f"<assistant>{self.opens}"
+        return f"<user>?{END}" + (begins if body["add_generation_prompt"] else said)
+
+    def written(self, message):
+        said = "" if self.leaves_out else message.get("reasoning_content", "")
+        return f"<assistant><think>{said}</think>{message['content']}{END}"
+
+    def message(self, ids, body):
+        assert "tools" not in body["chat_request"]
+        text = "".join(map(chr, ids))
+        before, mark, after = text.partition("</think>")
+        if not self.reads or (body["stream"] and not self.reads_streams):
+            return {"content": text}
+        # A tag that is not whole yet is neither.
+        thoughts = re.sub("<[^>]*$", "", before.removeprefix("<think>"))
+        return {"reasoning": thoughts, "content": after if mark else ""}
+
+    def answer(self, path, body):
+        if not path.endswith("derender") or not body.get("stream") or not self.offered:
+            return super().answer(path, body)
+        (choice,) = body["generate_chunk"]["choices"]
+        so_far = body["stream_state"] or []
+        ids = [*so_far, *choice["token_ids"]]
+        before, now = self.message(so_far, body), self.message(ids, body)
+        delta = {k: v[len(before.get(k, "")) :] for k, v in now.items()}
+        return 200, {"chunk": {"choices": [{"delta": delta}]}, "stream_state": ids}
+
+
+def thoughts(**changes):
+    made = Thinker()
+    for name, value in changes.items():
+        setattr(made, name, value)
+    with servers() as start:
+        limits = SessionLimits(tries=1, pause_seconds=0.01)
+        with ServerSession(start(made).endpoint, limits) as session:
+            return thoughts_read_back(session, Served(name="support"), ("qwen3",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "whole and in a stream"),
+        ({"opens": "<think>"}, "whole and in a stream"),
+        ({"reads_streams": False}, "read whole, not in a stream"),
+        ({"leaves_out": True}, "not tried: the template leaves thoughts out"),
+        ({"opens": "<ponder>"}, "not tried, for the template writes them otherwise"),
+        ({"offered": False}, "not tried (HTTP 403"),
+    ],
+)
+def test_thoughts_are_read_back(changes, said):
+    assert thoughts(**changes).startswith(said)
+
+
+@pytest.mark.parametrize("opens", ["", "<think>"])
+def test_a_parser_that_leaves_thoughts_in_the_answer_is_named(opens):
+    with pytest.raises(CheckFailed, match="makes the thoughts ''") as caught:
+        thoughts(reads=False, opens=opens)
+    assert "serve.reasoning_parser qwen3" in caught.value.hint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ _LARGEST = 64 << 20
 """Bytes; guidellm writes every request with its text unless it is told to sample."""
 _SHORT = 200
 """Characters of a name."""
+_DIGEST = re.compile(r"(?<![0-9a-z])sha256[-_:]([0-9a-f]{64})(?![0-9a-f])")
 _MS = {"ms": 1.0, "s": 1000.0, "sec": 1000.0, "us": 0.001, "ns": 1e-6}
 _KINDS = "guidellm's benchmarks.json and AIPerf's profile_export_aiperf.json are read"
 
@@ -46,6 +48,12 @@ class ResultsFile:
     devices: tuple[str, ...]
     loads: Sequence[_Load]
 
+    @property
+    def image(self) -> str:
+        """The digest in its name, of the image that it is about; "" if the name has none."""
+        found = _DIGEST.search(self.name)
+        return f"sha256:{found[1]}" if found else ""
+
     def evidence(self, bench: Bench | None) -> SpeedEvidence:
         """Return the load that is most like the recipe's, held against its limits."""
         wanted = bench.concurrency if bench else 0
@@ -64,6 +72,7 @@ class ResultsFile:
             errors=round(load.errors),
             prompt_tokens=round(load.prompt_tokens, 1),
             output_tokens=round(load.output_tokens, 1),
+            image=self.image,
             figures=tuple(
                 of_file(name, value, bench, same_load=same, tool=self.tool)
                 for name, value in load.figures.items()

@@ -1,4 +1,4 @@
-"""Whether a started server's parser reads the tool calls that the model's chat template writes.
+"""Whether a started server's parsers read the calls and thoughts that the chat template writes.
 
 No model is asked: the server renders a chat that has calls, and reads the tokens of the last answer
 back as if the model had just written them. vLLM (0.32) does both: /tokenize, and /derender if it is
@@ -14,9 +14,15 @@ from itertools import takewhile
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue
-from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.client import Served, thoughts_of
 from weightsmith.evaluating.session import Answer, ServerSession, excerpt
-from weightsmith.evaluating.tool_calls import ANOTHER_PARSER, Call, calls_text, read_calls
+from weightsmith.evaluating.tool_calls import (
+    ANOTHER_PARSER,
+    Call,
+    calls_text,
+    read_calls,
+    without_thoughts,
+)
 
 _TEXT: JsonValue = {"type": "string"}
 _FIELDS: Mapping[str, JsonValue] = {
@@ -59,6 +65,8 @@ CALLS: Mapping[str, Sequence[Call]] = {
 """What is rendered and read back: quotes, a line break, other letters and objects in objects."""
 _ASKED: Mapping[str, JsonValue] = {"role": "user", "content": "?"}
 _PLAIN: Mapping[str, JsonValue] = {"role": "assistant", "content": "It rains."}
+_ANSWER: Mapping[str, JsonValue] = {"role": "assistant", "content": "Take the second bridge"}
+_THOUGHT = "First I look at the map."
 _PIECE = 4
 """Tokens that come at a time where an answer is streamed."""
 _SEEN = 64
@@ -111,17 +119,91 @@ def read_back(session: ServerSession, served: Served, fitting: Sequence[str]) ->
     return "; ".join(seen)
 
 
+def thoughts_read_back(session: ServerSession, served: Served, fitting: Sequence[str]) -> str:
+    """Return what the server's parser read of thoughts that the template writes before an answer.
+
+    As `read_back`; `fitting` are the parsers of thoughts for its marks.
+    """
+    prompt = _rendered(session, served, (), True, tools=())
+    plain = _rendered(session, served, _PLAIN, tools=())
+    said = {**_ANSWER, "reasoning": _THOUGHT, "reasoning_content": _THOUGHT}
+    whole = _rendered(session, served, said, tools=())
+    if not prompt or not plain or not whole:
+        return "not tried: the server does not say how the template is tokenized"
+    if whole[: len(prompt)] != prompt:
+        return "not tried, for the template writes them otherwise than a new answer"
+    same = zip(reversed(whole), reversed(plain), strict=False)
+    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+    ids = whole[len(prompt) : len(whole) - end]
+    text = _text(session, served, ids)
+    wanted = (_THOUGHT, _ANSWER["content"])
+    if _THOUGHT not in text:
+        return "not tried: the template leaves thoughts out"
+    answer = session.try_post(_READ, _without_tools(_request(served, prompt, ids, stream=False)))
+    if answer.status != 200:
+        return f"not tried (HTTP {answer.status}: {excerpt(answer.text)})"
+    if (found := _thoughts(answer)) != wanted:
+        own, thoughts = without_thoughts(text)
+        if (thoughts, own.strip()) != wanted:
+            return f"read otherwise; the template writes {excerpt(text)}"
+        named = " or ".join(fitting)
+        raise CheckFailed(
+            f"{session.endpoint.shown}: of {excerpt(text)}, which the chat template writes, the"
+            f" server's parser makes the thoughts {found[0]!r} and the answer {found[1]!r}",
+            hint=f"the template's marks are those of serve.reasoning_parser {named}"
+            if named
+            else "name another serve.reasoning_parser, or none",
+        )
+    streamed = _streamed_thoughts(session, served, prompt, ids)
+    return "whole and in a stream" if streamed == wanted else "read whole, not in a stream"
+
+
+def _without_tools(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    chat: JsonValue = {"model": body["model"], "messages": [_ASKED]}
+    return {**body, "chat_request": chat}
+
+
+def _thoughts(answer: Answer) -> tuple[str, str]:
+    """Return thoughts and content of an answer; empty if it is not one."""
+    try:
+        message = parse(answer.text)["choices"][0]["message"]
+        return thoughts_of(message).strip(), str(message.get("content") or "").strip()
+    except _MALFORMED:
+        return "", ""
+
+
+def _streamed_thoughts(
+    session: ServerSession, served: Served, prompt: Sequence[int], ids: Sequence[int]
+) -> tuple[str, str]:
+    """Return thoughts and content that a client would put together."""
+    state: Json = None
+    thoughts, content = "", ""
+    try:
+        for place in range(0, len(ids), _PIECE):
+            body = _request(served, prompt, ids[place : place + _PIECE], stream=True)
+            sent = {**_without_tools(body), "stream_state": state}
+            told = parse(session.try_post(_READ, sent).text)
+            state = told["stream_state"]
+            for choice in (told["chunk"] or {}).get("choices", ()):
+                thoughts += thoughts_of(choice["delta"])
+                content += choice["delta"].get("content") or ""
+    except _MALFORMED:
+        return "", ""
+    return thoughts.strip(), content.strip()
+
+
 def _rendered(
     session: ServerSession,
     served: Served,
     said: Mapping[str, JsonValue] | tuple[()],
     begins: bool = False,
+    tools: JsonValue = TOOLS,
 ) -> list[int] | None:
     """Return a chat's tokens, with the beginning of an answer if `begins`; None if refused."""
     body: JsonValue = {
         "model": served.name,
         "messages": [_ASKED, *([said] if said else [])],
-        "tools": TOOLS,
+        **({"tools": tools} if tools else {}),
         "add_generation_prompt": begins,
     }
     answer = session.try_post("/tokenize", body)

@@ -22,7 +22,7 @@ from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.client import Served, ask, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.round_trip import read_back
+from weightsmith.evaluating.round_trip import read_back, thoughts_read_back
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
 from weightsmith.evaluating.tool_calls import ANOTHER_PARSER, read_calls, without_thoughts
 from weightsmith.models.task import ModelTask
@@ -66,6 +66,8 @@ class Promise:
     """Whether the server reads tool calls out of answers."""
     fitting: tuple[str, ...] | None = None
     """Parsers of calls that its template is marked for; None if the server reads no tokens."""
+    fitting_thoughts: tuple[str, ...] | None = None
+    """The same of thoughts."""
     thinks: bool = False
     """Whether it has a parser for thoughts."""
     task: ModelTask = CHATS
@@ -132,6 +134,10 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
         smoke.check("tools", session, lambda: _tools(session, served))
     if (fitting := promise.fitting) is not None:
         smoke.check("calls read back", session, lambda: read_back(session, served, fitting))
+    if (marked := promise.fitting_thoughts) is not None:
+        smoke.check(
+            "thoughts read back", session, lambda: thoughts_read_back(session, served, marked)
+        )
     if promise.thinks:
         smoke.check("thoughts", session, lambda: _thoughts(session, served))
     if promise.sees:

@@ -92,6 +92,8 @@ class SpeedEvidence(JsonObject):
     output_tokens: float
     """Mean."""
     figures: tuple[SpeedFigure, ...]
+    image: str = field(default="", metadata=OMITTED)
+    """The digest in the file's name: the tools write none into the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

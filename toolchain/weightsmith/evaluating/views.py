@@ -183,6 +183,7 @@ def speed(found: Speed | None) -> list[dict[str, object]]:
             f"{one.requests} requests, {one.errors} failed, {one.concurrency:g} at once,"
             f" {one.prompt_tokens:g} tokens in and {one.output_tokens:g} out; sha256 {one.sha256}"
         )
+        said += "" if one.image else "; nothing shows that it is about this image"
         title = f"{one.file}, measured by {one.tool} {one.version}".rstrip() + seen
         parts.append(_speed_part(title, said, one.figures))
     return parts

@@ -119,6 +119,12 @@ def fitting(model: ModelFacts, engine: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, found)))
 
 
+def fitting_thoughts(model: ModelFacts, engine: str) -> tuple[str, ...]:
+    """Return the same of an engine's parsers for thoughts."""
+    found = (d.of(engine) for d in THOUGHTS if d.fits(model.chat_template, model.model_type))
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParserChoice:
     """Which parser of tool calls the engine's own code chose, and what is said about it."""

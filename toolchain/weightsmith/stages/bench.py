@@ -101,7 +101,7 @@ class BenchStep(TargetStep[Speed, None]):
             cpus=devices.cpus if devices else 0,
         )
         speed = replace(speed, evidence=tuple(one.evidence(bench) for one in self.results))
-        self._check_bound(speed)
+        self._check_bound(speed, str(index_of_materials(have[self.labelled]).digest), tools)
         if bench and not have[self.trial].started:
             speed = replace(speed, skipped="the image was not started")
         elif bench:
@@ -177,8 +177,23 @@ class BenchStep(TargetStep[Speed, None]):
             served = Served(name=name or config.served_name, chat=chat)
             yield SpeedTest(session.adding(fields), served, bench, tools.progress)
 
-    def _check_bound(self, speed: Speed) -> None:
-        """Raise InputRefused for a results file that is recorded as another image's."""
+    def _check_bound(self, speed: Speed, whole: str, tools: Tools) -> None:
+        """Raise InputRefused for a results file that is another image's, by its name or a record.
+
+        `whole` is the digest of all platforms. Warns of a file that names no image.
+        """
+        for one in speed.evidence:
+            if not one.image:
+                tools.progress.warn(
+                    f"--bench-results {one.file}: nothing shows which image it is about; put the"
+                    f" digest into its name, as NAME@{speed.image.replace(':', '-')}.json"
+                )
+            elif one.image not in (speed.image, whole):
+                raise InputRefused(
+                    f"--bench-results {one.file}: its name says {one.image}, and this build makes"
+                    f" {speed.image}",
+                    hint="measure this image, and name the file by its digest",
+                )
         with suppress(OSError, ValueError):
             if (earlier := read_build(self.of.folder).bench) and earlier.image != speed.image:
                 known = {one.sha256 for one in earlier.evidence}

@@ -48,7 +48,7 @@ from weightsmith.provenance.attest import ImageInputs, ImageMaterials, index_of_
 from weightsmith.provenance.labels import has_own_engine
 from weightsmith.serving.engine import Engine, projector_in
 from weightsmith.serving.memory import human
-from weightsmith.serving.parsers import fitting
+from weightsmith.serving.parsers import fitting, fitting_thoughts
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.pooling import width_of
 from weightsmith.steps.delivery import candidate
@@ -284,9 +284,14 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
     own = has_own_engine(image.labels)
     if engine.lets_requests_end(config.plan) or own:
         promise = replace(promise, grace_seconds=GRACE_SECONDS)
-    if own and engine.test_arguments and "tool-call-parser" in config.plan.settings:
-        spec = replace(spec, arguments=engine.test_arguments)
-        promise = replace(promise, fitting=fitting(evaluation.model, engine.name))
+    named = {"tool-call-parser", "reasoning-parser"} & set(config.plan.settings)
+    if own and engine.test_arguments and named:
+        spec, model = replace(spec, arguments=engine.test_arguments), evaluation.model
+        if "tool-call-parser" in named:
+            promise = replace(promise, fitting=fitting(model, engine.name))
+        if "reasoning-parser" in named:
+            marked = fitting_thoughts(model, engine.name)
+            promise = replace(promise, fitting_thoughts=marked)
     with start(
         name, spec, tools, health_path=config.health_path, seconds=seconds, smoke=smoke
     ) as session:
