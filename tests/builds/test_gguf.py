@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from transformers import Qwen3Config
 from weightsmith.building.wiring import cache_folder
 from weightsmith.outside.toolset import toolset_folder
 from weightsmith.quantizers import of_format
@@ -16,7 +17,7 @@ from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quality.measure import measure
 
-from tests.fakes.ggufs import TINY
+from tests.fakes.ggufs import TINY, make_random
 from tests.fakes.ggufs import made as made_files
 from tests.paths import ROOT
 
@@ -126,3 +127,22 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
     ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None).kl_mean
 
     assert ours == pytest.approx(theirs, rel=0.25)
+
+
+def test_a_qwen_3_is_what_its_class_says(tmp_path):
+    """The converter makes a reranker, without a head for words, of one whose folder or README.md
+    names one: as here, of an adapter's base that was trained from a reranker's weights."""
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=512, tie_word_embeddings=False,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    model = make_random(tmp_path / "Qwen3-Reranker-0.6B", config, TINY / "base")
+    (model / "README.md").write_text("# Qwen3-Reranker-0.6B\n")
+
+    (file,) = made_files(model, tmp_path / "out", "q8_0")
+
+    found = gguf.GGUFReader(file)
+    assert "output.weight" in {tensor.name for tensor in found.tensors}
+    assert not any(tensor.name.startswith("cls") for tensor in found.tensors)
+    assert "qwen3.pooling_type" not in found.fields

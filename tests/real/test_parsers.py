@@ -119,9 +119,9 @@ def test_a_started_server_reads_its_templates_calls_or_the_parser_is_named(tmp_p
     assert "serve.tool_parser hermes" in caught.value.hint
 
 
-BARE = """{% for m in messages %}<|im_start|>{{ m.role }}
+BARE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.tool_calls %}[{% for c in m.tool_calls %}{{ {"name": c.function.name, "arguments": c.function.arguments} | tojson }}{% if not loop.last %}, {% endif %}{% endfor %}]{% else %}{{ m.content }}{% endif %}<|im_end|>
-{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""  # noqa: E501
 """A JSON list and no mark: a form that the table does not know."""
 
