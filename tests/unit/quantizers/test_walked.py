@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
+from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused
 from weightsmith.forward.layers import Layers
 from weightsmith.models.facts import read_facts
@@ -51,15 +57,19 @@ def models(tmp_path_factory):
 
 
 def settings(model, out, method, keep=(), **more):
+    """Of `awq` and `gptq`; models without experts get compressed-tensors' layout."""
     out.mkdir(exist_ok=True)
     texts = out.with_suffix(".jsonl")
     texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in ROWS[1:]))
-    told = {"method": method, "group_size": 32, "keep": keep, **more}
+    packed = not read_facts(model).matrices.experts
+    told = {"method": method, "group_size": 32, "keep": keep, "packed": packed, **more}
     return ProgramSettings(model=model, out=out, calibration=str(texts), **told)
 
 
-def layout(method):
-    return PackedLayout(method=method, bits=4, group_size=32, symmetric=method == "gptq")
+def layout(method, model=None):
+    own = model is not None and read_facts(model).matrices.experts
+    named = method if own else "pack-quantized"
+    return PackedLayout(method=named, bits=4, group_size=32, symmetric=method == "gptq")
 
 
 @pytest.mark.grid(15)
@@ -70,7 +80,7 @@ def test_a_model_of_this_architecture_becomes_this_format(models, tmp_path, arch
 
     quantizing.quantize(settings(model, out, method))
 
-    check_checkpoint(out, model, layout(method))
+    check_checkpoint(out, model, layout(method, model))
     found = measure(model, view_of(out, model), ROWS[:1], 100, lambda *_: None)
     assert found.kl_mean > 0
     assert 0 < found.layer_error < MOST
@@ -83,7 +93,8 @@ def test_a_model_of_this_architecture_becomes_this_format(models, tmp_path, arch
         for name in source.names & made.names
         if name.endswith("_proj.weight") and len(source.info(name).shape) == 2
     }
-    assert linear <= {f"{name}.weight" for name in config.get("modules_to_not_convert") or ()}
+    told = config.get("modules_to_not_convert") or config.get("ignore") or ()
+    assert linear <= {f"{name}.weight" for name in told}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +175,7 @@ def test_what_is_kept_keeps_its_bytes(models, tmp_path):
     kept = {n for n in source.names if "down_proj" in n or "layers.1.self_attn.o_proj" in n}
     assert all(made.raw(n).tobytes() == source.raw(n).tobytes() for n in kept)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["modules_to_not_convert"] == sorted(n.removesuffix(".weight") for n in kept)
+    assert config["ignore"] == ["lm_head", *sorted(n.removesuffix(".weight") for n in kept)]
     every = tuple(name.removesuffix(".weight") for name in source.names if "_proj" in name)
     with pytest.raises(InputRefused, match="nothing would be quantized"):
         quantizing.quantize(settings(model, out, "gptq", every))
@@ -339,6 +350,71 @@ def test_errors_are_spread_as_the_paper_says(symmetric):
     assert (np.abs(made.numpy() - right) > 1e-4).mean() < 0.01
     by_itself = float((inputs @ (grid.rounded(weight) - weight).T).norm())
     assert float((inputs @ (made - weight).T).norm()) < 0.7 * by_itself
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_compressed_tensors_reads_what_we_read(tmp_path, method, dtype):
+    """Its own library dequantizes each matrix to the bits that our reader finds."""
+    model, out = changed(tmp_path / "model", lambda _, one: one.to(dtype)), tmp_path / "out"
+
+    quantizing.quantize(settings(model, out, method, ("o_proj",)))
+
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    assert infer_module_format(torch.nn.Linear, scheme) == config["format"]
+    tensors, view = load_file(out / "model.safetensors"), view_of(out, model)
+    compressor = BaseCompressor.get_value_from_registry(config["format"])
+    names = compressor.compression_param_names(scheme)
+    assert len(view.modules) == 12
+    for module in view.modules:
+        parts = {name: tensors[f"{module}.{name}"] for name in names}
+        assert parts["weight_scale"].dtype == dtype
+        wide = {**parts, "weight_scale": parts["weight_scale"].float()}
+        read = compressor.decompress(wide, scheme)["weight"]
+        np.testing.assert_array_equal(view.matrix(module), read.numpy(), err_msg=module)
+        again = {**wide, "weight": read}
+        if method == "awq":
+            shape = (len(read), wide["weight_scale"].shape[1])
+            zeros = unpack_from_int32(parts["weight_zero_point"], 4, shape, packed_dim=0)
+            again["weight_zero_point"] = zeros
+        made = compressor.compress(again, scheme)
+        for name in ("weight_packed", "weight_shape", "weight_zero_point"):
+            assert (name in parts) == (name in made)
+            assert name not in parts or torch.equal(made[name], parts[name]), name
+
+
+def test_what_vllm_converts_autoawqs_layout_to_is_what_we_write(models, tmp_path):
+    """compressed-tensors' own converter makes each tensor of `awq` from those of `awq-gemm`."""
+    model, made = models("Qwen2ForCausalLM"), {}
+    for name in ("awq", "awq-gemm"):
+        out = tmp_path / name
+        quantizing.quantize(settings(model, out, "awq", packed=name == "awq"))
+        made[name] = load_file(out / "model.safetensors")
+
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    converted = AutoAWQConverter.from_autoawq_config(config).process(dict(made["awq-gemm"]))
+
+    assert converted.keys() == made["awq"].keys()
+    for name, tensor in made["awq"].items():
+        other = converted[name]
+        same = tensor.dtype == other.dtype or name.endswith("weight_scale")  # there in float16
+        assert same
+        assert torch.equal(tensor.float(), other.float()), name
+
+
+def test_the_formats_layouts_are_those_that_their_targets_load():
+    """TGI and SGLang get the layouts of the methods' own tools, under the names they had."""
+    found = {
+        name: (target.format.name, target.format.layout)
+        for name, target in all_targets().items()
+        if target.format.name.removesuffix("-gemm").removesuffix("-v1") in {"awq", "gptq"}
+    }
+
+    packed = {f"vllm-{method}": (method, "pack-quantized") for method in ("awq", "gptq")}
+    stand_ins = {"awq": ("awq-gemm", ""), "gptq": ("gptq-v1", "")}
+    own = {f"{e}-{m}": one for e in ("sglang", "tgi") for m, one in stand_ins.items()}
+    assert found == packed | own | {f"vllm-{one[0]}": one for one in stand_ins.values()}
 
 
 @pytest.mark.parametrize(("method", "pack"), [("awq", packed_awq), ("gptq", packed_gptq)])

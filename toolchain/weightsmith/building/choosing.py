@@ -241,6 +241,8 @@ def _all_of(request: BuildRequest, auto: Auto) -> Iterator[Candidate]:
         format_ = target.format
         if target.engine.name not in auto.engine or format_.unmerged or not can_make(format_):
             continue
+        if format_.instead_of and target.engine.layouts:
+            continue  # the same numbers in the layout that this engine prefers are another target
         variants: Sequence[Mapping[str, JsonValue]] = ({},)
         if format_.name in formats():
             variants = of_format(format_.name).variants(format_, wanted)

@@ -296,6 +296,12 @@ class Format:
     """The kind that engines support: `safetensors`, `gguf`, `awq`, `gptq`, `fp8`, `nvfp4` …"""
     bits_per_weight: float
     """Nominal bits per weight, used to plan disk and memory before the file exists."""
+    layout: str = ""
+    """compressed-tensors' name of how its matrices are packed, for engines that read that; empty
+    for a layout that `kind` names."""
+    instead_of: str = ""
+    """The format that this one stands in for, by its name, on engines that lack that one's layout.
+    """
     base: Format | None = None
     """Of unmerged adapters, the format of the base beside them; None for 16 bits."""
 
@@ -325,8 +331,13 @@ SAFETENSORS = Format(name="safetensors", kind="safetensors", bits_per_weight=16.
 
 # Checkpoints with packed weights, which can be planned and served without our quantizers: four
 # bits, with a 16-bit scale and a 4-bit zero point per 128 weights; eight bits.
-AWQ = Format(name="awq", kind="awq", bits_per_weight=4.16)
-GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.16)
+PACKED = "pack-quantized"
+AWQ = Format(name="awq", kind="awq", bits_per_weight=4.16, layout=PACKED)
+GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.16, layout=PACKED)
+# In the layouts of AutoAWQ and AutoGPTQ, which vLLM means to drop (github.com/vllm-project/vllm
+# /issues/30136), and which are all that TGI reads.
+AWQ_GEMM = Format(name="awq-gemm", kind="awq", bits_per_weight=4.16, instead_of="awq")
+GPTQ_V1 = Format(name="gptq-v1", kind="gptq", bits_per_weight=4.16, instead_of="gptq")
 FP8 = Format(name="fp8", kind="fp8", bits_per_weight=8.0)
 LORA = Format(name="lora", kind="lora", bits_per_weight=16.0)
 """The base in 16 bits and its unmerged adapters, which are applied at run time."""

@@ -23,7 +23,7 @@ import numpy as np
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.trees import remove
-from weightsmith.core.values import Format, JsonValue
+from weightsmith.core.values import PACKED, Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.task import is_of_sentences
 from weightsmith.models.tensors import CheckpointTensors, array_type
@@ -149,18 +149,31 @@ def group_size(model: ModelFacts, requested: JsonValue) -> int:
 def in_groups(request: QuantizeRequest) -> PackedLayout:
     """Return the layout of 4-bit integers with a scale per group: `gptq` symmetric, others not.
 
+    Experts always have the tool's own layout: vLLM's kernel for CPUs takes no other one with zero
+    points (0.33, layers/fused_moe/experts/cpu_moe.py CPUExpertsInt4._supports_quant_scheme).
     Raises InputRefused as `group_size` does.
     """
-    size = group_size(read_facts(request.model), request.options.get("group_size"))
-    method = request.format.kind
-    return PackedLayout(method=method, bits=4, group_size=size, symmetric=method == "gptq")
+    model, method = read_facts(request.model), request.format.kind
+    return PackedLayout(
+        method=method if model.matrices.experts else request.format.layout or method,
+        bits=4,
+        group_size=group_size(model, request.options.get("group_size")),
+        symmetric=method == "gptq",
+    )
 
 
 def grouped_step(module: str, request: QuantizeRequest, title: str) -> tuple[BuilderCommand]:
     """Return the step that runs `module` offline for a format with groups."""
-    size, method = in_groups(request).group_size, request.format.kind
-    scaled = bool(request.options.get("scaled", True))
-    return python_step(module, request, title, method=method, group_size=size, scaled=scaled)
+    layout, method = in_groups(request), request.format.kind
+    return python_step(
+        module,
+        request,
+        title,
+        method=method,
+        packed=layout.method == PACKED,
+        group_size=layout.group_size,
+        scaled=bool(request.options.get("scaled", True)),
+    )
 
 
 def refuse_scales(format_: Format, _chosen: Options) -> Options:
@@ -212,14 +225,14 @@ def group_options(format_: Format, requested: Options) -> Options:
 
 
 def zero_point_option(format_: Format, requested: Options) -> None:
-    """Raise UsageError for AWQ's own layout without zero points, which no server supports.
+    """Raise UsageError for AWQ without zero points, which AutoAWQ's layout cannot say.
 
     vLLM 0.33 and SGLang 0.5 support 4 bits without a zero point only with an offset of eight
     (`uint4b8`), which that layout does not have (query_marlin_supported_quant_types).
     """
     if requested.get("zero_point", True) is False:
         raise UsageError(
-            f"zero_point: false is not supported by {format_.name}: its layout needs zero points",
+            f"zero_point: false is not supported by {format_.name}: its groups have zero points",
             hint="remove zero_point; or use gptq, which is symmetric, or awq-compressed, which "
             "can be",
         )
@@ -310,16 +323,18 @@ def grouped_config(
     return found
 
 
-def integers_config(bits: int, group: int, kept: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the quantization_config of compressed-tensors' symmetric integers in groups.
+def integers_config(
+    bits: int, group: int, kept: Sequence[str], *, symmetric: bool = True
+) -> dict[str, JsonValue]:
+    """Return the quantization_config of compressed-tensors' integers in groups.
 
     `kept` are the modules that stay in 16 bits.
     """
     weights: dict[str, JsonValue] = {
-        "num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
+        "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
         "strategy": "group", "group_size": group,
     }  # fmt: skip
-    layout: dict[str, JsonValue] = {"format": "pack-quantized"}
+    layout: dict[str, JsonValue] = {"format": PACKED}
     group_0 = {**layout, "targets": ["Linear"], "weights": weights, "input_activations": None}
     return {
         **layout,

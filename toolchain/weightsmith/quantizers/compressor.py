@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from typing import Any
 
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Format, JsonValue
+from weightsmith.core.values import PACKED, Format, JsonValue
 from weightsmith.models.facts import read_facts
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.architectures import LLAMAS
@@ -20,7 +21,7 @@ from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import Options, Quantizer, QuantizeRequest
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
-AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
+AWQ_COMPRESSED = Format(name="awq-compressed", kind="awq", bits_per_weight=4.16, layout=PACKED)
 
 
 def _options(format_: Format, requested: Options) -> Options:
@@ -40,10 +41,11 @@ def _layout(request: QuantizeRequest) -> PackedLayout:
         )
     model = read_facts(request.model)
     return PackedLayout(
-        method="pack-quantized",
+        method=PACKED,
         bits=4,
         group_size=checkpoints.group_size(model, request.options.get("group_size")),
         symmetric=not request.options.get("zero_point", True),
+        rescaled=True,
     )
 
 
@@ -118,7 +120,7 @@ QUANTIZER = Quantizer(
     ),
     check_options=checkpoints.check_group,
     calibrated=lambda _format, _options: True,
-    view=view_of,
+    view=partial(view_of, rescaled=True),
 )
 
 if __name__ == "__main__":

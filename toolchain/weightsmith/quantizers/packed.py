@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import Json
+from weightsmith.core.values import PACKED, Json
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.matrices import Floats, Matrix, matrices
 from weightsmith.quantizers.schemes import Scheme
@@ -52,6 +52,8 @@ class PackedLayout:
     """Whether each module has a fixed input scale."""
     outputs: int = 1
     """Outputs per scale."""
+    rescaled: bool = field(default=False, compare=False)
+    """Whether AWQ made it without zero points, which config.json does not say."""
 
     @classmethod
     def of_scheme(cls, scheme: Scheme) -> PackedLayout:
@@ -68,7 +70,13 @@ class PackedLayout:
     @property
     def tiled(self) -> bool:
         """Whether codes have a byte or half of one, and scales are of tiles."""
-        return self.method not in {"awq", "gptq", "pack-quantized"}
+        return self.method not in {"awq", "gptq", PACKED}
+
+    @property
+    def moved(self) -> bool:
+        """Whether scales may have moved between tensors, as AWQ does."""
+        integers = self.method == PACKED and (self.rescaled or not self.symmetric)
+        return self.method == "awq" or integers
 
     @property
     def input_scale(self) -> str:
@@ -82,7 +90,7 @@ class PackedLayout:
             return ".qweight"
         if self.method == "mxfp4":
             return "_blocks"
-        packed = self.method == "pack-quantized" or self.method in FLOAT4
+        packed = self.method == PACKED or self.method in FLOAT4
         return ".weight_packed" if packed else ".weight_scale"
 
 
@@ -119,10 +127,13 @@ def layout_of(config: Mapping[str, Json]) -> PackedLayout:
 class PackedView:
     """A View of a quantized checkpoint."""
 
-    def __init__(self, folder: Path, stacked: Iterable[Matrix] = ()) -> None:
+    def __init__(
+        self, folder: Path, stacked: Iterable[Matrix] = (), *, rescaled: bool = False
+    ) -> None:
         """Read config.json and the headers; `stacked` are parts of stacked tensors."""
         self.tensors = CheckpointTensors(folder)
-        self.layout = layout_of(read_json(folder / "config.json"))
+        told = layout_of(read_json(folder / "config.json"))
+        self.layout = replace(told, rescaled=rescaled)
         end, known = self.layout.marker, tuple(stacked)
         marked = {n.removesuffix(end) for n in self.tensors.names if n.endswith(end)}
         self._experts: dict[str, Matrix] = {}
@@ -162,9 +173,10 @@ class PackedView:
     def kind(self, name: str) -> str:
         """Return the layout of a quantized matrix, or the type of another tensor.
 
-        Returns "" for all of AWQ, which moves scales between tensors.
+        Returns "" for all of AWQ, which moves scales between tensors, and for integers of other
+        sizes, whose errors have no limit of their own.
         """
-        if self.layout.method in {"awq", "pack-quantized"}:
+        if self.layout.moved or (self.layout.method == PACKED and self.layout.bits != 4):
             return ""
         packed = name in self._stacks or name.removesuffix(".weight") in self.modules
         return self.layout.method if packed else self.tensors.info(name).dtype.lower()
@@ -174,7 +186,7 @@ class PackedView:
 
         Only these are dequantized.
         """
-        if self.layout.method == "pack-quantized":
+        if self.layout.method == PACKED:
             return _packed(self.tensors, module, start, stop, self.layout.bits)
         if reader := _INTEGERS.get(self.layout.method):
             return reader(self.tensors, module, start, stop)
@@ -236,10 +248,14 @@ class PackedView:
         return made
 
 
-def view_of(folder: Path, model: Path) -> PackedView:
-    """Return a finished folder's View for the quality gate, with the tensors of `model`."""
+def view_of(folder: Path, model: Path, *, rescaled: bool = False) -> PackedView:
+    """Return a finished folder's View for the quality gate, with the tensors of `model`.
+
+    With `rescaled`, integers without zero points are AWQ's.
+    """
     found = matrices(CheckpointTensors(model), model)
-    return PackedView(folder, [matrix for matrix in found if matrix.expert >= 0])
+    stacked = [matrix for matrix in found if matrix.expert >= 0]
+    return PackedView(folder, stacked, rescaled=rescaled)
 
 
 def nibbles(packed: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:

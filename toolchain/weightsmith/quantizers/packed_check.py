@@ -32,7 +32,6 @@ _MOST_KEPT = 0.01
 """For matrices kept in 16 bits, after rescaling; rounding to bfloat16 gives 0.002."""
 _GAINS, _MAX_OFF = (0.4, 1.6), 0.05
 """Allowed gain of an output after clipping, and the fraction of outputs that may exceed it."""
-_MAY_RESCALE = frozenset({"awq", "pack-quantized"})
 _BEFORE_A_MATRIX = ("v_proj", "up_proj", "w3")
 """Their outputs are another matrix's inputs, so AWQ may scale them."""
 _HINT = "quantize it again; if it fails again, use another format"
@@ -47,7 +46,8 @@ def check_checkpoint(
     quantized; scales are finite and positive; each matrix is near the original; the other tensors
     are finite and complete; the checkpoint is smaller.
     """
-    view, source = view_of(folder, model), CheckpointTensors(model)
+    view = view_of(folder, model, rescaled=expected.rescaled)
+    source = CheckpointTensors(model)
     if view.layout != expected:
         raise CheckFailed(
             f"{folder.name} has layout {view.layout}, expected {expected}",
@@ -172,14 +172,9 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
                 )
 
 
-def _may_rescale(layout: PackedLayout) -> bool:
-    """Return whether scales may have moved between tensors: AWQ's, which has 4 bits here."""
-    return layout.method in _MAY_RESCALE and layout.bits == 4
-
-
 def _check_near(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     layout = view.layout
-    if _may_rescale(layout):
+    if layout.moved:
         error, limit = _rescaled_error(view, source, matrix), _MOST_CLIPPED
     else:
         error = _error(view, source, matrix)
@@ -281,7 +276,7 @@ def _check_rest(view: PackedView, source: CheckpointTensors, name: str) -> None:
         for at in range(0, own.size, _BLOCK)
     ):
         return
-    may = _may_rescale(view.layout)
+    may = view.layout.moved
     if may and ("norm" in name or name.endswith(".bias")):
         return
     if may and LINEAR.search(name):

@@ -52,6 +52,8 @@ class ProgramSettings:
     bits: int = 4
     group_size: int = 0
     symmetric: bool = True
+    packed: bool = False
+    """Whether integers are packed as compressed-tensors does, not as the method's own tool."""
     scaled: bool = True
     """Whether AWQ may move scales between matrices and norms."""
     keep: Sequence[str] = ()
@@ -76,6 +78,7 @@ def python_step(
     bits: int = 4,
     group_size: int = 0,
     symmetric: bool = True,
+    packed: bool = False,
     scaled: bool = True,
 ) -> tuple[BuilderCommand]:
     """Return the step that runs `module` offline with settings."""
@@ -88,6 +91,7 @@ def python_step(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        packed=packed,
         scaled=scaled,
         keep=request.keep,
     )

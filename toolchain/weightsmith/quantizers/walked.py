@@ -3,6 +3,10 @@
 AutoAWQ and GPTQModel load the whole model, and begin anew after a kill; both stay as formats of
 their own.
 
+`awq` and `gptq` have compressed-tensors' layout, the one that vLLM keeps: those of AutoAWQ and
+AutoGPTQ are "to be deprecated later" (github.com/vllm-project/vllm/issues/30136). `awq-gemm` and
+`gptq-v1` have these, for TGI and SGLang.
+
 Only inputs are in the key: these results are multiplied in float32 by the machine's own libraries,
 in an order that threads and CPUs decide, so another machine's may differ. An image's digest covers
 the actual bytes.
@@ -11,7 +15,7 @@ the actual bytes.
 from __future__ import annotations
 
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import AWQ, GPTQ
+from weightsmith.core.values import AWQ, AWQ_GEMM, GPTQ, GPTQ_V1
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import checkpoints, running
@@ -49,8 +53,8 @@ def main() -> None:
 QUANTIZER = Quantizer(
     name="walked",
     builder="merge",
-    formats=(AWQ, GPTQ),
-    recipe_number=1,
+    formats=(AWQ, GPTQ, AWQ_GEMM, GPTQ_V1),
+    recipe_number=2,
     check_input=lambda _format, model: checkpoints.check_grouped(model, GROUPED),
     steps=lambda request: checkpoints.grouped_step(
         __name__, request, f"calibrating {request.format.name}, layer by layer"
@@ -62,7 +66,7 @@ QUANTIZER = Quantizer(
     ),
     options=checkpoints.group_options,
     beside_adapters=lambda format_, chosen: (
-        {**chosen, "scaled": False} if format_ == AWQ else chosen
+        {**chosen, "scaled": False} if format_.kind == "awq" else chosen
     ),
     check_options=check_options,
     calibrated=lambda _format, _options: True,

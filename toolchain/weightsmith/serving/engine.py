@@ -171,6 +171,8 @@ class Engine:
     """For people."""
     accepts: frozenset[str]
     """Kinds of Format (`gguf`, `safetensors`, `awq` …)."""
+    layouts: frozenset[str] = frozenset()
+    """Of compressed-tensors' layouts of integers, those that it loads with zero points, too."""
     base: EngineBase
     port: int
     health_path: str

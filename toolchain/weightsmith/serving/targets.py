@@ -25,16 +25,29 @@ class Target:
 def targets(formats: Iterable[Format]) -> Mapping[str, Target]:
     """Return the targets there are, by name, given the formats that quantizers make.
 
-    The merged checkpoint itself needs no quantizer: its targets carry the engine's name alone.
+    The merged checkpoint itself needs no quantizer: its targets carry the engine's name alone. An
+    engine without compressed-tensors' layout of integers has the format that stands in for it.
     """
     found = {
         name: Target(name=name, engine=engine, format=format_)
         for engine in engines().values()
         for format_ in (SAFETENSORS, *formats)
-        if {format_.kind, format_.without_adapters.kind} <= engine.accepts
-        for name in [engine.name if format_ == SAFETENSORS else f"{engine.name}-{format_.name}"]
+        if _loads(engine, format_)
+        for name in [_name(engine, format_)]
     }
     return MappingProxyType(dict(sorted(found.items())))
+
+
+def _loads(engine: Engine, format_: Format) -> bool:
+    own = format_.without_adapters
+    return {format_.kind, own.kind} <= engine.accepts and own.layout in {"", *engine.layouts}
+
+
+def _name(engine: Engine, format_: Format) -> str:
+    if format_ == SAFETENSORS:
+        return engine.name
+    stands_in = format_.instead_of and not engine.layouts
+    return f"{engine.name}-{format_.instead_of if stands_in else format_.name}"
 
 
 def find(name: str, known: Mapping[str, Target]) -> Target:

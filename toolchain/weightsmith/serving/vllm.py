@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Format, JsonValue
+from weightsmith.core.values import PACKED, Format, JsonValue
 from weightsmith.models.facts import ModelFacts, Packing
 from weightsmith.serving.compatibility import check_blocks
 from weightsmith.serving.devices import AMX, CPU, is_cpu
@@ -494,6 +494,7 @@ ENGINE = Engine(
         {"safetensors", "awq", "gptq", "fp8", "nvfp4", "mxfp4", "mxfp8", "lora"}
         | {"compressed-tensors"}
     ),
+    layouts=frozenset({PACKED}),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,
     health_path="/health",

@@ -1,10 +1,10 @@
 """Artifact -> Artifact: with the scales of vLLM's 8-bit KV cache.
 
 A stage of its own, so that all formats share one measurement, on the merged checkpoint; an option
-of each quantizer would make every format again. AWQ's and GPTQ's layouts get no scales, because
-vLLM reads none from them, and `awq-compressed` none, because its values change after they were
-measured. On the support bot the mean divergence at 2,048 tokens fell from 0.033 to 0.030 nats, but
-the largest rose.
+of each quantizer would make every format again. The layouts of AutoAWQ and AutoGPTQ get no scales,
+because vLLM reads none from them, and AWQ none, because values change after they were measured. On
+the support bot the mean divergence at 2,048 tokens fell from 0.033 to 0.030 nats, but the largest
+rose.
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ _INDEX = "model.safetensors.index.json"
 _SCALES = "scales.json"
 _MEASURING, _WRITING = 1, 1
 _E4M3 = frozenset({"fp8", "fp8_e4m3"})
-_NO_ATTENTION: Mapping[str, str] = {
-    # vLLM 0.33, auto_awq.py and auto_gptq.py: get_quant_method has nothing for attention
-    "awq": "vLLM reads no scales of a cache from AWQ checkpoints",
-    "gptq": "vLLM reads no scales of a cache from GPTQ checkpoints",
-}
 
 
 def inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
@@ -204,10 +199,11 @@ def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
         return "only vLLM's fp8 cache (kv_cache_dtype fp8) has them"
     if target.format.unmerged:
         return "the adapters are not merged, and change keys and values"
-    if target.format.kind in _NO_ATTENTION:
-        return _NO_ATTENTION[target.format.kind]
-    if target.format.name == "awq-compressed":
-        return "llm-compressor changes the scale of values while it quantizes"
+    if target.format.kind == "awq":
+        return "AWQ changes the scale of values while it quantizes"
+    if target.format.kind == "gptq" and (not target.format.layout or model.matrices.experts):
+        # 0.33, auto_gptq.py: get_quant_method has nothing for attention
+        return "vLLM reads no scales of a cache from the layout of GPTQ's own tools"
     if model.packing and not file.recipe.adapters:  # a merge dequantizes
         return "the base is already quantized"
     if model.architecture not in MEASURED or model.shape.kv_lora_rank:

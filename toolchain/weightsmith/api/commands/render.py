@@ -183,7 +183,9 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
             f"{model.path} is GGUF, which {target.engine.name} does not load",
             hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
         )
-    kinds = model.facts.weight_kinds
+    kinds, packing = model.facts.weight_kinds, model.facts.packing
+    if packing and packing.method == "compressed-tensors" and not target.engine.layouts:
+        kinds -= {"awq", "gptq"}  # integers of four bits, in a layout that this engine lacks
     if target.format == SAFETENSORS or target.format.kind in kinds:  # an engine detects packing
         return own
     if "safetensors" not in kinds:

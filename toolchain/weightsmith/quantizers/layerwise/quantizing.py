@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ _EXPERT = re.compile(r".*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _ROLE = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 _UNCLIPPED = ("q_proj", "k_proj", "q_b_proj")
 """As in AutoAWQ: their products decide what attention looks at."""
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""Of a checkpoint's tensors; others are read as float32."""
 MIN_TOKENS = 64
 """An expert that sees fewer is calibrated on all tokens of its layer."""
 
@@ -84,7 +87,8 @@ def quantize(settings: running.ProgramSettings) -> None:
                 hint="choose another --group-size, or fp8, which has a scale per row",
             )
     layers, awq = Layers(model, read), settings.method == "awq"
-    scaled, pack = awq and settings.scaled, _PACKS.get(settings.method, packed_integers)
+    scaled, method = awq and settings.scaled, settings.method
+    pack = partial(packed_integers, zeros=awq) if settings.packed else _PACKS[method]
     walk = _Walk(
         awq=awq, pack=pack, bits=settings.bits, scaled=scaled, group=group, source=source,
         layers=layers, found=found,
@@ -99,10 +103,10 @@ def quantize(settings: running.ProgramSettings) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
     _assemble(walk, out, made)
     kept = unquantized(source, known, found)
-    if settings.method in _PACKS:
-        config = checkpoints.grouped_config(settings.method, group, settings.keep, kept)
+    if settings.packed:
+        config = checkpoints.integers_config(settings.bits, group, kept, symmetric=not awq)
     else:
-        config = checkpoints.integers_config(settings.bits, group, kept)
+        config = checkpoints.grouped_config(method, group, settings.keep, kept)
     checkpoints.write_companions(model, out, config)
     discard(out / running.RAW)
 
@@ -149,11 +153,11 @@ class _Finished:
 
 def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Write a file that is whole under its name, also after a loss of power."""
-    partial = file.with_name(".partial")
-    save_file(dict(tensors), partial, {"format": "pt"})
-    with partial.open("rb") as written:
+    begun = file.with_name(".partial")
+    save_file(dict(tensors), begun, {"format": "pt"})
+    with begun.open("rb") as written:
         os.fsync(written.fileno())
-    partial.rename(file)
+    begun.rename(file)
     sync_folder(file.parent)
 
 
@@ -226,7 +230,7 @@ def _scaled(
 
     def stored(module: nn.Module) -> torch.dtype:
         info = layers.weights.infos[vector_of(module)[1]]
-        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(info.dtype, torch.float32)
+        return _DTYPES.get(info.dtype, torch.float32)
 
     before = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
     kept = [(group, group.moments.copy()) for group in observer.groups]
@@ -577,28 +581,34 @@ def packed_gptq(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def packed_integers(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return compressed-tensors' tensors of values on a symmetric grid.
+def packed_integers(
+    grid: Grid, values: torch.Tensor, *, zeros: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return compressed-tensors' tensors of values on a grid, which is symmetric without `zeros`.
 
     `weight_packed` is int32 [outputs, inputs * bits / 32]: a row's codes, one after the other from
-    the lowest bit on, also across words; `weight_scale` is [outputs, groups].
+    the lowest bit on, also across words; `weight_scale` is [outputs, groups], and of 4-bit codes
+    `weight_zero_point` int32 [outputs / 8, groups].
     """
     codes, bits = grid.codes(values).numpy().astype(np.uint8), grid.largest.bit_length()
     each = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
     row = np.packbits(each.reshape(len(codes), -1), axis=1, bitorder="little")
     words = np.pad(row, ((0, 0), (0, -row.shape[1] % 4))).view("<i4")
-    return {
+    made = {
         "weight_packed": torch.from_numpy(np.ascontiguousarray(words, np.int32)),
         "weight_scale": grid.scale.bfloat16().contiguous(),
         "weight_shape": torch.tensor(values.shape),
     }
+    if zeros:
+        made["weight_zero_point"] = _packed_columns(grid.zero.T, tuple(range(8))).T.contiguous()
+    return made
 
 
 _PACKS: Mapping[str, Callable[[Grid, torch.Tensor], dict[str, torch.Tensor]]] = {
     "awq": packed_awq,
     "gptq": packed_gptq,
 }
-"""By `ProgramSettings.method`; others are packed as compressed-tensors does."""
+"""By `ProgramSettings.method`: the layouts of these methods' own tools."""
 
 
 def _packed_columns(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

@@ -68,7 +68,7 @@ def limits_for(
         merged["top1"] = 1 - (1 - merged["top1"]) * _GENERAL
     if perplexity > _PREDICTED:
         del merged["perplexity_ratio"], merged["top1"]
-    for name in (_ANY, format_.name):
+    for name in (_ANY, format_.instead_of, format_.name):
         if name in quality.limits:
             merged |= quality.limits[name].model_dump(exclude_none=True)
     return {key: float(value) for key, value in merged.items()}

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from weightsmith.core.errors import CheckFailed, Unmeasurable
+from weightsmith.core.values import PACKED
 from weightsmith.forward.adapters import with_adapters
 from weightsmith.forward.heads import BatchPositions, logits_of, only
 from weightsmith.forward.libraries import ModelFails, running
@@ -592,6 +593,7 @@ ROUNDING: Mapping[str, Rounding] = {
     "mxfp8-quantized": Rounding(0.0266, block=0),
     # With groups of 128; rounding errors are moved to other weights on purpose.
     "gptq": Rounding(0.2, block=128),
+    PACKED: Rounding(0.2, block=128),
     "f32": Rounding(_COPIED / _MARGIN, block=0, tiny=_TINY_COPIED),
     "f16": Rounding(_COPIED / _MARGIN, block=0, tiny=_TINY_COPIED),
     "bf16": Rounding(_COPIED / _MARGIN, block=0, tiny=_TINY_COPIED),
