@@ -65,7 +65,12 @@ def test_a_16_bit_checkpoint_gets_scales_beside_its_weights(calibrated: Memory) 
 
 
 @pytest.mark.parametrize(
-    ("target", "why"), [("vllm-awq", "AWQ checkpoints"), ("vllm-lora", "adapters are not merged")]
+    ("target", "why"),
+    [
+        ("vllm-awq", "AWQ changes the scale"),
+        ("vllm-gptq-v1", "from the layout of GPTQ's own tools"),
+        ("vllm-lora", "adapters are not merged"),
+    ],
 )
 def test_what_vllm_cannot_read_is_said_or_refused(
     calibrated: Memory, target: str, why: str

@@ -57,7 +57,7 @@ def test_the_weights_are_awq_in_the_layout_that_servers_read(dist: Path) -> None
     layout = dist / "tiny-capitals" / "1.0.0" / TARGET / "image"
     image = read_layout(layout)
 
-    assert told["artifact"]["details"]["layout"] == "awq"
+    assert told["artifact"]["details"]["layout"] == "pack-quantized"
     assert told["quality"]["exceeded"] == []
     assert image.config["Entrypoint"] == ["vllm", "serve"]
     assert image.config["Cmd"] == ["--config", "/etc/weightsmith/vllm.yaml"]

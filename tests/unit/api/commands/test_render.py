@@ -9,6 +9,7 @@ import struct
 
 import pytest
 from weightsmith import render
+from weightsmith.quantizers.checkpoints import integers_config
 
 from tests.fakes.command_line import weightsmith
 from tests.paths import ROOT
@@ -151,6 +152,37 @@ def test_packed_weights_are_refused_where_they_would_be_quantized(tmp_path, weig
 
     assert (code, planned["error"]) == (3, told["error"])
     assert "already quantized (fp8)" in told["error"]["message"]
+
+
+OWN = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+
+
+@pytest.mark.parametrize(
+    ("told", "target", "served"),
+    [
+        (integers_config(4, 128, [], symmetric=False), "vllm-awq", True),
+        (integers_config(4, 128, [], symmetric=False), "vllm-awq-compressed", True),
+        (integers_config(4, 128, []), "vllm-gptq", True),
+        (OWN, "vllm-awq", True),
+        (OWN, "vllm-awq-gemm", True),
+        (OWN, "tgi-awq", True),
+        (integers_config(4, 128, [], symmetric=False), "tgi-awq", False),
+        (integers_config(4, 128, []), "sglang-gptq", False),
+    ],
+)
+def test_a_target_serves_its_own_weights(tmp_path, told, target, served):
+    """As they are; of both layouts of AWQ and GPTQ, vLLM reads each, TGI and SGLang only one."""
+    path, size = folder(tmp_path, "llama-3-8b")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": told}))
+
+    flags = ["--target", target, "--gpu", "nvidia-h100-80gb", "--out", tmp_path / "out"]
+    code, said, _ = invoke("render", "--model", path, *flags)
+
+    if served:
+        assert said["plan"]["weights_bytes_per_gpu"] == size
+    else:
+        assert (code, said["error"]["hint"]) == (3, "start from the 16-bit checkpoint")
 
 
 @pytest.mark.parametrize("target", ["vllm-lora", "vllm-awq-lora", "llamacpp-q4_k_m-lora"])
