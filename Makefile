@@ -53,7 +53,7 @@ printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q --universal --python-
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock bases release tool-image generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock bases update release tool-image generate golden test test-fast test-all test-part test-gpu gpu-pack gpu-day fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ lock: setup-dev ## Write requirements.lock, the tool's own packages by hash, fro
 
 bases: setup-dev ## Pin upstream's base images by digest, where their registries can be reached
 	@$(BIN)/python images/bases.py
+
+update: setup-dev ## Say which pins have newer versions; PART=builders/merge moves that part's, if its tests pass
+	@$(BIN)/python images/update.py $(if $(PART),--only $(PART) --accept $(PART))
 
 release: check ## Make wheel and source package in dist/, if every base image is pinned
 	@$(BIN)/python images/bases.py --check

@@ -48,6 +48,9 @@ class PackageIndex:
 class _Handler(Replying):
     state: PackageIndex
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         parts = self.path.strip("/").split("/")
         if parts[0] == "files":
