@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from tests.paths import ROOT
 
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 _HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
