@@ -369,7 +369,6 @@ def test_compressed_tensors_reads_what_we_read(tmp_path, method, dtype):
     assert len(view.modules) == 12
     for module in view.modules:
         parts = {name: tensors[f"{module}.{name}"] for name in names}
-        assert parts["weight_scale"].dtype == dtype
         wide = {**parts, "weight_scale": parts["weight_scale"].float()}
         read = compressor.decompress(wide, scheme)["weight"]
         np.testing.assert_array_equal(view.matrix(module), read.numpy(), err_msg=module)
