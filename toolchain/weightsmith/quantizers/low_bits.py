@@ -33,7 +33,6 @@ def _steps(request: QuantizeRequest) -> tuple[BuilderCommand]:
         request,
         f"calibrating {name}, layer by layer",
         method=name,
-        packed=True,
         bits=layout.bits,
         group_size=layout.group_size,
     )

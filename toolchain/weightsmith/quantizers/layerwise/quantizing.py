@@ -88,7 +88,8 @@ def quantize(settings: running.ProgramSettings) -> None:
             )
     layers, awq = Layers(model, read), settings.method == "awq"
     scaled, method = awq and settings.scaled, settings.method
-    pack = partial(packed_integers, zeros=awq) if settings.packed else _PACKS[method]
+    packed = settings.packed or method not in _PACKS
+    pack = partial(packed_integers, zeros=awq) if packed else _PACKS[method]
     walk = _Walk(
         awq=awq, pack=pack, bits=settings.bits, scaled=scaled, group=group, source=source,
         layers=layers, found=found,
@@ -103,7 +104,7 @@ def quantize(settings: running.ProgramSettings) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
     _assemble(walk, out, made)
     kept = unquantized(source, known, found)
-    if settings.packed:
+    if packed:
         config = checkpoints.integers_config(settings.bits, group, kept, symmetric=not awq)
     else:
         config = checkpoints.grouped_config(method, group, settings.keep, kept)
