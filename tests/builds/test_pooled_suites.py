@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from weightsmith.building.wiring import cache_folder
+from weightsmith.oci.layout import read_layout
 
 from tests.fakes import pooled_models, pooled_xlm
 from tests.fakes.started import weightsmith
@@ -37,7 +41,10 @@ def built(folder: Path, trained: Path, *settings: str) -> dict[str, Any]:
 
 
 def test_the_image_finds_what_base_and_adapter_find(tmp_path: Path) -> None:
-    """And an image that pools otherwise is not proven, though it may find as much."""
+    """And an image that pools otherwise is not proven, though it may find as much.
+
+    Each is known elsewhere by its vectors: the room is far less than another pooling moves them.
+    """
     trained = pooled_models.made("embed", cache_folder() / "trained")
     record = built(tmp_path, trained)
     scores = {who: one["score"] for who, one in record["scores"].items()}
@@ -48,9 +55,30 @@ def test_the_image_finds_what_base_and_adapter_find(tmp_path: Path) -> None:
     assert record["verdict"] == "passed"
     assert record["items"][0]["value"]["image"] > 0.5
 
+    layout = tmp_path / "layout"
+    told = weightsmith("prove", "--image", f"oci:{layout}", "--runner", "local")
+    assert (told["verdict"], told["questions"]) == ("proven", record["replay"]["questions"])
+    assert told["room_used"]["largest"] < 0.5
+    tested = replay_set(layout)
+
     other = built(tmp_path, trained, "serve.extra.pooling=cls")
     assert other["verdict"] == "not proven"
     assert any("gives other vectors than the reference" in text for text in other["unproven"])
+    pairs = zip(tested["questions"], replay_set(layout)["questions"], strict=True)
+    for one, another in pairs:
+        left, right = (np.array(each["numbers"]) for each in (one, another))
+        cosine = left @ right / np.linalg.norm(left) / np.linalg.norm(right)
+        assert one["request"] == another["request"]
+        assert 1 - cosine > 3 * one["room"]
+
+
+def replay_set(layout: Path) -> dict[str, Any]:
+    """Return the set in an image."""
+    data = b"".join(read_layout(layout).layers[-1].open())
+    with tarfile.open(fileobj=BytesIO(data)) as archive:
+        content = archive.extractfile("etc/weightsmith/replay.json")
+        assert content
+        return dict(json.loads(content.read()))
 
 
 @pytest.mark.full
