@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 from weightsmith.building.wiring import cache_folder
-from weightsmith.oci.layout import read_layout
 
 from tests.fakes import pooled_models, pooled_xlm
+from tests.fakes.replays import replay_set
 from tests.fakes.started import weightsmith
 
 pytestmark = [pytest.mark.builders, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -70,15 +68,6 @@ def test_the_image_finds_what_base_and_adapter_find(tmp_path: Path) -> None:
         cosine = left @ right / np.linalg.norm(left) / np.linalg.norm(right)
         assert one["request"] == another["request"]
         assert 1 - cosine > 3 * one["room"]
-
-
-def replay_set(layout: Path) -> dict[str, Any]:
-    """Return the set in an image."""
-    data = b"".join(read_layout(layout).layers[-1].open())
-    with tarfile.open(fileobj=BytesIO(data)) as archive:
-        content = archive.extractfile("etc/weightsmith/replay.json")
-        assert content
-        return dict(json.loads(content.read()))
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory, write_rows
+from tests.fakes.replays import replay_set
 from tests.fakes.tiny import tensors, write_encoder, write_head
 
 
@@ -97,9 +99,18 @@ def test_vectors_are_judged_by_the_documents_that_they_find(finder: Memory) -> N
     assert {row["stage"]: row["cached"] for row in found}["reference"]
 
 
+def turned(text: str) -> list[float]:
+    """Return a vector that rounding turned by 0.02."""
+    first = vector("image", text)
+    return [*first[:-1], math.tan(0.02) * math.hypot(*first)]
+
+
 def test_an_image_of_vectors_is_known_by_them_elsewhere(finder: Memory) -> None:
+    finder.launcher.vector = turned
     finder.build(layout=finder.folder / "image")
     assert finder.record()["replay"]["questions"] == 32
+    (room,) = {one["room"] for one in replay_set(finder.folder / "image")["questions"]}
+    assert room == pytest.approx(4 * (1 - math.cos(0.02)), rel=0.05)
     asked = ProveCommand(image=f"oci:{finder.folder / 'image'}", retries=0)
     found, _ = prove_image(asked, finder.tools)
     assert (found["verdict"], found["questions"]) == ("proven", 32)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 from weightsmith.evaluating.replay import ReplayQuestion, ReplaySet, ReplayToken
+from weightsmith.oci.layout import read_layout
 
 _TOKENS = (
     ReplayToken(text="I", end=1, margin=3.4, logprob=-0.0312, room=0.0607, id=57),
@@ -43,3 +49,12 @@ def by_text(made: ReplaySet) -> ReplaySet:
         for one in made.questions
     ]
     return replace(made, reference="dequantized", questions=tuple(plain))
+
+
+def replay_set(layout: Path) -> dict[str, Any]:
+    """Return the set in an image."""
+    data = b"".join(read_layout(layout).layers[-1].open())
+    with tarfile.open(fileobj=BytesIO(data)) as archive:
+        content = archive.extractfile("etc/weightsmith/replay.json")
+        assert content
+        return dict(json.loads(content.read()))

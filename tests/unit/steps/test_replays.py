@@ -43,7 +43,9 @@ def test_suites_of_choices_and_calls_are_asked_and_those_of_vectors_not() -> Non
 def test_models_that_do_not_chat_are_asked_what_their_suites_ask() -> None:
     item = Item(messages=_asks("Time"), expected=("0",), line=1, parts=("noon", "night"))
     task = RecipeTask(task=Task(items=(item,), metric="rerank"), settings=Suite(data="q.jsonl"))
-    told = Score(score=1.0, n=1, metric="rerank", per_item=({"answer": "0.5 0.25"},))
+    told = Score(
+        score=1.0, n=1, metric="rerank", per_item=({"answer": "0 1", "scores": "0.5 0.25"},)
+    )
     served = Served(name="judge", chat=False)
     (found,) = replay_requests(
         [Result(task=task, scores={"adapter": told})], Replay(), (), served,

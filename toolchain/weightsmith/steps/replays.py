@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from weightsmith.core.values import JsonValue
+from weightsmith.core.values import JsonValue, Score
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, sample
 from weightsmith.evaluating.pooling_client import request_of as pooled_request
@@ -97,18 +97,24 @@ def _pooled_requests(
         for item in sample(task.items, left):
             number = numbers[id(item)]
             path, body = pooled_request(served.name, task.pooled, task.prompts(model), item)
-            rows = told.per_item if told else ()
-            said = rows[number].get("answer") if number < len(rows) else ""
             found.append(
                 ReplayRequest(
                     path=path,
                     request={**body, **fields},
                     suite=place,
                     item=number,
-                    reference=said if isinstance(said, str) else "",
+                    reference=_told(told, number),
                 )
             )
     return tuple(found)
+
+
+def _told(score: Score | None, number: int) -> str:
+    """Return the numbers that a model gave: as a graded answer, they are the documents' order."""
+    if score is None or number >= len(score.per_item):
+        return ""
+    said = score.vectors[number] if score.vectors else score.per_item[number].get("scores")
+    return said if isinstance(said, str) else ""
 
 
 def _is_asked(item: Item, served: Served) -> bool:
