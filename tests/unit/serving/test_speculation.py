@@ -10,7 +10,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.speculation import Speculation
 
-from tests.fakes.configs import LLAMA_8B, QWEN3_NEXT, config
+from tests.fakes.configs import LLAMA_8B, QWEN3_NEXT, config, facts
 from tests.fakes.rendering import L40S, rendered
 
 MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
@@ -89,12 +89,64 @@ def test_ngram_takes_no_cache_of_its_own() -> None:
         assert with_.kv_bytes_total == without.kv_bytes_total
 
 
+SMALL = config("LlamaForCausalLM", 4, 1024, 8, 2, head_dim=128)
+"""A draft of the same vocabulary, 4 layers of 2 x 2 x 128 numbers for each token."""
+
+
+def with_draft(draft: dict[str, Any] = SMALL, method: str = "draft") -> Speculation:
+    return Speculation(
+        method=method, tokens=4, draft=facts(draft), weight_bytes=GIB, path="/models/draft"
+    )
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llamacpp-q4_k_m"])
+def test_a_drafts_weights_and_cache_are_planned(target: str) -> None:
+    more: dict[str, Any] = {"config": LLAMA_8B}
+    without, with_ = told(target, None, **more).plan, told(target, with_draft(), **more).plan
+    assert with_.weight_bytes == without.weight_bytes + GIB
+    # By hand: 16 bits for keys and values of 32 layers of 8 heads, and of 4 layers of 2.
+    assert without.kv_bytes_per_token == 32 * 2 * 8 * 128 * 2
+    assert with_.kv_bytes_per_token == without.kv_bytes_per_token + 4 * 2 * 2 * 128 * 2
+    assert with_.kv_bytes_total > without.kv_bytes_total
+    assert with_.overhead_bytes > without.overhead_bytes
+
+
+def test_each_engine_is_told_where_the_draft_is() -> None:
+    """Names by vLLM's SpeculativeConfig, SGLang's server arguments, and llama-server --help."""
+    more: dict[str, Any] = {"config": LLAMA_8B}
+    found = told("vllm", with_draft(), **more).plan.settings["speculative-config"]
+    told_vllm = {"method": "draft_model", "model": "/models/draft", "num_speculative_tokens": 4}
+    assert json.loads(found) == told_vllm
+    head = told("vllm", with_draft(method="eagle3"), **more).plan.settings["speculative-config"]
+    assert json.loads(head) == told_vllm | {"method": "eagle3"}
+    for method, name in (("draft", "STANDALONE"), ("eagle3", "EAGLE3")):
+        settings = told("sglang", with_draft(method=method), **more).plan.settings
+        assert settings["speculative-algorithm"] == name
+        assert settings["speculative-draft-model-path"] == "/models/draft"
+    env = told("llamacpp-q4_k_m", with_draft(), **more).env
+    assert env["LLAMA_ARG_SPEC_TYPE"] == "draft-simple"
+    assert env["LLAMA_ARG_SPEC_DRAFT_MODEL"] == "/models/draft"
+    assert env["LLAMA_ARG_SPEC_DRAFT_N_MAX"] == "4"
+    assert env["LLAMA_ARG_N_GPU_LAYERS_DRAFT"] == "5"
+
+
+def test_a_draft_with_more_rows_than_the_engine_takes_is_refused() -> None:
+    """As Qwen2.5 of 0.5 and 7 billion weights: 151,936 and 152,064 rows."""
+    draft = with_draft(SMALL | {"vocab_size": LLAMA_8B["vocab_size"] - 128})
+    told("llamacpp-q4_k_m", draft, config=LLAMA_8B)
+    with pytest.raises(InputRefused, match="takes a difference of up to 0"):
+        told("vllm", draft, config=LLAMA_8B)
+    more = with_draft(SMALL | {"vocab_size": LLAMA_8B["vocab_size"] - 129})
+    with pytest.raises(InputRefused, match="takes a difference of up to 128"):
+        told("llamacpp-q4_k_m", more, config=LLAMA_8B)
+
+
 @pytest.mark.parametrize(
     ("target", "method", "options", "why"),
     [
         ("trtllm", "ngram", {}, "has no method ngram"),
         ("tgi", "ngram", {}, "has no method ngram"),
-        ("llamacpp-q4_k_m", "mtp", {}, "has no method mtp; it has ngram"),
+        ("llamacpp-q4_k_m", "mtp", {}, "has no method mtp; it has draft, ngram"),
         ("vllm", "mtp", {"config": GLM}, "states no layers for further tokens"),
         ("vllm", "mtp", {"config": LLAMA_8B}, "states no layers for further tokens"),
         (

@@ -34,12 +34,13 @@ from weightsmith.stages.bake import BakeStep, FormStep, LabelStep, ThinStep
 from weightsmith.stages.bench import BenchStep
 from weightsmith.stages.cache_scales import CacheScalesStep
 from weightsmith.stages.dequantized import DequantizedStep
+from weightsmith.stages.draft import BesideStep, DraftAloneStep
 from weightsmith.stages.evaluate import EvaluateStep
 from weightsmith.stages.merge import MergeStep
 from weightsmith.stages.parsers import ParsersStep
 from weightsmith.stages.publish import PermitStep, PublishFormStep, PublishStep
 from weightsmith.stages.quality import QualityStep
-from weightsmith.stages.quantize import QuantizeStep
+from weightsmith.stages.quantize import DraftStep, QuantizeStep
 from weightsmith.stages.reference import ReferenceStep
 from weightsmith.stages.render import (
     PoliciesStep,
@@ -159,7 +160,13 @@ def _of_target(
     measured = parts.quantized if target.format.without_adapters.packed else weights
 
     quality = QualityStep(of=of, checkpoint=checkpoint, weights=measured)
-    served = CacheScalesStep(of=of, checkpoint=checkpoint, weights=weights, sources=sources)
+    scaled = CacheScalesStep(of=of, checkpoint=checkpoint, weights=weights, sources=sources)
+    drafts, draft = _draft_of(of, sources)
+    served: Weights = scaled
+    if draft:
+        served = BesideStep(
+            of=of, sources=sources, checkpoint=checkpoint, weights=scaled, draft=draft
+        )
     config = RenderStep(
         of=of,
         sources=sources,
@@ -167,12 +174,14 @@ def _of_target(
         weights=weights,
         served=served,
         parsers=parsers,
+        draft=draft,
     )
     image = BakeStep(
         of=of,
         sources=sources,
         checkpoint=checkpoint,
         weights=served,
+        undrafted=scaled if draft else None,
         quantized=parts.quantized,
         quality=quality,
         config=config,
@@ -196,7 +205,18 @@ def _of_target(
         tasks=expected.tasks,
     )
     labelled = LabelStep(of=of, image=image, trial=answered)
-    steps: list[AnyStep] = [*made, quality, served, config, image, started, answered, labelled]
+    together: list[AnyStep] = [*drafts, served] if draft else []
+    steps: list[AnyStep] = [
+        *made,
+        quality,
+        scaled,
+        *together,
+        config,
+        image,
+        started,
+        answered,
+        labelled,
+    ]
     bench = None
     if of.file.recipe.bench or request.bench_results:
         bench = BenchStep(
@@ -238,7 +258,7 @@ def _of_target(
         )
     hub = request.hub_of(target)
     if hub:
-        steps.append(CheckHubStep(of=of, destination=hub, weights=served))
+        steps.append(CheckHubStep(of=of, destination=hub, weights=scaled))
     pushed = tuple(kind for kind, to in places.items() if to.push)
     permit = PermitStep(of=of, image=labelled, forms=tuple(forms.items()), pushed=pushed)
     published = PublishStep(
@@ -261,7 +281,7 @@ def _of_target(
             )
         )
     if hub:
-        every["hub"] = UploadStep(of=of, destination=hub, weights=served, image=published)
+        every["hub"] = UploadStep(of=of, destination=hub, weights=scaled, image=published)
         steps.append(every["hub"])
     return TargetSteps(
         of=of,
@@ -277,6 +297,24 @@ def _of_target(
         published=published,
         forms=tuple(every.items()),
     )
+
+
+def _draft_of(
+    of: TargetBuild, sources: Step[Sources, Sources]
+) -> tuple[tuple[AnyStep, ...], Weights | None]:
+    """Return the steps that make what drafts, in its engine's usual format, and the last one."""
+    if of.file.recipe.draft is None:
+        return (), None
+    gguf = "gguf" in of.target.engine.accepts
+    alone = DraftAloneStep(of=of, sources=sources)
+    checkpoint = BaseStep(of=of, sources=alone)
+    made = DraftStep(
+        of=of,
+        sources=alone,
+        checkpoint=checkpoint,
+        format=formats()["q8_0"] if gguf else SAFETENSORS,
+    )
+    return (alone, checkpoint, made), made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

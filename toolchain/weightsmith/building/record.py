@@ -21,7 +21,14 @@ from weightsmith.building.pipeline import BuildSteps, TargetSteps
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import AUTO
 from weightsmith.core.errors import CheckFailed, WeightsmithError
-from weightsmith.core.values import Artifact, Form, Published, Scores, without_passwords
+from weightsmith.core.values import (
+    Artifact,
+    Form,
+    Published,
+    Scores,
+    Snapshot,
+    without_passwords,
+)
 from weightsmith.evaluating.build_record import (
     FILE,
     NO_TASK,
@@ -299,13 +306,10 @@ class Record:
             version=recipe.version,
             target=target.of.target.name if target else "",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            base=SourceRecord(
-                source=base.source,
-                pin=base.pin,
-                digest=base.digest,
-                files=base.tree.files,
-                license=recipe.base.license or license_of(base.tree.texts),
-            ),
+            base=_source(base, recipe.base.license),
+            draft=_source(sources.draft, recipe.draft.license)
+            if sources.draft and recipe.draft
+            else None,
             adapters=tuple(
                 AdapterRecord(
                     source=adapter.snapshot.source,
@@ -375,6 +379,8 @@ class Record:
         yield f"# base {sources.base.source}: {sources.base.pin}"
         for one in sources.adapters:
             yield f"# adapter {one.snapshot.source}: {one.snapshot.pin}"
+        if sources.draft:
+            yield f"# draft {sources.draft.source}: {sources.draft.pin}"
         target = f" --target {self.target.of.target.name}" if self.target else ""
         yield f"invoke build --recipe recipe.yaml{target}"
         if published:
@@ -403,6 +409,17 @@ def _replay(replay: ReplayFile | None) -> ReplayRecord | None:
         questions=len(replay.made.questions),
         reference=replay.made.reference,
         secret=replay.secret,
+    )
+
+
+def _source(snapshot: Snapshot, license_: str) -> SourceRecord:
+    """Return a model that a build began with; its licence is the recipe's, or its card's."""
+    return SourceRecord(
+        source=snapshot.source,
+        pin=snapshot.pin,
+        digest=snapshot.digest,
+        files=snapshot.tree.files,
+        license=license_ or license_of(snapshot.tree.texts),
     )
 
 

@@ -256,6 +256,8 @@ class Sources:
 
     base: Snapshot
     adapters: tuple[AdapterSnapshot, ...] = ()
+    draft: Snapshot | None = None
+    """The model that drafts tokens for the merged one; it changes no other result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

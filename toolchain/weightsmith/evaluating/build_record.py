@@ -359,6 +359,8 @@ class BuildRecord(JsonObject):
     base: SourceRecord
     adapters: tuple[AdapterRecord, ...] = ()
     """In the order of the merge."""
+    draft: SourceRecord | None = field(default=None, metadata=OMITTED)
+    """The model that drafts tokens for the merged one."""
     merge: MergeRecord | None = None
     validation: Validation | None = None
     artifact: ArtifactRecord | None = None

@@ -47,6 +47,7 @@ from weightsmith.provenance.bills import (
 )
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
+    DRAFTED,
     EVALUATION_TYPE,
     NUMBER,
     SPDX_TYPE,
@@ -138,6 +139,8 @@ class ImageInputs:
     """None for an image that only holds weights, for other containers to mount."""
     bases: tuple[Image, ...]
     """One per platform; () for an image from scratch."""
+    undrafted: Artifact | None = None
+    """The artifact without what drafts for it; None if nothing does."""
     platforms: tuple[str, ...] = ()
     """The platforms of an image from scratch; () for `DEFAULT_PLATFORM` alone."""
     base_name: str
@@ -272,7 +275,8 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
 def _made(made: ImageMaterials) -> Iterator[Statement]:
     inputs, artifact = made.inputs, made.inputs.artifact
     sources, checkpoint, recipe = inputs.sources, inputs.checkpoint, inputs.recipe
-    unmerged, weights = inputs.base_weights is not None, inputs.base_weights or artifact
+    alone = inputs.undrafted or artifact
+    unmerged, weights = inputs.base_weights is not None, inputs.base_weights or alone
     if sources and checkpoint and recipe and sources.adapters and not unmerged:
         factors = [adapter.weight for adapter in sources.adapters]
         yield provenance(
@@ -304,6 +308,17 @@ def _made(made: ImageMaterials) -> Iterator[Statement]:
             parameters={"format": artifact.format.name},
             dependencies=[tree_resource("weights", weights.digest), *_pinned(sources)],
             builder=_builder("gguf", {}) if converted else [],
+        )
+    if sources and sources.draft and inputs.undrafted:
+        draft = sources.draft
+        yield provenance(
+            DRAFTED,
+            file_resources(artifact.tree),
+            parameters={},
+            dependencies=[
+                tree_resource("model", alone.digest),
+                tree_resource("draft", draft.digest, draft.pin),
+            ],
         )
     if made.served.digest != artifact.digest:
         yield provenance(
@@ -364,6 +379,7 @@ def _billed(made: ImageMaterials) -> BilledModel:
     ancestors = [(sources.base, "base model", "")] if sources else []
     if sources:
         ancestors += [(one.snapshot, "adapter", one.version) for one in sources.adapters]
+        ancestors += [(sources.draft, "draft model", "")] if sources.draft else []
     return BilledModel(
         name=inputs.name,
         version=inputs.version,

@@ -19,6 +19,7 @@ from weightsmith.oci.image import Image
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
+    DRAFTED,
     EVALUATION_TYPE,
     UNMERGED,
     document_name,
@@ -39,7 +40,8 @@ _PASSED = ("PASSED", "WARNED")
 """Results of a test whose image may be served; a warned one says why it proves nothing."""
 _OF_IMAGES = ("bake", "rebase")
 _OF_WEIGHTS = (
-    ("split", "artifact"), (UNMERGED, "weights"), ("quantize", "checkpoint"), ("merge", ""),
+    ("split", "artifact"), (DRAFTED, "model"), (UNMERGED, "weights"), ("quantize", "checkpoint"),
+    ("merge", ""),
 )  # fmt: skip
 """Steps before baking, last first, each with the name of its input: the next one's result."""
 
@@ -54,7 +56,7 @@ class Lineage:
     """The statement about the image itself."""
     baked: Statement | None = None
     steps: Mapping[str, Statement] = field(default_factory=dict)
-    """`split`, `unmerged`, `quantize` and `merge`, if their result is the next step's input."""
+    """`split`, `draft`, `unmerged`, `quantize` and `merge`, if their result is the next one's."""
     made: Mapping[str, str] = field(default_factory=dict)
     """The result that each of them must have: kind -> digest of a tree."""
     results: tuple[Statement, ...] = ()
@@ -217,8 +219,14 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
     )
     for kind in lineage.steps:
         yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
-    if made := lineage.steps.get("merge") or lineage.steps.get(UNMERGED):
-        sources = {k: v for k, v in made.dependencies.items() if k != "weights"}
+    sources = dict[str, str]()
+    for made in (
+        lineage.steps.get("merge") or lineage.steps.get(UNMERGED),
+        lineage.steps.get(DRAFTED),
+    ):
+        inner = ("weights", "model")
+        sources |= {k: v for k, v in made.dependencies.items() if k not in inner} if made else {}
+    if sources:
         for name, digest in sources.items():
             label = image.labels.get(PREFIX + name.replace(":", ".") + ".digest", "")
             same = label == digest

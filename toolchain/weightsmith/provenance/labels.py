@@ -117,6 +117,10 @@ def labels(
         PREFIX + "merge.precision": recipe.merge.precision,
         PLAN: plan_label(config.plan),
     }
+    if draft := sources.draft:
+        stem = PREFIX + "draft."
+        found |= {stem + "source": public_name(draft.source), stem + "pin": draft.pin}
+        found |= {stem + "digest": draft.digest}
     found |= _quality(quality)
     for number, adapter in enumerate(sources.adapters):
         stem = f"{PREFIX}adapter.{number}."

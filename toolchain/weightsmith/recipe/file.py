@@ -172,7 +172,8 @@ def with_settings(data: Mapping[str, object], settings: Sequence[str]) -> dict[s
 _PATHS = frozenset(
     tuple(path.split("."))
     for path in (
-        "base.source", "adapters.*.source", "adapters.*.evaluate.data",
+        "base.source", "serve.speculative.draft", "serve.speculative.draft.source",
+        "adapters.*.source", "adapters.*.evaluate.data",
         "adapters.*.evaluate.training", "adapters.*.evaluate.corpus", "validate.probes",
         "replay.data",
         "evaluate.data", "evaluate.training", "evaluate.corpus", "calibration.data",

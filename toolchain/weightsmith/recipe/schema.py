@@ -478,14 +478,50 @@ def _engine_alone(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+class DraftModel(Source):
+    """A model that drafts for another."""
+
+    license: str = Field(
+        "",
+        max_length=100,
+        description="SPDX identifier of its licence, if its model card has none.",
+    )
+
+
+def _source_alone(value: object) -> object:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _source_or_section(schema: JsonDict) -> None:
+    """Let editors accept a draft's source as well as the section."""
+    choices = schema.get("anyOf")
+    if isinstance(choices, list):
+        choices.append({"type": "string"})
+
+
 class Speculative(Section):
     """Speculative decoding: tokens are drafted, and the model confirms several in one step."""
 
-    method: Literal["mtp", "ngram"] = Field(
-        description="What drafts: `mtp`, the model's own layers for further tokens; `ngram`, what "
-        "stands in prompt and answer already."
+    method: Literal["draft", "eagle3", "mtp", "ngram"] = Field(
+        description="What drafts: `draft`, a smaller model of the same vocabulary; `eagle3`, an "
+        "EAGLE-3 head; `mtp`, the model's own layers for further tokens; `ngram`, what stands in "
+        "prompt and answer already."
+    )
+    draft: Annotated[DraftModel | None, BeforeValidator(_source_alone)] = Field(
+        None,
+        description="For `draft` and `eagle3`: the model that drafts, as a source alone or with "
+        "what pins it. Its weights are a layer of the image.",
+        json_schema_extra=_source_or_section,
     )
     tokens: int = Field(3, ge=1, le=16, description="Maximum tokens drafted at a time.")
+
+    @model_validator(mode="after")
+    def _with_draft(self) -> Self:
+        if (self.method in ("draft", "eagle3")) != (self.draft is not None):
+            raise ValueError(
+                "methods `draft` and `eagle3` need a `draft`, and others must not have one"
+            )
+        return self
 
 
 class Serve(Section):
@@ -773,6 +809,12 @@ class Recipe(Section):
         json_schema_extra=_list_or_section,
     )
     serve: Serve = Serve()
+
+    @property
+    def draft(self) -> DraftModel | None:
+        """The model that drafts tokens; None without one."""
+        return self.serve.speculative.draft if self.serve.speculative else None
+
     replay: Annotated[Replay, BeforeValidator(_keep_alone)] = Field(
         Replay(),
         description="The image's replay set; a word alone is its `keep`.",

@@ -263,7 +263,7 @@ def _result(
         "ubatch-size": capacity.ubatch,
         "cache-ram": 0,
         "fit": "off",
-        **_speculative(capacity.drafts),
+        **_speculative(capacity.drafts, capacity.machine.gpus),
     }
     if capacity.pools:  # the server lowers the first to the second
         settings |= dict.fromkeys(("batch-size", "ubatch-size"), capacity.batch(tokens))
@@ -299,10 +299,18 @@ def _result(
     )
 
 
-def _speculative(wanted: Speculation | None) -> dict[str, JsonValue]:
+def _speculative(wanted: Speculation | None, gpus: int) -> dict[str, JsonValue]:
     """Return llama-server's options (docs/speculative.md of llama.cpp)."""
     if wanted is None:
         return {}
+    if wanted.draft:
+        layers = wanted.draft.shape.layers + 1 if gpus else 0
+        return {
+            "spec-type": "draft-simple",
+            "spec-draft-model": wanted.path,
+            "spec-draft-n-max": wanted.tokens,
+            "n-gpu-layers-draft": layers,
+        }
     return {
         "spec-type": "ngram-simple",
         "spec-ngram-simple-size-n": 3,  # tokens that must be found again
@@ -350,14 +358,23 @@ class LlamaCppCapacity(Fitting):
         """One token in all layers of the cache that keep every token."""
         if not self.cached:
             return 0
-        return growth_bytes(self.shape, (self.type_k, self.type_v))
+        drafted = growth_bytes(self.drafting, ("f16", "f16")) if self.drafting else 0
+        return growth_bytes(self.shape, (self.type_k, self.type_v)) + drafted
 
     def kv(self, tokens: int, slots: int) -> int:
         """Return the cache of so many slots of that length."""
         if not self.cached:
             return 0
         types = self.type_k, self.type_v
-        return kv_cache_bytes(self.shape, tokens, slots, types, self.ubatch)
+        own = kv_cache_bytes(self.shape, tokens, slots, types, self.ubatch)
+        if draft := self.drafting:  # whose context has as many slots of the same length
+            own += kv_cache_bytes(draft, tokens, slots, ("f16", "f16"), self.ubatch)
+        return own
+
+    @property
+    def drafting(self) -> ModelShape | None:
+        """The shape of the model that drafts."""
+        return self.drafts.draft.shape if self.drafts and self.drafts.draft else None
 
     def batch(self, tokens: int) -> int:
         """Return the tokens that are computed together, for texts of up to so many."""
@@ -381,6 +398,9 @@ class LlamaCppCapacity(Fitting):
             per_token += 4 * self.batch(tokens)
         drafted = self.drafts.tokens if self.drafts else 0  # each has logits, too
         compute = self.batch(tokens) * per_token + 8 * slots * (1 + drafted) * shape.vocab
+        if draft := self.drafting:
+            wide = 4 * (2 * draft.intermediate + 8 * draft.hidden) + 2 * padded(tokens)
+            compute += self.batch(tokens) * wide + 8 * slots * draft.vocab
         gpus = self.machine.gpus
         if not gpus:
             return self.program + compute + self.graph + self.picture(tokens) + self.host_cache
@@ -400,7 +420,7 @@ class LlamaCppCapacity(Fitting):
         An estimate, compared with what llama-server 0c1e57098 held on a CPU for vocabularies of
         50,257 to 262,144 tokens, and never below it there.
         """
-        return _PROGRAM + _WORD * self.shape.vocab
+        return _PROGRAM + _WORD * (self.shape.vocab + (self.drafting.vocab if self.drafting else 0))
 
     @property
     def graph(self) -> int:
@@ -458,7 +478,7 @@ def _capacity(
         shape = replace(shape, sliding_window=0)
     return LlamaCppCapacity(
         shape=shape,
-        weights=weights,
+        weights=weights + (options.speculation.weight_bytes if options.speculation else 0),
         machine=_machine(options),
         type_k=str(extra.get("cache-type-k", "f16")),
         type_v=type_v,

@@ -379,7 +379,9 @@ def paged_cache(
         if part.kind != "state"
     }
     state_blocks = 2 if prefix_caching else 1
-    if not hybrid and len(set(tokens.values())) > 1:
+    # A draft's layers beside the model's own: one group of pages of several sizes.
+    several = len(shape.cache) > 1 and all(part.kind == "full" for part in shape.cache)
+    if several or (not hybrid and len(set(tokens.values())) > 1):
         size = sum(-(-part.layers // pipeline_parallel) * one for part, one in tokens.items())
         whole = KvCacheGroup(kind="full", window=0, count=1, block=block)
         return PagedCache(

@@ -110,7 +110,7 @@ def _capacity(
     return PagedCapacity(
         rules=rules,
         shape=with_drafter(shape, model, options.speculation),
-        weights=weight_bytes,
+        weights=weight_bytes + (options.speculation.weight_bytes if options.speculation else 0),
         machine=machine,
         options=options,
         dtype=dtype,

@@ -153,7 +153,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, settings={**settings, **extra}, notes=notes)
 
 
-_ALGORITHMS = {"mtp": "NEXTN", "ngram": "NGRAM"}
+_ALGORITHMS = {"draft": "STANDALONE", "eagle3": "EAGLE3", "mtp": "NEXTN", "ngram": "NGRAM"}
 """Method -> SGLang's own name (0.5.23, srt/speculative/spec_info.py)."""
 
 
@@ -164,6 +164,7 @@ def _speculative(wanted: Speculation) -> dict[str, JsonValue]:
         return {**found, "speculative-num-draft-tokens": wanted.tokens}
     return {
         **found,
+        **({"speculative-draft-model-path": wanted.path} if wanted.path else {}),
         "speculative-num-steps": wanted.tokens,
         "speculative-eagle-topk": 1,
         "speculative-num-draft-tokens": wanted.tokens + 1,

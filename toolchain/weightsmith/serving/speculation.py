@@ -18,6 +18,8 @@ from weightsmith.serving.options import plain_name
 _OPTIONS = ("spec-", "speculative-", "draft", "model-draft", "speculate")
 """Beginnings of engines' own options of it."""
 _WHAT = {
+    "draft": "a smaller model drafts",
+    "eagle3": "an EAGLE-3 head drafts",
     "mtp": "the model's own layers for further tokens draft",
     "ngram": "what stands in the prompt and the answer already drafts",
 }
@@ -30,6 +32,12 @@ class Speculation:
     method: str
     """Of the recipe's `serve.speculative`."""
     tokens: int
+    draft: ModelFacts | None = None
+    """The model that drafts, of methods that have one."""
+    weight_bytes: int = 0
+    """Its weights."""
+    path: str = ""
+    """Absolute, in the image: its file or folder."""
 
     @property
     def note(self) -> str:
@@ -46,9 +54,11 @@ def check_speculation(
     engine: str,
     known: Collection[str],
     extra: Mapping[str, JsonValue],
+    most_apart: int = 0,
 ) -> None:
     """Refuse what the engine, of whose methods `known` are, cannot do with this model.
 
+    `most_apart` is by how many rows it lets the embeddings of model and draft differ.
     Raises InputRefused, and UsageError where `serve.extra` has options of it, too.
     """
     if speculation.method not in known:
@@ -68,6 +78,8 @@ def check_speculation(
             f"serve.extra.{own[0]} and serve.speculative say the same thing",
             hint="set one of them",
         )
+    if speculation.draft:
+        _check_draft(model.shape, speculation.draft.shape, speculation.method, most_apart)
     layers = model.predicting_layers
     if speculation.method == "mtp":
         if not layers:
@@ -85,11 +97,34 @@ def check_speculation(
             )
 
 
+def _check_draft(model: ModelShape, draft: ModelShape, method: str, most_apart: int) -> None:
+    apart = abs(model.vocab - draft.vocab)
+    if apart > most_apart and method == "draft":
+        raise InputRefused(
+            f"serve.speculative: config.json of the draft has vocab_size {draft.vocab}, and the"
+            f" model's {model.vocab}: the engine takes a difference of up to {most_apart}",
+            hint="choose another draft; rows behind the last token count too",
+        )
+    odd = model.latent_cache or draft.latent_cache
+    if odd or any(part.kind == "state" for part in (*model.cache, *draft.cache)):
+        raise InputRefused(
+            "serve.speculative: the memory of a draft is planned where model and draft attend to"
+            " all tokens or a window, with heads of their own",
+            hint="choose method mtp or ngram",
+        )
+
+
 def with_drafter(shape: ModelShape, model: ModelFacts, drafts: Speculation | None) -> ModelShape:
     """Return a decoder's shape with the caches of what drafts beside its own.
 
     A layer for further tokens keeps every token, as the decoder's own layers of full attention.
     """
+    if drafts and drafts.draft:
+        own = drafts.draft.shape
+        part = CacheLayers(
+            kind="full", layers=own.layers, kv_heads=own.kv_heads, head_dim=own.head_dim
+        )
+        return replace(shape, cache=(*shape.cache, part))
     if drafts is None or drafts.method != "mtp":
         return shape
     layers, found = model.predicting_layers, list(shape.cache)

@@ -329,8 +329,9 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonVa
 def _speculative(wanted: Speculation) -> str:
     """Return vLLM's `--speculative-config`, as JSON (0.33, config/speculative.py)."""
     found: dict[str, JsonValue] = {
-        "method": wanted.method,
+        "method": "draft_model" if wanted.method == "draft" else wanted.method,
         "num_speculative_tokens": wanted.tokens,
+        **({"model": wanted.path} if wanted.path else {}),
     }
     if wanted.method == "ngram":  # tokens that must be found again
         found |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
@@ -513,7 +514,7 @@ ENGINE = Engine(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization", _DRAIN}
     ),
     has_parsers=True,
-    speculates=frozenset({"mtp", "ngram"}),
+    speculates=frozenset({"draft", "eagle3", "mtp", "ngram"}),
     test_arguments=("--enable-scale-out",),
     lacks=lacks_vllm,
     image_files={CONFIG_FILE: "vllm.yaml"},

@@ -398,7 +398,8 @@ def _count(facts: ModelFacts | None) -> int:
 def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]) -> Image:
     """Return a GGUF model in Ollama's form; raises UsageError if it is not one GGUF file."""
     entries = {entry.path: entry for entry in split.tree.files}
-    files, projector = gguf_models(entries), projector_of(entries)
+    files = gguf_models(path for path in entries if "/" not in path)  # without a draft
+    projector = projector_of(entries)
     if len(files) != 1:
         raise UsageError(
             f"Ollama takes a model of one GGUF file, and this one has {len(files)}",
@@ -443,6 +444,8 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
     sources: Step[Sources, Sources]
     checkpoint: Step[Checkpoint, ForeseenWeights]
     weights: Step[Artifact, ForeseenWeights]
+    undrafted: Step[Artifact, ForeseenWeights] | None = None
+    """Those without what drafts for them; None if nothing does."""
     quantized: Step[Artifact, ForeseenWeights]
     """Of a target whose adapters are not merged, the base that they lie beside."""
     quality: Step[QualityResult | None, None]
@@ -499,6 +502,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             name=recipe.name,
             version=recipe.version,
             artifact=artifact,
+            undrafted=have[self.undrafted] if self.undrafted else None,
             base_weights=base_weights,
             engine=target.engine,
             config=config,

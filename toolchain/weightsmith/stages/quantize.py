@@ -38,6 +38,7 @@ from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, read_mix
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import Base, Quantize
 from weightsmith.recipe.sources import without_pin
 from weightsmith.serving.fitting import WeightRoom
 from weightsmith.serving.memory import human, parse_size
@@ -697,3 +698,25 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         """Return the quantizer's builder."""
         packed = self.format.packed and self.format.name in formats()
         return (of_format(self.format.name).builder,) if packed else ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DraftStep(QuantizeStep):
+    """Makes what drafts in a format of its own, whatever the recipe says of the model's."""
+
+    name = "draft"
+    in_every_plan = False
+    prefetched = False
+
+    @property
+    def file(self) -> RecipeFile:
+        """The recipe as one of the draft alone."""
+        file = self.of.file
+        recipe, draft = file.recipe, file.recipe.draft
+        base = Base.model_validate(draft.model_dump()) if draft else recipe.base
+        return replace(file, recipe=recipe.changed(base=base, quantize=Quantize()))
+
+    def _asked(
+        self, format_: Format, base: Snapshot, tools: Tools, _model: ModelFacts, _size: int
+    ) -> QuantizeOptions:
+        return _recipe_options(self.file, format_, base, tools, unmerged=True)

@@ -65,7 +65,8 @@ from weightsmith.serving.speculation import check_speculation
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files
-from weightsmith.steps.drafting import check_drafter
+from weightsmith.steps.drafting import FOLDER as DRAFT
+from weightsmith.steps.drafting import check_drafter, draft_path
 from weightsmith.steps.healthcheck import probes_replay, wants_probe
 from weightsmith.steps.serve_options import serve_options
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
@@ -135,7 +136,8 @@ def render(
     format_ = target.format.without_adapters
     options = replace(options, format=format_, projector_bytes=size)
     if wanted := options.speculation:
-        check_speculation(model, wanted, engine.title, engine.speculates, options.extra)
+        known, apart = engine.speculates, engine.most_apart
+        check_speculation(model, wanted, engine.title, known, options.extra, apart)
         notes = (*notes, wanted.note)
     plan = engine.plan(model, weight_bytes, options)
     told = filter(None, (engine.legacy, legacy_of(target.format)))
@@ -598,6 +600,29 @@ def repository_name(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drafting:
+    """A model that drafts, as it lies in the image."""
+
+    model: ModelFacts
+    size: int
+    """Bytes of its weights."""
+    path: str
+    """Below the model's folder."""
+
+
+def _drafting(seen: ForeseenWeights) -> _Drafting:
+    return _Drafting(model=seen.model, size=seen.weight_bytes, path=DRAFT)
+
+
+def _with_draft(options: ServeOptions, draft: _Drafting | None, target: Target) -> ServeOptions:
+    if draft is None or options.speculation is None:
+        return options
+    place = f"{target.engine.model_dir}/{draft.path}"
+    found = replace(options.speculation, draft=draft.model, weight_bytes=draft.size, path=place)
+    return replace(options, speculation=found)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     """Plans the memory of the server, and renders its files."""
@@ -610,6 +635,8 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     served: Step[Artifact, ForeseenWeights]
     """The same weights, with what lies beside them in the image."""
     parsers: Step[ParserChoice, ParserChoice]
+    draft: Step[Artifact, ForeseenWeights] | None = None
+    """Of a model that drafts."""
 
     @property
     def options(self) -> Writable:
@@ -639,6 +666,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
                 projector=projector_in(made) if made else expected_projector(target, weights.model),
                 parsers=seen[self.parsers],
                 notes=tuple(note for note in notes if note),
+                draft=_drafting(seen[self.draft]) if self.draft else None,
             )
         except UsageError as error:
             if "plan" not in error.details:
@@ -675,7 +703,15 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             made_from=(artifact.digest,),
             projector=projector_in(artifact.tree),
             target=target,
+            draft=self._made_draft(have),
         )
+
+    def _made_draft(self, have: Results) -> _Drafting | None:
+        sources, made = have[self.sources], have[self.draft] if self.draft else None
+        if made is None or sources.draft is None:
+            return None
+        facts = read_facts(sources.draft.tree.texts)
+        return _Drafting(model=facts, size=made.tree.weight_bytes, path=draft_path(made))
 
     def _config(
         self,
@@ -689,6 +725,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         projector: Projector | None = None,
         notes: tuple[str, ...] = (),
         target: Target | None = None,
+        draft: _Drafting | None = None,
     ) -> ServingConfig:
         """Plan and render; `weights` is the served file, "" if it does not exist yet.
 
@@ -708,7 +745,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             model=model,
             model_file=weights,
             weight_bytes=weight_bytes + sum(adapter.weight_bytes for adapter in adapters),
-            options=options,
+            options=_with_draft(options, draft, target),
             image=reference(recipe, target.name),
             made_from=made_from,
             projector=projector,

@@ -21,7 +21,7 @@ from weightsmith.core.values import (
 )
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.recipe.schema import Adapter, Base
+from weightsmith.recipe.schema import Adapter, Source
 from weightsmith.recipe.sources import scheme_of
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import Lock, read_lock, with_sources, write_lock
@@ -39,13 +39,20 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
 
     Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for network errors.
     """
-    parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
-    for part in parts:
+    for part in _parts(file):
         reader, name, *_ = _reader(part, file.folder, tools)
         reader.check(name)  # all of them before the first, which may take an hour
     base = resolve_base(file.recipe.base, file.folder, tools)
     adapters = [(one, resolve_adapter(one, file.folder, tools)) for one in file.recipe.adapters]
-    return Sources(base=base, adapters=tuple(_named(*pair) for pair in adapters))
+    wanted = file.recipe.draft
+    draft = resolve_base(wanted, file.folder, tools) if wanted else None
+    return Sources(base=base, adapters=tuple(_named(*pair) for pair in adapters), draft=draft)
+
+
+def _parts(file: RecipeFile) -> list[Source]:
+    """Return all sources of a recipe: the base, the adapters, and what drafts."""
+    recipe = file.recipe
+    return [recipe.base, *recipe.adapters, *([recipe.draft] if recipe.draft else [])]
 
 
 def resolve_adapter(adapter: Adapter, folder: Path, tools: Tools) -> Snapshot:
@@ -59,7 +66,7 @@ def resolve_adapter(adapter: Adapter, folder: Path, tools: Tools) -> Snapshot:
     return snapshot
 
 
-def resolve_base(base: Base, folder: Path, tools: Tools) -> Snapshot:
+def resolve_base(base: Source, folder: Path, tools: Tools) -> Snapshot:
     """Fetch a base to the local disk, convert it if it is a GGUF file, and verify it.
 
     Relative paths are those of the `folder`. Raises InputRefused for an unsafe or incomplete one,
@@ -75,18 +82,24 @@ def resolve_base(base: Base, folder: Path, tools: Tools) -> Snapshot:
 
 def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
     """Return the sources if they are all here and converted, else None and the reason."""
-    base = _known(file.recipe.base, file.folder, tools)
-    if base and _is_gguf(base):
-        tree = InStore(tools.store).find(partial(import_inputs, base))
-        if tree is None:
-            return None, f"{base.source} is on this machine, but not yet converted to a checkpoint"
-        base = replace(base, tree=tree, made_from=(base.digest,))
+    wanted, models = [file.recipe.base, file.recipe.draft], list[Snapshot | None]()
+    for one in filter(None, wanted):
+        found = _known(one, file.folder, tools)
+        if found and _is_gguf(found):
+            tree = InStore(tools.store).find(partial(import_inputs, found))
+            if tree is None:
+                why = "is on this machine, but not yet converted to a checkpoint"
+                return None, f"{found.source} {why}"
+            found = replace(found, tree=tree, made_from=(found.digest,))
+        models.append(found)
     adapters = [(_known(a, file.folder, tools), a) for a in file.recipe.adapters]
     missing = [a.source for snapshot, a in adapters if snapshot is None]
-    missing += [file.recipe.base.source] if base is None else []
+    missing += [m.source for m, one in zip(filter(None, wanted), models, strict=True) if not one]
+    base, *drafts = models
     if base is None or missing:
         return None, f"not on this machine: {', '.join(missing)}"
-    return Sources(base=base, adapters=tuple(_named(a, s) for s, a in adapters if s)), ""
+    named = tuple(_named(a, s) for s, a in adapters if s)
+    return Sources(base=base, adapters=named, draft=next(iter(drafts), None)), ""
 
 
 def glanced(file: RecipeFile, tools: Tools) -> Sources | None:
@@ -95,20 +108,22 @@ def glanced(file: RecipeFile, tools: Tools) -> Sources | None:
     None if one has to be fetched whole, or converted. Raises what `resolve` raises.
     """
     found = []
-    parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
-    for part in parts:
+    for part in _parts(file):
         reader, name, revision, sha256 = _reader(part, file.folder, tools)
         one = reader.known(name, revision, sha256)
         one = one or reader.glance(name, revision, sha256, tools.progress)
         if one is None or _is_gguf(one):
             return None
         found.append(one)
+    draft = found.pop() if file.recipe.draft else None
     base, *adapters = found
     check_model_folder(base.tree.root)
+    if draft:
+        check_model_folder(draft.tree.root)
     for one in adapters:
         check_adapter_folder(one.tree.root)
     pairs = zip(file.recipe.adapters, adapters, strict=True)
-    return Sources(base=base, adapters=tuple(_named(part, one) for part, one in pairs))
+    return Sources(base=base, adapters=tuple(_named(part, one) for part, one in pairs), draft=draft)
 
 
 def _tell_left(snapshot: Snapshot, tools: Tools) -> None:
@@ -127,7 +142,7 @@ def import_inputs(source: Snapshot) -> StageInputs:
     )
 
 
-def _fetch(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot:
+def _fetch(source: Source, folder: Path, tools: Tools) -> Snapshot:
     reader, name, revision, sha256 = _reader(source, folder, tools)
     snapshot = reader.fetch(name, revision, sha256, tools.progress)
     if not snapshot.pinned:
@@ -135,14 +150,12 @@ def _fetch(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot:
     return snapshot
 
 
-def _known(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot | None:
+def _known(source: Source, folder: Path, tools: Tools) -> Snapshot | None:
     reader, name, revision, sha256 = _reader(source, folder, tools)
     return reader.known(name, revision, sha256)
 
 
-def _reader(
-    source: Base | Adapter, folder: Path, tools: Tools
-) -> tuple[SourceReader, str, str, str]:
+def _reader(source: Source, folder: Path, tools: Tools) -> tuple[SourceReader, str, str, str]:
     scheme = scheme_of(source.source)
     if not scheme:
         path = Path(source.source).expanduser()
@@ -217,7 +230,8 @@ class ResolveStep(Step[Sources, Sources]):
         """Base and adapters, without what they are asked."""
         recipe = self.file.recipe
         adapters = [one.model_dump(mode="json", exclude={"evaluate"}) for one in recipe.adapters]
-        return [recipe.base.model_dump(mode="json"), adapters]
+        draft = [recipe.draft.model_dump(mode="json")] if recipe.draft else []
+        return [recipe.base.model_dump(mode="json"), adapters, *draft]
 
     def foresee(self, seen: Foresight) -> Foreseen[Sources]:
         """Return the sources that are here; raises NotHere, and what the lock refuses."""

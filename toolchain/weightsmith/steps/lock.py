@@ -27,7 +27,7 @@ from weightsmith.core.values import Digest, Snapshot, Sources, plain
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.recipe.schema import Adapter, Base
+from weightsmith.recipe.schema import Source
 from weightsmith.recipe.sources import has_own_pin, pin_fields
 
 T = TypeVar("T")
@@ -89,10 +89,15 @@ def pinned(file: RecipeFile, lock: Lock) -> RecipeFile:
     try:
         adapters = tuple(adapter.changed(**_pin(adapter, lock)) for adapter in recipe.adapters)
         base = recipe.base.changed(**_pin(recipe.base, lock))
+        parts: dict[str, object] = {"base": base, "adapters": adapters}
+        serve = recipe.serve
+        if serve.speculative and (draft := recipe.draft):
+            speculative = serve.speculative.changed(draft=draft.changed(**_pin(draft, lock)))
+            parts["serve"] = serve.changed(speculative=speculative)
     except ValidationError as error:
         (fault, *_) = error.errors(include_url=False)
         raise _unreadable(lock.path, f"the pin {fault['input']!r}: {fault['msg']}") from None
-    return replace(file, recipe=recipe.changed(base=base, adapters=adapters))
+    return replace(file, recipe=recipe.changed(**parts))
 
 
 def with_sources(
@@ -111,7 +116,10 @@ def with_sources(
     `update` accepts them; with `locked`, for every difference.
     """
     snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
-    parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
+    parts: list[Source] = [file.recipe.base, *file.recipe.adapters]
+    if sources.draft and file.recipe.draft:
+        snapshots.append(sources.draft)
+        parts.append(file.recipe.draft)
     found = {p.source: _row(s, lock) for p, s in zip(parts, snapshots, strict=True)}
     changed = [name for name, row in found.items() if lock.sources.get(name, row) != row]
     missing = [name for name in found if name not in lock.sources]
@@ -182,14 +190,14 @@ def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, 
     return kept | {key: row for key, row in after.items() if before.get(key) != row}
 
 
-def _pin(source: Base | Adapter, lock: Lock) -> dict[str, str]:
+def _pin(source: Source, lock: Lock) -> dict[str, str]:
     if _has_own_pin(source):
         return {}
     pin = lock.sources.get(source.source, {}).get("pin", "")
     return dict(pin_fields(source.source, pin))
 
 
-def _has_own_pin(source: Base | Adapter) -> bool:
+def _has_own_pin(source: Source) -> bool:
     return has_own_pin(source.source, source.revision, source.sha256)
 
 

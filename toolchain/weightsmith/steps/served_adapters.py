@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -27,6 +26,7 @@ from weightsmith.recipe.schema import ADAPTER, Recipe
 from weightsmith.recipe.sources import last_name
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.targets import Target
+from weightsmith.steps.drafting import FOLDER as DRAFT
 from weightsmith.steps.sizes import ForeseenTree
 
 FOLDER = "adapters"
@@ -92,12 +92,10 @@ def _require_all_targeted(base: Path, adapter: Path, _digest: Digest) -> None:
 
 
 def base_weight_bytes(artifact: Artifact) -> int:
-    """Return the bytes of an artifact's weights, without adapters that lie beside them."""
-    own = artifact.tree
-    if artifact.format.unmerged:
-        base = (entry for entry in own.files if not entry.path.startswith(f"{FOLDER}/"))
-        own = replace(own, files=tuple(base))
-    return own.weight_bytes
+    """Return the bytes of an artifact's weights, without what lies beside them."""
+    apart = (f"{FOLDER}/", f"{DRAFT}/") if artifact.format.unmerged else (f"{DRAFT}/",)
+    files = (entry for entry in artifact.tree.files if not entry.path.startswith(apart))
+    return Tree(root=artifact.tree.root, files=tuple(files)).weight_bytes
 
 
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:
