@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
 from operator import not_
@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.clusters import clusters, has_ray, has_slurm
-from tests.parts import dealt
+from tests.parts import dealt, in_order
 from tests.paths import ROOT, TINY
 
 # A busy machine is no fault of the code: nothing here is judged by the clock. And the same commit
@@ -101,8 +101,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="N/PARTS", help="run the N-th of so many parts of the tests")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a grid of cases, leave all but every n-th to `make test-all`; then draw the part."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    """Of a grid of cases, leave all but every n-th to `make test-all`; draw the part; order."""
     seen: dict[str, int] = {}
     for item in items:
         if grid := item.get_closest_marker("grid"):
@@ -115,8 +118,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         drawn = [one == number - 1 for one in dealt(items, parts)]
         config.hook.pytest_deselected(items=[*compress(items, map(not_, drawn))])
         items[:] = compress(items, drawn)
-    # Whole builds and pages first: the longest would be the last, with one worker idle meanwhile.
-    items.sort(key=lambda item: "shared_store" not in getattr(item, "fixturenames", ()))
+    yield  # those that -m and -k leave out go
+    items[:] = in_order(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -203,6 +206,22 @@ def slurm_cluster() -> Iterator[Mapping[str, str]]:
         yield found
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that one of a run's processes makes for all of them, which only read it."""
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    place.mkdir(exist_ok=True)
+    folder, whole = place / "made", place / "whole"
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyBuild:
     """The tiny example, built once."""
@@ -217,34 +236,31 @@ class TinyBuild:
 @pytest.fixture(scope="session")
 def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> TinyBuild:
     """The tiny example, built by the local runner: once for all processes of a run."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny"
-    folder.mkdir(exist_ok=True)
-    store, dist, told = (folder / name for name in ("store", "dist", "told.json"))
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not told.exists():
-            done = subprocess.run(
-                [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe",
-                 TINY / "recipe.yaml", "--runner", "local", "--dist", dist, "--json"],
-                env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
-                cwd=ROOT, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
-            told.write_text(done.stdout)
-    (target,) = json.loads(told.read_text())["targets"].values()
-    return TinyBuild(store=store, dist=dist, told=target)
+
+    def make(folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe",
+             TINY / "recipe.yaml", "--runner", "local", "--dist", folder / "dist", "--json"],
+            env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "told.json").write_text(done.stdout)
+
+    folder = made_once(tmp_path_factory, "tiny", make)
+    (target,) = json.loads((folder / "told.json").read_text())["targets"].values()
+    return TinyBuild(store=folder / "store", dist=folder / "dist", told=target)
 
 
 @pytest.fixture(scope="session")
-def shared_store(tiny_build: TinyBuild) -> Path:
+def shared_store(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
     """One store for builds and pages that need none of their own, so that all is made once."""
-    store = tiny_build.store.with_name("shared")
-    with store.with_name("lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not store.exists():
-            shutil.copytree(tiny_build.store, store)
-    return store
+    folder = made_once(
+        tmp_path_factory,
+        "shared",
+        lambda folder: shutil.copytree(tiny_build.store, folder / "store"),
+    )
+    return folder / "store"
 
 
 @pytest.fixture(scope="module")

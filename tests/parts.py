@@ -3,6 +3,7 @@
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -13,17 +14,15 @@ SECONDS = {
     r"real/test_support_bot": 50,
     r"real/test_vllm\.py.*checkpoints_numbers": 190,
     r"real/test_vllm\.py.*by_its_name": 140,
-    r"real/test_vllm\.py.*gptq": 85,
-    r"real/test_vllm\.py": 25,
+    r"real/test_vllm\.py": 15,
     r"real/test_vllm_engine": 110,
-    r"real/test_vllm_pooling.*judged": 200,
+    r"real/test_vllm_pooling.*judged": 220,
     r"real/test_vllm_pictures": 35,
     r"real/test_pictures.*vllm": 125,
     r"real/test_compressor.*package": 50,
     r"real/test_compressor": 35,
     r"real/test_arm": 10,
-    r"test_fleet_clusters.*names": 150,
-    r"test_fleet_clusters.*(lost|stops|six)": 90,
+    r"test_fleet_clusters.*(lost|six|stops)": 90,
     r"test_fleet_clusters": 25,
     r"test_gguf_pass.*iq1_m-with": 40,
     r"test_gguf_pass.*iq2_m-with": 25,
@@ -46,6 +45,32 @@ def dealt(items: Sequence[pytest.Item], parts: int) -> Iterator[int]:
     for item in items:
         turns[item.path] += 1
         yield place.get(item.nodeid, turns[item.path] % parts)
+
+
+def in_order(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Return tests so that each worker of xdist gets some of the long ones, early.
+
+    A worker takes an equal run of the tests, and then what others have left. Whole builds and
+    pages are the longest; those of a file stay together. The first run begins with the pages, and
+    makes what all share; the others begin with a quarter of their short tests meanwhile.
+    """
+    files = dict[Path, list[pytest.Item]]()
+    short = []
+    for item in items:
+        if "shared_store" in getattr(item, "fixturenames", ()):
+            files.setdefault(item.path, []).append(item)
+        else:
+            short.append(item)
+    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for path in sorted(files, key=lambda path: (path.name != "test_docs.py", path)):
+        min(shares, key=len).extend(files[path])
+    found: list[pytest.Item] = []
+    for number, share in enumerate(shares):
+        size = (len(items) - len(found)) // (workers - number)
+        own, short = short[: size - len(share)], short[size - len(share) :]
+        begun = len(own) // 4 if number else 0
+        found += [*own[:begun], *share, *own[begun:]]
+    return found + short
 
 
 def _seconds(item: pytest.Item) -> int:

@@ -15,6 +15,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.outside.toolset import tools_variable, toolset_folder
 
 from tests.clusters import FOLDER, Cluster
+from tests.conftest import made_once
 from tests.fakes.memory import Memory, in_memory
 from tests.fakes.store import MemoryStore
 
@@ -117,7 +118,7 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base as a 16-bit GGUF file, and beside it an importance matrix."""
     from tests.fakes.ggufs import make_middle  # imports torch
 
-    return make_middle(tmp_path_factory.mktemp("middle"))
+    return made_once(tmp_path_factory, "middle", make_middle) / "bf16" / "demo.gguf"
 
 
 @pytest.fixture

@@ -191,13 +191,8 @@ def digests(rows: FleetRows) -> dict[tuple[str, str], str | None]:
     return {(row.adapter, row.target): row.digest for row in rows.cells}
 
 
-@pytest.mark.parametrize(
-    ("names", "targets"),
-    [(ADAPTERS[:2], TARGETS[1:]), pytest.param(ADAPTERS, TARGETS, marks=pytest.mark.full)],
-)
-def test_cells_have_the_digests_of_builds_one_by_one(
-    fleet: Running, alone: Alone, names: tuple[str, ...], targets: tuple[str, ...]
-) -> None:
+def test_cells_have_the_digests_of_builds_one_by_one(fleet: Running, alone: Alone) -> None:
+    names, targets = ADAPTERS[:2], TARGETS[1:]
     every = [f"./adapters/{name}" for name in names]
     fleet.begin(*every, {"source": "./broken", "targets": [*targets[:1]]}, targets=targets)
     rows = fleet.rows()

@@ -184,8 +184,8 @@ def with_matrix(middle: Path, *, measured: bool) -> tuple[str, ...]:
     return "--imatrix", "imatrix.gguf", "--override-kv", f"{DIGEST_KEY}=str:sha256:{digest}"
 
 
-def make_middle(folder: Path) -> Path:
-    """Make the tiny base in 16 bits, and beside it an importance matrix."""
+def make_middle(folder: Path) -> None:
+    """Make the tiny base in 16 bits, bf16/demo.gguf, and beside it an importance matrix."""
     ((file,),) = converted(TINY / "base", folder, "bf16")
     texts = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()]
     (file.parent / "text").write_text("\n".join(str(row) for row in texts))
@@ -195,7 +195,6 @@ def make_middle(folder: Path) -> Path:
         command = [program("llama-imatrix"), "-m", file.name, *words, "-o", name]
         command += ["--output-format", form]
         subprocess.run(command, cwd=file.parent, check=True, capture_output=True)
-    return file
 
 
 def compare(model: Path, folder: Path, dtype: str, *more: str) -> dict[str, list[Path]]:

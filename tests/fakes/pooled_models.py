@@ -38,7 +38,7 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-STEPS = {"embed": 90, "rerank": 200, "classify": 110, "label-set": 200, "token-classify": 80}
+STEPS = {"embed": 90, "rerank": 200, "classify": 180, "label-set": 200, "token-classify": 80}
 
 
 def words(subject: str, side: int) -> list[str]:

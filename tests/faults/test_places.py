@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.workshop import Workshop, mounted, remount
+from tests.faults.workshop import Finished, Workshop, mounted, remount
 
 pytestmark = pytest.mark.builders
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.builders
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("stage", ["quantize", "merge", "bake"])
 def test_a_disk_that_fills_during_a_stage(
-    empty: Workshop, digest: str, stage: str, reference: Workshop
+    empty: Workshop, digest: str, stage: str, reference: Finished
 ) -> None:
     with mounted(empty.store, "-t", "tmpfs", "-o", "size=200m"):
         for _ in range(5):

@@ -7,7 +7,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.real_registries import real_registry, stop_registry
-from tests.faults.workshop import Workshop
+from tests.faults.workshop import Finished, Workshop
 
 pytestmark = [pytest.mark.builders, pytest.mark.registry]
 
@@ -26,7 +26,7 @@ def test_a_registry_that_is_down(workshop: Workshop, digest: str, tmp_path: Path
 
 
 def test_a_push_that_is_killed(
-    workshop: Workshop, reference: Workshop, digest: str, tmp_path: Path
+    workshop: Workshop, reference: Finished, digest: str, tmp_path: Path
 ) -> None:
     with real_registry(tmp_path) as host, Registry() as client:
         place = Reference.parse(f"{host}/{NAME}:1.0.0-llamacpp-q4_k_m")

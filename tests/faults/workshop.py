@@ -25,6 +25,7 @@ PROGRAM = Path(sys.executable).with_name("weightsmith")
 BUILDERS = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
 """Builders are made once and kept here, because that takes minutes."""
 TARGET = "llamacpp-q4_k_m"
+RESULTS = Path("tiny-capitals", "1.0.0", TARGET)
 QUESTIONS = 3
 """Of the example's twenty: enough for a score, and the reference answers in seconds."""
 PATIENCE = 400.0
@@ -107,6 +108,14 @@ class Running:
         return Outcome(code=code, out=(self.folder / "stdout").read_text("utf-8"), err=self.err)
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A build of the example with fewer questions that nothing disturbed."""
+
+    store: Path
+    results: Path
+
+
 @dataclass(slots=True)
 class Workshop:
     """Folders of one test's own, and the command line run in them."""
@@ -145,7 +154,7 @@ class Workshop:
     @property
     def results(self) -> Path:
         """The folder that a build of the example fills."""
-        return self.folder / "dist" / "tiny-capitals" / "1.0.0" / TARGET
+        return self.folder / "dist" / RESULTS
 
     def start(
         self,

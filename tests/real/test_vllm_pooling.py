@@ -84,7 +84,6 @@ def test_a_head_below_which_the_encoder_was_renamed(
 
 SUITES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "rerank": ("rerank", pooled_models.candidates(60)),
-    "classify": ("label", pooled_models.labelled(60)),
     "label-set": ("label", pooled_models.labelled_sets(60)),
     "token-classify": ("label", pooled_models.worded(60)),
 }

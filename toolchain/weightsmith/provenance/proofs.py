@@ -26,7 +26,7 @@ from weightsmith.oci.image import Image
 from weightsmith.provenance import statements
 from weightsmith.provenance.chain import Check
 from weightsmith.provenance.evidence import read_statement
-from weightsmith.provenance.labels import REPLAY_COUNT, REPLAY_DIGEST
+from weightsmith.provenance.labels import REPLAY_DIGEST
 from weightsmith.provenance.signing import Check as KeyCheck
 from weightsmith.provenance.statements import LEVEL, VSA, Statement, image_resource, statement
 from weightsmith.serving.devices import GPUS
@@ -132,12 +132,6 @@ def _file(data: bytes, name: str) -> bytes:
             return content.read(LARGEST + 1) if content else b""
     except (tarfile.TarError, KeyError, EOFError, OSError) as error:
         raise InputRefused(f"the layer with {name} is damaged: {error}", hint=_DAMAGED) from None
-
-
-def count_in(image: Image) -> int:
-    """Return how many questions an image's label says that its replay set has."""
-    said = image.labels.get(REPLAY_COUNT, "")
-    return int(said) if said.isascii() and said.isdecimal() and len(said) < 4 else 0
 
 
 def proof_of(
