@@ -64,34 +64,42 @@ def fewest_bits(*, low: bool) -> float:
     return _FEWEST_LOW if low else _FEWEST
 
 
-def budget_options(requested: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def budget_options(
+    requested: Mapping[str, JsonValue], fewest: float = 0, *, name: str = MIX.name
+) -> dict[str, JsonValue]:
     """Return what a mix is made of: `bits`, `size` in bytes, or a file's `mix`.
 
-    Raises UsageError unless it is exactly one of them, and for bits below the smallest type's.
+    `fewest` are the bits of the smallest type, of llama.cpp's by default. Raises UsageError unless
+    it is exactly one of them, and for bits below the smallest type's.
     """
     given = {name: requested[name] for name in _BUDGETS if requested.get(name)}
     if len(given) != 1:
         what = " and ".join(f"quantize.{name}" for name in given)
         raise UsageError(
-            f"{what} cannot be combined" if given else f"the format {MIX.name} needs a budget",
+            f"{what} cannot be combined" if given else f"the format {name} needs a budget",
             hint=_HOW,
         )
-    low = bool(requested.get("allow_low_bits"))
-    bits = given.get("bits")
-    if isinstance(bits, int | float) and not fewest_bits(low=low) <= bits <= _MOST:
+    low = bool(requested.get("allow_low_bits")) and not fewest
+    bits, least = given.get("bits"), fewest or fewest_bits(low=low)
+    if isinstance(bits, int | float) and not least <= bits <= _MOST:
         raise UsageError(
-            f"quantize.bits: {bits:g} is not between {fewest_bits(low=low):g}, the bits of the "
+            f"quantize.bits: {bits:g} is not between {least:g}, the bits of the "
             f"smallest type, and {_MOST}",
-            hint=f"set quantize.bits to {min(max(bits, fewest_bits(low=low)), _MOST):g}"
-            + ("" if low else "; quantize.allow_low_bits (--allow-low-bits) adds smaller types"),
+            hint=f"set quantize.bits to {min(max(bits, least), _MOST):g}"
+            + (
+                ""
+                if low or fewest
+                else "; quantize.allow_low_bits (--allow-low-bits) adds smaller types"
+            ),
         )
     return {**given, **({"low": True} if low and "mix" not in given else {})}
 
 
-def read_mix(path: Path) -> dict[str, str]:
+def read_mix(path: Path, kinds: Iterable[str] = ()) -> dict[str, str]:
     """Return the types in a mix's file, `{"tensor_types": {TENSOR: TYPE}}`, or in a build.json.
 
-    Types are in lower case. Raises InputRefused for anything else.
+    Types are in lower case, and some of `kinds`, llama.cpp's by default. Raises InputRefused for
+    anything else.
     """
     wanted = 'give a build.json, or {"tensor_types": {"blk.0.attn_q.weight": "q4_k", …}}'
     try:
@@ -105,12 +113,13 @@ def read_mix(path: Path) -> dict[str, str]:
     types = data.get("tensor_types") if isinstance(data, dict) else None
     if not isinstance(types, dict) or not types:
         raise InputRefused(f"{path} has no tensor_types", hint=wanted)
-    known = {row.name for row in TENSOR_TYPES.values() if row.selectable}
+    own = (row.name for row in TENSOR_TYPES.values() if row.selectable)
+    names, engine = sorted(kinds or own), "vLLM's mix" if kinds else "llama.cpp"
     for tensor, kind in types.items():
-        if not isinstance(kind, str) or kind.lower() not in known:
+        if not isinstance(kind, str) or kind.lower() not in names:
             raise InputRefused(
-                f"{path}: llama.cpp has no type {str(kind)[:40]!r} for {tensor[:80]}",
-                hint=f"types: {', '.join(sorted(known))}",
+                f"{path}: {engine} has no type {str(kind)[:40]!r} for {tensor[:80]}",
+                hint=f"types: {', '.join(names)}",
             )
     return {tensor: kind.lower() for tensor, kind in sorted(types.items())}
 

@@ -30,6 +30,8 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
 FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4"})
 """Layouts of float4_e2m1, two codes per byte."""
+MIXED = "mixed-precision"
+"""compressed-tensors' `format` of a checkpoint whose modules have several."""
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
@@ -108,20 +110,41 @@ def layout_of(config: Mapping[str, Json]) -> PackedLayout:
         return PackedLayout(method=method, bits=4, group_size=32, symmetric=True)
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
-        weights = group["weights"]
-        outputs, columns = weights.get("block_structure") or (1, weights.get("group_size") or 0)
-        return PackedLayout(
-            method=str(group.get("format") or quantization["format"]),
-            bits=int(weights["num_bits"]),
-            group_size=int(columns),
-            symmetric=bool(weights["symmetric"]),
-            inputs=(group.get("input_activations") or {}).get("dynamic") in (False, "local"),
-            outputs=int(outputs),
-        )
+        return _of_group(group, str(quantization["format"]))
     raise CheckFailed(
         f"config.json has the unexpected quant_method {method!r}",
         hint="check the engine's output",
     )
+
+
+def layouts_of(config: Mapping[str, Json]) -> Mapping[str, PackedLayout]:
+    """Return the layout of each module that config.json names; {} if all have the same."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("format") != MIXED:
+        return {}
+    return {
+        module: _of_group(group, "")
+        for group in quantization["config_groups"].values()
+        for module in group["targets"]
+    }
+
+
+def _of_group(group: Mapping[str, Json], format_: str) -> PackedLayout:
+    """Return the layout of one of compressed-tensors' config_groups."""
+    weights = group["weights"]
+    outputs, columns = weights.get("block_structure") or (1, weights.get("group_size") or 0)
+    return PackedLayout(
+        method=str(group.get("format") or format_),
+        bits=int(weights["num_bits"]),
+        group_size=int(columns),
+        symmetric=bool(weights["symmetric"]),
+        inputs=(group.get("input_activations") or {}).get("dynamic") in (False, "local"),
+        outputs=int(outputs),
+    )
+
+
+MIXTURE = PackedLayout(method=MIXED, bits=4, group_size=0, symmetric=True)
+"""Stands for the layouts of a checkpoint whose modules have several."""
 
 
 class PackedView:
@@ -132,10 +155,15 @@ class PackedView:
     ) -> None:
         """Read config.json and the headers; `stacked` are parts of stacked tensors."""
         self.tensors = CheckpointTensors(folder)
-        told = layout_of(read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        self.layouts = layouts_of(config)
+        told = MIXTURE if self.layouts else layout_of(config)
         self.layout = replace(told, rescaled=rescaled)
-        end, known = self.layout.marker, tuple(stacked)
-        marked = {n.removesuffix(end) for n in self.tensors.names if n.endswith(end)}
+        known = tuple(stacked)
+        ends = {one.marker for one in (self.layouts.values() or (self.layout,))}
+        marked = {
+            n.removesuffix(end) for end in ends for n in self.tensors.names if n.endswith(end)
+        }
         self._experts: dict[str, Matrix] = {}
         if self.layout.method == "mxfp4":
             self._experts = {m.module: m for m in known if m.tensor in marked}
@@ -145,6 +173,10 @@ class PackedView:
         for matrix in known:
             if matrix.module in self.modules:
                 self._stacks.setdefault(matrix.tensor, []).append(matrix)
+
+    def of(self, module: str) -> PackedLayout:
+        """Return a module's layout."""
+        return self.layouts.get(module, self.layout)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -178,19 +210,23 @@ class PackedView:
         """
         if self.layout.moved or (self.layout.method == PACKED and self.layout.bits != 4):
             return ""
-        packed = name in self._stacks or name.removesuffix(".weight") in self.modules
-        return self.layout.method if packed else self.tensors.info(name).dtype.lower()
+        stack = self._stacks.get(name)
+        module = stack[0].module if stack else name.removesuffix(".weight")
+        if module in self.modules:
+            return self.of(module).method
+        return self.tensors.info(name).dtype.lower()
 
     def matrix(self, module: str, start: int = 0, stop: int | None = None) -> Floats:
         """Return a module's outputs from `start` to `stop` as float32 [outputs, inputs].
 
         Only these are dequantized.
         """
-        if self.layout.method == PACKED:
-            return _packed(self.tensors, module, start, stop, self.layout.bits)
-        if reader := _INTEGERS.get(self.layout.method):
+        layout = self.of(module)
+        if layout.method == PACKED:
+            return _packed(self.tensors, module, start, stop, layout.bits)
+        if reader := _INTEGERS.get(layout.method):
             return reader(self.tensors, module, start, stop)
-        skipped = start % self.layout.outputs
+        skipped = start % layout.outputs
         return self.tiles(module, start - skipped, stop).rows()[skipped:]
 
     def tiles(self, module: str, start: int = 0, stop: int | None = None) -> QuantizedTiles:
@@ -199,7 +235,7 @@ class PackedView:
         W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4. In a
         stack, W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e.
         """
-        tensors, layout = self.tensors, self.layout
+        tensors, layout = self.tensors, self.of(module)
         last = None if stop is None else -(-stop // layout.outputs)
         scales = self.scales(module, slice(start // layout.outputs, last))
         if module in self._experts:
@@ -218,7 +254,7 @@ class PackedView:
 
         `where` picks tiles of outputs. AWQ and GPTQ have groups of inputs first, and all of them.
         """
-        tensors, method, name = self.tensors, self.layout.method, f"{module}.weight_scale"
+        tensors, method, name = self.tensors, self.of(module).method, f"{module}.weight_scale"
         if method in {"awq", "gptq"}:
             return tensors.f32(f"{module}.scales")
         if module in self._experts:

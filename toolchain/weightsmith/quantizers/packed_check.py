@@ -38,7 +38,10 @@ _HINT = "quantize it again; if it fails again, use another format"
 
 
 def check_checkpoint(
-    folder: Path, model: Path, expected: PackedLayout, keep: tuple[str, ...] = ()
+    folder: Path,
+    model: Path,
+    expected: PackedLayout | Mapping[str, PackedLayout],
+    keep: tuple[str, ...] = (),
 ) -> Mapping[str, JsonValue]:
     """Return a quantized checkpoint's facts for the report; raises CheckFailed if a check fails.
 
@@ -46,11 +49,13 @@ def check_checkpoint(
     quantized; scales are finite and positive; each matrix is near the original; the other tensors
     are finite and complete; the checkpoint is smaller.
     """
-    view = view_of(folder, model, rescaled=expected.rescaled)
-    source = CheckpointTensors(model)
-    if view.layout != expected:
+    rescaled = isinstance(expected, PackedLayout) and expected.rescaled
+    view, source = view_of(folder, model, rescaled=rescaled), CheckpointTensors(model)
+    if (view.layouts or view.layout) != expected:
         raise CheckFailed(
-            f"{folder.name} has layout {view.layout}, expected {expected}",
+            f"{folder.name} has layout {view.layout}, expected {expected}"
+            if isinstance(expected, PackedLayout)
+            else f"{folder.name} has not the layouts that were chosen for its matrices",
             hint="check the quantizer's output",
         )
     known = matrices(source, model)
@@ -75,7 +80,8 @@ def check_checkpoint(
     elements = sum(matrix.outputs * matrix.inputs for matrix in found.values())
     bits = sum(view.tensors.info(name).size for name in parts) * 8 / elements
     # A scale and a zero point per group, and an index per input in GPTQ's layout.
-    most = expected.bits + (32 / expected.group_size if expected.group_size else 0) + 1
+    layouts = [view.of(module) for module in found]
+    most = max(one.bits + (32 / one.group_size if one.group_size else 0) for one in layouts) + 1
     if bits > most or view.tensors.size >= source.size:
         raise CheckFailed(
             f"the quantized matrices have {bits:.2f} bits per weight (limit {most:.2f}); the "
@@ -130,7 +136,7 @@ def _worst_experts(errors: Mapping[str, float]) -> Mapping[str, JsonValue]:
 
 
 def _check_scales(view: PackedView, matrix: Matrix) -> None:
-    module, layout = matrix.module, view.layout
+    module, layout = matrix.module, view.of(matrix.module)
     scales = view.scales(module)
     if not bool(np.isfinite(scales).all()) or bool((scales <= 0).any()):
         raise CheckFailed(f"{module} has scales that are not finite and positive", hint=_HINT)
@@ -173,7 +179,7 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
 
 
 def _check_near(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
-    layout = view.layout
+    layout = view.of(matrix.module)
     if layout.moved:
         error, limit = _rescaled_error(view, source, matrix), _MOST_CLIPPED
     else:
@@ -191,13 +197,14 @@ def _check_near(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> 
 def _error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     """Return the relative error of a matrix, a few rows at a time where the layout allows it."""
     wrong = norm = 0.0
-    step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
-    if not view.layout.tiled:
+    layout = view.of(matrix.module)
+    step = max(1, _BLOCK // matrix.inputs // layout.outputs) * layout.outputs
+    if not layout.tiled:
         found, before = _values(view, source, matrix)
         norm = float(np.vdot(before, before))
         found -= before
         wrong = float(np.vdot(found, found))
-    for start in range(0, matrix.outputs, step) if view.layout.tiled else ():
+    for start in range(0, matrix.outputs, step) if layout.tiled else ():
         stop = min(start + step, matrix.outputs)
         rows = matrix.stored(source, start, stop)
         try:

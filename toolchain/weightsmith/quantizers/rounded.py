@@ -76,14 +76,14 @@ def quantize(
                 f"{matrix.module} has {matrix.inputs} inputs, no multiple of {scheme.tile[1]}",
                 hint="choose fp8 or w8a8, which have a scale per row",
             )
-    rows = _FusedRows(source, scheme, found, recorded)
+    rows = FusedRows(source, scheme, found, recorded)
     if scheme.layout == "mxfp4":
         stacks: dict[str, list[Matrix]] = {}
         for matrix in sorted(found, key=lambda one: one.expert):
             stacks.setdefault(matrix.tensor, []).append(matrix)
         works = [_stack(name, experts, scheme, rows) for name, experts in stacks.items()]
     else:
-        works = [_work(matrix, scheme, rows) for matrix in found]
+        works = [work_of(matrix, scheme, rows) for matrix in found]
     if scheme.observed:
         works += _input_scales(scheme, found, inputs)
     quantized = {matrix.tensor for matrix in found}
@@ -106,7 +106,7 @@ def _input_scales(
             yield writing.whole(f"{module}.input_global_scale", "F32", (1,), make)
 
 
-class _FusedRows:
+class FusedRows:
     """The matrices' rows, and the scales that fused matrices share.
 
     Such a scale needs the largest weight of its matrices before the first row is rounded. Where
@@ -143,7 +143,7 @@ class _FusedRows:
         self, matrix: Matrix, codes: str, scales: str
     ) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         """Yield a matrix's codes and scales, with these names."""
-        for rows in self._blocks(matrix):
+        for rows in self.blocks(matrix):
             try:
                 made, found = round_rows(rows, self._scheme, self.scale(matrix))
             except ValueError:
@@ -151,7 +151,7 @@ class _FusedRows:
             yield codes, made
             yield scales, found
 
-    def _blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[np.generic]]:
+    def blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[np.generic]]:
         """Yield a matrix's rows in its own type, whole tiles of them at a time.
 
         Raises EnvironmentFailure after the last one if the largest weight is not as recorded, for
@@ -201,7 +201,8 @@ class _FusedRows:
             yield start, min(start + step, matrix.outputs)
 
 
-def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> writing.TensorGroup:
+def work_of(matrix: Matrix, scheme: Scheme, rows: FusedRows) -> writing.TensorGroup:
+    """Return the work for a matrix of its own: its codes and scales."""
     weight = f"{matrix.module}.weight"
     codes = f"{weight}_packed" if scheme.packed else weight
     count, columns = matrix.outputs, matrix.inputs
@@ -225,7 +226,7 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> writing.TensorGro
 
 
 def _stack(
-    name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows
+    name: str, experts: Sequence[Matrix], scheme: Scheme, rows: FusedRows
 ) -> writing.TensorGroup:
     """Return the work for a stack of experts, whose codes and scales are stacked, too."""
     width = scheme.tile[1]

@@ -15,7 +15,15 @@ from weightsmith.serving.engine import Engine, Support
 
 _AMD = (0, 0)
 """The compute capability of GPUs that have none."""
-_TILES = {"fp8-block": 128, "nvfp4a16": 16, "nvfp4": 16, "mxfp4a16": 32, "mxfp4a8": 32, "mxfp8": 32}
+_TILES = {
+    "fp8-block": 128,
+    "nvfp4a16": 16,
+    "nvfp4": 16,
+    "mix-compressed": 32,
+    "mxfp4a16": 32,
+    "mxfp4a8": 32,
+    "mxfp8": 32,
+}
 """Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles."""
 
 _PADDED = frozenset({"GptOssForCausalLM"})

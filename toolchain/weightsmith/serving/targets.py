@@ -22,6 +22,10 @@ class Target:
     format: Format
 
 
+_SHORT = {"mix-compressed": "mix"}
+"""Format -> its name in a target's, where the engine's says the rest."""
+
+
 def targets(formats: Iterable[Format]) -> Mapping[str, Target]:
     """Return the targets there are, by name, given the formats that quantizers make.
 
@@ -47,7 +51,9 @@ def _name(engine: Engine, format_: Format) -> str:
     if format_ == SAFETENSORS:
         return engine.name
     stands_in = format_.instead_of and not engine.layouts
-    return f"{engine.name}-{format_.instead_of if stands_in else format_.name}"
+    name = format_.instead_of if stands_in else format_.name
+    own = format_.without_adapters.name
+    return f"{engine.name}-{name.replace(own, _SHORT.get(own, own), 1)}"
 
 
 def find(name: str, known: Mapping[str, Target]) -> Target:

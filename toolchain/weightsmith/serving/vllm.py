@@ -418,6 +418,15 @@ _SUPPORT: Mapping[str, Support] = {
         "kernels/linear/scaled_mm/pytorch.py _supports_torch_fp8_scaled_mm",
         cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsFp8: blocks only, with AMX",
     ),
+    # Of 4-bit integers, and of fp8 as above.
+    "mix": Support(
+        capability=(7, 5),
+        cpu=True,
+        source=f"compressed_tensors_wNa16.py get_min_capability; {_4_BITS_ON_CPUS}; "
+        "kernels/linear/scaled_mm/pytorch.py _supports_torch_fp8_scaled_mm",
+        cpu_experts="layers/fused_moe/experts/cpu_moe.py: a layer's experts may have 4 bits or "
+        "FP8, whose kernels need AMX, or blocks",
+    ),
     "fp8-static": Support(
         capability=(7, 5),
         source="compressed_tensors_w8a16_fp8.py get_min_capability; its CPU build lacks "
@@ -493,7 +502,7 @@ ENGINE = Engine(
     title="vLLM",
     accepts=frozenset(
         {"safetensors", "awq", "gptq", "fp8", "nvfp4", "mxfp4", "mxfp8", "lora"}
-        | {"compressed-tensors"}
+        | {"compressed-tensors", "mix"}
     ),
     layouts=frozenset({PACKED}),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),

@@ -33,6 +33,8 @@ from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.checkpoints import check_plain
+from weightsmith.quantizers.compressed_mix import FEWEST, KINDS
+from weightsmith.quantizers.compressed_mix import MIX as COMPRESSED_MIX
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, read_mix
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
@@ -78,6 +80,8 @@ _STREAMED = 512 << 20
 _GGUF = 1 << 30
 _PROJECTOR = 1.02
 """Room for a projector, whose size is an estimate until it is made."""
+_MIXES = frozenset({MIX.name, COMPRESSED_MIX.name})
+"""Formats with a budget."""
 _OF_THE_JOB = ("builder_image", "network_in_jobs")
 """Facts that a runner adds to a job's result."""
 
@@ -149,7 +153,7 @@ def walked_inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
 
 
 def losses_inputs(
-    checkpoint: Digest, texts: Texts, options: Mapping[str, JsonValue]
+    checkpoint: Digest, texts: Texts, options: Mapping[str, JsonValue], quantizer: Quantizer
 ) -> StageInputs:
     """Return what the losses by which a mix is chosen depend on; not on its budget."""
     return StageInputs(
@@ -160,6 +164,7 @@ def losses_inputs(
             "calibration": texts.calibration_digest,
             "importance": options.get("imatrix", "off"),
             "low": bool(options.get("low")),
+            "types": quantizer.name,
             "builder": builder_pins(WALK_BUILDER),
         },
     )
@@ -233,7 +238,9 @@ def _run(
             own = statistics_inputs(checkpoint.digest, texts, quantizer)
             measures[quantizer.statistics] = own
     if texts and quantizer.weighs(options.options):
-        measures[quantizer.losses] = losses_inputs(checkpoint.digest, texts, options.options)
+        measures[quantizer.losses] = losses_inputs(
+            checkpoint.digest, texts, options.options, quantizer
+        )
     given = {
         name: Input.file(earlier, name)
         for name, key in measures.items()
@@ -449,8 +456,8 @@ def format_options(
             f"{path}: no such importance matrix", hint="give auto, walk, off or a file"
         )
     quantizer, facts = of_format(format_.name), read_facts(model.texts)
-    if format_.name == MIX.name:
-        settings = _with_budget(settings)
+    if format_.name in _MIXES:
+        settings = _with_budget(settings, format_)
     options = {**quantizer.options(format_, settings), **quantizer.options_of_model(facts)}
     if "imatrix" in options and facts.task.kind != "generate":
         options["imatrix"] = _without_importance(format_, options["imatrix"], given, facts)
@@ -466,41 +473,60 @@ def format_options(
     return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
 
 
-def _with_budget(settings: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+def _with_budget(settings: Mapping[str, JsonValue], format_: Format) -> Mapping[str, JsonValue]:
     """Return settings with a mix's size in bytes, and what its file says instead of its path."""
     size, mix = str(settings.get("size") or ""), str(settings.get("mix") or "")
+    kinds = KINDS if format_.name == COMPRESSED_MIX.name else ()
     return {
         **settings,
         **({"size": parse_size(size)} if size else {}),
-        **({"mix": read_mix(Path(mix).absolute())} if mix else {}),
+        **({"mix": read_mix(Path(mix).absolute(), kinds)} if mix else {}),
     }
 
 
-def _smallest_mix(whole: int, *, low: bool) -> int:
-    """Return the bytes of the smallest mix of a checkpoint that has `whole` bytes in 16 bits."""
-    return int(whole * fewest_bits(low=low) / 16)
+def _smallest_mix(weights: int, format_: Format, model: ModelFacts, *, low: bool) -> int:
+    """Return about the bytes of the smallest mix of a checkpoint of `weights` bytes, or fewer."""
+    if format_.name == COMPRESSED_MIX.name:  # embeddings and head stay
+        return estimated_bytes(weights, replace(format_, bits_per_weight=FEWEST), model)
+    return int(_in_16_bits(weights, format_, model) * fewest_bits(low=low) / 16)
+
+
+def _in_16_bits(weights: int, format_: Format, model: ModelFacts) -> int:
+    return estimated_bytes(weights, replace(format_, bits_per_weight=16.0), model)
 
 
 def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format:
     """Return the format with the bits per weight that a mix will have, about.
 
-    `weights` are the checkpoint's in bytes. Raises InputRefused for a size that no mix can have.
+    They are those of the weights that do not stay in 16 bits. `weights` are the checkpoint's in
+    bytes. Raises InputRefused for a budget that no mix can have.
     """
     format_, chosen = options.format, options.options
-    bits = float(str(chosen.get("bits") or format_.bits_per_weight))
-    if size := int(str(chosen.get("size") or 0)):
-        # A weight less than the smallest type has is refused here, the rest once headers are known.
-        whole = estimated_bytes(weights, replace(format_, bits_per_weight=16.0), model)
-        fewest = fewest_bits(low=bool(chosen.get("low")))
-        if (least := _smallest_mix(whole, low=bool(chosen.get("low")))) > size:
-            raise InputRefused(
-                f"quantize.size: no mix of this model has {human(size)}: its weights have "
-                f"{human(least)} with {fewest:g} bits each, the fewest",
-                hint=f"set quantize.size to {-(-least * 11 // 10) // 10**6 + 1}MB or more"
-                + ("" if chosen.get("low") else ", or quantize.allow_low_bits for smaller types"),
-            )
-        bits = min(16.0, 16 * size / whole)
-    return replace(format_, bits_per_weight=bits)
+    whole, low = _in_16_bits(weights, format_, model), bool(chosen.get("low"))
+    size, bits = int(str(chosen.get("size") or 0)), float(str(chosen.get("bits") or 0))
+    if bits and format_.name == MIX.name:
+        return replace(format_, bits_per_weight=bits)
+    if not (size or bits):
+        return format_
+    # A weight less than the smallest type has is refused here, the rest once headers are known.
+    wanted, least = size or int(whole * bits / 16), _smallest_mix(weights, format_, model, low=low)
+    if least > wanted:
+        key = "quantize.size" if size else "quantize.bits"
+        near = f"{-(-least * 11 // 10) // 10**6 + 1}MB" if size else f"{17.6 * least / whole:.2f}"
+        raise InputRefused(
+            f"{key}: no mix of this model has {human(wanted)}: its weights have "
+            f"{human(least)} with the smallest types",
+            hint=f"set {key} to {near} or more"
+            + (
+                ""
+                if low or format_.name != MIX.name
+                else ", or quantize.allow_low_bits for smaller types"
+            ),
+        )
+    if format_.name == MIX.name:
+        return replace(format_, bits_per_weight=min(16.0, 16 * wanted / whole))
+    kept = kept_bytes(whole, format_, model)
+    return replace(format_, bits_per_weight=min(16.0, 16 * (wanted - kept) / max(1, whole - kept)))
 
 
 def _without_importance(
@@ -513,7 +539,7 @@ def _without_importance(
     """
     if chosen not in ("auto", "walk"):
         return chosen
-    if given or format_.name == MIX.name or FILE_TYPES[format_.name].needs_imatrix:
+    if given or format_.name in _MIXES or FILE_TYPES[format_.name].needs_imatrix:
         wanted = f"quantize.imatrix {given}" if given else format_.name
         raise UsageError(
             f"{wanted}: {model.architecture} {model.task.does}, and importance is measured on texts"
@@ -623,7 +649,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         """Return whether a format's budget is what the GPU has room for, and nothing else."""
         given = self.file.recipe.quantize
         others = given.bits or given.size or given.mix
-        return format_.name == MIX.name and bool(given.fit) and not others
+        return format_.name in _MIXES and bool(given.fit) and not others
 
     def _fitting(self, format_: Format, model: ModelFacts, size: int) -> int:
         """Return the bytes that the GPU has room for; raises UsageError where no mix fits."""
@@ -638,8 +664,8 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         serve = self.file.recipe.serve
         options = replace(serve_options(serve), format=format_, projector_bytes=beside)
         room = WeightRoom.of(self.of.target.engine, model, options)
-        whole = estimated_bytes(size, replace(format_, bits_per_weight=16.0), model)
-        least = beside + _smallest_mix(whole, low=self.file.recipe.quantize.allow_low_bits)
+        low = self.file.recipe.quantize.allow_low_bits
+        least = beside + _smallest_mix(size, format_, model, low=low)
         if (found := room.bytes) >= least:
             return found - beside
         shorter, gpu = room.longest(least), serve.gpu or "the GPU"

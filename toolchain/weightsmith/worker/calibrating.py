@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.cpus import has_avx2
 from weightsmith.core.errors import EnvironmentFailure
@@ -16,6 +16,9 @@ from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.worker.wire import Report
+
+if TYPE_CHECKING:
+    from weightsmith.quantizers.layerwise.sensitivity import Types
 
 
 def importance(
@@ -46,12 +49,11 @@ def losses(
     matrix: Path | None,
     file: Path,
     report: Report,
-    *,
-    low: bool,
+    types: Types,
 ) -> None:
     """Write what each type of each tensor loses, as JSON; raises as `importance` does.
 
-    `matrix` is the importance that rows are rounded with, `low` adds types below four bits.
+    `matrix` is the importance that rows are rounded with.
     """
     from weightsmith.quantizers.gguf_importance import Importance, read_importance
     from weightsmith.quantizers.layerwise.sensitivity import sensitivities
@@ -63,8 +65,8 @@ def losses(
         [row["text"] for row in rows],
         sum(int(row["tokens"]) for row in rows),
         read_importance(matrix) if matrix else Importance(),
-        low=low,
-        progress=lambda done, total: report(done, total, "layers"),
+        types,
+        lambda done, total: report(done, total, "layers"),
     )
     with _whole(file) as partial:
         partial.write_text(json.dumps(found, sort_keys=True), encoding="utf-8")

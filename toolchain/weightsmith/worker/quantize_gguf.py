@@ -364,7 +364,9 @@ def _measure(walk: ImportanceWalk) -> None:
         if matrix and not matrix.is_file():
             importance(Path(walk.model), rows, matrix, tell)
         if walk.losses and not lost.is_file():
-            losses(Path(walk.model), rows, matrix, lost, tell, low=walk.low)
+            from weightsmith.quantizers.layerwise.sensitivity import gguf_types
+
+            losses(Path(walk.model), rows, matrix, lost, tell, gguf_types(low=walk.low))
 
 
 if __name__ == "__main__":

@@ -89,13 +89,36 @@ class _Rows:
             float((part.double().square_() * self.by_column * own).sum()) for part, own in parts
         )
 
-    def loss(self, kind: str) -> float:
+    def loss(self, kind: str, rounded: Rounded) -> float:
         """Return what the errors of a type count."""
+        made = rounded(kind, self.rows.numpy(), self.importance)
+        return self.counts(torch.from_numpy(made) - self.rows)
+
+
+Rounded = Callable[[str, np.ndarray, np.ndarray | None], np.ndarray]
+"""(type, float32 rows [n, columns], importance [columns]) -> those rows as they will be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """The types whose losses are measured."""
+
+    of: Callable[[str, int], Sequence[str]]
+    """(tensor, columns) -> its types."""
+    rounded: Rounded
+
+
+def gguf_types(*, low: bool) -> Types:
+    """Return llama.cpp's; `low` adds those below four bits."""
+
+    def rounded(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         import gguf
 
-        made = quants.quantize_rows(kind, self.rows.numpy(), self.importance)
-        rounded = gguf.dequantize(made, gguf.GGMLQuantizationType[kind])
-        return self.counts(torch.from_numpy(rounded) - self.rows)
+        made = quants.quantize_rows(kind, rows, importance)
+        found: np.ndarray = gguf.dequantize(made, gguf.GGMLQuantizationType[kind])
+        return found
+
+    return Types(lambda _, columns: kinds_of_rows(columns, low=low), rounded)
 
 
 def sensitivities(
@@ -103,20 +126,18 @@ def sensitivities(
     texts: Sequence[str],
     tokens: int,
     importance: Importance,
-    *,
-    low: bool,
+    types: Types,
     progress: Progress = lambda *_: None,
 ) -> Losses:
     """Return what each matrix of the layers, the embedding and the head loses by each type.
 
-    By llama.cpp's names; `importance` is what rows are rounded with, `low` adds types below four
-    bits. In an environment of `AVX2_LOOPS`, the bits do not depend on the CPU. Raises as
-    `importance.importance` does.
+    By llama.cpp's names; `importance` is what rows are rounded with. In an environment of
+    `AVX2_LOOPS`, the bits do not depend on the CPU. Raises as `importance.importance` does.
     """
     chunks = windows(model, texts, tokens)
     most = max(1, LOSS_TOKENS // len(chunks[0]))
     chunks = chunks[:: -(-len(chunks) // most)]
-    walk = _BackwardWalk(Layers(model, chunks, len(chunks[0])), importance, low)
+    walk = _BackwardWalk(Layers(model, chunks, len(chunks[0])), importance, types)
     with reproducible(walk.multiply):
         walk.run(progress)
     return walk.losses
@@ -128,7 +149,7 @@ class _BackwardWalk:
 
     layers: Layers
     importance: Importance
-    low: bool
+    types: Types
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     _known: dict[int, _Moments] = field(default_factory=dict)
     """Address of a matrix's weights -> its sums."""
@@ -198,8 +219,8 @@ class _BackwardWalk:
         """Add a tensor's losses, by those of some of its rows; `size` is what all weights count."""
         whole = sum(one.counts(one.rows) for one in some)
         ratio, found = size / whole if whole else 0.0, self.losses.setdefault(tensor, {})
-        for kind in kinds_of_rows(some[0].rows.shape[1], low=self.low):
-            loss = ratio * sum(one.loss(kind) for one in some)
+        for kind in self.types.of(tensor, some[0].rows.shape[1]):
+            loss = ratio * sum(one.loss(kind, self.types.rounded) for one in some)
             found[kind] = float(f"{found.get(kind, 0.0) + loss:.{_DIGITS}g}")
 
     def _through_head(self) -> list[torch.Tensor]:

@@ -1,0 +1,308 @@
+"""Mixes for vLLM: compressed-tensors' own reader decompresses them to what we read.
+
+Budgets, units that vLLM fuses, files of mixes, and what is refused.
+"""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.models.tensors import CheckpointTensors
+from weightsmith.quantizers import compressed_mix, formats, of_format
+from weightsmith.quantizers.compressed_mix import (
+    KINDS,
+    MixSettings,
+    choose,
+    tensor_of,
+    types_of,
+    unit_of,
+)
+from weightsmith.quantizers.gguf_mix import read_mix
+from weightsmith.quantizers.int4 import pack, round_groups
+from weightsmith.quantizers.matrices import matrices
+from weightsmith.quantizers.packed import view_of
+from weightsmith.quantizers.quantizer import QuantizeRequest
+from weightsmith.worker.quantize_mixed import _write as write
+
+from tests.fakes.awkward import CONFIG, awkward
+from tests.fakes.decoders import make_sparse
+
+UNITS = {
+    "model.layers.0.self_attn.qkv_proj": "fp8",
+    "model.layers.0.self_attn.o_proj": "int4-32",
+    "model.layers.0.mlp.gate_up_proj": "int4-32",
+    "model.layers.0.mlp.down_proj": "16bit",
+}
+
+
+SHAPES = {
+    "self_attn.q_proj": (128, 128), "self_attn.k_proj": (64, 128), "self_attn.v_proj": (64, 128),
+    "self_attn.o_proj": (128, 128), "mlp.gate_proj": (256, 128), "mlp.up_proj": (256, 128),
+    "mlp.down_proj": (128, 256),
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = {"model.embed_tokens.weight": awkward(32, 128)}
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        weights[f"model.layers.0.{name}.weight"] = awkward(*shape, seed)
+    weights["model.layers.0.input_layernorm.weight"] = np.ones(128, np.float32)
+    own = {name: torch.from_numpy(value).bfloat16() for name, value in weights.items()}
+    save_file(own, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def losses_of(model, harm=lambda name: 1.0):
+    bits = {"int4-128": 4.125, "int4-32": 4.5, "fp8": 8}
+    names = {tensor_of(one) for one in matrices(CheckpointTensors(model), model)}
+    return {name: {kind: harm(name) * 4 ** -bits[kind] for kind in bits} for name in names}
+
+
+def made(model, out, wanted, losses=None):
+    out.mkdir(exist_ok=True)
+    told = out / "losses.json"
+    told.write_text(json.dumps(losses or {}))
+    write(
+        MixSettings(
+            model=str(model),
+            out=str(out),
+            texts="",
+            matrix="",
+            losses=str(told),
+            wanted=wanted,
+            measured_on=str(model),
+        )
+    )
+    told.unlink()
+
+
+def checked(model, out):
+    request = QuantizeRequest(
+        model=model,
+        format=compressed_mix.MIX,
+        output=out,
+        name="demo",
+        tools=out,
+        python="",
+        options={},
+    )
+    return of_format("mix-compressed").check(request)
+
+
+def read_by_compressed_tensors(folder):
+    """Return the matrices of a folder by its own config.json, decompressed by the library."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(config)
+    tensors, found = load_file(folder / "model.safetensors"), {}
+    for scheme in config.config_groups.values():
+        assert infer_module_format(torch.nn.Linear, scheme) == scheme.format
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        for module in scheme.targets:
+            own = {
+                name.removeprefix(f"{module}."): value
+                for name, value in tensors.items()
+                if name.startswith(f"{module}.")
+            }
+            found[f"{module}.weight"] = compressor.decompress(own, scheme)["weight"]
+    return found
+
+
+def test_compressed_tensors_reads_what_we_read(model, out):
+    made(model, out, {"mix": UNITS})
+
+    facts = checked(model, out)
+    assert facts["tensor_types"] == dict(sorted(UNITS.items()))
+    assert facts["types"] == {"int4-32": 3, "fp8": 3, "16bit": 1}
+    assert "mix" not in facts
+    view, read = view_of(out, model), read_by_compressed_tensors(out)
+    assert len(read) == 6
+    for name, value in read.items():
+        ours = torch.from_numpy(view.tensor(name)).to(value.dtype)
+        np.testing.assert_array_equal(ours.float().numpy(), value.float().numpy(), err_msg=name)
+        np.testing.assert_array_equal(view.rows(name, 5, 21), view.tensor(name)[5:21])
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert config["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    kept = load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    before = load_file(model / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(kept, before)
+
+
+def test_a_scale_is_the_best_of_some_by_importance():
+    rows = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    importance = np.random.default_rng(1).random(256).astype(np.float32) ** 4
+
+    def error(weighed, counts):
+        codes, scales = round_groups(rows, 32, "BF16", weighed)
+        assert codes.min() >= -8
+        assert codes.max() <= 7
+        read = codes * np.repeat(scales.astype(np.float32), 32, 1)
+        return float((((read - rows) ** 2) * counts).sum())
+
+    plain = np.abs(rows.reshape(64, -1, 32)).max(2) / 7
+    steps = np.repeat(plain, 32, 1)
+    largest = float(((np.clip(np.rint(rows / steps), -8, 7) * steps - rows) ** 2).sum())
+    assert error(None, 1) < 0.9 * largest
+    assert error(importance, importance) < error(None, importance)
+    assert not round_groups(rows * 0, 32, "F16")[0].any()
+    with pytest.raises(ValueError, match="not finite"):
+        round_groups(rows * np.inf, 32, "BF16")
+
+
+def test_eight_codes_are_in_a_word():
+    words = pack(np.array([[-8, 7, 0, 1, 2, 3, 4, -1]], np.int8))
+
+    assert [(int(words[0, 0]) >> (4 * n)) & 15 for n in range(8)] == [0, 15, 8, 9, 10, 11, 12, 7]
+
+
+@pytest.mark.parametrize("bits", [6, 8, 12])
+def test_a_budget_is_kept_and_what_harms_most_has_most(model, out, bits):
+    made(model, out, {"bits": bits}, losses_of(model, lambda n: 1000 if "down" in n else 1))
+
+    facts = checked(model, out)
+    assert facts["bits_per_weight"] <= bits
+    assert 0 < facts["mix"]["bound"] <= facts["mix"]["loss"]
+    kinds = facts["tensor_types"]
+    own = KINDS.index(kinds["model.layers.0.mlp.down_proj"])
+    assert own >= max(map(KINDS.index, kinds.values()))
+
+
+def test_a_size_is_that_of_the_files(model, out):
+    size = 130_000
+    made(model, out, {"size": size}, losses_of(model))
+
+    assert size * 0.85 < (out / "model.safetensors").stat().st_size <= size
+
+
+def test_the_same_input_gives_the_same_bytes(model, tmp_path):
+    for name in ("one", "two"):
+        made(model, tmp_path / name, {"bits": 8}, losses_of(model))
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+
+    assert one == two
+
+
+def test_the_experts_of_a_layer_have_one_type(tmp_path):
+    model = make_sparse(tmp_path / "model", "Qwen2MoeForCausalLM")
+    source = CheckpointTensors(model)
+    found = matrices(source, model)
+    mix = choose({"bits": 9}, source, model, losses_of(model))
+
+    experts = {unit_of(one) for one in found if ".experts." in one.module}
+    assert experts
+    assert all(unit.endswith(".experts") for unit in experts)
+    assert experts <= mix.types.keys()
+    assert {unit_of(one) for one in found} == mix.types.keys()
+
+
+def test_a_matrix_without_losses_has_fp8(model, out):
+    some = {name: each for name, each in losses_of(model).items() if "attn_k" not in name}
+    mix = choose({"bits": 9}, CheckpointTensors(model), model, some)
+
+    assert mix.types["model.layers.0.self_attn.qkv_proj"] == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kinds"),
+    [
+        (4096, 4096, ("int4-128", "int4-32", "fp8")),
+        (11008, 4096, ("int4-32", "fp8")),  # seven groups of 128 on each of eight GPUs, nearly
+        (576, 192, ("int4-32", "fp8")),
+        (100, 64, ("fp8",)),
+        (64, 100, ("fp8",)),
+    ],
+)
+def test_kernels_take_whole_groups(inputs, outputs, kinds):
+    assert types_of(inputs, outputs) == kinds
+
+
+def test_what_is_too_small_names_what_works(model):
+    source, losses = CheckpointTensors(model), losses_of(model)
+    for wanted, what in (({"bits": 4.2}, "quantize.bits to "), ({"size": 10}, "quantize.size to ")):
+        with pytest.raises(InputRefused, match="no mix is that small") as refused:
+            choose(wanted, source, model, losses)
+        near = refused.value.hint.split(what)[1].split(",")[0]
+        works = {"bits": float(near)} if "bits" in wanted else {"size": int(near[:-2]) * 10**6}
+        assert (
+            choose(works, source, model, losses).types
+            if "bits" in works
+            else works["size"] == 10**6
+        )
+    with pytest.raises(InputRefused, match="room for all weights in 16 bits"):
+        choose({"bits": 16}, source, model, losses)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model.layers.7.mlp.down_proj": "fp8"}, "model.layers.7.mlp.down_proj is not in"),
+        ({"model.layers.0.mlp.down_proj": None}, "model.layers.0.mlp.down_proj has no type"),
+        ({"model.layers.0.mlp.down_proj": "int4-128"}, "cannot have the type int4-128"),
+    ],
+)
+def test_the_mix_of_another_model_is_refused(model, change, why):
+    given = {name: kind for name, kind in {**UNITS, **change}.items() if kind}
+
+    with pytest.raises(InputRefused, match=why):
+        choose({"mix": given}, CheckpointTensors(model), model, {})
+
+
+def test_a_mix_of_llamacpp_is_refused(tmp_path):
+    (tmp_path / "mix.json").write_text(json.dumps({"tensor_types": {"blk.0.attn_q": "q4_k"}}))
+
+    with pytest.raises(InputRefused, match="vLLM's mix has no type 'q4_k'"):
+        read_mix(tmp_path / "mix.json", KINDS)
+
+
+def test_the_check_holds_types_against_what_was_chosen(model, out):
+    made(model, out, {"mix": UNITS})
+    told = out / ".calibrated.json"
+    mix = json.loads(told.read_text())
+    told.write_text(json.dumps({**mix, "types": {**UNITS, "model.layers.0.mlp.down_proj": "fp8"}}))
+
+    with pytest.raises(CheckFailed, match="has not the layouts that were chosen"):
+        checked(model, out)
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
+def test_damaged_integers_are_found(model, out, part):
+    made(model, out, {"mix": {**UNITS, "model.layers.0.mlp.down_proj": "int4-32"}})
+    tensors = load_file(out / "model.safetensors")
+    name = f"model.layers.0.mlp.down_proj.{part}"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, out / "model.safetensors")
+
+    with pytest.raises(CheckFailed, match="has a relative error"):
+        checked(model, out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "the format mix needs a budget"),
+        ({"bits": 4.1}, r"4\.1 is not between 4\.125"),
+        ({"bits": 5, "size": 10**9}, "cannot be combined"),
+        ({"bits": 5, "keep": ["o_proj"]}, "keep is not supported by a mix"),
+    ],
+)
+def test_options_that_make_no_mix_are_refused(settings, why):
+    with pytest.raises(UsageError, match=why):
+        of_format("mix-compressed").options(formats()["mix-compressed"], settings)
+
+
+def test_settings_are_read_as_they_were_written():
+    told = MixSettings(
+        model="m", out="o", texts="", matrix="", losses="", wanted={"bits": 5}, measured_on="m"
+    )
+    assert MixSettings(**json.loads(json.dumps(asdict(told)))) == told

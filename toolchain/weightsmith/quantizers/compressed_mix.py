@@ -1,0 +1,371 @@
+"""Mixes for vLLM: each matrix has 4-bit integers, FP8 or 16 bits, within a budget.
+
+They are compressed-tensors' config_groups, each with the modules that it names and its own layout
+(`mixed-precision`). What vLLM fuses into one matrix has one type: q, k and v; gate and up; and all
+matrices of a layer's experts (0.33, compressed_tensors.py get_scheme_dict and
+compressed_tensors_moe.py get_moe_method). Losses are llamacpp-mix's, of these types.
+
+128 inputs share a scale only where up to eight GPUs have whole groups of them. A matrix without
+measured losses has FP8.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import Format, JsonValue
+from weightsmith.forward.libraries import OFFLINE
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.tensors import CheckpointTensors
+from weightsmith.quantizers import checkpoints, mixing, running
+from weightsmith.quantizers.architectures import MEASURED, ROUNDED, STACKED_MXFP4
+from weightsmith.quantizers.gguf_check import IMATRIX, LOSSES
+from weightsmith.quantizers.gguf_importance import WITHOUT_WALK
+from weightsmith.quantizers.gguf_mix import Losses, budget_options
+from weightsmith.quantizers.int4 import round_groups
+from weightsmith.quantizers.matrices import Matrix, matrices
+from weightsmith.quantizers.packed import MIXED, PackedLayout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quantizer import (
+    BuilderCommand,
+    Options,
+    Quantizer,
+    QuantizeRequest,
+)
+from weightsmith.quantizers.rounding import round_rows
+from weightsmith.quantizers.schemes import SCHEMES, Scheme
+
+MIX = Format(name="mix-compressed", kind="mix", bits_per_weight=4.5)
+FEWEST = 4.125
+"""Bits per weight of the smallest type."""
+PLAIN = "16bit"
+"""The type of a matrix that stays as it is."""
+
+
+def _integers(group: int) -> Scheme:
+    return Scheme(
+        format=Format(name=f"int4-{group}", kind="mix", bits_per_weight=4 + 16 / group),
+        layout="pack-quantized",
+        codes="I32",
+        scales="",  # the checkpoint's own type
+        largest=7.0,
+        tile=(1, group),
+        weights={
+            "num_bits": 4, "type": "int", "symmetric": True, "dynamic": False,
+            "strategy": "group", "group_size": group,
+        },
+        inputs=None,
+    )  # fmt: skip
+
+
+FP8 = SCHEMES["fp8"]
+TYPES: Mapping[str, Scheme] = {one.format.name: one for one in (_integers(128), _integers(32), FP8)}
+"""Name -> how a matrix is stored; `PLAIN` is beside them."""
+KINDS = (*TYPES, PLAIN)
+_BUDGETS = (5.0, 6.0, 8.0)
+"""Bits per weight of the mixes that `auto` tries."""
+_SHARDS = 8
+_BOTH = 2.0
+"""FP8 rounds inputs as it rounds weights, to the same number of digits, so a product's expected
+error is that of the weights twice."""
+_NAMES: Mapping[str, str] = {
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "qkv_proj": "attn_qkv",
+    "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
+    "gate_up_proj": "ffn_up", "down_proj": "ffn_down", "w1": "ffn_gate", "w3": "ffn_up",
+    "w2": "ffn_down",
+}  # fmt: skip
+"""Name of a matrix -> llama.cpp's, by which importance and losses are stored."""
+_LAYER, _EXPERT = re.compile(r"\blayers\.(\d+)\."), re.compile(r"\.experts\.\d+\..*")
+_HEADER = 160
+"""Bytes that a tensor takes in a file's header, at most."""
+
+
+def types_of(inputs: int, outputs: int = 32) -> tuple[str, ...]:
+    """Return the types that a matrix may have, but for 16 bits."""
+    if inputs % 32 or outputs % 32:  # vLLM's kernels for 4 bits (mixed_precision/cpu.py)
+        return ("fp8",)
+    wide = ("int4-128",) if inputs % (128 * _SHARDS) == 0 else ()
+    return (*wide, "int4-32", "fp8")
+
+
+def rounded(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Return float32 rows [n, inputs] as they are read in a type."""
+    scheme = TYPES[kind]
+    if scheme is FP8:
+        codes, scales = round_rows(rows, scheme)
+    else:
+        codes, scales = round_groups(rows, scheme.tile[1], "BF16", importance)
+        scales = np.repeat(scales, scheme.tile[1], 1)
+    return np.asarray(codes.astype(np.float32) * scales.astype(np.float32), np.float32)
+
+
+def tensor_of(matrix: Matrix) -> str:
+    """Return llama.cpp's name of a matrix's tensor; "" for one that it is not known of."""
+    layer, name = _LAYER.search(matrix.module), _NAMES.get(matrix.module.rpartition(".")[2], "")
+    if not layer or not name:
+        return ""
+    more = "_exps" if _EXPERT.search(matrix.module) else ""
+    more = "_shexp" if "shared_expert" in matrix.module else more
+    return f"blk.{layer[1]}.{name}{more}.weight"
+
+
+def unit_of(matrix: Matrix) -> str:
+    """Return the name of what vLLM fuses a matrix with: all of that has one type."""
+    return _EXPERT.sub(".experts", matrix.module) if _EXPERT.search(matrix.module) else matrix.fused
+
+
+def units_of(found: Iterable[Matrix]) -> dict[str, list[Matrix]]:
+    """Return the matrices by the unit that they are in."""
+    units: dict[str, list[Matrix]] = {}
+    for matrix in found:
+        units.setdefault(unit_of(matrix), []).append(matrix)
+    return units
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenMix:
+    """The types of a checkpoint's units."""
+
+    types: Mapping[str, str]
+    """Unit -> type."""
+    loss: float | None = None
+    """What they are expected to lose, in nats per token; None for types that were given."""
+    bound: float | None = None
+    """No mix of the same budget loses less."""
+
+
+def choose(
+    wanted: Mapping[str, JsonValue], source: CheckpointTensors, model: Path, losses: Losses
+) -> ChosenMix:
+    """Return the types that `budget_options` asks for.
+
+    Raises InputRefused for a budget below the smallest types, for one in which nothing is
+    quantized, and for the mix of another model.
+    """
+    units = units_of(matrices(source, model))
+    if not units:
+        checkpoints.without_kept((), ())
+    if isinstance(given := wanted.get("mix"), dict):
+        return ChosenMix(types=_given(given, units))
+    choices = {unit: _choices(found, losses) for unit, found in units.items()}
+    inside = {matrix.tensor for found in units.values() for matrix in found}
+    fixed = sum(source.info(name).size for name in source.names - inside)
+    weights = sum(int(np.prod(source.info(name).shape)) for name in source.names)
+    tensors = len(source.names) + 3 * sum(map(len, units.values()))
+    if bits := wanted.get("bits"):
+        whole, before = int(float(str(bits)) * weights / 8), 0
+    else:
+        whole, before = int(str(wanted["size"])), _HEADER * tensors
+    left, least = whole - before - fixed, mixing.smallest(choices)
+    if left < least:
+        smallest, size = (least + fixed) * 8 / weights, least + fixed + _HEADER * tensors
+        raise InputRefused(
+            f"no mix is that small: the smallest has {smallest:.3f} bits per weight, "
+            f"{-(-size // 10**6)}MB, with embeddings and head in 16 bits",
+            hint=f"set quantize.bits to {int(smallest * 1000 + 1) / 1000:g}, or quantize.size to "
+            f"{-(-size // 10**6)}MB",
+        )
+    found = mixing.choose(choices, left)
+    if {*found.kinds.values()} == {PLAIN}:
+        raise InputRefused(
+            "the budget has room for all weights in 16 bits: nothing would be quantized",
+            hint="choose the target vllm, or a smaller budget",
+        )
+    bound = min(found.bound, found.loss)
+    return ChosenMix(
+        types=found.kinds, loss=float(f"{found.loss:.6g}"), bound=float(f"{bound:.6g}")
+    )
+
+
+def _choices(found: Sequence[Matrix], losses: Losses) -> list[mixing.Choice]:
+    kinds = [types_of(one.inputs, one.outputs) for one in found]
+    names = {tensor_of(one) for one in found}
+    common = [kind for kind in TYPES if all(kind in each for each in kinds)]
+    known = [kind for kind in common if all(kind in losses.get(name, {}) for name in names)]
+    if not known:
+        return [mixing.Choice("fp8", _bytes(found, "fp8"), 0.0)]
+    made = [
+        mixing.Choice(
+            kind,
+            _bytes(found, kind),
+            sum(losses[name][kind] for name in sorted(names)) * (_BOTH if kind == "fp8" else 1),
+        )
+        for kind in known
+    ]
+    return [*made, mixing.Choice(PLAIN, _bytes(found, PLAIN), 0.0)]
+
+
+def _bytes(found: Iterable[Matrix], kind: str) -> int:
+    size = 0
+    for one in found:
+        weights = one.outputs * one.inputs
+        if kind == PLAIN:
+            size += 2 * weights
+        elif kind == "fp8":
+            size += weights + 4 * one.outputs
+        else:
+            size += weights // 2 + 2 * weights // TYPES[kind].tile[1] + 16
+    return size
+
+
+def _given(types: Mapping[str, str], units: Mapping[str, Sequence[Matrix]]) -> dict[str, str]:
+    """Return the types of a mix's file; raise InputRefused unless it is one of this model."""
+    hint = "give the mix of a model with the same layers and widths, or a budget"
+    if odd := sorted(types.keys() ^ units.keys()):
+        what = "is not in this one" if odd[0] in types else "has no type"
+        raise InputRefused(f"the mix is of another model: {odd[0]} {what}", hint=hint)
+    for unit, found in units.items():
+        for one in found:
+            if types[unit] != PLAIN and types[unit] not in types_of(one.inputs, one.outputs):
+                raise InputRefused(
+                    f"{one.module} cannot have the type {types[unit]}: it has {one.outputs} outputs"
+                    f" and {one.inputs} inputs",
+                    hint=hint,
+                )
+    return dict(types)
+
+
+def config_of(types: Mapping[str, str], modules: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Return the config_groups of `modules`, each with its type; those of 16 bits are in none."""
+    groups: dict[str, JsonValue] = {}
+    for kind, scheme in TYPES.items():
+        targets = sorted(one for one, own in modules.items() if own == kind)
+        if targets and kind in types.values():
+            groups[f"group_{len(groups)}"] = {
+                "targets": list(targets),
+                "format": scheme.layout,
+                "weights": dict(scheme.weights),
+                "input_activations": dict(scheme.inputs) if scheme.inputs else None,
+                "output_activations": None,
+            }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+    }
+
+
+def layout_of_type(kind: str) -> PackedLayout:
+    """Return how a matrix of a type is stored."""
+    scheme = TYPES[kind]
+    return PackedLayout(
+        method=scheme.layout,
+        bits=8 if scheme is FP8 else 4,
+        group_size=scheme.tile[1],
+        symmetric=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixSettings:
+    """What the program is told that makes a mix."""
+
+    model: str
+    out: str
+    texts: str
+    """JSON Lines of calibration texts; "" if nothing is measured."""
+    matrix: str
+    """The importance matrix: measured if it is not there; "" for none."""
+    losses: str
+    """Likewise; "" for types that are given."""
+    wanted: Mapping[str, JsonValue]
+    measured_on: str
+
+
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
+    file, texts = request.output / ".settings.json", request.output / ".texts.jsonl"
+    chosen, measures = request.options, bool(request.texts)
+    settings = MixSettings(
+        model=str(request.model),
+        out=str(request.output),
+        texts=str(texts) if measures else "",
+        matrix=str(request.output / IMATRIX) if chosen["imatrix"] != "off" else "",
+        losses=str(request.output / LOSSES) if _needs_losses(chosen) else "",
+        wanted={key: chosen[key] for key in ("bits", "size", "mix") if key in chosen},
+        measured_on=str(request.measured_on or request.model),
+    )
+    writes = {file: json.dumps(asdict(settings), sort_keys=True)}
+    if measures:
+        writes[texts] = "".join(json.dumps(dict(row)) + "\n" for row in request.texts)
+    return (
+        BuilderCommand(
+            title=f"{'measuring losses and ' if measures else ''}rounding to a mix",
+            argv=(request.python, "-m", "weightsmith.worker.quantize_mixed", str(file)),
+            env={**OFFLINE, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+            writes=writes,
+            removes=(file, texts),
+        ),
+    )
+
+
+def _check(request: QuantizeRequest) -> Options:
+    told = request.output / running.FACTS
+    mix = read_json(told)
+    source = CheckpointTensors(request.model)
+    found = {one.module: mix["types"][unit_of(one)] for one in matrices(source, request.model)}
+    kept = tuple(sorted(module for module, kind in found.items() if kind == PLAIN))
+    layouts = {one: layout_of_type(kind) for one, kind in found.items() if kind != PLAIN}
+    facts = check_checkpoint(request.output, request.model, layouts, kept)
+    told.unlink()
+    kinds = [*found.values()]
+    foreseen = {key: mix[key] for key in ("loss", "bound") if mix[key] is not None}
+    return {
+        **facts,
+        "engine": "weightsmith",
+        "tensor_types": dict(sorted(mix["types"].items())),
+        "types": {kind: kinds.count(kind) for kind in KINDS if kind in kinds},
+        **({"mix": foreseen} if foreseen else {}),
+    }
+
+
+def _options(_format: Format, requested: Options) -> Options:
+    for name in ("keep", "tensor_types"):
+        if requested.get(name):
+            raise UsageError(
+                f"{name} is not supported by a mix",
+                hint="remove it; quantize.mix takes a file with the type of each matrix",
+            )
+    imatrix = str(requested.get("imatrix") or "walk")
+    return {
+        "imatrix": "walk" if imatrix == "auto" else imatrix,
+        **budget_options(requested, FEWEST, name="mix"),
+    }
+
+
+def _needs_losses(chosen: Options) -> bool:
+    return "bits" in chosen or "size" in chosen
+
+
+def _check_input(_format: Format, model: ModelFacts) -> None:
+    checkpoints.check_config(model, ROUNDED & (MEASURED - WITHOUT_WALK) - STACKED_MXFP4)
+
+
+QUANTIZER = Quantizer(
+    name="compressed_mix",
+    builder="gguf",
+    formats=(MIX,),
+    recipe_number=1,
+    check_input=_check_input,
+    steps=_steps,
+    check=_check,
+    peak_disk=lambda size, kept, format_, _options: checkpoints.output_bytes(size, kept, format_),
+    options=_options,
+    variants=lambda *_: tuple({"bits": bits} for bits in _BUDGETS),
+    calibrated=lambda _format, chosen: chosen["imatrix"] == "walk" or _needs_losses(chosen),
+    walked=lambda chosen: chosen["imatrix"] == "walk",
+    statistics=IMATRIX,
+    losses=LOSSES,
+    weighs=_needs_losses,
+    view=view_of,
+    computed=True,
+    by_layer=True,
+)
