@@ -1,15 +1,16 @@
 """Builds two adapters on one base, one after the other, and prints what each stage took.
 
     python benchmarks/next_adapter.py [--case 0.3b|1b] [--second unrelated|retrained] [--one-cpu]
-        [--tokenizer CHECKPOINT] [--work benchmarks/work]
+        [--sure] [--tokenizer CHECKPOINT] [--work benchmarks/work]
 
 Base and first adapter are those of `large_build.py`, with the support bot's 33 questions, answers
 of 32 tokens and everything else as a build does by default. The second adapter finds in the store
 what depends on the base alone. It is of other random numbers, or, `retrained`, the first one with a
-hundredth of others added. With random weights, no token is much likelier than the next one, which
-is true of no trained model, and rounding decides what follows; so here each token has a word that
-surely follows it, and drafts and margins are of use as in the support bot. Weights are quantized and measured beside validation and reference
-answers, so CPU seconds by stage are right with `--one-cpu` only, where they follow one another.
+hundredth of others added. With `--sure`, each token has a word that surely follows it: of random
+weights, no token is much likelier than the next, which is true of no trained model, so that
+rounding decides what follows, and neither drafts nor margins save any work. Weights are quantized
+and measured beside validation and reference answers, so CPU seconds by stage are right with
+`--one-cpu` only, where they follow one another.
 """
 
 from __future__ import annotations
@@ -86,19 +87,21 @@ def main() -> None:
     parser.add_argument("--case", choices=large.CASES, default="0.3b")
     parser.add_argument("--second", choices=("unrelated", "retrained"), default="unrelated")
     parser.add_argument("--one-cpu", action="store_true")
+    parser.add_argument("--sure", action="store_true")
     parser.add_argument("--tokenizer", type=Path, default=large.TINY, metavar="CHECKPOINT")
     parser.add_argument("--work", type=Path, default=shapes.ROOT / "benchmarks" / "work")
     asked = parser.parse_args()
     if asked.one_cpu:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     real = "" if asked.tokenizer == large.TINY else "-real"
-    folder, shape = asked.work / f"sure-{asked.case}{real}", large.CASES[asked.case]
+    kind = "sure" if asked.sure else "next"
+    folder, shape = asked.work / f"{kind}-{asked.case}{real}", large.CASES[asked.case]
     if real:  # SmolLM2's has more tokens than the smallest case
         shape = replace(shape, vocabulary=max(shape.vocabulary, 49152))
     folder.mkdir(parents=True, exist_ok=True)
     made = (folder / "base" / "config.json").exists()
     large.make_inputs(folder, shape, 0, asked.tokenizer)
-    if not made:
+    if asked.sure and not made:
         make_sure(folder / "base", shape.hidden)
     make_second(folder, shape, asked.second)
     shutil.copy(QUESTIONS, folder / "questions.jsonl")

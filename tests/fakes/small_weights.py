@@ -4,8 +4,8 @@
 
 The base is that of examples/tiny, changed so: of every 32 channels of the residual stream, the
 second has the value of the first, and what reads the stream has there the weights c and -c, so that
-they add nothing. A format needs both all the same: c is 128 times as large as the other weights, so
-that a step of four bits is 17 of these, one of five bits 8, and one of eight bits 1. The adapter
+they add nothing. A format needs both all the same: c is 96 times as large as the other weights, so
+that a step of four bits is 13 of these, one of five bits 6, and one of eight bits 0.8. The adapter
 writes nothing to the stream, so that the two channels stay alike, and does not read them.
 """
 
@@ -21,7 +21,7 @@ from tests.paths import ROOT, TINY
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 WRITERS = ("o_proj", "down_proj")
-BLOCK, LARGE = 32, 128
+BLOCK, LARGE = 32, 96
 RANK, STEPS, RATE = 16, 100, 2e-3
 
 
