@@ -22,6 +22,8 @@ def test_an_image_drafts_what_stands_there_already(memory: Memory) -> None:
     image = memory.engine.held(f"{memory.repository}:1.0.0-{TARGET}")
     assert "LLAMA_ARG_SPEC_TYPE=ngram-simple" in image.config["Env"]
     assert image.config["Cmd"][-1] == "5"
+    checks = {check["name"]: check["seen"] for check in memory.record()["checks"]}
+    assert checks["drafts"] == "the server counts no drafts"  # as the fake one
 
 
 def test_a_base_that_lost_its_further_layers_is_refused(memory: Memory) -> None:

@@ -217,6 +217,8 @@ class Engine:
     """Why it does not serve a model that does not chat; "" if it does."""
     speculates: frozenset[str] = frozenset()
     """Methods of `serve.speculative` that it has."""
+    draft_counters: tuple[str, ...] = ()
+    """Prometheus counters of steps with drafts, of drafted and of accepted tokens; () for none."""
     most_apart: int = 0
     """By how many rows it lets the embeddings of a model and its draft differ."""
     reads_calls: bool = False

@@ -74,6 +74,11 @@ ENGINE = Engine(
     pictures=("png", "jpeg"),  # stb_image's
     reads_calls=True,
     speculates=frozenset({"draft", "ngram"}),
+    draft_counters=(
+        "llamacpp:spec_decode_num_drafts_total",
+        "llamacpp:spec_decode_num_draft_tokens_total",
+        "llamacpp:spec_decode_num_accepted_tokens_total",
+    ),
     most_apart=128,  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE of its common/speculative.cpp
     lacks=lacks_llamacpp,
     threads_variable="LLAMA_ARG_THREADS",

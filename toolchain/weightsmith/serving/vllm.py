@@ -524,6 +524,11 @@ ENGINE = Engine(
     ),
     has_parsers=True,
     speculates=frozenset({"draft", "eagle3", "mtp", "ngram"}),
+    draft_counters=(
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
+    ),
     test_arguments=("--enable-scale-out",),
     lacks=lacks_vllm,
     image_files={CONFIG_FILE: "vllm.yaml"},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs, canonical, key_of
+from weightsmith.evaluating.acceptance import acceptance, drafted
 from weightsmith.evaluating.candidacy import (
     Candidacy,
     LargerThanForeseen,
@@ -111,6 +112,8 @@ class ImageEvaluation:
     """Of that set, in nats."""
     earlier: ReplaySet | None = None
     """A set of the same requests that another machine made, to be kept if it holds here."""
+    drafts: bool = False
+    """Whether something drafts tokens for it."""
     candidacy: Candidacy | None = None
     """Of an image that `auto` tries: its questions are asked in sequence."""
     machine: tuple[str, int] = ("", 0)
@@ -301,8 +304,12 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
         session.share((one.path, one.request) for one in evaluation.replay)
         if (speed := _speed(evaluation, session, tools)) and evaluation.candidacy:
             _require_speed(speed, evaluation.candidacy)
+        counters = engine.draft_counters if evaluation.drafts else ()
+        before = drafted(session, counters) if counters else None
         for question in evaluation.questions:
             _answers(evaluation, question, session, tools)
+        if counters:
+            smoke.check("drafts", session, lambda: acceptance(before, drafted(session, counters)))
         _replay(evaluation, session, tools)
         check_life(smoke, session.endpoint, promise, POOLING if pools else None)
     InStore(tools.store).files(
@@ -535,6 +542,7 @@ class EvaluateStep(UnforeseenStep[Trial]):
             earlier = None
         limits = validation.comparison.limits if validation and validation.comparison else None
         return ImageEvaluation(
+            drafts=self.file.recipe.serve.speculative is not None,
             artifact=inputs.artifact,
             config=inputs.config,
             base=host_image(index_of(inputs.bases)).digest,

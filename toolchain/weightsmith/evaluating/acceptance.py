@@ -1,0 +1,59 @@
+"""How many of the drafted tokens a served model accepted, by its server's own counters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weightsmith.evaluating.session import ServerSession
+
+_SAMPLE = re.compile(r"(?P<name>[A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?\s+(?P<value>[0-9.eE+-]+)")
+"""A line of Prometheus' text format:
+https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+_FEW = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafted:
+    """Counters of a server since its start."""
+
+    steps: int = 0
+    """Steps in which drafted tokens were judged."""
+    tokens: int = 0
+    """Tokens that were drafted."""
+    accepted: int = 0
+
+
+def drafted(session: ServerSession, names: Sequence[str]) -> Drafted | None:
+    """Return a server's counters at /metrics, of these names in the order of the fields.
+
+    None if it has none. Raises what the session raises for a server that does not answer.
+    """
+    answer = session.try_get("/metrics")
+    found = dict.fromkeys(names, -1.0)
+    for line in answer.text.splitlines() if answer.status == 200 else ():
+        sample = _SAMPLE.match(line)
+        if sample and sample["name"] in found:  # one for each of the server's engines
+            found[sample["name"]] = max(0.0, found[sample["name"]]) + float(sample["value"])
+    if not names or min(found.values()) < 0:
+        return None
+    steps, tokens, accepted = (int(found[name]) for name in names)
+    return Drafted(steps=steps, tokens=tokens, accepted=accepted)
+
+
+def acceptance(before: Drafted | None, after: Drafted | None) -> str:
+    """Return what became of the tokens drafted in between."""
+    if before is None or after is None:
+        return "the server counts no drafts"
+    steps, tokens = after.steps - before.steps, after.tokens - before.tokens
+    accepted = after.accepted - before.accepted
+    if tokens <= 0:
+        return "nothing was drafted for the questions"
+    share = accepted / tokens
+    said = f"{accepted} of {tokens} drafted tokens were accepted ({share:.0%})"
+    if steps > 0:
+        said += f": {1 + accepted / steps:.2f} tokens a step"
+    if share < _FEW:
+        said += "; drafts that were not trained with a fine-tune do badly: compare the speed"
+    return said
