@@ -164,6 +164,7 @@ def _of_target(
     drafts, draft = _draft_of(of, sources)
     served: Weights = scaled
     if draft:
+        made = (*made, scaled, *drafts)
         served = BesideStep(
             of=of, sources=sources, checkpoint=checkpoint, weights=scaled, draft=draft
         )
@@ -205,18 +206,7 @@ def _of_target(
         tasks=expected.tasks,
     )
     labelled = LabelStep(of=of, image=image, trial=answered)
-    together: list[AnyStep] = [*drafts, served] if draft else []
-    steps: list[AnyStep] = [
-        *made,
-        quality,
-        scaled,
-        *together,
-        config,
-        image,
-        started,
-        answered,
-        labelled,
-    ]
+    steps: list[AnyStep] = [*made, quality, served, config, image, started, answered, labelled]
     bench = None
     if of.file.recipe.bench or request.bench_results:
         bench = BenchStep(
