@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.quantized.decode import decode, dynamic_code, round_trip
@@ -229,6 +234,28 @@ def test_mxfp4_as_transformers_decodes_it(decode_file: Decode) -> None:
     wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     assert layout.packed["e.gate_up_proj"].shape == tuple(wanted.shape)
     assert np.array_equal(bits(decoded["e.gate_up_proj"]), bits(wanted))
+
+
+@pytest.mark.parametrize("name", ["mxfp4a16", "mxfp8"])
+def test_scales_that_are_exponents(name: str, decode_file: Decode) -> None:
+    """What compressed-tensors' own compressor writes, and reads."""
+    scheme = QuantizationScheme.model_validate(
+        {**PRESET_SCHEMES[name.upper()], "targets": ["Linear"]}
+    )
+    layout = infer_module_format(torch.nn.Linear, scheme)
+    compressor = BaseCompressor.get_value_from_registry(layout.value)
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(4))
+    weight[2] *= 1000
+    groups = weight.reshape(6, 2, 32)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    made = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    told = {"quant_method": "compressed-tensors", "format": layout.value}
+
+    _, decoded = decode_file({f"m.{part}": one for part, one in made.items()}, told, "float32")
+
+    wanted = compressor.decompress(made, scheme)["weight"].float()
+    assert np.array_equal(decoded["m.weight"], wanted.numpy())
+    assert 0 < float((wanted - weight).norm() / weight.norm()) < 0.15
 
 
 def test_nvfp4(decode_file: Decode) -> None:

@@ -22,7 +22,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i of a word; AutoAWQ's `order_map`."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1; the code's high bit is the sign (OCP Microscaling Formats, section 5.3.3)."""
-_NVFP4_GROUP = 16
+_NVFP4_GROUP, _MX_GROUP = 16, 32
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -154,8 +154,10 @@ def _ct_packed(weight: Packed, parts: Parts) -> np.ndarray:
 
 
 def _scaled(weight: Packed, parts: Parts) -> np.ndarray:
-    values, block = parts["weight"].astype(F32), weight.options.get("block")
-    return _apply(values, parts["scale"], parts.get("zeros"), parts.get("groups"), block)
+    values, block, scale = parts["weight"].astype(F32), weight.options.get("block"), parts["scale"]
+    if scale.dtype == np.uint8:  # exponents of 2 plus 127, as in MXFP8
+        scale = np.ldexp(F32.type(1), scale.astype(np.int32) - 127)
+    return _apply(values, scale, parts.get("zeros"), parts.get("groups"), block)
 
 
 def _apply(
@@ -210,6 +212,15 @@ def _nvfp4(weight: Packed, parts: Parts) -> np.ndarray:
     return values
 
 
+def _ct_mxfp4(weight: Packed, parts: Parts) -> np.ndarray:
+    """Dequantize compressed-tensors' MXFP4: rows of bytes, and an exponent per 32 columns."""
+    if parts["scale"].shape[-1] * _MX_GROUP != weight.shape[-1]:
+        raise ValueError("expected one scale per 32 columns")
+    exponents = parts["scale"].astype(np.int32).repeat(_MX_GROUP, -1) - 127
+    scaled: np.ndarray = np.ldexp(_e2m1(parts["weight"]), exponents)
+    return scaled
+
+
 def _mxfp4(_weight: Packed, parts: Parts) -> np.ndarray:
     values = _e2m1(parts["weight"])
     exponents = parts["scale"].astype(np.int32)[..., None] - 127
@@ -226,6 +237,7 @@ DECODERS: dict[str, Callable[[Packed, Parts], np.ndarray]] = {
     "ct-packed": _ct_packed,
     "scaled": _scaled,
     "nvfp4": _nvfp4,
+    "ct-mxfp4": _ct_mxfp4,
     "mxfp4": _mxfp4,
 }
 

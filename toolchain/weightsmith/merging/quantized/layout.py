@@ -111,6 +111,9 @@ def _compressed(stored: _Stored) -> Iterator[Packed]:
         elif packed.dtype == "U8" and scale.dtype == "F8_E4M3" and "global_scale" in parts:
             shape = (*packed.shape[:-1], packed.shape[-1] * 2)
             yield stored.packed(f"{module}.weight", "nvfp4", shape, parts)
+        elif packed.dtype == "U8" and scale.dtype == "U8":
+            shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+            yield stored.packed(f"{module}.weight", "ct-mxfp4", shape, parts)
         else:
             raise _undecodable(f"{packed.name} has the unsupported packed dtype {packed.dtype}")
     groups = (settings.get("config_groups") or {}).values()
