@@ -65,6 +65,7 @@ def container(memory: Memory, tmp_path: Path) -> Container:
         "vllm-nvfp4a16",
         "vllm-mxfp4a16",
         "vllm-mxfp8",
+        "vllm-nvfp4a16-4o6",
     ],
 )
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

@@ -60,7 +60,7 @@ CELLS = [
 ]
 MOST = {
     "w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "mxfp8": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6,
-    "mxfp4a8": 0.6,
+    "mxfp4a8": 0.6, "nvfp4a16-4o6": 0.45,
 }  # fmt: skip
 """Errors of layers; the largest are of models with experts, whose routers choose others."""
 NOT_QUANTIZED = (

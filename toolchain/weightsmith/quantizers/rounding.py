@@ -24,6 +24,7 @@ _LARGEST_SCALE = 448.0
 _LEAST_SCALE = 0.125
 """Stands for a scale of 0 in float8_e4m3fn, as in compressed-tensors."""
 _BIAS = 127
+_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _LIMITS = (
     (0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True),
     (5.0, False),
@@ -54,7 +55,7 @@ def round_rows(
     """
     if scheme.fused_scale and shared is None:
         raise ValueError(f"{scheme.format.name} needs the fused scale")
-    if not tiles.reads(rows.dtype) or (scheme.scales == "U8" and not scheme.packed):  # not in C
+    if not scheme.in_c or not tiles.reads(rows.dtype):
         return _round_rows(widened(rows), scheme, shared)
     (count, inputs), (high, wide) = rows.shape, (scheme.tile[0], scheme.tile[1] or rows.shape[1])
     size = inputs // 2 if scheme.packed else inputs
@@ -82,6 +83,9 @@ def _round_rows(
         most, left = np.maximum(most[:, ::2], most[:, 1::2]), left // 2
     if not np.isfinite(most).all():
         raise ValueError("weights that are not finite")
+    if scheme.tops:
+        codes, stored = _with_least_error(rows, most, scheme, shared)
+        return codes[:count, : inputs // 2], stored
     stored, scale = _scales(most, scheme, shared)
     wide = np.repeat(scale, width, 1) if scheme.tile[1] else scale
     scaled = (rows.reshape(-1, outputs, rows.shape[1]) / wide[:, None]).reshape(rows.shape)
@@ -93,10 +97,39 @@ def _round_rows(
     return codes[:count, :inputs], stored
 
 
+def _with_least_error(
+    rows: Floats, most: Floats, scheme: Scheme, shared: np.float32 | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic]]:
+    """Return 4-bit codes and scales, each tile with the one of `tops` that loses least."""
+    count, width = len(rows), scheme.tile[1]
+    found: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic], Floats]] = []
+    for top in scheme.tops:
+        stored, scale = _scales(most, scheme, shared, top)
+        wide = np.repeat(scale, width, 1)
+        codes = _float4(rows / wide)
+        pairs = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
+        error = np.square(_FLOAT4[pairs.reshape(rows.shape)] * wide - rows)
+        for _ in range(width.bit_length() - 1):  # in one order, on every CPU
+            error = error[:, ::2] + error[:, 1::2]
+        found.append((codes, stored, error))
+    codes, stored, least = found[0]
+    for other, scales, error in found[1:]:
+        better = error < least
+        least = np.where(better, error, least)
+        raw = np.where(better, scales.view(np.uint8), stored.view(np.uint8))
+        stored = raw.view(stored.dtype)
+        bytes_ = np.repeat(better, width // 2, 1)
+        codes = np.where(bytes_, other, codes).reshape(count, -1)
+    return codes, stored
+
+
 def _scales(
-    most: Floats, scheme: Scheme, shared: np.float32 | None
+    most: Floats, scheme: Scheme, shared: np.float32 | None, top: float = 0
 ) -> tuple[npt.NDArray[np.generic], Floats]:
-    """Return a tile's scales as they are stored, and what its weights are divided by."""
+    """Return a tile's scales as they are stored, and what its weights are divided by.
+
+    `top` is what its largest magnitude becomes; 0: the largest code.
+    """
     if scheme.scales == "U8":
         # Exponents of 2 plus 127: scales of the OCP's MX formats. The largest magnitude is rounded
         # up to a power of 2 from 1.75 times the one below on. So it becomes at least 3.5 and less
@@ -105,7 +138,7 @@ def _scales(
         stored = np.clip(exponents, 0, 254).astype(np.uint8)
         powers = np.ldexp(np.float32(1), stored.astype(np.int32) - _BIAS)
         return stored, powers.astype(np.float32)
-    scale = most / np.float32(scheme.largest)
+    scale = most / np.float32(top or scheme.largest)
     if shared is None:
         scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
         return scale, scale

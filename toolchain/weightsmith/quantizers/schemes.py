@@ -28,6 +28,9 @@ class Scheme:
     """Largest value of the code's type."""
     tile: tuple[int, int]
     """Outputs and inputs that share a scale; 0 inputs: all."""
+    tops: tuple[float, ...] = ()
+    """Values to which a tile's largest magnitude may be mapped: the one with the least squared
+    error is, the first of equals. Empty: to `largest`."""
     fused_scale: bool = False
     """Whether matrices that engines fuse have a second scale in common, a float32."""
     weights: Mapping[str, JsonValue]
@@ -43,6 +46,11 @@ class Scheme:
     def packed(self) -> bool:
         """Whether a byte holds two codes."""
         return self.codes == "U8"
+
+    @property
+    def in_c(self) -> bool:
+        """Whether our kernels round it (`images/engines/kernels/rounding.h`)."""
+        return not self.tops and (self.scales != "U8" or self.packed)
 
     @property
     def whole_tiles(self) -> bool:
@@ -158,7 +166,18 @@ _SCHEMES = (
         inputs={**_MXFP8, "dynamic": True},
     ),
 )
-SCHEMES: Mapping[str, Scheme] = MappingProxyType({one.format.name: one for one in _SCHEMES})
+_FOUR_OVER_SIX = replace(
+    next(one for one in _SCHEMES if one.format.name == "nvfp4a16"),
+    format=Format(name="nvfp4a16-4o6", kind="nvfp4", bits_per_weight=4.5),
+    tops=(6.0, 4.0),
+)
+"""Four over Six (arXiv 2512.02010): codes have no value between 4 and 6, so that a group whose
+largest weight is mapped to 4 may lose less. Read as the other. The scale of the matrix is not made
+smaller for it, as there and in ModelOpt: its largest groups can then only be mapped to 6, which
+made no difference in the error of SmolLM2's matrices."""
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {one.format.name: one for one in (*_SCHEMES, _FOUR_OVER_SIX)}
+)
 """Those that need no calibration text, by the format's name."""
 _STACKED = replace(SCHEMES["mxfp4a16"], layout="mxfp4")
 

@@ -18,6 +18,7 @@ _AMD = (0, 0)
 _TILES = {
     "fp8-block": 128,
     "nvfp4a16": 16,
+    "nvfp4a16-4o6": 16,
     "nvfp4": 16,
     "mix-compressed": 32,
     "mxfp4a16": 32,

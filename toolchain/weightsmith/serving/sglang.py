@@ -223,10 +223,14 @@ _SUPPORT: Mapping[str, Support] = {
         capability=(8, 9),
         source="compressed_tensors/schemes/compressed_tensors_w8a8_fp8.py get_min_capability",
     ),
-    "nvfp4a16": Support(
-        capability=(8, 0),
-        source="compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py get_min_capability",
-    ),
+    **{
+        name: Support(
+            capability=(8, 0),
+            source="compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py"
+            " get_min_capability",
+        )
+        for name in ("nvfp4a16", "nvfp4a16-4o6")
+    },
     "nvfp4": Support(
         capability=(10, 0),
         source="compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py get_min_capability",
