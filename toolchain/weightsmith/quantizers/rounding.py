@@ -108,9 +108,10 @@ def _with_least_error(
         wide = np.repeat(scale, width, 1)
         codes = _float4(rows / wide)
         pairs = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
-        error = np.square(_FLOAT4[pairs.reshape(rows.shape)] * wide - rows)
-        for _ in range(width.bit_length() - 1):  # in one order, on every CPU
-            error = error[:, ::2] + error[:, 1::2]
+        with np.errstate(over="ignore", under="ignore"):  # equal errors keep the first
+            error = np.square(_FLOAT4[pairs.reshape(rows.shape)] * wide - rows)
+            for _ in range(width.bit_length() - 1):  # in one order, on every CPU
+                error = error[:, ::2] + error[:, 1::2]
         found.append((codes, stored, error))
     codes, stored, least = found[0]
     for other, scales, error in found[1:]:
