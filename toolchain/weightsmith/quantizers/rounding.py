@@ -104,11 +104,12 @@ def _with_least_error(
     count, width = len(rows), scheme.tile[1]
     found: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic], Floats]] = []
     for top in scheme.tops:
-        stored, scale = _scales(most, scheme, shared, top)
-        wide = np.repeat(scale, width, 1)
-        codes = _float4(rows / wide)
-        pairs = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
-        with np.errstate(over="ignore", under="ignore"):  # equal errors keep the first
+        # Of huge weights, errors may be infinite: equal ones keep the first.
+        with np.errstate(over="ignore", under="ignore"):
+            stored, scale = _scales(most, scheme, shared, top)
+            wide = np.repeat(scale, width, 1)
+            codes = _float4(rows / wide)
+            pairs = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
             error = np.square(_FLOAT4[pairs.reshape(rows.shape)] * wide - rows)
             for _ in range(width.bit_length() - 1):  # in one order, on every CPU
                 error = error[:, ::2] + error[:, 1::2]
