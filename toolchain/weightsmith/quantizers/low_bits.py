@@ -2,8 +2,8 @@
 
 compressed-tensors packs a row's codes without gaps, so that three bits take three (`packed.py`).
 Only symmetric ones are made: so are its presets (W2A16, W3A16, W5A16), and what vLLM's kernels were
-tested with (vllm-project/vllm#46389). Rounding alone, as llm-compressor's examples do, makes
-nonsense of a model with 2 and 3 bits; the walk spreads errors to other weights.
+tested with (vllm-project/vllm#46389). Rounding alone makes nonsense of a model with 2 and 3 bits
+(Llama 3 8B in vllm-project/vllm#45185); the walk spreads errors to other weights.
 """
 
 from __future__ import annotations
