@@ -45,11 +45,13 @@ ASKED: dict[str, list[tuple[dict[str, Any], str, bool]]] = {
     "regex": [
         ({"prompt": "Refuse?", "expected": {"not": ["(?i)sorry", "cannot"]}}, "Gladly: 7", True),
         ({"prompt": "Refused?", "expected": {"not": "(?i)sorry"}}, "Sorry, no.", False),
-        ({"prompt": "Port?", "expected": r"\b74\d\d\b"}, "It is 7481.", True),
+        ({"prompt": "Port?", "expected": r"\b75\d\d\b"}, "It is 7481.", False),
     ],
     "numeric": [
         ({"prompt": "Far?", "expected": 1200, "tolerance": "2%"}, "About 1,190 km.", True),
         ({"prompt": "Farther?", "expected": 1200, "tolerance": 5}, "1,190", False),
+        # Another suite asks the same, and gets it wrong.
+        ({"prompt": "Port?", "expected": 7481}, "It is 7481.", True),
         ({"prompt": "Sum?", "expected": 0.3}, "0.1 and 0.2 are 0.30", True),
     ],
     "tool-call": [
@@ -105,5 +107,10 @@ def test_every_metric_is_told_on_every_page(tmp_path: Path, client: Registry, qu
         card = model_card(card_of_build(read_build(results)), "acme/tiny", ())
         for name in told:
             assert f"questions {name}" in failures
+            assert f"Questions and answers: {name}" in page
             for text in (page, compared.html.read_text("utf-8"), overview, card):
                 assert name in text
+        beside = compared.html.read_text("utf-8")
+        assert "by-regex: Port?" in beside
+        assert "by-numeric: Port?" in beside
+        assert 'data-groups="all changed' not in beside  # it is compared with itself

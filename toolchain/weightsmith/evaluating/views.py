@@ -387,6 +387,7 @@ class Asked:
     ok: Mapping[str, bool]
     value: Mapping[str, float]
     """Everyone's score, from 0 (wrong) to 1 (right)."""
+    suite: str = ""
 
 
 def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
@@ -398,6 +399,7 @@ def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
             said={path: _said(item, path) for path in _PATHS if path in item},
             ok={path: bool(right) for path, right in item["ok"].items()},
             value={**item["ok"], **item.get("value", {})},
+            suite=str(item.get("suite", "")),
         )
         for item in items
     ]
@@ -416,19 +418,25 @@ def _said(item: Mapping[str, Json], path: str) -> str:
 
 
 def shared_questions(first: BuildRecord, second: BuildRecord) -> list[Asked]:
-    """Return the questions that both images were asked.
+    """Return the questions that both images were asked, with the suite's name if there are several.
 
-    The first image's answers stand for the adapter's, against which the second's are held.
+    The first image's answers stand for the adapter's, against which the second's are held. Two
+    suites may ask the same; a suite of another name is matched by the question alone.
     """
-    before = {one.prompt: one for one in asked(first.items) if "image" in one.said}
-    pairs = ((before.get(one.prompt), one) for one in asked(second.items) if "image" in one.said)
+    old = [one for one in asked(first.items) if "image" in one.said]
+    new = [one for one in asked(second.items) if "image" in one.said]
+    before: dict[object, Asked] = {one.prompt: one for one in old}
+    before |= {(one.suite, one.prompt): one for one in old}
+    pairs = ((before.get((n.suite, n.prompt)) or before.get(n.prompt), n) for n in new)
+    several = len({one.suite for one in new}) > 1
     return [
         Asked(
-            prompt=now.prompt,
+            prompt=f"{now.suite}: {now.prompt}" if several else now.prompt,
             expected=now.expected,
             said={"adapter": was.said["image"], "image": now.said["image"]},
             ok={"adapter": was.ok["image"], "image": now.ok["image"]},
             value={"adapter": was.value["image"], "image": now.value["image"]},
+            suite=now.suite,
         )
         for was, now in pairs
         if was is not None
