@@ -27,6 +27,7 @@ from weightsmith.core.jobs import (
     QualityJob,
     QuantizeJob,
     Question,
+    ReadCallsJob,
     ReferenceJob,
     ValidateJob,
     Virtual,
@@ -134,6 +135,15 @@ JOBS = (
     ),
     CacheScalesJob(**ENVELOPE, model=UNKNOWN, texts=({"text": "a"},)),
     LayerTimeJob(**ENVELOPE, model=UNKNOWN, counts=(8, 256)),
+    ReadCallsJob(
+        **ENVELOPE,
+        model=KNOWN,
+        packages=UNKNOWN,
+        parsers=("hermes", "xlam"),
+        thoughts="",
+        tools=({"type": "function", "function": {"name": "f"}},),
+        chats=({"name": "a call", "said": {"role": "assistant"}, "calls": [["f", {}]]},),
+    ),
     DequantizedJob(
         **ENVELOPE,
         model=KNOWN,
