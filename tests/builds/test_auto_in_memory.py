@@ -259,6 +259,25 @@ def test_weights_over_the_budget_are_left(memory: Memory) -> None:
         chosen(memory, "auto.at_most=250KB")
 
 
+def test_a_candidate_that_was_asked_nothing_is_no_test(memory: Memory) -> None:
+    """Sixteen questions test one candidate: not the one that is over the budget."""
+    usual, made = memory.runner.stages["quantize"], list[str]()
+
+    def heavy(job: QuantizeJob, report: Any) -> Mapping[str, Json]:
+        made.append(tried(memory))
+        memory.bench.padding = 300_000 if len(made) == 1 else 0
+        return usual(job, report)
+
+    ask(memory, 16)
+    memory.runner.stages = {**memory.runner.stages, "quantize": heavy}
+
+    built = chosen(memory, "auto.at_most=300KB")
+
+    assert left(built.auto) == [(made[0], "evaluate"), (made[1], "")]
+    assert built.auto
+    assert built.auto.tests == 1
+
+
 def test_a_plan_has_the_candidates_in_their_order(memory: Memory) -> None:
     plan = memory.forecast()
     rows = plan["auto"]["candidates"]

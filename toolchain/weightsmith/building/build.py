@@ -97,7 +97,8 @@ def _perform_own(step: AnyStep, record: Record) -> None:
     except (CheckFailed, InputRefused) as error:
         if record.request.choice:
             row = record.candidate(step.name, error)
-            raise CandidateLeft(row, error, tested=step.asks) from None
+            tested = step.asks and error.details.get("asked", True) is not False
+            raise CandidateLeft(row, error, tested=tested) from None
         raise
 
 

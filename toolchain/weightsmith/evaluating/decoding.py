@@ -51,5 +51,6 @@ def decoding_speed(
             f"its speed cannot be measured: of answers of 1 and {many} tokens, the server counts"
             f" {few[1]} and {most[1]}",
             hint="leave auto.prefer out, or name another auto.engine",
+            details={"asked": False},
         )
     return float(f"{tokens / seconds:.3g}")

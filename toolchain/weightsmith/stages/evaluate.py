@@ -219,6 +219,7 @@ def _require_size(artifact: Artifact, candidacy: Candidacy) -> None:
         raise CheckFailed(
             f"its weights have {human(size)}, and auto.at_most is {human(candidacy.at_most)}",
             hint=f"set auto.at_most to {-(-size // 10**6)}MB",
+            details={"asked": False},
         )
     if candidacy.next_price and size > candidacy.next_price:
         raise LargerThanForeseen(size)
