@@ -95,7 +95,8 @@ def base_weight_bytes(artifact: Artifact) -> int:
     """Return the bytes of an artifact's weights, without what lies beside them."""
     apart = (f"{FOLDER}/", f"{DRAFT}/") if artifact.format.unmerged else (f"{DRAFT}/",)
     files = (entry for entry in artifact.tree.files if not entry.path.startswith(apart))
-    return Tree(root=artifact.tree.root, files=tuple(files)).weight_bytes
+    # `texts`, since a shared cache fetches the weights for `root`.
+    return Tree(root=artifact.tree.texts, files=tuple(files)).weight_bytes
 
 
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:
