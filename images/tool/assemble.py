@@ -11,6 +11,7 @@ Nothing of a package is run but Python's own compiler of .pyc files. Progress is
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -105,15 +106,16 @@ def made(work: Path) -> dict[str, tuple[Path, ...]]:
     build = [sys.executable, "-m", "uv", "build", "-q", "--wheel", "--out-dir", work, CHECKOUT]
     subprocess.run(build, check=True)
     (wheel,) = work.glob("*.whl")
+    own = work / "own.lock"
+    own.write_text(f"{wheel} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
     found = {}
     for machine in PLATFORMS:
         folder = work / machine
         say(1, f"Debian's packages for {machine}")
         system(folder / "system", machine)
         say(2, f"packages for {machine}")
-        lock = CHECKOUT / "requirements-keyless.lock"
-        install(folder / "packages", machine, "--require-hashes", "-r", lock)
-        install(folder / "own", machine, "--no-deps", wheel)
+        install(folder / "packages", machine, CHECKOUT / "requirements-keyless.lock")
+        install(folder / "own", machine, own)
         command = folder / "own" / "usr/local/bin/weightsmith"
         command.parent.mkdir(parents=True)
         command.write_text(COMMAND)
@@ -149,14 +151,15 @@ def system(root: Path, machine: str) -> None:
     (root / "etc/passwd").write_text(USERS)
 
 
-def install(root: Path, machine: str, *what: str | Path) -> None:
-    """Unpack wheels for the image's Python, whatever machine and Python this is."""
+def install(root: Path, machine: str, lock: Path) -> None:
+    """Unpack a lock's wheels for the image's Python, whatever machine and Python this is."""
     target = root / PACKAGES
     subprocess.run(
         [
             *(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", sys.executable),
+            *("--require-hashes", "--no-deps", "-r", lock),
             *("--target", target, "--only-binary", ":all:", "--link-mode", "copy"),
-            *("--python-version", "3.11", "--python-platform", f"{machine}-{GLIBC}", *what),
+            *("--python-version", "3.11", "--python-platform", f"{machine}-{GLIBC}"),
         ],
         check=True,
     )
