@@ -49,6 +49,7 @@ def test_a_server_without_them_says_so() -> None:
     assert read("llamacpp", Server("", 501)) is None
     assert read("llamacpp", Server(LLAMA_CPP.replace("spec_", "other_"))) is None
     assert read("sglang", Server(LLAMA_CPP)) is None
+    assert read("llamacpp", Server(LLAMA_CPP.replace(" 66", " 6e"))) is None  # it was cut off
     assert acceptance(None, Drafted()) == "the server counts no drafts"
 
 

@@ -12,7 +12,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Json
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.decoding import decoding_speed
-from weightsmith.evaluating.session import ServerSession
+from weightsmith.evaluating.session import Answer, ServerSession
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Server:
     """Seconds, answer by answer; the last one for all further answers."""
     ends_after: int = 1 << 30
     counts: bool = True
+    refuses: bool = False
     now: float = 0.0
     asked: list[Json] = field(default_factory=list)
 
@@ -39,7 +40,9 @@ class Server:
         self.now += (2 if self.asked else 20) + tokens * next(self.times)
         self.asked.append(body)
         usage = f'"completion_tokens": {tokens}' if self.counts else ""
-        return type("Answer", (), {"text": f'{{"usage": {{{usage}}}}}'})
+        if self.refuses:
+            return Answer(400, "the context is too short")
+        return Answer(200, f'{{"usage": {{{usage}}}}}')
 
     def speed(self, context: int = 512) -> float:
         session = cast("ServerSession", self)
@@ -62,6 +65,7 @@ def test_answers_fit_the_context() -> None:
     ("server", "why"),
     [
         (Server(counts=False), "the server counts 0 and 0"),
+        (Server(refuses=True), "HTTP 400: the context is too short"),
         (Server(ends_after=1), "of answers of 1 and 64 tokens, the server counts 1 and 1"),
     ],
 )

@@ -113,8 +113,8 @@ def test_a_parser_that_does_not_read_the_template_is_named(fitting, hint):
     [
         ({"streams": False}, "a call: read whole, not in a stream; two calls: read whole"),
         ({"words": str}, "a call: read otherwise; the template writes <tool_call>{'name'"),
-        ({"most_calls": 1}, "a call; two calls: refused by the template"),
-        ({"most_calls": 0}, "a call: refused by the template"),
+        ({"most_calls": 1}, "a call; two calls: refused by the template, or too long"),
+        ({"most_calls": 0}, "a call: refused by the template, or too long"),
         ({"begins": "<assistant><think>"}, "not tried, for the template writes it otherwise"),
         ({"longest": 8}, "a call: not tried (HTTP 400"),
         ({"offered": False}, r"not tried: the server reads no tokens (HTTP 403)"),
@@ -152,6 +152,7 @@ class Thinker(Engine):
     """Its template writes thoughts in tags, and its parser takes them out."""
 
     leaves_out = False
+    refuses = False
     reads_streams = True
     opens = ""
 
@@ -161,6 +162,8 @@ class Thinker(Engine):
         return f"<user>?{END}" + (begins if body["add_generation_prompt"] else said)
 
     def written(self, message):
+        if self.refuses and "reasoning" in message:
+            raise ValueError("a template's own error")
         said = "" if self.leaves_out else message.get("reasoning_content", "")
         return f"<assistant><think>{said}</think>{message['content']}{END}"
 
@@ -202,6 +205,7 @@ def thoughts(**changes):
         ({"opens": "<think>"}, "whole and in a stream"),
         ({"reads_streams": False}, "read whole, not in a stream"),
         ({"leaves_out": True}, "not tried: the template leaves thoughts out"),
+        ({"refuses": True}, "not tried: the template refuses a chat with thoughts"),
         ({"opens": "<ponder>"}, "not tried, for the template writes them otherwise"),
         ({"offered": False}, "not tried (HTTP 403"),
     ],

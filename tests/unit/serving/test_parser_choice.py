@@ -1,7 +1,7 @@
 """What is chosen by what an engine's own parsers read back."""
 
 import pytest
-from weightsmith.serving.parsers import choice_of
+from weightsmith.serving.parsers import CALL_AFTER_THOUGHTS, choice_of
 
 BOTH, WHOLE = ["whole", "streamed"], ["whole"]
 
@@ -46,3 +46,16 @@ def test_a_template_that_cannot_be_read_back_leaves_the_choice_to_the_table():
 
     assert choice.tools == ""
     assert choice.note == "tool calls: nothing could be read back: it is refused; a is taken"
+
+
+@pytest.mark.parametrize("lost", ["two calls", CALL_AFTER_THOUGHTS])
+def test_a_chat_that_no_parser_reads_tells_nothing_of_the_parsers(lost):
+    """As where the template writes the first of two calls alone, or thoughts have no parser."""
+    read = found(a=BOTH, b=[])
+    for chats in read["read"].values():
+        chats[lost] = []
+
+    choice = choice_of(read, ("b", "a"))
+
+    assert choice.tools == "a"
+    assert f"no parser reads {lost}" in choice.note

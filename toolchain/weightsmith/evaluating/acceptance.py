@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from weightsmith.evaluating.session import ServerSession
 
-_SAMPLE = re.compile(r"(?P<name>[A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?\s+(?P<value>[0-9.eE+-]+)")
+_SAMPLE = re.compile(r"(?P<name>[A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?\s+(?P<value>[0-9]\S*)")
 """A line of Prometheus' text format:
 https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
 _FEW = 0.5
+"""Share of accepted tokens below which a draft is said to do badly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,8 @@ def drafted(session: ServerSession, names: Sequence[str]) -> Drafted | None:
     for line in answer.text.splitlines() if answer.status == 200 else ():
         sample = _SAMPLE.match(line)
         if sample and sample["name"] in found:  # one for each of the server's engines
-            found[sample["name"]] = max(0.0, found[sample["name"]]) + float(sample["value"])
+            with suppress(ValueError):  # a line that was cut off
+                found[sample["name"]] = max(0.0, found[sample["name"]]) + float(sample["value"])
     if not names or min(found.values()) < 0:
         return None
     steps, tokens, accepted = (int(found[name]) for name in names)

@@ -13,7 +13,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import parse
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession
+from weightsmith.evaluating.session import ServerSession, excerpt
 
 _TOKENS = 64
 _ROUNDS = 3
@@ -27,17 +27,19 @@ def decoding_speed(
 ) -> float:
     """Return the tokens per second of one request after its first token, to three digits.
 
-    `context` is the server's, in tokens. Raises CheckFailed if the server does not count tokens, or
-    ends all answers early.
+    `context` is the server's, in tokens. Raises CheckFailed if the server refuses the question,
+    does not count tokens, or ends all answers early.
     """
     asked = session.adding({"ignore_eos": True})  # as vLLM, SGLang and llama.cpp call it
 
     def timed(tokens: int) -> tuple[float, int]:
         began = clock()
-        text = asked.try_post(served.path, served.body(_PROMPT, tokens)).text
+        answer = asked.try_post(served.path, served.body(_PROMPT, tokens))
         seconds = clock() - began
+        if answer.status != 200:
+            raise _unmeasured(f"HTTP {answer.status}: {excerpt(answer.text)}")
         try:
-            found = parse(text)["usage"]["completion_tokens"]
+            found = parse(answer.text)["usage"]["completion_tokens"]
         except (ValueError, LookupError, TypeError):
             found = 0
         return seconds, found if type(found) is int else 0
@@ -47,10 +49,15 @@ def decoding_speed(
     few, most = (min(one[place] for one in rounds) for place in (0, 1))
     tokens, seconds = most[1] - few[1], most[0] - few[0]
     if few[1] < 1 or tokens < 1 or seconds <= 0:
-        raise CheckFailed(
-            f"its speed cannot be measured: of answers of 1 and {many} tokens, the server counts"
-            f" {few[1]} and {most[1]}",
-            hint="leave auto.prefer out, or name another auto.engine",
-            details={"asked": False},
+        raise _unmeasured(
+            f"of answers of 1 and {many} tokens, the server counts {few[1]} and {most[1]}"
         )
     return float(f"{tokens / seconds:.3g}")
+
+
+def _unmeasured(why: str) -> CheckFailed:
+    return CheckFailed(
+        f"its speed cannot be measured: {why}",
+        hint="leave auto.prefer out, or name another auto.engine",
+        details={"asked": False},
+    )

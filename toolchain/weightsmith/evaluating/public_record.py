@@ -19,6 +19,7 @@ from weightsmith.evaluating.build_record import (
     ImageRecord,
     SourceRecord,
     SuiteRecord,
+    VerdictRecord,
 )
 from weightsmith.evaluating.card import ModelCard, public_name
 
@@ -42,7 +43,7 @@ def public_record(build: BuildRecord) -> BuildRecord:
         replay=build.replay,
         task=build.task,
         scores=build.scores,
-        verdicts=build.verdicts,
+        verdicts=_verdicts(build.verdicts),
         suites=tuple(map(_suite, build.suites)),
         inputs={stage: dict(_digests(given)) for stage, given in build.inputs.items()},
         verdict=build.verdict,
@@ -94,7 +95,13 @@ def _image(image: ImageRecord | None) -> ImageRecord | None:
 
 
 def _suite(suite: SuiteRecord) -> SuiteRecord:
-    return replace(suite, sameness={})  # has texts of answers
+    # What is the same has texts of answers.
+    return replace(suite, sameness={}, verdicts=_verdicts(suite.verdicts))
+
+
+def _verdicts(given: tuple[VerdictRecord, ...]) -> tuple[VerdictRecord, ...]:
+    """Return verdicts by their figures: a reason may quote what a server or a program printed."""
+    return tuple(replace(one, reason="") for one in given)
 
 
 def _digests(given: JsonValue) -> Iterator[tuple[str, JsonValue]]:

@@ -92,16 +92,14 @@ def read_back(session: ServerSession, served: Served, fitting: Sequence[str]) ->
     for name, calls in CALLS.items():
         whole = _rendered(session, served, _said(calls))
         if whole is None:
-            seen.append(f"{name}: refused by the template")
+            seen.append(f"{name}: refused by the template, or too long")
             continue
         if whole[: len(prompt)] != prompt:
             seen.append(
                 f"{name}: not tried, for the template writes it otherwise than a new answer"
             )
             continue
-        same = zip(reversed(whole), reversed(plain), strict=False)
-        end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
-        ids = whole[len(prompt) : len(whole) - end]
+        ids = _written(prompt, whole, plain)
         answer = session.try_post(_READ, _request(served, prompt, ids, stream=False))
         if answer.status in {403, 404, 405}:
             return f"not tried: the server reads no tokens (HTTP {answer.status})"
@@ -128,13 +126,13 @@ def thoughts_read_back(session: ServerSession, served: Served, fitting: Sequence
     plain = _rendered(session, served, _PLAIN, tools=())
     said = {**_ANSWER, "reasoning": _THOUGHT, "reasoning_content": _THOUGHT}
     whole = _rendered(session, served, said, tools=())
-    if not prompt or not plain or not whole:
+    if not prompt or not plain:
         return "not tried: the server does not say how the template is tokenized"
+    if whole is None:
+        return "not tried: the template refuses a chat with thoughts, or it is too long"
     if whole[: len(prompt)] != prompt:
         return "not tried, for the template writes them otherwise than a new answer"
-    same = zip(reversed(whole), reversed(plain), strict=False)
-    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
-    ids = whole[len(prompt) : len(whole) - end]
+    ids = _written(prompt, whole, plain)
     text = _text(session, served, ids)
     wanted = (_THOUGHT, _ANSWER["content"])
     if _THOUGHT not in text:
@@ -156,6 +154,13 @@ def thoughts_read_back(session: ServerSession, served: Served, fitting: Sequence
         )
     streamed = _streamed_thoughts(session, served, prompt, ids)
     return "whole and in a stream" if streamed == wanted else "read whole, not in a stream"
+
+
+def _written(prompt: Sequence[int], whole: Sequence[int], plain: Sequence[int]) -> Sequence[int]:
+    """Return the tokens of an answer: after the prompt, and before the end of every chat."""
+    same = zip(reversed(whole), reversed(plain), strict=False)
+    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+    return whole[len(prompt) : len(whole) - end]
 
 
 def _without_tools(body: dict[str, JsonValue]) -> dict[str, JsonValue]:

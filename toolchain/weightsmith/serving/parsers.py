@@ -139,20 +139,24 @@ def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
 
     `found` is a job's result (`read`, by parser and chat how it was read, and `skipped`), `first`
     are the parsers of the table, best first. One that reads all comes before one that fails in a
-    stream. Parsers that read alike are equal for the user: the table's, else the first by name.
+    stream. Parsers that read alike are equal for the user: the table's, else the first by name. A
+    chat that none reads tells nothing of them, as where the template loses the second call, or the
+    parser of thoughts does not fit.
     """
     read: Mapping[str, Mapping[str, Sequence[str]]] = found["read"]
-    tried = sorted({chat for chats in read.values() for chat in chats})
-    if not any(chat != NO_CALL for chat in tried):
+    rendered = sorted({chat for chats in read.values() for chat in chats})
+    tried = [c for c in rendered if any("whole" in chats[c] for chats in read.values())]
+    lost = [chat for chat in rendered if chat not in tried]
+    if all(chat == NO_CALL for chat in rendered):
         why = "; ".join(sorted({str(one) for one in found["skipped"].values()}))
         table = f"; {first[0]} is taken" if first else ""
         return ParserChoice(note=f"tool calls: nothing could be read back: {why}{table}")
     whole = [one for one, chats in read.items() if all("whole" in chats[c] for c in tried)]
     table = f"; {first[0]} is taken by the template's marks" if first else ""
-    if not whole:
+    if not whole or all(chat == NO_CALL for chat in tried):
         return ParserChoice(
             note=f"tool calls: none of {len(read)} parsers of the engine reads what the chat"
-            f" template writes ({', '.join(tried)}){table}"
+            f" template writes ({', '.join(rendered)}){table}"
         )
     streams = [
         one
@@ -165,6 +169,7 @@ def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
     stream = "" if chosen in streams else ", though not in a stream"
     others = [one for one in whole if one != chosen]
     also = f"; so do {', '.join(others)}" if others else ""
+    also += f"; no parser reads {' and '.join(lost)}" if lost else ""
     return ParserChoice(
         tools=chosen,
         note=f"tool calls: of {len(read)} parsers of the engine, {chosen} reads back what the chat"
@@ -191,24 +196,24 @@ def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: Serve
     offered = known.words.get("tool-call-parser", ())
     chosen = _named(tools, "tool_parser", offered)
     if tools in ("", AUTO):
-        fitting = next((d for d in TOOLS if d.fits(template, model.model_type)), None)
+        first = next((d for d in TOOLS if d.fits(template, model.model_type)), None)
         if not template:
             pass  # it does not chat
         elif not has_tools(template):
             notes.append("the chat template has no tools, so the server has no parser for calls")
-        elif fitting and fitting.of(engine) in offered:
-            chosen = fitting.of(engine)
+        elif first and first.of(engine) in offered:
+            chosen = first.of(engine)
         else:
             what = "the form of its calls is not known here"
-            if fitting:
-                what = f"this engine has no parser for calls as {fitting.name} reads them"
+            if first:
+                what = f"this engine has no parser for calls as {first.name} reads them"
             notes.append(
                 f"the chat template has tools, but {what}: the server will refuse `tool_choice:"
                 " auto`; serve.tool_parser names a parser"
             )
     reasoning = thoughts_of(model, engine, known, thoughts)
-    if thoughts in ("", AUTO) and not reasoning and (first := _of_thoughts(model, engine)):
-        notes.append(f"thoughts stay in the answers: {known.version} has no parser {first}")
+    if thoughts in ("", AUTO) and not reasoning and (lacking := _of_thoughts(model, engine)):
+        notes.append(f"thoughts stay in the answers: {known.version} has no parser {lacking}")
     return Parsers(tools=chosen, thoughts=reasoning, notes=tuple(notes))
 
 

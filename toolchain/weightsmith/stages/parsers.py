@@ -54,7 +54,10 @@ _FILE = "parsers.json"
 PACKAGES = "usr/local/lib/python3.11/dist-packages"
 _MEMORY = 4 << 30
 _THOUGHT = "First I look at the map."
-_KEPT = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+_KEPT = (
+    "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
+    "config.json", "bpe.", "sentencepiece", "source.spm", "spiece", "tekken", "tiktoken",
+)  # fmt: skip
 """Beginnings of the names of the files that decide how a template is rendered and read."""
 
 
