@@ -7,15 +7,16 @@ python images/update.py --accept builders/merge   # writes pins and runs tests, 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from weightsmith.building.wiring import make_registry
@@ -74,6 +75,8 @@ class Resolved:
 
     rows: tuple[Row, ...]
     files: Mapping[Path, str]
+    locks: tuple[Path, ...] = ()
+    """What the accepting commands write from these files."""
 
 
 def pins(text: str) -> dict[str, str]:
@@ -110,7 +113,11 @@ def constraints(root: Path = ROOT) -> Resolved:
                  root=root)
     )  # fmt: skip
     rows = tuple(_rows("constraints", text, found))
-    return Resolved(rows=rows, files={file: _EXACT.sub(lambda pin: _moved(pin, found), text)})
+    return Resolved(
+        rows=rows,
+        files={file: _EXACT.sub(lambda pin: _moved(pin, found), text)},
+        locks=tuple(sorted(root.glob("requirements*.lock"))),
+    )
 
 
 def builder(folder: Path, root: Path = ROOT) -> Resolved:
@@ -124,9 +131,8 @@ def builder(folder: Path, root: Path = ROOT) -> Resolved:
     made = compiled(free, *words, root=root)
     found = pins(made)
     rows = tuple(_rows(part, file.read_text("utf-8"), found))
-    head = "".join(
-        line for line in file.read_text("utf-8").splitlines(keepends=True) if line.startswith("#")
-    )
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    head = "".join(takewhile(lambda line: line.startswith("#"), lines))
     return Resolved(
         rows=rows,
         files={wanted: _EXACT.sub(lambda m: _moved(m, found), text), file: head + made},
@@ -218,28 +224,37 @@ def debian(root: Path = ROOT) -> Iterator[Row]:
             with urllib.request.urlopen(f"{place}/?year={year}&month={month}", timeout=30) as page:
                 days = re.findall(r"\d{8}T\d{6}Z", page.read(1 << 20).decode("utf-8", "replace"))
             yield replace(row, newest=max(days))
-        except (OSError, ValueError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             yield replace(row, note=f"not asked: {error}")
 
 
 def accepted(
     resolved: Resolved, part: str, run: Callable[[str], int], commands: Sequence[str]
 ) -> tuple[Row, ...]:
-    """Write a part's pins, run what must succeed, and put the pins back if something fails."""
+    """Write a part's pins and run what must succeed.
+
+    Puts the pins and what was made from them back if something fails or the run is interrupted.
+    """
     moving = [row for row in resolved.rows if row.moves]
     if not moving:
         return resolved.rows
-    before = {file: file.read_bytes() for file in resolved.files}
-    for file, text in resolved.files.items():
-        file.write_text(text, "utf-8")
-    for command in commands:
-        print(f"{part}: {command}", file=sys.stderr, flush=True)
-        if run(command):
+    before = {file: file.read_bytes() for file in (*resolved.files, *resolved.locks)}
+    done, note = False, "accepted"
+    try:
+        for file, text in resolved.files.items():
+            file.write_text(text, "utf-8")
+        for command in commands:
+            print(f"{part}: {command}", file=sys.stderr, flush=True)
+            if run(command):
+                note = f"refused: `{command}` failed"
+                break
+        else:
+            done = True
+    finally:
+        if not done:
             for file, data in before.items():
                 file.write_bytes(data)
-            note = f"refused: `{command}` failed"
-            return tuple(replace(r, note=note) if r.moves else r for r in resolved.rows)
-    return tuple(replace(r, note="accepted") if r.moves else r for r in resolved.rows)
+    return tuple(replace(r, note=note) if r.moves else r for r in resolved.rows)
 
 
 def table(rows: Sequence[Row]) -> str:

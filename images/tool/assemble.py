@@ -103,8 +103,13 @@ def say(step: int, text: str) -> None:
 
 def made(work: Path) -> dict[str, tuple[Path, ...]]:
     """Return for each machine its layers' files: the system, packages, and weightsmith."""
-    build = [sys.executable, "-m", "uv", "build", "-q", "--wheel", "--out-dir", work, CHECKOUT]
-    subprocess.run(build, check=True)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "build", "-q", "--wheel", "--out-dir", work),
+            *("--require-hashes", "--build-constraints", CHECKOUT / "requirements.lock", CHECKOUT),
+        ],
+        check=True,
+    )
     (wheel,) = work.glob("*.whl")
     own = work / "own.lock"
     own.write_text(f"{wheel} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")

@@ -205,7 +205,8 @@ def test_gitlabs_component(place: Path) -> None:
     for script in job["script"]:
         run(script, "sh", **own, **variables)
 
-    config = json.loads((place / ".docker" / "config.json").read_text())
+    file = place / ".docker" / "config.json"
+    config = json.loads(file.read_text())
     assert config == {"auths": {"r.example": {"auth": "dTpw"}}}
     assert seen(place)[:4] == ["build", "--recipe", "recipe.yaml", "--runner"]
     assert {"--push", "oci://r.example/c"} <= set(seen(place))
@@ -214,6 +215,9 @@ def test_gitlabs_component(place: Path) -> None:
     assert json.loads((place / "built.json").read_text())["targets"]
     run(job["script"][1], "sh", **variables, SIGNING_KEY="key.pem")
     assert "key.pem" in seen(place)
+    file.unlink()
+    run(job["script"][0], "sh", **variables, CI_REGISTRY_USER="")  # a project without a registry
+    assert not file.exists()
 
 
 def test_gitlab(place: Path) -> None:

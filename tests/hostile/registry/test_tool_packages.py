@@ -92,7 +92,7 @@ def test_all_that_builders_and_engines_install_has_a_hash():
         assert all("--hash=sha256:" in row for row in rows), file
     for file in [*(ROOT / "images").rglob("Containerfile"), *(ROOT / "images").rglob("*.py")]:
         text = file.read_text("utf-8").replace("\\\n", " ")
-        pips = re.findall(r'pip"?,? "?install"?(?s:.{0,300})', text)
+        pips = re.findall(r'(?:pip"?,? "?install|uv"?,? "?build)"?(?s:.{0,300})', text)
         assert all("--require-hashes" in words for words in pips), file
 
 

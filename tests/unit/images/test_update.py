@@ -50,7 +50,7 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "images" / "builders" / "gguf"
     folder.mkdir(parents=True)
     (folder / "requirements.in").write_text("# kept\ntool==1.*\nlib==1.0\n")
-    (folder / "requirements.txt").write_text("# head\nlib==1.0 \\\n    --hash=x\ntool==1.0\n")
+    (folder / "requirements.txt").write_text("# head\nlib==1.0 \\\n    --hash=x\ntool==1.0\n# tail\n")
     with package_index() as index:
         index.files = dict([
             wheel("tool", "1.0"), wheel("tool", "1.4"), wheel("tool", "2.0", "lib<2"),
@@ -90,17 +90,34 @@ def test_a_builders_pins_move_with_its_wishes(project):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_pins_that_fail_a_test_are_put_back(project, fails):
-    found, ran = update.constraints(project), []
-    before = (project / "constraints.txt").read_text()
+    """With the locks that the commands before it made from them."""
+    lock, ran = project / "requirements.lock", []
+    lock.write_text("old")
+    found, before = update.constraints(project), (project / "constraints.txt").read_text()
 
-    rows = update.accepted(
-        found, "constraints", lambda command: ran.append(command) or int(fails), ["a", "b"]
-    )
+    def run(command):
+        ran.append(command)
+        lock.write_text("new")
+        return int(fails and command == "b")
 
-    after = (project / "constraints.txt").read_text()
-    assert (after == before) is fails
-    assert ran == (["a"] if fails else ["a", "b"])
-    assert {row.note for row in rows} == {"refused: `a` failed" if fails else "accepted"}
+    rows = update.accepted(found, "constraints", run, ["a", "b"])
+
+    assert ((project / "constraints.txt").read_text() == before) is fails
+    assert lock.read_text() == ("old" if fails else "new")
+    assert ran == ["a", "b"]
+    assert {row.note for row in rows} == {"refused: `b` failed" if fails else "accepted"}
+
+
+def test_pins_are_put_back_after_ctrl_c(project):
+    found, before = update.constraints(project), (project / "constraints.txt").read_text()
+
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update.accepted(found, "constraints", interrupted, ["a"])
+
+    assert (project / "constraints.txt").read_text() == before
 
 
 def test_the_table_says_what_moves_and_how(project):

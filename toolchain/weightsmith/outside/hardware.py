@@ -46,8 +46,8 @@ _READ, _READS = 256 << 20, 5
 def memory_bandwidth() -> float:
     """Return the bytes per second that all cores together read from memory: the best of five reads.
 
-    As in STREAM (McCalpin, 1995), but of a sum alone, over more bytes than most caches hold: a
-    quarter of a gigabyte. It takes about half a second.
+    As in STREAM (McCalpin, 1995), but reading alone, for a maximum, over more bytes than most
+    caches hold: a quarter of a gigabyte. It takes about half a second.
     """
     import numpy as np
 
