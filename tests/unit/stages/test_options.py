@@ -97,3 +97,26 @@ def test_a_source_in_one_gguf_file_is_converted_once(tmp_path) -> None:
     assert (found[0].pin, found[0].tree.has("config.json")) == ("p", True)
     with pytest.raises(InputRefused, match="has 2 GGUF files, expected one"):
         resolved(replace(came, tree=replace(came.tree, files=tuple(entries))))
+
+
+def test_a_local_gguf_file_is_a_base_and_its_folder_is_none(tmp_path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "one.gguf").write_bytes(b"GGUF")
+    (tmp_path / "given" / "other.gguf").write_bytes(b"GGUF, of another model")
+    converted = []
+
+    def convert(job: Any, _report: object) -> dict[str, Any]:
+        converted.append(job.gguf.path)
+        shutil.copytree(TINY / "base", job.output, dirs_exist_ok=True)
+        return {}
+
+    tools = memory_tools(tmp_path / "store", {"import-gguf": convert})
+    found = resolve_base(Base(source="given/one.gguf"), tmp_path, tools)
+
+    assert converted == [tmp_path / "given" / "one.gguf"]
+    assert found.tree.has("config.json")
+    with pytest.raises(InputRefused, match="has no config") as refused:
+        resolve_base(Base(source="given"), tmp_path, tools)
+    assert refused.value.hint.endswith("a GGUF base is given as its file")
+    with pytest.raises(InputRefused, match="no revision or sha256 to pin"):
+        resolve_base(Base(source="given/one.gguf", sha256="0" * 64), tmp_path, tools)

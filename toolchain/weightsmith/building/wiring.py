@@ -16,7 +16,7 @@ import platformdirs
 
 from weightsmith.building.apart import keep_apart
 from weightsmith.building.prefetch import WithinMemory
-from weightsmith.cache.address import SHARED_CACHE, Address, Sharing, chosen, required
+from weightsmith.cache.address import Address, Sharing, chosen, required
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
@@ -95,9 +95,7 @@ def cache_folder() -> Path:
 
     Raises EnvironmentFailure if the user has no home folder.
     """
-    shared = os.environ.get(SHARED_CACHE, "")
-    # A path without a scheme is no address, so it can only mean this.
-    if named := os.environ.get("WEIGHTSMITH_HOME") or ("" if "://" in shared else shared):
+    if named := os.environ.get("WEIGHTSMITH_HOME"):
         return Path(named).absolute()
     try:
         folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()

@@ -15,7 +15,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.oci.references import Reference
 from weightsmith.recipe.user_config import TRUSTED, CacheSettings, RunOptions
 
-SHARED_CACHE = "WEIGHTSMITH_CACHE"
+_VARIABLE = "WEIGHTSMITH_CACHE"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _FORMS = "oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX, or a folder"
 OFF = "off"
@@ -83,12 +83,18 @@ def parse_address(text: str, flag: str) -> Address:
 def chosen(cache: str, cache_from: str, settings: CacheSettings) -> Sharing:
     """Return the caches of a command: by its flags, else by environment, else by configuration.
 
-    WEIGHTSMITH_CACHE needs a scheme, such as `file://`. `off` switches the cache off. Raises
-    UsageError.
+    `off` switches the cache off. Raises UsageError, also for a folder without `file://` in
+    WEIGHTSMITH_CACHE, which in other tools is a machine's own.
     """
     named, flag = cache, "--cache"
-    if not named and "://" in (variable := os.environ.get(SHARED_CACHE, "").strip()):
-        named, flag = variable, SHARED_CACHE
+    if not named and (variable := os.environ.get(_VARIABLE, "").strip()):
+        named, flag = variable, _VARIABLE
+        if named != OFF and "://" not in named:
+            raise UsageError(
+                f"{flag} {named!r}: it is the address of a shared cache, and has no scheme",
+                hint=f"write file://{Path(named).absolute()}, or name this machine's own folder"
+                " in WEIGHTSMITH_HOME",
+            )
     if not named:
         named, flag = settings.where, "cache.where in the configuration"
     source, source_flag = cache_from, "--cache-from"

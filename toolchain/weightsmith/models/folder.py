@@ -250,7 +250,7 @@ def _require(root: Path, names: list[str], required: str, hint: str) -> None:
     if inside := _inside(root, required):
         hint += f": {inside}"
     elif converted := sorted(path.name for path in root.glob("*.gguf")):
-        hint += f"; GGUF files of a folder are not read: give what {converted[0]!r} was made from"
+        hint += f", or what {converted[0]!r} was made from; a GGUF base is given as its file"
     raise InputRefused(f"{root} has no {required}", hint=hint)
 
 
@@ -284,12 +284,17 @@ def check_templates(root: Path, names: list[str]) -> None:
                 text = read_bytes(root / name, SMALL).decode("utf-8", "replace")
             else:
                 text = json.dumps(read_json(root / name).get("chat_template"), ensure_ascii=False)
-            if found := _INTERNALS.search(text):
-                raise InputRefused(
-                    f"{root / name} has {found[0]} in its chat template, which reaches into Python:"
-                    " an engine that renders it without a sandbox would run its code",
-                    hint="take the template from the model's makers; no template needs such names",
-                )
+            check_template(text, root / name)
+
+
+def check_template(text: str, file: Path) -> None:
+    """Raise InputRefused if a chat template, from this file, reaches into Python."""
+    if found := _INTERNALS.search(text):
+        raise InputRefused(
+            f"{file} has {found[0]} in its chat template, which reaches into Python:"
+            " an engine that renders it without a sandbox would run its code",
+            hint="take the template from the model's makers; no template needs such names",
+        )
 
 
 def _no_weights(root: Path, required: str) -> InputRefused:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
-from weightsmith.models.folder import check_links
+from weightsmith.models.folder import check_links, check_template
 from weightsmith.models.task import NO_SENTENCES, SentenceTransformers
 
 if TYPE_CHECKING:
@@ -103,6 +103,16 @@ def gguf_tensor_types(path: Path) -> Mapping[str, int]:
     for tensor in _reader(path).tensors:
         weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
     return dict(weights.most_common())
+
+
+def check_gguf_templates(path: Path) -> None:
+    """Raise InputRefused if a chat template in a GGUF file reaches into Python, or for damage.
+
+    There may be several, as `tokenizer.chat_template.NAME`: ggml's docs/gguf.md.
+    """
+    for key, field in _reader(path).fields.items():
+        if key.startswith("tokenizer.chat_template"):
+            check_template(str(_contents(path, field)), path)
 
 
 def _contents(path: Path, field: ReaderField) -> JsonValue:

@@ -1,8 +1,8 @@
-"""Reads a source from a local folder."""
+"""Reads a source from a local folder, or from a GGUF file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
@@ -15,7 +15,7 @@ _SOON = 2 << 30
 
 
 class FolderReader:
-    """Uses a local folder in place: every file is hashed, nothing is copied."""
+    """Uses a local folder or GGUF file in place: every file is hashed, nothing is copied."""
 
     scheme = ""
 
@@ -26,7 +26,7 @@ class FolderReader:
         """Do nothing: what reads it is always installed."""
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
-        """Return the folder's safe files; raises InputRefused if it is missing or unsafe."""
+        """Return the folder's safe files, or the GGUF file; InputRefused if missing or unsafe."""
         return self._snapshot(source, revision, sha256, progress, read=True)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
@@ -46,22 +46,24 @@ class FolderReader:
     def _snapshot(
         self, source: str, revision: str, sha256: str, progress: Progress, *, read: bool
     ) -> Snapshot:
-        root = Path(source)
+        root, file = Path(source), ""
+        if root.suffix == ".gguf" and root.is_file():
+            root, file = root.parent, root.name
         if not root.is_dir():
             what = "is a file, not a folder" if root.exists() else "does not exist"
             raise InputRefused(
                 f"{source} {what}",
-                hint="a source is a folder, or has a scheme: hf://, pypi://, oci://, s3://, gs://, "
-                "https://, modelscope:// or mlflow:",
+                hint="a source is a folder, for a base also a .gguf file, or has a scheme: hf://, "
+                "pypi://, oci://, s3://, gs://, https://, modelscope:// or mlflow:",
             )
         if revision or sha256:
             raise InputRefused(
-                f"{source}: a folder has no revision or sha256 to pin",
-                hint="leave `revision` and `sha256` out; a folder is pinned by its content",
+                f"{source}: what is local has no revision or sha256 to pin",
+                hint="leave `revision` and `sha256` out; it is pinned by its content",
             )
-        names = scan(root)
+        names = [file] if file else scan(root)
         soon = read or sum((root / name).stat().st_size for name in names) <= _SOON
-        tree = read_tree(root, self._store, progress, read=soon)
+        tree = _hashed(root, names, self._store, progress, read=soon)
         return Snapshot(tree=tree, source=source, pin=str(tree.digest), pinned=True)
 
 
@@ -74,7 +76,12 @@ def read_tree(
     wanted: Callable[[str], bool] = lambda _: True,
 ) -> Tree:
     """Return the safe files of a folder with their digests; see Store.digest_file for `read`."""
-    names = [name for name in scan(root) if wanted(name)]
+    return _hashed(root, [n for n in scan(root) if wanted(n)], store, progress, read=read)
+
+
+def _hashed(
+    root: Path, names: Sequence[str], store: Store, progress: Progress, *, read: bool
+) -> Tree:
     sizes = [(root / name).stat().st_size for name in names]
     total, done, files = sum(sizes), 0, []
     for name, size in zip(names, sizes, strict=True):

@@ -14,6 +14,7 @@ from weightsmith.core.values import SAFETENSORS
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.folder import check_templates, no_folder, scan
 from weightsmith.models.gguf_config import (
+    check_gguf_templates,
     files_with,
     gguf_models,
     model_name,
@@ -86,6 +87,8 @@ def open_model(path: Path, name: str = "") -> Model:
                     " snapshots/COMMIT",
                 )
             of_files = models[0]
+    for file in gguf_models(weights):
+        check_gguf_templates(root / file)
     sizes = {file: (root / file).stat().st_size for file in weights}
     projector = projector_of(weights)
     return Model(
