@@ -302,8 +302,13 @@ def _commands() -> Iterator[str]:
     used = Counter(row for name in names for row in rows[name])
     yield from _described([row for row in used if used[row] == len(names)])
     common = [r for r in used if _COMMON <= used[r] < len(names) and r[0].startswith("--")]
-    yield "## Flags of several commands\n\nEach command names those that it has.\n"
-    yield from _described(common)
+    yield "## Flags of several commands\n\nEach command names those that it has, or their group.\n"
+    groups = {name: [r for r in common if r[0] in flags.split()] for name, flags in _GROUPS.items()}
+    grouped = {row for group in groups.values() for row in group}
+    yield from _described([row for row in common if row not in grouped])
+    for name, group in groups.items():
+        yield f"{name[:1].upper()}{name[1:]}:\n"
+        yield from _described(group)
     first = {row: name for name in reversed(names) for row in rows[name]}
     for name in names:
         yield f"\n## {name}\n\n{inspect.getdoc(namespace[name].body)}\n"
@@ -313,7 +318,9 @@ def _commands() -> Iterator[str]:
             same = [row for row in own if first[row] == other]
             yield f"As in [{other}](#{other}): {_named(same)}.\n"
         if also := [row for row in rows[name] if row in common]:
-            yield f"Also {_named(also)}."
+            whole = [name for name, group in groups.items() if {*group} <= {*also}]
+            held = {row for name in whole for row in groups[name]}
+            yield f"Also {', '.join(filter(None, [*whole, _named(r for r in also if r not in held)]))}."
 
 
 def _described(flags: Sequence[tuple[str, str, str]], by_key: bool = True) -> Iterator[str]:
@@ -355,9 +362,17 @@ def _key_of(meaning: str) -> str:
 
 
 def _named(flags: Iterable[tuple[str, str, str]]) -> str:
-    return ", ".join(f"`{flag[0]}`" for flag in flags)
+    return _spans(flag[0] for flag in flags)
 
 
+_GROUPS = {
+    "signing": "--sign-key --signature-format --keyless --trust-config",
+    "identities": "--certificate-identity --certificate-identity-regexp --certificate-oidc-issuer "
+    "--certificate-oidc-issuer-regexp --trusted-root",
+    "jobs": "--runner --allow-network-in-jobs --memory",
+    "caches": "--cache --cache-from",
+}
+"""Flags that most commands have together."""
 _COMMON = 3
 """A flag that as many commands have is described once."""
 
@@ -388,6 +403,10 @@ def _adapters() -> Iterator[str]:
     )
 
 
+def _spans(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def _by(pairs: Iterable[tuple[str, K]]) -> dict[K, list[str]]:
     """Return what has the same second value together, in the order of the first of each."""
     found: dict[K, list[str]] = {}
@@ -397,22 +416,30 @@ def _by(pairs: Iterable[tuple[str, K]]) -> dict[K, list[str]]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Tests in `tests/unit/quantizers/` make each pair with the formats without calibration, `awq` and `gptq`, and many with `nvfp4`, of a small random model.\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves.\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
-    yield "| architectures | packed formats |\n|---|---|"
     kinds = (
         (DENSE | JOINED | NAMED, ""),
         (EXPERTS | FURTHER_EXPERTS | STACKED_MXFP4, " (experts)"),
         (SEEING, " (vision)"),
     )
-    known = (
-        (f"{name}{kind}", tuple(f"`{one}`" for one in packed if _becomes(name, one)))
+    known = {
+        f"{name}{kind}": tuple(one for one in packed if _becomes(name, one))
         for names, kind in kinds
         for name in sorted(names)
-    )
-    for has, names in _by(known).items():
-        yield f"| {', '.join(names)} | {', '.join(has)} |"
+    }
+    had_by = ((one, tuple(name for name in known if one in known[name])) for one in packed)
+    alike = {min(of, key=len): of for of in _by(had_by).values()}
+    also = [
+        f"`{one}` for {_spans(other for other in of if other != one)}"
+        for one, of in alike.items()
+        if of[1:]
+    ]
+    yield f"In the table, one format stands for others that the same architectures have: {'; '.join(also)}.\n"
+    yield "| architectures | packed formats |\n|---|---|"
+    for has, names in _by(known.items()).items():
+        yield f"| {', '.join(names)} | {_spans(one for one in has if one in alike)} |"
     yield "\n## Models that see, as GGUF\n"
     yield "Of these, llama.cpp's converter can also write a [projector](../how-to/quantize.md#models-that-see), with which its server reads pictures, if the model has a vision tower. Of others, and of models that only hear, the file has the language model alone.\n"
     yield f"{', '.join(sorted(gguf_projectors() & gguf_architectures()))}.\n"
@@ -426,13 +453,13 @@ def _architectures() -> Iterator[str]:
         names = [name for name in rest if (name in as_gguf) == there]
         yield f"{title}: {', '.join(map(_starred, names))}.\n"
     yield "\n## Models that do not chat\n"
-    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. `plan` refuses what is not below, with the reason. Numbers were compared with transformers on vLLM for BERT and Qwen 3, labels of RoBERTa and XLM-RoBERTa, and ModernBERT's vectors; on llama.cpp for the vectors of BERT, DistilBERT, RoBERTa, XLM-RoBERTa, ModernBERT and Qwen 3 and the pairs of RoBERTa, XLM-RoBERTa and ModernBERT. The others are in the engines' tables.\n"
+    yield "What a model gives follows from its class, from sentence-transformers' files beside it (`modules.json`, `1_Pooling/config.json`), and from the head that an adapter brings. `plan` refuses what is not below, with the reason. Numbers were compared with transformers' for most of these; the others are in the engines' tables.\n"
     yield "| gives | target `vllm` | llama.cpp's targets |\n|---|---|---|"
     yield from _pooled()
-    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token: no engine has sentence-transformers' other ways (max, weighted means, several joined). vLLM also computes Dense modules behind that, if their folder has `model.safetensors`. llama.cpp would score BERT's pairs otherwise than transformers, and gives the first label's score alone. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate; of packed formats, decoders that give vectors have those above.\n"
+    yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token: no engine has sentence-transformers' other ways (max, weighted means, several joined). vLLM also computes Dense modules behind that, if their folder has `model.safetensors`. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate; of packed formats, decoders that give vectors have those above.\n"
     yield "\n## What no target serves\n"
-    yield "An image here is planned, started and tested as a server that continues text, or gives vectors, scores of pairs or labels. So `plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
-    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above, such as DistilBERT's classifiers: vLLM has no class for them, and transformers' own does not go through its attention;\n- rerankers by the logits of two tokens, as sentence-transformers saves Qwen3-Reranker: each engine would have to be told their prompt in its own way. As `ForSequenceClassification` with one label they are served;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
+    yield "`plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
+    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above, such as DistilBERT's classifiers;\n- rerankers by the logits of two tokens, as sentence-transformers saves Qwen3-Reranker (as `ForSequenceClassification` with one label they are served);\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
     yield "vLLM knows these of the last two kinds:\n"
     yield "| no plan, because it | architectures |\n|---|---|"
     yield from (
@@ -498,9 +525,7 @@ def _targets() -> Iterator[str]:
         " one for [adapters that are not merged](../explanation/when-not-to-merge.md"
         "#on-a-quantized-base): the same name with `-lora` at its end, such as"
         " `llamacpp-q4_k_m-lora` or `vllm-awq-lora`. Its base is in that format, its adapters in"
-        " 16 bits. On a CPU, vLLM serves adapters beside 16 bits, AWQ, GPTQ and FP8; `plan` refuses"
-        " `vllm-w8a8-lora` there, and models with experts, since vLLM's layers for CPUs take no"
-        " adapters beside these."
+        " 16 bits."
     )
     yield "\n## Base images\n\n| purpose | image |\n|---|---|"
     for purpose, base in sorted(read_bases().items()):
