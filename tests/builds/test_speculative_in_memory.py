@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.fleets.ordering import ordered
 
-from tests.fakes.memory import Memory
+from tests.fakes.fleet import GOOD, MemoryFleet, by_tools, run, write_fleet
+from tests.fakes.memory import Memory, new_signer
 from tests.fakes.predicting import add_predicting
 from tests.fakes.tiny import write_model
 
@@ -101,6 +106,57 @@ def test_what_drafts_is_named_wherever_the_base_is(drafted: Memory) -> None:
     assert image.config["Labels"]["dev.weightsmith.draft.digest"] == record["draft"]["digest"]
     lock = json.loads((drafted.home / "recipe.lock").read_text())
     assert record["draft"]["digest"] in {row["digest"] for row in lock["sources"].values()}
+
+
+def test_its_chain_holds_from_the_image_to_its_sources(drafted: Memory) -> None:
+    drafted.signer = new_signer()
+    drafted.build(*DRAFT, push=True)
+    key = drafted.folder / "key.pub"
+    key.write_bytes(drafted.signer.public)
+    place = f"{drafted.repository}:1.0.0-{TARGET}"
+
+    checks = {one.name: one.ok for one in verify_image(place, key, drafted.client, Silent()).checks}
+
+    assert {"draft", "label draft", "merge", "label base"} <= checks.keys()
+    assert False not in checks.values()
+    shared = drafted.record()["sharing"]
+    drafted.build()
+    assert shared == drafted.record()["sharing"]
+
+
+def test_nodes_that_share_only_the_cache_get_it(drafted: Memory) -> None:
+    here = by_tools(drafted.tools)
+    drafted.write_recipe(serve={"speculative": {"method": "draft", "draft": "./draft"}})
+
+    def elsewhere(text: str) -> str:
+        request = json.loads(text)
+        assert str(drafted.home) not in json.dumps(request["recipe"])
+        return here(json.dumps({**request, "dist": "/nowhere", "token": "none"}))
+
+    path = write_fleet(drafted, adapters=["./a"], targets=[TARGET])
+    engine = MemoryFleet(elsewhere, remote=True)
+    rows, _ = run(drafted, path, engine, outputs={"push": True})
+
+    assert [row.verdict for row in rows.cells] == [GOOD], rows.cells[0].error
+    assert drafted.home / "draft" in ordered(path).sources
+
+
+MIX = "llamacpp-mix"
+
+
+def test_a_mix_leaves_room_for_it(drafted: Memory) -> None:
+    def planned(memory: int) -> dict[str, Any]:
+        gpu = ("quantize.fit=gpu", f"serve.gpu_memory={memory}B")
+        plan: dict[str, Any] = drafted.forecast(*gpu, *DRAFT, targets=[MIX])["serving"][MIX]
+        return plan
+
+    large = planned(2 << 30)
+    small = (drafted.home / "draft/model.safetensors").stat().st_size * 8.5 / 16
+    room = int(large["overhead_bytes"] + large["kv_bytes_total"] + small) + 400_000
+    plan = planned(-(-room * 20 // 19))  # a twentieth is held back
+
+    assert plan["fits"]
+    assert 0.9 < (plan["weight_bytes"] - small) / 400_000 < 1
 
 
 def test_its_weights_and_cache_are_planned(drafted: Memory) -> None:

@@ -55,18 +55,21 @@ class Scene:
         twist: Callable[[dict[str, Any]], None] = lambda _: None,
         asked: Mapping[str, Any] = MappingProxyType({}),
         corpus: tuple[tuple[str, str], ...] = (),
+        drafted: str | None = None,
         **more: str,
     ) -> None:
         """Push an image as `build` would, of two adapters; `twist` changes its stated recipe.
 
-        `asked` are further facts of its one question, `corpus` its documents, and `more` files that
-        lie in both adapters, by name.
+        `asked` are further facts of its one question, `corpus` its documents, `drafted` the pin of
+        what drafts for it ("" of a folder), and `more` files that lie in both adapters, by name.
         """
         push_base(self.client, self.name, {}, {"models/x": b"1"})
         image = self.client.pull(Reference.parse(self.name), platform="linux/amd64")
         base = tree(self.folder / "base", config_json="{}")
         adapters = [tree(self.folder / f"a{n}", adapter_config_json=f"{n}", **more) for n in (0, 1)]
         merged = tree(self.folder / "merged", model="m")
+        draft = tree(self.folder / "draft", config_json="{ }")
+        both = tree(self.folder / "both", model="m", draft="d") if drafted is not None else merged
         recipe = check_recipe(
             {
                 "name": "x",
@@ -84,7 +87,7 @@ class Scene:
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True, **asked}
         score = Score(score=1.0, n=1, metric="contains", per_item=(item,))
         asked = RecipeTask(task=Task(items=(), corpus=corpus), settings=Suite(data="x"))
-        artifact = Artifact(format=SAFETENSORS, tree=merged)
+        artifact = Artifact(format=SAFETENSORS, tree=both)
         inputs = ImageInputs(
             artifact=artifact,
             engine=ENGINE,
@@ -102,13 +105,16 @@ class Scene:
                         tree=a, source="./a", pin=a.digest, pinned=True))
                     for a in adapters
                 ),
+                draft=None if drafted is None else Snapshot(
+                    tree=draft, source="./d", pin=drafted or draft.digest, pinned=True),
             ),
+            undrafted=None if drafted is None else Artifact(format=SAFETENSORS, tree=merged),
             checkpoint=Checkpoint(tree=merged),
             recipe=recipe,
         )  # fmt: skip
         made = ImageMaterials(
             inputs=inputs,
-            split=Resharded(merged, {}),
+            split=Resharded(both, {}),
             base=None,
             image=image,
             results=(Result(task=asked, scores={"image": score}),),

@@ -146,6 +146,52 @@ def test_options_of_the_server_that_reach_out_are_refused_by_name(scene):
         scene.again(settings=["serve.extra.speculative-config.model=mine", *mine[:3]])
 
 
+SMALL = f"hf://a/small@{COMMIT}"
+
+
+def drafting(source: Any, method: str = "draft") -> Any:
+    said = {"method": method, "draft": source}
+    return lambda recipe: recipe.update(serve={"speculative": said})
+
+
+@pytest.mark.parametrize("named", ["hf://evil/draft", "/etc", {"source": "s3://mine/private"}])
+def test_what_drafts_is_what_was_stated_to_be_built(scene, named):
+    """A stated recipe names another draft, or a place that only the user may read."""
+    scene.publish(HUB, "hf://a/b", drafting(named), drafted=SMALL)
+    file = scene.again()
+    assert (file.recipe.draft.source, file.recipe.draft.revision) == ("hf://a/small", COMMIT)
+    locked = json.loads((file.folder / "recipe.lock").read_text())["sources"]
+    assert locked["hf://a/small"]["pin"] == SMALL
+    assert locked["hf://a/small"]["digest"].startswith("sha256:")
+    text = (file.folder / "recipe.yaml").read_text()
+    assert not any(word in text for word in ("evil", "etc", "private"))
+
+
+def test_a_stated_draft_that_nothing_proves(scene):
+    """A recipe that says that something drafts, of an image that was built without it."""
+    scene.publish(HUB, "hf://a/b", drafting("hf://evil/draft"))
+    with pytest.raises(InputRefused, match="no statement about what drafts"):
+        scene.again()
+    for ngram in (["serve.speculative=null"], ["serve.speculative.method=ngram"]):
+        assert scene.again(settings=ngram).recipe.draft is None
+
+
+@pytest.mark.parametrize("pin", ["", "s3://bucket/small@sha256:" + "a" * 64])
+def test_a_draft_that_only_the_user_may_name(scene, pin):
+    """A folder, or a place that is read with the user's credentials."""
+    scene.publish(HUB, "hf://a/b", drafting("small"), drafted=pin)
+    with pytest.raises(UsageError, match="the image's draft") as caught:
+        scene.again()
+    assert "--set serve.speculative.draft=" in caught.value.hint
+
+    name = pin.partition("@")[0] or str(scene.folder / "draft")
+    for key in ("serve.speculative.draft", "serve.speculative.draft.source"):
+        file = scene.again(settings=[f"{key}={name}"])
+        assert file.recipe.draft.source == name
+        row = json.loads((file.folder / "recipe.lock").read_text())["sources"][name]
+        assert row["pin"] == pin or row["pin"] == row["digest"]
+
+
 @pytest.mark.parametrize(
     "twist",
     [

@@ -116,6 +116,23 @@ def test_where_else_a_model_went_is_no_part_of_its_image():
     assert told == public_recipe(check_recipe(plain, "test"))
 
 
+def test_no_path_of_this_machine_is_told_of_any_source():
+    here = "/home/someone/models"
+    draft = {"method": "draft", "draft": {"source": f"{here}/small"}}
+    recipe = {
+        "name": "x",
+        "base": {"source": f"{here}/base"},
+        "adapters": [{"source": f"{here}/a"}, {"source": "hf://a/b"}],
+        "serve": {"speculative": draft},
+    }
+
+    told = public_recipe(check_recipe(recipe, "test"))
+    assert "someone" not in str(told)
+    assert told["base"] == {"source": "base"}
+    assert [one["source"] for one in told["adapters"]] == ["a", "hf://a/b"]
+    assert told["serve"]["speculative"]["draft"]["source"] == "small"
+
+
 @pytest.mark.parametrize(
     ("source", "named"),
     [

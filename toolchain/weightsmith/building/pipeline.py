@@ -40,7 +40,7 @@ from weightsmith.stages.merge import MergeStep
 from weightsmith.stages.parsers import ParsersStep
 from weightsmith.stages.publish import PermitStep, PublishFormStep, PublishStep
 from weightsmith.stages.quality import QualityStep
-from weightsmith.stages.quantize import DraftStep, QuantizeStep
+from weightsmith.stages.quantize import DraftStep, QuantizeStep, draft_format
 from weightsmith.stages.reference import ReferenceStep
 from weightsmith.stages.render import (
     PoliciesStep,
@@ -295,14 +295,10 @@ def _draft_of(
     """Return the steps that make what drafts, in its engine's usual format, and the last one."""
     if of.file.recipe.draft is None:
         return (), None
-    gguf = "gguf" in of.target.engine.accepts
     alone = DraftAloneStep(of=of, sources=sources)
     checkpoint = BaseStep(of=of, sources=alone)
     made = DraftStep(
-        of=of,
-        sources=alone,
-        checkpoint=checkpoint,
-        format=formats()["q8_0"] if gguf else SAFETENSORS,
+        of=of, sources=alone, checkpoint=checkpoint, format=draft_format(of.target.engine)
     )
     return (alone, checkpoint, made), made
 

@@ -35,11 +35,7 @@ class Ordered:
     def sources(self) -> list[Path]:
         """Every folder that is read."""
         recipes = [build.file.recipe for build in self.builds]
-        names = [
-            name
-            for recipe in recipes
-            for name in (recipe.base.source, *(adapter.source for adapter in recipe.adapters))
-        ]
+        names = [one.source for recipe in recipes for one in recipe.sources]
         return [Path(name) for name in names if not is_remote(name)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from weightsmith.cache.document import content_inputs
 from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
@@ -79,13 +80,23 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
         else:
             place = f"files/{len(files)}/{name}"
             files[place], part[key] = base64.b64encode(content).decode(), place
-    for part in (data["base"], *data["adapters"]):
-        source = str(part["source"])
+    for part, key in _sources(data):
+        source = str(part[key])
         if not is_remote(source):
             tree = tools.readers[""].fetch(source, "", "", tools.progress).tree
             name = f"folders/{len(payloads)}/{Path(source).name}"
-            payloads[name], part["source"] = _sent(tree, tools, again=again), name
+            payloads[name], part[key] = _sent(tree, tools, again=again), name
     return replace(request, recipe=data, questions=questions, files=files, payloads=payloads)
+
+
+def _sources(recipe: Mapping[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Return the parts of a recipe that name its sources, each with the key that does."""
+    found = [(part, "source") for part in (recipe["base"], *recipe["adapters"])]
+    drafting = (recipe.get("serve") or {}).get("speculative") or {}
+    draft = drafting.get("draft")
+    if draft:  # a source alone, or a section
+        found.append((draft, "source") if isinstance(draft, dict) else (drafting, "draft"))
+    return found
 
 
 def parts_of(recipe: Mapping[str, JsonValue], section: str) -> Sequence[JsonValue]:

@@ -254,10 +254,7 @@ def _bytes_of(picture: Picture) -> Iterator[bytes]:
 def public_recipe(recipe: Recipe) -> Mapping[str, JsonValue]:
     """Return a recipe without paths, secrets, push targets and default values."""
     found = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
-    found["base"] = {**found["base"], "source": public_name(recipe.base.source)}
-    found["adapters"] = [
-        {**row, "source": public_name(str(row["source"]))} for row in found.get("adapters", ())
-    ]
+    found.setdefault("adapters", [])
     for places in ("image", "outputs"):
         found.pop(places, None)
     return {key: _without_folders(inner, key) for key, inner in without_secrets(found).items()}
@@ -268,7 +265,7 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
         return {k: _without_folders(inner, k) for k, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner, key) for inner in value]
-    files = ("data", "training", "corpus", "probes", "imatrix", "mix")
+    files = ("source", "data", "training", "corpus", "probes", "imatrix", "mix")
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 

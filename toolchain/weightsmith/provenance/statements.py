@@ -39,7 +39,7 @@ BUILD_TYPE = f"{PROJECT}/provenance/"
 """Prefix of a transformation's name, one of:"""
 WITHDRAWAL = f"{PROJECT}/withdrawal/v1"
 """Predicate type of a statement that withdraws images: its `reason` says why."""
-_KINDS = ("merge", "quantize", "unmerged", "split", "bake", "rebase")
+_KINDS = ("merge", "quantize", "unmerged", "draft", "split", "bake", "rebase")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

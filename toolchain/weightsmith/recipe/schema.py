@@ -815,6 +815,11 @@ class Recipe(Section):
         """The model that drafts tokens; None without one."""
         return self.serve.speculative.draft if self.serve.speculative else None
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All that is fetched: the base, the adapters, and what drafts."""
+        return (self.base, *self.adapters, *((self.draft,) if self.draft else ()))
+
     replay: Annotated[Replay, BeforeValidator(_keep_alone)] = Field(
         Replay(),
         description="The image's replay set; a word alone is its `keep`.",

@@ -42,8 +42,10 @@ from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Base, Quantize
 from weightsmith.recipe.sources import without_pin
+from weightsmith.serving.engine import Engine
 from weightsmith.serving.fitting import WeightRoom
 from weightsmith.serving.memory import human, parse_size
+from weightsmith.serving.speculation import Speculation
 from weightsmith.steps.destinations import Destination, InStore, moved
 from weightsmith.steps.serve_options import serve_options
 from weightsmith.steps.sizes import (
@@ -80,6 +82,8 @@ _STREAMED = 512 << 20
 _GGUF = 1 << 30
 _PROJECTOR = 1.02
 """Room for a projector, whose size is an estimate until it is made."""
+_DRAFT = 1.02
+"""Room for a draft that is not made yet; its file also has the vocabulary."""
 _MIXES = frozenset({MIX.name, COMPRESSED_MIX.name})
 """Formats with a budget."""
 _OF_THE_JOB = ("builder_image", "network_in_jobs")
@@ -610,9 +614,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
             value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
             state = State(cached=False, why=f"no installed quantizer makes {format_.name}")
             return Foreseen(value=value, rows=(self.row(state, read=size),))
-        options = self._asked(
-            format_, seen[self.sources].base, tools, model, checkpoint.weight_bytes
-        )
+        options = self._asked(format_, seen[self.sources], tools, model, checkpoint.weight_bytes)
         note = self._note(options)
         format_ = nominal(options, checkpoint.weight_bytes, model)
         estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
@@ -638,11 +640,12 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         return Foreseen(value=value, rows=(row,))
 
     def _asked(
-        self, format_: Format, base: Snapshot, tools: Tools, model: ModelFacts, size: int
+        self, format_: Format, sources: Sources, tools: Tools, model: ModelFacts, size: int
     ) -> QuantizeOptions:
         """Return the options of a format for a checkpoint of `size` bytes."""
-        unmerged = self.of.target.format.unmerged
-        fitting = self._fitting(format_, model, size) if self._fits(format_) else 0
+        unmerged, base = self.of.target.format.unmerged, sources.base
+        fits = self._fits(format_)
+        fitting = self._fitting(format_, model, size, sources.draft) if fits else 0
         return _recipe_options(self.file, format_, base, tools, unmerged=unmerged, fitting=fitting)
 
     def _fits(self, format_: Format) -> bool:
@@ -651,7 +654,9 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         others = given.bits or given.size or given.mix
         return format_.name in _MIXES and bool(given.fit) and not others
 
-    def _fitting(self, format_: Format, model: ModelFacts, size: int) -> int:
+    def _fitting(
+        self, format_: Format, model: ModelFacts, size: int, draft: Snapshot | None
+    ) -> int:
         """Return the bytes that the GPU has room for; raises UsageError where no mix fits."""
         if self.of.target.format.unmerged:
             raise UsageError(
@@ -663,6 +668,8 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         beside = int(projector.size * _PROJECTOR) if projector else 0
         serve = self.file.recipe.serve
         options = replace(serve_options(serve), format=format_, projector_bytes=beside)
+        if draft and options.speculation:
+            options = replace(options, speculation=self._drafting(options.speculation, draft))
         room = WeightRoom.of(self.of.target.engine, model, options)
         low = self.file.recipe.quantize.allow_low_bits
         least = beside + _smallest_mix(size, format_, model, low=low)
@@ -676,6 +683,13 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
             hint=(f"set serve.max_model_len to {shorter}, or " if shorter else "")
             + "choose fewer requests, serve.kv_cache_dtype: fp8 or a larger GPU",
         )
+
+    def _drafting(self, wanted: Speculation, draft: Snapshot) -> Speculation:
+        """Return what drafts with the room that its weights will take."""
+        drafts, tree = read_facts(draft.tree.texts), draft.tree
+        made = draft_format(self.of.target.engine)
+        size = int(estimated_bytes(tree.weight_bytes, made, drafts) * _DRAFT) if made.packed else 0
+        return replace(wanted, draft=drafts, weight_bytes=size or tree.weight_bytes)
 
     def _note(self, options: QuantizeOptions) -> str:
         """Return what a plan says of a budget that was worked out."""
@@ -694,16 +708,16 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         if self.format.packed and self.format.name in formats():
             checkpoint = seen[self.checkpoint]
             model, size = checkpoint.model, checkpoint.weight_bytes
-            options = self._asked(self.format, seen[self.sources].base, seen.tools, model, size)
+            options = self._asked(self.format, seen[self.sources], seen.tools, model, size)
             check_model(options, model)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights; raises as `quantize` does."""
-        base, tree = have[self.sources].base, have[self.checkpoint].tree
+        sources, tree = have[self.sources], have[self.checkpoint].tree
         made = read_facts(tree.texts), tree.weight_bytes
-        options = self._asked(self.format, base, tools, *made)
+        options = self._asked(self.format, sources, tools, *made)
         others = [
-            self._asked(one, base, tools, *made)
+            self._asked(one, sources, tools, *made)
             for one in dict.fromkeys(self.in_one_pass)
             if one != self.format
         ]
@@ -717,13 +731,18 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
             return None
         checkpoint = have[self.checkpoint]
         model, size = read_facts(checkpoint.tree.texts), checkpoint.tree.weight_bytes
-        options = self._asked(self.format, have[self.sources].base, tools, model, size)
+        options = self._asked(self.format, have[self.sources], tools, model, size)
         return inputs(checkpoint.digest, options)
 
     def builders(self) -> tuple[str, ...]:
         """Return the quantizer's builder."""
         packed = self.format.packed and self.format.name in formats()
         return (of_format(self.format.name).builder,) if packed else ()
+
+
+def draft_format(engine: Engine) -> Format:
+    """Return the format in which an image of the engine has what drafts."""
+    return formats()["q8_0"] if "gguf" in engine.accepts else SAFETENSORS
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -743,6 +762,6 @@ class DraftStep(QuantizeStep):
         return replace(file, recipe=recipe.changed(base=base, quantize=Quantize()))
 
     def _asked(
-        self, format_: Format, base: Snapshot, tools: Tools, _model: ModelFacts, _size: int
+        self, format_: Format, sources: Sources, tools: Tools, _model: ModelFacts, _size: int
     ) -> QuantizeOptions:
-        return _recipe_options(self.file, format_, base, tools, unmerged=True)
+        return _recipe_options(self.file, format_, sources.base, tools, unmerged=True)

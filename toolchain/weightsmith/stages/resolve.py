@@ -39,7 +39,7 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
 
     Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for network errors.
     """
-    for part in _parts(file):
+    for part in file.recipe.sources:
         reader, name, *_ = _reader(part, file.folder, tools)
         reader.check(name)  # all of them before the first, which may take an hour
     base = resolve_base(file.recipe.base, file.folder, tools)
@@ -47,12 +47,6 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
     wanted = file.recipe.draft
     draft = resolve_base(wanted, file.folder, tools) if wanted else None
     return Sources(base=base, adapters=tuple(_named(*pair) for pair in adapters), draft=draft)
-
-
-def _parts(file: RecipeFile) -> list[Source]:
-    """Return all sources of a recipe: the base, the adapters, and what drafts."""
-    recipe = file.recipe
-    return [recipe.base, *recipe.adapters, *([recipe.draft] if recipe.draft else [])]
 
 
 def resolve_adapter(adapter: Adapter, folder: Path, tools: Tools) -> Snapshot:
@@ -108,7 +102,7 @@ def glanced(file: RecipeFile, tools: Tools) -> Sources | None:
     None if one has to be fetched whole, or converted. Raises what `resolve` raises.
     """
     found = []
-    for part in _parts(file):
+    for part in file.recipe.sources:
         reader, name, revision, sha256 = _reader(part, file.folder, tools)
         one = reader.known(name, revision, sha256)
         one = one or reader.glance(name, revision, sha256, tools.progress)

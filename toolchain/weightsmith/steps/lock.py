@@ -115,11 +115,9 @@ def with_sources(
     different content under the same pin, and for a different pin if the recipe has none, unless
     `update` accepts them; with `locked`, for every difference.
     """
+    parts = file.recipe.sources
     snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
-    parts: list[Source] = [file.recipe.base, *file.recipe.adapters]
-    if sources.draft and file.recipe.draft:
-        snapshots.append(sources.draft)
-        parts.append(file.recipe.draft)
+    snapshots += [sources.draft] if sources.draft else []
     found = {p.source: _row(s, lock) for p, s in zip(parts, snapshots, strict=True)}
     changed = [name for name, row in found.items() if lock.sources.get(name, row) != row]
     missing = [name for name in found if name not in lock.sources]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.values import Artifact, Digest, Format, Sources
+from weightsmith.core.values import Artifact, Digest, FileEntry, Format, Sources
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.plan import can_be_virtual, estimate, make_plan
 from weightsmith.models.reshard import (
@@ -32,6 +32,7 @@ from weightsmith.models.safetensors import BITS, read_header
 from weightsmith.oci.weights import fastest_layer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.matrices import FUSED
+from weightsmith.steps.drafting import FOLDER as DRAFT
 from weightsmith.steps.served_adapters import FOLDER
 from weightsmith.steps.sizes import ForeseenTree, kept_bytes
 from weightsmith.steps.step import ForeseenWeights
@@ -101,9 +102,9 @@ def planned(
 
 
 def sharing(split: Resharded, artifact: Artifact, sources: Sources, options: Merge) -> WeightBytes:
-    """Return how the bytes of an image's weights files are divided."""
+    """Return how the bytes of an image's weights files are divided, without those that draft."""
     own = own_files(split, artifact, sources, options)
-    sizes = {file.path: file.size for file in split.tree.files if file.path.endswith(_WEIGHTS)}
+    sizes = {file.path: file.size for file in _weights(split)}
     shared = sum(size for path, size in sizes.items() if path not in own)
     return WeightBytes(shared_bytes=shared, own_bytes=sum(sizes.values()) - shared)
 
@@ -127,8 +128,13 @@ def own_files(
         # It was not cut: an adapter, a GGUF file, a checkpoint of a few kilobytes.
         return bool(changed) or path.startswith(f"{FOLDER}/")
 
-    paths = (file.path for file in split.tree.files if file.path.endswith(_WEIGHTS))
-    return frozenset(filter(own, paths))
+    return frozenset(filter(own, (file.path for file in _weights(split))))
+
+
+def _weights(split: Resharded) -> list[FileEntry]:
+    """Return the files with the model's weights: what drafts for it is the same whatever it is."""
+    files = (file for file in split.tree.files if file.path.endswith(_WEIGHTS))
+    return [file for file in files if not file.path.startswith(f"{DRAFT}/")]
 
 
 def _parts(artifact: Artifact) -> Mapping[str, frozenset[str]]:

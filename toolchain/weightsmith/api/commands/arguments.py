@@ -71,7 +71,7 @@ def request_of(
 def sources_of(file: RecipeFile) -> list[Path]:
     """Return a recipe's local source folders, and the layout of its base image if it is local."""
     recipe = file.recipe
-    names = [recipe.base.source, *(adapter.source for adapter in recipe.adapters)]
-    found = [file.folder / Path(name).expanduser() for name in names if not is_remote(name)]
+    names = [one.source for one in recipe.sources if not is_remote(one.source)]
+    found = [file.folder / Path(name).expanduser() for name in names]
     base = recipe.image.base
     return [*found, locate(base)[0]] if base and is_layout(base) else found

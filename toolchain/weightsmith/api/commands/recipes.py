@@ -26,7 +26,13 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.registry import Registry, open_location
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import trace
-from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, UNMERGED
+from weightsmith.provenance.evidence import (
+    ADAPTER_TYPE,
+    DRAFTED,
+    EVALUATION_TYPE,
+    NUMBER,
+    UNMERGED,
+)
 from weightsmith.provenance.proofs import replay_in
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
@@ -49,6 +55,8 @@ _KEPT_KEYS = (
     "replay",
 )  # fmt: skip
 """Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
+_DRAFTED_BY = ("draft", "eagle3")
+"""Methods of `serve.speculative` that have a model of their own."""
 _OF_ADAPTERS = ("version", "run_id", "weight")
 _REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision", "adapters[].sha256")
 """Keys that are derived from the statement about base and adapters instead."""
@@ -125,6 +133,7 @@ def recipe_of_image(
         progress.warn(f"{source}: its build statement's signature was not verified; give --key")
     recipe, adapters = _recipe(stated, source, progress)
     _check_options(recipe, source, settings)
+    drafted = next((one for one in stated if one.kind == DRAFTED), None)
     merged = next((one for one in stated if one.kind in ("merge", UNMERGED)), None)
     if merged is None:
         raise InputRefused(
@@ -139,6 +148,7 @@ def recipe_of_image(
         partial.chmod(0o755)
         locked = _with_base(recipe, base, sources.get("base", ("", "")))
         locked |= _with_adapters(adapters, documents, sources, partial)
+        locked |= _with_draft(recipe, drafted, settings)
         _with_questions(recipe, documents, partial, progress)
         with suppress(InputRefused):  # it has none, or only digests
             (partial / f"recipe{EARLIER}").write_bytes(replay_in(image, source).data)
@@ -235,32 +245,77 @@ def _with_base(
     recipe: dict[str, JsonValue], base: str, stated: tuple[str, str]
 ) -> dict[str, dict[str, str]]:
     """Set the base in the recipe; return its entry for the lock."""
-    pin, digest = stated
-    if not digest:
+    if not stated[1]:
         raise InputRefused(
             "the image's statement about the merge names no base",
             hint="do not use the image: every build records its base",
         )
+    named = base if is_remote(base) or not base else str(Path(base).absolute())
+    row, locked = _stated_source("base", "--base ", {"source": named} if named else {}, stated)
+    recipe["base"] = row
+    return locked
+
+
+def _with_draft(
+    recipe: dict[str, JsonValue], drafted: Statement | None, settings: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Set what drafts, by the statement about it and not by the recipe; return its lock entry.
+
+    `settings` may name it, or leave it out. Raises InputRefused if nothing is stated about it.
+    """
+    serve = recipe.get("serve")
+    stated_so = serve.get("speculative") if isinstance(serve, dict) else None
+    if not isinstance(serve, dict) or not isinstance(stated_so, dict):
+        return {}  # none, or the recipe's own check says what is wrong
+    said = stated_so.pop("draft", None)
+    own = [one for one in settings if one.startswith("serve.speculative")]
+    drafting = with_settings({"serve": {"speculative": stated_so}}, own)["serve"]["speculative"]
+    serve["speculative"] = drafting
+    if said is None or not isinstance(drafting, dict) or drafting.get("method") not in _DRAFTED_BY:
+        return {}
+    mine = drafting.get("draft")
+    if drafted is None:
+        raise InputRefused(
+            "the image has no statement about what drafts its tokens",
+            hint="do not use the image: every build records it",
+        )
+    stated = drafted.dependency_uris.get("draft", ""), drafted.dependencies.get("draft", "")
+    given = mine if isinstance(mine, dict) else {"source": mine} if mine else {}
+    row, locked = _stated_source("draft", "--set serve.speculative.draft=", given, stated)
+    license_ = said.get("license") if isinstance(said, dict) else None
+    drafting["draft"] = {**row, **({"license": license_} if license_ else {})}
+    return locked
+
+
+def _stated_source(
+    what: str, flag: str, given: Mapping[str, JsonValue], stated: tuple[str, str]
+) -> tuple[dict[str, JsonValue], dict[str, dict[str, str]]]:
+    """Return a source as a recipe has it, and its lock entry, with what was stated of it.
+
+    `given` is it as the user names it with the `flag`, or empty. Raises UsageError for one that
+    only the user may name.
+    """
+    pin, digest = stated
     row: dict[str, JsonValue]
-    if base:
-        row = {"source": base if is_remote(base) else str(Path(base).absolute())}
+    if given:
+        row = dict(given)
     elif hub := _HUB.fullmatch(pin):
         row = {"source": hub["name"], "revision": hub["revision"]}
     elif wheel := _WHEEL.fullmatch(pin):
         row = {"source": wheel["name"], "sha256": wheel["sha256"]}
     elif is_remote(pin):  # with the user's credentials, only at the user's own word
         raise UsageError(
-            f"the image's base is {pin[:300]}",
-            hint="it is fetched only if you name it: --base and the source without its pin",
+            f"the image's {what} is {pin[:300]}",
+            hint=f"it is fetched only if you name it: {flag.strip()} and the source without its"
+            " pin",
         )
     else:
         raise UsageError(
-            f"the image's base was a folder ({digest[7:19]})",
-            hint="give its path with --base DIR; the build fails if its content is different",
+            f"the image's {what} was a folder ({digest[7:19]})",
+            hint=f"give its path with {flag}DIR; the build fails if its content is different",
         )
-    recipe["base"] = row
     name = str(row["source"])
-    return {name: {"pin": pin if is_remote(name) else digest, "digest": digest}}
+    return row, {name: {"pin": pin if is_remote(name) else digest, "digest": digest}}
 
 
 def _with_adapters(
