@@ -303,6 +303,7 @@ def test_a_plan_has_the_candidates_in_their_order(memory: Memory) -> None:
         (("quantize.size=1GB",), UsageError, "quantize.size fixes what"),
         (("quantize.tensor_types={a: q8_0}",), UsageError, "quantize.tensor_types fixes what"),
         (("quantize.mix=recipe.yaml",), UsageError, "quantize.mix fixes what"),
+        (("quantize.fit=gpu", "serve.gpu_memory=4GiB"), UsageError, "quantize.fit fixes what"),
         (("auto.prefer=taste",), UsageError, r"auto\.prefer"),
         (("auto.at_most=little",), UsageError, r"auto\.at_most"),
         (("auto.engine=nothing",), UsageError, "unknown engine 'nothing'"),

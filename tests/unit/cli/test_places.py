@@ -48,6 +48,15 @@ def own_places(tmp_path, monkeypatch):
             2,
             "--bench-results is about one image, and this build makes 2",
         ),
+        *(
+            (
+                (command, *RECIPE, "x.json", "--target", "auto", *more),
+                2,
+                "which one auto chooses is not known yet",
+            )
+            for command in ("plan", "build")
+            for more in ((), ("--target", "vllm"))
+        ),
         (("inspect", "a" * 5000), 2, "hint: "),
         (("verify", "a:" * 3000), 2, "hint: "),
         (("plan", "--recipe", "a" * 300), 2, "hint: "),

@@ -178,6 +178,33 @@ def test_a_budget_is_kept_and_what_harms_most_has_most(model, out, bits):
     assert own >= max(map(KINDS.index, kinds.values()))
 
 
+def test_what_stays_in_float32_is_counted_as_such(model, out):
+    file, size = model / "model.safetensors", 300_000
+    save_file({name: value.float() for name, value in load_file(file).items()}, file)
+    made(model, out, {"size": size}, losses_of(model, lambda n: 1000 if "down" in n else 1))
+
+    assert checked(model, out)["types"]["16bit"]
+    assert size * 0.8 < (out / "model.safetensors").stat().st_size <= size
+
+
+def test_groups_of_128_are_read_by_compressed_tensors(model, out):
+    """Where eight GPUs would have whole groups of the inputs."""
+    file, name = model / "model.safetensors", "model.layers.0.mlp.{}_proj.weight"
+    tensors = load_file(file)
+    for number, (part, shape) in enumerate((("gate", (1024, 128)), ("up", (1024, 128)),
+                                            ("down", (128, 1024)))):  # fmt: skip
+        tensors[name.format(part)] = torch.from_numpy(awkward(*shape, number)).bfloat16()
+    save_file(tensors, file)
+    made(model, out, {"bits": 4.6}, losses_of(model))
+
+    facts = checked(model, out)
+    assert facts["tensor_types"]["model.layers.0.mlp.down_proj"] == "int4-128"
+    assert load_file(out / "model.safetensors")[name.format("down") + "_scale"].shape == (128, 8)
+    read, view = read_by_compressed_tensors(out), view_of(out, model)
+    ours = torch.from_numpy(view.tensor(name.format("down")))
+    assert torch.equal(ours.bfloat16(), read[name.format("down")].bfloat16())
+
+
 def test_a_size_is_that_of_the_files(model, out):
     size = 130_000
     made(model, out, {"size": size}, losses_of(model))
@@ -241,6 +268,11 @@ def test_what_is_too_small_names_what_works(model):
         )
     with pytest.raises(InputRefused, match="room for all weights in 16 bits"):
         choose({"bits": 16}, source, model, losses)
+
+
+def test_a_mix_that_quantizes_nothing_is_refused(model):
+    with pytest.raises(InputRefused, match="leaves every matrix in 16 bits"):
+        choose({"mix": dict.fromkeys(UNITS, "16bit")}, CheckpointTensors(model), model, {})
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from weightsmith.building.build import build as build_all
 from weightsmith.building.explain import forecast
 from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
-from weightsmith.building.targets import chosen_targets, wants_auto
+from weightsmith.building.targets import AUTO, chosen_targets, wants_auto
 from weightsmith.core.errors import UsageError
 from weightsmith.core.escape import pinned
 from weightsmith.core.ports import Progress, SignatureFormat, Silent
@@ -329,7 +329,7 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
     targets = chosen_targets(file, asked.targets, auto=True)
-    results = _results(asked.bench_results, file, targets)
+    results = _results(asked.bench_results, file, targets, auto=wants_auto(file, asked.targets))
     with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
         return forecast(
             file,
@@ -454,7 +454,7 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             hint="write a recipe, and give it with --recipe",
         )
     targets = chosen_targets(file, asked.targets, to_build=True, auto=True)
-    results = _results(asked.bench_results, file, targets)
+    results = _results(asked.bench_results, file, targets, auto=wants_auto(file, asked.targets))
     with wiring.open_tools(asked.run, progress) as tools:
         request = BuildRequest(
             file=file,
@@ -488,9 +488,14 @@ def _signing(
 
 
 def _results(
-    paths: Sequence[Path], file: RecipeFile, targets: Sequence[Target]
+    paths: Sequence[Path], file: RecipeFile, targets: Sequence[Target], *, auto: bool
 ) -> tuple[ResultsFile, ...]:
-    """Read the results files of other tools; raises UsageError for more than one target."""
+    """Read the results files of other tools; raises UsageError unless one target is named."""
+    if paths and auto:
+        raise UsageError(
+            f"--bench-results is about one image, and which one {AUTO} chooses is not known yet",
+            hint="name the target that was measured",
+        )
     if paths and len(targets) != 1:
         raise UsageError(
             f"--bench-results is about one image, and this build makes {len(targets)}",

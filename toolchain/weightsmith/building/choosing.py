@@ -139,11 +139,6 @@ def settings_of(request: BuildRequest) -> Auto:
             f"quantize.{fixed[0]} fixes what the target {AUTO} is to find out",
             hint=f"leave it out, or name a target instead of {AUTO}",
         )
-    if request.bench_results:
-        raise UsageError(
-            f"--bench-results is about one image, and which one {AUTO} chooses is not known yet",
-            hint="name the target that was measured",
-        )
     return auto
 
 

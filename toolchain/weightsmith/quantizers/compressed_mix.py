@@ -24,12 +24,13 @@ from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.forward.libraries import OFFLINE
 from weightsmith.models.facts import ModelFacts
+from weightsmith.models.safetensors import BITS
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import checkpoints, mixing, running
 from weightsmith.quantizers.architectures import MEASURED, ROUNDED, STACKED_MXFP4
 from weightsmith.quantizers.gguf_check import IMATRIX, LOSSES
 from weightsmith.quantizers.gguf_importance import WITHOUT_WALK
-from weightsmith.quantizers.gguf_mix import Losses, budget_options
+from weightsmith.quantizers.gguf_mix import Losses, budget_options, check_layers
 from weightsmith.quantizers.int4 import round_groups
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.packed import MIXED, PackedLayout, view_of
@@ -84,6 +85,8 @@ _NAMES: Mapping[str, str] = {
 }  # fmt: skip
 """Name of a matrix -> llama.cpp's, by which importance and losses are stored."""
 _LAYER, _EXPERT = re.compile(r"\blayers\.(\d+)\."), re.compile(r"\.experts\.\d+\..*")
+NOTHING = "choose the target vllm, or a smaller budget"
+"""What to do where nothing would be quantized."""
 _HEADER = 160
 """Bytes that a tensor takes in a file's header, at most."""
 
@@ -155,7 +158,7 @@ def choose(
         checkpoints.without_kept((), ())
     if isinstance(given := wanted.get("mix"), dict):
         return ChosenMix(types=_given(given, units))
-    choices = {unit: _choices(found, losses) for unit, found in units.items()}
+    choices = {unit: _choices(found, losses, source) for unit, found in units.items()}
     inside = {matrix.tensor for found in units.values() for matrix in found}
     fixed = sum(source.info(name).size for name in source.names - inside)
     weights = sum(int(np.prod(source.info(name).shape)) for name in source.names)
@@ -177,7 +180,7 @@ def choose(
     if {*found.kinds.values()} == {PLAIN}:
         raise InputRefused(
             "the budget has room for all weights in 16 bits: nothing would be quantized",
-            hint="choose the target vllm, or a smaller budget",
+            hint=NOTHING,
         )
     bound = min(found.bound, found.loss)
     return ChosenMix(
@@ -185,7 +188,9 @@ def choose(
     )
 
 
-def _choices(found: Sequence[Matrix], losses: Losses) -> list[mixing.Choice]:
+def _choices(
+    found: Sequence[Matrix], losses: Losses, source: CheckpointTensors
+) -> list[mixing.Choice]:
     kinds = [types_of(one.inputs, one.outputs) for one in found]
     names = {tensor_of(one) for one in found}
     common = [kind for kind in TYPES if all(kind in each for each in kinds)]
@@ -200,16 +205,17 @@ def _choices(found: Sequence[Matrix], losses: Losses) -> list[mixing.Choice]:
         )
         for kind in known
     ]
-    return [*made, mixing.Choice(PLAIN, _bytes(found, PLAIN), 0.0)]
+    # It is copied, so that float32 stays float32.
+    weights = ((one.outputs * one.inputs, source.info(one.tensor).dtype) for one in found)
+    plain = sum(count * BITS[dtype] // 8 for count, dtype in weights)
+    return [*made, mixing.Choice(PLAIN, plain, 0.0)]
 
 
 def _bytes(found: Iterable[Matrix], kind: str) -> int:
     size = 0
     for one in found:
         weights = one.outputs * one.inputs
-        if kind == PLAIN:
-            size += 2 * weights
-        elif kind == "fp8":
+        if kind == "fp8":
             size += weights + 4 * one.outputs
         else:
             size += weights // 2 + 2 * weights // TYPES[kind].tile[1] + 16
@@ -219,6 +225,10 @@ def _bytes(found: Iterable[Matrix], kind: str) -> int:
 def _given(types: Mapping[str, str], units: Mapping[str, Sequence[Matrix]]) -> dict[str, str]:
     """Return the types of a mix's file; raise InputRefused unless it is one of this model."""
     hint = "give the mix of a model with the same layers and widths, or a budget"
+    if {*types.values()} == {PLAIN}:
+        raise InputRefused(
+            "the mix leaves every matrix in 16 bits: nothing would be quantized", hint=NOTHING
+        )
     if odd := sorted(types.keys() ^ units.keys()):
         what = "is not in this one" if odd[0] in types else "has no type"
         raise InputRefused(f"the mix is of another model: {odd[0]} {what}", hint=hint)
@@ -233,12 +243,12 @@ def _given(types: Mapping[str, str], units: Mapping[str, Sequence[Matrix]]) -> d
     return dict(types)
 
 
-def config_of(types: Mapping[str, str], modules: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return the config_groups of `modules`, each with its type; those of 16 bits are in none."""
+def config_of(modules: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Return the quantization_config of the quantized `modules`, each with its type."""
     groups: dict[str, JsonValue] = {}
     for kind, scheme in TYPES.items():
         targets = sorted(one for one, own in modules.items() if own == kind)
-        if targets and kind in types.values():
+        if targets:
             groups[f"group_{len(groups)}"] = {
                 "targets": list(targets),
                 "format": scheme.layout,
@@ -355,6 +365,7 @@ QUANTIZER = Quantizer(
     formats=(MIX,),
     recipe_number=1,
     check_input=_check_input,
+    check_options=check_layers,
     steps=_steps,
     check=_check,
     peak_disk=lambda size, kept, format_, _options: checkpoints.output_bytes(size, kept, format_),

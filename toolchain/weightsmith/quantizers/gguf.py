@@ -18,7 +18,7 @@ from weightsmith.quantizers.architectures import converted_as, gguf_architecture
 from weightsmith.quantizers.checkpoints import check_plain
 from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
-from weightsmith.quantizers.gguf_mix import budget_options, fewest_bits
+from weightsmith.quantizers.gguf_mix import budget_options, check_layers, fewest_bits
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FORMATS, MIX, TENSOR_TYPES, FileType, file_type
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
@@ -147,6 +147,7 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
             ),
             hint=gguf_check.TEXT_ONLY,
         )
+    check_layers(model, chosen)
     if _is_walked(chosen) or _needs_losses(chosen):
         check_walk(model)
 

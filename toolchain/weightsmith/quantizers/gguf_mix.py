@@ -7,6 +7,7 @@ tensor without measured losses, such as one that the converter computes, becomes
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import RECORD, parse_file
 from weightsmith.core.values import JsonValue
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import mixing
 from weightsmith.quantizers.gguf_header import GgufTensorInfo
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX, TENSOR_TYPES
@@ -43,6 +45,8 @@ _FLOATS = frozenset({"f32", "f16", "bf16", "f64"})
 _GUESSED = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "mxfp4": "mxfp4_moe"}
 """The file type that llama.cpp takes a file to have without one, where most tensors have this type
 (llama-model-loader.cpp)."""
+_LAYER = re.compile(r"(?:^blk|\.layers)\.(\d+)\.")
+"""In llama.cpp's names, and in those of checkpoints."""
 _BUDGETS = ("bits", "size", "fit", "mix")
 _HOW = (
     "set one of quantize.bits (--bits 4.4), quantize.size (--size 8GB), quantize.fit (gpu, in a"
@@ -122,6 +126,21 @@ def read_mix(path: Path, kinds: Iterable[str] = ()) -> dict[str, str]:
                 hint=f"types: {', '.join(names)}",
             )
     return {tensor: kind.lower() for tensor, kind in sorted(types.items())}
+
+
+def check_layers(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
+    """Raise InputRefused for a mix's file of another number of layers, before any work."""
+    if not isinstance(given := chosen.get("mix"), dict):
+        return
+    named = {int(found[1]) for name in given if (found := _LAYER.search(name))}
+    lacking = sorted(set(range(model.layers)) - named)
+    more = sorted(one for one in named if one >= model.layers + model.predicting_layers)
+    if lacking or (more and model.layers):
+        what = f"no type for layer {lacking[0]}" if lacking else f"a type for layer {more[0]}"
+        raise InputRefused(
+            f"the mix is of another model: it has {what}, and this one has {model.layers} layers",
+            hint="give the mix of a model with the same layers and widths, or a budget",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

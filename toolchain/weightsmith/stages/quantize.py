@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from weightsmith.core.errors import InputRefused, UsageError
@@ -33,10 +34,10 @@ from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.checkpoints import check_plain
-from weightsmith.quantizers.compressed_mix import FEWEST, KINDS
+from weightsmith.quantizers.compressed_mix import FEWEST, KINDS, NOTHING, TYPES
 from weightsmith.quantizers.compressed_mix import MIX as COMPRESSED_MIX
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
-from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, read_mix
+from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, guessed_type, read_mix
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
@@ -225,7 +226,7 @@ def _run(
     model = read_facts(checkpoint.tree.texts) if keeps else None
     kept = kept_bytes(size, options.format, model)
     format_ = options.format
-    if quantizer.weighs(options.options):
+    if format_.name in _MIXES:
         weights = checkpoint.tree.weight_bytes
         format_ = nominal(options, weights, read_facts(checkpoint.tree.texts))
     peak = quantizer.peak_disk(size, kept, format_, options.options)
@@ -502,14 +503,18 @@ def _in_16_bits(weights: int, format_: Format, model: ModelFacts) -> int:
 def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format:
     """Return the format with the bits per weight that a mix will have, about.
 
-    They are those of the weights that do not stay in 16 bits. `weights` are the checkpoint's in
-    bytes. Raises InputRefused for a budget that no mix can have.
+    They are those of the weights that do not stay in 16 bits; of a mix that is given, the mean over
+    its matrices, whatever their sizes. `weights` are the checkpoint's in bytes. Raises InputRefused
+    for a budget that no mix can have.
     """
     format_, chosen = options.format, options.options
     whole, low = _in_16_bits(weights, format_, model), bool(chosen.get("low"))
     size, bits = int(str(chosen.get("size") or 0)), float(str(chosen.get("bits") or 0))
     if bits and format_.name == MIX.name:
         return replace(format_, bits_per_weight=bits)
+    if isinstance(mix := chosen.get("mix"), dict):
+        each = (_bits_of(str(kind), format_) for kind in mix.values())
+        return replace(format_, bits_per_weight=fmean(each))
     if not (size or bits):
         return format_
     # A weight less than the smallest type has is refused here, the rest once headers are known.
@@ -529,8 +534,20 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
         )
     if format_.name == MIX.name:
         return replace(format_, bits_per_weight=min(16.0, 16 * wanted / whole))
+    if wanted >= weights:
+        raise InputRefused(
+            "the budget has room for all weights in 16 bits: nothing would be quantized",
+            hint=NOTHING,
+        )
     kept = kept_bytes(whole, format_, model)
     return replace(format_, bits_per_weight=min(16.0, 16 * (wanted - kept) / max(1, whole - kept)))
+
+
+def _bits_of(kind: str, format_: Format) -> float:
+    """Return about how many bits a weight has in a type of a mix."""
+    if format_.name == COMPRESSED_MIX.name:
+        return TYPES[kind].format.bits_per_weight if kind in TYPES else 16.0
+    return FILE_TYPES[kind if kind in FILE_TYPES else guessed_type([kind])].bits
 
 
 def _without_importance(

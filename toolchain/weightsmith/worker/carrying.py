@@ -6,12 +6,12 @@ likeliest. If no logit differs by more than d between both models, no margin dif
 the same ones. Such an answer is carried over, with the bound as its mark.
 
 Validation measures d: the largest difference, over all tokens of the vocabulary at each position of
-its probes. Rounding moves logits as sums of many small errors, which behave as independent ones
-(Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM Journal on
-Scientific Computing 41, 2019), so about normally. The largest of n normal values is near
-sqrt(2 ln n) standard deviations (Leadbetter, Lindgren and Rootzén, Extremes and Related Properties
-of Random Sequences and Processes, 1983, theorem 1.5.3): of the millions that are compared, some
-five, and 2 d is more than seven of a margin's, which has the errors of two logits. Other
+its probes. Rounding moves logits by sums of many small errors. They are taken to be independent and
+of mean zero (as by Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis,
+nla-group.org/2018/11/22), so their sums to be about normal. The largest of n normal values is near
+sqrt(2 ln n) standard deviations (de Haan and Ferreira, Extreme Value Theory: An Introduction,
+example 1.1.7): of the millions that are compared, some five, and 2 d is more than seven of a
+margin's, which has the errors of two logits. Other
 prompts may have larger errors: they may be twice as large, as in the verdict on greedy texts
 (`_ROOM` in validating/probes.py). Measured on the support bot: the bound was 0.22 nats, and the
 largest change of 499 margins 0.017.

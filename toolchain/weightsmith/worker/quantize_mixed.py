@@ -95,9 +95,8 @@ def _write(settings: MixSettings) -> None:
     works += [writing.copied(source, name) for name in source.names - quantized]
     writing.write_checkpoint(out, works, cores())
     modules = {one.module: mix.types[unit_of(one)] for one in found}
-    config = config_of(mix.types, modules)
     ignored = ["lm_head", *unquantized(source, known, found)]
-    checkpoints.write_companions(model, out, {**config, "ignore": ignored})
+    checkpoints.write_companions(model, out, {**config_of(modules), "ignore": ignored})
     (out / FACTS).write_text(json.dumps(asdict(mix)), encoding="utf-8")
 
 
