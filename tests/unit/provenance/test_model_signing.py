@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from weightsmith.api.commands.merge import merge_folders
-from weightsmith.api.commands.quantize import _written
+from weightsmith.api.commands.quantize import _signatures, _written
 from weightsmith.api.commands.requests import MergeCommand
 from weightsmith.api.commands.upload import push_to_hub
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import AnySigner, IdentitySigner
 from weightsmith.core.values import Artifact, Digest, FileEntry, Format, Tree
 from weightsmith.outside.keyless import TOKEN, identity_check, open_identity_signer
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.model_signing import SIGNATURE, model_signer, sign_model
-from weightsmith.provenance.signing import open_bundle
+from weightsmith.provenance.signing import check_by, open_bundle
 from weightsmith.recipe.user_config import WantedIdentity
 from weightsmith.stages.upload import HubDestination
+from weightsmith.steps.destinations import in_folder
 
 from tests.fakes.baking import make_key
 from tests.fakes.hub import writable_hub
@@ -104,12 +107,11 @@ def test_a_merged_checkpoint(readers: Readers, tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [["x.gguf"], ["mmproj-x.gguf", "x.gguf"]])
 def test_a_file_and_its_projector(readers: Readers, tmp_path: Path, names: list[str]) -> None:
     """Each is signed alone."""
-    for name in names:
-        (tmp_path / name).write_text(name)
-    out, artifact = tmp_path / "x.gguf", artifact_of(tmp_path, names)
-    written = _written(out, artifact, open_signer(str(readers.key)))
+    out = tmp_path / "x.gguf"
+    written = quantized(out, names, open_signer(str(readers.key)))
     models = [path for path in written if path.suffix != ".sig"]
-    assert {*models} == {tmp_path / name for name in names} == {*_written(out, artifact, None)}
+    assert {*models} == {tmp_path / name for name in names}
+    assert quantized(tmp_path / "y.gguf", ["z.gguf"], None) == [tmp_path / "y.gguf"]
     for path in models:
         signature = path.with_name(f"{path.name}.sig")
         assert signature in written
@@ -120,17 +122,33 @@ def test_a_file_and_its_projector(readers: Readers, tmp_path: Path, names: list[
 
 def test_a_quantized_folder(readers: Readers, tmp_path: Path) -> None:
     out, names = tmp_path / "out", ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"]
-    out.mkdir()
-    for name in names:
-        (out / name).write_text(name)
-    written = _written(out, artifact_of(out, names), open_signer(str(readers.key)))
+    written = quantized(out, names, open_signer(str(readers.key)))
     assert sorted(path.name for path in written) == sorted([*names, SIGNATURE])
     assert readers.believe(out, out / SIGNATURE) == ""
 
 
-def artifact_of(folder: Path, names: Sequence[str]) -> Artifact:
+def quantized(out: Path, names: Sequence[str], signer: AnySigner | None) -> list[Path]:
+    """Write files as `quantize` does, and return what it says that it wrote."""
     kind = Format(name="x", kind="gguf", bits_per_weight=4)
-    return Artifact(format=kind, tree=tree_of(folder, names))
+    with in_folder(out, "the model", memory_tools(out.parent / "work")) as to:
+        for name in names:
+            (to.folder / name).write_text(name)
+        artifact = Artifact(format=kind, tree=tree_of(to.folder, names))
+        signatures = _signatures(out, artifact, signer)
+    return _written(out, artifact, signatures)
+
+
+@pytest.mark.parametrize("names", [["x.gguf"], ["x.safetensors", "config.json"]])
+def test_a_service_that_refuses_leaves_nothing(tmp_path: Path, names: list[str]) -> None:
+    def refuse(_: bytes) -> bytes:
+        raise EnvironmentFailure("the log is down", hint="wait")
+
+    key = check_by(open_signer(str(make_key(tmp_path)[0])).public)
+    signer = IdentitySigner(identity=WORKFLOW, issuer=ISSUER, bundle=refuse, check=key)
+    out = tmp_path / "dist" / "x.gguf"
+    with pytest.raises(EnvironmentFailure, match="the log is down"):
+        quantized(out, names, signer)
+    assert not [*out.parent.iterdir()]
 
 
 def test_a_hub_s_repository(
@@ -153,6 +171,37 @@ def test_a_hub_s_repository(
         (model / "NOTICE").write_text("changed")
         push_to_hub(str(model), place, unsigned)
         assert SIGNATURE not in hub.repositories["team/bot"].files
+
+
+@contextmanager
+def an_identity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AnySigner]:
+    """Yield a signer with a service of the tests' own."""
+    monkeypatch.setenv(TOKEN, token())
+    made = lambda: Sigstore(by_extension=OLD_ISSUER_OID)  # noqa: E731 - all that this reader reads
+    with sigstore(made) as services:
+        _, config = services.write(folder)
+        yield open_identity_signer(str(config))
+
+
+def test_what_merge_and_quantize_write_by_an_identity(
+    readers: Readers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model_signing.verifying import Config
+    from sigstore.errors import VerificationError
+
+    merged, file = tmp_path / "merged", tmp_path / "x.gguf"
+    request = MergeCommand(base=str(TINY / "base"), adapters=(), out=merged)
+    with an_identity(tmp_path, monkeypatch) as signer:
+        merge_folders(request, replace(memory_tools(tmp_path / "work"), signer=signer))
+        quantized(file, [file.name], signer)
+
+    for model, signature in ((merged, merged / SIGNATURE), (file, tmp_path / "x.gguf.sig")):
+        for who, message in ((WORKFLOW, ""), ("https://github.com/evil/models", "SAN")):
+            reader = Config().use_sigstore_verifier(
+                identity=who, oidc_issuer=ISSUER, trust_config=tmp_path / "trust.json"
+            )
+            with pytest.raises(VerificationError, match=message) if message else nullcontext():
+                reader.verify(model, signature)
 
 
 def test_a_hub_s_repository_by_an_identity(

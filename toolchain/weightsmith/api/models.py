@@ -58,6 +58,8 @@ def merge(
     memory: str = "",
     insecure: bool = False,
     sign_key: str = "",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     cache: str = "",
     cache_from: str = "",
     progress: bool = True,
@@ -66,8 +68,8 @@ def merge(
 
     Base and adapters are folders, `hf://owner/name` or other sources of a recipe; without adapters,
     the base is what is written. `weights` has a factor per adapter, 1 by default; the other options
-    are the recipe's `merge` keys. A key signs the files for `model_signing verify`. A killed merge
-    is resumed by the next call.
+    are the recipe's `merge` keys. A key, or with `keyless` this job's identity, signs the files for
+    `model_signing verify`. A killed merge is resumed by the next call.
 
     Raises UsageError for invalid options or an `out` that exists, InputRefused for a base or
     adapter that cannot be merged, CheckFailed if the written files read back differently,
@@ -105,6 +107,8 @@ def merge(
             sign_key,
             cache=cache,
             cache_from=cache_from,
+            keyless=keyless,
+            trust_config=str(trust_config),
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
@@ -203,6 +207,8 @@ def quantize(
     memory: str = "",
     insecure: bool = False,
     sign_key: str = "",
+    keyless: bool = False,
+    trust_config: AnyPath = "",
     cache: str = "",
     cache_from: str = "",
     progress: bool = True,
@@ -211,7 +217,7 @@ def quantize(
 
     `out` is a new file for GGUF formats, a new folder for the others. Options are the recipe's
     `quantize` keys; `calibration` is JSON Lines, general texts by default; without `gate`, what
-    exceeds the format's limits is reported and kept. A key signs as in `merge`.
+    exceeds the format's limits is reported and kept. Signed is as in `merge`.
 
     Raises UsageError for an unknown format or an option that it does not use, InputRefused for an
     unsupported model or text, CheckFailed for a loss over the limits; then `out` does not exist.
@@ -254,6 +260,8 @@ def quantize(
             sign_key,
             cache=cache,
             cache_from=cache_from,
+            keyless=keyless,
+            trust_config=str(trust_config),
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:

@@ -196,14 +196,11 @@ def _rename(partial: Path, out: Path) -> None:
 
     Other files beside one of that name come first: without it, the result is not there.
     """
-    files = sorted(path for path in below(partial) if path.is_file())
-    alike = bool(out.suffix) and all(path.suffix == out.suffix for path in files)
-    named = (path for path in files if alike and (len(files) == 1 or path.name == out.name))
-    main = next(named, None)
+    main = main_file(partial, out)
     try:
         if out.exists():
             out.rmdir()  # it is empty
-        for path in files if main else ():
+        for path in _files(partial) if main else ():
             if path != main:
                 path.rename(out.with_name(path.name))
         (main or partial).rename(out)
@@ -215,6 +212,18 @@ def _rename(partial: Path, out: Path) -> None:
     if main:
         discard(partial)
     sync_folder(out.parent)
+
+
+def main_file(partial: Path, out: Path) -> Path | None:
+    """Return the file of a result that becomes `out` itself; None if its folder does."""
+    files = _files(partial)
+    alike = bool(out.suffix) and all(path.suffix == out.suffix for path in files)
+    named = (path for path in files if alike and (len(files) == 1 or path.name == out.name))
+    return next(named, None)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in below(folder) if path.is_file())
 
 
 def is_written(files: Mapping[str, str], folder: Path) -> bool:

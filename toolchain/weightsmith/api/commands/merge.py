@@ -37,7 +37,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
     """Merge adapters into `out`, or combine them in `keep_adapter`; return what was made.
 
     Either appears when it is complete. A killed merge is resumed. Without adapters, `out` gets the
-    base itself. With a key, the signature of `out` is in it.
+    base itself. With a signer, the signature of `out` is in it.
 
     Raises UsageError for invalid options or methods whose result is not the adapter wanted,
     InputRefused for inputs that cannot be merged, or combined to plain low-rank factors.

@@ -24,14 +24,14 @@ from weightsmith.recipe.schema import Quality, Quantize, TextBounds
 from weightsmith.recipe.section import spelling
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import check_model, format_options, needs_text, quantize
-from weightsmith.steps.destinations import in_folder
+from weightsmith.steps.destinations import in_folder, main_file
 from weightsmith.steps.tools import Tools
 
 
 def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     """Quantize a checkpoint to `out`, a folder or a single file.
 
-    With a key, a folder gets its signature as a file in it, a file as one beside it.
+    With a signer, a folder gets its signature as a file in it, a file as one beside it.
     Raises UsageError for an unknown format or option, InputRefused for an invalid checkpoint,
     calibration text or importance matrix, CheckFailed for a wrong output or too large a loss.
     After a failure, `out` does not exist.
@@ -69,34 +69,44 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
         loss = quality(checkpoint, artifact, texts, limits, to, tools).value
         if fault := quality_fault(format_, loss, limits):
             raise fault
+        signatures = _signatures(out, artifact, signer)  # a service may refuse
     return {
         "out": str(out),
         "format": format_.name,
         "bits_per_weight": artifact.details.get("bits_per_weight"),
-        "files": [str(path) for path in _written(out, artifact, signer)],
+        "files": [str(path) for path in _written(out, artifact, signatures)],
         "quality": loss.to_json() if loss else {},
         "details": dict(artifact.details),
     }
 
 
-def _written(out: Path, artifact: Artifact, signer: AnySigner | None) -> list[Path]:
-    """Return what was written; with a key, also the signatures, which are written here.
-
-    A folder's is in it; a file's, and its projector's, are beside them.
-    """
+def _signatures(out: Path, artifact: Artifact, signer: AnySigner | None) -> dict[str, bytes]:
+    """Return the signatures of what will be at `out`, by name; none without a signer."""
     files = artifact.tree.files
-    if not out.is_file():
-        if signer:
-            write_whole(out / SIGNATURE, sign_model(out.name, files, signer))
+    if signer is None:
+        return {}
+    if main_file(artifact.tree.root, out) is None:
+        return {SIGNATURE: sign_model(out.name, files, signer)}
+    return {
+        f"{name}.sig": sign_model(name, [replace(file, path=".")], signer)
+        for file, name in zip(files, _names(out, artifact), strict=True)
+    }
+
+
+def _names(out: Path, artifact: Artifact) -> list[str]:
+    """Return how the files at `out` are named: a single one as the user said."""
+    files = artifact.tree.files
+    return [file.path for file in files] if files[1:] else [out.name]
+
+
+def _written(out: Path, artifact: Artifact, signatures: Mapping[str, bytes]) -> list[Path]:
+    """Write the signatures into the folder, or beside the file; return all that was written."""
+    to = out if out.is_dir() else out.parent
+    for name, data in signatures.items():
+        write_whole(to / name, data)
+    if out.is_dir():
         return [path for path in below(out) if path.is_file()]
-    found = [out]
-    for file in files:
-        path = out.with_name(file.path) if files[1:] else out
-        found += [path] if path != out else []
-        if signer:
-            found.append(path.with_name(f"{path.name}.sig"))
-            write_whole(found[-1], sign_model(path.name, [replace(file, path=".")], signer))
-    return found
+    return [to / name for name in (*_names(out, artifact), *signatures)]
 
 
 def _refuse_ignored(asked: QuantizeCommand, used: Collection[str]) -> None:

@@ -30,7 +30,7 @@ _SERVE, _IMAGE_NAMES = Serve(), ImageNames()
 _IDENTITY = ("keyless", "trust_config")
 SIGNING = ("sign_key", *_IDENTITY, "signature_format")
 Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=SIGNING)]
-SignedJobs: TypeAlias = Annotated[RunOptions, FlagFields(without=(*_IDENTITY, "signature_format"))]
+SignedJobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("signature_format",))]
 """How a command runs that starts jobs and publishes nothing."""
 AnyRecipe: TypeAlias = str | Path | Recipe | Mapping[str, Any]
 """A recipe file, a Recipe, or a mapping with a recipe file's keys."""
