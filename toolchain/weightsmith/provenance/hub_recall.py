@@ -18,7 +18,7 @@ from weightsmith.core.values import Digest, Json
 from weightsmith.evaluating.build_record import FILE as RECORD
 from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.provenance import signing
-from weightsmith.provenance.model_signing import SIGNATURE
+from weightsmith.provenance.model_signing import PREDICATE, SIGNATURE
 from weightsmith.provenance.origins import Named, Wanted, known_as
 from weightsmith.provenance.recall import UNCHECKED, AffectedImage, Judgement, because
 from weightsmith.provenance.statements import Statement
@@ -124,8 +124,11 @@ class HubRecall:
 
 
 def _covered(read: Statement) -> dict[str, str]:
-    """Return the files that a model's signature covers, with their SHA-256."""
-    rows = read.predicate.get("resources")
+    """Return the files that a model's signature covers, with their SHA-256.
+
+    None of a statement of another kind: it may list files that its signer never held for a model's.
+    """
+    rows = read.predicate.get("resources") if read.predicate_type == PREDICATE else None
     return {
         str(row.get("name")): str(row.get("digest"))
         for row in (rows if isinstance(rows, list) else ())

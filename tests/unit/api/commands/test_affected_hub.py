@@ -21,7 +21,8 @@ from weightsmith.outside.hub import HubFinder
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.model_signing import sign_model
 from weightsmith.provenance.origins import wanted
-from weightsmith.provenance.signing import read_public_key
+from weightsmith.provenance.signing import bundle, read_public_key
+from weightsmith.provenance.statements import STATEMENT, Statement
 
 from tests.fakes.baking import make_key
 from tests.fakes.hub import COMMIT, FakeHub, fake_hub
@@ -45,6 +46,14 @@ def text_of(card: ModelCard) -> bytes:
 def signature(card: bytes, key: Path) -> bytes:
     files = [FileEntry(path="README.md", size=len(card), digest=Digest.of(card))]
     return sign_model("model", files, open_signer(str(key)))
+
+
+def statement_that_lists(card: bytes, key: Path) -> bytes:
+    """Return what the key said of something else, with the card among its parts."""
+    predicate = {"resources": [{"name": "README.md", "digest": Digest.of(card).hex}]}
+    made = Statement({"_type": STATEMENT, "predicateType": "https://x/y", "predicate": predicate})
+    signer = open_signer(str(key))
+    return bundle(made.content, signer, hint="")
 
 
 @dataclass
@@ -104,13 +113,14 @@ def test_what_a_card_names(tmp_path: Path, kind: str, text: str, found: bool) ->
 
 
 def test_nothing_is_believed_unsigned(tmp_path: Path) -> None:
-    """Without a signature, by another key, of another card, or of a card changed afterwards."""
+    """Without a signature, by another key, of another card or kind, or of one changed later."""
     (key, public), (theirs, _) = make_key(tmp_path), make_key(tmp_path, "other")
     hub, card = MemoryHub(), text_of(CARD)
     hub.put("team/plain", README_md=card)
     hub.put("team/theirs", README_md=card, model_sig=signature(card, theirs))
     hub.put("team/moved", README_md=card, model_sig=signature(card + b"\n", key))
     hub.put("team/broken", README_md=card, model_sig=b'{"dsseEnvelope": []}')
+    hub.put("team/listed", README_md=card, model_sig=statement_that_lists(card, key))
     hub.put("else/model", README_md=b"---\nbase_model: acme/support-lora\n---\n")
     hub.put("else/other", README_md=b"\xff---\nbase_model: [\n---")
     hub.put("else/empty")
@@ -118,7 +128,7 @@ def test_nothing_is_believed_unsigned(tmp_path: Path) -> None:
     assert got.images == ()
     assert {row.reference.split("/")[-1][:5]: row.chain for row in got.unsigned} == {
         "plain": "unsigned", "their": "not signed by a key that was given",
-        "moved": "unsigned", "broke": "unsigned",
+        "moved": "unsigned", "broke": "unsigned", "liste": "unsigned",
     }  # fmt: skip
     # Another's fine-tune says in the hub's own words what it was made from, and has no verdict.
     (row,) = ask(hub, "hf://else", public, adapter="acme/support-lora").unsigned
