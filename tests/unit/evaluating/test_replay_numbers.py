@@ -109,6 +109,7 @@ def test_the_numbers_of_an_answer(path: str, answer: Any, numbers: tuple[float, 
         {}, {"data": []}, {"data": [{}, {}]}, {"data": [{"embedding": []}]}, {"data": 1},
         {"data": [{"embedding": ["x"], "probs": [None], "data": [1]}]},
         {"data": [{"embedding": [math.inf], "probs": [math.nan], "data": [[math.inf]]}]},
+        {"data": [{"embedding": [10**400], "probs": [True], "data": [[10**400]]}]},
         {"results": [{"index": 3, "relevance_score": 1}]}, {"results": {"index": 0}},
     ],
 )  # fmt: skip
@@ -128,6 +129,7 @@ def test_distances_are_those_of_numpy() -> None:
         assert distance(SCORES, one, other) == pytest.approx(largest)
     assert distance(VECTORS, one, [3 * number for number in one]) == pytest.approx(0, abs=1e-12)
     assert distance(VECTORS, one, [0.0] * 50) == math.inf
+    assert distance(VECTORS, one, [1e308] * 50) == math.inf
     assert distance(LABELS, [0.5], [0.5, 0.5]) == math.inf
 
 
@@ -152,12 +154,19 @@ def test_two_machines_near_the_reference_are_within_the_room() -> None:
     [
         (VECTORS, [((1.0, 0.0), (1.0, 0.0))], 2e-4),  # the least
         (VECTORS, [((1.0, 0.0), (math.cos(0.05), math.sin(0.05)))], 4 * (1 - math.cos(0.05))),
-        (VECTORS, [((1.0, 0.0), (0.0, 1.0))], 2e-4),  # no rounding does that
+        (VECTORS, [((1.0, 0.0), (math.cos(0.2), math.sin(0.2)))], 0.05),  # the most: few bits
         (VECTORS, [((1.0, 0.0), ())], 2e-4),
         (SCORES, [((0.9, 0.1), (0.9, 0.15))], 0.1),
-        (SCORES, [((0.9, 0.1), (0.9, 0.1))], 0.03),
-        (SCORES, [((8.0, -6.0), (0.99, 0.01))], 0.24),  # logits, and the reference probabilities
+        (SCORES, [((0.9, 0.1), (0.9, 0.1))], 0.01),
+        (SCORES, [((0.9, 0.13), (math.log(9), math.log(1 / 9)))], 0.06),  # of logits, the sigmoid
+        (SCORES, [((8.0, -6.0), (0.99, 0.01))], 0.24),  # neither: nothing is known
         (LABELS, [((0.2, 0.8), ())], 0.03),
+        (LABELS, [((0.2, 0.8), (0.22, 0.78))], 0.04),
+        (LABELS, [((0.2, 0.8), (0.2, 0.8))], 0.01),
+        (LABELS, [((0.2, 0.8), (0.2, 0.8)), ((0.5, 0.5), (0.7, 0.3))], 0.25),  # the most
+        (LABELS, [((5.0, -3.0), (1.0, 0.0)), ((4.0, -4.0), (1.0, 0.0))], 0.15),  # logits
+        (TOKENS, [((0.2, 0.8, 1.0, 0.0), (0.25, 0.75, 1.0, 0.0))], 0.1),
+        (TOKENS, [((0.2, 0.8, 1.0, 0.0), (0.25, 0.75))], 0.03),  # not the same tokens
     ],
 )
 def test_the_room_follows_from_the_reference(path: str, answers: Any, room: float) -> None:
@@ -167,6 +176,7 @@ def test_the_room_follows_from_the_reference(path: str, answers: Any, room: floa
 def test_what_the_reference_kept() -> None:
     assert reference_of(VECTORS, packed([0.5, 1])) == (0.5, 1)
     assert reference_of(SCORES, "0.5 1e-3") == (0.5, 0.001)
+    assert reference_of(LABELS, "0.25 0.75") == (0.25, 0.75)
     for path, text in ((LABELS, "good"), (VECTORS, "no base64"), (SCORES, "a b"), (VECTORS, "")):
         assert reference_of(path, text) == ()
 
@@ -179,6 +189,7 @@ def test_what_the_reference_kept() -> None:
         ([0.6, 0.8, 0.2], "different", "question 1: 0.2 instead of 0 (number 2)"),
         ([0.6, 0.8], "different", "question 1: 2 numbers instead of 3 numbers"),
         ([0, 0, 0], "different", "question 1"),
+        ([1e308, 1e308, 1e308], "different", "question 1"),
         ([], "not shown", ""),
     ],
 )

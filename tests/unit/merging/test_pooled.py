@@ -17,6 +17,7 @@ from weightsmith.core.jobs import Question
 from weightsmith.core.vectors import unpacked
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.ranking import score_labels, score_orders, score_sets, score_vectors
+from weightsmith.evaluating.replay_numbers import LABELS, TOKENS, reference_of
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.pooled import (
     PooledModel,
@@ -124,6 +125,8 @@ def test_labels_are_those_of_peft_and_the_adapters_head(trained, tmp_path):
         first, second = logits.topk(2).values.tolist()
         assert row["answer"] == f"LABEL_{int(logits.argmax())}"
         assert float(row["margins"]) == pytest.approx(first - second, abs=1e-3)
+        likely = reference_of(LABELS, row["probabilities"])
+        assert likely == pytest.approx(logits.softmax(-1).tolist(), abs=1e-4)
     assert [row["answer"] for row in found["merged"]] == [row["answer"] for row in found["adapter"]]
     assert score_labels(found["adapter"], items).score > 0.9
 
@@ -148,6 +151,8 @@ def test_sets_of_labels_are_those_of_transformers_own_sigmoid(trained, tmp_path)
     for item, row in zip(items, found["adapter"], strict=True):
         said = {one["label"]: one["score"] for one in judge([item.prompt])[0]}
         assert set(json.loads(row["answer"])) == {name for name, one in said.items() if one > 0.5}
+        odds = [said[f"LABEL_{n}"] for n in range(8)]
+        assert reference_of(LABELS, row["probabilities"]) == pytest.approx(odds, abs=1e-4)
     assert [row["answer"] for row in found["merged"]] == [row["answer"] for row in found["adapter"]]
     assert score_sets(found["adapter"], items).score > 0.9
 
@@ -200,7 +205,9 @@ def test_words_get_the_label_of_their_first_token(trained, tmp_path):
         best, words = model(**one).logits[0].argmax(-1).tolist(), one.word_ids()
         expected = [f"LABEL_{best[words.index(n)]}" for n in range(len(item.parts))]
         assert row["answer"].split() == expected
-    assert found["merged"] == found["adapter"]
+        odds = model(**one).logits[0].softmax(-1).flatten().tolist()
+        assert reference_of(TOKENS, row["probabilities"]) == pytest.approx(odds, abs=1e-4)
+    assert [row["answer"] for row in found["merged"]] == [row["answer"] for row in found["adapter"]]
     assert score_labels(found["adapter"], items).score > 0.9
 
 

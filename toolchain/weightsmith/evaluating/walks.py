@@ -215,6 +215,7 @@ def inputs(subject: EvaluatedModel, task: Task) -> StageInputs:
             "max_tokens": task.max_tokens,
             "builder": builder_pins(BUILDER),
             **({"speakers": voices} if voices else {}),
+            **({"kept": "probabilities"} if task.metric == "label" else {}),
         },
     )
 

@@ -138,9 +138,9 @@ def pooled_answers(
     as JSON; words' labels with blanks between them; or the scores of a query's documents, before
     any activation. `prompt_tokens` are those that were read, `margins` and `token_ends` as in an
     answer in words: by how much a label's logit exceeds the second one, or one of a set is from
-    zero, in nats. Texts are cut off where sentence-transformers does. `count` and
-    `finished` are called as by `answered`. Raises InputRefused for a model whose files ask for what
-    is not computed here.
+    zero, in nats. `probabilities` are those of all labels, of `word-labels` for each token in turn.
+    Texts are cut off where sentence-transformers does. `count` and `finished` are called as by
+    `answered`. Raises InputRefused for a model whose files ask for what is not computed here.
     """
     stay_offline()
     loaded: Tokenizers = {}
@@ -263,10 +263,12 @@ def _row(
         return {"answer": packed(found[0].tolist())}
     if pooled == "relevance":
         return {"answer": " ".join(repr(float(one[0])) for one in found)}
+    odds = found[0].sigmoid() if pooled == "label-set" else found[0].softmax(-1)
+    likely = {"probabilities": " ".join(f"{one:.6g}" for one in odds.flatten().tolist())}
     if pooled == "word-labels":
         best = found[0].argmax(-1).tolist()
         said = [_NO_LABEL if place < 0 else labels[best[place]] for place in text.words]
-        return {"answer": " ".join(said)}
+        return {"answer": " ".join(said), **likely}
     if pooled == "label-set":
         answer = json.dumps([labels[n] for n, one in enumerate(found[0].tolist()) if one > 0])
         margin = float(found[0].abs().min())
@@ -274,7 +276,8 @@ def _row(
         answer = labels[int(found[0].argmax())]
         first, second = found[0].topk(2).values.tolist()
         margin = first - second
-    return {"answer": answer, "token_ends": str(len(answer)), "margins": f"{round(margin, 4):g}"}
+    ends = {"token_ends": str(len(answer)), "margins": f"{round(margin, 4):g}"}
+    return {"answer": answer, **ends, **likely}
 
 
 _Projected = Callable[[torch.Tensor], torch.Tensor]

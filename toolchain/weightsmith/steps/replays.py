@@ -110,11 +110,13 @@ def _pooled_requests(
 
 
 def _told(score: Score | None, number: int) -> str:
-    """Return the numbers that a model gave: as a graded answer, they are the documents' order."""
+    """Return the numbers that a model gave; "" if they were not kept."""
     if score is None or number >= len(score.per_item):
         return ""
-    said = score.vectors[number] if score.vectors else score.per_item[number].get("scores")
-    return said if isinstance(said, str) else ""
+    if score.vectors:
+        return score.vectors[number]
+    row = score.per_item[number]
+    return str(row.get("scores") or row.get("probabilities") or "")
 
 
 def _is_asked(item: Item, served: Served) -> bool:
