@@ -76,6 +76,11 @@ def test_float16_is_left_where_scales_are_exponents(target):
 
     assert settings_of(made)["dtype"] == "bfloat16"
     assert any("GPUs before Blackwell" in note for note in made.plan.notes)
+    with pytest.raises(UsageError, match=r"no kernel for float16 on nvidia-l40s") as refused:
+        rendered(target, config=config, gpu="nvidia-l40s", max_model_len=4096, dtype="float16")
+    assert "serve.dtype=bfloat16" in refused.value.hint
+    blackwell = rendered(target, config=config, gpu="nvidia-b200", dtype="float16")
+    assert settings_of(blackwell)["dtype"] == "float16"
 
 
 @pytest.mark.parametrize("target", ["vllm-w8a8", "vllm-fp8-block"])

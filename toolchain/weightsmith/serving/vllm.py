@@ -16,7 +16,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import PACKED, Format, JsonValue
 from weightsmith.models.facts import ModelFacts, Packing
 from weightsmith.serving.compatibility import check_blocks
-from weightsmith.serving.devices import AMX, CPU, is_cpu
+from weightsmith.serving.devices import AMX, CPU, GPUS, is_cpu
 from weightsmith.serving.engine import (
     OFFLINE,
     Engine,
@@ -72,7 +72,9 @@ csrc/cpu/sgl-kernels/gemm_int8.cpp, moe_int8.cpp and gemm_fp8.cpp."""
 
 _BFLOAT16_ON_GPUS = frozenset({"mxfp4", "mxfp8"})
 """Kinds whose kernel for GPUs before Blackwell, Marlin, multiplies no float16: generate_kernels.py
-in csrc/quantization/marlin has exponents as scales with bfloat16 only."""
+in csrc/quantization/marlin has exponents as scales with bfloat16 only. Another kernel, Humming,
+multiplies mxfp4a8; which types it takes is not known here."""
+_BLACKWELL = (10, 0)
 
 
 def without_float16(
@@ -82,14 +84,16 @@ def without_float16(
 
     That is for every CPU, because one that an image for any CPU starts on may have AMX, and for
     every GPU. `own` is the checkpoint's type. Raises UsageError if the options want float16 on a
-    CPU with AMX.
+    device that has no kernel for it.
     """
-    on_cpu = is_cpu(device)
+    on_cpu, card = is_cpu(device), GPUS.get(device)
     if format_.name not in _BFLOAT16 if on_cpu else format_.kind not in _BFLOAT16_ON_GPUS:
         return options, ()
-    if options.dtype == "float16" and device == AMX:
+    marlin = card and (0, 0) < card.compute_capability < _BLACKWELL  # (0, 0): AMD's
+    marlin = marlin and format_.name != "mxfp4a8"
+    if options.dtype == "float16" and (device == AMX or marlin):
         raise UsageError(
-            f"{format_.name} weights: vLLM has no kernel for float16 on {AMX}",
+            f"{format_.name} weights: vLLM has no kernel for float16 on {device}",
             hint="set serve.dtype=bfloat16, or leave it out",
         )
     if options.dtype or own != "float16":
