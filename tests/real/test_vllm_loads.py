@@ -5,6 +5,7 @@ which weight is where; packed parameters must be near these, all others the same
 stay unloaded. So this needs no GPU, and says nothing about what kernels compute.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SCANNING, STACKED_MXFP4
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.layerwise.quantizing import quantize as walked
+from weightsmith.quantizers.low_bits import BITS
 from weightsmith.quantizers.rounded import quantize
+from weightsmith.quantizers.running import ProgramSettings
 from weightsmith.quantizers.schemes import SCHEMES
 
 from tests import vllm_parts
-from tests.fakes.decoders import make_known, make_sparse
-from tests.fakes.seeing import make_seeing
+from tests.unit.quantizers.conftest import make_any
 
 pytestmark = [
     pytest.mark.real,
@@ -28,6 +32,7 @@ pytestmark = [
 MOST = {
     "w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "mxfp8": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15,
     "mxfp4a8": 0.15, "nvfp4a16-4o6": 0.11,
+    "awq": 0.12, "gptq": 0.15, "w2a16": 0.9, "w3a16": 0.35, "w5a16": 0.08,
 }  # fmt: skip
 SEEING = "Qwen3VLMoeForConditionalGeneration"
 DENSE = (
@@ -60,14 +65,46 @@ def probe(root: Path) -> Iterator[Callable[..., Any]]:
 def test_every_weight_comes_where_vllm_has_it(
     probe: Callable[..., Any], root: Path, architecture: str, name: str
 ) -> None:
-    plain, made = root / architecture, root / f"{architecture}-{name}"
-    if not plain.exists():
-        make = make_sparse if architecture in SPARSE else make_known
-        (make_seeing if architecture == SEEING else make)(plain, architecture)
-    made.mkdir()
+    plain, made = folders(root, architecture, name)
     quantize(SCHEMES[name], plain, made, [])
 
-    told = probe({"plain": str(plain), "made": str(made)})
+    check(probe({"plain": str(plain), "made": str(made)}), name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *(("Qwen3MoeForCausalLM", name) for name in BITS),  # experts first
+        *(("LlamaForCausalLM", name) for name in ("awq", "gptq", *BITS)),
+    ],
+)
+def test_integers_of_few_bits_come_where_vllm_has_them(
+    probe: Callable[..., Any], root: Path, architecture: str, name: str
+) -> None:
+    """Their kernels, Humming's, exist on GPUs alone; that their layout is vLLM's shows here."""
+    plain, made = folders(root, architecture, name)
+    texts = root / "texts.jsonl"
+    rows = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
+    texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in rows))
+    settings = ProgramSettings(
+        model=plain, out=made, calibration=str(texts), method=name,
+        bits=BITS.get(name, 4), group_size=32, packed=True, scaled=False,
+    )  # fmt: skip
+    walked(settings)
+
+    check(probe({"plain": str(plain), "made": str(made)}), name)
+
+
+def folders(root: Path, architecture: str, name: str) -> tuple[Path, Path]:
+    """Folders of a small model in 16 bits, and of what will be made of it."""
+    plain, made = root / architecture, root / f"{architecture}-{name}"
+    if not plain.exists():
+        make_any(plain, architecture)
+    made.mkdir()
+    return plain, made
+
+
+def check(told: dict[str, Any], name: str) -> None:
     assert told.get("left") == [], told
     assert told["moved"] == []
     assert any(part in name for name in told["errors"] for part in ("w13", "gate_up", ".up_proj"))

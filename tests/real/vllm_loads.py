@@ -53,6 +53,8 @@ def without_kernels():
                 setattr(module, name, lambda _, *sizes, **__: sizes)
             elif name.startswith("init_") and name.endswith("_linear_kernel"):
                 setattr(module, name, MagicMock())
+            elif name == "choose_mp_linear_kernel":
+                setattr(module, name, lambda *_, **__: MagicMock(__name__="none"))
     registry._run_in_subprocess = lambda make: make()
 
 
@@ -95,15 +97,28 @@ def complete(folder):
     return first, [name for name in first if not same(first[name], second[name])]
 
 
-def dequantized(found, name):
-    """A parameter's values from its codes and scales."""
+def integers(words, columns):
+    """The signed integers of rows of words, whose bits follow each other without gaps."""
+    bits = words.shape[-1] * 32 // columns
+    each = (words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
+    each = each.flatten(-2)[..., : columns * bits].unflatten(-1, (columns, bits))
+    return (each << torch.arange(bits, dtype=torch.int32)).sum(-1).float() - 2 ** (bits - 1)
+
+
+def dequantized(found, name, right):
+    """A parameter's values from its codes and scales; `right` has its shape in 16 bits."""
     codes = found.get(f"{name}_packed", found.get(name))
+    scale = found[f"{name}_scale"]
     if codes.dtype == torch.uint8:
         values = torch.stack([VALUES[(codes & 15).long()], VALUES[(codes >> 4).long()]], -1)
         values = values.flatten(-2)
+    elif codes.dtype == torch.int32:
+        values = integers(codes, right.shape[-1])
+        if (zeros := found.get(f"{name}_zero_point")) is not None:
+            zeros = integers(zeros.transpose(-1, -2), right.shape[-2]).transpose(-1, -2)
+            values -= zeros.repeat_interleave(right.shape[-1] // zeros.shape[-1], -1)
     else:
         values = codes.float()
-    scale = found[f"{name}_scale"]
     scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
     if (shared := found.get(f"{name}_global_scale")) is not None:
         experts = scale.dim() == 3
@@ -127,7 +142,7 @@ def about(asked):
         if kept is not None and (kept.dtype, kept.shape) == (right.dtype, right.shape):
             moved += [] if same(kept, right) else [name]
             continue
-        wrong = dequantized(made, name) - right.float()
+        wrong = dequantized(made, name, right) - right.float()
         errors[name] = float(wrong.norm() / right.float().norm())
     return {"errors": errors, "moved": moved, "left": left}
 
