@@ -257,3 +257,31 @@ def test_in_a_fleet_only_the_cell_that_is_too_slow_ends(two: Memory) -> None:
     assert [(cell.verdict, cell.exit_code) for cell in refused.cells] == [("refused", 4)]
     page = Path(refused.cells[0].report).read_text()
     assert "exceeded" in page
+
+
+def test_drafts_are_compared_with_a_start_without_them(memory: Memory) -> None:
+    memory.write_recipe(bench=LOAD, serve={"speculative": {"method": "ngram"}})
+    memory.build()
+    found = memory.record()["bench"]["drafts"]
+
+    drafting, plain = memory.launcher.started[-2:]
+    assert "LLAMA_ARG_SPEC_TYPE" not in drafting.env  # as its image says
+    assert plain.env["LLAMA_ARG_SPEC_TYPE"] == "none"
+    assert len(found["drafted"]) == len(found["undrafted"]) == 3
+    assert found["interval"][0] <= found["times"] <= found["interval"][1]
+    for page in ("report.html", "report.md"):
+        assert found["reason"] in (memory.results() / page).read_text()
+    assert "once more without drafts" in memory.planned("bench")["why"]
+
+
+def test_vllm_is_started_without_drafts_by_an_argument(memory: Memory) -> None:
+    memory.use_vllm()
+    memory.write_recipe(bench=LOAD, serve={"speculative": {"method": "ngram"}}, targets=["vllm"])
+    memory.build()
+
+    assert memory.launcher.started[-1].arguments == ("--speculative-config", "None")
+    assert memory.launcher.started[-2].arguments == ()
+
+
+def test_nothing_is_compared_without_drafts(memory: Memory, bench: Any) -> None:
+    assert "drafts" not in bench(device=CPU)

@@ -196,7 +196,7 @@ def test_on_a_cpu_with_amx_it_is_started_and_asked(on_amx: Memory) -> None:
     (built,) = on_amx.build().values()
 
     assert built.started == on_amx.record(ON_AMX)["image"]["started"] == "linux/amd64"
-    assert on_amx.launcher.with_gpu == [False]
+    assert [one.use_gpu for one in on_amx.launcher.started] == [False]
     assert on_amx.record(ON_AMX)["plan"]["device"] == "cpu-amx"
     assert scores(on_amx, ON_AMX) == {"base": 0, "adapter": 1, "merged": 1, "image": 1}
     report = (on_amx.results(ON_AMX) / "report.md").read_text()

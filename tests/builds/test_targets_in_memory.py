@@ -325,7 +325,7 @@ def test_without_an_engine_an_image_for_a_gpu_is_started_on_this_machines(
     memory.launcher.runs_on = Devices(cpu="", cpus=2, gpus=("NVIDIA L4",))
     memory.build("serve.gpu=nvidia-l4")
 
-    assert memory.launcher.with_gpu == [True]
+    assert [one.use_gpu for one in memory.launcher.started] == [True]
 
 
 def both_platforms(memory: Memory, content: bytes = b"1") -> str:

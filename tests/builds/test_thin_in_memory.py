@@ -394,7 +394,7 @@ def test_bench_and_evaluate_start_it_with_room_for_what_it_merges(memory: Memory
     (run,) = said["runs"]
     assert (run.requests, run.errors) == (4, 0)
     assert found.score == 1
-    first, *others = memory.launcher.shared
+    first, *others = (one.shm_bytes for one in memory.launcher.started)
     assert others == [first + size] * 2
 
 

@@ -116,10 +116,8 @@ class MemoryLauncher:
     """Is told how many tokens an answer has that does not end by itself."""
     counts: bool = True
     """Whether it says how many tokens an answer has."""
-    with_gpu: list[bool] = field(default_factory=list)
-    """Whether each start asked for GPUs."""
-    shared: list[int] = field(default_factory=list)
-    """Bytes of shared memory that each start asked for."""
+    started: list[StartSpec] = field(default_factory=list)
+    """How each image was started."""
     name: str = "memory"
 
     def note(self, body: Json, adapter: str, question: str) -> None:
@@ -145,8 +143,7 @@ class MemoryLauncher:
     @contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
         self.journal.add("start")
-        self.with_gpu.append(spec.use_gpu)
-        self.shared.append(spec.shm_bytes)
+        self.started.append(spec)
         held = self._held(image)
         server = _Server(held, self)
         try:

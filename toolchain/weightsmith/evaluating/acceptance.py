@@ -26,6 +26,14 @@ class Drafted:
     """Tokens that were drafted."""
     accepted: int = 0
 
+    def since(self, earlier: Drafted) -> Drafted:
+        """Return what was counted after `earlier`."""
+        return Drafted(
+            steps=self.steps - earlier.steps,
+            tokens=self.tokens - earlier.tokens,
+            accepted=self.accepted - earlier.accepted,
+        )
+
 
 def drafted(session: ServerSession, names: Sequence[str]) -> Drafted | None:
     """Return a server's counters at /metrics, of these names in the order of the fields.
@@ -49,14 +57,13 @@ def acceptance(before: Drafted | None, after: Drafted | None) -> str:
     """Return what became of the tokens drafted in between."""
     if before is None or after is None:
         return "the server counts no drafts"
-    steps, tokens = after.steps - before.steps, after.tokens - before.tokens
-    accepted = after.accepted - before.accepted
-    if tokens <= 0:
+    found = after.since(before)
+    if found.tokens <= 0:
         return "nothing was drafted for the questions"
-    share = accepted / tokens
-    said = f"{accepted} of {tokens} drafted tokens were accepted ({share:.0%})"
-    if steps > 0:
-        said += f": {1 + accepted / steps:.2f} tokens a step"
+    share = found.accepted / found.tokens
+    said = f"{found.accepted} of {found.tokens} drafted tokens were accepted ({share:.0%})"
+    if found.steps > 0:
+        said += f": {1 + found.accepted / found.steps:.2f} tokens a step"
     if share < _FEW:
-        said += "; drafts that were not trained with a fine-tune do badly: compare the speed"
+        said += "; drafts that were not trained with a fine-tune do badly: `bench` says if they pay"
     return said

@@ -25,6 +25,7 @@ from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json
 from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.drafting import DraftSpeed
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.load import Sample, measure, measure_all
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
@@ -122,6 +123,8 @@ class Speed(JsonObject):
     """Why nothing was measured; empty if something was."""
     figures: tuple[SpeedFigure, ...] = ()
     evidence: tuple[SpeedEvidence, ...] = ()
+    drafts: DraftSpeed | None = field(default=None, metadata=OMITTED)
+    """Whether speculative decoding pays on the build's questions."""
 
     @property
     def exceeded(self) -> tuple[str, ...]:

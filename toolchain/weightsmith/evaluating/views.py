@@ -177,6 +177,9 @@ def speed(found: Speed | None) -> list[dict[str, object]]:
         failed = f"; {found.errors} failed" if found.errors else ""
         on = found.machine or "an unknown device"
         parts.append(_speed_part(f"Measured on {on}", said + failed, found.figures))
+    if found.drafts:
+        said = f"{found.drafts.questions} of the questions: {found.drafts.reason}"
+        parts.append(_speed_part("With drafts and without", said, ()))
     for one in found.evidence:
         seen = f" on {', '.join(one.devices)}" if one.devices else ""
         said = (

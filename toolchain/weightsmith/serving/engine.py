@@ -219,6 +219,9 @@ class Engine:
     """Methods of `serve.speculative` that it has."""
     draft_counters: tuple[str, ...] = ()
     """Prometheus counters of steps with drafts, of drafted and of accepted tokens; () for none."""
+    undrafted: tuple[Mapping[str, str], tuple[str, ...]] = field(default_factory=lambda: ({}, ()))
+    """Environment and further arguments that start an image without its drafts; both empty where
+    nothing does."""
     most_apart: int = 0
     """By how many rows it lets the embeddings of a model and its draft differ."""
     reads_calls: bool = False

@@ -79,6 +79,7 @@ ENGINE = Engine(
         "llamacpp:spec_decode_num_draft_tokens_total",
         "llamacpp:spec_decode_num_accepted_tokens_total",
     ),
+    undrafted=({"LLAMA_ARG_SPEC_TYPE": "none"}, ()),  # an argument would only add to it
     most_apart=128,  # SPEC_VOCAB_MAX_SIZE_DIFFERENCE of its common/speculative.cpp
     lacks=lacks_llamacpp,
     threads_variable="LLAMA_ARG_THREADS",

@@ -533,6 +533,7 @@ ENGINE = Engine(
         "vllm:spec_decode_num_draft_tokens_total",
         "vllm:spec_decode_num_accepted_tokens_total",
     ),
+    undrafted=({}, ("--speculative-config", "None")),  # optional_type in its engine/arg_utils.py
     test_arguments=("--enable-scale-out",),
     lacks=lacks_vllm,
     image_files={CONFIG_FILE: "vllm.yaml"},

@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.evaluating.acceptance import Drafted, drafted
 from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.drafting import QUESTIONS, draft_speed, question_speeds
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.speed import (
     EXCEEDED,
     Round,
@@ -41,6 +45,16 @@ from weightsmith.steps.step import Foreseen, Foresight, Results, State, Step, Ta
 from weightsmith.steps.tools import Tools
 
 Images = tuple[ImageMaterials, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compared:
+    """How fast a server answered the build's questions."""
+
+    speeds: tuple[float, ...]
+    questions: int
+    steps: Drafted | None
+    """What it counted meanwhile; None if it counts no drafts."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,6 +91,8 @@ class BenchStep(TargetStep[Speed, None]):
         why = "measured in each build"
         if bench.concurrency > plan.max_num_seqs:
             why += f"; the server answers {plan.max_num_seqs} at once, so the others wait"
+        if self._compares:
+            why += ", and once more without drafts"
         if bench.limits and not is_here(bench, devices, on_cpu=on_cpu):
             machine = machine_of(devices, on_cpu=on_cpu) or "an unknown device"
             what = f"the limits are for {bench.device}" if bench.device else "no device is named"
@@ -125,12 +141,22 @@ class BenchStep(TargetStep[Speed, None]):
 
     def _measured(self, bench: Bench, speed: Speed, have: Results, tools: Tools) -> Speed:
         """Return the figures; those beyond a limit are measured again before they are believed."""
-        with self._test(bench, have, tools) as test:
+        ask = partial(self._asked, bench, have, tools)
+        with self._started(bench, have, tools) as (session, served):
+            test = SpeedTest(session, served, bench, tools.progress)
             rounds = test.rounds()
             figures = self._judged(rounds, bench, speed)
             if any(one.verdict == EXCEEDED for one in figures):
                 rounds += test.rounds()
                 figures = self._judged(rounds, bench, speed)
+            with_drafts = ask(session, served) if self._compares else None
+        if with_drafts:
+            with self._started(bench, have, tools, drafts=False) as (session, served):
+                without = ask(session, served)
+            if without:
+                count, steps = with_drafts.questions, with_drafts.steps
+                found = draft_speed(with_drafts.speeds, without.speeds, count, steps)
+                speed = replace(speed, drafts=found)
         samples = [sample for one in rounds for sample in one.samples]
         return replace(
             speed,
@@ -149,9 +175,38 @@ class BenchStep(TargetStep[Speed, None]):
     ) -> tuple[SpeedFigure, ...]:
         return judged(estimates(rounds, bench), bench, here=speed.here, machine=speed.machine)
 
+    @property
+    def _compares(self) -> bool:
+        """Whether the image drafts tokens, and can be started without."""
+        wanted = self.file.recipe.serve.speculative is not None
+        return wanted and any(self.of.target.engine.undrafted)
+
+    def _asked(
+        self, bench: Bench, have: Results, tools: Tools, session: ServerSession, served: Served
+    ) -> _Compared | None:
+        """Ask a few of the build's questions several times; None if that cannot be done."""
+        results, names = have[self.trial].results, self.of.target.engine.draft_counters
+        questions = results[0].task.task.items[:QUESTIONS] if results else ()
+        if not questions:
+            tools.progress.warn("bench: the recipe has no questions to compare drafts with")
+            return None
+        before = drafted(session, names)
+        most, at_once = bench.output_tokens, bench.concurrency
+        speeds = question_speeds(session, served, questions, at_once, most, tools.progress)
+        after = drafted(session, names)
+        if not speeds:
+            return None
+        return _Compared(
+            speeds=speeds,
+            questions=len(questions),
+            steps=after.since(before) if before and after else None,
+        )
+
     @contextmanager
-    def _test(self, bench: Bench, have: Results, tools: Tools) -> Iterator[SpeedTest]:
-        """Start the image, and yield a test of it.
+    def _started(
+        self, bench: Bench, have: Results, tools: Tools, *, drafts: bool = True
+    ) -> Iterator[tuple[ServerSession, Served]]:
+        """Start the image, and yield a session and how it is asked.
 
         Of several adapters that it serves unmerged, the first answers, since the base alone would
         be faster.
@@ -163,11 +218,15 @@ class BenchStep(TargetStep[Speed, None]):
         name, fields = how_asked(self.file, target, inputs.sources, 0)
         chat = chat_template(target, inputs.sources, inputs.checkpoint) is not None
         image = host_image(index_of_materials(made))
+        spec = started_by(config, target.engine)
+        if not drafts:
+            env, arguments = target.engine.undrafted
+            spec = replace(spec, env={**spec.env, **env}, arguments=arguments)
         with (
             candidate(image, self.of.candidate_layout, tools) as reference,
             start(
                 reference,
-                started_by(config, target.engine),
+                spec,
                 tools,
                 health_path=config.health_path,
                 seconds=start_seconds(inputs.artifact.tree.size),
@@ -175,7 +234,7 @@ class BenchStep(TargetStep[Speed, None]):
             ) as session,
         ):
             served = Served(name=name or config.served_name, chat=chat)
-            yield SpeedTest(session.adding(fields), served, bench, tools.progress)
+            yield session.adding(fields), served
 
     def _check_bound(self, speed: Speed, whole: str, tools: Tools) -> None:
         """Raise InputRefused for a results file that is another image's, by its name or a record.
@@ -213,6 +272,8 @@ def _say(speed: Speed, tools: Tools) -> None:
         tools.progress.warn(f"bench: nothing was measured: {speed.skipped}")
     for one in speed.figures:
         tools.progress.note(f"{one.verdict}: {one.reason}" if one.verdict else one.reason)
+    if speed.drafts:
+        tools.progress.note(speed.drafts.reason)
     if speed.errors:
         reasons = "; ".join(speed.failures)
         tools.progress.warn(f"bench: {speed.errors} of {speed.requests} requests failed: {reasons}")
