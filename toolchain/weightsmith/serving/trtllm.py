@@ -16,7 +16,7 @@ from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 
-GPU_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
+GPU_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
 """Upstream's release image; images/bases.lock has its digest."""
 
 CONFIG_FILE = "/etc/weightsmith/trtllm.yaml"
