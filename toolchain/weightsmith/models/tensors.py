@@ -231,7 +231,7 @@ class HeaderOnlyTree(Tree):
 
     def __repr__(self) -> str:
         """Return a text without the other tree, which may be fetched where it is used."""
-        return f"UnwrittenTree({len(self.files)} files)"
+        return f"HeaderOnlyTree({len(self.files)} files)"
 
     @property
     def root(self) -> Path:

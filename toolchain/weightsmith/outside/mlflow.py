@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
@@ -24,6 +24,9 @@ from weightsmith.models.folder import scan
 from weightsmith.outside.object_stores import S3, Gcs, ObjectRemote
 from weightsmith.outside.remote import Broken, Place, RemoteFile, require_packages
 from weightsmith.recipe.sources import MLFLOW
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _CHUNK = 1 << 20
 _MOST_FILES = 20_000
@@ -102,7 +105,7 @@ class MlflowRemote:
         )
 
 
-def _client() -> Any:
+def _client() -> MlflowClient:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     # Imported here: it loads for a second.
@@ -112,7 +115,7 @@ def _client() -> Any:
     return mlflow.MlflowClient()
 
 
-def _location(client: Any, found: re.Match[str], version: str) -> str:
+def _location(client: MlflowClient, found: re.Match[str], version: str) -> str:
     """Return the address of a source's artifacts."""
     path = found["path"].strip("/")
     if not found["run"] and not found["id"]:
@@ -130,7 +133,7 @@ def _location(client: Any, found: re.Match[str], version: str) -> str:
     return f"{str(root).rstrip('/')}/{path}".rstrip("/")
 
 
-def _of_run(client: Any, run: str, path: str) -> tuple[str, str]:
+def _of_run(client: MlflowClient, run: str, path: str) -> tuple[str, str]:
     """Return where the artifacts of a run are, or of a model that it logged, and the path there."""
     from mlflow.artifacts import list_artifacts
 
@@ -154,7 +157,10 @@ def _of_run(client: Any, run: str, path: str) -> tuple[str, str]:
             return found.artifact_uri, path
 
 
-def _in_folder(root: Path, source: str) -> tuple[tuple[RemoteFile, ...], Any]:
+def _in_folder(
+    root: Path, source: str
+) -> tuple[tuple[RemoteFile, ...], Callable[[RemoteFile, int, int], Iterator[bytes]]]:
+    """Return the files below a folder, and what reads them as `Place.read` says."""
     import mlflow
 
     if urlsplit(mlflow.get_tracking_uri()).scheme in ("http", "https"):

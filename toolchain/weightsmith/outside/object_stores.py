@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.ports import Progress
@@ -31,6 +31,9 @@ from weightsmith.outside.remote import (
 )
 from weightsmith.outside.s3_cache import CLIENT
 from weightsmith.recipe.sources import BUCKET, LIST_PIN, is_archive
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 _CHUNK = 16 << 20
 """Bytes of one request."""
@@ -62,18 +65,20 @@ class ObjectStore(Protocol):
     def hint(self) -> str:
         """Where its credentials are from."""
 
-    def connect(self) -> Any:
+    def connect(self) -> AbstractFileSystem:
         """Return its file system; nothing is asked yet."""
 
     def describe(
-        self, files: Any, bucket: str, key: str, path: str, version: str = ""
+        self, files: AbstractFileSystem, bucket: str, key: str, path: str, version: str = ""
     ) -> RemoteFile:
         """Return what it says of a version of an object, or of the object now."""
 
-    def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
+    def past(self, files: AbstractFileSystem, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
         """Yield the versions by key of what was below a prefix at earlier moments, newest first."""
 
-    def read(self, files: Any, place: str, version: str, start: int, end: int) -> bytes:
+    def read(
+        self, files: AbstractFileSystem, place: str, version: str, start: int, end: int
+    ) -> bytes:
         """Return a part of a version of an object."""
 
 
@@ -133,7 +138,7 @@ class ObjectRemote:
 
     def _rows(
         self,
-        files: Any,
+        files: AbstractFileSystem,
         bucket: str,
         below: str,
         found: Mapping[str, str],
@@ -153,7 +158,7 @@ class ObjectRemote:
         return rows
 
     @staticmethod
-    def _paths(files: Any, bucket: str, key: str) -> list[str]:
+    def _paths(files: AbstractFileSystem, bucket: str, key: str) -> list[str]:
         root = f"{bucket}/{key}".rstrip("/")
         rows = files.find(root, detail=True)
         return sorted(
@@ -165,7 +170,12 @@ class ObjectRemote:
         )
 
     def _read(
-        self, files: Any, place: str, file: RemoteFile, part: tuple[int, int], source: str
+        self,
+        files: AbstractFileSystem,
+        place: str,
+        file: RemoteFile,
+        part: tuple[int, int],
+        source: str,
     ) -> Iterator[bytes]:
         path, start = f"{place}/{file.path}", part[0]
         last = file.size if part[1] < 0 else min(part[1], file.size)
@@ -226,7 +236,7 @@ class S3:
     extra = "s3"
     hint = "set AWS_PROFILE or AWS_ACCESS_KEY_ID and its secret, AWS_REGION and AWS_ENDPOINT_URL"
 
-    def connect(self) -> Any:
+    def connect(self) -> AbstractFileSystem:
         """Return s3fs."""
         from fsspec import get_filesystem_class
 
@@ -235,7 +245,7 @@ class S3:
         )
 
     def describe(
-        self, files: Any, bucket: str, key: str, path: str, version: str = ""
+        self, files: AbstractFileSystem, bucket: str, key: str, path: str, version: str = ""
     ) -> RemoteFile:
         """Return size, version and checksum of an object."""
         one = {"VersionId": version} if version and not _TAG.fullmatch(version) else {}
@@ -260,13 +270,15 @@ class S3:
             version=version if version not in ("", _UNKEPT) else tag,
         )
 
-    def read(self, files: Any, place: str, version: str, start: int, end: int) -> bytes:
+    def read(
+        self, files: AbstractFileSystem, place: str, version: str, start: int, end: int
+    ) -> bytes:
         """Return a part of an object, of a version where its bucket keeps them."""
         # An ETag names no version: that the object is still the same one is asked afterwards.
         one = None if _TAG.fullmatch(version) else version
         return bytes(files.cat_file(place, version_id=one, start=start, end=end))
 
-    def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
+    def past(self, files: AbstractFileSystem, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
         """Yield what was there after each change, by the times of versions and delete markers.
 
         S3 tells seconds: changes within one are one.
@@ -308,14 +320,14 @@ class Gcs:
     extra = "gs"
     hint = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
 
-    def connect(self) -> Any:
+    def connect(self) -> AbstractFileSystem:
         """Return gcsfs."""
         from fsspec import get_filesystem_class
 
         return get_filesystem_class("gs")(use_listings_cache=False, skip_instance_cache=True)
 
     def describe(
-        self, files: Any, bucket: str, key: str, path: str, version: str = ""
+        self, files: AbstractFileSystem, bucket: str, key: str, path: str, version: str = ""
     ) -> RemoteFile:
         """Return size, generation and checksum of an object."""
         one = {"generation": version} if version.isdecimal() else {}
@@ -330,12 +342,14 @@ class Gcs:
             version=str(said.get("generation") or said.get("etag") or ""),
         )
 
-    def past(self, files: Any, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
+    def past(self, files: AbstractFileSystem, bucket: str, key: str) -> Iterable[Mapping[str, str]]:
         """Yield nothing: a list of generations has none that were deleted together."""
         del files, bucket, key
         return ()
 
-    def read(self, files: Any, place: str, version: str, start: int, end: int) -> bytes:
+    def read(
+        self, files: AbstractFileSystem, place: str, version: str, start: int, end: int
+    ) -> bytes:
         """Return a part of one generation of an object."""
         return bytes(
             files.cat_file(place, start=start, end=end, generation=version)
