@@ -55,6 +55,25 @@ def test_right_blobs_stay_and_wrong_ones_go(folder, image):
     assert seen[-1][0] == seen[-1][1]
 
 
+@pytest.mark.parametrize("kept", [(), ("mtime",)])
+def test_a_file_that_changed_since_it_was_hashed_is_refused(tmp_path, kept):
+    """What was just hashed is not hashed again, as long as nothing about its file has changed."""
+    (file := tmp_path / "w").write_bytes(b"weights" * 1000)
+    layer = TarLayer(members=(Member.of_file("models/w", file),))
+    image = Image(layers=(layer,), settings={"os": "linux", "architecture": "amd64"})
+    before, digest = file.stat(), image.digest
+    file.write_bytes(b"WEIGHTS" * 1000)
+    if kept:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(InputRefused, match="does not match its digest"):
+        write_layout(image, tmp_path / "out")
+    assert not (tmp_path / "out/index.json").exists()
+    assert not (tmp_path / "out/blobs/sha256" / layer.digest.hex).exists()
+    file.write_bytes(b"weights" * 1000)
+    assert write_layout(image, tmp_path / "out") == digest
+
+
 def test_other_names_stay(folder, image, tmp_path):
     other = tiny_image(tmp_path / "model", annotations={"a": "b"})
     write_layout(other, folder, ref="other")

@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci import transfers
+from weightsmith.oci import layers
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer, Member, TarLayer
+from weightsmith.oci.layout import write_layout
 from weightsmith.oci.manifests import OCI_INDEX, described, index_of
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.registries import PushedLayers
@@ -181,16 +182,19 @@ def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
     layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
     known = TarLayer(members=layer.members, epoch=0, known_digest=layer.digest)
     checked = []
-    plain = transfers.verified
+    plain = layers.verified
 
     def counting(chunks: Iterator[bytes], blob: Blob, *more: str) -> Iterator[bytes]:
         checked.append(blob.digest)
         return plain(chunks, blob, *more)
 
-    monkeypatch.setattr(transfers, "verified", counting)
+    monkeypatch.setattr(layers, "verified", counting)
     for number, each in enumerate((layer, known)):
-        client.push(Image(layers=(each,), settings={}), at(fake, f"team/{number}:1"))
+        image = Image(layers=(each,), settings={})
+        client.push(image, at(fake, f"team/{number}:1"))
         assert len(checked) == number
+        write_layout(image, tmp_path / f"layout-{number}")
+        assert len(checked) == 2 * number
     (tmp_path / "w").write_bytes(b"1" * 3000)
     for number, each in enumerate((layer, known)):
         with pytest.raises(InputRefused, match="does not match its digest"):

@@ -23,8 +23,7 @@ from weightsmith.cache.document import (
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import AnySigner, StoreEntry
 from weightsmith.core.values import Blob, Digest, Writable, key_of
-from weightsmith.oci.layers import LAYER_TAR, Memo
-from weightsmith.oci.transfers import checked_opener
+from weightsmith.oci.layers import LAYER_TAR, Memo, checked_opener
 from weightsmith.provenance.signing import Check, check_of_signer
 
 T = TypeVar("T")

@@ -58,8 +58,8 @@ _MOST_KINDS = 20
 """Kinds with files of their own; the others, which are smaller, are together. So a model that is
 split into 32 files for its size has few enough for an image."""
 _TOGETHER = "rest"
-_HASHED_AT_ONCE = 4
-
+HASHED_AT_ONCE = 4
+"""Files; hashing leaves the interpreter to other threads."""
 _CHUNK = 1 << 20
 
 _PARAMETER = re.compile(r"\.(?:weight|bias|qweight|qzeros|scales|g_idx|input)(?:_\w+)?$")
@@ -159,7 +159,7 @@ def reshard(
         size = sum(len(part) if isinstance(part, bytes) else part[2] for part in parts[name])
         return FileEntry(path=name, size=size, digest=Digest(digest))
 
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         made = list(pool.map(entry, parts))
     kept = [file for file in tree.files if file.path not in listed | parts.keys()]
     files = tuple(sorted([*kept, *made], key=lambda file: file.path))

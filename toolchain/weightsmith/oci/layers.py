@@ -308,6 +308,19 @@ Layer: TypeAlias = TarLayer | BlobLayer | FileLayer | NamedLayer
 """A part of a file system, or in a ModelPack one file: what it is, and its bytes on demand."""
 
 
+def checked_opener(layer: Layer, blob: Blob) -> Callable[[], Iterator[bytes]]:
+    """Return an opener that yields bytes of the layer's digest, or raises InputRefused at the end.
+
+    What this process has just hashed is not hashed again: that takes as long as reading it.
+    """
+    made = layer.layer if isinstance(layer, NamedLayer) else layer
+    if not isinstance(made, TarLayer) or made.is_as_hashed():
+        return layer.open  # others verify what they read
+    what = layer.file or "a layer"
+    hint = "a file changed since it was hashed; build again"
+    return lambda: verified(layer.open(), blob, what, hint)
+
+
 def title_of(file: str, media_type: str) -> dict[str, str]:
     """Return the annotation that says what a layer holds, {} if that is unknown.
 

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
@@ -26,7 +27,7 @@ from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
 from weightsmith.oci.image import Image, ImageOrIndex, Index, Opener, load_image
-from weightsmith.oci.layers import CHUNK, Advance, Meter, verified
+from weightsmith.oci.layers import CHUNK, Advance, Meter, checked_opener, verified
 from weightsmith.oci.references import Reference
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -71,8 +72,10 @@ def write_layout(
             sweep(store)
             blobs = list(whole.blobs())
             meter = Meter(sum(blob.size for blob, _ in blobs), progress)
+            layers = {layer.digest: layer for layer in reversed(whole.layers)}
             for blob, opener in blobs:
-                put_blob(store, blob, opener, meter)
+                layer = layers.get(blob.digest)
+                put_blob(store, blob, checked_opener(layer, blob) if layer else opener, meter)
         put_blob(store, whole.manifest_blob, lambda: iter((whole.manifest_bytes,)), Meter(0))
         replace_file(folder / "oci-layout", [MARKER], MODE)
         row = manifests.described(whole.manifest_blob, {REF_NAME: ref})
@@ -179,15 +182,18 @@ def held_digest(folder: Path) -> Digest | None:
 
 
 def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
-    """Write a blob to `blobs/sha256`, unless a valid copy is there."""
+    """Write a blob that the opener verifies to `blobs/sha256`, unless a valid copy is there."""
     target = store / blob.digest.hex
     if not target.is_symlink() and target.is_file() and target.stat().st_size == blob.size:
         with target.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex:
                 meter.reach(blob.digest, blob.size)
                 return
-    chunks = meter.counted(blob.digest, verified(opener(), blob, target.name))
-    replace_file(target, chunks, MODE)
+    replace_file(target, meter.counted(blob.digest, opener()), MODE)
+
+
+def _verified(blob: Blob, opener: Opener) -> Iterator[bytes]:
+    return verified(opener(), blob, blob.digest.short)
 
 
 def _rows(folder: Path) -> Sequence[JsonValue]:
@@ -334,7 +340,8 @@ class LayoutLocation:
         for attachment in attachments:
             with _writing(self.folder) as store:
                 for blob, opener in attachment.blobs():
-                    put_blob(store, blob, opener, Meter(blob.size))
+                    read = partial(_verified, blob, opener)
+                    put_blob(store, blob, read, Meter(blob.size))
                 data = attachment.manifest_bytes
                 put_blob(store, attachment.blob, lambda data=data: iter((data,)), Meter(0))  # type: ignore[misc]
                 rows = with_rows(_listed_here(self.folder), [attachment])

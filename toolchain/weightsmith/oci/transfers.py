@@ -31,7 +31,7 @@ from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import connections, manifests
 from weightsmith.oci.attachments import BINARY
 from weightsmith.oci.image import Image, Opener, blob_of
-from weightsmith.oci.layers import CHUNK, Advance, BlobLayer, Layer, Meter, TarLayer, verified
+from weightsmith.oci.layers import CHUNK, Advance, BlobLayer, Layer, Meter, checked_opener, verified
 from weightsmith.oci.limits import UploadDeadline, limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.session import TRIES, RegistryReply, RegistrySession, Transient
@@ -175,16 +175,6 @@ def _started(
     for _ in range(min(parallel, len(items))):
         threading.Thread(target=run, daemon=True, name="upload").start()
     return futures
-
-
-def checked_opener(layer: Layer, blob: Blob) -> Opener:
-    """Return an opener that verifies the layer: not every registry compares the digest."""
-    known = isinstance(layer, BlobLayer) or (isinstance(layer, TarLayer) and layer.is_as_hashed())
-    if known:
-        return layer.open  # verified when it is read, or just hashed
-    what = layer.file or "a layer"
-    hint = "a file changed since it was hashed; build again"
-    return lambda: verified(layer.open(), blob, what, hint)
 
 
 def upload_blob(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Progress, Silent, Store
-from weightsmith.core.values import FileEntry, Snapshot, Tree
+from weightsmith.core.values import Snapshot, Tree
 from weightsmith.models.folder import scan
+from weightsmith.models.reshard import HASHED_AT_ONCE
 
 _SOON = 2 << 30
 """Bytes; a smaller folder is hashed to predict what is cached, in about two seconds."""
@@ -84,9 +87,10 @@ def _hashed(
 ) -> Tree:
     sizes = [(root / name).stat().st_size for name in names]
     total, done, files = sum(sizes), 0, []
-    for name, size in zip(names, sizes, strict=True):
-        entry = store.digest_file(root / name, read=read)
-        files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
-        done += size
-        progress.advance(done, total, "bytes")
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        entries = pool.map(lambda name: store.digest_file(root / name, read=read), names)
+        for name, size, entry in zip(names, sizes, entries, strict=True):
+            files.append(replace(entry, path=name))
+            done += size
+            progress.advance(done, total, "bytes")
     return Tree(root=root, files=tuple(files))

@@ -33,7 +33,7 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.results import Result, of_adapter, recipe_of_adapter, verdict_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models, projector_of
-from weightsmith.models.reshard import Memo, Resharded, is_numbered, reshard
+from weightsmith.models.reshard import HASHED_AT_ONCE, Memo, Resharded, is_numbered, reshard
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig, host_image
 from weightsmith.oci.layers import Member, TarLayer
@@ -127,7 +127,6 @@ _PLAIN_BITS = 16
 _LICENSE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(txt|md))?")
 _LARGEST_LICENSE = 1 << 20
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_HASHED_AT_ONCE = 4
 _DIGESTS = "digests.json"
 _IN_LAYERS, _ATTENTION, _OWN = 1, 2, 3
 """Weights files from the bottom, above tables."""
@@ -312,7 +311,7 @@ def _weights(
         contents=split.contents,
         order=_order(inputs, split),
     )
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         list(pool.map(attrgetter("digest"), layers))  # which the layers remember
     return layers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from weightsmith.api.commands.requests import BakeCommand
 from weightsmith.building.targets import target_of
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Progress, Store
-from weightsmith.core.values import SAFETENSORS, Artifact, FileEntry, Published, Tree
+from weightsmith.core.values import SAFETENSORS, Artifact, Published, Tree
 from weightsmith.models.folder import scan
 from weightsmith.models.gguf_config import (
     gguf_file_type,
@@ -28,6 +29,7 @@ from weightsmith.models.gguf_config import (
     gguf_tensor_types,
     model_name,
 )
+from weightsmith.models.reshard import HASHED_AT_ONCE
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import Reference
@@ -236,8 +238,8 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
         )
     names = scan(model.root, gguf=True) if model.path.is_dir() else [*model.weights]
     others = {name for name in model.weights if not name.endswith(ending)}
-    files = []
-    for name in sorted({*names} - others):
+    kept = sorted({*names} - others)
+    for name in kept:
         if name.endswith(".safetensors"):
             try:
                 read_header(model.root / name)
@@ -247,9 +249,10 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
                 if begins[8:] == b"{":  # it is safetensors, and truncated
                     raise
                 progress.warn(f"{error.message}; it is added to the image unchanged")
-        entry = store.digest_file(model.root / name)
-        files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
-    return Artifact(format=target.format, tree=Tree(root=model.root, files=tuple(files)))
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        found = list(pool.map(lambda name: store.digest_file(model.root / name), kept))
+    files = tuple(replace(one, path=name) for name, one in zip(kept, found, strict=True))
+    return Artifact(format=target.format, tree=Tree(root=model.root, files=files))
 
 
 def _check_type(model: Model, target: Target, tools: Tools) -> None:
