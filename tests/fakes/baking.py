@@ -1,6 +1,7 @@
 """Bakes small images without a container engine, and spoils them."""
 
 import json
+import struct
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp"}
+_I8 = 24
+"""ggml's number of the type."""
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -38,8 +41,15 @@ def make_model(folder: Path) -> Path:
     """Write a folder that looks like a GGUF model, of two files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tiny.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 200)
+    (folder / "tiny.gguf").write_bytes(gguf_of(bytes(range(256)) * 200))
     return folder
+
+
+def gguf_of(data: bytes) -> bytes:
+    """Return a GGUF file of one tensor of bytes, without metadata."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)  # version, tensors, fields
+    tensor = struct.pack("<Q1sIQIQ", 1, b"t", 1, len(data), _I8, 0)  # dimensions, type, offset
+    return (header + tensor).ljust(64, b"\0") + data
 
 
 def make_key(folder: Path, name: str = "key") -> tuple[Path, Path]:

@@ -25,7 +25,7 @@ from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import open_location
 
-from tests.fakes.baking import ENGINE, Bakery, bake, make_key, push_base
+from tests.fakes.baking import ENGINE, Bakery, bake, gguf_of, make_key, push_base
 from tests.fakes.tiny import write_model
 from tests.paths import ROOT
 
@@ -245,7 +245,7 @@ def in_parts(bakery: Bakery) -> tuple[Path, Path]:
     """Make the model one of two files, as `quantize --split-max-size` writes it."""
     first, second = (bakery.model / f"tiny-0000{n}-of-00002.gguf" for n in (1, 2))
     (bakery.model / "tiny.gguf").rename(first)
-    second.write_bytes(b"GGUF" + bytes(5000))
+    second.write_bytes(gguf_of(bytes(5000)))
     return first, second
 
 
@@ -396,7 +396,7 @@ def test_a_base_of_many_layers_leaves_few_to_the_weights(bakery: Bakery) -> None
     (bakery.model / "tiny.gguf").unlink()
     names = [f"tiny-{number:05}-of-00031.gguf" for number in range(1, 32)]
     for number, part in enumerate(names):
-        (bakery.model / part).write_bytes(b"GGUF" + bytes([number]))
+        (bakery.model / part).write_bytes(gguf_of(bytes([number])))
     layers = tuple(
         TarLayer(members=(Member.of_bytes(f"app/{n}", b"%d" % n),), epoch=0) for n in range(110)
     )
