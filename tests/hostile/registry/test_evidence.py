@@ -37,7 +37,7 @@ from weightsmith.provenance.evidence import (
 from weightsmith.provenance.sealing import attach
 from weightsmith.provenance.statements import Statement
 
-from tests.fakes.baking import bake, make_key, make_model, push_base
+from tests.fakes.baking import bake, gguf_of, make_key, make_model, push_base
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry
@@ -56,7 +56,7 @@ class Shop:
 
     def bake(self, name: str, key: Path | None = None) -> str:
         model = make_model(self.folder / name)
-        (model / "tiny.gguf").write_bytes(b"GGUF" + name.encode() * 1000)
+        (model / "tiny.gguf").write_bytes(gguf_of(name.encode() * 1000))
         reference = f"{self.fake.host}/team/{name}:1"
         bake(self.client, model, self.base, key or self.key, push=reference)
         return reference

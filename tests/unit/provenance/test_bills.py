@@ -29,7 +29,7 @@ from weightsmith.provenance.bills import (
 )
 from weightsmith.recipe.schema import Card
 
-from tests.fakes.baking import bake, make_key, make_model, push_base
+from tests.fakes.baking import bake, gguf_of, make_key, make_model, push_base
 from tests.fakes.registry import fake_registry
 
 DIGEST = Digest.of(b"x")
@@ -200,7 +200,7 @@ def test_a_base_of_ours_has_a_bill_of_another_model(base, tmp_path):
     first, second = (f"{base.place.registry}/team/app:{number}" for number in "12")
     model = make_model(tmp_path / "model")
     bake(base.client, model, str(base.place), push=first)
-    (model / "tiny.gguf").write_bytes(b"GGUF" + bytes(1000))
+    (model / "tiny.gguf").write_bytes(gguf_of(bytes(1000)))
     bake(base.client, model, first, push=second)
     rows = verify_image(second, None, base.client, Silent()).checks
     (documents,) = [row for row in rows if row.name.endswith("documents")]

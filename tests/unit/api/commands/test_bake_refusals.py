@@ -16,7 +16,7 @@ from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import read_layout
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 
-from tests.fakes.baking import Bakery, bake, push_base
+from tests.fakes.baking import Bakery, bake, gguf_of, push_base
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.tiny import write_model
 from tests.paths import ROOT
@@ -132,7 +132,7 @@ def test_hostile_folders_are_refused(bakery: Bakery, kind: str) -> None:
 @pytest.mark.parametrize("how", ["shrinks", "changes", "vanishes", "becomes a pipe"])
 def test_a_file_that_changes_while_it_is_sent(bakery: Bakery, how: str) -> None:
     weights = bakery.model / "tiny.gguf"
-    promised = b"GGUF" + bytes(4 << 20)
+    promised = gguf_of(bytes(4 << 20))
     weights.write_bytes(promised)
 
     class Meddling(Silent):
@@ -141,7 +141,7 @@ def test_a_file_that_changes_while_it_is_sent(bakery: Bakery, how: str) -> None:
                 case "shrinks":
                     os.truncate(weights, 1 << 20)
                 case "changes":
-                    weights.write_bytes(b"EVIL" + bytes(4 << 20))
+                    weights.write_bytes(gguf_of(b"e" * (4 << 20)))
                 case "vanishes" if weights.is_file():
                     weights.unlink()
                     weights.mkdir()
@@ -185,7 +185,7 @@ def test_a_layout_that_fails_on_the_way_leaves_nothing_beside_it(
     bakery: Bakery, tmp_path: Path
 ) -> None:
     weights, place = bakery.model / "tiny.gguf", tmp_path / "images"
-    weights.write_bytes(b"GGUF" + bytes(4 << 20))
+    weights.write_bytes(gguf_of(bytes(4 << 20)))
 
     class Meddling(Silent):
         def advance(self, done: int, total: int, unit: str) -> None:
