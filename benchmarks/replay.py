@@ -47,7 +47,7 @@ class Lacking:
     def find_spec(self, name, *_):
         if name == "vllm.platforms.cpu" and "{lacks}":
             import torch.cpu
-            torch.cpu.{lacks} = lambda: False
+            setattr(torch.cpu, "{lacks}", lambda: False)
 
 sys.meta_path.insert(0, Lacking())
 """

@@ -403,9 +403,10 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     wrong = tuple(one for one in found if one.excess > 0)
     count = len(wanted.questions)
     verdict: Verdict = "different" if wrong else "not shown" if why else "proven"
-    if wrong:
+    if wrong and wrong[0].numbers:
+        why = f"{len(wrong)} of {count} answers differ: {_NUMBERS_DIFFER}"
+    elif wrong:
         why = _ALL_DIFFER if len(wrong) > _HALF * count else _SOME_DIFFER
-        why = f"{len(wrong)} of {count} answers differ: {_NUMBERS_DIFFER}" * wrong[0].numbers or why
     return Replayed(
         verdict=verdict,
         questions=count,
