@@ -2,6 +2,9 @@
 
 https://cyclonedx.org/docs/1.6/json/
 
+Not 1.7: Dependency-Track (issue 5818) and Trivy (issue 10185) refused it in 2026. All that is
+written here is valid there, too.
+
 A base's are attached to it, or listed in its index.
 
 BuildKit writes them as statements, in a separate manifest that names its image:
