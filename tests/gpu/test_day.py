@@ -146,6 +146,33 @@ def test_a_pack_travels_in_pieces(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_pack_of_another_checkout_is_refused(tmp_path: Path) -> None:
+    packed = {**pack.pins(), "requirements.lock": "0" * 64}
+    (tmp_path / pack.PINS).write_text(json.dumps(packed))
+    (tmp_path / "pack.json").write_text(json.dumps({pack.PINS: pack.digest(tmp_path / pack.PINS)}))
+    with pytest.raises(SystemExit, match=r"for another checkout: requirements\.lock$"):
+        pack.check(tmp_path)
+
+
+def test_a_pack_says_which_of_the_cpus_figures_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is done is not done again; one that ran too long is named."""
+    done, late = Row("merge 1b", "passed"), Row("calibrate support-bot awq", "not run")
+    day.write(tmp_path / "cpu.json", {done.name: done})
+    asked = []
+
+    def attempt(words: list[object], *, check: bool) -> None:
+        asked.append(words[words.index("--part") + 1])
+        rows = day.read(tmp_path / "cpu.json")
+        made = late if asked[-1] == late.name else Row(str(asked[-1]), "passed")
+        day.write(tmp_path / "cpu.json", {**rows, made.name: made})
+
+    monkeypatch.setattr(pack.subprocess, "run", attempt)
+    assert pack.measure(tmp_path) == [late.name]
+    assert asked == [name for name in pack.MEASURED if name != done.name]
+
+
 def test_a_pack_without_torch_says_so_and_an_engine_why_it_is_not_in_it(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     (tmp_path / "engines").mkdir()
