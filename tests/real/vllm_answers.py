@@ -14,7 +14,9 @@ import os
 import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", TORCH_COMPILE_DISABLE="1",
-                  VLLM_ENABLE_V1_MULTIPROCESSING="0")  # fmt: skip
+                  VLLM_ENABLE_V1_MULTIPROCESSING="0",
+                  VLLM_CPU_INT4_W4A8="0")  # fmt: skip
+# The last as images have it: else vLLM rounds the inputs of 4-bit weights on CPUs with AMX.
 
 from pathlib import Path
 
