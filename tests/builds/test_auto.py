@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TinyBuild
+from tests.fakes.real_registries import real_registry
 from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
@@ -39,6 +40,31 @@ def test_an_image_is_chosen_and_proven(
     assert record["scores"]["merged"]["carried"] == 8
     assert record["stages"]["merge"]["cached"]
     assert record["stages"]["reference"]["cached"]
+
+
+@pytest.mark.full
+@pytest.mark.registry
+def test_the_fastest_is_measured_and_published(
+    tiny_build: TinyBuild, shared_store: Path, tmp_path: Path
+) -> None:
+    with real_registry(tmp_path) as host:
+        told: Any = weightsmith(
+            "build", *AUTO, "--set", "auto.prefer=speed", "--dist", tmp_path / "dist",
+            "--set", f"image.repository={host}/team/tiny", "--push", store=shared_store,
+        )  # fmt: skip
+        built = told["targets"]["auto"]
+        weightsmith("inspect", f"{host}/team/tiny@{built['digest']}")  # it is there
+    record = json.loads((Path(built["report"]).parent / "build.json").read_text())
+    rows = record["auto"]["candidates"]
+    (chosen,) = (row for row in rows if not row["left"])
+
+    assert (built["verdict"], record["auto"]["prefer"]) == ("passed", "speed")
+    assert record["image"]["digest"] == built["digest"]
+    # What was measured and is slower, or may at most be slower, gave way.
+    assert chosen["speed"] > 0
+    for row in rows:
+        untried = row["left"] == "not tried: a faster one is proven"
+        assert not untried or chosen["speed"] >= row.get("speed", row["foreseen_speed"])
 
 
 def test_twelve_questions_prove_nothing(tmp_path: Path) -> None:
