@@ -13,7 +13,7 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.models.facts import Packing, read_facts
-from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers import formats, of_format, quantizers
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.checkpoints import integers_config
 from weightsmith.quantizers.layerwise.quantizing import Grid, best_grid, packed_integers, quantize
@@ -21,6 +21,7 @@ from weightsmith.quantizers.low_bits import BITS
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.running import ProgramSettings
+from weightsmith.worker.jobs import _quantizer
 
 from tests.unit.quantizers.conftest import make_any, model_of
 
@@ -57,6 +58,11 @@ def test_a_grid_has_the_values_of_its_bits(bits):
     assert (int(codes.min()), int(codes.max())) == (0, 2**bits - 1)
     whole = weight.abs().reshape(8, -1, GROUP).amax(-1) / ((2**bits - 1) / 2)
     assert torch.equal(grid.scale, whole.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", quantizers())
+def test_a_job_finds_its_quantizer_by_the_name_of_its_file(name):
+    assert _quantizer(name) == quantizers()[name]
 
 
 def made(tmp_path, name, keep=(), architecture="LlamaForCausalLM"):

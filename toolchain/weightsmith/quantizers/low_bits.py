@@ -39,7 +39,7 @@ def _steps(request: QuantizeRequest) -> tuple[BuilderCommand]:
 
 
 QUANTIZER = Quantizer(
-    name="low-bits",
+    name="low_bits",
     builder="merge",
     formats=tuple(
         Format(name=name, kind="compressed-tensors", bits_per_weight=bits + 0.13)
