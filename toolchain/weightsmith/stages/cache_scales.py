@@ -28,7 +28,6 @@ from weightsmith.core.values import (
     JsonValue,
     Sources,
     StageInputs,
-    Stream,
     Tree,
     Writable,
     canonical,
@@ -42,6 +41,7 @@ from weightsmith.quantizers.checkpoints import with_cache_scheme
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
+from weightsmith.steps.beside import BesideTree
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.sizes import calibration_memory
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
@@ -88,7 +88,7 @@ def stored(measured: Mapping[str, JsonValue], weights: Tree, tools: Tools) -> Tr
         return None
     scales = read_json(found.tree.path(_SCALES))
     scaled = tools.store.find(_written(weights.digest, scales).key)
-    return _ScaledTree(scaled.tree, weights) if scaled else None
+    return _beside(scaled.tree, weights) if scaled else None
 
 
 def _written(artifact: Digest, scales: Mapping[str, JsonValue]) -> StageInputs:
@@ -99,45 +99,10 @@ def _written(artifact: Digest, scales: Mapping[str, JsonValue]) -> StageInputs:
     )
 
 
-class _ScaledTree(Tree):
-    """The files of one tree beside the weights of another, which are not fetched for that."""
-
-    __slots__ = ("_scaled", "_weights")
-    _scaled: Tree
-    _weights: Tree
-
-    def __init__(self, scaled: Tree, weights: Tree) -> None:
-        files = [*scaled.files, *(one for one in weights.files if _is_weight(one.path))]
-        object.__setattr__(self, "_scaled", scaled)
-        object.__setattr__(self, "_weights", weights)
-        object.__setattr__(self, "files", tuple(sorted(files, key=lambda one: one.path)))
-        object.__setattr__(self, "places", {})
-
-    def __repr__(self) -> str:
-        return f"_ScaledTree({len(self.files)} files)"
-
-    def _of(self, name: str) -> Tree:
-        return self._scaled if self._scaled.has(name) else self._weights
-
-    @property
-    def root(self) -> Path:
-        return self._scaled.root
-
-    @property
-    def texts(self) -> Path:
-        return self._scaled.texts
-
-    def path(self, name: str) -> Path:
-        return self._of(name).path(name)
-
-    def source(self, name: str) -> Path | Stream:
-        return self._of(name).source(name)
-
-    def header(self, name: str) -> Path:
-        return self._of(name).header(name)
-
-    def mode(self, name: str) -> int:
-        return self._of(name).mode(name)
+def _beside(scaled: Tree, weights: Tree) -> Tree:
+    """Return the files with scales beside the weights, which are not fetched for that."""
+    names = [one.path for one in weights.files if _is_weight(one.path)]
+    return BesideTree(scaled, weights, {name: name for name in names if not scaled.has(name)})
 
 
 def _measured(checkpoint: Checkpoint, texts: Texts, tools: Tools, folder: Path) -> JsonValue:
@@ -283,7 +248,7 @@ class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
         scales: Mapping[str, list[float]] = measured.value
         stage = _written(artifact.digest, scales)
         made = to.files(lambda: stage, partial(_write, artifact.tree, scales))
-        found = replace(artifact, tree=_ScaledTree(made.tree, artifact.tree))
+        found = replace(artifact, tree=_beside(made.tree, artifact.tree))
         return timer.done(found, cached=measured.cached and made.cached)
 
     def _missing(self, model: ModelFacts) -> str | None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import Artifact, Snapshot, Stream, Tree
+from weightsmith.core.values import Artifact, Snapshot, Tree
 from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import gguf_models
 from weightsmith.models.predicting import predicting_tensors
 from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.recipe.schema import Speculative
+from weightsmith.steps.beside import BesideTree
 from weightsmith.steps.sizes import ForeseenTree
 
 FOLDER = "draft"
@@ -108,64 +109,14 @@ def _tokens(path: Path) -> Mapping[str, int]:
     return found
 
 
-class _JoinedTree(Tree):
-    """A model's files, and below `draft/` another's."""
-
-    __slots__ = ("_draft", "_model", "_names")
-    _model: Tree
-    _draft: Tree
-    _names: Mapping[str, str]
-    """Path here -> path in the draft's own tree."""
-
-    def __init__(self, model: Tree, draft: Tree) -> None:
-        weights = gguf_models(file.path for file in draft.files)
-        names = {
-            f"{FOLDER}/{_NAMED if weights == [file.path] else file.path}": file.path
-            for file in draft.files
-        }
-        own = {file.path: file for file in draft.files}
-        files = [*model.files, *(replace(own[path], path=name) for name, path in names.items())]
-        object.__setattr__(self, "_model", model)
-        object.__setattr__(self, "_draft", draft)
-        object.__setattr__(self, "_names", names)
-        object.__setattr__(self, "files", tuple(sorted(files, key=lambda one: one.path)))
-        object.__setattr__(self, "places", {})
-
-    def __repr__(self) -> str:
-        return f"_JoinedTree({len(self.files)} files)"
-
-    def _of(self, name: str) -> tuple[Tree, str]:
-        inner = self._names.get(name)
-        return (self._draft, inner) if inner else (self._model, name)
-
-    @property
-    def root(self) -> Path:
-        return self._model.root
-
-    @property
-    def texts(self) -> Path:
-        return self._model.texts
-
-    def path(self, name: str) -> Path:
-        tree, inner = self._of(name)
-        return tree.path(inner)
-
-    def source(self, name: str) -> Path | Stream:
-        tree, inner = self._of(name)
-        return tree.source(inner)
-
-    def header(self, name: str) -> Path:
-        tree, inner = self._of(name)
-        return tree.header(inner)
-
-    def mode(self, name: str) -> int:
-        tree, inner = self._of(name)
-        return tree.mode(inner)
-
-
 def beside(model: Artifact, draft: Artifact) -> Artifact:
     """Return a model's files with the draft's below `draft/`."""
-    return replace(model, tree=_JoinedTree(model.tree, draft.tree))
+    weights = gguf_models(file.path for file in draft.tree.files)
+    names = {
+        f"{FOLDER}/{_NAMED if weights == [file.path] else file.path}": file.path
+        for file in draft.tree.files
+    }
+    return replace(model, tree=BesideTree(model.tree, draft.tree, names))
 
 
 def draft_path(draft: Artifact) -> str:
