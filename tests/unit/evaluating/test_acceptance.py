@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
-from weightsmith.evaluating.acceptance import Drafted, acceptance, drafted
+from weightsmith.evaluating.acceptance import Drafted, acceptance, drafted, last_length
 from weightsmith.evaluating.session import Answer, ServerSession
 from weightsmith.serving import engines
 
@@ -53,6 +53,23 @@ def test_a_server_without_them_says_so() -> None:
     assert acceptance(None, Drafted()) == "the server counts no drafts"
 
 
+SGLANG = """# TYPE sglang:spec_accept_length gauge
+sglang:spec_accept_length{model_name="m",tp_rank="0"} 2.5
+sglang:spec_accept_length{model_name="m",tp_rank="1"} 3.5
+sglang:spec_accept_length{model_name="m",tp_rank="2"} 0.0
+"""
+"""As srt/observability/metrics_collector.py of SGLang registers it; 0 before the first draft."""
+
+
+def test_sglang_has_a_gauge_of_its_latest_steps_alone() -> None:
+    def told(text: str) -> str:
+        server = cast("ServerSession", cast("Any", Server(text)))
+        return last_length(server, engines()["sglang"].draft_length)
+
+    assert told(SGLANG) == "3.00 tokens a step in the latest steps, by its own gauge"
+    assert told("") == told(LLAMA_CPP) == "the server measured no drafts"
+
+
 def test_what_was_drafted_in_between_is_told() -> None:
     before = Drafted(steps=2, tokens=8, accepted=1)
     after = Drafted(steps=22, tokens=88, accepted=61)
@@ -60,5 +77,5 @@ def test_what_was_drafted_in_between_is_told() -> None:
     assert found == "60 of 80 drafted tokens were accepted (75%): 4.00 tokens a step"
     few = acceptance(before, Drafted(steps=22, tokens=88, accepted=3))
     assert few.startswith("2 of 80 drafted tokens were accepted (2%)")
-    assert "compare the speed" in few
+    assert "`bench` says if they pay" in few
     assert acceptance(before, before) == "nothing was drafted for the questions"

@@ -145,9 +145,14 @@ def test_a_draft_with_more_rows_than_the_engine_takes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("target", "method", "options", "why"),
     [
-        ("trtllm", "ngram", {}, "has no method ngram"),
-        ("tgi", "ngram", {}, "has no method ngram"),
-        ("llamacpp-q4_k_m", "mtp", {}, "has no method mtp; it has draft, ngram"),
+        (
+            "trtllm",
+            "ngram",
+            {},
+            "method ngram is not planned for TensorRT-LLM here; nor is another",
+        ),
+        ("tgi", "ngram", {}, "method ngram is not planned"),
+        ("llamacpp-q4_k_m", "mtp", {}, "mtp is not planned for llama.cpp.* here; draft, ngram are"),
         ("vllm", "mtp", {"config": GLM}, "states no layers for further tokens"),
         ("vllm", "mtp", {"config": LLAMA_8B}, "states no layers for further tokens"),
         (

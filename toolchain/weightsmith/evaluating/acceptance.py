@@ -40,17 +40,34 @@ def drafted(session: ServerSession, names: Sequence[str]) -> Drafted | None:
 
     None if it has none. Raises what the session raises for a server that does not answer.
     """
-    answer = session.try_get("/metrics")
-    found = dict.fromkeys(names, -1.0)
+    found = _samples(session, names)
+    if not names or not all(found.values()):
+        return None
+    # One for each of the server's engines.
+    steps, tokens, accepted = (int(sum(found[name])) for name in names)
+    return Drafted(steps=steps, tokens=tokens, accepted=accepted)
+
+
+def last_length(session: ServerSession, name: str) -> str:
+    """Return what a server's gauge says of its latest steps with drafts.
+
+    Raises what the session raises for a server that does not answer.
+    """
+    found = [value for value in _samples(session, [name])[name] if value > 0]
+    if not found:
+        return "the server measured no drafts"
+    return f"{sum(found) / len(found):.2f} tokens a step in the latest steps, by its own gauge"
+
+
+def _samples(session: ServerSession, names: Sequence[str]) -> dict[str, list[float]]:
+    """Return all values of these metrics at /metrics, by name."""
+    answer, found = session.try_get("/metrics"), {name: list[float]() for name in names}
     for line in answer.text.splitlines() if answer.status == 200 else ():
         sample = _SAMPLE.match(line)
-        if sample and sample["name"] in found:  # one for each of the server's engines
+        if sample and sample["name"] in found:
             with suppress(ValueError):  # a line that was cut off
-                found[sample["name"]] = max(0.0, found[sample["name"]]) + float(sample["value"])
-    if not names or min(found.values()) < 0:
-        return None
-    steps, tokens, accepted = (int(found[name]) for name in names)
-    return Drafted(steps=steps, tokens=tokens, accepted=accepted)
+                found[sample["name"]].append(float(sample["value"]))
+    return found
 
 
 def acceptance(before: Drafted | None, after: Drafted | None) -> str:

@@ -219,6 +219,8 @@ class Engine:
     """Methods of `serve.speculative` that it has."""
     draft_counters: tuple[str, ...] = ()
     """Prometheus counters of steps with drafts, of drafted and of accepted tokens; () for none."""
+    draft_length: str = ""
+    """Prometheus gauge of the tokens of a step, of an engine without such counters."""
     undrafted: tuple[Mapping[str, str], tuple[str, ...]] = field(default_factory=lambda: ({}, ()))
     """Environment and further arguments that start an image without its drafts; both empty where
     nothing does."""

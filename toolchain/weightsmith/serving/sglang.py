@@ -259,6 +259,7 @@ ENGINE = Engine(
     probe_seconds=25,
     has_parsers=True,
     speculates=frozenset(_ALGORITHMS),
+    draft_length="sglang:spec_accept_length",  # srt/observability/metrics_collector.py
     image_files={CONFIG_FILE: "sglang.yaml"},
     support=_SUPPORT,
     support_versions={"gpu": "0.5.23"},

@@ -62,9 +62,10 @@ def check_speculation(
     Raises InputRefused, and UsageError where `serve.extra` has options of it, too.
     """
     if speculation.method not in known:
-        has = f"it has {', '.join(sorted(known))}" if known else "none is planned for it here"
+        has = f"{', '.join(sorted(known))} are" if known else "nor is another"
         raise InputRefused(
-            f"serve.speculative: {engine} has no method {speculation.method}; {has}",
+            f"serve.speculative: method {speculation.method} is not planned for {engine} here;"
+            f" {has}",
             hint="choose another method, or build this target by a recipe of its own",
         )
     if model.task.kind != "generate":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Artifact, Digest, JsonValue, StageInputs, canonical, key_of
-from weightsmith.evaluating.acceptance import acceptance, drafted
+from weightsmith.evaluating.acceptance import acceptance, drafted, last_length
 from weightsmith.evaluating.candidacy import (
     Candidacy,
     LargerThanForeseen,
@@ -311,6 +311,8 @@ def _ask(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
             _answers(evaluation, question, session, tools)
         if counters:
             smoke.check("drafts", session, lambda: acceptance(before, drafted(session, counters)))
+        elif evaluation.drafts and engine.draft_length:
+            smoke.check("drafts", session, lambda: last_length(session, engine.draft_length))
         _replay(evaluation, session, tools)
         check_life(smoke, session.endpoint, promise, POOLING if pools else None)
     InStore(tools.store).files(
