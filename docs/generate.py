@@ -50,7 +50,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS, GPUS, Gpu
-from weightsmith.serving.pooling import LLAMACPP_PAIRS, VLLM_CLASSES
+from weightsmith.serving.pooling import LLAMACPP_BY_TOKENS, LLAMACPP_PAIRS, VLLM_CLASSES
 
 K = TypeVar("K")
 
@@ -459,7 +459,7 @@ def _architectures() -> Iterator[str]:
     yield "\nDecoders are those that generate text above, as `ForCausalLM` or `Model` with a `modules.json`, or with a head of their own. Vectors are pooled by mean, cls or the last token: no engine has sentence-transformers' other ways (max, weighted means, several joined). vLLM also computes Dense modules behind that, if their folder has `model.safetensors`. SGLang, TensorRT-LLM and TGI are planned for chats alone. Such models get no importance matrix and no quality gate; of packed formats, decoders that give vectors have those above.\n"
     yield "\n## What no target serves\n"
     yield "`plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
-    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above, such as DistilBERT's classifiers;\n- rerankers by the logits of two tokens, as sentence-transformers saves Qwen3-Reranker (as `ForSequenceClassification` with one label they are served);\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
+    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that fill gaps, mark answers or hear, and classes that are not in the table above, such as DistilBERT's classifiers;\n- rerankers by the logit of one token, or of two of another class than `Qwen3ForCausalLM` (as `ForSequenceClassification` with one label they are served);\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
     yield "vLLM knows these of the last two kinds:\n"
     yield "| no plan, because it | architectures |\n|---|---|"
     yield from (
@@ -471,9 +471,11 @@ def _architectures() -> Iterator[str]:
 def _pooled() -> Iterator[str]:
     """Yield the rows of the table of models that do not chat."""
     vectors = "BertModel, DistilBertModel, ModernBertModel, RobertaModel, XLMRobertaModel, decoders"
+    by_tokens = ", ".join(sorted(LLAMACPP_BY_TOKENS))
+    pairs = f"{', '.join(sorted(LLAMACPP_PAIRS))}; by two tokens (LogitScore) {by_tokens}"
     rows: tuple[tuple[str, Kind, str], ...] = (
         ("vectors", "embed", vectors),
-        ("scores of pairs (one label)", "classify", ", ".join(sorted(LLAMACPP_PAIRS))),
+        ("scores of pairs (one label)", "classify", pairs),
         ("labels of texts", "classify", ""),
         ("labels of tokens", "token-classify", ""),
     )

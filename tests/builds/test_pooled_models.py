@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from weightsmith.building.wiring import open_tools
@@ -23,7 +24,7 @@ from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.models.task import read_task
 from weightsmith.recipe.user_config import RunOptions
 
-from tests.fakes import encoders
+from tests.fakes import encoders, pooled_models, token_rerankers
 from tests.fakes.encoders import TEXTS, adapted, mean_vectors
 from tests.fakes.started import weightsmith
 
@@ -176,3 +177,43 @@ def test_a_head_lands_in_the_checkpoint_with_its_labels(tmp_path: Path) -> None:
         "validate", "--base", base, "--adapter", tmp_path / "adapter", "--merged", merged
     )
     assert not [one for one in told["findings"] if one["severity"] == "error"]
+
+
+@pytest.mark.full  # tests/unit/merging/test_pooled.py holds the reference
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reranker_by_two_tokens_scores_as_base_and_adapter(tmp_path: Path, tied: bool) -> None:
+    """With the model's own prompt and tokens; the suite asks the image what the adapter says."""
+    base = tmp_path / "base"
+    token_rerankers.written(base, tied=tied)
+    unmerged = token_rerankers.adapted(base, tmp_path / "adapter")
+    rows = []
+    for query in ("Who sleeps?", "Is it raining?", "When does the train leave?"):
+        said = token_rerankers.scores(unmerged, base, query, list(DOCUMENTS))
+        rows.append(
+            {"query": query, "documents": list(DOCUMENTS), "expected": int(np.argmax(said))}
+        )
+    pooled_models.write_lines(tmp_path / "pairs.jsonl", rows)
+    recipe = {
+        "name": "m", "base": {"source": str(base)},
+        "adapters": [{"source": str(tmp_path / "adapter")}],
+        "evaluate": {"data": "pairs.jsonl", "metric": "rerank", "max_drop": 0.2},
+        "targets": ["llamacpp-f16"],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    told = weightsmith(
+        "build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local",
+        "--dist", tmp_path / "dist", store=tmp_path / "store",
+    )["targets"]["llamacpp-f16"]  # fmt: skip
+    with asked(told["image"], 8080) as client:
+        body = {"model": "m", "query": QUERY, "documents": list(DOCUMENTS)}
+        answer = client.post("/v1/rerank", json=body).json()["results"]
+    found = {row["index"]: row["relevance_score"] for row in answer}
+    differences = np.array(token_rerankers.scores(unmerged, base, QUERY, list(DOCUMENTS)))
+
+    likely = np.array([found[n] for n in range(len(DOCUMENTS))])  # the softmax of two logits
+    assert np.abs(np.log(likely / (1 - likely)) - differences).max() < 0.05
+    assert np.ptp(differences) > 0.5, "documents are told apart"
+    record = json.loads((Path(told["report"]).parent / "build.json").read_text())
+    assert {who: one["score"] for who, one in record["scores"].items() if who != "base"} == {
+        "adapter": 1.0, "merged": 1.0, "image": 1.0,
+    }  # fmt: skip

@@ -18,6 +18,7 @@ from weightsmith.core.vectors import unpacked
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.ranking import score_labels, score_orders, score_sets, score_vectors
 from weightsmith.evaluating.replay_numbers import LABELS, TOKENS, reference_of
+from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.pooled import (
     PooledModel,
@@ -25,8 +26,10 @@ from weightsmith.merging.pooled import (
     pooled_answers,
     pooled_vectors,
 )
+from weightsmith.models.task import read_task
+from weightsmith.models.templates import pair_prompt
 
-from tests.fakes import pooled_models
+from tests.fakes import pooled_models, token_rerankers
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("query: ", "passage: ")
@@ -291,3 +294,37 @@ def test_a_base_without_the_head_is_refused_by_itself(trained):
     request = own("label", [text_of("user", "cat")], trained("classify") / "base")
     with pytest.raises(InputRefused, match=r"has no tensor classifier\."):
         pooled_answers({"base": request})
+
+
+DOCUMENTS = (
+    "It rains in Rome.",
+    "A cat sleeps on the mat, and snores.",
+    "Snow.",
+    "{query} {document}",
+)
+
+
+def test_scores_by_two_tokens_are_those_of_peft(tmp_path):
+    """With the prompt in plain words; sentence-transformers 6.2 gave the same by hand."""
+    base = tmp_path / "base"
+    token_rerankers.written(base)
+    unmerged = token_rerankers.adapted(base, tmp_path / "adapter")
+    question = Question(
+        messages=({"role": "user", "content": "Who sleeps?"},), plain=True, parts=DOCUMENTS
+    )
+    rows = pooled_answers(asked("relevance", [question], tmp_path, base=True))
+
+    expected = token_rerankers.scores(unmerged, base, "Who sleeps?", DOCUMENTS)
+    found = [float(one) for one in rows["adapter"][0]["answer"].split()]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert max(expected) - min(expected) > 0.1
+    assert rows["base"][0]["answer"] != rows["adapter"][0]["answer"]
+
+    sentence, tokenizer = read_task(base).sentence, load_tokenizer(base)
+    assert pair_prompt(tokenizer, sentence) == token_rerankers.worded("{query}", "{document}")
+    tokenizer.chat_template = tokenizer.chat_template.replace("first }}", "first | trim }}")
+    with pytest.raises(InputRefused, match="once each, as they are"):
+        pair_prompt(tokenizer, sentence)
+    long = Question(messages=question.messages, plain=True, parts=("snow " * 600,))
+    with pytest.raises(InputRefused, match="the end of its prompt would be cut off"):
+        pooled_answers(asked("relevance", [long], tmp_path))

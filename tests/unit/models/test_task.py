@@ -130,7 +130,6 @@ def test_ways_of_pooling(tmp_path, settings, mode):
     ("model_type", "last", "kind"),
     [
         ("CrossEncoder", "Transformer", "rerank"),
-        ("CrossEncoder", "LogitScore", "other"),
         ("SparseEncoder", "SpladePooling", "other"),
         ("SentenceTransformer", "Dropout", "embed"),
     ],
@@ -144,6 +143,41 @@ def test_other_models_of_sentence_transformers(tmp_path, model_type, last, kind)
 
     assert found.kind == kind
     assert kind != "rerank" or (found.labels, found.activation) == (("x",), "identity")
+
+
+@pytest.mark.parametrize(
+    ("scored", "tokens"),
+    [
+        ({"true_token_id": 9693, "false_token_id": 2152}, (9693, 2152)),
+        ({"true_token_id": 9454, "false_token_id": None}, None),
+        ({"true_token_id": 7, "false_token_id": 7}, None),
+        ({"true_token_id": True, "false_token_id": 0}, None),
+        ({"true_token_id": -1, "false_token_id": 0}, None),
+    ],
+)
+def test_rerankers_by_two_tokens(tmp_path, scored, tokens):
+    """As sentence-transformers 6.2 saves them; one with a single token is not served."""
+    said = {
+        "model_type": "CrossEncoder", "prompts": {"web": "Find."}, "default_prompt_name": "web",
+    }  # fmt: skip
+    begins = {"processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
+    write(
+        tmp_path,
+        {"architectures": ["Qwen3ForCausalLM"]},
+        modules=modules(("", "Transformer"), ("1_LogitScore", "LogitScore")),
+        config_sentence_transformers=said,
+        sentence_bert_config=begins,
+        **{"1_LogitScore__config": scored},
+    )
+    found = read_task(tmp_path)
+
+    assert (found.kind, found.tokens) == ("rerank" if tokens else "other", tokens)
+    assert found.sentence.begins_answer
+    assert found.sentence.pair("a", "b") == (
+        {"role": "system", "content": "Find."},
+        {"role": "query", "content": "a"},
+        {"role": "document", "content": "b"},
+    )
 
 
 TANH = "torch.nn.modules.activation.Tanh"

@@ -156,14 +156,26 @@ def test_what_an_engine_would_compute_otherwise_is_refused(target, config, sente
     assert re.search(says, f"{caught.value.message} {caught.value.hint}")
 
 
+TOKENS = {"modules": ("Transformer", "LogitScore"), "model_type": "CrossEncoder"}
+
+
+def test_a_reranker_by_two_tokens_is_served_by_llamacpp_alone():
+    """Its GGUF file has the prompt; vLLM puts one around the texts only if it is told."""
+    sentence = SentenceTransformers(**TOKENS, tokens=(9693, 2152))
+    plan = rendered("llamacpp-f16", QWEN, sentence).plan
+    assert plan.settings["reranking"] is True
+    with pytest.raises(InputRefused, match="puts a prompt around query and document") as caught:
+        rendered("vllm", QWEN, sentence)
+    assert "target llamacpp serves it" in caught.value.hint
+    llama = named("LlamaForCausalLM") | {"model_type": "llama"}
+    with pytest.raises(InputRefused, match="by two tokens of Qwen3ForCausalLM alone"):
+        rendered("llamacpp-f16", llama, sentence)
+
+
 @pytest.mark.parametrize("target", ["vllm", "llamacpp-f16"])
-def test_a_reranker_by_two_tokens_is_refused_and_the_way_to_serve_it_named(target):
-    """Engines put its prompt around the texts only if they are told, each in its own way."""
-    sentence = SentenceTransformers(
-        modules=("Transformer", "LogitScore"), model_type="CrossEncoder"
-    )
+def test_a_reranker_by_one_token_is_refused_and_the_way_to_serve_it_named(target):
     with pytest.raises(InputRefused, match="the logits of two tokens") as caught:
-        rendered(target, QWEN, sentence)
+        rendered(target, QWEN, SentenceTransformers(**TOKENS))
     assert "ForSequenceClassification with one label" in caught.value.hint
 
 

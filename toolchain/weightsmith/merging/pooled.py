@@ -30,7 +30,8 @@ from weightsmith.forward.network import Head, fill, skeleton_with_weights
 from weightsmith.forward.views import view_with_head
 from weightsmith.forward.walk import walk
 from weightsmith.merging.reference import Rows, Tokenizers, UnmergedModel, loading, speaker, weigh
-from weightsmith.models.task import MODULES, ModelTask, read_task
+from weightsmith.models.task import MODULES, ModelTask, SentenceTransformers, read_task
+from weightsmith.models.templates import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,12 +82,16 @@ class PooledModel(UnmergedModel):
     @property
     def head(self) -> Head:
         """What its network ends in."""
-        return Head(_CLASSES[self.pooled], self.task.labels)
+        return Head(self._class, self.task.labels)
+
+    @property
+    def _class(self) -> str:
+        return "AutoModelForCausalLM" if self.task.tokens else _CLASSES[self.pooled]
 
     @property
     def source(self) -> tuple[Path, str]:
         """The folder, whose matrices have another order in another network."""
-        return self.model, _CLASSES[self.pooled]
+        return self.model, self._class
 
     def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return the model with its weights in files; raise InputRefused if one is missing."""
@@ -177,6 +182,8 @@ def _tokens(
     text = text.lower() if sentence.lower_case else text
     most = min(_limits(one.subject, task, tokenizer), default=None)
     cut = {"truncation": most is not None, "max_length": most}
+    if task.tokens:
+        return [_pair(one.subject, tokenizer, sentence, text, d, most) for d in question.parts]
     offsets = one.subject.pooled == "word-labels"
     if offsets and not tokenizer.is_fast:
         raise InputRefused(
@@ -196,6 +203,27 @@ def _tokens(
             words = _word_starts(question.parts, made["offset_mapping"]) if offsets else ()
             found.append(_Text(ids=ids, types=types, words=words))
     return found
+
+
+def _pair(
+    subject: PooledModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentence: SentenceTransformers,
+    query: str,
+    document: str,
+    most: int | None,
+) -> _Text:
+    """Return the tokens of a pair as the chat template words it; InputRefused if too long."""
+    messages = sentence.pair(query, document)
+    text = render_chat(tokenizer, messages, answer=sentence.begins_answer)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if most is not None and len(ids) > most:
+        raise InputRefused(
+            f"a query and a document have {len(ids)} tokens, and {subject.model} reads {most}: the"
+            " end of its prompt would be cut off",
+            hint=f"shorten the document, or remove it: {document[:60]!r}",
+        )
+    return _Text(ids=ids, types=())
 
 
 def _limits(
@@ -342,6 +370,9 @@ def _read(
         )
     if takes(network, "use_cache"):
         given["use_cache"] = False
+    ends = torch.tensor(sorted({len(text.ids) - 1 for text in texts}))
+    if task.tokens and takes(network, "logits_to_keep"):  # of all places they would be gigabytes
+        given["logits_to_keep"] = ends
     before, config.pad_token_id = config.pad_token_id, filler
     try:
         with running():
@@ -349,6 +380,12 @@ def _read(
     finally:
         config.pad_token_id = before
     found = output[0] if pooled == "vectors" else output.logits
+    if task.tokens:
+        places = lengths - 1
+        if "logits_to_keep" in given:
+            places = torch.searchsorted(ends, places)
+        last = found[torch.arange(len(found)), places]
+        found = last[:, [task.tokens[0]]] - last[:, [task.tokens[1]]]
     if not bool(torch.isfinite(found[mask.bool()] if found.dim() == 3 else found).all()):
         raise ModelFails("what the model returns is not finite")
     if pooled == "vectors":

@@ -117,6 +117,10 @@ class SentenceTransformers:
     """Of a CrossEncoder's scores: the name of torch's class, such as `Sigmoid` or `Identity`."""
     dense: tuple[Dense, ...] = ()
     """In order; they follow the pooling."""
+    tokens: tuple[int, int] | None = None
+    """Of a LogitScore module: a pair's score is the logit of the first token less the second's."""
+    begins_answer: bool = False
+    """Whether the chat template that words a pair gets `add_generation_prompt`."""
     odd: str = ""
     """The first module that is not known, or not in its place; "" if there is none."""
 
@@ -124,6 +128,15 @@ class SentenceTransformers:
     def normalizes(self) -> bool:
         """Whether vectors are given the length 1."""
         return "Normalize" in self.modules
+
+    def pair(self, query: str, document: str) -> tuple[Mapping[str, JsonValue], ...]:
+        """Return the messages that the chat template of a model with `tokens` words a pair from."""
+        system = dict(self.prompts).get(self.default_prompt, "")
+        said = [("query", query), ("document", document)]
+        return tuple(
+            {"role": role, "content": text}
+            for role, text in ([("system", system), *said] if system else said)
+        )
 
 
 NO_SENTENCES = SentenceTransformers()
@@ -152,6 +165,11 @@ class ModelTask:
     def gives_sets(self) -> bool:
         """Whether a head decides on each label by itself, so that a text may have any number."""
         return self.problem == "multi_label_classification"
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """The true and the false token of a reranker without a head; None of any other model."""
+        return self.sentence.tokens if self.kind == "rerank" else None
 
 
 def read_task(folder: Path, adapter: Path | None = None) -> ModelTask:
@@ -206,7 +224,8 @@ def _of_files(config: Mapping[str, JsonValue], sentence: SentenceTransformers) -
     """Return the kind by sentence-transformers' files, else by the name of the class."""
     if sentence.model_type == "CrossEncoder":
         if "LogitScore" in sentence.modules:
-            return "other", BY_TOKENS
+            known = sentence.tokens and sentence.modules == ("Transformer", "LogitScore")
+            return "rerank" if known else "other", BY_TOKENS
     elif sentence.modules:
         known = sentence.model_type in {"", "SentenceTransformer"}
         does = "vectors" if known else f"the vectors of a {sentence.model_type}"
@@ -299,6 +318,7 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
     kinds: list[str] = []
     pooling: Mapping[str, JsonValue] = {}
     dense: list[Dense] = []
+    scored: Mapping[str, JsonValue] = {}
     odd = ""
     for row in rows:
         kind, path = (row.get("type"), row.get("path")) if isinstance(row, Mapping) else (None,) * 2
@@ -314,6 +334,8 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
             known = _dense(folder, path) if kind in _DENSE_TYPES else None
             dense += [known] if known else []
             odd = odd or ("" if known else "Dense")
+        elif kinds[-1] == "LogitScore":
+            scored = read_json(folder / path / "config.json")
     said = _object(folder / "config_sentence_transformers.json")
     bert = next((found for name in _SETTINGS if (found := _object(folder / name))), {})
     prompts, default = said.get("prompts"), said.get("default_prompt_name")
@@ -334,7 +356,22 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
         activation=_text(said.get("activation_fn")).rpartition(".")[2],
         dense=tuple(dense),
         odd=odd or _odd(kinds),
+        tokens=_tokens(scored),
+        begins_answer=_begins_answer(bert),
     )
+
+
+def _tokens(settings: Mapping[str, JsonValue]) -> tuple[int, int] | None:
+    """Return the two tokens of a LogitScore module; None of one that has a single token."""
+    ids = [settings.get(f"{word}_token_id") for word in ("true", "false")]
+    true, false = (one if type(one) is int and one >= 0 else None for one in ids)
+    return None if true is None or false is None or true == false else (true, false)
+
+
+def _begins_answer(settings: Mapping[str, JsonValue]) -> bool:
+    given = settings.get("processing_kwargs")
+    chat = given.get("chat_template") if isinstance(given, Mapping) else None
+    return isinstance(chat, Mapping) and chat.get("add_generation_prompt") is True
 
 
 def _odd(kinds: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import parse, read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
 from weightsmith.core.values import JsonValue
+from weightsmith.models.task import SentenceTransformers
 
 _PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
 """A loop over a message's content, which only a template for contents in parts has."""
@@ -143,6 +144,34 @@ def render_chat(
             f"{named} refused a conversation: {error}",
             hint=hint or "write the conversations in the form that the template expects",
         ) from None
+
+
+QUERY, DOCUMENT = "{query}", "{document}"
+"""What stands for the texts of a pair in a prompt, as llama.cpp's server has it."""
+
+
+def pair_prompt(tokenizer: Any, sentence: SentenceTransformers) -> str:
+    """Return the prompt of a reranker by two tokens, with QUERY and DOCUMENT in place of the texts.
+
+    Raises InputRefused for a chat template that does not write each text once, as it is.
+    """
+
+    def rendered(query: str, document: str) -> str:
+        return render_chat(tokenizer, sentence.pair(query, document), answer=sentence.begins_answer)
+
+    prompt, other = rendered(QUERY, DOCUMENT), rendered(" a\n", "B. ")
+    if (
+        prompt.count(QUERY) != 1
+        or prompt.count(DOCUMENT) != 1
+        or prompt.replace(QUERY, " a\n").replace(DOCUMENT, "B. ") != other
+    ):
+        raise InputRefused(
+            f"the chat template of {tokenizer.name_or_path} does not write a pair's query and"
+            " document once each, as they are, so that no server can",
+            hint="give the model the chat_template.jinja of its roles `query` and `document`,"
+            " without filters such as trim",
+        )
+    return prompt
 
 
 def is_named_template(name: str) -> bool:

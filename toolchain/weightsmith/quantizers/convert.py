@@ -37,10 +37,17 @@ from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_m
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
 from weightsmith.models.facts import read_facts
-from weightsmith.models.templates import VOCABULARY_FILES, gguf_template, render_chat
+from weightsmith.models.task import read_task
+from weightsmith.models.templates import (
+    VOCABULARY_FILES,
+    gguf_template,
+    pair_prompt,
+    render_chat,
+)
 from weightsmith.models.tensors import computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
+from weightsmith.quantizers.gguf_rows import is_stored, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,8 +225,9 @@ def _patch(model: Path) -> None:
     It may read files without data, and knows pre-tokenizers by `split_name`. It says which tokens
     begin and end a text as this model's users are served: it takes them from files that
     transformers may save without them. llama.cpp then goes by the kind of vocabulary, and its
-    server got one token more than the reference. A Qwen 3 is what its class says: it would become a
-    reranker, without its head for words, because of a folder's name or a heading of its README.md.
+    server got one token more than the reference. A Qwen 3 is what its files say: it would become a
+    reranker, without its head for words, because of a folder's name or a heading of its README.md;
+    and one that is a reranker would get the prompt of Qwen's own.
     """
     names = ("gguf", "gguf.utility", "conversion.base", "conversion.qwen")
     gguf, utility, base, qwen = (cast("Any", importlib.import_module(name)) for name in names)
@@ -241,8 +249,9 @@ def _patch(model: Path) -> None:
         with suppress(InputRefused):  # the converter reads more tokenizers than transformers
             chats = read_facts(model).task.kind == "generate"
             special.add_special_token |= added_tokens(load_tokenizer(model), chats=chats)
-        # It reads tokenizer_config.json before the newer file, which may be an adapter's.
-        if isinstance(special.chat_template, str):
+        # It reads tokenizer_config.json before the newer file, which may be an adapter's, and takes
+        # a template there that is null for none.
+        if special.chat_template is None or isinstance(special.chat_template, str):
             special.chat_template = gguf_template(model) or special.chat_template
         add(special, writer, quiet)
 
@@ -262,8 +271,42 @@ def _patch(model: Path) -> None:
 
     base.ModelBase.load_hparams = staticmethod(read_settings)
     qwen.Qwen3Model._is_qwen3_reranker = lambda _: False  # noqa: SLF001 - it has no other way
+    task = read_task(model)
+    if task.tokens:
+        prompt = pair_prompt(load_tokenizer(model), task.sentence)
+        _patch_reranker(gguf.GGUFWriter, qwen.Qwen3Model, task.tokens, prompt)
     stored.__init__, stored.mmap_bytes = initialize, data
     vocabulary.add_to_gguf, text_model.get_vocab_base_pre = add_to_gguf, by_hash_or_split
+
+
+def _patch_reranker(writer: Any, kind: Any, tokens: tuple[int, int], prompt: str) -> None:
+    """Let the converter take the rows of these tokens for a head, and write this prompt."""
+    add = writer.add_chat_template
+
+    def find(converted: Any) -> None:
+        converted.is_rerank = True
+        converted.is_tied_embeddings = converted.hparams.get("tie_word_embeddings", False)
+
+    def head(_: object, matrix: Any) -> object:
+        # Read here and now: what computes a part of a matrix would compute the whole one, which is
+        # then no longer read a few rows at a time.
+        columns = int(matrix.shape[-1])
+        if not is_stored(matrix, "F32", columns):
+            raise InputRefused(
+                "the matrix of the reranker's two tokens does not lie in the checkpoint as floats",
+                hint="give the model in 16 or 32 bits",
+            )
+        read = rows_of(matrix, "F32", columns)
+        torch: Any = importlib.import_module("torch")
+        return torch.cat([torch.from_numpy(read(token, token + 1)) for token in tokens])
+
+    def add_template(written: object, value: str | list[dict[str, str]]) -> None:
+        own = [{"name": "rerank", "template": prompt}]
+        add(written, value if isinstance(value, str) else own)
+
+    kind._is_qwen3_reranker, kind._find_rerank_config = lambda _: True, find  # noqa: SLF001
+    kind._get_cls_out_tensor = head  # noqa: SLF001
+    writer.add_chat_template = add_template
 
 
 def _as_published(config: dict[str, Any]) -> dict[str, Any]:

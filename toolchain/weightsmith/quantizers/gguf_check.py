@@ -38,6 +38,7 @@ _ONE_TO_ONE = frozenset(
     }
 )  # fmt: skip
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_RANK_HEAD = "cls.output.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _NEVER_QUANTIZED = frozenset({"position_embd.weight", "token_types.weight"})
 """Tables that llama-quantize leaves as they are (src/llama-quant.cpp)."""
@@ -210,7 +211,8 @@ def _check_guesses(read: GGUFModel) -> None:
 def _check_count(read: GGUFModel, names: set[str]) -> None:
     merged = {_EXPERT.sub(".experts.", name) for name in names}
     weights = {name for name in merged if not name.endswith(_NOT_WEIGHTS)}
-    written = sum(name not in _COMPUTED for name in read.tensors)
+    # A reranker's head are two rows of the matrix for words.
+    written = sum(name not in {*_COMPUTED, _RANK_HEAD} for name in read.tensors)
     # A tied head may be stored twice in the checkpoint and once in the file.
     untied = {name for name in weights if not name.endswith("lm_head.weight")}
     if names and written not in {len(weights), len(untied)}:

@@ -154,6 +154,9 @@ LLAMACPP_PAIRS = frozenset(
 )  # fmt: skip
 """Rerankers whose scores llama.cpp's server gives as transformers does (compared for all
 three)."""
+LLAMACPP_BY_TOKENS = frozenset({"Qwen3ForCausalLM"})
+"""Rerankers by the logits of two tokens that llama.cpp knows: its graph ends in the softmax of both
+for these alone (src/llama-graph.cpp, build_pooling)."""
 _NO_POOLER = (
     "leaves out BERT's pooler when it converts, and gives both texts of a pair the same type: its"
     " scores would be others"
@@ -170,8 +173,10 @@ def lacks_llamacpp(model: ModelFacts) -> str:
             return "makes vectors without the module Dense, which its modules.json lists"
         case "embed":
             return lacks_vectors(model)
-        case "rerank" if name in LLAMACPP_PAIRS:
+        case "rerank" if name in (LLAMACPP_BY_TOKENS if model.task.tokens else LLAMACPP_PAIRS):
             return ""
+        case "rerank" if model.task.tokens:
+            return f"scores pairs by two tokens of {', '.join(sorted(LLAMACPP_BY_TOKENS))} alone"
         case "rerank" if name == "BertForSequenceClassification":
             return _NO_POOLER
         case "rerank":
@@ -195,6 +200,8 @@ def lacks_vllm(model: ModelFacts) -> str:
     kind, name = model.task.kind, model.architecture
     if kind == "embed" and (why := lacks_vectors(model)):
         return why
+    if model.task.tokens:
+        return "puts a prompt around query and document only by settings that are not planned here"
     if is_known_decoder(name):
         return ""
     known = VLLM_CLASSES["classify" if kind == "rerank" else kind]

@@ -105,23 +105,28 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> PreTrainedTokeni
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Sequence[Message]], vocabulary: int
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Sequence[Message]],
+    vocabulary: int,
+    *,
+    chats: bool = True,
 ) -> list[list[int]]:
-    """Return token ids of the items, the last MOST_TOKENS of each; random without tokenizer."""
+    """Return token ids of the items, the last MOST_TOKENS of each; random without tokenizer.
+
+    The chat template of a model that does not chat has other roles, so it is left out.
+    """
     if tokenizer is None:
         draw = random.Random(0)  # noqa: S311 - nothing secret
         return [[draw.randrange(max(1, vocabulary)) for _ in range(24)] for _ in BUILT_IN]
+    worded = bool(tokenizer.chat_template) and chats
     texts = [
         render_chat(tokenizer, item, answer=True)
-        if tokenizer.chat_template
+        if worded
         else "\n".join(message["content"] for message in item)
         for item in items
     ]
     with doing(f"tokenizing the probes with the tokenizer of {tokenizer.name_or_path}"):
-        ids = [
-            list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
-            for text in texts
-        ]
+        ids = [list(tokenizer(text, add_special_tokens=not worded)["input_ids"]) for text in texts]
     # Keep the end of a prompt, where the answer begins.
     return [part[-MOST_TOKENS:] or [0] for part in ids]
 

@@ -191,7 +191,9 @@ def _model(request: ValidationRequest, findings: list[Finding]) -> Model:
     merged = read_facts(request.merged)
     if of_class(facts.architecture)[1]:  # transformers would load a part of it
         kind = facts.architecture
-    elif merged.task.kind != "generate":  # its adapters need not have a causal model's names
+    elif (
+        merged.task.kind != "generate" and not merged.task.tokens
+    ):  # its adapters need not have a causal model's names
         kind = f"{merged.architecture}, which {merged.task.does},"
     elif facts.encoder_decoder:
         kind = f"{facts.architecture or 'the model'}, an encoder with a decoder,"
@@ -220,7 +222,8 @@ def _probes(
             hint="validate a checkpoint that generates text",
         )
     size = int(head.weight.shape[0])
-    ids = probes.encode(expected, probes.choose(request.items), size)
+    chats = not read_facts(request.merged).task.tokens
+    ids = probes.encode(expected, probes.choose(request.items), size, chats=chats)
     highest = max(max(probe) for probe in ids)
     if highest >= model.get_input_embeddings().weight.shape[0]:
         message = f"the tokenizer produces token {highest}, which the merged model does not embed"
