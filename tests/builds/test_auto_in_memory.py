@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from weightsmith.api.commands.plan import table
+from weightsmith.building import choosing
 from weightsmith.building.record import BuiltTarget
 from weightsmith.cli.commands import _facts, _lines
 from weightsmith.core.devices import Devices
@@ -365,6 +366,20 @@ def test_the_best_of_several_engines_is_chosen(memory: Memory) -> None:
 
     assert left(again.auto) == [(SMALLEST, "evaluate"), ("vllm-awq", "")]
     assert again.target.engine.name == "vllm"
+
+
+def test_awq_is_tried_before_a_mix_of_about_its_size(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At equal size it loses less. Here, the sizes differ by 8 %."""
+    monkeypatch.setattr(choosing, "_ALIKE", 1.1)
+    suite = {"data": "a.jsonl", "max_drop": 0.2}
+    memory.use_vllm("auto", auto={"engine": "vllm"}, evaluate=suite)
+    found = memory.forecast()["auto"]["candidates"]
+    rows = {(row["target"], row["options"].get("bits")): row["left"] for row in found}
+
+    assert rows["vllm-awq", None] == ""
+    assert rows["vllm-mix", 5.0] == "about as large as vllm-awq, which is tried"
 
 
 def test_engines_of_one_size_differ_in_speed(memory: Memory) -> None:

@@ -7,10 +7,10 @@ stored too: a build that was interrupted goes on with the candidate at which it 
 
 Where speed is preferred, a candidate's price is the time of a token. For each token of one request,
 a decoder reads its weights once, so it writes at most bandwidth / bytes tokens per second (the
-memory roof of Williams, Waterman and Patterson, Roofline, CACM 52, 2009). By that bound candidates
-are ordered. A started one is measured, and waits behind all that may still be faster, as in
-best-first branch and bound; so the first that is proven is the fastest. No order changes an error
-rate, since it knows no answer.
+memory roof of Williams, Waterman and Patterson, Roofline, CACM 52, 2009; weights that fit the CPU's
+cache are read faster). By that bound candidates are ordered. A started one is measured, and waits
+behind all that may still be faster, as in best-first branch and bound; so the first that is proven
+is the fastest. No order changes an error rate, since it knows no answer.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from weightsmith.steps.tools import Tools
 _FIXED = ("bits", "size", "fit", "mix", "tensor_types")
 """Keys of `quantize` that say what `auto` is to find out."""
 _ALIKE = 1.04
-"""Of candidates whose sizes differ by less, the largest is tried: it loses least of them."""
+"""Of candidates whose sizes differ by less, one is tried."""
 _CHEAPER = {
     "size": "not tried: a smaller one is proven",
     "speed": "not tried: a faster one is proven",
@@ -207,12 +207,29 @@ def candidates_of(
     others += [replace(one, why_not="larger than auto.at_most") for one in made if one not in small]
     while small:
         group = [one for one in small if _alike(one, small[0])]
-        best = max(group, key=lambda one: one.price)
+        best = _loses_least(group)
         tried.append(best)
-        why = f"as large as {best.target.name}, or a little smaller"
+        why = f"about as large as {best.target.name}, which is tried"
         others += [replace(one, why_not=why) for one in group if one is not best]
         small = [one for one in small if one not in group]
     return (*tried, *others)
+
+
+def _loses_least(alike: Sequence[Candidate]) -> Candidate:
+    """Return the largest of candidates of about one size, or its engine's that moves errors.
+
+    At equal size, AWQ and GPTQ lose a fraction of what vLLM's mix does, which rounds to the nearest
+    (benchmarks/README.md).
+    """
+    largest = max(alike, key=lambda one: one.price)
+    moving = [
+        one
+        for one in alike
+        if one.target.engine == largest.target.engine
+        and (name := one.target.format.name) in formats()
+        and of_format(name).compensated
+    ]
+    return max(moving, key=lambda one: one.price, default=largest)
 
 
 def _alike(one: Candidate, cheapest: Candidate) -> bool:
