@@ -174,6 +174,36 @@ def test_the_files_do_not_depend_on_the_checkpoints_own(tmp_path):
     assert one == three
 
 
+@pytest.mark.parametrize("spoiled", ["", "header", "end"])
+def test_what_is_cut_already_is_not_hashed_again(tmp_path, spoiled):
+    (first := tmp_path / "first").mkdir()
+    save_file(decoder(), first / SINGLE)
+    split = reshard(tree_of(first), at_most(LARGEST), plain)
+    (again := tmp_path / "again").mkdir()
+    for name, pieces in split.contents.items():
+        (again / name).write_bytes(b"".join(read_pieces(pieces)))
+    file = max(again.glob("*.safetensors"))
+    if spoiled == "header":
+        save_file(load_file(file), file, {"other": "metadata"})
+    elif spoiled == "end":
+        save_file({**load_file(file), "zzz": np.zeros(4, np.float32)}, file)
+        index = {**index_of(split), "zzz": file.name}
+        (again / INDEX).write_text(json.dumps({"weight_map": index}))
+    hashed: list[str] = []
+
+    def memo(key: str, make: Callable[[], str]) -> str:
+        hashed.append(key)
+        return make()
+
+    found = reshard(tree_of(again), at_most(LARGEST), memo)
+
+    for name, pieces in found.contents.items():
+        (entry,) = (one for one in found.tree.files if one.path == name)
+        data = b"".join(read_pieces(pieces))
+        assert (entry.size, entry.digest) == (len(data), Digest.of(data)), name
+    assert len(hashed) == (2 if spoiled else 1)  # the index, and what is spoiled
+
+
 def test_layers_that_stay_are_in_files_that_stay(tmp_path):
     """A kind that is larger than a file is cut between layers, in their order: 2 before 10."""
     limit = at_most(300_000)

@@ -149,8 +149,11 @@ def reshard(
     parts[INDEX] = (canonical({"metadata": metadata, "weight_map": weights}),)
     contents = {name: _content(tree, some) for name, some in parts.items()}
     digests = {file.path: file.digest for file in tree.files if file.path in listed}
+    sizes = {file.path: file.size for file in tree.files}
 
     def entry(name: str) -> FileEntry:
+        if whole := _whole(tree, parts[name], sizes):  # as in a base that is an image of ours
+            return FileEntry(path=name, size=sizes[whole], digest=digests[whole])
         data: list[Writable] = [
             Digest.of(part) if isinstance(part, bytes) else [digests[part[0]], *part[1:]]
             for part in parts[name]
@@ -303,6 +306,18 @@ def _content(tree: Tree, parts: _Parts) -> Pieces | Stream:
     if any(isinstance(tree.source(name), Stream) for name in names):
         return Stream(open=lambda: read_pieces(pieces()))
     return pieces()
+
+
+def _whole(tree: Tree, parts: _Parts, sizes: Mapping[str, int]) -> str:
+    """Return the file that consists of these parts already; "" if none does."""
+    match parts:
+        case (bytes() as header, (str() as name, int(start), int(size))):
+            if start == len(header) and start + size == sizes[name]:
+                with tree.header(name).open("rb") as file:
+                    return name if file.read(start) == header else ""
+        case _:
+            pass
+    return ""
 
 
 def _hashed(content: Pieces | Stream) -> str:
