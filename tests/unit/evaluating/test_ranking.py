@@ -124,6 +124,31 @@ def test_documents_are_ordered_by_cosine_whatever_their_length():
     assert [row["guess"] for row in found.per_item] == [pytest.approx(guess)] * 2
 
 
+@pytest.mark.parametrize("kind", ["", "cosine", "dot", "euclidean", "manhattan"])
+def test_documents_are_ordered_by_the_models_own_similarity(kind):
+    """Held against SciPy; sentence-transformers 6.2 has the same formulas."""
+    from scipy.spatial.distance import cdist
+
+    draw = np.random.default_rng(5)
+    rows = (draw.normal(size=(12, 3)) * draw.uniform(0.2, 5, (12, 1))).astype(np.float32)
+    vectors = [{"answer": packed(row)} for row in rows.tolist()]
+    corpus, queries = rows[2:].astype(float), rows[:2].astype(float)
+    wanted = {
+        "dot": queries @ corpus.T,
+        "euclidean": -cdist(queries, corpus, "euclidean"),
+        "manhattan": -cdist(queries, corpus, "cityblock"),
+    }.get(kind, 1 - cdist(queries, corpus, "cosine"))
+    items = [item(str(n), ["0"], grades=[("0", 1.0)]) for n in range(2)]
+
+    found = score_vectors(vectors, items, [(str(n), "…") for n in range(10)], 1, kind)
+
+    orders = [[int(place) for place in row["answer"].split()] for row in found.per_item]
+    assert orders == np.argsort(-wanted, kind="stable").tolist()
+    lost = [*vectors[:2], {"answer": "", "error": "HTTP 400"}, *vectors[3:]]
+    again = score_vectors(lost, items[:1] * 2, [(str(n), "…") for n in range(10)], 1, kind)
+    assert again.values == [0.0, 0.0]
+
+
 def test_a_document_without_a_vector_costs_its_own_queries_alone():
     queries = [item("1", ["x"], grades=[("x", 1.0)]), item("2", ["y"], grades=[("y", 1.0)])]
     lost = [*VECTORS[:2], {"answer": "", "error": "HTTP 400"}, *VECTORS[3:]]

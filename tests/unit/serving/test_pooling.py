@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from weightsmith.building.targets import all_targets
@@ -177,6 +178,16 @@ def test_a_reranker_by_one_token_is_refused_and_the_way_to_serve_it_named(target
     with pytest.raises(InputRefused, match="the logits of two tokens") as caught:
         rendered(target, QWEN, SentenceTransformers(**TOKENS))
     assert "ForSequenceClassification with one label" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["dot", "euclidean", "manhattan"])
+def test_vectors_whose_length_counts_are_not_served_with_another_length(kind):
+    own = SentenceTransformers(modules=("Transformer", "Pooling"), pooling="mean", similarity=kind)
+    assert rendered("vllm", BERT, own).plan.settings["pooler-config"]["use_activation"] is False
+    with pytest.raises(InputRefused, match=f"length 1, and this model compares them by {kind}"):
+        rendered("llamacpp-f16", BERT, own)
+    unit = replace(own, modules=("Transformer", "Pooling", "Normalize"))
+    assert rendered("llamacpp-f16", BERT, unit).plan.settings["pooling"] == "mean"
 
 
 def test_distilbert_gives_vectors_on_llamacpp_alone():

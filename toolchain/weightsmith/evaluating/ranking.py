@@ -146,11 +146,13 @@ def score_vectors(
     items: Sequence[Item],
     corpus: Sequence[tuple[str, str]],
     recall_at: int,
+    similarity: str = "",
 ) -> Score:
-    """Return the mean nDCG@10 of documents in the order of their cosine to each query.
+    """Return the mean nDCG@10 of documents in the order of their similarity to each query.
 
-    `answers` are the vectors of all queries, then of all documents. A document without a vector is
-    the last one, and the queries that it is relevant for get nothing.
+    It is sentence-transformers' (6.2, util/similarity.py): `dot`, `euclidean` or `manhattan`, else
+    the cosine. `answers` are the vectors of all queries, then of all documents. A document without
+    a vector is the last one, and the queries that it is relevant for get nothing.
     """
     answers = list(_of_one_length(answers))
     queries, documents = answers[: len(items)], answers[len(items) :]
@@ -163,20 +165,22 @@ def score_vectors(
     rows: list[dict[str, JsonValue]] = []
     found: list[float] = []
     alike = np.zeros(len(corpus))
-    for item, answer, cosines in zip(items, queries, _cosines(queries, documents), strict=True):
+    for item, answer, near in zip(
+        items, queries, _similarities(queries, documents, similarity), strict=True
+    ):
         gains = {places[key]: grade for key, grade in item.grades}
         why = answer.get("error") or next(
             (f"document {key}: {lost[key]}" for key, _ in item.grades if key in lost), None
         )
-        first = np.argsort(-cosines, kind="stable")[:_TOP]
+        first = np.argsort(-near, kind="stable")[:_TOP]
         row: dict[str, JsonValue] = {
             **_question(item),
             **{key: value for key, value in answer.items() if key != "answer"},
             "answer": "" if why else "\n".join(corpus[place][0] for place in first),
             **({"error": why} if why else {}),
         }
-        _grade(row, 0.0 if why else ndcg(cosines, gains), ndcg(alike, gains))
-        found.append(0.0 if why else recall(cosines, gains, recall_at))
+        _grade(row, 0.0 if why else ndcg(near, gains), ndcg(alike, gains))
+        found.append(0.0 if why else recall(near, gains, recall_at))
         rows.append(row)
     figures = {f"recall@{recall_at}": sum(found) / len(found)}
     score = _score("embedding", rows, figures)
@@ -202,24 +206,34 @@ def _of_one_length(answers: Sequence[Answer]) -> Iterator[Answer]:
             yield one
 
 
-def _cosines(queries: Sequence[Answer], documents: Sequence[Answer]) -> Iterator[np.ndarray]:
-    """Yield each query's cosine to all documents, in float64; -2 for what has no vector.
+def _similarities(
+    queries: Sequence[Answer], documents: Sequence[Answer], kind: str
+) -> Iterator[np.ndarray]:
+    """Yield each query's similarity to all documents, in float64; the least for no vector.
 
-    They are rounded to 9 digits, so that equal texts have equal cosines.
+    They are rounded to 9 digits, so that equal texts are equally similar.
     """
-    rows = _unit([*queries, *documents])
+    rows = _matrix([*queries, *documents], unit=kind in {"", "cosine"})
+    corpus = rows[len(queries) :]
     for query in rows[: len(queries)]:
-        yield np.nan_to_num(np.round(rows[len(queries) :] @ query, 9), nan=-2.0)
+        match kind:
+            case "euclidean":
+                found = -np.sqrt(((corpus - query) ** 2).sum(1))
+            case "manhattan":
+                found = -np.abs(corpus - query).sum(1)
+            case _:
+                found = corpus @ query
+        yield np.where(np.isnan(found), -np.inf, np.round(found, 9))
 
 
-def _unit(answers: Sequence[Answer]) -> np.ndarray:
-    """Return vectors of length 1 as rows, NaN for those that there are not."""
+def _matrix(answers: Sequence[Answer], *, unit: bool) -> np.ndarray:
+    """Return vectors as rows, of length 1 if `unit`; NaN for those that there are not."""
     vectors = [None if "error" in one else unpacked(str(one["answer"])) for one in answers]
     width = next((len(vector) for vector in vectors if vector is not None), 0)
     rows = np.full((len(vectors), width), np.nan)
     for row, vector in zip(rows, vectors, strict=True):
         if vector is not None:
-            row[:] = vector / np.linalg.norm(vector)
+            row[:] = vector / np.linalg.norm(vector) if unit else vector
     return rows
 
 

@@ -247,9 +247,12 @@ def score_task(
     answers: Answers,
     run: RunCommand,
     environment: Mapping[str, str] | None = None,
+    *,
+    similarity: str = "",
 ) -> Score:
     """Return the score of answers; metric `command` runs the user's program on them.
 
+    `similarity` is how the model's files say that vectors are compared; "" for the cosine.
     An answer on which the program fails or hangs is wrong, and `unjudged` says why. Raises
     CheckFailed for a program that fails on each, or prints no valid result.
     """
@@ -258,7 +261,9 @@ def score_task(
 
         match task.pooled:
             case "vectors":
-                return ranking.score_vectors(answers, task.items, task.corpus, task.recall_at)
+                return ranking.score_vectors(
+                    answers, task.items, task.corpus, task.recall_at, similarity
+                )
             case "relevance":
                 return ranking.score_orders(answers, task.items)
             case "label-set":

@@ -108,7 +108,8 @@ class SentenceTransformers:
     default_prompt: str = ""
     """The name of the one that is put before texts of no kind; "" for none."""
     similarity: str = ""
-    """cosine, dot, euclidean or manhattan; "" where it is not set, which is cosine."""
+    """How vectors are compared, which orders documents: cosine, dot, euclidean or manhattan; ""
+    where it is not set, which is cosine."""
     most_tokens: int = 0
     """Texts are cut off after so many tokens; 0 for the model's own length."""
     lower_case: bool = False

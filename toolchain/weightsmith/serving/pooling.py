@@ -24,6 +24,10 @@ POOLED = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 """sentence-transformers' ways of pooling that the engines have -> llama.cpp's name."""
 
 
+BY_LENGTH = frozenset({"dot", "euclidean", "manhattan"})
+"""sentence-transformers' similarities for which the length of a vector counts."""
+
+
 def keeps_cache(model: ModelFacts) -> bool:
     """Say whether a model keeps keys and values of what it read, as decoders do."""
     return model.task.kind == "generate" or not _ENCODERS.fullmatch(model.architecture)
@@ -171,6 +175,10 @@ def lacks_llamacpp(model: ModelFacts) -> str:
             return "is not known here to make vectors of this class"
         case "embed" if model.task.sentence.dense:
             return "makes vectors without the module Dense, which its modules.json lists"
+        case "embed" if (kind := model.task.sentence.similarity) in BY_LENGTH and not (
+            model.task.sentence.normalizes
+        ):
+            return f"gives every vector the length 1, and this model compares them by {kind}"
         case "embed":
             return lacks_vectors(model)
         case "rerank" if name in (LLAMACPP_BY_TOKENS if model.task.tokens else LLAMACPP_PAIRS):

@@ -492,8 +492,9 @@ class EvaluateStep(UnforeseenStep[Trial]):
                 tools.progress.warn(what)
         answers = [_answers(evaluation, question, None, tools) for question in questions]
         results = [question.result for question in questions]
+        similarity = evaluation.model.task.sentence.similarity
         scores = [
-            score_task(one.task.task, said, tools.command)
+            score_task(one.task.task, said, tools.command, similarity=similarity)
             for one, said in zip(results, answers, strict=True)
         ]
         for one, score in zip(results, scores, strict=True):

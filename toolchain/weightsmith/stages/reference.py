@@ -26,6 +26,7 @@ from weightsmith.evaluating.walks import (
     has_head,
     inputs,
     job_of,
+    model_task,
     once,
     planned_bytes,
     steps_of,
@@ -258,9 +259,13 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         timer = Timer(self.name, detail, tools)
         cached = not _missing(units, to) and not (joined and joined.ran)
         rows, results = _rows(units, to, tools), []
+        similarity = model_task(have[self.sources]).sentence.similarity
         for task, unit in zip(self.tasks, units, strict=True):
             answered = _answers_of(unit, rows).items()
-            scores = {name: score_task(task.task, one, tools.command) for name, one in answered}
+            scores = {
+                name: score_task(task.task, one, tools.command, similarity=similarity)
+                for name, one in answered
+            }
             results.append(Result(task=task, scores=scores))
         last = units[0][-1].name if units else ""  # base, adapter or merged
         judged = scored(results, last, [one.scores[last] for one in results])

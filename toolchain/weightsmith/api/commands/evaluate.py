@@ -33,7 +33,7 @@ from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.task import Task, ask_server, score_task, task_with
-from weightsmith.evaluating.walks import BUILDER, EvaluatedModel, check_fits, worded
+from weightsmith.evaluating.walks import BUILDER, EvaluatedModel, check_fits, model_task, worded
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
@@ -142,7 +142,8 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
         subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
         asks, to = worded(task, sources), Unkept(tools)
         answers = reference_answers({"model": subject}, asks, to, tools)["model"]
-        return score_task(task, answers, tools.command)
+        similarity = model_task(sources).sentence.similarity
+        return score_task(task, answers, tools.command, similarity=similarity)
     if task.pooled in {"label-set", "word-labels"}:
         raise UsageError(
             "a server does not name the labels of words, nor all labels of a text",
