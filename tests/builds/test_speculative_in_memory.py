@@ -167,6 +167,8 @@ def test_its_weights_and_cache_are_planned(drafted: Memory) -> None:
         for version in ("1.0.0", "2.0.0")
     ]
     without, with_ = plans
+    foreseen = drafted.forecast(*DRAFT)["serving"][TARGET]["settings"]
+    assert foreseen["spec-draft-model"] == with_["settings"]["spec-draft-model"]
     assert with_["kv_bytes_total"] == 2 * without["kv_bytes_total"]  # it has the same shape
     assert with_["weight_bytes"] > without["weight_bytes"]
     assert with_["overhead_bytes"] > without["overhead_bytes"]

@@ -65,6 +65,7 @@ from weightsmith.serving.speculation import check_speculation
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.destinations import is_written, write_files
+from weightsmith.steps.drafting import FILE as DRAFT_FILE
 from weightsmith.steps.drafting import FOLDER as DRAFT
 from weightsmith.steps.drafting import check_drafter, draft_path
 from weightsmith.steps.healthcheck import probes_replay, wants_probe
@@ -611,8 +612,9 @@ class _Drafting:
     """Below the model's folder."""
 
 
-def _drafting(seen: ForeseenWeights) -> _Drafting:
-    return _Drafting(model=seen.model, size=seen.weight_bytes, path=DRAFT)
+def _drafting(seen: ForeseenWeights, target: Target) -> _Drafting:
+    path = DRAFT_FILE if "gguf" in target.engine.accepts else DRAFT
+    return _Drafting(model=seen.model, size=seen.weight_bytes, path=path)
 
 
 def _with_draft(options: ServeOptions, draft: _Drafting | None, target: Target) -> ServeOptions:
@@ -666,7 +668,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
                 projector=projector_in(made) if made else expected_projector(target, weights.model),
                 parsers=seen[self.parsers],
                 notes=tuple(note for note in notes if note),
-                draft=_drafting(seen[self.draft]) if self.draft else None,
+                draft=_drafting(seen[self.draft], target) if self.draft else None,
             )
         except UsageError as error:
             if "plan" not in error.details:

@@ -19,8 +19,8 @@ from weightsmith.steps.sizes import ForeseenTree
 
 FOLDER = "draft"
 """Below the model's folder in the image."""
-_NAMED = "draft.gguf"
-"""One name for all, so that images of one draft share its layer."""
+FILE = f"{FOLDER}/draft.gguf"
+"""A GGUF file there: one name for all, so that images of one draft share its layer."""
 _ANOTHER = "choose a draft of the same family, or method ngram, which needs none"
 
 
@@ -113,7 +113,7 @@ def beside(model: Artifact, draft: Artifact) -> Artifact:
     """Return a model's files with the draft's below `draft/`."""
     weights = gguf_models(file.path for file in draft.tree.files)
     names = {
-        f"{FOLDER}/{_NAMED if weights == [file.path] else file.path}": file.path
+        FILE if weights == [file.path] else f"{FOLDER}/{file.path}": file.path
         for file in draft.tree.files
     }
     return replace(model, tree=BesideTree(model.tree, draft.tree, names))
@@ -124,4 +124,4 @@ def draft_path(draft: Artifact) -> str:
     files = gguf_models(file.path for file in draft.tree.files)
     if not files:
         return FOLDER
-    return f"{FOLDER}/{_NAMED if len(files) == 1 else files[0]}"
+    return FILE if len(files) == 1 else f"{FOLDER}/{files[0]}"
