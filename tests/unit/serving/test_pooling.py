@@ -200,7 +200,8 @@ def test_distilbert_gives_vectors_on_llamacpp_alone():
     for target in ("vllm", "llamacpp-f16"):
         with pytest.raises(InputRefused) as caught:
             rendered(target, head)
-        assert "no target serves it" in caught.value.hint
+        assert "no target serves it: train the adapter on a base" in caught.value.hint
+        assert "(Bert, ModernBert, Roberta, XLMRoberta)" in caught.value.hint
 
 
 def test_a_dense_module_is_vllms_alone():

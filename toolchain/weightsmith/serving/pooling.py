@@ -150,6 +150,15 @@ def vllm_settings(model: ModelFacts) -> dict[str, JsonValue]:
     return found
 
 
+def bases(model: ModelFacts) -> str:
+    """Return on which bases a head like a model's can be trained to be served; "" for no head."""
+    known = VLLM_CLASSES.get("classify" if model.task.kind == "rerank" else model.task.kind)
+    if model.task.kind == "embed" or model.task.tokens or not known:
+        return ""
+    names = ", ".join(sorted(name.partition("For")[0] for name in known))
+    return f": train the adapter on a base that target vllm serves with such a head ({names})"
+
+
 LLAMACPP_PAIRS = frozenset(
     {
         "ModernBertForSequenceClassification", "RobertaForSequenceClassification",

@@ -60,7 +60,7 @@ from weightsmith.serving.plan import (
     ServingConfig,
     ServingPlan,
 )
-from weightsmith.serving.pooling import ASKED
+from weightsmith.serving.pooling import ASKED, bases
 from weightsmith.serving.speculation import check_speculation
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
@@ -218,7 +218,7 @@ def _check_task(model: ModelFacts, engine: Engine, options: ServeOptions) -> Non
         return
     if why := engine.lacks(model):
         others = [one.name for one in engines().values() if not one.lacks(model)]
-        served = f"target {others[0]} serves it" if others else "no target serves it"
+        served = f"target {others[0]} serves it" if others else f"no target serves it{bases(model)}"
         raise InputRefused(
             f"{model.architecture} {task.does}: {engine.title} {why}",
             hint=f"{served}; {DONE_HERE}",
