@@ -61,7 +61,7 @@ def refused(folder: Path, command: str, words: dict[str, Any]) -> str:
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a base, an adapter and more, and two links that lead into the base."""
-    for variable in ("CACHE", "STORE"):
+    for variable in ("HOME", "STORE"):
         monkeypatch.setenv(f"WEIGHTSMITH_{variable}", str(tmp_path / variable))
     for name in ("base/sub", "base/empty", "adapter", "merged"):
         (tmp_path / name).mkdir(parents=True)
