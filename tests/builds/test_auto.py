@@ -18,6 +18,7 @@ AUTO = ("--recipe", TINY, "--target", "auto", "--set", "auto.engine=llamacpp", "
 pytestmark = pytest.mark.builders
 
 
+@pytest.mark.full  # test_auto_in_memory.py chooses one, the next test asks a real one
 @pytest.mark.slow
 def test_an_image_is_chosen_and_proven(
     tiny_build: TinyBuild, shared_store: Path, tmp_path: Path

@@ -27,6 +27,7 @@ def made(tmp_path_factory) -> tuple[Path, dict]:
     return out, dict(quantize(TINY / "base", out, "mix-compressed", options, texts=ROWS))
 
 
+@pytest.mark.full  # test_vllm_mix_in_memory.py
 def test_a_mix_is_within_its_budget_and_is_taken_again(made, tmp_path):
     out, details = made
     assert 7 < details["bits_per_weight"] <= 8

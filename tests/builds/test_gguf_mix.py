@@ -104,6 +104,7 @@ def test_what_is_found_out_late_is_refused_all_the_same(tmp_path, options, why):
         quantize(model, tmp_path / "out", "mix", {"imatrix": "walk", **options}, texts=ROWS)
 
 
+@pytest.mark.full
 def test_foreseen_losses_are_what_transformers_measures(tmp_path):
     """Each matrix alone is rounded in the whole model, whose divergence is then measured."""
     out = tmp_path / "out"

@@ -145,6 +145,7 @@ def test_it_is_nearly_that_of_llama_imatrix_and_read_as_such(tmp_path, config):
         assert far < CLOSE[config.model_type], f"{name}: {far}"
 
 
+@pytest.mark.full  # test_gguf_pass.py has the bytes of llama-quantize
 def test_a_file_made_with_it_is_llama_quantizes_own(tmp_path):
     ((middle,),) = converted(TINY / "base", tmp_path, "bf16")
     ours = walked(TINY / "base", tmp_path / "walk", ROWS)

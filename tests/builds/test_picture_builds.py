@@ -17,6 +17,7 @@ from tests.fakes.started import weightsmith
 TARGET = "llamacpp-f16"
 
 
+@pytest.mark.full  # test_pictures_in_memory.py
 @pytest.mark.builders
 @pytest.mark.slow
 def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_path: Path) -> None:

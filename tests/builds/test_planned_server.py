@@ -150,7 +150,7 @@ def running(request: Any, tmp_path_factory: Any) -> Iterator[Running]:
         yield Running(client, prompt_tokens(tokenizer, ITEM.messages, root))
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(7)
 def test_the_server_gets_the_references_tokens(running: Running) -> None:
     """The server keeps the tokens of its last prompt: all but one of the same ones are reused."""
     url = str(running.client.base_url)

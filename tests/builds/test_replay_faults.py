@@ -112,6 +112,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> KnownModel:
     )
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("variant", ["", "x86-64-v3"])
 @pytest.mark.parametrize("words", [("-t", "2"), ("-t", "1", "-b", "16", "-ub", "8")])
 def test_a_good_image_is_ready_however_it_is_started(

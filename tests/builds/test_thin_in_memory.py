@@ -55,6 +55,7 @@ def container(memory: Memory, tmp_path: Path) -> Container:
     return Container.of(files(memory, "vllm-thin"), tmp_path / "root")
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     "target",
     [

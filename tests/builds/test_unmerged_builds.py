@@ -120,6 +120,7 @@ def test_a_refused_adapter_is_named_and_those_before_it_are_kept(tmp_path):
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
+@pytest.mark.full  # test_unmerged_in_memory.py judges each
 def test_each_of_several_adapters_answers_its_own_task_on_a_quantized_base(tmp_path, shared_store):
     target = "llamacpp-q4_k_m-lora"
     recipe = TINY.with_name("recipe-two.yaml")

@@ -225,6 +225,7 @@ def test_an_image_is_loaded_and_compared(local, tmp_path: Path) -> None:
     assert "requests/s" in Path(written["html"]).read_text()
 
 
+@pytest.mark.full  # test_suites_in_memory.py asks one of both
 def test_a_choice_is_made_alike_by_checkpoint_and_image(local, tmp_path: Path) -> None:
     """llama.cpp's token-by-token likelihoods against transformers' forward, on 16-bit weights."""
     store, _, _ = local

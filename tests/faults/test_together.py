@@ -9,6 +9,7 @@ from tests.faults.workshop import Workshop
 pytestmark = pytest.mark.builders
 
 
+@pytest.mark.full  # the next test has three at once
 def test_the_same_recipe_twice_at_once(empty: Workshop, digest: str) -> None:
     """The work is done once; who comes second waits for it."""
     both = [empty.start_build("--dist", str(empty.folder / f"dist-{n}")) for n in (1, 2)]

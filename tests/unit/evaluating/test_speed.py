@@ -63,10 +63,10 @@ def test_the_interval_of_a_percentile_is_that_of_numpys_resampling():
 
 def test_the_interval_of_a_mean_is_the_exact_one_of_normal_rounds():
     """Rounds of one request and one second: tokens per second are a mean over rounds."""
-    chance, count, deviation = np.random.default_rng(3), 400, 25.0
+    chance, count, deviation = np.random.default_rng(3), 200, 25.0
     tokens = np.rint(chance.normal(1000.0, deviation, size=count)).astype(int)
     rounds = [Round((Sample(first=0.1, counted=int(one)),), 1.0) for one in tokens]
-    found = estimates(rounds, Bench(), resamples=3999)["tokens_per_s"]
+    found = estimates(rounds, Bench(), resamples=1999)["tokens_per_s"]
     half = 1.96 * tokens.std(ddof=1) / math.sqrt(count)
 
     assert found.value == pytest.approx(tokens.mean())

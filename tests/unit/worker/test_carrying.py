@@ -97,6 +97,7 @@ def least(row: Any) -> float:
     return min(map(float, row["margins"].split()))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("guess", [0.0, 0.05])
 def test_what_is_carried_over_is_what_asking_gives(
@@ -131,6 +132,7 @@ def test_what_is_carried_over_is_what_asking_gives(
         assert len(asked) == 2
 
 
+@pytest.mark.grid(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("largest", [1e-5, None])
 def test_all_are_asked_where_an_answer_breaks_the_bound_or_none_is_known(

@@ -66,6 +66,7 @@ def test_a_gguf_file_of_an_unsupported_architecture_is_not_asked(tmp_path: Path)
     assert found == {"skipped": why}
 
 
+@pytest.mark.grid(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [(), (TINY / "adapters" / "a",)], ids=["alone", "beside"])
 def test_answers_are_those_of_transformers_with_the_same_weights(

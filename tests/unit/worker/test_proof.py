@@ -105,6 +105,7 @@ def test_a_wrong_merge_is_found_though_its_answers_are_drafts(job: ProofJob) -> 
     assert any(DOWN in str(one) for one in found["validation"]["findings"])
 
 
+@pytest.mark.grid(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damaged", "check"),

@@ -58,6 +58,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.mark.grid(3)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(("architecture", "name"), CASES)
 def test_the_files_are_those_of_the_written_merge(
     tmp_path: Path, architecture: str, name: str
@@ -92,6 +93,7 @@ def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path: Path) -> 
         quantized(model, "nvfp4a16", computing(base, adapters, made), tmp_path / "scaled")
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     "architecture", ["Qwen3MoeForCausalLM", "Qwen2_5_VLForConditionalGeneration"]
 )
