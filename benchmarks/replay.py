@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,6 +103,8 @@ def vllm(model: Path, port: int) -> list[Start]:
         site = WORK / f"site {name}"
         site.mkdir(parents=True, exist_ok=True)
         (site / "sitecustomize.py").write_text(WITHOUT.format(lacks=lacks))
+        # Some machines add certificates to the certifi that Python finds: not to the store's.
+        shutil.copytree(packages / "certifi", site / "certifi", dirs_exist_ok=True)
         env["PYTHONPATH"] = f"{site}:{packages}"
     words = ("serve", str(model), "--served-model-name", NAME, "--port", str(port))
     words += ("--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager")
