@@ -168,7 +168,7 @@ def test_a_folder_of_gguf_alone_is_refused(memory: Memory, as_base: bool) -> Non
 
     with pytest.raises(InputRefused, match=r"has no (adapter_)?config\.json") as refused:
         memory.forecast()
-    assert "give what 'aikit-model-q4_k_m.gguf' was made from" in refused.value.hint
+    assert "what 'aikit-model-q4_k_m.gguf' was made from" in refused.value.hint
 
 
 def test_ollamas_form_comes_with_the_image(memory: Memory) -> None:

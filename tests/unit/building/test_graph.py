@@ -169,6 +169,7 @@ OTHER_MEANINGS = {
     ("fleets/payloads.py", "quantize"): "a section of the recipe",
     ("fleets/node.py", "dequantized"): "who answered",
     ("fleets/page.py", "dequantized"): "who answered",
+    ("fleets/payloads.py", "draft"): "a source",
     ("steps/drafting.py", "draft"): "a folder",
     ("steps/replays.py", "dequantized"): "who answered",
     ("stages/bake.py", "quality"): "a label",
