@@ -64,7 +64,7 @@ def memory(
         yield made
 
 
-@pytest.mark.grid(2)
+@pytest.mark.full  # tests/unit/quantizers has each format with experts
 def test_what_the_adapter_taught_survives_every_format(memory: Memory) -> None:
     built = memory.build()
 

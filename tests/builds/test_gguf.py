@@ -76,6 +76,7 @@ def test_parts_are_no_larger_than_asked_and_nothing_else_is_left(made):
     assert sorted(path.name for path in Path(made["out"]).iterdir()) == [p.name for p in files]
 
 
+@pytest.mark.full
 def test_a_type_that_cannot_be_read_back_is_not_measured(tmp_path):
     done = quantize(tmp_path / "t.gguf", "--format", "q1_0", "--allow-low-bits")
 

@@ -110,7 +110,7 @@ def test_of_a_model_that_sees_the_part_that_reads_becomes_a_file(tmp_path):
     assert measure(model, view, rows, 300, lambda *_: None).kl_mean < 1e-3
 
 
-@pytest.mark.grid(2)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, kind):
     """As beside an adapter: transformers 5 writes no tokenizer.model and no list of added tokens.

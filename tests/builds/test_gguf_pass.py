@@ -107,6 +107,7 @@ def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
     compare(model, tmp_path, str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.full
 def test_several_types_are_made_in_one_pass(tmp_path):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
     model = make_random(tmp_path / "model", config, TINY / "base")
