@@ -15,7 +15,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from weightsmith.building.wiring import open_tools
@@ -193,15 +192,10 @@ def test_a_reranker_by_two_tokens_scores_as_base_and_adapter(tmp_path: Path, tie
             {"query": query, "documents": list(DOCUMENTS), "expected": int(np.argmax(said))}
         )
     pooled_models.write_lines(tmp_path / "pairs.jsonl", rows)
-    recipe = {
-        "name": "m", "base": {"source": str(base)},
-        "adapters": [{"source": str(tmp_path / "adapter")}],
-        "evaluate": {"data": "pairs.jsonl", "metric": "rerank", "max_drop": 0.2},
-        "targets": ["llamacpp-f16"],
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    suite = {"data": "pairs.jsonl", "metric": "rerank", "max_drop": 0.2}
+    recipe = pooled_models.write_recipe(tmp_path, tmp_path, suite)
     told = weightsmith(
-        "build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local",
+        "build", "--recipe", recipe, "--runner", "local",
         "--dist", tmp_path / "dist", store=tmp_path / "store",
     )["targets"]["llamacpp-f16"]  # fmt: skip
     with asked(told["image"], 8080) as client:

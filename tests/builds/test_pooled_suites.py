@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from weightsmith.building.wiring import cache_folder
 
 from tests.fakes import pooled_models, pooled_xlm
@@ -23,15 +22,10 @@ def built(folder: Path, trained: Path, *settings: str) -> dict[str, Any]:
     pooled_models.write_lines(folder / "corpus.jsonl", pooled_models.corpus())
     pooled_models.write_lines(folder / "queries.jsonl", pooled_models.queries(40))
     suite = {"data": "queries.jsonl", "metric": "embedding", "corpus": "corpus.jsonl"}
-    recipe = {
-        "name": "finder", "base": {"source": str(trained / "base")},
-        "adapters": [{"source": str(trained / "adapter")}],
-        "evaluate": {**suite, "max_drop": 0.1}, "targets": ["llamacpp-f16"],
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = pooled_models.write_recipe(folder, trained, {**suite, "max_drop": 0.1})
     words = [word for setting in settings for word in ("--set", setting)]
     told = weightsmith(
-        "build", "--recipe", folder / "recipe.yaml", "--runner", "local", *words,
+        "build", "--recipe", recipe, "--runner", "local", *words,
         "--dist", folder / "dist", "--layout", folder / "layout", store=folder / "store",
     )  # fmt: skip
     report = Path(told["targets"]["llamacpp-f16"]["report"])
@@ -75,15 +69,10 @@ def test_the_image_orders_documents_as_base_and_adapter_do(tmp_path: Path) -> No
     """The adapter brings the head to an encoder that was saved alone, with its own vocabulary."""
     trained = pooled_xlm.made(cache_folder() / "trained")
     pooled_models.write_lines(tmp_path / "pairs.jsonl", pooled_models.candidates(60))
-    recipe = {
-        "name": "orders", "base": {"source": str(trained / "base")},
-        "adapters": [{"source": str(trained / "adapter")}],
-        "evaluate": {"data": "pairs.jsonl", "metric": "rerank", "max_drop": 0.05},
-        "targets": ["llamacpp-f16"],
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    suite = {"data": "pairs.jsonl", "metric": "rerank", "max_drop": 0.05}
+    recipe = pooled_models.write_recipe(tmp_path, trained, suite)
     told = weightsmith(
-        "build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local",
+        "build", "--recipe", recipe, "--runner", "local",
         "--dist", tmp_path / "dist", store=tmp_path / "store",
     )  # fmt: skip
     report = Path(told["targets"]["llamacpp-f16"]["report"])

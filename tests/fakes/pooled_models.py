@@ -135,6 +135,20 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
+def write_recipe(folder: Path, trained: Path, suite: dict[str, Any]) -> Path:
+    """Write the recipe of a GGUF image of the base and adapter in a folder; return its path."""
+    recipe = {
+        "name": "m",
+        "base": {"source": str(trained / "base")},
+        "adapters": [{"source": str(trained / "adapter")}],
+        "evaluate": suite,
+        "targets": ["llamacpp-f16"],
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe), "utf-8")  # which is YAML
+    return path
+
+
 def made(kind: str, cache: Path) -> Path:
     """Return a folder with `base` and `adapter`, trained once for the pins."""
     source = Path(__file__)

@@ -74,6 +74,23 @@ def test_a_file_that_changed_since_it_was_hashed_is_refused(tmp_path, kept):
     assert write_layout(image, tmp_path / "out") == digest
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Of the same size, so that only its digest or its times tell."""
+    (file := tmp_path / "w").write_bytes(b"weights" * 1_000_000)
+    layer = TarLayer(members=(Member.of_file("models/w", file),))
+    image = Image(layers=(layer,), settings={"os": "linux", "architecture": "amd64"})
+    assert image.digest
+
+    def change(*_: int) -> None:
+        with file.open("r+b") as open_file:
+            open_file.seek(-7, os.SEEK_END)
+            open_file.write(b"WEIGHTS")
+
+    with pytest.raises(InputRefused, match="changed while it was added"):
+        write_layout(image, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out/blobs/sha256" / layer.digest.hex).exists()
+
+
 def test_other_names_stay(folder, image, tmp_path):
     other = tiny_image(tmp_path / "model", annotations={"a": "b"})
     write_layout(other, folder, ref="other")
