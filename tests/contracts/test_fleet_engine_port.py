@@ -120,7 +120,7 @@ def test_closing_ends_what_runs(engine: FleetEngine, tmp_path: Path) -> None:
     begun, ended = tmp_path / "begun", tmp_path / "ended"
     engine.check("1")
     engine.submit([work(0, do="wait", begun=str(begun), ended=str(ended))])
-    until(begun.exists)
+    until(lambda: begun.exists() and begun.read_text())
     assert engine.running() == {"id0"}
 
     engine.close()
@@ -169,7 +169,7 @@ def test_ray_gives_a_task_back_whose_process_was_killed(ray: RayFleet, tmp_path:
     begun = tmp_path / "begun"
     ray.check("1")
     ray.submit([work(0, do="wait", seconds=5, begun=str(begun))])
-    until(begun.exists)
+    until(lambda: begun.exists() and begun.read_text())
     pid = int(begun.read_text())
     worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(worker, signal.SIGKILL)
