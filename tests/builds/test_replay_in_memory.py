@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -17,10 +18,20 @@ from weightsmith.api.commands.images import inspect_image
 from weightsmith.api.commands.prove import prove_image
 from weightsmith.api.commands.requests import ProveCommand
 from weightsmith.api.commands.verify import verify_image
+from weightsmith.api.results import Verification
+from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.ports import StartSpec
+from weightsmith.core.values import Blob, Digest
 from weightsmith.evaluating.replay import LARGEST
+from weightsmith.evaluating.replaying import Replayed, Verdict
 from weightsmith.oci.layout import read_layout
+from weightsmith.oci.registry import open_location
 from weightsmith.outside.signer import open_signer
+from weightsmith.provenance.proofs import ProofDevice, proof_of
+from weightsmith.provenance.sealing import attach_signed
+from weightsmith.provenance.statements import Statement
+from weightsmith.serving.plan import ServingPlan
 
 from tests.fakes.memory import Memory, write_rows
 from tests.fakes.replays import a_set
@@ -296,6 +307,86 @@ def test_without_a_proof_nothing_is_proven(built: Memory, tmp_path: Path) -> Non
         verify_image(layout(built), public, built.client, built.progress, proven_on=("cpu",))
 
 
+def proof(image: Blob, verdict: Verdict, when: datetime, device: str = "cpu") -> Statement:
+    """The summary of what a node would have shown."""
+    found = Replayed(verdict=verdict, questions=1, equal=1)
+    on = ProofDevice(name=device, model=f"{device} of a test")
+    return proof_of(image, "app", a_set(), on, found, {}, when)[1]
+
+
+@pytest.mark.parametrize("form", ["cosign", "bundle"])
+@pytest.mark.parametrize("later", ["proven", "different"])
+def test_of_two_proofs_that_disagree_the_newest_counts(
+    built: Memory, tmp_path: Path, later: Verdict, form: Any
+) -> None:
+    """In whichever order they are listed; one of another device says nothing."""
+    private, public = keys(tmp_path, "node")
+    place = open_location(layout(built), built.client)
+    image, now = place.image().manifest_blob, datetime.now(UTC)
+    sooner: Verdict = "different" if later == "proven" else "proven"
+    told = [
+        proof(image, later, now - timedelta(days=1)),
+        proof(image, sooner, now - timedelta(days=2)),
+        proof(image, "different", now, "nvidia-l4"),
+    ]
+    attach_signed(told, image, place, replace(open_signer(str(private)), format=form))
+
+    def verify() -> Verification:
+        return verify_image(
+            layout(built), None, built.client, built.progress, proven_on=("cpu",), proof_key=public
+        )
+
+    if later == "proven":
+        assert verify().checks[-1].ok
+        return
+    with pytest.raises(CheckFailed, match="cpu of a test: its answers were different"):
+        verify()
+
+
+def test_a_proof_of_another_image_or_of_both_shows_nothing_of_this_one(
+    built: Memory, tmp_path: Path
+) -> None:
+    """The device is the one that stands beside the image, whatever else the key has proven."""
+    private, public = keys(tmp_path, "node")
+    place = open_location(layout(built), built.client)
+    image, now = place.image().manifest_blob, datetime.now(UTC)
+    other = replace(image, digest=Digest.of(b"another image"))
+    gpu, cpu = proof(other, "proven", now, "nvidia-l4"), proof(image, "proven", now)
+    rows = [*gpu.document["subject"], *cpu.document["subject"]]
+    both = Statement({**gpu.document, "subject": rows})
+    attach_signed((gpu, both), image, place, open_signer(str(private)))
+
+    with pytest.raises(CheckFailed, match=r"nvidia-l4 +cpu of a test: another device$"):
+        verify_image(layout(built), public, built.client, built.progress, proven_on=("nvidia-l4",))
+
+
+def test_a_device_that_is_not_here_is_not_claimed(built: Memory) -> None:
+    with pytest.raises(UsageError, match="the image is started here, on Memory CPU 7"):
+        prove(built, device="nvidia-l4")
+    assert prove(built, device="cpu")["on"]["model"] == "Memory CPU 7"
+    cpu = Devices(cpu="Memory CPU 7", cpus=2, gpus=("NVIDIA L4",))
+    built.launcher.runs_on = cpu
+    on = prove(built)["on"]
+    assert (on["name"], on["model"]) == ("cpu", "Memory CPU 7"), "llama.cpp's image uses no GPU"
+
+
+def test_a_port_of_this_machine_may_lead_elsewhere(built: Memory, tmp_path: Path) -> None:
+    """As `kubectl port-forward` does: then this machine's names say nothing."""
+    out = tmp_path / "proof.jsonl"
+    with built.launcher.serve(layout(built), StartSpec(port=8080, env={})) as server:
+        prove(built, url=server.url, device="nvidia-l4", statement=out)
+    shown = json.loads(out.read_text().splitlines()[0])["predicate"]
+    assert (shown["device"]["name"], shown["device"]["model"]) == ("nvidia-l4", "")
+
+
+def test_an_image_for_a_gpu_does_not_answer_on_a_machine_without_one(
+    built: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proving, "plan_of", lambda _: ServingPlan(device="nvidia-l4", gpus=1))
+    with pytest.raises(UsageError, match="the server may be on another machine"):
+        prove(built, url="http://127.0.0.1:1", key="node.key")
+
+
 class Clock(datetime):
     """A clock that is a day ahead."""
 
@@ -356,7 +447,7 @@ def test_what_cannot_be_asked_is_said_before_anything_starts(built: Memory) -> N
         prove(built, image="")
     with pytest.raises(UsageError, match="--url needs --image or --replay"):
         prove(built, image="", url="http://127.0.0.1:1")
-    with pytest.raises(UsageError, match="the server is on another machine"):
+    with pytest.raises(UsageError, match="the server may be on another machine"):
         prove(built, url="http://192.0.2.1:1", key="node.key")
     assert "start" not in built.journal.events
 

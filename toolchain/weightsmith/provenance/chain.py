@@ -71,7 +71,7 @@ class Lineage:
             return statement.tree == self.made[kind]
         if kind in _OF_IMAGES or statement.predicate_type == TEST_RESULT:
             return statement.image in self.images
-        return self.images[0] in statement.subjects.values()
+        return self.images[0] in statement.digests
 
     def describe_unrelated(self, statement: Statement) -> str:
         """Describe the subject of a statement that is not about this image."""

@@ -200,31 +200,52 @@ def check_proven(
 ) -> Check:
     """Return whether a key signed that this image is proven on the wanted device.
 
-    What was found instead is said: nothing, another device, another key, no signature, a failed
-    proof, or one from a clock that is ahead.
+    Of several summaries the newest counts, since a new driver may answer otherwise than the one
+    before. What was found instead is said: nothing, another device, another key, no signature, a
+    failed proof, or one from a clock that is ahead.
     """
-    reasons = list[str]()
+    reasons, newest = list[str](), list[tuple[datetime, bool, str]]()
     for part in parts:
         try:
             read = read_statement(part, check)
         except InputRefused:
             continue
-        if read.predicate_type != VSA or image not in read.subjects.values():
+        if read.predicate_type != VSA or image not in read.digests:
             continue
-        device, fault = _device(read), _fault(read, wanted, now)
-        if not fault:
-            when = str(read.predicate.get("timeVerified"))
-            return Check(name=f"proven on {wanted}", ok=True, found=f"{device.model} at {when}")
-        reasons.append(f"{device.model or device.name or 'a device without a name'}: {fault}")
+        device = _device(read, image)
+        where, fault = device.model or device.name or "a device without a name", ""
+        differs = read.predicate.get("verificationResult") != "PASSED"
+        when, unknown = _time(read, now)
+        if not device.fits(wanted):
+            fault = "another device"
+        elif not read.signed:
+            fault = "not signed by this key"
+        elif differs:
+            # One without a time may be the newest.
+            newest.append((when or now, True, f"{where}: its answers were different"))
+        elif not _is_of_replay(read):
+            fault = "a summary of something else"
+        elif when is None:
+            fault = unknown
+        else:
+            newest.append((when, False, f"{where} at {read.predicate.get('timeVerified')}"))
+        reasons += [f"{where}: {fault}"] if fault else []
+    if newest:
+        _, differs, found = max(newest)
+        return Check(name=f"proven on {wanted}", ok=not differs, found=found)
     found = "; ".join(sorted(set(reasons))[:5]) or "no proof is attached"
     return Check(name=f"proven on {wanted}", ok=False, found=found)
 
 
-def _device(read: Statement) -> ProofDevice:
-    """Return the device that a summary is about."""
+def _device(read: Statement, image: Digest) -> ProofDevice:
+    """Return the device that a summary names beside an image."""
     rows = read.document.get("subject")
-    row = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
-    notes: Json = row.get("annotations")
+    named = (
+        row.get("annotations")
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict) and row.get("digest") == {"sha256": image.hex}
+    )
+    notes: Json = next(named, None)
     texts = {
         key: value[:200]
         for key, value in (notes.items() if isinstance(notes, dict) else ())
@@ -237,26 +258,22 @@ def _device(read: Statement) -> ProofDevice:
     )
 
 
-def _fault(read: Statement, wanted: str, now: datetime) -> str:
-    """Return why a summary does not show what is wanted; "" if it does."""
-    if not _device(read).fits(wanted):
-        return "another device"
-    if not read.signed:
-        return "not signed by this key"
+def _is_of_replay(read: Statement) -> bool:
     levels = read.predicate.get("verifiedLevels")
-    if read.predicate.get("verificationResult") != "PASSED":
-        return "its answers were different"
-    if not isinstance(levels, list) or LEVEL not in levels:
-        return "a summary of something else"
+    return isinstance(levels, list) and LEVEL in levels
+
+
+def _time(read: Statement, now: datetime) -> tuple[datetime | None, str]:
+    """Return when a summary was made; None and why if it does not say it, or cannot be right."""
     try:
         when = datetime.fromisoformat(str(read.predicate.get("timeVerified")))
     except ValueError:
-        return "it has no time"
+        return None, "it has no time"
     if when.tzinfo is None:
-        return "its time has no zone"
+        return None, "its time has no zone"
     if when > now + _SKEW:
-        return f"its time is ahead of this clock: {when.isoformat()}"
-    return ""
+        return None, f"its time is ahead of this clock: {when.isoformat()}"
+    return when, ""
 
 
 def check_wanted(wanted: Sequence[str], *, has_key: bool) -> None:

@@ -28,6 +28,7 @@ from weightsmith.provenance.evidence import (
     statement_parts,
 )
 from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.withdrawal import withdrawn_in
 
 _PREDICATE = "in-toto.io/predicate-type"
 _COSIGN = (
@@ -131,6 +132,11 @@ def unrelated_statements(parts: Sequence[AttachmentPart], image: Digest) -> list
     return [
         lineage.describe_unrelated(one) for one in stated if one.is_ours and not lineage.holds(one)
     ]
+
+
+def withdrawn_by(parts: Sequence[AttachmentPart], image: Digest) -> str | None:
+    """Return why statements, signed or not, withdraw the image; None if they do not."""
+    return withdrawn_in(_readable(parts), image)
 
 
 def only_held(held: Sequence[AttachmentPart], parts: Sequence[AttachmentPart]) -> int:

@@ -102,6 +102,13 @@ class Statement:
         return _digests(self.document.get("subject"))
 
     @property
+    def digests(self) -> frozenset[str]:
+        """The digests of all subjects, also of those that share a name."""
+        rows = self.document.get("subject")
+        one_each = map(_digests, ([row] for row in rows) if isinstance(rows, list) else ())
+        return frozenset(digest for found in one_each for digest in found.values())
+
+    @property
     def image(self) -> str:
         """The image that one of our statements is about; empty if there is none, or several.
 

@@ -56,7 +56,7 @@ def withdraws(told: Statement) -> bool:
 def withdrawn_in(stated: Iterable[Statement], image: str) -> str | None:
     """Return why statements withdraw an image, and since when; None if they do not."""
     for one in stated:
-        if one.predicate_type == WITHDRAWAL and image in one.subjects.values():
+        if one.predicate_type == WITHDRAWAL and image in one.digests:
             reason, when = one.predicate.get("reason"), one.predicate.get("withdrawnOn")
             said = reason if isinstance(reason, str) and reason else "no reason is stated"
             since = f" ({when[:20]})" if isinstance(when, str) and when else ""

@@ -17,16 +17,22 @@ from weightsmith.api.commands.verify import verify_image
 from weightsmith.api.results import Affected
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
-from weightsmith.core.values import Digest
+from weightsmith.core.values import Blob, Digest
+from weightsmith.oci import manifests
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing
-from weightsmith.provenance.evidence import read_attached, read_statement, statement_parts
+from weightsmith.provenance.evidence import (
+    Evidence,
+    read_attached,
+    read_statement,
+    statement_parts,
+)
 from weightsmith.provenance.origins import wanted
-from weightsmith.provenance.sealing import attach_signed
-from weightsmith.provenance.statements import TEST_RESULT, WITHDRAWAL
+from weightsmith.provenance.sealing import attach, attach_signed
+from weightsmith.provenance.statements import TEST_RESULT, WITHDRAWAL, Statement
 from weightsmith.provenance.withdrawal import failed_result, withdrawal
 
 from tests.fakes.baking import bake, make_key, push_base
@@ -192,6 +198,56 @@ def test_a_signed_withdrawal_moved_to_another_image_does_not_count(scene: Scene)
                 there.attach(made)
     assert "withdrawn" not in failed(scene, name=other)
     assert found(scene, place="team/other:1").images[0].withdrawn is None
+
+
+def test_another_tag_of_what_was_withdrawn_is_withdrawn(scene: Scene) -> None:
+    again, name = bytes(scene.image().manifest_bytes), f"{scene.fake.host}/team/app:fresh"
+    withdraw(scene)
+    there, kind = Reference.parse(name), scene.image().manifest_blob.media_type
+    scene.client.push_manifest(there, again, kind, [])
+    assert failed(scene, name=name)["withdrawn"][0] is False
+    assert {*found(scene, place="team/app").images[0].tags} == {"1", "fresh"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_index_that_lists_what_was_withdrawn_is_refused(scene: Scene, nested: bool) -> None:
+    """It is signed afterwards, and has no withdrawal of its own."""
+    withdraw(scene)
+    image, place = scene.image(), Reference.parse(f"{scene.fake.host}/team/app:all")
+    where = {"platform": {"os": "linux", "architecture": "amd64"}}
+    rows = [{**manifests.described(image.manifest_blob), **where}]
+    body = manifests.index_of(rows)
+    if nested:
+        scene.client.push_manifest(place.at(Digest.of(body)), body, manifests.OCI_INDEX, [])
+        inner = Blob(digest=Digest.of(body), size=len(body), media_type=manifests.OCI_INDEX)
+        body = manifests.index_of([manifests.described(inner)])
+    scene.client.push_manifest(place, body, manifests.OCI_INDEX, [])
+    whole = Blob(digest=Digest.of(body), size=len(body), media_type=manifests.OCI_INDEX)
+    signer = open_signer(str(scene.key))
+    attach(Evidence(), whole, "app", RegistryLocation(scene.client, place), signer)
+
+    said = failed(scene, name=str(place))
+
+    assert any("wrong data" in found for _, found in said.values())
+
+
+def test_a_withdrawal_of_several_images_counts_for_each(scene: Scene) -> None:
+    """in-toto lets subjects share a name, as those of a digest alone do."""
+    image = scene.image().manifest_blob
+    told = withdrawal(image, "two at once", {}).document
+    rows = [{**told["subject"][0], "digest": {"sha256": "0" * 64}}, *told["subject"]]
+    place = RegistryLocation(scene.client, Reference.parse(scene.name))
+    both = Statement({**told, "subject": rows})
+    attach_signed((both,), image, place, open_signer(str(scene.key)))
+    assert failed(scene)["withdrawn"][0] is False
+    assert "two at once" in str(found(scene).images[0].withdrawn)
+
+
+def test_who_copies_what_was_withdrawn_is_told(scene: Scene, told: RecordingProgress) -> None:
+    withdraw(scene)
+    to = f"{scene.fake.host}/prod/app:1"
+    copy_image(scene.name, to, scene.client, told, force=False)
+    assert ["trained on the wrong data" in text for text in told.warnings] == [True]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from weightsmith.provenance.sealing import (
     countersigned,
     only_held,
     unrelated_statements,
+    withdrawn_by,
 )
 from weightsmith.serving.memory import human
 
@@ -210,6 +211,9 @@ def copy_attachments(
         known = {attachment.blob.digest for attachment in found}
         held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
     parts = own_statements(found)
+    if why := withdrawn_by(parts, image.digest):
+        whose = "this key says so, too" if signer else "the copy is, too"
+        warn(f"{image.digest.short} was withdrawn: {why}; {whose}")
     if others := unrelated_statements(parts, image.digest):
         done = "left unsigned" if signer else "copied unchanged"
         warn(

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ from weightsmith.provenance import signing
 from weightsmith.provenance.labels import (
     ENGINE_LABEL,
     ENGINE_VERSION,
+    plan_in,
     plan_of,
 )
 from weightsmith.provenance.proofs import (
@@ -44,6 +45,7 @@ from weightsmith.provenance.proofs import (
 )
 from weightsmith.provenance.sealing import attach_signed
 from weightsmith.provenance.statements import Statement
+from weightsmith.serving.devices import is_cpu
 from weightsmith.steps.destinations import write_files
 from weightsmith.steps.tools import Tools
 
@@ -75,7 +77,7 @@ def prove_image(asked: ProveCommand, tools: Tools) -> tuple[Mapping[str, Json], 
     _check(asked)
     try:
         subject = _subject(asked, tools)
-        device = _device(asked, tools)
+        device = _device(asked, subject.labels, tools)
         _check_statement(asked, subject, device)
         limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
         count = len(subject.wanted.questions)
@@ -142,7 +144,7 @@ def _check_statement(asked: ProveCommand, subject: _Subject, device: ProofDevice
         )
     if not device.name:
         raise UsageError(
-            "a statement is about a device, and the server is on another machine",
+            "a statement is about a device, and the server may be on another machine",
             hint="name it with --device, such as --device nvidia-l4",
         )
 
@@ -195,26 +197,37 @@ def _of_engine(
     return held_to(read_replay(data, where), stated, where)
 
 
-def _device(asked: ProveCommand, tools: Tools) -> ProofDevice:
-    """Return what the server runs on: this machine, unless it is at a URL elsewhere."""
+def _device(asked: ProveCommand, labels: Mapping[str, str], tools: Tools) -> ProofDevice:
+    """Return what the server runs on: this machine, unless it is at a URL elsewhere.
+
+    Raises UsageError for a device that an image is started on and that is not here. What listens on
+    a port of this machine may be elsewhere, as behind `kubectl port-forward`: so it is if another
+    device is named, or if the image is planned for a GPU and there is none here.
+    """
     node_type = asked.node_type or os.environ.get(NODE_TYPE, "")
+    away = device_of(None, asked.device, node_type)
     if asked.url and not _is_here(asked.url):
-        return device_of(None, asked.device, node_type)
+        return away
     found = tools.launcher.devices("" if asked.url else asked.image)
+    if found and plan_in(labels) and is_cpu(plan_of(labels).device):
+        found = replace(found, gpus=())  # its engine has no use for them
+    here = device_of(found, "", node_type)
+    if asked.url and plan_of(labels).gpus and not (found and found.gpus):
+        return away
+    if found and asked.device and not here.fits(asked.device):
+        if asked.url:
+            return away
+        raise UsageError(
+            f"--device {asked.device}: the image is started here, on {here.model or here.name}",
+            hint="leave --device out, or give the --url of a server that runs on it",
+        )
     made = device_of(found, asked.device, node_type)
     if not (found and found.gpus):
         return made
     driver, cuda = "", ""
     with suppress(WeightsmithError):
         driver, cuda = _driver(tools)
-    return ProofDevice(
-        name=made.name,
-        model=made.model,
-        count=made.count,
-        driver=driver,
-        cuda=cuda,
-        node_type=made.node_type,
-    )
+    return replace(made, driver=driver, cuda=cuda)
 
 
 def _driver(tools: Tools) -> tuple[str, str]:
