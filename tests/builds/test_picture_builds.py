@@ -1,18 +1,24 @@
 """A build whose questions have pictures: transformers and llama.cpp's server see the same."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.unpack import unpack
 
 from tests.builds.test_gguf_projector import make_adapter
 from tests.fakes.drawn import SHAPES, draw
 from tests.fakes.memory import write_rows
 from tests.fakes.painter import COLOURS, SIZE, make_blank
 from tests.fakes.pictured import make_pictured
+from tests.fakes.replays import replay_set
 from tests.fakes.seeing import mute_tokens
-from tests.fakes.started import weightsmith
+from tests.fakes.started import free_port, started, weightsmith
 
 TARGET = "llamacpp-f16"
 
@@ -32,6 +38,35 @@ def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_
     assert same["image"]["share"] >= 0.8
     assert not [text for text in record["warnings"] if "tokens" in text]
     assert record["image"]["takes_pictures"]
+
+    asked = replay_set(tmp_path / "image")["questions"]
+    assert sum("image_url" in json.dumps(one["request"]) for one in asked) == len(SHAPES)
+    unpack(read_layout(tmp_path / "image"), tmp_path / "root")
+    assert probed(tmp_path / "root", tmp_path) == 0
+    (projector,) = (tmp_path / "root" / "models").glob("*mmproj*")
+    data = bytearray(projector.read_bytes())
+    for tensor in GGUFReader(projector).tensors:
+        if tensor.name.startswith("mm."):
+            end = int(tensor.data_offset + tensor.n_bytes)
+            data[int(tensor.data_offset) : end] = bytes(int(tensor.n_bytes))
+    projector.write_bytes(data)
+    assert probed(tmp_path / "root", tmp_path) == 1
+
+
+def probed(root: Path, folder: Path) -> int:
+    """Start the server of an unpacked image; return the exit code of the image's own probe."""
+    (model,) = (one for one in (root / "models").glob("*.gguf") if "mmproj" not in one.name)
+    (projector,) = (root / "models").glob("*mmproj*")
+    port = free_port()
+    words = [root / "app" / "llama-server", "--model", model, "--mmproj", projector]
+    words += ["--alias", "eyes", "--port", port, "--jinja", "-np", 1, "-c", 256, "-t", 1]
+    probe = [root / "opt" / "weightsmith" / "healthcheck", "--port", port, "--seconds", 300]
+    probe += ["--replay", "--set", root / "etc" / "weightsmith" / "replay.json"]
+    probe += ["--result", folder / f"{port}.json"]
+    with started([*map(str, words)], dict(os.environ), port, folder / "log"):
+        done = subprocess.run([*map(str, probe)], capture_output=True, text=True, check=False)
+    print(done.stderr)  # noqa: T201 - which question parted, if one should not
+    return done.returncode
 
 
 @pytest.mark.builders

@@ -101,6 +101,27 @@ def test_the_first_token_that_differs_decides(
     assert (one.token, one.excess) == (token, pytest.approx(excess, abs=1e-4))
 
 
+def test_a_set_that_is_sure_of_no_first_token_shows_nothing_of_a_stranger(start: Start) -> None:
+    """Else any model would be proven by it."""
+    (question,) = a_set().questions
+    first = replace(question.tokens[0], margin=0.4)
+    unsure = replace(question, tokens=(first, *question.tokens[1:]))
+    both = replace(a_set(), questions=(unsure, replace(unsure, id="2")))
+    stranger = said(("Moin", -0.1), content="Moin")
+
+    found = ask(start(lambda handler, body: handler.send(200, stranger)), both)
+    assert (found.verdict, found.equal, len(found.explained)) == ("not shown", 0, 2)
+    assert "any model might answer so" in found.why
+    assert (
+        ask(start(lambda handler, body: handler.send(200, stranger)), by_text(both)).why
+        == found.why
+    )
+
+    answers = iter([stranger, SAME])
+    found = ask(start(lambda handler, body: handler.send(200, next(answers))), both)
+    assert (found.verdict, found.equal, len(found.explained)) == ("proven", 1, 1)
+
+
 @pytest.mark.parametrize(
     ("content", "token"),
     [("I am", 1), ("I'm Lantern", 2), ("I'm Lantern. And", 3), ("", 0), ("Ünique", 0)],

@@ -50,6 +50,10 @@ _ALL_DIFFER = (
     "most answers differ: usually another chat template, another tokenizer, another adapter, or"
     " weights that were not loaded whole"
 )
+UNSURE = (
+    "every answer parts at its first token, of which the tested image was not sure either: any"
+    " model might answer so"
+)
 _SOME_DIFFER = (
     "a part of the answers differs: usually another quantization under the same name, a damaged"
     " layer, a kernel that computes this format wrongly, or tensor parallelism"
@@ -372,7 +376,8 @@ def _room_used(question: ReplayQuestion, said: Heard) -> Iterator[float]:
 def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Replayed:
     """Return how a server's answers compare with the set's.
 
-    A server that does not answer a question shows nothing; which one and why is said.
+    A server that does not answer a question shows nothing; which one and why is said. Nor do
+    answers of which no token is the set's.
     """
     equal, by_tokens, tokens, began = 0, 0, 0, time.monotonic()
     found, used, why = list[ReplayDifference](), list[float](), ""
@@ -402,6 +407,8 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
         progress.advance(number, len(wanted.questions), "questions")
     wrong = tuple(one for one in found if one.excess > 0)
     count = len(wanted.questions)
+    if not (why or wrong or equal or any(one.token for one in found)):
+        why = UNSURE
     verdict: Verdict = "different" if wrong else "not shown" if why else "proven"
     if wrong and wrong[0].numbers:
         why = f"{len(wrong)} of {count} answers differ: {_NUMBERS_DIFFER}"

@@ -23,7 +23,7 @@ from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import parse, read_bytes
 from weightsmith.core.values import Json, JsonValue, Writable, without_passwords
 from weightsmith.evaluating.replay import LARGEST, REPLAY, ReplaySet, read_replay
-from weightsmith.evaluating.replaying import Replayed, described, replay
+from weightsmith.evaluating.replaying import UNSURE, Replayed, described, replay
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout
@@ -105,12 +105,15 @@ def prove_image(asked: ProveCommand, tools: Tools) -> tuple[Mapping[str, Json], 
     if found.verdict == "not shown":
         raise EnvironmentFailure(
             f"not shown: {found.why}",
-            hint="wait until the server is ready, and ask again",
+            hint=_OTHERS
+            if found.why == UNSURE
+            else "wait until the server is ready, and ask again",
             details=facts,
         )
     return facts, text
 
 
+_OTHERS = "build the image with questions of which it is sure: `replay: {data: …}` names them"
 _HINT = "do not send it traffic; compare its image's digest with the one that was tested"
 
 
