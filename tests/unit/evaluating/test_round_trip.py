@@ -154,9 +154,13 @@ class Thinker(Engine):
     leaves_out = False
     refuses = False
     reads_streams = True
+    reads_calls = True
     opens = ""
 
     def rendered(self, body):
+        if "prompt" in body:
+            assert body["add_special_tokens"] is False
+            return body["prompt"]
         said = "".join(self.written(one) for one in body["messages"][1:])
         begins = f"<assistant>{self.opens}"
         return f"<user>?{END}" + (begins if body["add_generation_prompt"] else said)
@@ -164,18 +168,21 @@ class Thinker(Engine):
     def written(self, message):
         if self.refuses and "reasoning" in message:
             raise ValueError("a template's own error")
-        said = "" if self.leaves_out else message.get("reasoning_content", "")
-        return f"<assistant><think>{said}</think>{message['content']}{END}"
+        said = f"<think>{message.get('reasoning_content', '')}</think>"
+        rest = super().written(message)
+        return rest if self.leaves_out else rest.replace("<assistant>", f"<assistant>{said}")
 
     def message(self, ids, body):
-        assert "tools" not in body["chat_request"]
         text = "".join(map(chr, ids))
+        assert END not in text, "the end of a turn is no part of an answer"
         before, mark, after = text.partition("</think>")
         if not self.reads or (body["stream"] and not self.reads_streams):
             return {"content": text}
         # A tag that is not whole yet is neither.
         thoughts = re.sub("<[^>]*$", "", before.removeprefix("<think>"))
-        return {"reasoning": thoughts, "content": after if mark else ""}
+        if not mark or "tools" not in body["chat_request"] or not self.reads_calls:
+            return {"reasoning": thoughts, "content": after}
+        return {"reasoning": thoughts, **super().message([*map(ord, after)], body)}
 
     def answer(self, path, body):
         if not path.endswith("derender") or not body.get("stream") or not self.offered:
@@ -184,38 +191,61 @@ class Thinker(Engine):
         so_far = body["stream_state"] or []
         ids = [*so_far, *choice["token_ids"]]
         before, now = self.message(so_far, body), self.message(ids, body)
-        delta = {k: v[len(before.get(k, "")) :] for k, v in now.items()}
+        wanted = body["chat_request"].get("tools")
+        delta = {"reasoning": now.get("reasoning", "")[len(before.get("reasoning", "")) :]}
+        # Of an answer with tools, nothing but a whole call is sent.
+        if not wanted:
+            delta["content"] = now["content"][len(before["content"]) :]
+        made = before.get("tool_calls", []), now.get("tool_calls", [])
+        delta["tool_calls"] = [{"index": 0, **one} for one in made[1][len(made[0]) :]]
         return 200, {"chunk": {"choices": [{"delta": delta}]}, "stream_state": ids}
 
 
-def thoughts(**changes):
+def thoughts(of_calls=("hermes",), **changes):
     made = Thinker()
     for name, value in changes.items():
         setattr(made, name, value)
     with servers() as start:
         limits = SessionLimits(tries=1, pause_seconds=0.01)
         with ServerSession(start(made).endpoint, limits) as session:
-            return thoughts_read_back(session, Served(name="support"), ("qwen3",))
+            return thoughts_read_back(session, Served(name="support"), ("qwen3",), of_calls)
+
+
+BOTH = "an answer: whole and in a stream; a call: whole and in a stream"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "whole and in a stream"),
-        ({"opens": "<think>"}, "whole and in a stream"),
-        ({"reads_streams": False}, "read whole, not in a stream"),
-        ({"leaves_out": True}, "not tried: the template leaves thoughts out"),
-        ({"refuses": True}, "not tried: the template refuses a chat with thoughts"),
-        ({"opens": "<ponder>"}, "not tried, for the template writes them otherwise"),
-        ({"offered": False}, "not tried (HTTP 403"),
+        ({}, BOTH),
+        ({"opens": "<think>"}, BOTH),
+        ({"opens": "<think>\n", "leaves_out": True}, BOTH),
+        ({"of_calls": None}, "an answer: whole and in a stream"),
+        ({"reads_streams": False}, "an answer: read whole, not in a stream; a call: read whole"),
+        ({"leaves_out": True}, "an answer: not tried: the template leaves thoughts out; a call: "),
+        ({"refuses": True}, "an answer: not tried: the template refuses a chat with thoughts"),
+        ({"opens": "<ponder>"}, "an answer: not tried, for the template writes them otherwise"),
+        ({"opens": "<think></think>", "leaves_out": True}, "an answer: not tried, for the"),
+        ({"offered": False}, "an answer: not tried (HTTP 403"),
     ],
 )
 def test_thoughts_are_read_back(changes, said):
-    assert thoughts(**changes).startswith(said)
+    found = thoughts(**changes)
+
+    assert found.startswith(said)
+    assert ("a call" in found) is ("of_calls" not in changes)
 
 
-@pytest.mark.parametrize("opens", ["", "<think>"])
-def test_a_parser_that_leaves_thoughts_in_the_answer_is_named(opens):
+@pytest.mark.parametrize(
+    ("opens", "leaves_out"), [("", False), ("<think>", False), ("<think>\n", True)]
+)
+def test_a_parser_that_leaves_thoughts_in_the_answer_is_named(opens, leaves_out):
     with pytest.raises(CheckFailed, match="makes the thoughts ''") as caught:
-        thoughts(reads=False, opens=opens)
+        thoughts(reads=False, opens=opens, leaves_out=leaves_out)
     assert "serve.reasoning_parser qwen3" in caught.value.hint
+
+
+def test_a_parser_that_leaves_a_call_after_thoughts_in_the_answer_is_named():
+    with pytest.raises(CheckFailed, match="and no call") as caught:
+        thoughts(reads_calls=False)
+    assert "serve.tool_parser hermes" in caught.value.hint

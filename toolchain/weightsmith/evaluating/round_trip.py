@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import parse
@@ -67,6 +68,14 @@ _ASKED: Mapping[str, JsonValue] = {"role": "user", "content": "?"}
 _PLAIN: Mapping[str, JsonValue] = {"role": "assistant", "content": "It rains."}
 _ANSWER: Mapping[str, JsonValue] = {"role": "assistant", "content": "Take the second bridge"}
 _THOUGHT = "First I look at the map."
+_OPENED: Mapping[str, str] = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<seed:think>": "</seed:think>",
+}
+"""Marks that a prompt may end with, so that an answer begins within thoughts, and their ends."""
+_MARK = 12
+"""Tokens that such a mark and the white space after it take at most."""
 _PIECE = 4
 """Tokens that come at a time where an answer is streamed."""
 _SEEN = 64
@@ -100,60 +109,122 @@ def read_back(session: ServerSession, served: Served, fitting: Sequence[str]) ->
             )
             continue
         ids = _written(prompt, whole, plain)
-        answer = session.try_post(_READ, _request(served, prompt, ids, stream=False))
+        answer = session.try_post(_READ, _request(served, prompt, ids, TOOLS, stream=False))
         if answer.status in {403, 404, 405}:
             return f"not tried: the server reads no tokens (HTTP {answer.status})"
         if answer.status != 200:  # as for a short context
             seen.append(f"{name}: not tried (HTTP {answer.status}: {excerpt(answer.text)})")
             continue
-        if (found := _read(answer)) != list(calls):
+        if (found := _read(answer).calls) != list(calls):
             text = _text(session, served, ids)
             if list(read_calls(text, [*_FIELDS])) == list(calls):
                 raise _fault(session, text, found, fitting)
             seen.append(f"{name}: read otherwise; the template writes {excerpt(text)}")
             continue
-        streamed = _streamed(session, served, prompt, ids)
+        streamed = _streamed(session, served, prompt, ids, TOOLS).calls
         seen.append(name if streamed == list(calls) else f"{name}: read whole, not in a stream")
     return "; ".join(seen)
 
 
-def thoughts_read_back(session: ServerSession, served: Served, fitting: Sequence[str]) -> str:
-    """Return what the server's parser read of thoughts that the template writes before an answer.
+def thoughts_read_back(
+    session: ServerSession, served: Served, fitting: Sequence[str], of_calls: Sequence[str] | None
+) -> str:
+    """Return what the server's parser read of thoughts before an answer, and before a call.
 
-    As `read_back`; `fitting` are the parsers of thoughts for its marks.
+    As `read_back`; `fitting` are the parsers of thoughts for the template's marks, `of_calls` those
+    of calls, None if the server reads none. Some templates leave the thoughts of earlier answers
+    out, and the prompt of a new one opens them: there, what the model would write is put together.
     """
-    prompt = _rendered(session, served, (), True, tools=())
-    plain = _rendered(session, served, _PLAIN, tools=())
-    said = {**_ANSWER, "reasoning": _THOUGHT, "reasoning_content": _THOUGHT}
-    whole = _rendered(session, served, said, tools=())
+    seen = [f"an answer: {_thoughts_before(session, served, _ANSWER, (), fitting, ())}"]
+    if of_calls is not None:
+        (calls, *_) = CALLS.values()
+        said = _thoughts_before(session, served, _said(calls), calls, fitting, of_calls)
+        seen.append(f"a call: {said}")
+    return "; ".join(seen)
+
+
+def _thoughts_before(
+    session: ServerSession,
+    served: Served,
+    said: Mapping[str, JsonValue],
+    calls: Sequence[Call],
+    fitting: Sequence[str],
+    of_calls: Sequence[str],
+) -> str:
+    tools = TOOLS if calls else ()
+    thinking = _thinking(session, served, said, tools)
+    if isinstance(thinking, str):
+        return thinking
+    prompt, ids = thinking
+    answer = session.try_post(_READ, _request(served, prompt, ids, tools, stream=False))
+    if answer.status != 200:
+        return f"not tried (HTTP {answer.status}: {excerpt(answer.text)})"
+    wanted = _Said(_THOUGHT, str(said["content"]), list(calls))
+    if (found := _read(answer)) != wanted:
+        text = _text(session, served, ids)
+        own, thoughts = without_thoughts(text)
+        read = list(read_calls(own, [*_FIELDS]))
+        if thoughts != _THOUGHT or read != list(calls) or not (read or own.strip() == wanted[1]):
+            return f"read otherwise; the template writes {excerpt(text)}"
+        made = f", and {calls_text(found.calls) if found.calls else 'no call'}" if calls else ""
+        key, named = "reasoning_parser", " or ".join(fitting)
+        if found.thoughts == _THOUGHT and calls:
+            key, named = "tool_parser", " or ".join(of_calls)
+        raise CheckFailed(
+            f"{session.endpoint.shown}: of {excerpt(text)}, which the chat template writes, the"
+            f" server's parser makes the thoughts {found.thoughts!r} and the answer"
+            f" {found.content!r}{made}",
+            hint=f"the template's marks are those of serve.{key} {named}"
+            if named
+            else f"name another serve.{key}, or none",
+        )
+    streamed = _streamed(session, served, prompt, ids, tools)
+    return "whole and in a stream" if streamed == wanted else "read whole, not in a stream"
+
+
+def _thinking(
+    session: ServerSession, served: Served, said: Mapping[str, JsonValue], tools: JsonValue
+) -> tuple[Sequence[int], Sequence[int]] | str:
+    """Return the tokens of a prompt, and of an answer with thoughts; or why there are none."""
+    prompt = _rendered(session, served, (), True, tools=tools)
+    plain = _rendered(session, served, _PLAIN, tools=tools)
+    # Templates name the thoughts in one way or the other.
+    thinking = {**said, "reasoning": _THOUGHT, "reasoning_content": _THOUGHT}
+    whole = _rendered(session, served, thinking, tools=tools)
     if not prompt or not plain:
         return "not tried: the server does not say how the template is tokenized"
     if whole is None:
         return "not tried: the template refuses a chat with thoughts, or it is too long"
-    if whole[: len(prompt)] != prompt:
+    begins = whole[: len(prompt)] == prompt
+    if begins and _THOUGHT in _text(session, served, ids := _written(prompt, whole, plain)):
+        return prompt, ids
+    opening, mark = _opening(session, served, prompt)
+    before = prompt[: len(prompt) - opening]
+    if not begins and (not mark or whole[: len(before)] != before):
         return "not tried, for the template writes them otherwise than a new answer"
-    ids = _written(prompt, whole, plain)
-    text = _text(session, served, ids)
-    wanted = (_THOUGHT, _ANSWER["content"])
-    if _THOUGHT not in text:
+    rest = _written(before, whole, plain)
+    if not mark or mark in _text(session, served, rest):
         return "not tried: the template leaves thoughts out"
-    answer = session.try_post(_READ, _without_tools(_request(served, prompt, ids, stream=False)))
-    if answer.status != 200:
-        return f"not tried (HTTP {answer.status}: {excerpt(answer.text)})"
-    if (found := _thoughts(answer)) != wanted:
-        own, thoughts = without_thoughts(text)
-        if (thoughts, own.strip()) != wanted:
-            return f"read otherwise; the template writes {excerpt(text)}"
-        named = " or ".join(fitting)
-        raise CheckFailed(
-            f"{session.endpoint.shown}: of {excerpt(text)}, which the chat template writes, the"
-            f" server's parser makes the thoughts {found[0]!r} and the answer {found[1]!r}",
-            hint=f"the template's marks are those of serve.reasoning_parser {named}"
-            if named
-            else "name another serve.reasoning_parser, or none",
-        )
-    streamed = _streamed_thoughts(session, served, prompt, ids)
-    return "whole and in a stream" if streamed == wanted else "read whole, not in a stream"
+    thoughts = _tokens(
+        session,
+        {
+            "model": served.name,
+            "prompt": f"{_THOUGHT}\n{_OPENED[mark]}\n\n",
+            "add_special_tokens": False,
+        },
+    )
+    return (prompt, [*thoughts, *rest]) if thoughts else "not tried: the server tokenizes no text"
+
+
+def _opening(session: ServerSession, served: Served, prompt: Sequence[int]) -> tuple[int, str]:
+    """Return how many tokens at a prompt's end open thoughts, and their mark; (0, "") if none."""
+    end = _text(session, served, prompt[-_MARK:]).rstrip()
+    mark = next((one for one in _OPENED if end.endswith(one)), "")
+    if mark:
+        for count in range(1, _MARK + 1):
+            if _text(session, served, prompt[-count:]).strip() == mark:
+                return count, mark
+    return 0, ""
 
 
 def _written(prompt: Sequence[int], whole: Sequence[int], plain: Sequence[int]) -> Sequence[int]:
@@ -163,38 +234,15 @@ def _written(prompt: Sequence[int], whole: Sequence[int], plain: Sequence[int]) 
     return whole[len(prompt) : len(whole) - end]
 
 
-def _without_tools(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    chat: JsonValue = {"model": body["model"], "messages": [_ASKED]}
-    return {**body, "chat_request": chat}
+class _Said(NamedTuple):
+    """What a client gets of an answer."""
+
+    thoughts: str
+    content: str
+    calls: list[Call]
 
 
-def _thoughts(answer: Answer) -> tuple[str, str]:
-    """Return thoughts and content of an answer; empty if it is not one."""
-    try:
-        message = parse(answer.text)["choices"][0]["message"]
-        return thoughts_of(message).strip(), str(message.get("content") or "").strip()
-    except _MALFORMED:
-        return "", ""
-
-
-def _streamed_thoughts(
-    session: ServerSession, served: Served, prompt: Sequence[int], ids: Sequence[int]
-) -> tuple[str, str]:
-    """Return thoughts and content that a client would put together."""
-    state: Json = None
-    thoughts, content = "", ""
-    try:
-        for place in range(0, len(ids), _PIECE):
-            body = _request(served, prompt, ids[place : place + _PIECE], stream=True)
-            sent = {**_without_tools(body), "stream_state": state}
-            told = parse(session.try_post(_READ, sent).text)
-            state = told["stream_state"]
-            for choice in (told["chunk"] or {}).get("choices", ()):
-                thoughts += thoughts_of(choice["delta"])
-                content += choice["delta"].get("content") or ""
-    except _MALFORMED:
-        return "", ""
-    return thoughts.strip(), content.strip()
+_NOTHING = _Said("", "", [])
 
 
 def _rendered(
@@ -211,6 +259,11 @@ def _rendered(
         **({"tools": tools} if tools else {}),
         "add_generation_prompt": begins,
     }
+    return _tokens(session, body)
+
+
+def _tokens(session: ServerSession, body: JsonValue) -> list[int] | None:
+    """Return the tokens of a chat or a text; None if they are refused, none, or too many."""
     answer = session.try_post("/tokenize", body)
     try:
         found = [int(one) for one in parse(answer.text)["tokens"]] if answer.status == 200 else []
@@ -232,13 +285,12 @@ def _said(calls: Sequence[Call]) -> Mapping[str, JsonValue]:
 
 
 def _request(
-    served: Served, prompt: Sequence[int], ids: Sequence[int], *, stream: bool
+    served: Served, prompt: Sequence[int], ids: Sequence[int], tools: JsonValue, *, stream: bool
 ) -> dict[str, JsonValue]:
     chat: JsonValue = {
         "model": served.name,
         "messages": [_ASKED],
-        "tools": TOOLS,
-        "tool_choice": "auto",
+        **({"tools": tools, "tool_choice": "auto"} if tools else {}),
     }
     choice: JsonValue = {
         "index": 0,
@@ -255,14 +307,18 @@ def _request(
     }
 
 
-def _read(answer: Answer) -> list[Call]:
-    """Return the calls of an answer; none if it is not one."""
+def _read(answer: Answer) -> _Said:
+    """Return what an answer says; nothing if it is not one."""
     try:
         message = parse(answer.text)["choices"][0]["message"]
         rows = [one["function"] for one in message.get("tool_calls") or ()]
-        return [(str(row["name"]), parse(str(row["arguments"]))) for row in rows]
+        return _Said(
+            thoughts_of(message).strip(),
+            str(message.get("content") or "").strip(),
+            [(str(row["name"]), parse(str(row["arguments"]))) for row in rows],
+        )
     except _MALFORMED:
-        return []
+        return _NOTHING
 
 
 def _text(session: ServerSession, served: Served, ids: Sequence[int]) -> str:
@@ -288,22 +344,31 @@ def _fault(
 
 
 def _streamed(
-    session: ServerSession, served: Served, prompt: Sequence[int], ids: Sequence[int]
-) -> list[Call]:
-    """Return the calls that a client would put together; those so far if the server fails."""
+    session: ServerSession,
+    served: Served,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    tools: JsonValue,
+) -> _Said:
+    """Return what a client would put together; nothing if the server fails."""
     state: Json = None
+    thoughts = content = ""
     names: dict[int, str] = {}
     given: dict[int, str] = {}
     try:
         for place in range(0, len(ids), _PIECE):
-            body = _request(served, prompt, ids[place : place + _PIECE], stream=True)
+            body = _request(served, prompt, ids[place : place + _PIECE], tools, stream=True)
             told = parse(session.try_post(_READ, {**body, "stream_state": state}).text)
             state = told["stream_state"]
             for choice in (told["chunk"] or {}).get("choices", ()):
-                for call in choice["delta"].get("tool_calls") or ():
+                delta = choice["delta"]
+                thoughts += thoughts_of(delta)
+                content += delta.get("content") or ""
+                for call in delta.get("tool_calls") or ():
                     made, number = call.get("function") or {}, int(call["index"])
                     names[number] = made.get("name") or names.get(number, "")
                     given[number] = given.get(number, "") + (made.get("arguments") or "")
-        return [(names[number], parse(given[number] or "{}")) for number in sorted(names)]
+        calls = [(names[number], parse(given[number] or "{}")) for number in sorted(names)]
+        return _Said(thoughts.strip(), content.strip(), calls)
     except _MALFORMED:
-        return []
+        return _NOTHING

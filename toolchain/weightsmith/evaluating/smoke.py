@@ -136,7 +136,9 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
         smoke.check("calls read back", session, lambda: read_back(session, served, fitting))
     if (marked := promise.fitting_thoughts) is not None:
         smoke.check(
-            "thoughts read back", session, lambda: thoughts_read_back(session, served, marked)
+            "thoughts read back",
+            session,
+            lambda: thoughts_read_back(session, served, marked, promise.fitting),
         )
     if promise.thinks:
         smoke.check("thoughts", session, lambda: _thoughts(session, served))
