@@ -101,7 +101,7 @@ def served(folder: Path, parser: str, port: int, thoughts: str = "") -> str:
         wait_until_healthy(endpoint, "/health", 600)
         with ServerSession(endpoint) as session:
             if thoughts:
-                return thoughts_read_back(session, Served(name="m"), ("qwen3",))
+                return thoughts_read_back(session, Served(name="m"), ("qwen3",), ("hermes",))
             return read_back(session, Served(name="m"), ("hermes",))
     finally:
         process.kill()
@@ -164,25 +164,42 @@ def test_every_parser_is_asked_where_the_table_is_undecided(
     assert "leaves thoughts out" in found["skipped"]["a call after thoughts"]
 
 
-THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.reasoning_content %}<think>
+def thinker(written: str, begins: str) -> str:
+    """Return a template that words thoughts so, and calls as Hermes' does."""
+    return f"""{{% if tools %}}{{{{ tools | tojson }}}}{{% endif %}}\
+{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}
+{written}{{{{ m.content }}}}{{% for c in m.tool_calls or [] %}}<tool_call>
+{{{{ {{"name": c.function.name, "arguments": c.function.arguments}} | tojson }}}}
+</tool_call>{{% endfor %}}<|im_end|>
+{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant
+{begins}{{% endif %}}"""
+
+
+WRITTEN = """{% if m.reasoning_content %}<think>
 {{ m.reasoning_content }}
 </think>
 
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 
+@pytest.mark.parametrize(
+    ("template", "right"),
+    [
+        (thinker(WRITTEN, ""), "qwen3"),
+        (thinker(WRITTEN, "<think>\n"), "qwen3"),
+        (thinker("", "<think>\n"), "deepseek_r1"),
+    ],
+    ids=["Qwen3", "Qwen3-Thinking", "DeepSeek-R1"],
+)
 def test_a_started_server_reads_its_templates_thoughts_or_the_parser_is_named(
-    tmp_path: Path,
+    template: str, right: str, tmp_path: Path
 ) -> None:
     shutil.copytree(TINY / "base", tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text(THINKS)
-    with_tokens(tmp_path / "model", "<think>", "</think>")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with_tokens(tmp_path / "model", "<think>", "</think>", "<tool_call>", "</tool_call>")
 
-    read = served(tmp_path, "hermes", free_port(), thoughts="qwen3")
-    assert read == "whole and in a stream"
+    read = served(tmp_path, "hermes", free_port(), thoughts=right)
+    assert read == "an answer: whole and in a stream; a call: whole and in a stream"
     with pytest.raises(CheckFailed, match="makes the thoughts ''") as caught:
         served(tmp_path, "hermes", free_port(), thoughts="granite")
     assert "serve.reasoning_parser qwen3" in caught.value.hint

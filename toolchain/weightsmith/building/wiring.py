@@ -20,6 +20,7 @@ from weightsmith.cache.address import Address, Sharing, chosen, required
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
+from weightsmith.core.apart import start_processes_by
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import (
     AnySigner,
@@ -267,6 +268,7 @@ def open_tools(
         ExitStack() as stack,
     ):
         scratch = cache_once(lambda: stack.enter_context(_scratch()))
+        start_processes_by(run_command)
         yield Tools(
             store=store,
             readers=make_readers(store, registry, scratch),

@@ -51,8 +51,8 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     """Raise TooLong if the block takes more CPU time; cannot be nested.
 
     CPU time, so that nothing fails because the machine is busy. A timer signal interrupts Python
-    code and `re` (which checks for signals while it matches), but only on the main thread; on other
-    threads there is only the job's own limit.
+    code and `re` (which checks for signals while it matches), but only on the main thread. What may
+    be called on another goes through core/apart.py; in jobs there, only their own limit holds.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

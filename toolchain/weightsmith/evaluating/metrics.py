@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any, get_args
 
 from weightsmith.core import time_limits
+from weightsmith.core.apart import on_a_main_thread
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.time_limits import TooLong, cpu_limit
@@ -210,7 +211,6 @@ def score_answers(
         )
     check_metric(metric, items)
     rows: list[dict[str, JsonValue]] = []
-    left = time_limits.FOREIGN_SECONDS
     for item, answer in zip(items, answers, strict=True):
         facts = {"answer": answer} if isinstance(answer, str) else dict(answer)
         row: dict[str, JsonValue] = {
@@ -222,22 +222,38 @@ def score_answers(
             **({"tools": parse(item.tools)} if item.tools else {}),
             **_read(facts, item),
         }
-        said, near = str(row["answer"]), item.tolerance or tolerance
-        seconds = max(SECONDS_EACH, min(left, time_limits.FOREIGN_SECONDS / 4))
-        try:
-            with cpu_limit(seconds):  # patterns and schemas may take forever
-                # An expected "no call", or a pattern, may fit what is no answer at all.
-                row["ok"] = "error" not in row and judge(metric, item.expected, said, near)
-        except TooLong:
-            left -= seconds
-            row |= {
-                "ok": False,
-                "unjudged": f"line {item.line}: metric {metric} exceeded {seconds:g} s of CPU time",
-            }
         rows.append(row)
+    asked: JsonValue = [
+        # An expected "no call", or a pattern, may fit what is no answer at all.
+        None
+        if "error" in row
+        else [metric, list(item.expected), str(row["answer"]), item.tolerance or tolerance]
+        for item, row in zip(items, rows, strict=True)
+    ]
+    for item, row, (ok, took) in zip(items, rows, on_a_main_thread(_verdicts, asked), strict=True):
+        row["ok"] = ok
+        if took:
+            row["unjudged"] = f"line {item.line}: metric {metric} exceeded {took:g} s of CPU time"
     right = sum(bool(row["ok"]) for row in rows)
     share = right / len(rows) if rows else 0.0
     return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
+
+
+def _verdicts(asked: Json) -> JsonValue:
+    """Return whether each answer is right; and the CPU seconds it was given, if they did not do."""
+    found: list[JsonValue] = []
+    left = time_limits.FOREIGN_SECONDS
+    if any(one is not None and one[0] == "json-schema" for one in asked):
+        _check_schema("{}", "")  # which imports its library, in nobody's time
+    for one in asked:
+        seconds = max(SECONDS_EACH, min(left, time_limits.FOREIGN_SECONDS / 4))
+        try:
+            with cpu_limit(seconds):  # patterns and schemas may take forever
+                found.append([one is not None and judge(*one), 0])
+        except TooLong:
+            left -= seconds
+            found.append([False, seconds])
+    return found
 
 
 def _messages(item: Item) -> dict[str, JsonValue]:

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weightsmith.core import time_limits
+from weightsmith.core.apart import on_a_main_thread
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
-from weightsmith.core.values import JsonValue
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.models.safetensors import read_header
 
 _PLAIN = re.compile(r"[\w.]*")
@@ -31,12 +32,16 @@ KEY_MAPPING = {rf"\b(?:{'|'.join(WRAPPERS)})\.": ""}
 def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
     """Match each pattern of an adapter against all modules as PEFT does, with a time limit.
 
-    Raises InputRefused for slow and invalid patterns. Must be called on the main thread.
+    Raises InputRefused for slow and invalid patterns.
     """
-    path = root / "adapter_config.json"
+    if any(_patterns(read_json(root / "adapter_config.json"))):
+        on_a_main_thread(_matched, [str(root), list(modules)])
+
+
+def _matched(given: Json) -> None:
+    root, names = given
+    path, at = Path(root) / "adapter_config.json", ""
     patterns = list(_patterns(read_json(path)))
-    names = list(modules) if patterns else []
-    at = ""
     try:
         with doing(f"matching the patterns of {path}"), cpu_limit(time_limits.FOREIGN_SECONDS):
             for field, text, whole in patterns:
