@@ -28,7 +28,16 @@ MACHINES = {
 }
 PACKED = {"gpt-oss-20b": ("vllm", "sglang", "trtllm"), "deepseek-v3": ("vllm-fp8", "sglang-fp8")}
 """Models whose checkpoint is packed already -> the targets that serve it as it is."""
-TARGETS = ("vllm", "vllm-awq", "vllm-fp8", "tgi", "sglang", "trtllm", "llamacpp-q4_k_m")
+TARGETS = (
+    "vllm",
+    "vllm-awq",
+    "vllm-fp8",
+    "tgi",
+    "sglang",
+    "trtllm",
+    "trtllm-fp8",
+    "llamacpp-q4_k_m",
+)
 
 GIB = 1 << 30
 IMAGE = f"registry.example.com/ml/support@{Digest.of(b'image')}"

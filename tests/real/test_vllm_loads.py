@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.models.tensors import CheckpointTensors
+from weightsmith.quantizers import modelopt
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SCANNING, STACKED_MXFP4
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise.quantizing import quantize as walked
 from weightsmith.quantizers.low_bits import BITS
+from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.running import ProgramSettings
 from weightsmith.quantizers.schemes import SCHEMES
@@ -32,7 +35,7 @@ pytestmark = [
 MOST = {
     "w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "mxfp8": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15,
     "mxfp4a8": 0.15, "nvfp4a16-4o6": 0.11,
-    "awq": 0.12, "gptq": 0.15, "w2a16": 0.9, "w3a16": 0.35, "w5a16": 0.08,
+    "fp8-modelopt": 0.04, "awq": 0.12, "gptq": 0.15, "w2a16": 0.9, "w3a16": 0.35, "w5a16": 0.08,
 }  # fmt: skip
 SEEING = "Qwen3VLMoeForConditionalGeneration"
 DENSE = (
@@ -93,6 +96,18 @@ def test_integers_of_few_bits_come_where_vllm_has_them(
     walked(settings)
 
     check(probe({"plain": str(plain), "made": str(made)}), name)
+
+
+@pytest.mark.parametrize("architecture", sorted(modelopt.ARCHITECTURES))
+def test_modelopts_layout_is_read_by_vllms_reader_of_it(
+    probe: Callable[..., Any], root: Path, architecture: str
+) -> None:
+    """Written for TensorRT-LLM, which cannot be had without a GPU."""
+    plain, made = folders(root, architecture, "fp8-modelopt")
+    found = matrices(CheckpointTensors(plain), plain)
+    modelopt.quantize(plain, made, [], dict.fromkeys((one.module for one in found), 4.0))
+
+    check(probe({"plain": str(plain), "made": str(made)}), "fp8-modelopt")
 
 
 def folders(root: Path, architecture: str, name: str) -> tuple[Path, Path]:

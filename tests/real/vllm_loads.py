@@ -38,6 +38,7 @@ PLACES = ("layers.quantization.compressed_tensors", "layers.fused_moe.oracle")
 
 def without_kernels():
     """Have vLLM choose no kernels: where tensors are stored does not depend on them."""
+    importlib.import_module("vllm.model_executor.layers.quantization.modelopt")
     for place in PLACES:
         package = importlib.import_module(f"vllm.model_executor.{place}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -123,6 +124,9 @@ def dequantized(found, name, right):
     if (shared := found.get(f"{name}_global_scale")) is not None:
         experts = scale.dim() == 3
         scale = scale / (shared.reshape(len(shared), -1)[:, :1, None] if experts else shared[0])
+    if scale.dim() < values.dim():  # one for a matrix, and in what is fused the same for each part
+        scale = scale.amax() if values.dim() == 2 else scale.reshape(len(scale), -1).amax(-1)
+        scale = scale.reshape(-1, *[1] * (values.dim() - 1))
     for axis in (-1, -2):
         width, groups = values.shape[axis], scale.shape[axis]
         if groups not in (1, width):

@@ -97,7 +97,7 @@ class Packing:
             block=tuple(map(_whole, block if isinstance(block, list) else [block]))
             if block
             else (),
-            kinds=_kinds(method, settings.get("config_groups")),
+            kinds=_kinds(method, settings),
         )
 
 
@@ -433,16 +433,18 @@ def _whole(value: JsonValue) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
+def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
     """Return the kinds of Format that engines load.
 
     compressed-tensors with 4-bit weights may be AWQ or GPTQ; with other integers it is that.
     """
     if method in {"awq", "gptq", "fp8", "mxfp4"}:
         return frozenset({method})
+    if method == "modelopt" and settings.get("quant_algo") == "FP8":
+        return frozenset({"modelopt-fp8"})
     if method != "compressed-tensors":
         return frozenset()
-    found: set[str] = set()
+    found, groups = set[str](), settings.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):

@@ -4,7 +4,7 @@ AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's firs
 (qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.20 (compressors/: pack-quantized,
 int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized), and
 OpenAI's layout of stacked experts in MXFP4 (convert_moe_packed_tensors in integrations/mxfp4.py of
-transformers 5.24).
+transformers 5.24), and ModelOpt's FP8 (modelopt_config.py and FP8QDQLinearMethod of TensorRT-LLM).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
 FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4"})
 """Layouts of float4_e2m1, two codes per byte."""
+MODELOPT: Mapping[str, str] = {"FP8": "modelopt-fp8"}
+"""ModelOpt's `quant_algo` -> what its layout is called here."""
 MIXED = "mixed-precision"
 """compressed-tensors' `format` of a checkpoint whose modules have several."""
 PARTS = (
@@ -45,7 +47,7 @@ class PackedLayout:
     """Storage layout of a checkpoint's quantized modules."""
 
     method: str
-    """`awq`, `gptq`, `mxfp4` or a compressed-tensors format."""
+    """`awq`, `gptq`, `mxfp4`, a compressed-tensors format, or one of `MODELOPT`'s."""
     bits: int
     group_size: int
     """Inputs per scale; 0: a whole row."""
@@ -108,6 +110,14 @@ def layout_of(config: Mapping[str, Json]) -> PackedLayout:
         return PackedLayout(method=method, bits=4, group_size=size, symmetric=bool(symmetric))
     if method == "mxfp4":
         return PackedLayout(method=method, bits=4, group_size=32, symmetric=True)
+    if method == "modelopt" and quantization.get("quant_algo") in MODELOPT:
+        return PackedLayout(
+            method=MODELOPT[quantization["quant_algo"]],
+            bits=8,
+            group_size=0,
+            symmetric=True,
+            inputs=True,
+        )
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
         return _of_group(group, str(quantization["format"]))

@@ -32,6 +32,11 @@ _MOST_KEPT = 0.01
 """For matrices kept in 16 bits, after rescaling; rounding to bfloat16 gives 0.002."""
 _GAINS, _MAX_OFF = (0.4, 1.6), 0.05
 """Allowed gain of an output after clipping, and the fraction of outputs that may exceed it."""
+_READ_ONCE = {
+    "nvfp4-pack-quantized": ("weight_global_scale",),
+    "modelopt-fp8": ("weight_scale",),
+}
+"""Layout -> scales of which engines read one for matrices that they fuse."""
 _BEFORE_A_MATRIX = ("v_proj", "up_proj", "w3")
 """Their outputs are another matrix's inputs, so AWQ may scale them."""
 _HINT = "quantize it again; if it fails again, use another format"
@@ -162,13 +167,13 @@ def _check_scales(view: PackedView, matrix: Matrix) -> None:
 
 def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
     """Raise CheckFailed if fused matrices differ in the scale that engines read only once."""
-    if view.layout.method != "nvfp4-pack-quantized":
-        return
-    parts = ["weight_global_scale", *(["input_global_scale"] if view.layout.inputs else [])]
+    parts = [*_READ_ONCE.get(view.layout.method, ())]
+    if parts and view.layout.inputs:
+        parts.append(view.layout.input_scale.removeprefix("."))
     known: dict[tuple[str, str], tuple[str, float]] = {}
     for matrix in found:
         for part in parts:
-            scale = float(view.tensors.f32(f"{matrix.module}.{part}")[0])
+            scale = float(view.tensors.f32(f"{matrix.module}.{part}").reshape(-1)[0])
             module, first = known.setdefault((matrix.fused, part), (matrix.module, scale))
             if scale != first:
                 raise CheckFailed(

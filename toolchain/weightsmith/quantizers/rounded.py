@@ -95,15 +95,22 @@ def quantize(
 def _input_scales(
     scheme: Scheme, found: Sequence[Matrix], inputs: Mapping[str, float]
 ) -> Iterator[writing.TensorGroup]:
-    """Yield the scales of inputs: one for matrices that engines fuse, and for all experts."""
+    """Yield the scales of inputs."""
+    for module, most in shared_inputs(found, inputs).items():
+        make = partial(np.full, 1, fused_scale(most, scheme), array_type("F32"))
+        yield writing.whole(f"{module}.input_global_scale", "F32", (1,), make)
+
+
+def shared_inputs(found: Sequence[Matrix], inputs: Mapping[str, float]) -> dict[str, float]:
+    """Return the largest input of each module, and of those with which it has a scale in common.
+
+    These are the matrices that engines fuse, and the same matrix of all experts.
+    """
     sharing: dict[str, list[str]] = {}
     for matrix in found:
         sharing.setdefault(_EXPERT.sub(".experts.", matrix.fused), []).append(matrix.module)
-    for modules in sharing.values():
-        scale = fused_scale(max(inputs[module] for module in modules), scheme)
-        make = partial(np.full, 1, scale, array_type("F32"))
-        for module in modules:
-            yield writing.whole(f"{module}.input_global_scale", "F32", (1,), make)
+    most = {place: max(inputs[one] for one in modules) for place, modules in sharing.items()}
+    return {module: most[place] for place, modules in sharing.items() for module in modules}
 
 
 class FusedRows:
@@ -124,7 +131,7 @@ class FusedRows:
         self._source, self._scheme = source, scheme
         self._recorded = recorded if scheme.fused_scale else {}
         self._parts: dict[str, list[Matrix]] = {}
-        self._known: dict[str, np.float32] = {}
+        self._known: dict[str, float] = {}
         self._kept: dict[tuple[str, int], npt.NDArray[np.generic]] = {}
         self._room, self._lock = KEPT_ROWS, threading.Lock()
         for matrix in found:
@@ -134,9 +141,12 @@ class FusedRows:
         """Return the scale that a matrix shares with others, or None if the scheme has none."""
         if not self._scheme.fused_scale:
             return None
+        return fused_scale(self.most(matrix), self._scheme)
+
+    def most(self, matrix: Matrix) -> float:
+        """Return the largest magnitude of a matrix and of those that engines fuse with it."""
         if matrix.fused not in self._known:
-            most = max(map(self._largest_weight, self._parts[matrix.fused]))
-            self._known[matrix.fused] = fused_scale(most, self._scheme)
+            self._known[matrix.fused] = max(map(self._largest_weight, self._parts[matrix.fused]))
         return self._known[matrix.fused]
 
     def rounded(

@@ -43,6 +43,19 @@ def fused_scale(most: float, scheme: Scheme) -> np.float32:
     return np.float32(found) if np.isfinite(found) else np.float32(1)
 
 
+def to_float8(rows: npt.NDArray[np.generic], scale: np.float32) -> npt.NDArray[np.generic]:
+    """Return rows divided by a scale, rounded to float8_e4m3fn and cut off at its largest number.
+
+    Raises ValueError for weights that are not finite.
+    """
+    values = widened(rows)
+    if not np.isfinite(values).all():
+        raise ValueError("weights that are not finite")
+    scaled = np.divide(values, scale, dtype=np.float32)
+    np.clip(scaled, -_LARGEST_SCALE, _LARGEST_SCALE, out=scaled)
+    return _float8(scaled).view(array_type("F8_E4M3"))
+
+
 def round_rows(
     rows: npt.NDArray[np.generic], scheme: Scheme, shared: np.float32 | None = None
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own server, with its PyTorch backend: 16-bit and FP8 checkpoints on NVIDIA."""
+"""TensorRT-LLM's own server, with its PyTorch backend: 16 bits and ModelOpt's FP8 on NVIDIA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
-from weightsmith.serving.engine import OFFLINE, Engine, EngineBase, ServedModel, ServeOptions
+from weightsmith.serving.engine import (
+    OFFLINE,
+    Engine,
+    EngineBase,
+    ServedModel,
+    ServeOptions,
+    Support,
+)
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
@@ -132,10 +139,17 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     }
 
 
+_SUPPORT: Mapping[str, Support] = {
+    "modelopt-fp8": Support(
+        capability=(8, 9),
+        source="_torch/modules/linear.py FP8QDQLinearMethod: cublas_scaled_mm of float8_e4m3fn",
+    ),
+}
+
 ENGINE = Engine(
     name="trtllm",
     title="TensorRT-LLM",
-    accepts=frozenset({"safetensors"}),
+    accepts=frozenset({"safetensors", "modelopt-fp8"}),
     base=EngineBase(cpu="", gpu=GPU_IMAGE),
     port=_PORT,
     health_path="/health",
@@ -147,4 +161,6 @@ ENGINE = Engine(
     neutral_settings=frozenset({"max_batch_size", "max_seq_len", "kv_cache_config"}),
     image_files={CONFIG_FILE: "trtllm.yaml"},
     fixed_name="models",
+    support=_SUPPORT,
+    support_versions={"gpu": "1.2.1"},
 )

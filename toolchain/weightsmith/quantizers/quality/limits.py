@@ -60,7 +60,7 @@ def limits_for(
     """
     bits = format_.bits_per_weight
     found = next(limits for least, limits in _DEFAULTS if bits >= least)
-    merged = (_FP8 if format_.kind == "fp8" else found).model_dump()
+    merged = (_FP8 if format_.kind in {"fp8", "modelopt-fp8"} else found).model_dump()
     if format_.kind in _GROUPED:
         merged["layer_error"] = _GROUPED_LAYER
     if general:

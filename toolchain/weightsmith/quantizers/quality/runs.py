@@ -588,6 +588,7 @@ ROUNDING: Mapping[str, Rounding] = {
     "iq2_xxs": Rounding(0.3820),
     "int-quantized": Rounding(0.0083, block=-1),
     "float-quantized": Rounding(0.0263, block=0),
+    "modelopt-fp8": Rounding(0.0263, block=0),
     "nvfp4-pack-quantized": Rounding(0.1032, block=16),
     "mxfp4-pack-quantized": Rounding(0.1145),
     "mxfp8-quantized": Rounding(0.0266, block=0),
