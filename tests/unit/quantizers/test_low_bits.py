@@ -21,6 +21,7 @@ from weightsmith.quantizers.low_bits import BITS
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.running import ProgramSettings
+from weightsmith.stages.quantize import QuantizeOptions, nominal
 from weightsmith.worker.jobs import _quantizer
 
 from tests.unit.quantizers.conftest import make_any, model_of
@@ -90,7 +91,10 @@ def test_compressed_tensors_reads_what_we_read(tmp_path, name):
         tmp_path, name, ["o_proj"], "Qwen3MoeForCausalLM" if name == "w3a16" else "LlamaForCausalLM"
     )
 
-    check_checkpoint(out, model, layout(name), ("o_proj",))
+    found = check_checkpoint(out, model, layout(name), ("o_proj",))
+    asked = QuantizeOptions(name="demo", format=formats()[name], options={"group_size": GROUP})
+    planned = nominal(asked, 10**6, read_facts(model)).bits_per_weight
+    assert planned == pytest.approx(found["bits_per_quantized_weight"], abs=0.1)
     told = json.loads((out / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(told)
     scheme = config.config_groups["group_0"]

@@ -12,9 +12,11 @@ and up, and do not start with a checkpoint that keeps part of a group in 16 bits
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -144,6 +146,18 @@ def group_size(model: ModelFacts, requested: JsonValue) -> int:
         if fitting
         else "serve it in 16 bits, or as fp8 or w8a8, which have a scale per row",
     )
+
+
+def in_groups_of(format_: Format, model: ModelFacts, options: Options) -> Format:
+    """Return a format with the bits of its scales, which its nominal bits have per 128 weights.
+
+    Raises InputRefused as `group_size` does.
+    """
+    if "group_size" not in options:
+        return format_
+    codes = math.floor(format_.bits_per_weight)
+    scales = 128 * (format_.bits_per_weight - codes) / group_size(model, options["group_size"])
+    return replace(format_, bits_per_weight=codes + scales)
 
 
 def in_groups(request: QuantizeRequest) -> PackedLayout:

@@ -33,7 +33,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
-from weightsmith.quantizers.checkpoints import check_plain
+from weightsmith.quantizers.checkpoints import check_plain, in_groups_of
 from weightsmith.quantizers.compressed_mix import FEWEST, KINDS, NOTHING, TYPES
 from weightsmith.quantizers.compressed_mix import MIX as COMPRESSED_MIX
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
@@ -501,11 +501,11 @@ def _in_16_bits(weights: int, format_: Format, model: ModelFacts) -> int:
 
 
 def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format:
-    """Return the format with the bits per weight that a mix will have, about.
+    """Return the format with the bits per weight that groups of the chosen size or a mix will have.
 
-    They are those of the weights that do not stay in 16 bits; of a mix that is given, the mean over
-    its matrices, whatever their sizes. `weights` are the checkpoint's in bytes. Raises InputRefused
-    for a budget that no mix can have.
+    They are those of the weights that do not stay in 16 bits; of a mix about, and of one that is
+    given, the mean over its matrices, whatever their sizes. `weights` are the checkpoint's in
+    bytes. Raises InputRefused for a budget that no mix can have.
     """
     format_, chosen = options.format, options.options
     whole, low = _in_16_bits(weights, format_, model), bool(chosen.get("low"))
@@ -516,7 +516,7 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
         each = (_bits_of(str(kind), format_) for kind in mix.values())
         return replace(format_, bits_per_weight=fmean(each))
     if not (size or bits):
-        return format_
+        return in_groups_of(format_, model, chosen)
     # A weight less than the smallest type has is refused here, the rest once headers are known.
     wanted, least = size or int(whole * bits / 16), _smallest_mix(weights, format_, model, low=low)
     if least > wanted:

@@ -275,6 +275,7 @@ def test_nvfp4(decode_file: Decode) -> None:
 
 
 WORDS = {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)}
+COMPRESSED = {"quant_method": "compressed-tensors"}
 FP8 = torch.zeros(40, 2).to(torch.float8_e4m3fn)
 
 
@@ -298,6 +299,19 @@ FP8 = torch.zeros(40, 2).to(torch.float8_e4m3fn)
             | {"m.scales": torch.zeros(1, 8).half()},
             {"quant_method": "gptq", "bits": 4, "group_size": 16},
             r"m\.weight cannot be dequantized",
+        ),
+        *(
+            (made | {name: torch.tensor([[127, 255]]).byte()}, COMPRESSED, r"m\.weight .* 255")
+            for name, made in (
+                ("m.weight_scale", {"m.weight": torch.zeros(1, 64).to(torch.float8_e4m3fn)}),
+                ("m.weight_scale", {"m.weight_packed": torch.zeros(1, 32).byte()}),
+            )
+        ),
+        (
+            {"m.weight_blocks": torch.zeros(1, 1, 2, 16).byte()}
+            | {"m.weight_scales": torch.tensor([[[127, 255]]]).byte()},
+            {"quant_method": "mxfp4"},
+            r"m\.weight .* 255",
         ),
     ],
 )

@@ -23,6 +23,8 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1; the code's high bit is the sign (OCP Microscaling Formats, section 5.3.3)."""
 _NVFP4_GROUP, _MX_GROUP = 16, 32
+_NAN = 255
+"""In E8M0, the type of MX scales."""
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -155,8 +157,8 @@ def _ct_packed(weight: Packed, parts: Parts) -> np.ndarray:
 
 def _scaled(weight: Packed, parts: Parts) -> np.ndarray:
     values, block, scale = parts["weight"].astype(F32), weight.options.get("block"), parts["scale"]
-    if scale.dtype == np.uint8:  # exponents of 2 plus 127, as in MXFP8
-        scale = np.ldexp(F32.type(1), scale.astype(np.int32) - 127)
+    if scale.dtype == np.uint8:  # as in MXFP8
+        scale = np.ldexp(F32.type(1), _exponents(weight, scale))
     return _apply(values, scale, parts.get("zeros"), parts.get("groups"), block)
 
 
@@ -212,18 +214,32 @@ def _nvfp4(weight: Packed, parts: Parts) -> np.ndarray:
     return values
 
 
+def _exponents(weight: Packed, stored: np.ndarray) -> np.ndarray:
+    """Return the exponents of 2 of scales in E8M0: OCP Microscaling Formats, section 5.4.1.
+
+    Raises InputRefused for one that stands for NaN.
+    """
+    if (stored == _NAN).any():
+        raise InputRefused(
+            f"{weight.name} has a scale of 255, which stands for NaN",
+            hint="the checkpoint is damaged: fetch or quantize it again, or merge onto the original"
+            " 16-bit checkpoint",
+        )
+    return stored.astype(np.int32) - 127
+
+
 def _ct_mxfp4(weight: Packed, parts: Parts) -> np.ndarray:
     """Dequantize compressed-tensors' MXFP4: rows of bytes, and an exponent per 32 columns."""
     if parts["scale"].shape[-1] * _MX_GROUP != weight.shape[-1]:
         raise ValueError("expected one scale per 32 columns")
-    exponents = parts["scale"].astype(np.int32).repeat(_MX_GROUP, -1) - 127
+    exponents = _exponents(weight, parts["scale"]).repeat(_MX_GROUP, -1)
     scaled: np.ndarray = np.ldexp(_e2m1(parts["weight"]), exponents)
     return scaled
 
 
-def _mxfp4(_weight: Packed, parts: Parts) -> np.ndarray:
+def _mxfp4(weight: Packed, parts: Parts) -> np.ndarray:
     values = _e2m1(parts["weight"])
-    exponents = parts["scale"].astype(np.int32)[..., None] - 127
+    exponents = _exponents(weight, parts["scale"])[..., None]
     scaled: np.ndarray = np.ldexp(values, exponents)  # (experts, out, groups, 32)
     return scaled.reshape(*scaled.shape[:2], -1).swapaxes(-1, -2)
 
