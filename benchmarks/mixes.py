@@ -122,11 +122,11 @@ def make(model: Path, way: str, texts: Texts) -> Mapping[str, Json]:
     format_, options = options_of(way, read_facts(model).layers)
     out = file_of(way).parent
     shutil.rmtree(out, ignore_errors=True)
-    given: dict[str, object] = {}
+    given: dict[str, object] = {"texts": texts.calibration} if ENGINE == "vllm" else {}
     if format_ == MIXES[ENGINE]:
-        given = {"losses": Input(path=losses)}
+        given["losses"] = Input(path=losses)
     elif ENGINE == "vllm":
-        return quantize(model, out, format_, options, texts=texts.calibration)
+        return quantize(model, out, format_, options, **given)
     return quantize(model, out, format_, {"imatrix": "given", **options}, matrix, **given)
 
 

@@ -42,7 +42,8 @@ def test_losses_are_measured_once_for_all_budgets(memory: Memory, target: str) -
     assert first.texts
     assert (first.statistics, first.losses) == (None, None)
     assert second.options["bits"] == 9.5
-    assert second.texts == ()
+    # Integers are calibrated for each mix.
+    assert bool(second.texts) == (target == VLLM)
     assert None not in (second.statistics, second.losses)
     assert memory.record(target)["recipe"]["quantize"]["bits"] == 9.5
 

@@ -34,6 +34,7 @@ from weightsmith.quantizers.layerwise.quantizing import (
     packed_awq,
     packed_gptq,
     scale_layer,
+    unexplained,
 )
 from weightsmith.quantizers.packed import PackedLayout, PackedView, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
@@ -350,6 +351,25 @@ def test_errors_are_spread_as_the_paper_says(symmetric):
     assert (np.abs(made.numpy() - right) > 1e-4).mean() < 0.01
     by_itself = float((inputs @ (grid.rounded(weight) - weight).T).norm())
     assert float((inputs @ (made - weight).T).norm()) < 0.7 * by_itself
+
+
+def test_what_later_inputs_do_not_explain_is_what_a_regression_leaves():
+    draw = np.random.default_rng(0)
+    mixing = draw.standard_normal((24, 24)) * 0.4 + np.eye(24)
+    inputs = draw.standard_normal((200, 24)) @ mixing
+    gram = inputs.T @ inputs
+    # The damping is rows of its own.
+    power = np.sqrt(0.05 * np.diag(gram).mean())
+    rows = np.vstack([inputs, power * np.eye(24)])
+    order = np.argsort(-np.diag(gram))
+
+    found = unexplained(torch.from_numpy(gram)).numpy()
+
+    for place, one in enumerate(order):
+        later = rows[:, order[place + 1 :]]
+        factors = np.linalg.lstsq(later, rows[:, one], rcond=None)[0]
+        left = ((rows[:, one] - later @ factors) ** 2).sum()
+        assert found[one] == pytest.approx(left, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

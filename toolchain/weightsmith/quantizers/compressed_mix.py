@@ -3,7 +3,8 @@
 They are compressed-tensors' config_groups, each with the modules that it names and its own layout
 (`mixed-precision`). What vLLM fuses into one matrix has one type: q, k and v; gate and up; and all
 matrices of a layer's experts (0.33, compressed_tensors.py get_scheme_dict and
-compressed_tensors_moe.py get_moe_method). Losses are llamacpp-mix's, of these types.
+compressed_tensors_moe.py get_moe_method). Losses are llamacpp-mix's, of these types. Errors of
+integers are made up for as GPTQ does (`layerwise/quantizing.py`).
 
 128 inputs share a scale only where up to eight GPUs have whole groups of them. A matrix without
 measured losses has FP8.
@@ -282,7 +283,7 @@ class MixSettings:
     model: str
     out: str
     texts: str
-    """JSON Lines of calibration texts; "" if nothing is measured."""
+    """JSON Lines of calibration texts."""
     matrix: str
     """The importance matrix: measured if it is not there; "" for none."""
     losses: str
@@ -293,25 +294,26 @@ class MixSettings:
 
 def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     file, texts = request.output / ".settings.json", request.output / ".texts.jsonl"
-    chosen, measures = request.options, bool(request.texts)
+    chosen = request.options
+    measures = not (request.measured and (request.weighed or not _needs_losses(chosen)))
     settings = MixSettings(
         model=str(request.model),
         out=str(request.output),
-        texts=str(texts) if measures else "",
+        texts=str(texts),
         matrix=str(request.output / IMATRIX) if chosen["imatrix"] != "off" else "",
         losses=str(request.output / LOSSES) if _needs_losses(chosen) else "",
         wanted={key: chosen[key] for key in ("bits", "size", "mix") if key in chosen},
         measured_on=str(request.measured_on or request.model),
     )
-    writes = {file: json.dumps(asdict(settings), sort_keys=True)}
-    if measures:
-        writes[texts] = "".join(json.dumps(dict(row)) + "\n" for row in request.texts)
     return (
         BuilderCommand(
-            title=f"{'measuring losses and ' if measures else ''}rounding to a mix",
+            title=f"{'measuring losses and ' if measures else ''}calibrating a mix, layer by layer",
             argv=(request.python, "-m", "weightsmith.worker.quantize_mixed", str(file)),
             env={**OFFLINE, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-            writes=writes,
+            writes={
+                file: json.dumps(asdict(settings), sort_keys=True),
+                texts: "".join(json.dumps(dict(row)) + "\n" for row in request.texts),
+            },
             removes=(file, texts),
         ),
     )
@@ -330,6 +332,7 @@ def _check(request: QuantizeRequest) -> Options:
     foreseen = {key: mix[key] for key in ("loss", "bound") if mix[key] is not None}
     return {
         **facts,
+        **mix["walk"],
         "engine": "weightsmith",
         "tensor_types": dict(sorted(mix["types"].items())),
         "types": {kind: kinds.count(kind) for kind in KINDS if kind in kinds},
@@ -363,7 +366,7 @@ QUANTIZER = Quantizer(
     name="compressed_mix",
     builder="gguf",
     formats=(MIX,),
-    recipe_number=1,
+    recipe_number=2,
     check_input=_check_input,
     check_options=check_layers,
     steps=_steps,
@@ -371,7 +374,7 @@ QUANTIZER = Quantizer(
     peak_disk=lambda size, kept, format_, _options: checkpoints.output_bytes(size, kept, format_),
     options=_options,
     variants=lambda *_: tuple({"bits": bits} for bits in _BUDGETS),
-    calibrated=lambda _format, chosen: chosen["imatrix"] == "walk" or _needs_losses(chosen),
+    calibrated=lambda _format, _chosen: True,
     walked=lambda chosen: chosen["imatrix"] == "walk",
     statistics=IMATRIX,
     losses=LOSSES,
@@ -379,4 +382,5 @@ QUANTIZER = Quantizer(
     view=view_of,
     computed=True,
     by_layer=True,
+    compensated=True,
 )

@@ -16,12 +16,6 @@ Floats = npt.NDArray[np.float32]
 
 _DIVISORS = (7.0, 7.5, 8.0, 8.6, 9.3, 10.2)
 """The largest magnitude of a group, in units of a scale that is tried; codes reach from -8 to 7."""
-_PER_WORD = 8
-
-
-def scales_type(dtype: str) -> str:
-    """Return the safetensors type of the scales of weights of a type: what servers compute in."""
-    return dtype if dtype in {"BF16", "F16"} else "BF16"
 
 
 def round_groups(
@@ -55,14 +49,3 @@ def round_groups(
         best[better], chosen[better] = error[better], scale[better]
         codes[better] = made[better].astype(np.int8)
     return codes.reshape(count, inputs), chosen.astype(dtype)
-
-
-def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    """Return codes [n, inputs] as int32 [n, inputs / 8]: plus eight, the first in the lowest bits.
-
-    As `pack_to_int32` of compressed-tensors 0.20 (compressors/pack_quantized/helpers.py).
-    """
-    shifts = np.arange(0, 32, 32 // _PER_WORD, dtype=np.uint32)
-    parts = (codes.astype(np.int32) + 8).astype(np.uint32).reshape(len(codes), -1, _PER_WORD)
-    words: npt.NDArray[np.int32] = np.bitwise_or.reduce(parts << shifts, axis=2).view(np.int32)
-    return words

@@ -49,7 +49,7 @@ class QuantizeRequest:
     calibration: Path | None = None
     """JSON Lines `{text, tokens}`: rendered text and its number of tokens."""
     texts: tuple[Mapping[str, Json], ...] = ()
-    """Calibration texts as they were given, if the steps have a walk that renders them."""
+    """Calibration texts as they were given."""
     measured_on: Path | None = None
     """The checkpoint that importance is measured on, if it is another one."""
     measured: bool = False

@@ -72,7 +72,7 @@ from weightsmith.steps.tools import Tools
 WALK_BUILDER = "gguf"
 """It has the kernels that a walk multiplies with, and they are in its pins."""
 WALK_RECIPE_NUMBER = 2
-LOSSES_RECIPE_NUMBER = 1
+LOSSES_RECIPE_NUMBER = 2
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
@@ -251,7 +251,7 @@ def _run(
         for name, key in measures.items()
         if (earlier := to.find(partial(_same, key)))
     }
-    if texts and measures and given.keys() == measures.keys():
+    if measures and given.keys() == measures.keys() and not quantizer.compensated:
         options = replace(options, texts=None)
     options = replace(
         options,

@@ -32,7 +32,7 @@ def importance(
     from weightsmith.quantizers.layerwise import importance as measuring
 
     _require_same_bits()
-    rows = _rendered(model, texts)
+    rows = rendered(model, texts)
     found = measuring.importance(
         model,
         [row["text"] for row in rows],
@@ -59,7 +59,7 @@ def losses(
     from weightsmith.quantizers.layerwise.sensitivity import sensitivities
 
     _require_same_bits()
-    rows = _rendered(model, texts)
+    rows = rendered(model, texts)
     found = sensitivities(
         model,
         [row["text"] for row in rows],
@@ -103,13 +103,13 @@ def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, JsonValue]
 
     found = maxima.cache_scales(
         job.model.path,
-        [row["text"] for row in _rendered(job.model.path, job.texts)],
+        [row["text"] for row in rendered(job.model.path, job.texts)],
         lambda done, total: report(done, total, "layers"),
     )
     return {"scales": {name: list(pair) for name, pair in found.items()}}
 
 
-def _rendered(model: Path, texts: Sequence[Mapping[str, JsonValue]]) -> list[Mapping[str, Json]]:
+def rendered(model: Path, texts: Sequence[Mapping[str, JsonValue]]) -> list[Mapping[str, Json]]:
     """Return each text as the model reads it, with its number of tokens."""
     from weightsmith.quantizers.quality.texts import as_lines
 

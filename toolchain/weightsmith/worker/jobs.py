@@ -249,7 +249,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
         tools=tools_folder(),
         python=sys.executable,
         calibration=calibration,
-        texts=job.texts if walked else (),
+        texts=job.texts,
         measured_on=job.measured_on.path if job.measured_on else None,
         measured=job.statistics is not None,
         weighed=job.losses is not None,

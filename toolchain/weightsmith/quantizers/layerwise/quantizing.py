@@ -37,7 +37,7 @@ from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed, SharedInputGroup
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
-from weightsmith.quantizers.writing import copied, write_checkpoint
+from weightsmith.quantizers.writing import TensorGroup, copied, write_checkpoint
 
 _EXPERT = re.compile(r".*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _ROLE = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
@@ -57,11 +57,9 @@ class _Walk:
     bits: int
     scaled: bool
     """Whether scales may move between matrices and what comes before them."""
-    group: int
-    source: CheckpointTensors
     layers: Layers
-    found: Sequence[Matrix]
-    """The matrices to quantize."""
+    groups: Mapping[Matrix, int]
+    """The matrices to quantize, and how many inputs of each share a scale."""
     few: list[tuple[int, int, int]] = field(default_factory=list)
     """Experts that saw too few tokens: layer, expert, tokens."""
 
@@ -91,18 +89,14 @@ def quantize(settings: running.ProgramSettings) -> None:
     packed = settings.packed or method not in _PACKS
     pack = partial(packed_integers, zeros=awq) if packed else _PACKS[method]
     walk = _Walk(
-        awq=awq, pack=pack, bits=settings.bits, scaled=scaled, group=group, source=source,
-        layers=layers, found=found,
+        awq=awq, pack=pack, bits=settings.bits, scaled=scaled, layers=layers,
+        groups=dict.fromkeys(found, group),
     )  # fmt: skip
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
-    identity = json.dumps([settings.text(), lines, files])
-    made = _Finished(out / running.RAW, hashlib.sha256(identity.encode()).hexdigest())
-    for number in range(made.restore(walk), len(layers.layers)):
-        with layers.loaded(number) as layer:
-            tensors = _layer(walk, number, layer)
-        made.add(number, tensors, walk)
-        print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
-    _assemble(walk, out, made)
+    works = _run(walk, model, out / running.RAW, [settings.text(), lines])
+    made = {output.name for work in works for output in work.outputs}
+    unchanged = source.names - made - {matrix.tensor for matrix in found}
+    write_checkpoint(out, [*works, *(copied(source, name) for name in unchanged)])
+    (out / running.FACTS).write_text(json.dumps(_facts(walk)), encoding="utf-8")
     kept = unquantized(source, known, found)
     if packed:
         config = checkpoints.integers_config(settings.bits, group, kept, symmetric=not awq)
@@ -110,6 +104,41 @@ def quantize(settings: running.ProgramSettings) -> None:
         config = checkpoints.grouped_config(method, group, settings.keep, kept)
     checkpoints.write_companions(model, out, config)
     discard(out / running.RAW)
+
+
+def integers(
+    model: Path, folder: Path, lines: Sequence[str], groups: Mapping[Matrix, int]
+) -> tuple[list[TensorGroup], dict[str, JsonValue]]:
+    """Return the work for matrices of symmetric 4-bit integers, by GPTQ, and what to report.
+
+    `groups` says how many inputs of each share a scale; all other matrices keep their values. The
+    finished layers lie in `folder`, where an interrupted walk goes on. Raises InputRefused for
+    weights that are not finite, and text that the model cannot read.
+    """
+    torch.set_num_threads(all_but_one())
+    layers = Layers(model, running.samples(lines, load_tokenizer(model)))
+    walk = _Walk(
+        awq=False, pack=packed_integers, bits=4, scaled=False, layers=layers, groups=groups
+    )
+    told = {matrix.module: group for matrix, group in groups.items()}
+    return _run(walk, model, folder, [told, list(lines)]), _facts(walk)
+
+
+def _run(walk: _Walk, model: Path, folder: Path, about: Sequence[JsonValue]) -> list[TensorGroup]:
+    """Quantize all layers that are not in the folder yet; return the work for their tensors.
+
+    `about` is what the result depends on beside the model's files.
+    """
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.iterdir())]
+    identity = hashlib.sha256(json.dumps([*about, files]).encode()).hexdigest()
+    made, count = _Finished(folder, identity), len(walk.layers.layers)
+    for number in range(made.restore(walk), count):
+        with walk.layers.loaded(number) as layer:
+            tensors = _layer(walk, number, layer)
+        made.add(number, tensors, walk)
+        print(f"layer {number + 1} of {count}", flush=True)  # noqa: T201
+    stored = [CheckpointTensors(made.file(number).parent) for number in range(count)]
+    return [copied(layer, name) for layer in stored for name in layer.names]
 
 
 class _Finished:
@@ -165,7 +194,7 @@ def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
 def _layer(walk: _Walk, number: int, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a loaded layer's tensors as they are stored, and move the states behind it."""
     layers, path = walk.layers, walk.layers.paths[number]
-    own = {m.tensor: m for m in walk.found if m.expert < 0}
+    own = {m.tensor: m for m in walk.groups if m.expert < 0}
     linears = {
         name: own[layers.weights.tensor_of(f"{path}.{name}.weight")]
         for name, module in layer.named_modules()
@@ -185,7 +214,7 @@ def _layer(walk: _Walk, number: int, layer: torch.nn.Module) -> dict[str, torch.
         made |= _rounded(walk, weights, group.moments)
     if observer.routed is not None:
         made |= _experts(walk, number, observer.routed)
-    if not walk.awq:
+    if made and not walk.awq:
         for batch in range(len(outputs)):  # one by one: no third copy of all states
             outputs[batch] = layers.run(number, batch)
     layers.states = outputs
@@ -196,13 +225,25 @@ def _rounded(
     walk: _Walk, weights: Mapping[Matrix, torch.Tensor], moments: Moments
 ) -> dict[str, torch.Tensor]:
     """Round matrices that share their inputs, in place; return their stored tensors."""
-    grids = []
     for matrix, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             raise checkpoints.not_finite(matrix.tensor)
+    made: dict[str, torch.Tensor] = {}
+    for size in sorted({walk.groups[matrix] for matrix in weights}):
+        some = {one: weight for one, weight in weights.items() if walk.groups[one] == size}
+        made |= _rounded_alike(walk, some, moments, size)
+    return made
+
+
+def _rounded_alike(
+    walk: _Walk, weights: Mapping[Matrix, torch.Tensor], moments: Moments, size: int
+) -> dict[str, torch.Tensor]:
+    """Round matrices of which `size` inputs share a scale, as `_rounded` does."""
+    grids = []
+    for matrix, weight in weights.items():
         whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
         gram = None if whole else moments.gram
-        grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq, bits=walk.bits))
+        grids.append(best_grid(weight, gram, size, symmetric=not walk.awq, bits=walk.bits))
     scale, zero = torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids])
     grid = Grid(scale, zero, grids[0].largest)
     values = compensated(torch.cat(list(weights.values())), moments.gram, grid)
@@ -235,7 +276,8 @@ def _scaled(
 
     before = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
     kept = [(group, group.moments.copy()) for group in observer.groups]
-    changed = list(scale_layer(observer.groups, walk.group, stored))
+    (size,) = {*walk.groups.values()}
+    changed = list(scale_layer(observer.groups, size, stored))
     found = layers.run(number, 0)
     if not float((found - right).norm()) <= 1e-2 * float((right - layers.states[0]).norm()):
         for name, parameter in layer.named_parameters():
@@ -256,7 +298,7 @@ def _scaled(
 def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor]:
     prefix = f"{walk.layers.stored_path(number)}."
     by_expert: dict[int, dict[int, Matrix]] = {}
-    for matrix in walk.found:
+    for matrix in walk.groups:
         match = _EXPERT.fullmatch(matrix.module)
         if match and matrix.module.startswith(prefix):
             by_expert.setdefault(int(match["expert"]), {})[_ROLE[match["name"]]] = matrix
@@ -270,39 +312,31 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
         gate, up = both.chunk(2)
         inner = module.act_fn(rows @ gate.T) * (rows @ up.T)
         seen, behind = Moments.of(rows), Moments.of(inner)
-        factors = best_factors([down], behind, walk.group) if walk.scaled else None
+        first, second, last = (by_expert[expert][role] for role in range(3))
+        factors = best_factors([down], behind, walk.groups[last]) if walk.scaled else None
         if factors is not None:
             up, down = up / factors[:, None], down * factors
             behind.scale(factors)
-        first, second, last = (by_expert[expert][role] for role in range(3))
         made |= _rounded(walk, {first: gate, second: up}, seen)
         made |= _rounded(walk, {last: down}, behind)
     return made
 
 
-def _assemble(walk: _Walk, out: Path, made: _Finished) -> None:
-    """Write the layers' tensors, the checkpoint's others, and what the report says of the walk."""
-    quantized = {matrix.tensor for matrix in walk.found}
-    works = []
-    for number in range(len(walk.layers.layers)):
-        layer = CheckpointTensors(made.file(number).parent)
-        works += [copied(layer, name) for name in layer.names]
-        quantized |= layer.names
-    works += [copied(walk.source, name) for name in walk.source.names - quantized]
-    write_checkpoint(out, works)
+def _facts(walk: _Walk) -> dict[str, JsonValue]:
+    """Return what the report says of a finished walk."""
     tokens = sum(int(batch.valid.sum()) for batch in walk.layers.batches)
     facts: dict[str, JsonValue] = {"calibration_tokens": tokens}
     if walk.few:
         few = [f"layer {layer}.{expert} ({count})" for layer, expert, count in walk.few]
         named = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if few[3:] else "")
-        facts["experts_with_few_tokens"] = few
+        facts["experts_with_few_tokens"] = list(few)
         facts["warnings"] = [
             (
                 f"experts saw fewer than {MIN_TOKENS} calibration tokens, and were calibrated on "
                 f"all tokens of their layer ({len(few)}: {named}); more calibration text helps"
             )
         ]
-    (out / running.FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    return facts
 
 
 _BLOCK = 64
@@ -316,7 +350,7 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
 
     `gram` [inputs, inputs] is the inputs' Gram matrix.
     """
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    order = _order(gram)
     upper = _upper(gram[order][:, order])
     size = weight.shape[1] // grid.scale.shape[1]
     groups = order // size
@@ -342,19 +376,38 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     return found.T.contiguous()
 
 
+def _order(gram: torch.Tensor) -> torch.Tensor:
+    return torch.argsort(gram.diagonal(), descending=True, stable=True)
+
+
+def unexplained(gram: torch.Tensor) -> torch.Tensor:
+    """Return how much of each input's power later inputs do not explain: float64 [inputs].
+
+    An error of its weight costs so much once `compensated` has spread it.
+    """
+    order = _order(gram)
+    found = torch.empty(len(gram), dtype=torch.float64)
+    found[order] = _factor(gram[order][:, order]).diagonal().square()
+    return found
+
+
 def _upper(gram: torch.Tensor) -> torch.Tensor:
     """Return the upper Cholesky factor U of the damped Gram matrix's inverse, U^T U.
 
-    It is the inverse of M with M M^T the matrix itself and M upper: the factor of the matrix in
-    reverse order, reversed. So no inverse has to be factored.
+    It is the inverse of `_factor`'s, so no inverse has to be factored.
     """
+    unit = torch.eye(len(gram), dtype=torch.float64)
+    found: torch.Tensor = torch.linalg.solve_triangular(_factor(gram), unit, upper=True)
+    return found.float()
+
+
+def _factor(gram: torch.Tensor) -> torch.Tensor:
+    """Return the upper M with M M^T the damped Gram matrix: its factor in reverse order."""
     damped = gram.double().flip(0, 1)
     power = damped.diagonal()
     power += _DAMPING * float(power.mean()) or 1.0
-    reversed_ = torch.linalg.cholesky(damped).flip(0, 1)
-    unit = torch.eye(len(gram), dtype=torch.float64)
-    found: torch.Tensor = torch.linalg.solve_triangular(reversed_, unit, upper=True)
-    return found.float()
+    found: torch.Tensor = torch.linalg.cholesky(damped).flip(0, 1)
+    return found
 
 
 _COARSE = (0.1, 0.3, 0.5, 0.7, 0.9)

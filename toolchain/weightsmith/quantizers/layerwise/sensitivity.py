@@ -10,6 +10,10 @@ Networks with Kronecker-factored Approximate Curvature, 2015, section 3):
 x is a matrix's input, and g the gradient of log p by its output, where p is the probability of a
 token that the model itself drew. So an error counts by what it changes in the end, not by what it
 changes in its own layer. One layer at a time is in memory, and the states in front of each.
+
+Where later inputs make up for the errors of earlier ones, as GPTQ does, E[x_j^2] is what those
+cannot make up for: the diagonal D of the inputs' second moments' factors L D L^T (Chee et al.,
+QuIP, 2023, section 3).
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from weightsmith.quantizers.gguf_importance import Importance
 from weightsmith.quantizers.gguf_mix import EMBEDDING, HEAD, LOSS_TOKENS, Losses, kinds_of_rows
 from weightsmith.quantizers.layerwise.importance import DOWN, GATED, NAMES, Progress, windows
 from weightsmith.quantizers.layerwise.observing import is_experts
+from weightsmith.quantizers.layerwise.quantizing import unexplained
 
 _ROWS = 256
 """Rows of a tensor that are rounded; the errors of the others are taken to be as large for their
@@ -49,19 +54,25 @@ class _Moments:
     """float64 [columns]"""
     gradients: torch.Tensor
     """By its outputs: float64 [rows]."""
+    gram: torch.Tensor | None
+    """Sum of x x^T, float32 [columns, columns], if it is wanted."""
     count: int = 0
 
     @classmethod
-    def of_none(cls, rows: int, columns: int) -> _Moments:
+    def of_none(cls, rows: int, columns: int, *, gram: bool = False) -> _Moments:
         """Return those of no token."""
         kind = torch.float64
-        return cls(torch.zeros(columns, dtype=kind), torch.zeros(rows, dtype=kind))
+        products = torch.zeros(columns, columns) if gram else None
+        return cls(torch.zeros(columns, dtype=kind), torch.zeros(rows, dtype=kind), products)
 
     def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add those of inputs [tokens, columns] and gradients [tokens, rows]."""
         self.inputs += inputs.double().square_().sum(0)
         self.gradients += gradients.double().square_().sum(0)
         self.count += len(inputs)
+        if self.gram is not None:
+            turned = inputs.T.contiguous()
+            self.gram += product(turned, turned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +85,29 @@ class _Rows:
     """float64 [rows, 1], or [rows, columns]."""
     by_column: torch.Tensor
     """float64 [columns]"""
+    left: torch.Tensor | None = None
+    """Likewise, where later columns make up for errors."""
     importance: np.ndarray | None = None
     """What they are rounded with: float32 [columns]."""
 
     def picked(self, step: int) -> _Rows:
         """Return each row of so many."""
         rows, by_row = self.rows[::step].contiguous(), self.by_row[::step]
-        return _Rows(rows, by_row, self.by_column, self.importance)
+        return replace(self, rows=rows, by_row=by_row)
 
-    def counts(self, errors: torch.Tensor) -> float:
+    def counts(self, errors: torch.Tensor, by_column: torch.Tensor | None = None) -> float:
         """Return what errors [rows, columns] count."""
+        columns = self.by_column if by_column is None else by_column
         parts = zip(torch.split(errors, _ROWS), torch.split(self.by_row, _ROWS), strict=True)
         return math.fsum(
-            float((part.double().square_() * self.by_column * own).sum()) for part, own in parts
+            float((part.double().square_() * columns * own).sum()) for part, own in parts
         )
 
-    def loss(self, kind: str, rounded: Rounded) -> float:
+    def loss(self, kind: str, types: Types) -> float:
         """Return what the errors of a type count."""
-        made = rounded(kind, self.rows.numpy(), self.importance)
-        return self.counts(torch.from_numpy(made) - self.rows)
+        made = types.rounded(kind, self.rows.numpy(), self.importance)
+        left = self.left if types.compensated(kind) else None
+        return self.counts(torch.from_numpy(made) - self.rows, left)
 
 
 Rounded = Callable[[str, np.ndarray, np.ndarray | None], np.ndarray]
@@ -106,6 +121,8 @@ class Types:
     of: Callable[[str, int], Sequence[str]]
     """(tensor, columns) -> its types."""
     rounded: Rounded
+    compensated: Callable[[str], bool] = lambda _: False
+    """(type) -> whether later columns make up for the errors of earlier ones."""
 
 
 def gguf_types(*, low: bool) -> Types:
@@ -191,19 +208,22 @@ class _BackwardWalk:
                 if type(module) is nn.Linear:
                     del module.forward  # else it multiplies without us
             products = [*_products(layer, f"blk.{number}.")]
-            for matrix, _ in products:
-                self._known[matrix.data_ptr()] = _Moments.of_none(*matrix.shape)
+            for matrix, parts in products:
+                kinds = (self.types.of(tensor, matrix.shape[1]) for tensor in parts)
+                gram = any(self.types.compensated(kind) for each in kinds for kind in each)
+                self._known[matrix.data_ptr()] = _Moments.of_none(*matrix.shape, gram=gram)
             for batch, gradient in enumerate(gradients):
                 torch.autograd.backward([self.layers.run(number, batch)], [gradient])
-            parts: dict[str, list[_Rows]] = {}
+            rows_of: dict[str, list[_Rows]] = {}
             for matrix, heights in products:
                 sums, start = self._known[matrix.data_ptr()], 0
+                columns, left = self._by_column(sums), self._left(sums)
                 for tensor, height in heights.items():
                     own = slice(start, start + height)
-                    made = _Rows(matrix[own], sums.gradients[own, None], self._by_column(sums))
-                    parts.setdefault(tensor, []).append(made)
+                    made = _Rows(matrix[own], sums.gradients[own, None], columns, left)
+                    rows_of.setdefault(tensor, []).append(made)
                     start += height
-            for tensor, each in parts.items():
+            for tensor, each in rows_of.items():
                 values = self.importance.of(tensor, each[0].rows.shape[1], len(each))
                 found = [None] * len(each) if values is None else [*values]
                 rows = [replace(one, importance=v) for one, v in zip(each, found, strict=True)]
@@ -215,12 +235,18 @@ class _BackwardWalk:
     def _by_column(self, sums: _Moments) -> torch.Tensor:
         return sums.inputs / (2 * self.tokens * max(1, sums.count))
 
+    def _left(self, sums: _Moments) -> torch.Tensor | None:
+        """Return what is left of `_by_column` where later columns make up for errors."""
+        if sums.gram is None:
+            return None
+        return unexplained(sums.gram) / (2 * self.tokens * max(1, sums.count))
+
     def _add(self, tensor: str, size: float, some: Sequence[_Rows]) -> None:
         """Add a tensor's losses, by those of some of its rows; `size` is what all weights count."""
         whole = sum(one.counts(one.rows) for one in some)
         ratio, found = size / whole if whole else 0.0, self.losses.setdefault(tensor, {})
         for kind in self.types.of(tensor, some[0].rows.shape[1]):
-            loss = ratio * sum(one.loss(kind, self.types.rounded) for one in some)
+            loss = ratio * sum(one.loss(kind, self.types) for one in some)
             found[kind] = float(f"{found.get(kind, 0.0) + loss:.{_DIGITS}g}")
 
     def _through_head(self) -> list[torch.Tensor]:
