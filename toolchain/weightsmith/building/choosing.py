@@ -216,9 +216,9 @@ def candidates_of(
 
 
 def _loses_least(alike: Sequence[Candidate]) -> Candidate:
-    """Return the largest of candidates of about one size, or its engine's that moves errors.
+    """Return the largest of candidates of about one size, or its engine's AWQ or GPTQ.
 
-    At equal size, AWQ and GPTQ lose a fraction of what vLLM's mix does, which rounds to the nearest
+    At equal size, AWQ loses half of what vLLM's mix does, and a mix of 4 bits alone is GPTQ
     (benchmarks/README.md).
     """
     largest = max(alike, key=lambda one: one.price)
@@ -228,6 +228,7 @@ def _loses_least(alike: Sequence[Candidate]) -> Candidate:
         if one.target.engine == largest.target.engine
         and (name := one.target.format.name) in formats()
         and of_format(name).compensated
+        and one.target.format.kind != "mix"
     ]
     return max(moving, key=lambda one: one.price, default=largest)
 
