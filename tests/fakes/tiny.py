@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from weightsmith.core.values import Digest, FileEntry, Snapshot, Tree
 from weightsmith.models.safetensors import build_header
 
 
@@ -122,3 +123,13 @@ def tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...], seed: int) -> bytes
     header = build_header([(name, "F32", shape) for name, shape in shapes], {})
     data = [draw.normal(0, 0.02, shape).astype("<f4").tobytes() for _, shape in shapes]
     return header + b"".join(data)
+
+
+def snapshot_of(folder: Path) -> Snapshot:
+    """Return a folder of files as a source."""
+    files = tuple(
+        FileEntry(path=path.name, size=path.stat().st_size, digest=Digest.of(path.read_bytes()))
+        for path in sorted(folder.iterdir())
+    )
+    tree = Tree(root=folder, files=files)
+    return Snapshot(tree=tree, source=str(folder), pin="", pinned=True)

@@ -325,3 +325,63 @@ def test_what_others_wrote_is_parsed_in_one_place() -> None:
     found = {name for name, nodes in modules().items() if any(map(parses, nodes))}
 
     assert found <= READS_OUR_OWN, "use toolchain/weightsmith/core/safe_parse.py, which has limits"
+
+
+OF_THE_PROGRAM = {
+    "core/json_objects.py: types_of", "core/json_objects.py: _fields",
+    "core/kernels/library.py: _found", "core/resources.py: _builder_pins",
+    "core/resources.py: _engine_pins", "core/small_floats.py: small_float",
+    "evaluating/pages.py: _environment", "merging/names.py: _table",
+    "oci/connections.py: _trusting", "quantizers/tiled.py: _values",
+    "recipe/section.py: _fields_of", "serving/vllm.py: known_options",
+    "stages/render.py: _environment",
+}  # fmt: skip
+"""What is remembered of this very program: its classes, types, files and certificates."""
+OF_CONTENT = {
+    "evaluating/build_record.py: _parsed", "evaluating/contamination.py: _kept",
+    "evaluating/items.py: _read", "evaluating/pictures.py: _look", "merging/names.py: plain_key",
+    "models/facts.py: _facts", "quantizers/calibration.py: _texts",
+    "steps/served_adapters.py: _require_all_targeted", "steps/served_adapters.py: _weights",
+}  # fmt: skip
+"""Some small results, remembered by the content or the digest that they follow from."""
+CHANGED = {
+    "core/apart.py: _run": "how this process starts others, said once where it is wired",
+    "core/time_limits.py: _now": "what the one job of a worker does at the moment",
+    "core/time_limits.py: _tell": "who hears that",
+    "core/waiting.py: _KEPT": "locks that every program gets which this process starts",
+    "core/waiting.py: _STOP": "of a thread: when its waits end",
+    "forward/heads.py: _here": "of a thread: the positions whose logits it wants",
+    "forward/native.py: _scratch": "of a thread: memory for packed matrices",
+    "forward/threads.py: _own": "of a thread: how many threads its products use",
+    "models/tensors.py: _FILLED": "llama.cpp's converter opens files itself, known by their paths",
+    "worker/wire.py: _wire": "a process has one standard output",
+}
+CHANGES = {
+    "add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "set",
+    "setdefault", "update",
+}  # fmt: skip
+
+
+def test_modules_keep_no_state() -> None:
+    """What one build leaves behind, the next one in the same process would find."""
+    memos, changed = set[str](), set[str]()
+    for name, (module, *nodes) in modules().items():
+        stored = [getattr(one, "targets", [getattr(one, "target", None)]) for one in module.body]
+        bound = {one.id for some in stored for one in some if isinstance(one, ast.Name)}
+        for node in nodes:
+            target: ast.AST | None = None
+            if isinstance(node, ast.FunctionDef) and ast.unparse(node.args):
+                made = [getattr(one, "func", one) for one in node.decorator_list]
+                if {dotted(one).rpartition(".")[2] for one in made} & {"cache", "lru_cache"}:
+                    memos.add(f"{name}: {node.name}")
+            elif isinstance(node, ast.Global):
+                changed |= {f"{name}: {one}" for one in node.names}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                target = node.func.value if node.func.attr in CHANGES else None
+            elif isinstance(node, ast.Attribute | ast.Subscript):
+                target = node.value if isinstance(node.ctx, ast.Store | ast.Del) else None
+            if isinstance(target, ast.Name) and target.id in bound:
+                changed.add(f"{name}: {target.id}")
+
+    assert memos == OF_THE_PROGRAM | OF_CONTENT
+    assert changed == CHANGED.keys()

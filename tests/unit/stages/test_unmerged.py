@@ -18,9 +18,6 @@ from weightsmith.core.values import (
     SAFETENSORS,
     AdapterSnapshot,
     Artifact,
-    Digest,
-    FileEntry,
-    Snapshot,
     Sources,
     Tree,
 )
@@ -32,22 +29,10 @@ from weightsmith.stages.unmerged import unmerged, unmerged_gguf
 from weightsmith.steps.served_adapters import base_weight_bytes, served_adapters
 
 from tests.fakes.configs import facts
+from tests.fakes.tiny import snapshot_of
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny"
-
-
-def snapshot(folder: Path) -> Snapshot:
-    files = tuple(
-        FileEntry(
-            path=path.name,
-            size=path.stat().st_size,
-            digest=Digest("sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()),
-        )
-        for path in sorted(folder.iterdir())
-    )
-    tree = Tree(root=folder, files=files)
-    return Snapshot(tree=tree, source=str(folder), pin="", pinned=True)
 
 
 def changed(folder: Path, **changes: Any) -> Sources:
@@ -55,19 +40,19 @@ def changed(folder: Path, **changes: Any) -> Sources:
     shutil.copytree(TINY / "adapters" / "a", folder, dirs_exist_ok=True)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return sources(AdapterSnapshot(snapshot=snapshot(folder)))
+    return sources(AdapterSnapshot(snapshot=snapshot_of(folder)))
 
 
 def sources(*adapters: AdapterSnapshot) -> Sources:
-    return Sources(base=snapshot(TINY / "base"), adapters=adapters)
+    return Sources(base=snapshot_of(TINY / "base"), adapters=adapters)
 
 
 def beside_base(made: Sources) -> Artifact:
     return unmerged(made, Artifact(format=SAFETENSORS, tree=made.base.tree), LORA)
 
 
-A = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "a"))
-B = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "b"), version="v2")
+A = AdapterSnapshot(snapshot=snapshot_of(TINY / "adapters" / "a"))
+B = AdapterSnapshot(snapshot=snapshot_of(TINY / "adapters" / "b"), version="v2")
 
 
 def rendered(made: Sources, target: str = "vllm-lora", **wishes):
@@ -105,7 +90,7 @@ def test_an_adapters_size_is_what_its_engine_loads(tmp_path):
     changed(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
-    made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
+    made = sources(AdapterSnapshot(snapshot=snapshot_of(tmp_path)))
 
     (gguf,), (vllm,) = served_adapters(made, gguf=True), served_adapters(made)
     assert (gguf.matrices, gguf.weight_bytes) == (28, 720_896)
@@ -125,7 +110,7 @@ def test_the_experts_of_a_layer_are_one_matrix(tmp_path):
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
 
-    (one,) = served_adapters(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gguf=True)
+    (one,) = served_adapters(sources(AdapterSnapshot(snapshot=snapshot_of(tmp_path))), gguf=True)
     assert (one.matrices, one.weight_bytes) == (2, 256 * 64 * 4)
 
 

@@ -150,6 +150,7 @@ def forecast(
         "platforms": {name: seen[one.image] for name, one in named.items()},
         "sharing": {
             name: foreseen_sharing(
+                tools.merges,
                 sources,
                 recipe.merge,
                 one.of.target.format,

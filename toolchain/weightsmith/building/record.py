@@ -158,8 +158,8 @@ class Record:
         """How many bytes of its weights other images have too; None if there is no image yet."""
         if self.target is None or not (made := self.run.have.get(self.target.image)):
             return None
-        sources, merge = self.run.have[self.steps.sources], self.request.file.recipe.merge
-        return sharing(made[0].split, made[0].inputs.artifact, sources, merge)
+        inputs = made[0].inputs
+        return sharing(made[0].split, inputs.artifact, inputs.changed)
 
     @property
     def replay(self) -> ReplayFile | None:

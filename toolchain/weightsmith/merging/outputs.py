@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from weightsmith.models.safetensors import BITS, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
 
+T = TypeVar("T")
 _PIECE = 1 << 24
 Rows = Callable[[int, int], "np.ndarray"]
 """(first, count) -> rows of a tensor viewed as a matrix, (count, columns); thread-safe."""
@@ -35,6 +36,9 @@ class Files(Protocol):
 
     def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
         """Return the cached result of `make` for the key."""
+
+    def for_all(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the result of `make` for the key, kept for all tensors of the merge."""
 
 
 class TensorSource(Protocol):

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from torch import nn
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.adapter_config import names_match
 from weightsmith.merging.names import plain_key
-from weightsmith.merging.outputs import BaseLayer
+from weightsmith.merging.outputs import BaseLayer, Files
 from weightsmith.merging.rounding import F32
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def merge_shared_layer(
     raw: str,
     base: Arrays,
     state: State,
+    files: Files,
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
     """Return a layer's merged parameters if layers share projections or banks.
@@ -74,10 +75,10 @@ def merge_shared_layer(
     `folder`, layers are in the order of its model.
     """
     with _lock, warnings.catch_warnings(action="ignore"), _one_thread():
-        return _merged(_shared(layers, raw, state, folder), layer, base)
+        build = partial(_shared, layers, raw, state, folder)
+        return _merged(files.for_all((layers, raw, state, folder), build), layer, base)
 
 
-@lru_cache(maxsize=1)
 def _shared(layers: tuple[BaseLayer, ...], raw: str, state: State, folder: Path | None) -> Model:
     from safetensors import safe_open
 

@@ -16,9 +16,8 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
@@ -73,7 +72,6 @@ START_BYTES = 100 << 20
 BLOCK_BYTES = 24 << 20
 """Buffers per worker."""
 _PLAIN = Merge()
-_STAMP = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
 _FAMILIES = frozenset({"llama", "qwen", "gemma", "mistral", "mixtral"})
 """Families with the same module names and, in small models, the same shapes.
 
@@ -110,10 +108,31 @@ class MergePlan:
         return sum(output.kind == kind for output in self.outputs.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedBase:
+    """A base whose headers and configuration have been read."""
+
+    files: tuple[str, ...]
+    index: CheckpointIndex
+    view: BaseView
+
+
+def open_base(base: Path, quantized_base: str) -> OpenedBase:
+    """Read a base under the choice for quantized ones; raises InputRefused as `make_plan` does."""
+    files, index = check_model_folder(base), open_checkpoint(base)
+    view = base_view(index, read_json(base / "config.json"), quantized_base)
+    return OpenedBase(files=tuple(files), index=index, view=view)
+
+
 def make_plan(
-    base: Path,
-    adapters: Sequence[tuple[Path, float]],
-    options: Merge = _PLAIN,
+    base: Path, adapters: Sequence[tuple[Path, float]], options: Merge = _PLAIN
+) -> MergePlan:
+    """Return the plan of a merge into the base of a folder, as `plan_onto` does."""
+    return plan_onto(open_base(base, options.quantized_base), adapters, options)
+
+
+def plan_onto(
+    base: OpenedBase, adapters: Sequence[tuple[Path, float]], options: Merge
 ) -> MergePlan:
     """Return the plan, from the headers and configurations of base and adapters.
 
@@ -126,9 +145,7 @@ def make_plan(
             raise UsageError(f"invalid weight {weight} for {root}", hint="give a finite number")
     if combination.space == "factors" and len(adapters) == 1:
         combination = Combination(method="linear", space="factors")  # as in PEFT
-    files = check_model_folder(base)
-    stamps = tuple(_STAMP((base / name).stat()) for name in files)
-    index, based = _opened(base, options.quantized_base, stamps)
+    based = base.view
     read = [_open_adapter(root, weight) for root, weight in adapters]
     if combination.space == "factors" and read and read[0].config.use_rslora:
         # PEFT's combined adapter inherits it and applies it twice.
@@ -162,8 +179,8 @@ def make_plan(
         if (kept := tuple(one for one in shard.outputs if one.name not in dropped))
     )
     return MergePlan(
-        base=index,
-        base_files=tuple(name for name in files if not (based.dropped and name in STALE)),
+        base=base.index,
+        base_files=tuple(name for name in base.files if not (based.dropped and name in STALE)),
         config=config,
         adapters=views,
         shards=shards,
@@ -184,15 +201,6 @@ def make_plan(
             *_written_apart(settings, apart),
         ),
     )
-
-
-@lru_cache(maxsize=1)
-def _opened(
-    base: Path, quantized_base: str, _stamps: tuple[tuple[int, ...], ...]
-) -> tuple[CheckpointIndex, BaseView]:
-    """Return a base's tensors; a fleet merges hundreds of adapters into the same 90,000."""
-    index = open_checkpoint(base)
-    return index, base_view(index, read_json(base / "config.json"), quantized_base)
 
 
 def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:

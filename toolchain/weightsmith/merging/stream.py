@@ -6,10 +6,10 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from weightsmith.merging.rounding import BF16, F16, F32, F64
 from weightsmith.models.safetensors import BITS, TensorInfo
 from weightsmith.models.tensors import array_type
 
+T = TypeVar("T")
 ARRAY_TYPES = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
 _MODE = 0o644
 _PIECE = 1 << 18
@@ -71,7 +72,8 @@ class OpenFiles:
         self._readers: dict[Path, Reader] = {}
         self._kept: OrderedDict[tuple[Path, str, int, int], np.ndarray] = OrderedDict()
         self._made: OrderedDict[object, np.ndarray] = OrderedDict()
-        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._for_all: dict[Hashable, Any] = {}
+        self._lock, self._making, self._sharing = (threading.Lock() for _ in range(3))
 
     def reader(self, path: Path) -> Reader:
         """Return the file, opened if needed."""
@@ -87,6 +89,7 @@ class OpenFiles:
         self._readers.clear()
         self._kept.clear()
         self._made.clear()
+        self._for_all.clear()
 
     def rows(self, stored: StoredTensor, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of a stored tensor, see `Reader.rows`."""
@@ -110,6 +113,14 @@ class OpenFiles:
                 while len(self._made) > _MADE:
                     self._made.popitem(last=False)
             return self._made[key]
+
+    def for_all(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the result of `make` for the key, kept for all tensors until the files close."""
+        with self._sharing:
+            if key not in self._for_all:
+                self._for_all[key] = make()
+            found: T = self._for_all[key]
+            return found
 
     def matrix(self, part: MatrixView | None) -> np.ndarray:
         """Return a factor as float32, which represents every supported dtype exactly.

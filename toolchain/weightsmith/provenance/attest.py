@@ -161,6 +161,8 @@ class ImageInputs:
     licensed: Tree | None = None
     """The model's folder, if the artifact lacks its licence files."""
     sources: Sources | None = None
+    changed: frozenset[str] = frozenset()
+    """Tensors of the merged checkpoint that depend on the adapters; none if nothing is merged."""
     checkpoint: Checkpoint | None = None
     recipe: Recipe | None = None
     thin: ThinParts | None = None

@@ -322,8 +322,8 @@ def _order(inputs: ImageInputs, split: Resharded) -> Mapping[str, int]:
     Above all is what these adapters change, then attention, which some change alone.
     """
     own: frozenset[str] = frozenset()
-    if inputs.sources and inputs.recipe:
-        own = own_files(split, inputs.artifact, inputs.sources, inputs.recipe.merge)
+    if inputs.sources:
+        own = own_files(split, inputs.artifact, inputs.changed)
     found = dict.fromkeys(own, _OWN)
     for path, (name, *_) in split.tensors.items():
         if path not in own and is_numbered(name):
@@ -495,6 +495,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         base_name, bases = bases_of(self.file, target, device, tools, update_lock=again)
         base_weights = have[self.quantized] if artifact.format.unmerged else None
         made = (base_weights or artifact).format
+        merges = bool(sources.adapters) and not artifact.format.unmerged
         asked = has_program(recipe, read_facts(checkpoint.tree.texts), device)
         asking = [each.platform for each in bases if asked]
         return ImageInputs(
@@ -512,6 +513,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             largest_layer=layer_limit(recipe.image.max_layer_size),
             parameters={"target": target.name, "recipe": public_recipe(recipe)},
             sources=sources,
+            changed=tools.merges.planned(sources, recipe.merge).changed if merges else frozenset(),
             checkpoint=checkpoint,
             recipe=recipe,
             healthcheck=healthcheck_layers(asking, tools, optional=not is_cpu(device)),
@@ -620,6 +622,7 @@ class FormStep(UnforeseenStep[Images]):
             base_weights=weights,
             quantizer_builder=image.quantizer_builder if image.base_weights else "",
             sources=Sources(base=base, adapters=(adapter,)),
+            changed=frozenset(),
             checkpoint=Checkpoint(tree=base.tree),
             recipe=recipe,
             bases=(),
@@ -689,7 +692,7 @@ class ThinStep(FormStep):
         if self.file.recipe.outputs.mount_base:
             mounted_base(sources.base, seen.tools.registry)
         if not isinstance(sources.base.tree, ForeseenTree):
-            plan_thin(sources, self.file.recipe.merge)
+            plan_thin(seen.tools.merges, sources, self.file.recipe.merge)
         return Foreseen(value=None)
 
     def _made_of(self, have: Results, tools: Tools) -> ImageInputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import parameters
 from weightsmith.steps.destinations import Destination, InFolder, InStore
-from weightsmith.steps.sharing import merge_inputs, planned
+from weightsmith.steps.merge_plans import MergePlans
 from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
@@ -140,28 +140,15 @@ def _header_only(made: StoreEntry, sources: Sources, options: Merge) -> Checkpoi
     return Checkpoint(tree=HeaderOnlyTree(files, made.tree), details=details, computed=computed)
 
 
-def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[str, int]:
+def check(
+    merges: MergePlans, sources: Sources, options: Merge, *, files: bool = True
+) -> Mapping[str, int]:
     """Return the cost of a merge; refuse what the merge would refuse, reading only headers.
 
     The keys are `read_bytes`, `write_bytes` and `peak_memory_bytes`. Raises InputRefused.
     """
-    cost, virtual = _cost(*merge_inputs(sources, options))
-    return {**cost, "write_bytes": 0} if virtual and not files else cost
-
-
-@lru_cache(maxsize=100_000)
-def _cost(
-    base: Path,
-    adapters: tuple[tuple[Path, float], ...],
-    digests: tuple[Digest, ...],
-    options: Merge,
-) -> tuple[Mapping[str, int], bool]:
-    """Return a plan's cost, and whether it can be virtual, of files with these digests.
-
-    A build asks more than once, and a fleet first for all cells.
-    """
-    found = planned(base, adapters, digests, options)
-    return found.cost, found.virtual
+    found = merges.cost(sources, options)
+    return {**found.cost, "write_bytes": 0} if found.virtual and not files else found.cost
 
 
 def merge(
@@ -177,7 +164,7 @@ def merge(
     if not sources.adapters and not isinstance(to, InFolder):
         return timer.done(Checkpoint(tree=sources.base.tree), cached=True)
     there = to.find(lambda: inputs(sources, options))
-    headers_only = not files and not there and _cost(*merge_inputs(sources, options))[1]
+    headers_only = not files and not there and tools.merges.cost(sources, options).virtual
     made = to.files(
         lambda: inputs(sources, options, headers_only=headers_only),
         lambda folder: _run(folder, sources, options, tools, headers_only=headers_only),
@@ -214,7 +201,7 @@ def _run(
     keep_adapter: bool = False,
     headers_only: bool = False,
 ) -> Mapping[str, JsonValue]:
-    cost = check(sources, options, files=not headers_only)
+    cost = check(tools.merges, sources, options, files=not headers_only)
     written = 0 if keep_adapter else cost["write_bytes"]
     tools.store.require_room(written, "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
@@ -241,14 +228,16 @@ def _run(
     return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}
 
 
-def _cost_foreseen(sources: Sources, options: Merge, *, files: bool) -> Mapping[str, int]:
+def _cost_foreseen(
+    merges: MergePlans, sources: Sources, options: Merge, *, files: bool
+) -> Mapping[str, int]:
     """Return what `check` returns and refuse what it refuses.
 
     Without the base's weights it is an estimate, and adapters are refused only for another width.
     """
     tree = sources.base.tree
     if not isinstance(tree, ForeseenTree):
-        return check(sources, options, files=files)
+        return check(merges, sources, options, files=files)
     Combination.of(options)
     model, choice = read_facts(tree.root), options.quantized_base
     if model.packing and choice != "dequantize":
@@ -308,7 +297,8 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
         weights = ForeseenWeights.of(sources.base.tree)
         if not self.merges:
             return Foreseen(value=weights)
-        cost, whole = (_cost_foreseen(sources, options, files=f) for f in (self.files, True))
+        foresee = partial(_cost_foreseen, tools.merges, sources, options)
+        cost, whole = foresee(files=self.files), foresee(files=True)
         if options.quantized_base == "dequantize" and weights.model.packing:
             # Twice the size of fp8 files, four times that of 4-bit ones, and no longer packed.
             written = whole["write_bytes"]

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from math import prod
-from pathlib import Path
-from typing import TypeAlias
 
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.values import Artifact, Digest, FileEntry, Format, Sources
+from weightsmith.core.values import Artifact, FileEntry, Format, Sources
 from weightsmith.merging.adapter_config import read_adapter_config
-from weightsmith.merging.plan import can_be_virtual, estimate, make_plan
 from weightsmith.models.reshard import (
     WORTH_IT,
     Resharded,
@@ -33,6 +29,7 @@ from weightsmith.oci.weights import fastest_layer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.matrices import FUSED
 from weightsmith.steps.drafting import FOLDER as DRAFT
+from weightsmith.steps.merge_plans import MergePlans, PlannedMerge
 from weightsmith.steps.served_adapters import FOLDER
 from weightsmith.steps.sizes import ForeseenTree, kept_bytes
 from weightsmith.steps.step import ForeseenWeights
@@ -41,82 +38,25 @@ _WEIGHTS = (".safetensors", ".gguf")
 _EXPERTS = re.compile(r"\.(?:experts|block_sparse_moe)\..*")
 _PARTS = re.compile("|".join(rf"\.{part}$" for parts in FUSED.values() for part in parts))
 _WHOLE = {f".{part}": f".{whole}" for whole, parts in FUSED.items() for part in parts}
-_SOME = 4
-"""Merges whose plans are remembered: a plan may have 90,000 tensors."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the merged checkpoint; `size` in bytes."""
+def sharing(split: Resharded, artifact: Artifact, changed: frozenset[str]) -> WeightBytes:
+    """Return how the bytes of an image's weights files are divided, without those that draft.
 
-    name: str
-    dtype: str
-    size: int
-    dimensions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedMerge:
-    """What a merge will take and write."""
-
-    cost: Mapping[str, int]
-    virtual: bool
-    """Whether its rows can be computed where they are read."""
-    tensors: tuple[PlannedTensor, ...]
-    changed: frozenset[str]
-    """Names of the tensors that depend on the adapters."""
-
-
-def planned_merge(sources: Sources, options: Merge) -> PlannedMerge:
-    """Return a merge as it is planned from headers; raises InputRefused as the merge does."""
-    return planned(*merge_inputs(sources, options))
-
-
-MergeInputs: TypeAlias = tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]
-"""Base, adapters with weights, the digests of all, and how they are merged."""
-
-
-def merge_inputs(sources: Sources, options: Merge) -> MergeInputs:
-    """Return what a merge's plan depends on."""
-    adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
-    digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
-    return sources.base.tree.root, adapters, digests, options
-
-
-@lru_cache(maxsize=_SOME)
-def planned(
-    base: Path,
-    adapters: tuple[tuple[Path, float], ...],
-    _digests: tuple[Digest, ...],
-    options: Merge,
-) -> PlannedMerge:
-    """Return the same for `merge_inputs`, of files with these digests."""
-    plan = make_plan(base, adapters, options)
-    outputs = plan.outputs.values()
-    return PlannedMerge(
-        cost=estimate(plan),
-        virtual=can_be_virtual(plan),
-        tensors=tuple(PlannedTensor(o.name, o.dtype, o.size, len(o.shape)) for o in outputs),
-        changed=frozenset(output.name for output in outputs if output.kind != "copied"),
-    )
-
-
-def sharing(split: Resharded, artifact: Artifact, sources: Sources, options: Merge) -> WeightBytes:
-    """Return how the bytes of an image's weights files are divided, without those that draft."""
-    own = own_files(split, artifact, sources, options)
+    `changed` as in `own_files`.
+    """
+    own = own_files(split, artifact, changed)
     sizes = {file.path: file.size for file in _weights(split)}
     shared = sum(size for path, size in sizes.items() if path not in own)
     return WeightBytes(shared_bytes=shared, own_bytes=sum(sizes.values()) - shared)
 
 
-def own_files(
-    split: Resharded, artifact: Artifact, sources: Sources, options: Merge
-) -> frozenset[str]:
-    """Return the weights files of an image with tensors that may depend on the adapters."""
-    format_ = artifact.format
-    merges = bool(sources.adapters) and not format_.unmerged
-    changed = planned_merge(sources, options).changed if merges else frozenset[str]()
-    depends = depends_on_adapters(format_, changed)
+def own_files(split: Resharded, artifact: Artifact, changed: frozenset[str]) -> frozenset[str]:
+    """Return the weights files of an image with tensors that may depend on the adapters.
+
+    `changed` are tensors of the merged checkpoint; none, if nothing is merged.
+    """
+    depends = depends_on_adapters(artifact.format, changed)
     kinds = {kind_of(name) for name in changed}
     parts = _parts(artifact)
 
@@ -148,6 +88,7 @@ def _parts(artifact: Artifact) -> Mapping[str, frozenset[str]]:
 
 
 def foreseen_sharing(
+    merges: MergePlans,
     sources: Sources,
     options: Merge,
     format_: Format,
@@ -174,7 +115,7 @@ def foreseen_sharing(
         if isinstance(sources.base.tree, ForeseenTree):
             own = _own_by_keys(sources, format_, weights)
         else:
-            own = _own_by_headers(planned_merge(sources, options), format_, largest)
+            own = _own_by_headers(merges.planned(sources, options), format_, largest)
     own = min(own, total)
     return WeightBytes(shared_bytes=total - own, own_bytes=own)
 

@@ -35,7 +35,7 @@ from weightsmith.core.values import (
     Tree,
 )
 from weightsmith.merging.libc import KEPT_MEMORY
-from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate, make_plan
+from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate
 from weightsmith.models.safetensors import read_header
 from weightsmith.oci.image import layers_by_role
 from weightsmith.oci.layers import Member, TarLayer
@@ -49,6 +49,7 @@ from weightsmith.recipe.sources import scheme_of
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.steps.bases import base_inputs
+from weightsmith.steps.merge_plans import MergePlans
 from weightsmith.steps.tools import Tools
 
 THIN = "thin"
@@ -86,14 +87,13 @@ def check_thin(engine: Engine, format_: Format, *, merges: bool) -> None:
         )
 
 
-def plan_thin(sources: Sources, options: Merge) -> MergePlan:
+def plan_thin(merges: MergePlans, sources: Sources, options: Merge) -> MergePlan:
     """Return the merge's plan; raises InputRefused for one whose bytes another machine may not get.
 
     Sums of low-rank terms, replaced rows and copies are rounded from the exact number; other
     changes are computed in float64, whose last digits depend on the machine's libraries.
     """
-    adapters = tuple((one.snapshot.tree.root, one.weight) for one in sources.adapters)
-    plan = make_plan(sources.base.tree.root, adapters, options)
+    plan = merges.plan(sources, options)
     if not can_be_virtual(plan):
         raise InputRefused(
             "outputs: no thin image of this merge: it is no sum of low-rank terms, or its base is "
@@ -122,7 +122,7 @@ def thin_parts(
     them; `base` are the layers of the base's own files, which have the digest `base_files`; there
     are none if the image `mounted` has the base. Raises what `plan_thin` does.
     """
-    plan = plan_thin(sources, options)
+    plan = plan_thin(tools.merges, sources, options)
     known = {file.path: file for file in sources.base.tree.files}
     weights = {file.path for file in made.tree.files if file.path.endswith(".safetensors")}
     beside = [file for file in served.tree.files if file.path not in weights]

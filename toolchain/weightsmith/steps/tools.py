@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from weightsmith.core.ports import (
 )
 from weightsmith.core.values import Digest, Writable
 from weightsmith.oci.registry import Registry
+from weightsmith.steps.merge_plans import MergePlans
 
 
 def _makes_none(engine: str, platform: str, _folder: Path, _progress: Progress) -> None:
@@ -109,3 +110,4 @@ class Tools:
     """Measures how many bytes per second this machine reads from its memory."""
     images_in_engine: bool = False
     """Whether built images are started in the container engine or from an OCI layout."""
+    merges: MergePlans = field(default_factory=MergePlans)

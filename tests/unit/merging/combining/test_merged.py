@@ -73,7 +73,7 @@ def wanted(
             masked = []
             for part, adapter in zip(parts, adapters, strict=False):
                 array = part.numpy().astype(np.float32)
-                drop_at_random(array, 0.4, "5", name, adapter_digest(adapter))
+                drop_at_random(array, 0.4, "5", name, adapter_digest(adapter, stream.OpenFiles()))
                 masked.append(torch.from_numpy(array).double())
             given = iter(masked)
             monkeypatch.setattr(merge_utils, "prune", lambda *_, **__: next(given))
@@ -97,7 +97,8 @@ def test_each_adapter_is_hashed_once_for_all_tensors(
     own, hashed = stream.sha256_file, list[Path]()
     monkeypatch.setattr(stream, "sha256_file", lambda path: hashed.append(path) or own(path))
 
-    found = [[adapter_digest(root) for root in roots] for _tensor in range(2)]
+    files = stream.OpenFiles()
+    found = [[adapter_digest(root, files) for root in roots] for _tensor in range(2)]
 
     assert found[0] == found[1]
     assert len({*found[0]}) == len(hashed) == 200

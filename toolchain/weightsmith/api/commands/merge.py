@@ -47,7 +47,7 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
     def opened() -> Sources:  # what would be refused is refused before anything is made
         tools.runner.check(BUILDER)
         sources = _fetched(asked, tools)
-        check(sources, options)
+        check(tools.merges, sources, options)
         return sources
 
     signer = model_signer(tools.signer)

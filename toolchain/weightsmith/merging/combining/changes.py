@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,7 +224,7 @@ class Combined:
         from weightsmith.merging.combining.methods import prune
 
         deltas = [self._delta(output, adapter, files) for adapter in self._adapters]
-        names = [adapter_digest(share.path) for share in self._adapters.values()]
+        names = [adapter_digest(share.path, files) for share in self._adapters.values()]
         for band in self.bands(output):
             some = [delta[band.first : band.end] for delta in deltas]
             name = f"{output.name} {band.first}" if band.first else output.name
@@ -269,7 +268,7 @@ class Combined:
                         b=np.ascontiguousarray(b),
                         weight=share.weight,
                         scaling=term.scaling,
-                        adapter=adapter_digest(share.path),
+                        adapter=adapter_digest(share.path, files),
                     )
                 )
         a, b = combine_factors(factors, self.combination, name)
@@ -313,15 +312,9 @@ def pair(term: Term, band: Band, files: Files) -> LowRankDelta:
     return LowRankDelta(left=left, right=files.matrix(term.right), gain=term.factor)
 
 
-def adapter_digest(root: Path) -> str:
+def adapter_digest(root: Path, files: Files) -> str:
     """Return the adapter's identity for random draws: the sha256 of its weights."""
-    path = root / "adapter_model.safetensors"
-    state = path.stat()
-    return _digest(path, state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)  # each tensor asks for each adapter's in turn
-def _digest(path: Path, _size: int, _changed: int) -> str:
     from weightsmith.merging.stream import sha256_file
 
-    return sha256_file(path)
+    path = root / "adapter_model.safetensors"
+    return files.for_all(path, lambda: sha256_file(path))  # each tensor asks for each adapter's

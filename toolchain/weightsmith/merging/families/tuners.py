@@ -283,7 +283,7 @@ class _Tuned:
             if self.shared:
                 state = (self.file, self.shared_keys)
                 merged = merge_shared_layer(
-                    self.layer, self.shared, self.raw, base, state, self.folder
+                    self.layer, self.shared, self.raw, base, state, files, self.folder
                 )
             else:
                 adapter = {plain_key(s.info.name): _array(s, files) for s in self.keys}
