@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -479,3 +480,18 @@ def test_every_platform_has_the_same_set(memory: Memory) -> None:
 
     assert len({image.layers[-1].digest for image in both}) == 1
     assert both[0].layers[-1].file == FILE
+
+
+def test_of_an_index_it_is_said_which_platform_was_proven(memory: Memory, tmp_path: Path) -> None:
+    memory.write_recipe(
+        image={"repository": memory.repository, "platforms": ["linux/amd64", "linux/arm64"]}
+    )
+    build(memory)
+    private, public = keys(tmp_path, "node")
+    memory.signer = open_signer(str(private))
+    assert prove(memory, key=str(private))["attached"]
+
+    found = verify_image(
+        layout(memory), None, memory.client, memory.progress, proven_on=("cpu",), proof_key=public
+    )
+    assert re.match("linux/a[mr][md]64: Memory CPU 7 at ", found.checks[-1].found)

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, cast
@@ -60,13 +60,15 @@ class _Proofs:
     check: signing.Check
     best: dict[str, Check] = field(default_factory=dict)
 
-    def look(self, image: Digest, attachments: Sequence[Attachment]) -> None:
+    def look(self, image: Digest, attachments: Sequence[Attachment], platform: str) -> None:
         """Look among an image's attachments; one platform's proof is enough for a device."""
         parts = [*evidence.statement_parts(attachments), *evidence.bundles_in(attachments)]
         for wanted in self.wanted:
             found = check_proven(wanted, image, parts, self.check, datetime.now(UTC))
             if wanted not in self.best or found.ok:
-                self.best[wanted] = found
+                # Of an index, who reads it must know which image was proven.
+                said = f"{platform}: {found.found}" if platform and found.ok else found.found
+                self.best[wanted] = replace(found, found=said)
 
 
 @dataclass(slots=True)
@@ -183,7 +185,7 @@ def _one_image(
     _statements(image.digest, check, found)
     _layers(image, source, found, progress)
     if found.proofs:
-        found.proofs.look(image.digest, found.attachments)
+        found.proofs.look(image.digest, found.attachments, found.platform)
     documents = []
     for document in evidence.documents_in(found.attachments):
         try:
