@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from weightsmith.building import wiring
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry import Registry, RegistryLocation
+from weightsmith.provenance.sealing import attach_signed
+from weightsmith.provenance.withdrawal import withdrawal
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.command_line import weightsmith
@@ -73,6 +75,23 @@ def test_the_pages_command_pushes_another_target(published: Memory) -> None:
     (built,) = json.loads(ended.out)["targets"].values()
     assert built["image"] == f"{published.repository}:1.0.0-llamacpp-q8_0"
     assert "1.0.0-llamacpp-q8_0" in published.seen()
+
+
+def test_what_was_withdrawn_is_not_made_again_in_silence(published: Memory) -> None:
+    """The same inputs give the image that was withdrawn, with `--from` and from the recipe."""
+    place = Reference.parse(f"{published.repository}:{TAG}")
+    image = published.client.pull(place).manifest_blob
+    there = RegistryLocation(published.client, place)
+    attach_signed([withdrawal(image, "a wrong corpus", {})], image, there, published.signer)
+
+    ended = weightsmith(*page_words(published), "--base", published.home / "base")
+    assert ended.code == 0, ended.err
+    assert "was withdrawn: a wrong corpus" in ended.err
+
+    published.build(push=True)
+    said = [text for text in published.progress.warnings if "a wrong corpus" in text]
+    assert ["`verify` goes on refusing it" in text for text in said] == [True]
+    assert published.client.digest_of(place) == image.digest
 
 
 def test_texts_named_by_the_page_are_those_of_the_current_folder(published: Memory) -> None:

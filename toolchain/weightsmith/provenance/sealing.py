@@ -40,10 +40,15 @@ _COSIGN = (
 
 def attach(
     evidence: Evidence, image: Blob, name: str, location: ImageLocation, signer: AnySigner | None
-) -> None:
-    """Attach evidence to an image, signed if there is a key; `name` is its repository."""
+) -> str | None:
+    """Attach evidence to an image, signed if there is a key; `name` is its repository.
+
+    Returns why a statement that is attached already withdraws the image, if one does; without a
+    key, none is looked for. An image that is built again is the one that was withdrawn.
+    """
     held = read_attached(location, image.digest) if signer else ()
     location.attach(*seal(evidence, image, name, signer, held))
+    return withdrawn_by(own_statements(held), image.digest)
 
 
 def attach_signed(

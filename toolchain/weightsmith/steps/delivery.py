@@ -128,7 +128,12 @@ def _attach(
     tools: Tools,
 ) -> None:
     for image, one in zip(images_of(whole), attachments, strict=True):
-        attach(one, image.manifest_blob, reference.name, place, tools.signer)
+        why = attach(one, image.manifest_blob, reference.name, place, tools.signer)
+        if why is not None:
+            tools.progress.warn(
+                f"{image.digest.short} was withdrawn from {reference.name}: {why}; `verify` goes on"
+                " refusing it"
+            )
     if isinstance(whole, Index):
         attach(Evidence(), whole.manifest_blob, reference.name, place, tools.signer)
 

@@ -35,6 +35,7 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.proofs import replay_in
 from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.withdrawal import withdrawn_in
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.recipe.schema import Recipe, Suite
 from weightsmith.recipe.sources import is_remote, last_name
@@ -131,6 +132,8 @@ def recipe_of_image(
     stated = [one for one in statements if lineage.holds(one)]
     if check is None:
         progress.warn(f"{source}: its build statement's signature was not verified; give --key")
+    if why := withdrawn_in(statements, image.digest):
+        progress.warn(f"{source} was withdrawn: {why}; of the same inputs, the same image is built")
     recipe, adapters = _recipe(stated, source, progress)
     _check_options(recipe, source, settings)
     drafted = next((one for one in stated if one.kind == DRAFTED), None)
