@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers import modelopt
+from weightsmith.quantizers import formats, modelopt
 from weightsmith.quantizers.architectures import (
     FURTHER_EXPERTS,
     LLAMAS,
@@ -40,7 +40,8 @@ pytestmark = [
 MOST = {
     "w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "mxfp8": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15,
     "mxfp4a8": 0.15, "nvfp4a16-4o6": 0.11,
-    "fp8-modelopt": 0.04, "awq": 0.12, "gptq": 0.15, "w2a16": 0.9, "w3a16": 0.35, "w5a16": 0.08,
+    "fp8-modelopt": 0.04, "nvfp4-modelopt": 0.12,
+    "awq": 0.12, "gptq": 0.15, "w2a16": 0.9, "w3a16": 0.35, "w5a16": 0.08,
 }  # fmt: skip
 SEEING = "Qwen3VLMoeForConditionalGeneration"
 DENSE = (
@@ -103,19 +104,21 @@ def test_integers_of_few_bits_come_where_vllm_has_them(
     check(probe({"plain": str(plain), "made": str(made)}), name)
 
 
+@pytest.mark.parametrize("name", ["fp8-modelopt", "nvfp4-modelopt"])
 @pytest.mark.parametrize(
     "architecture",
     sorted(modelopt.ARCHITECTURES, key=lambda name: (name in LLAMAS, name)),  # experts first
 )
 def test_modelopts_layout_is_read_by_vllms_reader_of_it(
-    probe: Callable[..., Any], root: Path, architecture: str
+    probe: Callable[..., Any], root: Path, architecture: str, name: str
 ) -> None:
     """Written for TensorRT-LLM, which cannot be had without a GPU."""
-    plain, made = folders(root, architecture, "fp8-modelopt")
+    plain, made = folders(root, architecture, name)
     found = matrices(CheckpointTensors(plain), plain)
-    modelopt.quantize(plain, made, [], dict.fromkeys((one.module for one in found), 4.0))
+    inputs = dict.fromkeys((one.module for one in found), 4.0)
+    modelopt.quantize(formats()[name], plain, made, [], inputs)
 
-    check(probe({"plain": str(plain), "made": str(made)}), "fp8-modelopt")
+    check(probe({"plain": str(plain), "made": str(made)}), name)
 
 
 def folders(root: Path, architecture: str, name: str) -> tuple[Path, Path]:

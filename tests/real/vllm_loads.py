@@ -124,15 +124,22 @@ def dequantized(found, name, right):
     if (shared := found.get(f"{name}_global_scale")) is not None:
         experts = scale.dim() == 3
         scale = scale / (shared.reshape(len(shared), -1)[:, :1, None] if experts else shared[0])
-    if scale.dim() < values.dim():  # one for a matrix, and in what is fused the same for each part
-        scale = scale.amax() if values.dim() == 2 else scale.reshape(len(scale), -1).amax(-1)
-        scale = scale.reshape(-1, *[1] * (values.dim() - 1))
+    if (second := found.get(f"{name}_scale_2")) is not None:
+        scale = scale * of_matrices(second, values)
+    if scale.dim() < values.dim():
+        scale = of_matrices(scale, values)
     for axis in (-1, -2):
         width, groups = values.shape[axis], scale.shape[axis]
         if groups not in (1, width):
             times = width // groups if width % groups == 0 else 128
             scale = scale.repeat_interleave(times, axis).narrow(axis, 0, width)
     return values * scale
+
+
+def of_matrices(scale, values):
+    """The scale of a matrix, or of each expert's; the parts of what is fused have the same."""
+    scale = scale.amax() if values.dim() == 2 else scale.reshape(len(scale), -1).amax(-1)
+    return scale.reshape(-1, *[1] * (values.dim() - 1))
 
 
 def about(asked):

@@ -418,6 +418,7 @@ def test_an_unknown_format_gets_near_misses_and_the_list():
         ("awq-compressed", LLAMAS),
         ("fp8-static", LLAMAS),
         ("fp8-modelopt", LLAMAS),
+        ("nvfp4-modelopt", LLAMAS),
     ],
 )
 def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(name, known):

@@ -440,8 +440,8 @@ def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
     """
     if method in {"awq", "gptq", "fp8", "mxfp4"}:
         return frozenset({method})
-    if method == "modelopt" and settings.get("quant_algo") == "FP8":
-        return frozenset({"modelopt-fp8"})
+    if method == "modelopt" and settings.get("quant_algo") in {"FP8", "NVFP4"}:
+        return frozenset({f"modelopt-{settings['quant_algo']}".lower()})
     if method != "compressed-tensors":
         return frozenset()
     found, groups = set[str](), settings.get("config_groups")

@@ -1,9 +1,10 @@
-"""FP8 as NVIDIA's ModelOpt exports it, which is what TensorRT-LLM reads: rounded after a walk.
+"""FP8 and NVFP4 as NVIDIA's ModelOpt exports them, which is what TensorRT-LLM reads.
 
 Each matrix has one scale, and another of its inputs, from calibration: the largest magnitude
-divided by 448. Matrices that engines fuse share both. With scales of their own, TensorRT-LLM would
-round their codes once more (FP8QDQLinearMethod.rescale_fused_weights in its
-_torch/modules/linear.py), and from inputs it takes the largest scale anyway.
+divided by the largest number, 448 or 6 * 448. Matrices that engines fuse share both. With scales of
+their own, TensorRT-LLM would round FP8 codes once more (FP8QDQLinearMethod.rescale_fused_weights in
+its _torch/modules/linear.py), and from inputs it takes the largest scale anyway. NVFP4 has a third
+per 16 weights.
 
 Names, shapes and both configurations are those that ModelOpt 0.47 writes (export/quant_utils.py,
 convert_hf_config.py). Its codes differ in rare cases, because it rounds a quotient to the weights'
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
@@ -32,97 +34,127 @@ from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.quantizers.rounded import FusedRows, options, shared_inputs
-from weightsmith.quantizers.rounding import to_float8
+from weightsmith.quantizers.rounding import to_float8, to_nvfp4
 from weightsmith.quantizers.schemes import SCHEMES
 
-FORMAT = Format(name="fp8-modelopt", kind="modelopt-fp8", bits_per_weight=8.0, instead_of="fp8")
+FP8 = Format(name="fp8-modelopt", kind="modelopt-fp8", bits_per_weight=8.0, instead_of="fp8")
+NVFP4 = Format(
+    name="nvfp4-modelopt", kind="modelopt-nvfp4", bits_per_weight=4.5, instead_of="nvfp4"
+)
 ARCHITECTURES = LLAMAS | {"MixtralForCausalLM", "Qwen3MoeForCausalLM"}
 """Those of WALKED for which TensorRT-LLM 1.2 has a model of its own that reads these names."""
 _SCHEME = SCHEMES["fp8"]
 """For its blocks of rows."""
-_LARGEST = np.float32(448)
-"""Of float8_e4m3fn (arXiv 2209.05433)."""
+_LARGEST = {FP8.name: np.float32(448), NVFP4.name: np.float32(6 * 448)}
+"""448 is float8_e4m3fn's (arXiv 2209.05433), 6 that of float4_e2m1."""
+_GROUP = 16
+"""Weights of NVFP4 that share a scale."""
 
 
-def config(ignored: Sequence[str]) -> dict[str, JsonValue]:
+def config(format_: Format, ignored: Sequence[str]) -> dict[str, JsonValue]:
     """Return config.json's quantization_config; `ignored` modules stay in 16 bits."""
-    eight: JsonValue = {"num_bits": 8, "type": "float", "dynamic": False}
-    group: JsonValue = {"targets": ["Linear"], "weights": eight, "input_activations": eight}
+    type_: JsonValue = {"num_bits": 8, "type": "float", "dynamic": False}
+    if format_ == NVFP4:
+        type_ = {"num_bits": 4, "type": "float", "dynamic": False, "group_size": _GROUP}
+    group: JsonValue = {"targets": ["Linear"], "weights": type_, "input_activations": type_}
     return {
         "quant_method": "modelopt",
-        "quant_algo": "FP8",
+        "quant_algo": _ALGORITHMS[format_.name],
         "config_groups": {"group_0": group},
         "ignore": list(ignored),
         "producer": _PRODUCER,
     }
 
 
+_ALGORITHMS = {FP8.name: "FP8", NVFP4.name: "NVFP4"}
 _PRODUCER: Mapping[str, JsonValue] = {"name": "modelopt", "version": "weightsmith"}
 """Readers look for that name, which stands for the layout."""
 
 
-def hf_quant_config(ignored: Sequence[str]) -> dict[str, JsonValue]:
+def hf_quant_config(format_: Format, ignored: Sequence[str]) -> dict[str, JsonValue]:
     """Return hf_quant_config.json, from which TensorRT-LLM knows how a checkpoint is quantized."""
-    told: JsonValue = {
-        "quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": list(ignored),
+    told: dict[str, JsonValue] = {
+        "quant_algo": _ALGORITHMS[format_.name], "kv_cache_quant_algo": None,
+        "exclude_modules": list(ignored),
     }  # fmt: skip
+    if format_ == NVFP4:
+        told["group_size"] = _GROUP
     return {"producer": _PRODUCER, "quantization": told}
 
 
-def scale_of(most: float) -> np.float32:
-    """Return the scale that maps a largest magnitude to the largest code; 1 for zeros."""
-    found = np.float32(most) / _LARGEST
+def scale_of(format_: Format, most: float) -> np.float32:
+    """Return the scale that maps a largest magnitude to the largest number; 1 for zeros."""
+    found = np.float32(most) / _LARGEST[format_.name]
     return found if found > 0 else np.float32(1)
 
 
-def quantize(model: Path, out: Path, keep: Sequence[str], inputs: Mapping[str, float]) -> None:
-    """Write a model's checkpoint in ModelOpt's FP8, except the matrices in `keep`.
+def quantize(
+    format_: Format, model: Path, out: Path, keep: Sequence[str], inputs: Mapping[str, float]
+) -> None:
+    """Write a model's checkpoint in one of ModelOpt's formats, except the matrices in `keep`.
 
     `inputs` has the largest magnitude of each module's inputs. Raises InputRefused for weights that
-    are not finite, and what `without_kept` refuses.
+    are not finite, rows that NVFP4's groups do not divide, and what `without_kept` refuses.
     """
     source = CheckpointTensors(model)
     known = matrices(source, model)
     found = checkpoints.without_kept(known, keep)
+    for matrix in found:
+        if format_ == NVFP4 and matrix.inputs % _GROUP:
+            raise InputRefused(
+                f"{matrix.module} has {matrix.inputs} inputs, no multiple of {_GROUP}",
+                hint="choose fp8-modelopt, which has a scale per matrix",
+            )
     rows = FusedRows(source, _SCHEME, found, {})
-    works = [_work(matrix, rows) for matrix in found]
+    works = [_work(format_, matrix, rows) for matrix in found]
     for module, most in shared_inputs(found, inputs).items():
-        works.append(_scalar(f"{module}.input_scale", most))
+        works.append(_scalar(f"{module}.input_scale", scale_of(format_, most)))
     quantized = {matrix.tensor for matrix in found}
     works += [writing.copied(source, name) for name in source.names - quantized]
     writing.write_checkpoint(out, works)
     ignored = ["lm_head", *unquantized(source, known, found)]
-    checkpoints.write_companions(model, out, config(ignored))
-    text = json.dumps(hf_quant_config(ignored), indent=2, sort_keys=True) + "\n"
+    checkpoints.write_companions(model, out, config(format_, ignored))
+    text = json.dumps(hf_quant_config(format_, ignored), indent=2, sort_keys=True) + "\n"
     (out / "hf_quant_config.json").write_text(text, encoding="utf-8")
 
 
-def _work(matrix: Matrix, rows: FusedRows) -> writing.TensorGroup:
-    """Return the work for a matrix: its codes and its scale."""
-    name = f"{matrix.module}.weight"
-    outputs = (
-        writing.OutputTensor(name, "F8_E4M3", (matrix.outputs, matrix.inputs)),
-        writing.OutputTensor(f"{name}_scale", "F32", ()),
-    )
+def _work(format_: Format, matrix: Matrix, rows: FusedRows) -> writing.TensorGroup:
+    """Return the work for a matrix: its codes and its scales."""
+    name, four = f"{matrix.module}.weight", format_ == NVFP4
+    count, width = matrix.outputs, matrix.inputs
+    own, groups = f"{name}_scale_2" if four else f"{name}_scale", (count, width // _GROUP)
+    outputs = [
+        writing.OutputTensor(name, "U8" if four else "F8_E4M3", (count, width // (1 + four))),
+        writing.OutputTensor(own, "F32", ()),
+    ]
+    if four:
+        outputs.append(writing.OutputTensor(f"{name}_scale", "F8_E4M3", groups))
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-        scale = scale_of(rows.most(matrix))
-        yield f"{name}_scale", np.array(scale, array_type("F32"))
+        scale = scale_of(format_, rows.most(matrix))
+        yield own, np.array(scale, array_type("F32"))
         for block in rows.blocks(matrix):
             try:
-                yield name, to_float8(block, scale)
+                if four:
+                    codes, scales = to_nvfp4(block, scale)
+                    yield f"{name}_scale", scales
+                    yield name, codes
+                else:
+                    yield name, to_float8(block, scale)
             except ValueError:
                 raise checkpoints.not_finite(matrix.tensor) from None
 
-    return writing.TensorGroup(outputs, blocks, matrix.fused)
+    return writing.TensorGroup(tuple(outputs), blocks, matrix.fused)
 
 
-def _scalar(name: str, most: float) -> writing.TensorGroup:
-    return writing.whole(name, "F32", (), partial(np.array, scale_of(most), array_type("F32")))
+def _scalar(name: str, value: np.float32) -> writing.TensorGroup:
+    return writing.whole(name, "F32", (), partial(np.array, value, array_type("F32")))
 
 
-def _check_input(_format: Format, model: ModelFacts) -> None:
+def _check_input(format_: Format, model: ModelFacts) -> None:
     checkpoints.check_config(model, ARCHITECTURES)
+    if format_ == NVFP4:
+        checkpoints.check_rounded(SCHEMES["nvfp4a16"], model)
 
 
 def main() -> None:
@@ -134,21 +166,32 @@ def main() -> None:
     with running.refusals():
         found = matrices(CheckpointTensors(settings.model), settings.model)
         inputs = input_maxima(settings.model, running.texts(settings.calibration), found)
-        quantize(settings.model, settings.out, settings.keep, inputs)
+        format_ = NVFP4 if settings.method == NVFP4.name else FP8
+        quantize(format_, settings.model, settings.out, settings.keep, inputs)
 
 
-LAYOUT = PackedLayout(method="modelopt-fp8", bits=8, group_size=0, symmetric=True, inputs=True)
+LAYOUTS = {
+    FP8.name: PackedLayout(
+        method="modelopt-fp8", bits=8, group_size=0, symmetric=True, inputs=True
+    ),
+    NVFP4.name: PackedLayout(
+        method="modelopt-nvfp4", bits=4, group_size=_GROUP, symmetric=True, inputs=True
+    ),
+}
 
 QUANTIZER = Quantizer(
     name="modelopt",
     builder="merge",
-    formats=(FORMAT,),
+    formats=(FP8, NVFP4),
     recipe_number=1,
     check_input=_check_input,
     steps=lambda request: running.python_step(
-        __name__, request, "rounding to FP8 in ModelOpt's layout, with scales of inputs"
+        __name__,
+        request,
+        f"rounding to {request.format.instead_of} in ModelOpt's layout, with scales of inputs",
+        method=request.format.name,
     ),
-    check=lambda request: checked(request, LAYOUT, "modelopt"),
+    check=lambda request: checked(request, LAYOUTS[request.format.name], "modelopt"),
     peak_disk=lambda size, kept, format_, _options: checkpoints.output_bytes(size, kept, format_),
     options=options,
     check_options=checkpoints.check_kept,

@@ -4,7 +4,7 @@ AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's firs
 (qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.20 (compressors/: pack-quantized,
 int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized), and
 OpenAI's layout of stacked experts in MXFP4 (convert_moe_packed_tensors in integrations/mxfp4.py of
-transformers 5.24), and ModelOpt's FP8 (modelopt_config.py and FP8QDQLinearMethod of TensorRT-LLM).
+transformers 5.24), and ModelOpt's (FP8QDQLinearMethod and NVFP4LinearMethod of TensorRT-LLM).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from weightsmith.quantizers.tiled import QuantizedTiles
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
-FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4"})
+FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4", "modelopt-nvfp4"})
 """Layouts of float4_e2m1, two codes per byte."""
-MODELOPT: Mapping[str, str] = {"FP8": "modelopt-fp8"}
+MODELOPT: Mapping[str, str] = {"FP8": "modelopt-fp8", "NVFP4": "modelopt-nvfp4"}
 """ModelOpt's `quant_algo` -> what its layout is called here."""
 MIXED = "mixed-precision"
 """compressed-tensors' `format` of a checkpoint whose modules have several."""
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
-    ".weight_global_scale", ".input_global_scale", "_blocks", "_scales",
+    ".weight_global_scale", ".input_global_scale", ".weight_scale_2", "_blocks", "_scales",
 )  # fmt: skip
 """Suffixes of a quantized module's tensors, except `.weight`."""
 
@@ -85,7 +85,14 @@ class PackedLayout:
     @property
     def input_scale(self) -> str:
         """Suffix of a module's fixed input scale."""
-        return ".input_global_scale" if self.method in FLOAT4 else ".input_scale"
+        own = self.method in FLOAT4 and self.codes == ".weight_packed"
+        return ".input_global_scale" if own else ".input_scale"
+
+    @property
+    def codes(self) -> str:
+        """Suffix of the tensor with a module's codes, one or two in a byte."""
+        own = self.method in FLOAT4 and self.method not in MODELOPT.values()
+        return ".weight_packed" if own else ".weight"
 
     @property
     def marker(self) -> str:
@@ -94,7 +101,7 @@ class PackedLayout:
             return ".qweight"
         if self.method == "mxfp4":
             return "_blocks"
-        packed = self.method == PACKED or self.method in FLOAT4
+        packed = self.method == PACKED or self.codes == ".weight_packed"
         return ".weight_packed" if packed else ".weight_scale"
 
 
@@ -111,13 +118,9 @@ def layout_of(config: Mapping[str, Json]) -> PackedLayout:
     if method == "mxfp4":
         return PackedLayout(method=method, bits=4, group_size=32, symmetric=True)
     if method == "modelopt" and quantization.get("quant_algo") in MODELOPT:
-        return PackedLayout(
-            method=MODELOPT[quantization["quant_algo"]],
-            bits=8,
-            group_size=0,
-            symmetric=True,
-            inputs=True,
-        )
+        found = MODELOPT[quantization["quant_algo"]]
+        bits, size = (4, 16) if found in FLOAT4 else (8, 0)
+        return PackedLayout(method=found, bits=bits, group_size=size, symmetric=True, inputs=True)
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
         return _of_group(group, str(quantization["format"]))
@@ -253,7 +256,7 @@ class PackedView:
             blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
             codes, dtype, tile = blocks.reshape(len(blocks), -1), "U8", (1, 2 * blocks.shape[-1])
         else:
-            name = f"{module}.weight_packed" if layout.method in FLOAT4 else f"{module}.weight"
+            name = f"{module}{layout.codes}"
             dtype, codes = tensors.info(name).dtype, tensors.array(name)[start:stop]
             high = max(1, len(codes)) if len(scales) == 1 else layout.outputs  # 1: one for all
             tile = high, layout.group_size or codes.shape[1]
@@ -279,6 +282,8 @@ class PackedView:
         scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
         if method == "nvfp4-pack-quantized":
             return np.asarray(scales / tensors.f32(f"{module}.weight_global_scale"), np.float32)
+        if method == "modelopt-nvfp4":
+            return np.asarray(scales * tensors.f32(f"{module}.weight_scale_2"), np.float32)
         return scales
 
     def _stack(self, parts: Sequence[Matrix]) -> Floats:

@@ -35,6 +35,7 @@ _GAINS, _MAX_OFF = (0.4, 1.6), 0.05
 _READ_ONCE = {
     "nvfp4-pack-quantized": ("weight_global_scale",),
     "modelopt-fp8": ("weight_scale",),
+    "modelopt-nvfp4": ("weight_scale_2",),
 }
 """Layout -> scales of which engines read one for matrices that they fuse."""
 _BEFORE_A_MATRIX = ("v_proj", "up_proj", "w3")

@@ -56,6 +56,26 @@ def to_float8(rows: npt.NDArray[np.generic], scale: np.float32) -> npt.NDArray[n
     return _float8(scaled).view(array_type("F8_E4M3"))
 
 
+def to_nvfp4(
+    rows: npt.NDArray[np.generic], scale: np.float32
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic]]:
+    """Return codes [n, inputs / 2] and scales [n, inputs / 16] of rows, by ModelOpt's arithmetic.
+
+    `scale` is the matrix's: its largest magnitude divided by 6 * 448, by which scales are
+    multiplied (NVFP4QTensor of ModelOpt 0.47). Raises ValueError for weights that are not finite.
+    """
+    values = widened(rows)
+    if not np.isfinite(values).all():
+        raise ValueError("weights that are not finite")
+    most = np.abs(values).reshape(len(values), -1, 16).max(2)
+    wide = most / (np.float32(6) * scale)
+    wide = np.where(wide == 0, np.float32(1), wide)
+    stored = _float8(np.clip(wide, np.float32(2**-9), np.float32(_LARGEST_SCALE)))
+    scales = stored.view(array_type("F8_E4M3"))
+    groups = values.reshape(len(values), -1, 16) / (scales.astype(np.float32) * scale)[:, :, None]
+    return _float4(groups.reshape(values.shape)), scales
+
+
 def round_rows(
     rows: npt.NDArray[np.generic], scheme: Scheme, shared: np.float32 | None = None
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:

@@ -20,6 +20,7 @@ _TILES = {
     "nvfp4a16": 16,
     "nvfp4a16-4o6": 16,
     "nvfp4": 16,
+    "nvfp4-modelopt": 16,
     "mix-compressed": 32,
     "mxfp4a16": 32,
     "mxfp4a8": 32,

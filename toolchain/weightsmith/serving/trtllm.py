@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own server, with its PyTorch backend: 16 bits and ModelOpt's FP8 on NVIDIA."""
+"""TensorRT-LLM's own server, with its PyTorch backend: 16 bits and ModelOpt's FP8 and FP4."""
 
 from __future__ import annotations
 
@@ -144,12 +144,15 @@ _SUPPORT: Mapping[str, Support] = {
         capability=(8, 9),
         source="_torch/modules/linear.py FP8QDQLinearMethod: cublas_scaled_mm of float8_e4m3fn",
     ),
+    "modelopt-nvfp4": Support(
+        capability=(10, 0), source="_torch/modules/linear.py NVFP4LinearMethod: nvfp4_gemm"
+    ),
 }
 
 ENGINE = Engine(
     name="trtllm",
     title="TensorRT-LLM",
-    accepts=frozenset({"safetensors", "modelopt-fp8"}),
+    accepts=frozenset({"safetensors", "modelopt-fp8", "modelopt-nvfp4"}),
     base=EngineBase(cpu="", gpu=GPU_IMAGE),
     port=_PORT,
     health_path="/health",

@@ -589,6 +589,7 @@ ROUNDING: Mapping[str, Rounding] = {
     "int-quantized": Rounding(0.0083, block=-1),
     "float-quantized": Rounding(0.0263, block=0),
     "modelopt-fp8": Rounding(0.0263, block=0),
+    "modelopt-nvfp4": Rounding(0.1032, block=16),
     "nvfp4-pack-quantized": Rounding(0.1032, block=16),
     "mxfp4-pack-quantized": Rounding(0.1145),
     "mxfp8-quantized": Rounding(0.0266, block=0),
