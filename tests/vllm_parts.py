@@ -60,13 +60,19 @@ def packages() -> Path:
 
 
 @contextmanager
-def answering(program: Path, root: Path) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
-    """Run a program with the engine's packages; yield what asks it by a line and reads a line."""
+def answering(
+    program: Path, root: Path, others: str = ""
+) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """Run a program with the engine's packages; yield what asks it by a line and reads a line.
+
+    `others` is a folder of packages that come before them.
+    """
     env = {"PATH": os.environ["PATH"], "HOME": str(root), "OMP_NUM_THREADS": "2"}
+    found = os.pathsep.join([*([others] if others else []), str(packages())])
     with (
         (root / "stderr").open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-S", program], env={**env, "PYTHONPATH": str(packages())},
+            [sys.executable, "-S", program], env={**env, "PYTHONPATH": found},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         ) as process,
     ):  # fmt: skip

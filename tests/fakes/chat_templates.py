@@ -80,6 +80,14 @@ FAMILIES = {
             _JSON, around=("[TOOL_CALLS][", "]"), between=", ",
             tools="[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]",
         ),
+        vllm="mistral", model_type="mistral",
+        marks=("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    ),
+    "mistral-small": Family(
+        template=_words(
+            _JSON, around=("[TOOL_CALLS] [", "]"), between=", ",
+            tools="[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]",
+        ),
         vllm="mistral", sglang="mistral", model_type="mistral",
         marks=("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     ),

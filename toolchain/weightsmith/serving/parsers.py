@@ -72,6 +72,8 @@ TOOLS = (
     Dialect(name="qwen3_coder", sglang="qwen3_coder", marks=("<function=", "<parameter=")),
     Dialect(name="granite4", sglang="hermes", marks=("<tool_call>", "<|start_of_role|>")),
     Dialect(name="granite", marks=("<|tool_call|>",)),
+    # SGLang's reads `[TOOL_CALLS] [`, as Mistral Small 2409 writes, and `[TOOL_CALLS]NAME[ARGS]`.
+    Dialect(name="mistral", marks=("[TOOL_CALLS][",)),
     Dialect(name="mistral", sglang="mistral", marks=("[TOOL_CALLS]",)),
     Dialect(name="llama4_pythonic", sglang="pythonic", marks=("<|python_start|>",)),
     Dialect(name="lfm2", sglang="lfm2", marks=("<|tool_call_start|>",)),
@@ -104,7 +106,7 @@ THOUGHTS = (
     Dialect(name="nemotron_v3", sglang="nemotron_3", marks=("</think>",), types=("nemotron",)),
     Dialect(name="ernie45", marks=("</think>",), types=("ernie4_5",)),
     Dialect(name="hunyuan_a13b", sglang="hunyuan", marks=("</think>",), types=("hunyuan",)),
-    Dialect(name="olmo3", marks=("</think>",), types=("olmo",)),
+    Dialect(name="olmo3", sglang="deepseek-r1", marks=("</think>",), types=("olmo",)),
     Dialect(name="mimo", sglang="mimo", marks=("</think>",), types=("mimo",)),
     Dialect(name="qwen3", sglang="qwen3", marks=("</think>", "enable_thinking")),
     Dialect(name="qwen3", sglang="qwen3", marks=("</think>",), types=("qwen3",)),
