@@ -202,6 +202,8 @@ def test_a_metric_that_is_not_for_the_model_is_refused_before_any_work(
             f"{suite['data']}: metric {suite['metric']} is not for a model that generates text"
         )
         assert "a metric for it" in caught.value.hint
+        files = "a revision of the model that has modules.json" in caught.value.hint
+        assert files is (suite["metric"] != "label")
     assert memory.jobs() == []
 
 

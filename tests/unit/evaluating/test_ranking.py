@@ -20,6 +20,7 @@ from weightsmith.evaluating.ranking import (
     score_sets,
     score_vectors,
 )
+from weightsmith.evaluating.task import Task, score_task
 
 
 def item(text, expected=(), parts=(), grades=()):
@@ -174,3 +175,33 @@ def test_vectors_are_read_back_and_compared():
         unpacked("x")
     one, other = packed([1, 0]), packed([1, 1])
     assert cosines_of([one, one, ""], [one, other, one]) == pytest.approx([1, math.sqrt(0.5)])
+
+
+@pytest.mark.parametrize(
+    ("named", "files", "order"),
+    [
+        ("", "", ["z", "x", "y"]),
+        ("cosine", "dot", ["z", "x", "y"]),
+        ("dot", "", ["x", "z", "y"]),
+        ("euclidean", "dot", ["z", "y", "x"]),
+        ("", "dot", ["x", "z", "y"]),
+    ],
+)
+def test_a_suites_similarity_comes_before_that_of_the_models_files(named, files, order):
+    """A server does not say how its model's vectors are compared."""
+    task = Task(
+        items=(item("1", ["x"], grades=[("x", 1.0)]),),
+        metric="embedding",
+        corpus=CORPUS,
+        similarity=named,
+    )
+    rows = [[1, 0], [9, 9], [0, 1], [1.5, 0.5]]
+    vectors = tuple({"answer": packed(row)} for row in rows)
+
+    found = score_task(task, vectors, no_program, similarity=files)
+
+    assert found.per_item[0]["answer"].split() == order
+
+
+def no_program(*_: object) -> str:
+    raise AssertionError("no program judges vectors")

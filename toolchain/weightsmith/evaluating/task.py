@@ -55,6 +55,8 @@ class Task:
     corpus: tuple[tuple[str, str], ...] = ()
     """For metric `embedding`: id and text of each document."""
     recall_at: int = 10
+    similarity: str = ""
+    """How vectors are compared; "" for as the model's files say."""
     query_prompt: str | None = None
     """Put before each query; None: what sentence-transformers' files say."""
     document_prompt: str | None = None
@@ -184,6 +186,7 @@ def task_with(
         name=name,
         corpus=documents,
         recall_at=settings.recall_at,
+        similarity=settings.similarity,
         query_prompt=settings.query_prompt,
         document_prompt=settings.document_prompt,
     )
@@ -252,7 +255,8 @@ def score_task(
 ) -> Score:
     """Return the score of answers; metric `command` runs the user's program on them.
 
-    `similarity` is how the model's files say that vectors are compared; "" for the cosine.
+    `similarity` is how the model's files say that vectors are compared, if the task does not; ""
+    for the cosine.
     An answer on which the program fails or hangs is wrong, and `unjudged` says why. Raises
     CheckFailed for a program that fails on each, or prints no valid result.
     """
@@ -262,7 +266,7 @@ def score_task(
         match task.pooled:
             case "vectors":
                 return ranking.score_vectors(
-                    answers, task.items, task.corpus, task.recall_at, similarity
+                    answers, task.items, task.corpus, task.recall_at, task.similarity or similarity
                 )
             case "relevance":
                 return ranking.score_orders(answers, task.items)

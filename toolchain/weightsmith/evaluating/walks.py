@@ -105,6 +105,10 @@ _ASKED = {
     "token-classify": "label, with words",
 }
 """Kind of model -> the metric that is for it."""
+_BY_FILES = (
+    "of a generating class, an embedding model or a reranker (such as Qwen3-Reranker) is one by"
+    " sentence-transformers' files alone: take a revision of the model that has modules.json"
+)
 
 
 def model_task(sources: Sources) -> ModelTask:
@@ -132,10 +136,10 @@ def check_fits(task: Task, sources: Sources, data: str) -> None:
     if model.kind != wanted and (task.pooled or model.kind in _ASKED):
         what = f"a model that {model.does}" if model.does else "a model that generates text"
         fits = _ASKED.get(model.kind, "of answers in words")
-        raise InputRefused(
-            f"{data}: metric {task.metric} is not for {what}",
-            hint=f"use a metric for it ({fits}), or leave the suite out",
-        )
+        hint = f"use a metric for it ({fits}), or leave the suite out"
+        if model.kind == "generate" and wanted in {"rerank", "embed"}:
+            hint += f"; {_BY_FILES}"
+        raise InputRefused(f"{data}: metric {task.metric} is not for {what}", hint=hint)
     if task.metric != "label":
         return
     if task.pooled == "label" and model.gives_sets:

@@ -117,6 +117,11 @@ class Scoring(Section):
         le=1000,
         description="For metric `embedding`: of how many documents recall is reported.",
     )
+    similarity: Literal["", "cosine", "dot", "euclidean", "manhattan"] = Field(
+        "",
+        description="For metric `embedding`: how vectors are compared; default: as the model's "
+        "sentence-transformers files say, else by cosine, as those of a server.",
+    )
     query_prompt: str | None = Field(
         None,
         max_length=2000,

@@ -475,6 +475,6 @@ _MOST_PICTURES = 1 << 30
 """Bytes of all pictures together; builds attach a quarter of that at most."""
 _PICTURES = re.compile(rf"{FOLDER}/[0-9a-f]{{64}}\.({'|'.join(KINDS)})")
 _KEPT_OF_SUITES = (
-    "metric", "tolerance", "recall_at", "query_prompt", "document_prompt", "against", "max_drop",
-    "min_score", "max_tokens", "require",
+    "metric", "tolerance", "recall_at", "similarity", "query_prompt", "document_prompt", "against",
+    "max_drop", "min_score", "max_tokens", "require",
 )  # fmt: skip
