@@ -90,6 +90,13 @@ def test_help_of_a_command_with_a_positional_argument():
     assert (done.code, "--to=STRING" in done.out) == (0, True)
 
 
+def test_a_hint_names_the_program_as_it_was_called():
+    done = started("weightsmith", "push")
+
+    assert done.code == 2
+    assert "`python -m weightsmith --help push` has its flags" in done.err
+
+
 def test_invoke_is_left_as_it_is():
     """Other people's tasks stand beside ours: what `invoke` itself parses is its own business."""
     done = started("invoke", "merge", "--nosuch")

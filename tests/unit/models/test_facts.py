@@ -222,7 +222,27 @@ def test_gemma_3_4b_is_read_as_its_class_reads_it():
     assert slides == truth.layer_types.count("sliding_attention")
 
 
-@pytest.mark.parametrize("config", [{"model_type": "gemma3_text"}, {"text_config": None}])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("qwen3", {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}),
+        ("gemma", {"hidden_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 16}),
+        ("mistral", {"hidden_size": 4096, "num_attention_heads": 32}),
+        ("llama", {"hidden_size": 4096, "num_attention_heads": 32}),
+        ("llama", {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": None}),
+    ],
+)
+def test_heads_that_a_config_leaves_out_are_those_of_its_class(kind, config):
+    truth = CONFIG_MAPPING[kind](**config)
+    width = getattr(truth, "head_dim", None) or truth.hidden_size // truth.num_attention_heads
+    named = {"architectures": ["X"], "model_type": kind, "vocab_size": 9, "num_hidden_layers": 1}
+
+    shape = shape_of({**named, **config})
+
+    assert (shape.kv_heads, shape.head_dim) == (truth.num_key_value_heads, width)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"text_config": None}])
 def test_what_is_not_nested_is_left_as_it_is(config):
     assert text_part(config) is config
 

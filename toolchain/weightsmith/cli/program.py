@@ -30,6 +30,12 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
     argument of a command that has one, and ignores a repeatable flag without a value.
     """
 
+    @property
+    def called_as(self) -> str:
+        """Return what a user types to run this: `python -m weightsmith` for Python's own name."""
+        name = str(super().called_as)
+        return "python -m weightsmith" if name == "__main__.py" else name
+
     def parse_core(self, argv: list[str] | None) -> None:
         """Read the program's own options."""
         with self._answered():
@@ -87,7 +93,12 @@ def main() -> None:
     """Run the command line and exit with its code."""
     settle_streams()  # also for lists and help, which Invoke prints itself
     try:
-        Weightsmith(name="weightsmith", version=__version__, namespace=namespace).run()
+        Weightsmith(
+            name="weightsmith",
+            version=__version__,
+            namespace=namespace,
+            binary_names=["weightsmith"],  # in completion scripts
+        ).run()
     except KeyboardInterrupt:  # before a command began; commands handle it themselves
         sys.exit(130)
     except OSError as error:  # Invoke looks for its settings in the home folder

@@ -400,17 +400,24 @@ def _dtype(config: Mapping[str, JsonValue]) -> str:
     return ""
 
 
+_HEADS = ("num_key_value_heads", "head_dim")
+"""What many classes work out from other numbers, and some set: Qwen 3's heads are 128 wide."""
+
+
 def text_part(config: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the language model's configuration: `text_config` with its class's defaults.
 
-    Without a `text_config`, the whole configuration, which is complete. Multimodal checkpoints such
-    as Gemma 3 store only values that differ from the defaults (`PretrainedConfig.to_diff_dict`):
-    Gemma 3 4B has no number of heads.
+    Without a `text_config`, the whole configuration, which is complete but for what people leave
+    out who write it themselves (`_HEADS`). Multimodal checkpoints such as Gemma 3 store only values
+    that differ from the defaults (`PretrainedConfig.to_diff_dict`): Gemma 3 4B has no number of
+    heads.
     """
     text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        return config
-    return {**_defaults().get(str(text.get("model_type")), {}), **text}
+    if isinstance(text, Mapping):
+        return {**_defaults().get(str(text.get("model_type")), {}), **text}
+    own = _defaults().get(str(config.get("model_type")), {})
+    missing = {name: own[name] for name in _HEADS if name in own and name not in config}
+    return {**missing, **config} if missing else config
 
 
 @cache
