@@ -39,8 +39,10 @@ from weightsmith.steps.bases import base_inputs
 
 WORK = Path(__file__).resolve().parent / "work" / "replay"
 NAME = "model"
-LOADS = 600
-"""Seconds that a start may take."""
+LOADS = 3600
+"""Seconds that a start may take: on a busy machine, vLLM takes more than ten minutes."""
+ENDS = 120
+"""Seconds that its end may take."""
 ISA = "ONEDNN_MAX_CPU_ISA"
 WITHOUT = """import sys
 
@@ -146,7 +148,11 @@ def running(start: Start, port: int) -> Iterator[None]:
             yield
         finally:
             os.killpg(server.pid, signal.SIGTERM)
-            server.wait()
+            try:
+                server.wait(ENDS)
+            except subprocess.TimeoutExpired:  # vLLM, if it still loads
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
 
 
 def probe(*words: str) -> list[str]:

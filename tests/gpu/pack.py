@@ -75,12 +75,12 @@ def write_pack(to: Path, python: str, have: Path | None, engines: list[str]) -> 
     fetch_sources(to / "wheels", pinned)  # the kernels that merges use are compiled there
     for name in BUILDERS:
         print(f"wheels of the builder {name}")
-        pins = Pins(name=name, flavour="cuda")
-        fetch(to, python, "--require-hashes", "-r", pins.light)
+        builder = Pins(name=name, flavour="cuda")
+        fetch(to, python, "--require-hashes", "-r", builder.light)
         if not any(map(KEPT.match, there)):
-            fetch(to, python, "--require-hashes", "-r", pins.cuda or pins.torch)
-        if pins.sources:
-            fetch_sources(to / "wheels", pins.sources.read_text())
+            fetch(to, python, "--require-hashes", "-r", builder.cuda or builder.torch)
+        if builder.sources:
+            fetch_sources(to / "wheels", builder.sources.read_text())
     for engine in engines:
         print(f"wheels of {engine}")
         pack_engine(to, python, engine, there)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import vllm_parts
+from tests.fakes.started import weightsmith
 from tests.gpu import day, pack
 from tests.gpu.day import TARGETS, Row
 from tests.gpu.pack import NotRun
@@ -171,6 +172,55 @@ def test_a_pack_says_which_of_the_cpus_figures_it_lacks(
     monkeypatch.setattr(pack.subprocess, "run", attempt)
     assert pack.measure(tmp_path) == [late.name]
     assert asked == [name for name in pack.MEASURED if name != done.name]
+
+
+def test_what_is_packed_is_whole_and_what_lacks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a pack but what it downloads and computes."""
+
+    def puts(name: str, *lacks: str) -> Callable[..., list[str]]:
+        def put(*_: object, **__: object) -> list[str]:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_text(name)
+            return list(lacks)
+
+        return put
+
+    to = tmp_path / "pack"
+    files = {
+        "fetch": "wheels/a.whl", "fetch_sources": "wheels/b.tar.gz",
+        "pack_engine": "engines/vllm.txt", "ours": "models/smollm2/config.json",
+        "measure": "work/left", "write_replay_sets": "replay/bot-vllm.json",
+    }  # fmt: skip
+    for name, file in files.items():
+        monkeypatch.setattr(pack, name, puts(file, *(["x"] if name == "write_replay_sets" else [])))
+
+    assert pack.write_pack(to, "3.12", None, ["vllm==1"]) == ["x"]
+    pack.check(to)
+    known = {*json.loads((to / "pack.json").read_text())}
+    assert known == {*files.values(), pack.PINS} - {"work/left"}
+    assert not (to / "work").exists()
+    pack.split(to, tmp_path / "pieces", size=4096)
+    pack.join(tmp_path / "pieces", tmp_path / "there")
+    (to / "wheels" / "a.whl").write_text("another")
+    with pytest.raises(SystemExit, match=r"broken: wheels/a\.whl$"):
+        pack.check(to)
+
+
+@pytest.mark.slow
+def test_each_target_of_the_day_can_be_built_and_no_loss_refuses_its_replay_set(
+    tmp_path: Path,
+) -> None:
+    """A pack that lacks the set of a format which the gate refuses would never be whole."""
+    (model,) = day.Day(cpu=True, pack=None, work=tmp_path, base="").models()
+    recipe = model.recipe(tmp_path, "engine:modelcar")
+    told = json.loads(recipe.read_text())
+    assert (told["quality"]["gate"], told["evaluate"]["max_drop"]) == ("measure", 1.0)
+
+    wanted = [word for target in TARGETS for word in ("--target", target)]
+    plan = weightsmith("plan", "--recipe", recipe, *wanted, "--gpu", "nvidia-h100-80gb")
+    assert set(plan["plan"]) == set(TARGETS)
 
 
 def test_a_pack_without_torch_says_so_and_an_engine_why_it_is_not_in_it(tmp_path: Path) -> None:
