@@ -37,6 +37,10 @@ settings.load_profile("steady")
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 LANES = (4, 8, 16)
+REST = frozenset({"full", "real", "gpu"})
+"""Marks of what `make test` leaves out."""
+RUN_BY_MAKE_TEST = pytest.StashKey[frozenset[str]]()
+"""Names, without cases, of the collected tests that `make test` runs where all needs are met."""
 
 
 @functools.cache
@@ -113,6 +117,9 @@ def pytest_collection_modifyitems(
             seen[name] = seen.get(name, -1) + 1
             if seen[name] % grid.args[0]:
                 item.add_marker("full")
+    config.stash[RUN_BY_MAKE_TEST] = frozenset(
+        item.nodeid.partition("[")[0] for item in items if not (REST & _marks(item))
+    )
     if part := config.getoption("part"):
         number, parts = map(int, part.split("/"))
         drawn = [one == number - 1 for one in dealt(items, parts)]
@@ -120,6 +127,10 @@ def pytest_collection_modifyitems(
         items[:] = compress(items, drawn)
     yield  # those that -m and -k leave out go
     items[:] = in_order(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
