@@ -29,6 +29,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # Each process has one thread for torch and numpy: their tests are small. One more than cores where
 # tests wait for programs that they start.
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+COMPILED := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.compiled
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --dist worksteal -n
 
 # Run the tests of an expression: $(call tests,EXPRESSION,FLAGS). An engine and builders come first.
@@ -38,7 +39,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --dist worksteal -n
 define tests
 bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)" || exit; \
 echo "test: making builders; ten minutes the first time, nothing afterwards"; \
-$(BIN)/python -m tests.builders || exit; \
+$(BIN)/python -m tests.builders || exit; $(COMPILED) || exit; \
 said=$$(mktemp); trap 'kill -INT $$one 2>/dev/null; wait $$one; rm -f $$said' EXIT; \
 env --default-signal=INT $(PYTEST) -m "($(1)) and ($(ONE)) and not gpu" $(2) $(PYTEST_FLAGS) >$$said 2>&1 & one=$$!; \
 $(PARALLEL) $$(($(CORES) + 1)) -m "($(1)) and not (gpu or $(ONE))" $(2) $(PYTEST_FLAGS) || exit; \
@@ -115,7 +116,7 @@ test: setup-dev ## Every kind of test, of large grids a sample; starts a contain
 	@$(call tests,not ($(REST)),)
 
 test-fast: setup-dev ## The tests that need neither builders nor an engine nor other programs
-	@$(PARALLEL) $(CORES) -m "$(FAST)" $(PYTEST_FLAGS)
+	@$(COMPILED) && $(PARALLEL) $(CORES) -m "$(FAST)" $(PYTEST_FLAGS)
 
 test-all: setup-dev ## Every test that needs no GPU, on real weights and of whole grids too
 	@$(call tests,not gpu,)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import TinyBuild
+from tests.fakes.command_line import told as weightsmith
 from tests.fakes.real_registries import real_registry
-from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"

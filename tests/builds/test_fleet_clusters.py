@@ -192,7 +192,7 @@ def digests(rows: FleetRows) -> dict[tuple[str, str], str | None]:
 
 
 def test_cells_have_the_digests_of_builds_one_by_one(fleet: Running, alone: Alone) -> None:
-    names, targets = ADAPTERS[:2], TARGETS[1:]
+    names, targets = ADAPTERS[:1], TARGETS[1:]  # `--file` on the page below has more adapters
     every = [f"./adapters/{name}" for name in names]
     fleet.begin(*every, {"source": "./broken", "targets": [*targets[:1]]}, targets=targets)
     rows = fleet.rows()

@@ -11,7 +11,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 
 from tests.conftest import emulator
-from tests.fakes.started import weightsmith
+from tests.fakes.command_line import told as weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny"

@@ -19,8 +19,9 @@ from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.outside.toolset import toolset_folder
 from weightsmith.serving.llamacpp_plan import padded
 
+from tests.fakes.command_line import told as weightsmith
 from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
-from tests.fakes.started import at_once, free_port, started, weightsmith
+from tests.fakes.started import at_once, free_port, started
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "base"

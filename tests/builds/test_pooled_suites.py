@@ -11,8 +11,8 @@ import pytest
 from weightsmith.building.wiring import cache_folder
 
 from tests.fakes import pooled_models, pooled_xlm
+from tests.fakes.command_line import told as weightsmith
 from tests.fakes.replays import replay_set
-from tests.fakes.started import weightsmith
 
 pytestmark = [pytest.mark.builders, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -16,8 +16,9 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.core.files import sibling_folder
 from weightsmith.outside.toolset import toolset_folder
 
+from tests.fakes.command_line import told as weightsmith
 from tests.fakes.real_registries import real_registry
-from tests.fakes.started import free_port, started, weightsmith
+from tests.fakes.started import free_port, started
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "base"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.command_line import told as weightsmith
 from tests.fakes.sources import SECRET, list_of, web_server
-from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny"

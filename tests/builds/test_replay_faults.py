@@ -20,7 +20,8 @@ from weightsmith.evaluating.replaying import record, request_of
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.outside.toolset import make_toolset
 
-from tests.fakes.started import free_port, started, weightsmith
+from tests.fakes.command_line import told as weightsmith
+from tests.fakes.started import free_port, started
 from tests.paths import TINY
 
 TOKENS = 12

@@ -11,8 +11,8 @@ from weightsmith.outside.toolset import toolset_folder
 from weightsmith.steps.bases import base_inputs
 
 from tests import vllm_parts
+from tests.fakes.command_line import told as weightsmith
 from tests.fakes.memory import Memory
-from tests.fakes.started import weightsmith
 from tests.fakes.thin import (
     THIN,
     Container,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.oci.layout import read_layout
 
-from tests.fakes.started import weightsmith
+from tests.fakes.command_line import told as weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"

@@ -21,7 +21,8 @@ from gguf import GGUFReader
 from weightsmith.oci.layout import read_layout
 
 from tests.conftest import TinyBuild
-from tests.fakes.started import weightsmith
+from tests.fakes.command_line import told as weightsmith
+from tests.fakes.started import weightsmith as in_a_process
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -109,7 +110,7 @@ def test_docker_and_local_give_the_same_bytes_from_two_clones(local, tmp_path: P
     for part in ("toolchain", "images", "templates", "examples/tiny"):
         unwanted = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / part, clone / part, ignore=unwanted)
-    weightsmith(
+    in_a_process(
         "build", "--recipe", clone / TINY.relative_to(ROOT), "--runner", "docker",
         "--dist", tmp_path / "dist", "--layout", tmp_path / "layout",
         store=tmp_path / "store", clone=clone,

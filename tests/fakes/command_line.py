@@ -1,12 +1,15 @@
 """The command line in this process: a second less than a process of its own, which imports anew."""
 
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from weightsmith.cli.program import main
@@ -48,6 +51,14 @@ def run(*words: object, **environment: str) -> Ended:
     """Run a command in this process, in the project's folder."""
     with chdir(ROOT):
         return weightsmith(*words, env=environment)
+
+
+def told(*words: object, store: Path | None = None, code: int = 0) -> dict[str, Any]:
+    """What a command, run so, prints with --json; with a store of its own."""
+    done = run(*words, "--json", **({"WEIGHTSMITH_STORE": str(store)} if store else {}))
+    assert done.code == code, done.err[-3000:]
+    found: dict[str, Any] = json.loads(done.out)
+    return found
 
 
 def started(program: str, *words: str, **environment: str) -> Ended:

@@ -181,7 +181,7 @@ def test_blocks_are_run_or_explained() -> None:
 
 
 ASKED = {"eval.jsonl": 3, "general.jsonl": 8}
-"""Questions of the support bot -> every how many pages ask; `tests/real/` asks all."""
+"""Questions of the support bot -> pages ask every n-th; `tests/real/` asks all."""
 
 
 def copy_support_bot(folder: Path) -> None:

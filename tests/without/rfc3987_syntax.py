@@ -1,8 +1,7 @@
-"""Hides the package of that name, on PYTHONPATH, from Ray's processes.
+"""Hides the package of that name, on PYTHONPATH, from processes that import jsonschema.
 
-Ray imports jsonschema, which compiles the package's grammars if it is there: 1.2 of the 1.5 seconds
-that `import ray` takes. A test tool needs it; where only weightsmith and Ray are installed, it is
-not there.
+jsonschema compiles the package's grammars if it is there, which takes two seconds: most of what
+`import ray` and `check-jsonschema` take. Another test tool needs the package.
 """
 
 raise ImportError("hidden")

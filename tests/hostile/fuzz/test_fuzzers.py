@@ -7,9 +7,9 @@ import pytest
 from tests.hostile.fuzz.subjects import once
 
 INPUTS = {
-    "safetensors": 1000, "gguf": 250, "tar": 400, "config": 800, "report": 120, "image": 2000,
-    "envelope": 2000, "text": 600, "from": 200, "wheel": 600,
-    "folder-cache": 300, "s3-cache": 300, "registry-cache": 40, "payloads": 500, "thin": 60,
+    "safetensors": 500, "gguf": 125, "tar": 200, "config": 400, "report": 60, "image": 1000,
+    "envelope": 1000, "text": 300, "from": 100, "wheel": 300,
+    "folder-cache": 150, "s3-cache": 150, "registry-cache": 20, "payloads": 250, "thin": 30,
 }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def layout(method, model=None):
     return PackedLayout(method=named, bits=4, group_size=32, symmetric=method == "gptq")
 
 
-@pytest.mark.grid(15)
+@pytest.mark.grid(25)
 @pytest.mark.parametrize(("architecture", "method"), CELLS)
 def test_a_model_of_this_architecture_becomes_this_format(models, tmp_path, architecture, method):
     model, out = models(architecture), tmp_path / "out"

@@ -124,6 +124,7 @@ def test_norms_that_peft_exchanges_pass(tmp_path: Path) -> None:
     assert not held(base, base, tuned).passed
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", ["OSFConfig", "PsoftConfig", "FrodConfig", "TinyLoraConfig"])
 def test_a_kind_that_decomposes_the_base_is_loaded_whole(tmp_path: Path, kind: str) -> None:
     """PEFT needs the weights as it loads the adapter, and here they are read later."""
