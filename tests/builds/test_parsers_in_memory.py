@@ -146,3 +146,77 @@ def test_a_named_parser_is_not_asked_about(memory: Memory) -> None:
 
     assert parser(memory) == "hermes"
     assert said(memory) == []
+
+
+UNKNOWN_THOUGHTS = "{{ messages[1].reasoning_content }} <my_thoughts>"
+
+
+def thinker(memory: Memory) -> Json:
+    return memory.record("vllm")["plan"]["settings"].get("reasoning-parser")
+
+
+def test_a_form_of_thoughts_that_the_table_does_not_know_is_read_by_whom_it_may_be(
+    memory: Memory,
+) -> None:
+    worded(memory, UNKNOWN_THOUGHTS)
+    with_engine(memory)
+    asked = list[ReadCallsJob]()
+
+    def read(job: ReadCallsJob) -> Mapping[str, Json]:
+        asked.append(job)
+        return {
+            "read": {},
+            "thoughts": {"olmo3": ["whole", "streamed"], "qwen3": []},
+            "skipped": {},
+        }
+
+    memory.bench.read_calls = read
+    memory.build()
+    memory.build()
+
+    (job,) = asked  # it is kept
+    assert job.parsers == ()
+    assert {"olmo3", "qwen3"} <= {*job.reasoners}
+    assert job.thinking["thoughts"] == job.thinking["said"]["reasoning_content"]
+    assert thinker(memory) == "olmo3"
+    assert any(
+        "olmo3 reads back what the chat template writes" in one for one in memory.progress.said
+    )
+
+
+def test_a_template_of_both_unknown_forms_is_asked_about_both(memory: Memory) -> None:
+    worded(memory, NONE_FITS + UNKNOWN_THOUGHTS)
+    with_engine(memory)
+    memory.bench.read_calls = lambda job: {**reads("xlam"), "thoughts": {"olmo3": ["whole"]}}
+    memory.build()
+
+    assert (parser(memory), thinker(memory)) == ("xlam", "olmo3")
+
+
+def test_without_the_engines_packages_thoughts_of_an_unknown_form_stay_in_the_answers(
+    memory: Memory,
+) -> None:
+    worded(memory, UNKNOWN_THOUGHTS)
+    memory.build()
+
+    assert thinker(memory) is None
+    assert any(
+        one.endswith(
+            "thoughts: no known form fits the chat template; vLLM's packages are not here, so its"
+            " own parsers are not asked"
+        )
+        for one in memory.progress.said
+    )
+
+
+@pytest.mark.parametrize("serve", [{"reasoning_parser": "none"}, {"reasoning_parser": "olmo3"}])
+def test_a_named_parser_of_thoughts_is_not_asked_about(
+    memory: Memory, serve: Mapping[str, Json]
+) -> None:
+    worded(memory, UNKNOWN_THOUGHTS)
+    with_engine(memory)
+    memory.use_vllm(serve=serve)
+    memory.bench.read_calls = lambda job: pytest.fail("asked")
+    memory.build()
+
+    assert thinker(memory) == (None if serve["reasoning_parser"] == "none" else "olmo3")

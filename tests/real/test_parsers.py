@@ -18,9 +18,9 @@ from weightsmith.evaluating.client import Served, wait_until_healthy
 from weightsmith.evaluating.round_trip import CALLS, TOOLS, read_back, thoughts_read_back
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.outside.local import LocalRunner
-from weightsmith.serving.parsers import NO_CALL, choice_of
+from weightsmith.serving.parsers import NO_CALL, choice_of, choice_of_thoughts
 from weightsmith.serving.vllm import known_options
-from weightsmith.stages.parsers import BUILDER, chats
+from weightsmith.stages.parsers import BUILDER, THINKING, chats
 
 from tests import vllm_parts
 from tests.fakes.chat_templates import FAMILIES
@@ -162,6 +162,38 @@ def test_every_parser_is_asked_where_the_table_is_undecided(
         name: ["whole", "streamed"] for name in ("a call", "two calls", NO_CALL)
     }
     assert "leaves thoughts out" in found["skipped"]["a call after thoughts"]
+
+
+def test_every_parser_of_thoughts_is_asked_about_a_form_that_the_table_does_not_know(
+    tmp_path: Path,
+) -> None:
+    """MiniMax M3's marks, in a sandbox as above."""
+    shutil.copytree(TINY / "base", tmp_path / "model")
+    marks = "<mm:think>", "</mm:think>"
+    template = thinker(WRITTEN.replace("think>", "mm:think>"), "")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with_tokens(tmp_path / "model", *marks)
+    (tmp_path / "out").mkdir()
+    job = ReadCallsJob(
+        builder=BUILDER,
+        model=Input(path=tmp_path / "model"),
+        packages=Input(path=vllm_parts.packages()),
+        parsers=(),
+        thoughts="",
+        tools=tuple(json.loads(json.dumps(TOOLS))),
+        chats=(),
+        reasoners=known_options(cpu=True).words["reasoning-parser"],
+        thinking=json.loads(json.dumps(THINKING)),
+        output=tmp_path / "out",
+        seconds=900,
+    )
+
+    found = LocalRunner(cache_folder()).run(job, Silent())
+
+    assert found["skipped"] == {}
+    assert choice_of_thoughts(found).thoughts == "minimax_m3"
+    assert found["thoughts"]["minimax_m3"] == ["whole", "streamed"]
+    assert found["thoughts"]["qwen3"] == []
 
 
 def thinker(written: str, begins: str) -> str:

@@ -143,6 +143,8 @@ JOBS = (
         thoughts="",
         tools=({"type": "function", "function": {"name": "f"}},),
         chats=({"name": "a call", "said": {"role": "assistant"}, "calls": [["f", {}]]},),
+        reasoners=("qwen3",),
+        thinking={"said": {"role": "assistant"}, "thoughts": "?"},
     ),
     DequantizedJob(
         **ENVELOPE,

@@ -1,7 +1,7 @@
 """What is chosen by what an engine's own parsers read back."""
 
 import pytest
-from weightsmith.serving.parsers import CALL_AFTER_THOUGHTS, choice_of
+from weightsmith.serving.parsers import CALL_AFTER_THOUGHTS, choice_of, choice_of_thoughts
 
 BOTH, WHOLE = ["whole", "streamed"], ["whole"]
 
@@ -59,3 +59,20 @@ def test_a_chat_that_no_parser_reads_tells_nothing_of_the_parsers(lost):
 
     assert choice.tools == "a"
     assert f"no parser reads {lost}" in choice.note
+
+
+@pytest.mark.parametrize(
+    ("read", "skipped", "chosen", "said"),
+    [
+        ({"b": BOTH, "a": WHOLE, "c": BOTH}, {}, "b", "b reads back what the chat template writes"),
+        ({"b": [], "a": WHOLE}, {}, "a", "though not in a stream"),
+        ({"b": [], "a": ["streamed"]}, {}, "", "none of 2 parsers"),
+        ({}, {"thoughts": "it leaves them out"}, "", "could be read back: it leaves them out"),
+    ],
+)
+def test_a_parser_of_thoughts_is_one_that_reads_them(read, skipped, chosen, said):
+    choice = choice_of_thoughts({"read": {}, "thoughts": read, "skipped": skipped})
+
+    assert (choice.thoughts, choice.tools) == (chosen, "")
+    assert choice.note.startswith("thoughts: ")
+    assert said in choice.note

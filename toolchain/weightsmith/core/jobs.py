@@ -466,7 +466,7 @@ class ExportEngineJob(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadCallsJob(Job):
-    """Let an engine's own parsers read back the tool calls that a chat template writes."""
+    """Let an engine's own parsers read back the calls and thoughts that a chat template writes."""
 
     kind = "read-calls"
     model: Input
@@ -479,6 +479,10 @@ class ReadCallsJob(Job):
     tools: tuple[Row, ...]
     chats: tuple[Row, ...]
     """Each `{name, said, calls}`, and `thoughts` if the message has some."""
+    reasoners: tuple[str, ...] = ()
+    """Parsers of thoughts that are asked."""
+    thinking: Row = field(default_factory=dict)
+    """What they are asked: `{said, thoughts}`, an answer without a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

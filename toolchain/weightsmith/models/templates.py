@@ -21,6 +21,8 @@ _PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
 """A loop over a message's content, which only a template for contents in parts has."""
 _TOOLS = re.compile(r"\btools\b")
 """The variable that templates have the tools in."""
+_THOUGHTS = re.compile(r"\breasoning(?:_content)?\b")
+"""The variables that templates have an answer's thoughts in."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -55,6 +57,11 @@ def takes_parts(template: str) -> bool:
 def has_tools(template: str) -> bool:
     """Return whether a chat template says which tools may be called."""
     return _TOOLS.search(template) is not None
+
+
+def writes_thoughts(template: str) -> bool:
+    """Return whether a chat template reads the thoughts of an answer."""
+    return _THOUGHTS.search(template) is not None
 
 
 def own_template(model: Path) -> str | None:

@@ -120,7 +120,7 @@ class Scoring(Section):
     similarity: Literal["", "cosine", "dot", "euclidean", "manhattan"] = Field(
         "",
         description="For metric `embedding`: how vectors are compared; default: as the model's "
-        "sentence-transformers files say, else by cosine, as those of a server.",
+        "files say, else by cosine.",
     )
     query_prompt: str | None = Field(
         None,

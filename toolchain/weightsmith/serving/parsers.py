@@ -129,10 +129,12 @@ def fitting_thoughts(model: ModelFacts, engine: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParserChoice:
-    """Which parser of tool calls the engine's own code chose, and what is said about it."""
+    """Which parsers of calls and thoughts the engine's own code chose, and what is said of them."""
 
     tools: str = ""
     """"" if the table decides."""
+    thoughts: str = ""
+    """The same."""
     note: str = ""
 
 
@@ -176,6 +178,26 @@ def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
         tools=chosen,
         note=f"tool calls: of {len(read)} parsers of the engine, {chosen} reads back what the chat"
         f" template writes ({', '.join(tried)}){stream}{also}",
+    )
+
+
+def choice_of_thoughts(found: Mapping[str, Json]) -> ParserChoice:
+    """Return the same for thoughts, whose form the table does not know."""
+    read: Mapping[str, Sequence[str]] = found.get("thoughts", {})
+    if why := found["skipped"].get("thoughts"):
+        return ParserChoice(note=f"thoughts: nothing could be read back: {why}")
+    whole = sorted(one for one in read if "whole" in read[one])
+    streams = [one for one in whole if "streamed" in read[one]]
+    if not whole:
+        none = f"none of {len(read)} parsers of the engine reads what the chat template writes"
+        return ParserChoice(note=f"thoughts: {none}, so they stay in the answers")
+    chosen, *others = [*streams, *(one for one in whole if one not in streams)]
+    stream = "" if streams else ", though not in a stream"
+    also = f"; so do {', '.join(others)}" if others else ""
+    return ParserChoice(
+        thoughts=chosen,
+        note=f"thoughts: of {len(read)} parsers of the engine, {chosen} reads back what the chat"
+        f" template writes{stream}{also}",
     )
 
 

@@ -1,7 +1,7 @@
-"""Checkpoint -> the parser of its tool calls, where its chat template does not tell.
+"""Checkpoint -> the parsers of its calls and thoughts, where its chat template does not tell.
 
-The table of serving/parsers.py decides by a template's marks. Where no row fits, or several do,
-vLLM's own parsers read back what the template writes, with the model's own tokenizer.
+The table of serving/parsers.py decides by a template's marks. Where no row fits, or for calls
+several do, vLLM's own parsers read back what the template writes, with the model's own tokenizer.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from weightsmith.core.values import (
 from weightsmith.evaluating.round_trip import CALLS, TOOLS
 from weightsmith.evaluating.tool_calls import Call
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.models.templates import has_tools
+from weightsmith.models.templates import has_tools, writes_thoughts
 from weightsmith.serving.parsers import (
     AUTO,
     CALL_AFTER_THOUGHTS,
     NO_CALL,
     ParserChoice,
     choice_of,
+    choice_of_thoughts,
     fitting,
+    fitting_thoughts,
     thoughts_of,
 )
 from weightsmith.serving.vllm import known_options
@@ -54,6 +56,16 @@ _FILE = "parsers.json"
 PACKAGES = "usr/local/lib/python3.11/dist-packages"
 _MEMORY = 4 << 30
 _THOUGHT = "First I look at the map."
+THINKING: Mapping[str, JsonValue] = {
+    "said": {
+        "role": "assistant",
+        "content": "Take the second bridge",
+        "reasoning_content": _THOUGHT,
+        "reasoning": _THOUGHT,
+    },
+    "thoughts": _THOUGHT,
+}
+"""What parsers of thoughts are asked."""
 _KEPT = (
     "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
     "config.json", "bpe.", "sentencepiece", "source.spm", "spiece", "tekken", "tiktoken",
@@ -97,7 +109,7 @@ def _message(calls: Sequence[Call]) -> Mapping[str, JsonValue]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
-    """Chooses the parser of tool calls by vLLM's own, where the table is undecided."""
+    """Chooses the parsers of calls and thoughts by vLLM's own, where the table is undecided."""
 
     name = "parsers"
 
@@ -105,8 +117,9 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
 
     @property
     def options(self) -> Writable:
-        """Whose parsers, and whether the recipe names one."""
-        return [self.of.target.engine.name, self.file.recipe.serve.tool_parser]
+        """Whose parsers, and whether the recipe names some."""
+        serve = self.file.recipe.serve
+        return [self.of.target.engine.name, serve.tool_parser, serve.reasoning_parser]
 
     def foresee(self, seen: Foresight) -> Foreseen[ParserChoice]:
         """Return what was found, or that it will be found."""
@@ -151,6 +164,10 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         return choice
 
     def _undecided(self, model: ModelFacts) -> bool:
+        """Say whether the table leaves the parser of calls open, or that of thoughts."""
+        return self._of_calls(model) or self._of_thoughts(model)
+
+    def _of_calls(self, model: ModelFacts) -> bool:
         """Say whether the table has no row, or several, for a template with tools."""
         engine, serve = self.of.target.engine, self.file.recipe.serve
         if not engine.has_parsers or serve.tool_parser not in ("", AUTO):
@@ -158,6 +175,15 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         if "tool-call-parser" in serve.extra or model.task.kind != "generate":
             return False
         return has_tools(model.chat_template) and len(fitting(model, engine.name)) != 1
+
+    def _of_thoughts(self, model: ModelFacts) -> bool:
+        """Say whether the table has no row for a template that writes thoughts."""
+        engine, serve = self.of.target.engine, self.file.recipe.serve
+        if not engine.has_parsers or serve.reasoning_parser not in ("", AUTO):
+            return False
+        if "reasoning-parser" in serve.extra or model.task.kind != "generate":
+            return False
+        return writes_thoughts(model.chat_template) and not fitting_thoughts(model, engine.name)
 
     def _obstacle(self, tools: Tools) -> str:
         """Return why the engine's own parsers cannot be asked; "" if they can."""
@@ -184,7 +210,9 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         """Return what is read depends on: template, tokenizer, engine, and the parsers' names."""
         files = {one.path: one.digest for one in tree.files if one.path.startswith(_KEPT)}
         parsers, thoughts = self._asked(model)
-        asked: JsonValue = [list(parsers), thoughts, list(chats()), TOOLS]
+        reasoners = self._reasoners(model)
+        of_thoughts: list[JsonValue] = [[list(reasoners), THINKING]] if reasoners else []
+        asked: JsonValue = [list(parsers), thoughts, list(chats()), TOOLS, *of_thoughts]
         return StageInputs(
             stage=self.name,
             recipe_number=self.recipe_number,
@@ -197,11 +225,16 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
             },
         )
 
+    def _reasoners(self, model: ModelFacts) -> tuple[str, ...]:
+        """Return the parsers of thoughts that are asked."""
+        both = _words("reasoning-parser")
+        return tuple(sorted(both)) if self._of_thoughts(model) else ()
+
     def _asked(self, model: ModelFacts) -> tuple[tuple[str, ...], str]:
         """Return the parsers that are asked, those of the family first, and that of thoughts."""
-        # The packages are those of the CPU build, which may be an earlier version.
-        known, builds = known_options(), known_options(cpu=True)
-        both = {*known.words["tool-call-parser"]} & {*builds.words["tool-call-parser"]}
+        if not self._of_calls(model):
+            return (), ""
+        both, builds = _words("tool-call-parser"), known_options(cpu=True)
         first = [one for one in fitting(model, "vllm") if one in both]
         thoughts = thoughts_of(model, "vllm", builds, self.file.recipe.serve.reasoning_parser)
         return tuple(dict.fromkeys([*first, *sorted(both)])), thoughts
@@ -226,6 +259,8 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
             thoughts=thoughts,
             tools=tuple(parse(json.dumps(TOOLS))),
             chats=chats(),
+            reasoners=self._reasoners(model),
+            thinking=parse(json.dumps(THINKING)),
             output=folder,
             memory_bytes=_MEMORY,
             seconds=job_seconds(0),
@@ -234,11 +269,31 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         return dict(found)
 
     def _chosen(self, model: ModelFacts, found: Json) -> ParserChoice:
-        return choice_of(found, fitting(model, self.of.target.engine.name))
+        calls, thoughts = ParserChoice(), ParserChoice()
+        if self._of_calls(model):
+            calls = choice_of(found, fitting(model, self.of.target.engine.name))
+        if self._of_thoughts(model):
+            thoughts = choice_of_thoughts(found)
+        return ParserChoice(
+            tools=calls.tools,
+            thoughts=thoughts.thoughts,
+            note="; ".join(filter(None, (calls.note, thoughts.note))),
+        )
 
     def _stands(self, model: ModelFacts, why: str) -> ParserChoice:
         """Return that the table's answer stands."""
         first, *others = fitting(model, self.of.target.engine.name) or ("",)
         what = f"{' and '.join([first, *others])} fit" if others else "no known form fits"
         taken = f"; {first} is taken" if first else ""
-        return ParserChoice(note=f"tool calls: {what} the chat template; {why}{taken}")
+        about = "tool calls" if self._of_calls(model) else "thoughts"
+        if about == "thoughts":
+            what, taken = "no known form fits", ""
+        elif self._of_thoughts(model):
+            about += " and thoughts" if not first else ""
+        return ParserChoice(note=f"{about}: {what} the chat template; {why}{taken}")
+
+
+def _words(option: str) -> frozenset[str]:
+    """Return an option's words of both builds: CPUs' packages may be of an earlier version."""
+    known, builds = known_options(), known_options(cpu=True)
+    return frozenset(known.words[option]) & frozenset(builds.words[option])

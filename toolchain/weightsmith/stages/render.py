@@ -740,6 +740,8 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         options = replace(serve_options(recipe.serve), adapters=adapters)
         if parsers.tools:
             options = replace(options, tool_parser=parsers.tools)
+        if parsers.thoughts:
+            options = replace(options, reasoning_parser=parsers.thoughts)
         return render(
             target=target,
             name=recipe.name,

@@ -1,4 +1,4 @@
-"""Which of vLLM's own parsers read back the tool calls that a model's chat template writes.
+"""Which of vLLM's own parsers read back the calls and thoughts that a chat template writes.
 
 The engine's packages take the place of the builder's, in this process alone. They are those of the
 image for CPUs; images for GPUs have the same parsers. Written against vLLM 0.32.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -27,8 +27,8 @@ _ASKED = {"role": "user", "content": "?"}
 def read_calls_back(job: ReadCallsJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `read`: by parser and chat, how its calls were read, whole or streamed or both.
 
-    And `skipped`: by chat, why it was not tried. Raises EnvironmentFailure if the engine's packages
-    cannot be loaded here.
+    And `thoughts`: by parser of them, how they were read; `skipped`: by chat, why it was not tried.
+    Raises EnvironmentFailure if the engine's packages cannot be loaded here.
     """
     _take_packages(job.packages.path, job.output)
     try:
@@ -42,7 +42,10 @@ def read_calls_back(job: ReadCallsJob, report: Report) -> Mapping[str, JsonValue
     skipped: dict[str, JsonValue] = {}
     for chat in job.chats:
         try:
-            texts[str(chat["name"])] = reader.answer(chat)
+            text = reader.answer(chat)
+            if chat.get("thoughts") and reader.split is None:
+                raise ValueError("there is no parser for thoughts")
+            texts[str(chat["name"])] = text
         except Exception as error:  # noqa: BLE001 - templates raise what they like
             skipped[str(chat["name"])] = str(error)[:200]
     read: dict[str, JsonValue] = {}
@@ -53,7 +56,15 @@ def read_calls_back(job: ReadCallsJob, report: Report) -> Mapping[str, JsonValue
             for chat in job.chats
             if chat["name"] in texts
         }
-    return {"read": read, "skipped": skipped}
+    thoughts: dict[str, JsonValue] = {}
+    if job.reasoners:
+        try:
+            text = reader.answer(job.thinking)
+        except Exception as error:  # noqa: BLE001 - as above
+            skipped["thoughts"] = str(error)[:200]
+        else:
+            thoughts = {name: reader.thought(name, text, job.thinking) for name in job.reasoners}
+    return {"read": read, "thoughts": thoughts, "skipped": skipped}
 
 
 def _take_packages(folder: Path, scratch: Path) -> None:
@@ -80,6 +91,8 @@ class _Reader:
     request: Any
     calls: Any
     """The class of a parser of calls, by its name."""
+    reasoners: Any
+    """The same of thoughts."""
     split: Callable[[str], tuple[str | None, str | None]] | None
     """Thoughts and the rest of an answer; None without a parser for them."""
 
@@ -108,6 +121,7 @@ class _Reader:
             tools=job.tools,
             request=request,
             calls=calls.get_tool_parser,
+            reasoners=thoughts.get_reasoning_parser,
             split=split,
         )
 
@@ -132,8 +146,6 @@ class _Reader:
         thoughts = str(chat.get("thoughts", ""))
         if thoughts and thoughts not in text:
             raise ValueError("the template leaves thoughts out")
-        if thoughts and self.split is None:
-            raise ValueError("there is no parser for thoughts")
         return text
 
     def read(self, name: str, text: str, chat: Row) -> list[JsonValue]:
@@ -141,14 +153,24 @@ class _Reader:
         ways: dict[str, Callable[[], JsonValue]] = {"whole": lambda: self._whole(name, text, chat)}
         if not chat.get("thoughts"):  # a stream of both is put together by the server
             ways["streamed"] = lambda: self._streamed(name, text)
-        found: list[JsonValue] = []
-        for way, reads in ways.items():
-            try:
-                if reads() == chat["calls"]:
-                    found.append(way)
-            except Exception:  # noqa: BLE001, S112 - a parser that fails does not read it
-                continue
-        return found
+        return _ways(ways, chat["calls"])
+
+    def thought(self, name: str, text: str, chat: Row) -> list[JsonValue]:
+        """Return how a parser reads the thoughts before an answer: whole, streamed, or both."""
+
+        def whole() -> JsonValue:
+            found = self.reasoners(name)(self.tokenizer).extract_reasoning(text, self.request)
+            return [(one or "").strip() for one in found]
+
+        def streamed() -> JsonValue:
+            parser, thoughts, content = self.reasoners(name)(self.tokenizer), "", ""
+            for delta in self._pieces(text, parser.extract_reasoning_streaming):
+                thoughts += getattr(delta, "reasoning", None) or ""
+                content += delta.content or ""
+            return [thoughts.strip(), content.strip()]
+
+        ways: dict[str, Callable[[], JsonValue]] = {"whole": whole, "streamed": streamed}
+        return _ways(ways, [chat["thoughts"], chat["said"]["content"]])
 
     def _whole(self, name: str, text: str, chat: Row) -> JsonValue:
         body = text
@@ -166,20 +188,36 @@ class _Reader:
         parser = self.calls(name)(self.tokenizer, self.request.tools)
         names: dict[int, str] = {}
         given: dict[int, str] = {}
-        before, seen, new = "", list[int](), list[int]()
-        for one in self.tokenizer.encode(text, add_special_tokens=False):
-            new.append(one)
-            now = self.tokenizer.decode([*seen, *new], skip_special_tokens=False)
-            if now.endswith("\ufffd"):  # a letter that is not whole yet: servers wait for the rest
-                continue
-            delta = parser.extract_tool_calls_streaming(
-                before, now, now[len(before) :], seen, [*seen, *new], new, self.request
-            )
-            before, seen, new = now, [*seen, *new], []
-            for call in (delta.tool_calls if delta else None) or []:
+        for delta in self._pieces(text, parser.extract_tool_calls_streaming, self.request):
+            for call in delta.tool_calls or []:
                 function = call.function
                 if function and function.name:
                     names[call.index] = function.name
                 if function and function.arguments:
                     given[call.index] = given.get(call.index, "") + function.arguments
         return [[names[number], parse(given.get(number) or "{}")] for number in sorted(names)]
+
+    def _pieces(self, text: str, reads: Callable[..., Any], *others: Any) -> Iterator[Any]:
+        """Yield what a parser makes of each token of an answer."""
+        before, seen, new = "", list[int](), list[int]()
+        for one in self.tokenizer.encode(text, add_special_tokens=False):
+            new.append(one)
+            now = self.tokenizer.decode([*seen, *new], skip_special_tokens=False)
+            if now.endswith("\ufffd"):  # a letter that is not whole yet: servers wait for the rest
+                continue
+            delta = reads(before, now, now[len(before) :], seen, [*seen, *new], new, *others)
+            before, seen, new = now, [*seen, *new], []
+            if delta:
+                yield delta
+
+
+def _ways(ways: Mapping[str, Callable[[], JsonValue]], wanted: JsonValue) -> list[JsonValue]:
+    """Return in which ways an answer is read exactly."""
+    found: list[JsonValue] = []
+    for way, reads in ways.items():
+        try:
+            if reads() == wanted:
+                found.append(way)
+        except Exception:  # noqa: BLE001, S112 - a parser that fails does not read it
+            continue
+    return found
