@@ -21,12 +21,9 @@ pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::RuntimeW
 
 ROWS = tuple(json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:4])
 WIDE = {**SHAPE, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
-MODELS = [
-    pytest.param(LlamaConfig(**WIDE), "q4_k_m", id="llama"),
-    pytest.param(LlamaConfig(**WIDE), "q8_0", id="no-importance", marks=pytest.mark.full),
-    pytest.param(
-        MixtralConfig(**WIDE, num_local_experts=4), "q4_k_m", id="experts", marks=pytest.mark.full
-    ),
+OTHERS = [
+    pytest.param(LlamaConfig(**WIDE), "q8_0", id="no-importance"),
+    pytest.param(MixtralConfig(**WIDE, num_local_experts=4), "q4_k_m", id="experts"),
 ]
 
 
@@ -61,16 +58,35 @@ def parts(model: Path, out: Path, base: Path, name: str) -> dict[str, list[str]]
     return facts["kinds"]
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, list[str]]]:
+    """A base, a model with one adapter, quantized beside itself, and its parts."""
+    folder = tmp_path_factory.mktemp("llama")
+    base = make_random(folder / "base", LlamaConfig(**WIDE), TINY / "base")
+    model = fine_tune(base, folder / "1", 1)
+    return base, model, parts(model, model.parent / "gguf", base, "q4_k_m")
+
+
 def tensors(files: list[Path]) -> dict[str, tuple[str, bytes]]:
     every = (tensor for file in files for tensor in gguf.GGUFReader(file).tensors)
     return {t.name: (t.tensor_type.name, np.asarray(t.data).tobytes()) for t in every}
 
 
-@pytest.mark.parametrize(("config", "name"), MODELS)
-def test_what_an_adapter_leaves_is_the_same_for_all_of_a_base(tmp_path, config, name):
+def test_what_an_adapter_leaves_is_the_same_for_all_of_a_base(tmp_path, llama):
+    base, model, kinds = llama
+    other = fine_tune(base, tmp_path / "2", 2)
+    check_parts([model, other], [kinds, parts(other, tmp_path / "2" / "gguf", base, "q4_k_m")])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("config", "name"), OTHERS)
+def test_and_of_other_bases_and_formats(tmp_path, config, name):
     base = make_random(tmp_path / "base", config, TINY / "base")
     models = [fine_tune(base, tmp_path / f"{seed}", seed) for seed in (1, 2)]
-    kinds = [parts(model, model.parent / "gguf", base, name) for model in models]
+    check_parts(models, [parts(model, model.parent / "gguf", base, name) for model in models])
+
+
+def check_parts(models: list[Path], kinds: list[dict[str, list[str]]]) -> None:
     folders = [model.parent / "gguf" for model in models]
 
     assert kinds[0] == kinds[1]
@@ -82,10 +98,9 @@ def test_what_an_adapter_leaves_is_the_same_for_all_of_a_base(tmp_path, config, 
     assert "" not in kinds[0]
 
 
-def test_llama_cpp_reads_the_parts_as_it_reads_one_file(tmp_path):
-    base = make_random(tmp_path / "base", LlamaConfig(**WIDE), TINY / "base")
-    model, out = fine_tune(base, tmp_path / "1", 1), tmp_path / "1" / "gguf"
-    parts(model, out, base, "q4_k_m")
+def test_llama_cpp_reads_the_parts_as_it_reads_one_file(tmp_path, llama):
+    _, model, _ = llama
+    out = model.parent / "gguf"
     (whole,) = made(model, tmp_path / "whole", "q4_k_m", out / "imatrix.gguf")
     files = sorted(out.glob("model-*.gguf"))
 

@@ -375,7 +375,7 @@ try:
 except OSError:
     print("refused", flush=True)
 else:
-    time.sleep(5)
+    time.sleep(30)
     print("held", flush=True)
 time.sleep(600)
 """

