@@ -24,9 +24,11 @@ from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import StartSpec
 from weightsmith.core.values import Blob, Digest
-from weightsmith.evaluating.replay import LARGEST
+from weightsmith.evaluating.replay import LARGEST, ReplaySet
 from weightsmith.evaluating.replaying import Replayed, Verdict
+from weightsmith.oci.image import Image
 from weightsmith.oci.layout import read_layout
+from weightsmith.oci.manifests import OCI_MANIFEST
 from weightsmith.oci.registry import open_location
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.proofs import ProofDevice, proof_of
@@ -440,6 +442,28 @@ def test_a_different_image_is_stated_and_never_attached(built: Memory, tmp_path:
     assert len(out.read_text().splitlines()) == 2
     with pytest.raises(CheckFailed, match="no proof is attached"):
         verify_image(layout(built), public, built.client, built.progress, proven_on=("cpu",))
+
+
+def test_a_tag_that_moves_meanwhile_does_not_change_what_is_started(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the answers of one image would prove another."""
+    memory.build(push=True)
+    built, manifests = "1.0.0-llamacpp-q4_k_m", memory.registry.manifests
+    known = proving.replay_in
+
+    def and_then_it_moves(image: Image, where: str) -> ReplaySet:
+        found = known(image, where)
+        manifests["team/tiny", built] = (OCI_MANIFEST, b'{"schemaVersion": 2}')
+        return found
+
+    monkeypatch.setattr(proving, "replay_in", and_then_it_moves)
+    memory.engine.names.clear()
+    out, name = tmp_path / "proof.jsonl", f"{memory.repository}:{built}"
+    assert prove(memory, image=name, statement=out)["verdict"] == "proven"
+    shown = json.loads(out.read_text().splitlines()[0])
+    digest = memory.record()["image"]["digest"]
+    assert shown["subject"][0]["digest"]["sha256"] == digest.removeprefix("sha256:")
 
 
 def test_what_cannot_be_asked_is_said_before_anything_starts(built: Memory) -> None:

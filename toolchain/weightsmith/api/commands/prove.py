@@ -61,6 +61,8 @@ class _Subject:
     wanted: ReplaySet
     image: Image | None = None
     place: ImageLocation | None = None
+    start: str = ""
+    """What is started: of a registry the digest that was read, since its tag may move meanwhile."""
 
     @property
     def labels(self) -> Mapping[str, str]:
@@ -83,7 +85,7 @@ def prove_image(asked: ProveCommand, tools: Tools) -> tuple[Mapping[str, Json], 
         count = len(subject.wanted.questions)
         tools.progress.stage("prove", f"{count} questions")
         # A server at a URL is asked there: what is named as its image is not started.
-        image = "" if asked.url else asked.image
+        image = "" if asked.url else subject.start
         with session_with(tools, limits, image=image, url=asked.url, modest=True) as session:
             found = replay(session, subject.wanted, tools.progress)
             server = _server(subject, session)
@@ -161,6 +163,7 @@ def _subject(asked: ProveCommand, tools: Tools) -> _Subject:
         if given is None:
             raise AssertionError("a server is asked with an image or a file")
         return _Subject(wanted=given)
+    here = asked.image
     held: Mapping[str, Json] = {}
     if not is_layout(asked.image) and tools.engine.answers():
         held = tools.engine.inspect(asked.image)
@@ -171,13 +174,16 @@ def _subject(asked: ProveCommand, tools: Tools) -> _Subject:
     except WeightsmithError:
         if not held:
             raise
-        return _Subject(wanted=_of_engine(asked, given, labels, tools))
+        return _Subject(wanted=_of_engine(asked, given, labels, tools), start=here)
     if held and not asked.url and not _is_held(image, held, tools):
-        return _Subject(wanted=_of_engine(asked, given, labels, tools))
+        return _Subject(wanted=_of_engine(asked, given, labels, tools), start=here)
+    if isinstance(place, RegistryLocation) and not held:
+        here = str(place.reference.at(image.digest))
     if given is None:
-        return _Subject(wanted=replay_in(image, asked.image), image=image, place=place)
-    stated = require_stated(image.labels, asked.image)
-    return _Subject(wanted=held_to(given, stated, str(asked.replay)), image=image, place=place)
+        wanted = replay_in(image, asked.image)
+    else:
+        wanted = held_to(given, require_stated(image.labels, asked.image), str(asked.replay))
+    return _Subject(wanted=wanted, image=image, place=place, start=here)
 
 
 def _is_held(image: Image, held: Mapping[str, JsonValue], tools: Tools) -> bool:
