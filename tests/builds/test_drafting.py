@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,35 +12,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from weightsmith.building.wiring import cache_folder
 from weightsmith.oci.layout import read_layout
 from weightsmith.outside.toolset import toolset_folder
 
+from tests.fakes.drafting import deepened
 from tests.fakes.started import free_port, started, weightsmith
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny"
 TARGET = "llamacpp-q8_0"
 pytestmark = [pytest.mark.builders, pytest.mark.full]  # in memory: test_speculative_in_memory.py
-
-
-def deepened(draft: Path, folder: Path) -> None:
-    """Write the same model with one more layer, which adds nothing: its draft guesses right."""
-    shutil.copytree(draft, folder)
-    config = json.loads((folder / "config.json").read_text())
-    last = config["num_hidden_layers"]
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": last + 1}))
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name, tensor in list(tensors.items()):
-        if f".layers.{last - 1}." in name:
-            silent = name.endswith(("o_proj.weight", "down_proj.weight"))
-            added = torch.zeros_like(tensor) if silent else tensor.clone()
-            tensors[name.replace(f".{last - 1}.", f".{last}.")] = added
-    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")

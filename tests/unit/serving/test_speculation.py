@@ -152,7 +152,13 @@ def test_a_draft_with_more_rows_than_the_engine_takes_is_refused() -> None:
             "method ngram is not planned for TensorRT-LLM here; nor is another",
         ),
         ("tgi", "ngram", {}, "method ngram is not planned"),
-        ("llamacpp-q4_k_m", "mtp", {}, "mtp is not planned for llama.cpp.* here; draft, ngram are"),
+        (
+            "llamacpp-q4_k_m",
+            "mtp",
+            {},
+            "mtp is not planned for llama.cpp.* here; draft, ngram are: .* as draft-mtp, but",
+        ),
+        ("llamacpp-q4_k_m", "eagle3", {}, "draft, ngram are: .* as draft-eagle3, but .*-model-dir"),
         ("vllm", "mtp", {"config": GLM}, "states no layers for further tokens"),
         ("vllm", "mtp", {"config": LLAMA_8B}, "states no layers for further tokens"),
         (

@@ -2,8 +2,9 @@
 
 https://cyclonedx.org/docs/1.6/json/
 
-Not 1.7: Dependency-Track (issue 5818) and Trivy (issue 10185) refused it in 2026. All that is
-written here is valid there, too.
+Not 1.7: Trivy reads it since its pull request 10715 (May 2026), Dependency-Track since 6703 and
+6966 (August), and older ones refuse the whole bill. Nothing that is written here needs it, and all
+of it is valid there, too.
 
 A base's are attached to it, or listed in its index.
 

@@ -7,8 +7,9 @@ its _torch/modules/linear.py), and from inputs it takes the largest scale anyway
 per 16 weights.
 
 Names, shapes and both configurations are those that ModelOpt 0.47 writes (export/quant_utils.py,
-convert_hf_config.py). Its codes differ in rare cases, because it rounds a quotient to the weights'
-16 bits first. Scales of an 8-bit cache are not written: ModelOpt raises them to at least 1, which
+convert_hf_config.py). Of three architectures its NVFP4 has the same bytes. Its FP8 has a scale for
+each of the fused matrices, and of 16 bits other codes in places, because it rounds the quotient to
+these first. Scales of an 8-bit cache are not written: ModelOpt raises them to at least 1, which
 is what TensorRT-LLM takes without them.
 """
 

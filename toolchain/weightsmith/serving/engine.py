@@ -217,6 +217,8 @@ class Engine:
     """Why it does not serve a model that does not chat; "" if it does."""
     speculates: frozenset[str] = frozenset()
     """Methods of `serve.speculative` that it has."""
+    drafts_unplanned: Mapping[str, str] = field(default_factory=dict)
+    """Further methods that its program has -> what they lack here."""
     draft_counters: tuple[str, ...] = ()
     """Prometheus counters of steps with drafts, of drafted and of accepted tokens; () for none."""
     draft_length: str = ""

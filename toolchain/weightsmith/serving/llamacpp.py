@@ -74,6 +74,12 @@ ENGINE = Engine(
     pictures=("png", "jpeg"),  # stb_image's
     reads_calls=True,
     speculates=frozenset({"draft", "ngram"}),
+    drafts_unplanned={
+        "mtp": "llama-server has it as draft-mtp, but the memory of its second context, which reads"
+        " the model's further layers, is not planned",
+        "eagle3": "llama-server has it as draft-eagle3, but the step that converts a draft does not"
+        " give the converter the model, whose tokenizer such a head needs (--target-model-dir)",
+    },
     draft_counters=(
         "llamacpp:spec_decode_num_drafts_total",
         "llamacpp:spec_decode_num_draft_tokens_total",

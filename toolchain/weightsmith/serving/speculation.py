@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
@@ -55,17 +56,20 @@ def check_speculation(
     known: Collection[str],
     extra: Mapping[str, JsonValue],
     most_apart: int = 0,
+    unplanned: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Refuse what the engine, of whose methods `known` are, cannot do with this model.
 
-    `most_apart` is by how many rows it lets the embeddings of model and draft differ.
+    `most_apart` is by how many rows it lets the embeddings of model and draft differ, `unplanned`
+    are methods that its program has, and what they lack here.
     Raises InputRefused, and UsageError where `serve.extra` has options of it, too.
     """
     if speculation.method not in known:
         has = f"{', '.join(sorted(known))} are" if known else "nor is another"
+        lacking = f": {why}" if (why := unplanned.get(speculation.method)) else ""
         raise InputRefused(
             f"serve.speculative: method {speculation.method} is not planned for {engine} here;"
-            f" {has}",
+            f" {has}{lacking}",
             hint="choose another method, or build this target by a recipe of its own",
         )
     if model.task.kind != "generate":

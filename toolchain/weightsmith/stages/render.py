@@ -138,7 +138,9 @@ def render(
     options = replace(options, format=format_, projector_bytes=size)
     if wanted := options.speculation:
         known, apart = engine.speculates, engine.most_apart
-        check_speculation(model, wanted, engine.title, known, options.extra, apart)
+        check_speculation(
+            model, wanted, engine.title, known, options.extra, apart, engine.drafts_unplanned
+        )
         notes = (*notes, wanted.note)
     plan = engine.plan(model, weight_bytes, options)
     told = filter(None, (engine.legacy, legacy_of(target.format)))
