@@ -11,18 +11,15 @@ import pytest
 from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
-    AskedWalk,
-    Input,
     ProofJob,
     Question,
     ReferenceJob,
     SeenPicture,
-    ValidateJob,
 )
 from weightsmith.worker import carrying, jobs
-from weightsmith.worker.jobs import STAGES
 
 from tests.unit.validating.conftest import make_adapter, make_model, merged
+from tests.unit.worker.test_proof import proof_of, run
 
 CHATS = tuple(({"role": "user", "content": f"What is {n} times {n}?"},) for n in range(36))
 PROBES, SAMPLE = 8, 4
@@ -40,33 +37,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 @pytest.fixture
 def job(folders: tuple[Path, Path, Path], tmp_path: Path) -> ProofJob:
-    base, lora, out = folders
-    models, adapter = (Input(path=base), Input(path=out)), Input(path=lora)
-    envelope: dict[str, Any] = {"builder": "merge", "output": tmp_path, "seconds": 0}
     task = AskedTask(
         models=(ADAPTER, AskedModel(name="merged", key="merged", model=1, draft="adapter")),
         questions=tuple(Question(messages=chat) for chat in CHATS),
         max_tokens=3,
     )
-    walk = AskedWalk(tasks=(task,), choose=False)
-    return ProofJob(
-        **envelope,
-        reference=ReferenceJob(**envelope, models=models, adapters=(adapter,), walks=(walk,)),
-        validation=ValidateJob(
-            **envelope,
-            base=models[0],
-            merged=models[1],
-            adapters=(adapter,),
-            weights=(1.0,),
-            chats=CHATS,
-            scope="all",
-            mixture=None,
-        ),
-    )
-
-
-def run(job: Any) -> Any:
-    return STAGES[job.kind](job, lambda *_: None)
+    return proof_of(*folders, tmp_path, task)
 
 
 @pytest.fixture

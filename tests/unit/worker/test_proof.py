@@ -41,32 +41,32 @@ def task(chats: Sequence[Any]) -> AskedTask:
     )
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> ProofJob:
-    base = make_model(tmp_path / "base")
-    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj", "down_proj"])
-    out = merged(tmp_path / "out", base, lora)
+def proof_of(base: Path, lora: Path, out: Path, folder: Path, asked: AskedTask) -> ProofJob:
+    """Return the job that proves a merge in `out`; its questions are those that are asked."""
     models, adapter = (Input(path=base), Input(path=out)), Input(path=lora)
-    envelope: dict[str, Any] = {"builder": "merge", "output": tmp_path, "seconds": 0}
+    envelope: dict[str, Any] = {"builder": "merge", "output": folder, "seconds": 0}
+    walk = AskedWalk(tasks=(asked,), choose=False)
     return ProofJob(
         **envelope,
-        reference=ReferenceJob(
-            **envelope,
-            models=models,
-            adapters=(adapter,),
-            walks=(AskedWalk(tasks=(task(CHATS),), choose=False),),
-        ),
+        reference=ReferenceJob(**envelope, models=models, adapters=(adapter,), walks=(walk,)),
         validation=ValidateJob(
             **envelope,
             base=models[0],
             merged=models[1],
             adapters=(adapter,),
             weights=(1.0,),
-            chats=CHATS,
+            chats=tuple(question.messages for question in asked.questions),
             scope="all",
             mixture=None,
         ),
     )
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> ProofJob:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj", "down_proj"])
+    return proof_of(base, lora, merged(tmp_path / "out", base, lora), tmp_path, task(CHATS))
 
 
 def run(job: Any) -> Any:

@@ -25,6 +25,7 @@ from weightsmith.outside.remote import (
     Broken,
     Place,
     RemoteFile,
+    SourceKind,
     check_names,
     list_pin,
     require_pin,
@@ -46,20 +47,8 @@ _TAG = re.compile(r"[0-9a-f]{32}(-[0-9]+)?")
 _QUERY = re.compile(r"\?\S*")
 
 
-class ObjectStore(Protocol):
+class ObjectStore(SourceKind, Protocol):
     """One kind of object store, as fsspec shows it."""
-
-    @property
-    def scheme(self) -> str:
-        """Of its sources."""
-
-    @property
-    def packages(self) -> Sequence[str]:
-        """What must be installed, by the names that are imported."""
-
-    @property
-    def extra(self) -> str:
-        """The extra that installs it."""
 
     @property
     def hint(self) -> str:

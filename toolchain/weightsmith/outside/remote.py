@@ -101,8 +101,8 @@ class Place:
     """Bytes that `make` writes, at most."""
 
 
-class Remote(Protocol):
-    """One kind of place: what its sources mean, and who lists and reads them."""
+class SourceKind(Protocol):
+    """A kind of sources, and what must be installed for it."""
 
     @property
     def scheme(self) -> str:
@@ -115,6 +115,10 @@ class Remote(Protocol):
     @property
     def extra(self) -> str:
         """The extra that installs it."""
+
+
+class Remote(SourceKind, Protocol):
+    """One kind of place: what its sources mean, and who lists and reads them."""
 
     @property
     def where(self) -> str:
