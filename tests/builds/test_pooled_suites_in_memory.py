@@ -329,3 +329,13 @@ def test_sets_of_labels_are_for_models_that_give_them(judge: Memory, kind: str) 
         with pytest.raises(InputRefused, match=said):
             run()
     assert judge.jobs() == []
+
+
+def test_a_base_whose_card_says_that_it_ranks_is_built_with_a_warning(memory: Memory) -> None:
+    """A Qwen3-Reranker of before sentence-transformers' files: its class generates text."""
+    card = "---\npipeline_tag: text-ranking\n---\n"
+    (memory.home / "base" / "README.md").write_text(card)
+    memory.build()
+
+    (told,) = [one for one in memory.record()["warnings"] if "text-ranking" in one]
+    assert "take a revision with that file" in told

@@ -24,8 +24,9 @@ from pathlib import Path
 from weightsmith import __version__
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.resources import engine_source
-from weightsmith.core.safe_parse import parse, parse_yaml
+from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Digest, FileEntry, JsonValue, Scores, key_of
+from weightsmith.models.model_card import front_matter
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import LARGEST_PART, Attachment
 from weightsmith.oci.image import Image
@@ -37,8 +38,6 @@ from weightsmith.recipe.schema import Card
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
 _MODEL = "machine-learning-model"
-_FRONT_MATTER = 65536
-"""Bytes of a model card that are searched for its front matter."""
 SPDX_LICENSES = {
     name.lower(): name
     for name in (
@@ -216,18 +215,8 @@ def engine_bom(name: str, source: Mapping[str, JsonValue], digest: Digest) -> di
 
 
 def license_of(folder: Path) -> str:
-    """Return the licence in a model card's front matter, or empty.
-
-    https://huggingface.co/docs/hub/model-cards#model-card-metadata
-    """
-    try:
-        with (folder / "README.md").open("rb") as file:
-            first, *lines = file.read(_FRONT_MATTER).decode("utf-8", "replace").split("\n")
-        fence = [line.rstrip() for line in lines].index("---")
-        header = parse_yaml("\n".join(lines[:fence])) if first.rstrip() == "---" else None
-    except (OSError, ValueError):
-        return ""
-    named = header.get("license") if isinstance(header, dict) else None
+    """Return the licence in a model card's front matter, or empty."""
+    named = front_matter(folder).get("license")
     return named if isinstance(named, str) else ""
 
 

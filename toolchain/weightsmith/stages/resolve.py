@@ -20,6 +20,7 @@ from weightsmith.core.values import (
     without_passwords,
 )
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
+from weightsmith.models.model_card import card_denies_chat
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Adapter, Source
 from weightsmith.recipe.sources import scheme_of
@@ -71,6 +72,8 @@ def resolve_base(base: Source, folder: Path, tools: Tools) -> Snapshot:
         snapshot = _import_gguf(snapshot, tools)
     check_model_folder(snapshot.tree.root)
     _tell_left(snapshot, tools)
+    if what := card_denies_chat(snapshot.tree.root):
+        tools.progress.warn(f"{without_passwords(base.source)}: {what}")
     return snapshot
 
 
