@@ -105,6 +105,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="N/PARTS", help="run the N-th of so many parts of the tests")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Look for no garbage while tests are read: it takes a seventh of the time and finds none."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # not in the process that only deals tests out, which reads none
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
@@ -144,6 +150,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

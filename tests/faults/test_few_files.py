@@ -85,7 +85,7 @@ def test_a_build(workshop: Workshop, digest: str, most: int) -> None:
     workshop.check_intact(digest)
 
 
-ALLOWED = (2, 3, 5, 64)
+ALLOWED = (2, 3, 64)
 """Processes of the user, with the one that counts them: a job needs a few."""
 
 
