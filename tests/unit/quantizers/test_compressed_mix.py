@@ -27,8 +27,7 @@ from weightsmith.quantizers.compressed_mix import (
     unit_of,
 )
 from weightsmith.quantizers.gguf_mix import read_mix
-from weightsmith.quantizers.int4 import round_groups
-from weightsmith.quantizers.layerwise.quantizing import integers, quantize
+from weightsmith.quantizers.layerwise.quantizing import Groups, integers, quantize
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.quality.texts import as_lines
@@ -41,10 +40,11 @@ from tests.fakes.decoders import add_tokenizer, make_dense, make_sparse
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
 
+SMALL = ("int4-32", "int4-32-zeros", "fp8")
 UNITS = {
     "model.layers.0.self_attn.qkv_proj": "fp8",
     "model.layers.0.self_attn.o_proj": "int4-32",
-    "model.layers.0.mlp.gate_up_proj": "int4-32",
+    "model.layers.0.mlp.gate_up_proj": "int4-32-zeros",
     "model.layers.0.mlp.down_proj": "16bit",
 }
 
@@ -80,7 +80,7 @@ def model(tmp_path):
 
 
 def losses_of(model, harm=lambda name: 1.0):
-    bits = {"int4-128": 4.125, "int4-32": 4.5, "fp8": 8}
+    bits = {"int4-128": 4.125, "int4-32": 4.5, "int4-32-zeros": 4.625, "fp8": 8}
     names = {tensor_of(one) for one in matrices(CheckpointTensors(model), model)}
     return {name: {kind: harm(name) * 4 ** -bits[kind] for kind in bits} for name in names}
 
@@ -141,7 +141,7 @@ def test_compressed_tensors_reads_what_we_read(model, out):
 
     facts = checked(model, out)
     assert facts["tensor_types"] == dict(sorted(UNITS.items()))
-    assert facts["types"] == {"int4-32": 3, "fp8": 3, "16bit": 1}
+    assert facts["types"] == {"int4-32": 1, "int4-32-zeros": 2, "fp8": 3, "16bit": 1}
     assert "mix" not in facts
     view, read = view_of(out, model), read_by_compressed_tensors(out)
     assert len(read) == 6
@@ -184,7 +184,8 @@ def test_matrices_of_the_same_input_may_have_groups_of_different_sizes(tmp_path)
     model = make_dense(tmp_path / "model", "Cohere2ForCausalLM", 128)
     attention = [one for one in matrices(CheckpointTensors(model), model) if "_attn" in one.module]
     others = [one for one in matrices(CheckpointTensors(model), model) if "mlp" in one.module]
-    groups = {**dict.fromkeys(attention, 32), **dict.fromkeys(others, 64)}
+    symmetric, others_own = Groups(32, symmetric=True), Groups(64, symmetric=False)
+    groups = {**dict.fromkeys(attention, symmetric), **dict.fromkeys(others, others_own)}
     texts = [row["text"] for row in map(json.loads, as_lines(model, ROWS).splitlines())]
 
     works, facts = integers(model, tmp_path / "layers", texts, groups)
@@ -193,28 +194,8 @@ def test_matrices_of_the_same_input_may_have_groups_of_different_sizes(tmp_path)
     assert facts["calibration_tokens"] > 100
     for matrix, group in groups.items():
         scales = shapes[f"{matrix.module}.weight_scale"]
-        assert scales == (matrix.outputs, matrix.inputs // group)
-
-
-def test_a_scale_is_the_best_of_some_by_importance():
-    rows = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
-    importance = np.random.default_rng(1).random(256).astype(np.float32) ** 4
-
-    def error(weighed, counts):
-        codes, scales = round_groups(rows, 32, "BF16", weighed)
-        assert codes.min() >= -8
-        assert codes.max() <= 7
-        read = codes * np.repeat(scales.astype(np.float32), 32, 1)
-        return float((((read - rows) ** 2) * counts).sum())
-
-    plain = np.abs(rows.reshape(64, -1, 32)).max(2) / 7
-    steps = np.repeat(plain, 32, 1)
-    largest = float(((np.clip(np.rint(rows / steps), -8, 7) * steps - rows) ** 2).sum())
-    assert error(None, 1) < 0.9 * largest
-    assert error(importance, importance) < error(None, importance)
-    assert not round_groups(rows * 0, 32, "F16")[0].any()
-    with pytest.raises(ValueError, match="not finite"):
-        round_groups(rows * np.inf, 32, "BF16")
+        assert scales == (matrix.outputs, matrix.inputs // group.size)
+        assert (f"{matrix.module}.weight_zero_point" in shapes) != group.symmetric
 
 
 @pytest.mark.parametrize("bits", [9, 10, 13])
@@ -279,6 +260,9 @@ def test_the_experts_of_a_layer_have_one_type(tmp_path):
     assert all(unit.endswith(".experts") for unit in experts)
     assert experts <= mix.types.keys()
     assert {unit_of(one) for one in found} == mix.types.keys()
+    zeros = {**dict.fromkeys(mix.types, "int4-32"), min(experts): "int4-32-zeros"}
+    with pytest.raises(InputRefused, match="cannot have the type int4-32-zeros"):
+        choose({"mix": zeros}, source, model, {})
 
 
 def test_a_matrix_without_losses_has_fp8(model, out):
@@ -291,9 +275,9 @@ def test_a_matrix_without_losses_has_fp8(model, out):
 @pytest.mark.parametrize(
     ("inputs", "outputs", "kinds"),
     [
-        (4096, 4096, ("int4-128", "int4-32", "fp8")),
-        (11008, 4096, ("int4-32", "fp8")),  # seven groups of 128 on each of eight GPUs, nearly
-        (576, 192, ("int4-32", "fp8")),
+        (4096, 4096, ("int4-128", *SMALL)),
+        (11008, 4096, SMALL),  # seven groups of 128 on each of eight GPUs, nearly
+        (576, 192, SMALL),
         (100, 64, ("fp8",)),
         (64, 100, ("fp8",)),
     ],

@@ -32,7 +32,6 @@ from weightsmith.quantizers.architectures import MEASURED, ROUNDED, STACKED_MXFP
 from weightsmith.quantizers.gguf_check import IMATRIX, LOSSES
 from weightsmith.quantizers.gguf_importance import WITHOUT_WALK
 from weightsmith.quantizers.gguf_mix import Losses, budget_options, check_layers
-from weightsmith.quantizers.int4 import round_groups
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.packed import MIXED, PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
@@ -52,16 +51,17 @@ PLAIN = "16bit"
 """The type of a matrix that stays as it is."""
 
 
-def _integers(group: int) -> Scheme:
+def _integers(group: int, *, zeros: bool = False) -> Scheme:
+    name, more = (f"int4-{group}-zeros", 4) if zeros else (f"int4-{group}", 0)
     return Scheme(
-        format=Format(name=f"int4-{group}", kind="mix", bits_per_weight=4 + 16 / group),
+        format=Format(name=name, kind="mix", bits_per_weight=4 + (16 + more) / group),
         layout="pack-quantized",
         codes="I32",
         scales="",  # the checkpoint's own type
         largest=7.0,
         tile=(1, group),
         weights={
-            "num_bits": 4, "type": "int", "symmetric": True, "dynamic": False,
+            "num_bits": 4, "type": "int", "symmetric": not zeros, "dynamic": False,
             "strategy": "group", "group_size": group,
         },
         inputs=None,
@@ -69,7 +69,8 @@ def _integers(group: int) -> Scheme:
 
 
 FP8 = SCHEMES["fp8"]
-TYPES: Mapping[str, Scheme] = {one.format.name: one for one in (_integers(128), _integers(32), FP8)}
+_INTEGERS = (_integers(128), _integers(32), _integers(32, zeros=True), FP8)
+TYPES: Mapping[str, Scheme] = {one.format.name: one for one in _INTEGERS}
 """Name -> how a matrix is stored; `PLAIN` is beside them."""
 KINDS = (*TYPES, PLAIN)
 _BUDGETS = (5.0, 6.0, 8.0)
@@ -92,23 +93,37 @@ _HEADER = 160
 """Bytes that a tensor takes in a file's header, at most."""
 
 
-def types_of(inputs: int, outputs: int = 32) -> tuple[str, ...]:
+def types_of(inputs: int, outputs: int = 32, *, experts: bool = False) -> tuple[str, ...]:
     """Return the types that a matrix may have, but for 16 bits."""
     if inputs % 32 or outputs % 32:  # vLLM's kernels for 4 bits (mixed_precision/cpu.py)
         return ("fp8",)
     wide = ("int4-128",) if inputs % (128 * _SHARDS) == 0 else ()
-    return (*wide, "int4-32", "fp8")
+    # Which kernels take experts with zero points depends on the GPU; none was tried.
+    zeros = () if experts else ("int4-32-zeros",)
+    return (*wide, "int4-32", *zeros, "fp8")
+
+
+def has_zeros(kind: str) -> bool:
+    """Return whether groups of a type have zero points."""
+    return TYPES[kind].weights["symmetric"] is False
 
 
 def rounded(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """Return float32 rows [n, inputs] as they are read in a type."""
+    """Return float32 rows [n, inputs] as they are read in a type, without making up for errors."""
     scheme = TYPES[kind]
     if scheme is FP8:
         codes, scales = round_rows(rows, scheme)
-    else:
-        codes, scales = round_groups(rows, scheme.tile[1], "BF16", importance)
-        scales = np.repeat(scales, scheme.tile[1], 1)
-    return np.asarray(codes.astype(np.float32) * scales.astype(np.float32), np.float32)
+        return np.asarray(codes.astype(np.float32) * scales.astype(np.float32), np.float32)
+    import torch
+
+    from weightsmith.quantizers.layerwise.quantizing import best_grid
+
+    weight = torch.from_numpy(rows)
+    counts = torch.ones(rows.shape[1]) if importance is None else torch.from_numpy(importance)
+    gram, symmetric = torch.diag(counts.float()), not has_zeros(kind)
+    grid = best_grid(weight, gram, scheme.tile[1], symmetric=symmetric)
+    found: np.ndarray = grid.rounded(weight).numpy()
+    return found
 
 
 def tensor_of(matrix: Matrix) -> str:
@@ -189,10 +204,15 @@ def choose(
     )
 
 
+def _types_of(matrix: Matrix) -> tuple[str, ...]:
+    experts = bool(_EXPERT.search(matrix.module))
+    return types_of(matrix.inputs, matrix.outputs, experts=experts)
+
+
 def _choices(
     found: Sequence[Matrix], losses: Losses, source: CheckpointTensors
 ) -> list[mixing.Choice]:
-    kinds = [types_of(one.inputs, one.outputs) for one in found]
+    kinds = [_types_of(one) for one in found]
     names = {tensor_of(one) for one in found}
     common = [kind for kind in TYPES if all(kind in each for each in kinds)]
     known = [kind for kind in common if all(kind in losses.get(name, {}) for name in names)]
@@ -219,7 +239,8 @@ def _bytes(found: Iterable[Matrix], kind: str) -> int:
         if kind == "fp8":
             size += weights + 4 * one.outputs
         else:
-            size += weights // 2 + 2 * weights // TYPES[kind].tile[1] + 16
+            groups = weights // TYPES[kind].tile[1]
+            size += weights // 2 + 2 * groups + groups // 2 * has_zeros(kind) + 16
     return size
 
 
@@ -235,7 +256,7 @@ def _given(types: Mapping[str, str], units: Mapping[str, Sequence[Matrix]]) -> d
         raise InputRefused(f"the mix is of another model: {odd[0]} {what}", hint=hint)
     for unit, found in units.items():
         for one in found:
-            if types[unit] != PLAIN and types[unit] not in types_of(one.inputs, one.outputs):
+            if types[unit] != PLAIN and types[unit] not in _types_of(one):
                 raise InputRefused(
                     f"{one.module} cannot have the type {types[unit]}: it has {one.outputs} outputs"
                     f" and {one.inputs} inputs",
@@ -272,7 +293,7 @@ def layout_of_type(kind: str) -> PackedLayout:
         method=scheme.layout,
         bits=8 if scheme is FP8 else 4,
         group_size=scheme.tile[1],
-        symmetric=True,
+        symmetric=scheme is FP8 or not has_zeros(kind),
     )
 
 

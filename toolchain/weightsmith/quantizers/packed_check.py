@@ -186,7 +186,7 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
 
 def _check_near(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     layout = view.of(matrix.module)
-    if layout.moved:
+    if view.layout.moved:
         error, limit = _rescaled_error(view, source, matrix), _MOST_CLIPPED
     else:
         error = _error(view, source, matrix)

@@ -26,6 +26,7 @@ from weightsmith.quantizers.compressed_mix import (
     MixSettings,
     choose,
     config_of,
+    has_zeros,
     rounded,
     types_of,
     unit_of,
@@ -63,7 +64,7 @@ def _measure(settings: MixSettings) -> None:
     if settings.losses and not Path(settings.losses).is_file():
         # Embedding and head stay in 16 bits.
         types = Types(
-            lambda name, n: types_of(n) if name.startswith("blk.") else (),
+            lambda name, n: types_of(n, experts="_exps." in name) if name[:4] == "blk." else (),
             rounded,
             lambda kind: kind != "fp8",
         )
@@ -71,7 +72,7 @@ def _measure(settings: MixSettings) -> None:
 
 
 def _write(settings: MixSettings) -> None:
-    from weightsmith.quantizers.layerwise.quantizing import integers
+    from weightsmith.quantizers.layerwise.quantizing import Groups, integers
 
     model, out = Path(settings.model), Path(settings.out)
     source = CheckpointTensors(model)
@@ -83,7 +84,11 @@ def _write(settings: MixSettings) -> None:
     rows = FusedRows(source, FP8, found, {})
     works = [work_of(one, FP8, rows) for one in found if types[one] == "fp8"]
     told: Mapping[str, JsonValue] = {}
-    if groups := {one: TYPES[types[one]].tile[1] for one in found if types[one] != "fp8"}:
+    if groups := {
+        one: Groups(TYPES[types[one]].tile[1], symmetric=not has_zeros(types[one]))
+        for one in found
+        if types[one] != "fp8"
+    }:
         lines = [str(row["text"]) for row in rendered(model, _texts(settings))]
         made, told = integers(model, out / RAW, lines, groups)
         works += made

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -49,17 +49,27 @@ MIN_TOKENS = 64
 """An expert that sees fewer is calibrated on all tokens of its layer."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Groups:
+    """How a matrix is cut into groups that share a scale."""
+
+    size: int
+    """Inputs."""
+    symmetric: bool
+    """Whether they have no zero points."""
+
+
 @dataclass(slots=True)
 class _Walk:
     awq: bool
-    pack: Callable[[Grid, torch.Tensor], dict[str, torch.Tensor]]
-    """Returns a matrix's stored tensors, of its values on a grid."""
+    pack: Callable[[Grid, torch.Tensor], dict[str, torch.Tensor]] | None
+    """Returns a matrix's stored tensors, of its values on a grid; None: as compressed-tensors."""
     bits: int
     scaled: bool
     """Whether scales may move between matrices and what comes before them."""
     layers: Layers
-    groups: Mapping[Matrix, int]
-    """The matrices to quantize, and how many inputs of each share a scale."""
+    groups: Mapping[Matrix, Groups]
+    """The matrices to quantize."""
     few: list[tuple[int, int, int]] = field(default_factory=list)
     """Experts that saw too few tokens: layer, expert, tokens."""
 
@@ -87,10 +97,10 @@ def quantize(settings: running.ProgramSettings) -> None:
     layers, awq = Layers(model, read), settings.method == "awq"
     scaled, method = awq and settings.scaled, settings.method
     packed = settings.packed or method not in _PACKS
-    pack = partial(packed_integers, zeros=awq) if packed else _PACKS[method]
+    pack = None if packed else _PACKS[method]
     walk = _Walk(
         awq=awq, pack=pack, bits=settings.bits, scaled=scaled, layers=layers,
-        groups=dict.fromkeys(found, group),
+        groups=dict.fromkeys(found, Groups(group, symmetric=not awq)),
     )  # fmt: skip
     works = _run(walk, model, out / running.RAW, [settings.text(), lines])
     made = {output.name for work in works for output in work.outputs}
@@ -107,20 +117,18 @@ def quantize(settings: running.ProgramSettings) -> None:
 
 
 def integers(
-    model: Path, folder: Path, lines: Sequence[str], groups: Mapping[Matrix, int]
+    model: Path, folder: Path, lines: Sequence[str], groups: Mapping[Matrix, Groups]
 ) -> tuple[list[TensorGroup], dict[str, JsonValue]]:
-    """Return the work for matrices of symmetric 4-bit integers, by GPTQ, and what to report.
+    """Return the work for matrices of 4-bit integers, by GPTQ, and what to report.
 
-    `groups` says how many inputs of each share a scale; all other matrices keep their values. The
-    finished layers lie in `folder`, where an interrupted walk goes on. Raises InputRefused for
-    weights that are not finite, and text that the model cannot read.
+    Matrices that are not in `groups` keep their values. The finished layers lie in `folder`, where
+    an interrupted walk goes on. Raises InputRefused for weights that are not finite, and text that
+    the model cannot read.
     """
     torch.set_num_threads(all_but_one())
     layers = Layers(model, running.samples(lines, load_tokenizer(model)))
-    walk = _Walk(
-        awq=False, pack=packed_integers, bits=4, scaled=False, layers=layers, groups=groups
-    )
-    told = {matrix.module: group for matrix, group in groups.items()}
+    walk = _Walk(awq=False, pack=None, bits=4, scaled=False, layers=layers, groups=groups)
+    told = {matrix.module: asdict(own) for matrix, own in groups.items()}
     return _run(walk, model, folder, [told, list(lines)]), _facts(walk)
 
 
@@ -229,29 +237,30 @@ def _rounded(
         if not bool(torch.isfinite(weight).all()):
             raise checkpoints.not_finite(matrix.tensor)
     made: dict[str, torch.Tensor] = {}
-    for size in sorted({walk.groups[matrix] for matrix in weights}):
-        some = {one: weight for one, weight in weights.items() if walk.groups[one] == size}
-        made |= _rounded_alike(walk, some, moments, size)
+    for groups in sorted({walk.groups[matrix] for matrix in weights}):
+        some = {one: weight for one, weight in weights.items() if walk.groups[one] == groups}
+        made |= _rounded_alike(walk, some, moments, groups)
     return made
 
 
 def _rounded_alike(
-    walk: _Walk, weights: Mapping[Matrix, torch.Tensor], moments: Moments, size: int
+    walk: _Walk, weights: Mapping[Matrix, torch.Tensor], moments: Moments, groups: Groups
 ) -> dict[str, torch.Tensor]:
-    """Round matrices of which `size` inputs share a scale, as `_rounded` does."""
-    grids = []
+    """Round matrices that have such groups, as `_rounded` does."""
+    grids, symmetric = [], groups.symmetric
     for matrix, weight in weights.items():
         whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
         gram = None if whole else moments.gram
-        grids.append(best_grid(weight, gram, size, symmetric=not walk.awq, bits=walk.bits))
+        grids.append(best_grid(weight, gram, groups.size, symmetric=symmetric, bits=walk.bits))
     scale, zero = torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids])
     grid = Grid(scale, zero, grids[0].largest)
     values = compensated(torch.cat(list(weights.values())), moments.gram, grid)
+    pack = walk.pack or partial(packed_integers, zeros=not symmetric)
     made: dict[str, torch.Tensor] = {}
     parts = torch.split(values, [len(weight) for weight in weights.values()])
-    for (matrix, weight), grid, part in zip(weights.items(), grids, parts, strict=True):
+    for (matrix, weight), own, part in zip(weights.items(), grids, parts, strict=True):
         weight.data.copy_(part)
-        made |= {f"{matrix.module}.{name}": one for name, one in walk.pack(grid, part).items()}
+        made |= {f"{matrix.module}.{name}": one for name, one in pack(own, part).items()}
     return made
 
 
@@ -276,8 +285,8 @@ def _scaled(
 
     before = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
     kept = [(group, group.moments.copy()) for group in observer.groups]
-    (size,) = {*walk.groups.values()}
-    changed = list(scale_layer(observer.groups, size, stored))
+    (groups,) = {*walk.groups.values()}
+    changed = list(scale_layer(observer.groups, groups.size, stored))
     found = layers.run(number, 0)
     if not float((found - right).norm()) <= 1e-2 * float((right - layers.states[0]).norm()):
         for name, parameter in layer.named_parameters():
@@ -313,7 +322,7 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
         inner = module.act_fn(rows @ gate.T) * (rows @ up.T)
         seen, behind = Moments.of(rows), Moments.of(inner)
         first, second, last = (by_expert[expert][role] for role in range(3))
-        factors = best_factors([down], behind, walk.groups[last]) if walk.scaled else None
+        factors = best_factors([down], behind, walk.groups[last].size) if walk.scaled else None
         if factors is not None:
             up, down = up / factors[:, None], down * factors
             behind.scale(factors)
