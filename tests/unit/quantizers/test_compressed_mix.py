@@ -36,6 +36,7 @@ from weightsmith.quantizers.running import ProgramSettings
 from weightsmith.worker.quantize_mixed import _write as write
 
 from tests.fakes.awkward import awkward
+from tests.fakes.configs import LLAMA_8B, facts
 from tests.fakes.decoders import add_tokenizer, make_dense, make_sparse
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
@@ -284,6 +285,36 @@ def test_a_matrix_without_losses_has_fp8(model, out):
 )
 def test_kernels_take_whole_groups(inputs, outputs, kinds):
     assert types_of(inputs, outputs) == kinds
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bits"),
+    [
+        ({}, 4.125),
+        (
+            {
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+            },
+            4.5,
+        ),
+        (
+            {
+                "hidden_size": 100,
+                "intermediate_size": 300,
+                "num_attention_heads": 5,
+                "num_key_value_heads": 5,
+            },
+            8.0,
+        ),
+    ],
+)
+def test_the_plan_knows_the_smallest_type_of_a_models_rows(sizes, bits):
+    model = facts({**LLAMA_8B, "head_dim": None, **sizes})
+
+    assert compressed_mix.fewest_bits(model) == bits
 
 
 def test_what_is_too_small_names_what_works(model):

@@ -103,6 +103,12 @@ def types_of(inputs: int, outputs: int = 32, *, experts: bool = False) -> tuple[
     return (*wide, "int4-32", *zeros, "fp8")
 
 
+def fewest_bits(model: ModelFacts) -> float:
+    """Return the bits per weight that no matrix of a model can be below."""
+    every = [types_of(inputs)[0] for inputs in checkpoints.row_lengths(model).values()]
+    return min((TYPES[kind].format.bits_per_weight for kind in every), default=FEWEST)
+
+
 def has_zeros(kind: str) -> bool:
     """Return whether groups of a type have zero points."""
     return TYPES[kind].weights["symmetric"] is False

@@ -31,10 +31,10 @@ from weightsmith.core.values import (
 from weightsmith.forward.memory import UNKNOWN
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.provenance.labels import public_name
-from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers import compressed_mix, formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.checkpoints import check_plain, in_groups_of
-from weightsmith.quantizers.compressed_mix import FEWEST, KINDS, NOTHING, TYPES
+from weightsmith.quantizers.compressed_mix import KINDS, NOTHING, TYPES
 from weightsmith.quantizers.compressed_mix import MIX as COMPRESSED_MIX
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, guessed_type, read_mix
@@ -492,7 +492,8 @@ def _with_budget(settings: Mapping[str, JsonValue], format_: Format) -> Mapping[
 def _smallest_mix(weights: int, format_: Format, model: ModelFacts, *, low: bool) -> int:
     """Return about the bytes of the smallest mix of a checkpoint of `weights` bytes, or fewer."""
     if format_.name == COMPRESSED_MIX.name:  # embeddings and head stay
-        return estimated_bytes(weights, replace(format_, bits_per_weight=FEWEST), model)
+        least = replace(format_, bits_per_weight=compressed_mix.fewest_bits(model))
+        return estimated_bytes(weights, least, model)
     return int(_in_16_bits(weights, format_, model) * fewest_bits(low=low) / 16)
 
 
