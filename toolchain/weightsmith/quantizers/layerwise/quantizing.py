@@ -360,7 +360,7 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     `gram` [inputs, inputs] is the inputs' Gram matrix.
     """
     order = _order(gram)
-    upper = _upper(gram[order][:, order])
+    upper = _upper(gram[order][:, order]).float()
     size = weight.shape[1] // grid.scale.shape[1]
     groups = order // size
     # By inputs, so that those of a step are next to each other in memory.
@@ -392,30 +392,32 @@ def _order(gram: torch.Tensor) -> torch.Tensor:
 def unexplained(gram: torch.Tensor) -> torch.Tensor:
     """Return how much of each input's power later inputs do not explain: float64 [inputs].
 
-    An error of its weight costs so much once `compensated` has spread it.
+    An error e of its weight costs e^2 of it once `compensated` has spread it: that adds e U_i / U_ii
+    to the weights, whose cost is U_i G U_i, and U (G + damping) U^T = 1.
     """
     order = _order(gram)
+    upper = _upper(gram[order][:, order])
     found = torch.empty(len(gram), dtype=torch.float64)
-    found[order] = _factor(gram[order][:, order]).diagonal().square()
+    left = 1 - _damping(gram) * upper.square().sum(1)
+    found[order] = left / upper.diagonal().square()
     return found
 
 
+def _damping(gram: torch.Tensor) -> float:
+    return _DAMPING * float(gram.diagonal().double().mean()) or 1.0
+
+
 def _upper(gram: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor U of the damped Gram matrix's inverse, U^T U.
+    """Return the upper Cholesky factor U of the damped Gram matrix's inverse, U^T U: float64.
 
-    It is the inverse of `_factor`'s, so no inverse has to be factored.
+    It is the inverse of M with M M^T the matrix itself and M upper: the factor of the matrix in
+    reverse order, reversed. So no inverse has to be factored.
     """
-    unit = torch.eye(len(gram), dtype=torch.float64)
-    found: torch.Tensor = torch.linalg.solve_triangular(_factor(gram), unit, upper=True)
-    return found.float()
-
-
-def _factor(gram: torch.Tensor) -> torch.Tensor:
-    """Return the upper M with M M^T the damped Gram matrix: its factor in reverse order."""
     damped = gram.double().flip(0, 1)
-    power = damped.diagonal()
-    power += _DAMPING * float(power.mean()) or 1.0
-    found: torch.Tensor = torch.linalg.cholesky(damped).flip(0, 1)
+    damped.diagonal().add_(_damping(gram))
+    reversed_ = torch.linalg.cholesky(damped).flip(0, 1)
+    unit = torch.eye(len(gram), dtype=torch.float64)
+    found: torch.Tensor = torch.linalg.solve_triangular(reversed_, unit, upper=True)
     return found
 
 
