@@ -392,8 +392,8 @@ def _order(gram: torch.Tensor) -> torch.Tensor:
 def unexplained(gram: torch.Tensor) -> torch.Tensor:
     """Return how much of each input's power later inputs do not explain: float64 [inputs].
 
-    An error e of its weight costs e^2 of it once `compensated` has spread it: that adds e U_i / U_ii
-    to the weights, whose cost is U_i G U_i, and U (G + damping) U^T = 1.
+    An error e of its weight costs e^2 of it once `compensated` has spread it: that changes weights
+    by e U_i / U_ii, which costs e^2 U_i G U_i / U_ii^2, and U (G + damping) U^T = 1.
     """
     order = _order(gram)
     upper = _upper(gram[order][:, order])

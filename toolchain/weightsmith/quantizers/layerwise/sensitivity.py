@@ -11,9 +11,9 @@ x is a matrix's input, and g the gradient of log p by its output, where p is the
 token that the model itself drew. So an error counts by what it changes in the end, not by what it
 changes in its own layer. One layer at a time is in memory, and the states in front of each.
 
-Where later inputs make up for the errors of earlier ones, as GPTQ does, E[x_j^2] is what those
-cannot make up for: the diagonal D of the inputs' second moments' factors L D L^T (Chee et al.,
-QuIP, 2023, section 3).
+Where later inputs make up for the errors of earlier ones, as GPTQ does, what they leave of E[x_j^2]
+stands in its place (`quantizing.unexplained`; undamped it is the D of the moments' L D L^T, as in
+Chee et al., QuIP, 2023, section 3).
 """
 
 from __future__ import annotations
