@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,36 @@ def test_the_fastest_is_measured_and_published(
     for row in rows:
         untried = row["left"] == "not tried: a faster one is proven"
         assert not untried or chosen["speed"] >= row.get("speed", row["foreseen_speed"])
+
+
+@pytest.mark.real  # of two engines: test_auto_in_memory.py shows the rest
+@pytest.mark.vllm
+@pytest.mark.timeout(3600)
+def test_one_choice_of_two_engines(tmp_path: Path) -> None:
+    """llama.cpp's files fail the gate, whose limits are set so; vLLM's image is asked and chosen.
+
+    In the user's store: vLLM's engine is made once for a machine.
+    """
+    smaller = ("mix", "iq4_nl", "q4_k_m", "q4_k_s", "q4_0", "q4_1")
+    limits = {name: {"kl_mean": 0} for name in smaller}
+    told: Any = weightsmith(
+        "build", "--recipe", TINY, "--target", "auto", "--runner", "local", "--dist", tmp_path,
+        "--set", "auto={engine: [llamacpp, vllm], prefer: speed, at_most: 2700KB}",
+        "--set", "evaluate.max_drop=0.3", "--set", f"quality.limits={json.dumps(limits)}",
+    )  # fmt: skip
+    built = told["targets"]["auto"]
+    record = json.loads((Path(built["report"]).parent / "build.json").read_text())
+    rows = [row for row in record["auto"]["candidates"] if row["seconds"]]
+    shutil.rmtree(tmp_path)  # the image is 1.9 GB
+
+    assert (built["verdict"], built["target"]) == ("passed", "vllm-awq")
+    assert record["auto"]["engines"] == ["llamacpp", "vllm"]
+    left = {row["target"]: row["stage"] for row in rows if row["left"]}
+    assert {target.partition("-")[0] for target in left} == {"llamacpp"}
+    assert set(left.values()) == {"quality"}
+    (chosen,) = (row for row in rows if not row["left"])
+    assert (chosen["target"], chosen["sequence"][0]["asked"]) == ("vllm-awq", 20)
+    assert chosen["speed"] > 0
 
 
 def test_twelve_questions_prove_nothing(tmp_path: Path) -> None:
