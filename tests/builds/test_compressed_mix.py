@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.compressed_mix import rounded, tensor_of
-from weightsmith.quantizers.gguf_importance import read_importance
+from weightsmith.quantizers.compressed_mix import MixSettings, tensor_of, units_of
 from weightsmith.quantizers.matrices import matrices
+from weightsmith.quantizers.packed import view_of
+from weightsmith.worker.quantize_mixed import _write as write
 
 from tests.fakes.ggufs import TINY, quantize
 
@@ -41,10 +42,11 @@ def test_a_mix_is_within_its_budget_and_is_taken_again(made, tmp_path):
 
 
 @pytest.mark.full  # of other types, test_gguf_mix.py shows the same
-def test_foreseen_losses_are_what_transformers_measures(made):
-    """Each unit of four alone is rounded in the whole model, whose divergence is then measured."""
+def test_foreseen_losses_are_what_transformers_measures(made, tmp_path):
+    """Each unit of four alone is quantized in the whole model, whose divergence is measured."""
     losses = json.loads((made[0] / "losses.json").read_text())
-    importance = read_importance(made[0] / "imatrix.gguf")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     text = "\n".join(tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in ROWS)
@@ -56,20 +58,28 @@ def test_foreseen_losses_are_what_transformers_measures(made):
             return model(input_ids=windows).logits.log_softmax(-1)
 
     right, ratios = logs(), []
-    found = {one.module: one for one in matrices(CheckpointTensors(TINY / "base"), TINY / "base")}
-    for module in (
-        "model.layers.0.self_attn.v_proj",
-        "model.layers.1.mlp.down_proj",
-        "model.layers.2.self_attn.o_proj",
-        "model.layers.3.mlp.up_proj",
-    ):
-        weight = model.get_submodule(module).weight
-        own = weight.detach().clone()
-        (weighed,) = importance.of(tensor_of(found[module]), own.shape[1], 1)
-        weight.data = torch.from_numpy(rounded("int4-32", own.numpy(), weighed))
+    units = units_of(matrices(CheckpointTensors(TINY / "base"), TINY / "base"))
+    plain = dict.fromkeys(units, "16bit")
+    for layer, (unit, kind) in enumerate((
+        ("self_attn.qkv_proj", "int4-32"), ("mlp.down_proj", "int4-32"),
+        ("self_attn.o_proj", "int4-32-zeros"), ("mlp.gate_up_proj", "int4-32-zeros"),
+    )):  # fmt: skip
+        name, out = f"model.layers.{layer}.{unit}", tmp_path / kind / unit
+        out.mkdir(parents=True)
+        write(MixSettings(
+            model=str(TINY / "base"), out=str(out), texts=str(texts), matrix="", losses="",
+            wanted={"mix": {**plain, name: kind}}, measured_on="",
+        ))  # fmt: skip
+        view, before = view_of(out, TINY / "base"), {}
+        for one in units[name]:
+            weight = model.get_submodule(one.module).weight
+            before[weight] = weight.detach().clone()
+            weight.data = torch.from_numpy(view.tensor(one.tensor))
         measured = (right.exp() * (right - logs())).sum(-1).mean()
-        weight.data = own
-        ratios.append(losses[tensor_of(found[module])]["int4-32"] / float(measured))
+        for weight, own in before.items():
+            weight.data = own
+        foreseen = sum(losses[tensor_of(one)][kind] for one in units[name])
+        ratios.append(foreseen / float(measured))
 
     assert all(0.3 < ratio < 2.5 for ratio in ratios), ratios
     assert np.exp(np.mean(np.log(ratios))) == pytest.approx(1, abs=0.5), ratios

@@ -368,7 +368,7 @@ def test_what_later_inputs_do_not_explain_is_what_a_regression_leaves():
     for place, one in enumerate(order):
         later = rows[:, order[place + 1 :]]
         factors = np.linalg.lstsq(later, rows[:, one], rcond=None)[0]
-        left = ((inputs[:, one] - inputs[:, order[place + 1 :]] @ factors) ** 2).sum()
+        left = ((rows[:, one] - later @ factors) ** 2).sum()
         assert found[one] == pytest.approx(left, rel=1e-6)
 
 

@@ -41,7 +41,6 @@ from weightsmith.quantizers.quantizer import (
     Quantizer,
     QuantizeRequest,
 )
-from weightsmith.quantizers.rounding import round_rows
 from weightsmith.quantizers.schemes import SCHEMES, Scheme
 
 MIX = Format(name="mix-compressed", kind="mix", bits_per_weight=4.5)
@@ -112,24 +111,6 @@ def fewest_bits(model: ModelFacts) -> float:
 def has_zeros(kind: str) -> bool:
     """Return whether groups of a type have zero points."""
     return TYPES[kind].weights["symmetric"] is False
-
-
-def rounded(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """Return float32 rows [n, inputs] as they are read in a type, without making up for errors."""
-    scheme = TYPES[kind]
-    if scheme is FP8:
-        codes, scales = round_rows(rows, scheme)
-        return np.asarray(codes.astype(np.float32) * scales.astype(np.float32), np.float32)
-    import torch
-
-    from weightsmith.quantizers.layerwise.quantizing import best_grid
-
-    weight = torch.from_numpy(rows)
-    counts = torch.ones(rows.shape[1]) if importance is None else torch.from_numpy(importance)
-    gram, symmetric = torch.diag(counts.float()), not has_zeros(kind)
-    grid = best_grid(weight, gram, scheme.tile[1], symmetric=symmetric)
-    found: np.ndarray = grid.rounded(weight).numpy()
-    return found
 
 
 def tensor_of(matrix: Matrix) -> str:

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from weightsmith.core.cpus import AVX2_LOOPS, has_avx2
 from weightsmith.core.safe_parse import parse, read_json
@@ -27,15 +30,18 @@ from weightsmith.quantizers.compressed_mix import (
     choose,
     config_of,
     has_zeros,
-    rounded,
     types_of,
     unit_of,
 )
-from weightsmith.quantizers.matrices import matrices, unquantized
+from weightsmith.quantizers.matrices import Floats, matrices, unquantized
 from weightsmith.quantizers.rounded import FusedRows, work_of
+from weightsmith.quantizers.rounding import round_rows
 from weightsmith.quantizers.running import FACTS, RAW, progress_line, refusals
 from weightsmith.worker.calibrating import importance, losses, rendered
 from weightsmith.worker.virtual import computed_for_program
+
+if TYPE_CHECKING:
+    from weightsmith.quantizers.layerwise.quantizing import Groups
 
 
 def main() -> None:
@@ -72,7 +78,7 @@ def _measure(settings: MixSettings) -> None:
 
 
 def _write(settings: MixSettings) -> None:
-    from weightsmith.quantizers.layerwise.quantizing import Groups, integers
+    from weightsmith.quantizers.layerwise.quantizing import integers
 
     model, out = Path(settings.model), Path(settings.out)
     source = CheckpointTensors(model)
@@ -84,11 +90,7 @@ def _write(settings: MixSettings) -> None:
     rows = FusedRows(source, FP8, found, {})
     works = [work_of(one, FP8, rows) for one in found if types[one] == "fp8"]
     told: Mapping[str, JsonValue] = {}
-    if groups := {
-        one: Groups(TYPES[types[one]].tile[1], symmetric=not has_zeros(types[one]))
-        for one in found
-        if types[one] != "fp8"
-    }:
+    if groups := {one: _groups(types[one]) for one in found if types[one] != "fp8"}:
         lines = [str(row["text"]) for row in rendered(model, _texts(settings))]
         made, told = integers(model, out / RAW, lines, groups)
         works += made
@@ -101,6 +103,22 @@ def _write(settings: MixSettings) -> None:
     facts = {**asdict(mix), "walk": told}
     (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     discard(out / RAW)
+
+
+def rounded(kind: str, rows: Floats, importance: Floats | None) -> Floats:
+    """Return float32 rows [n, inputs] as they are read in a type, without making up for errors."""
+    if kind != "fp8":
+        from weightsmith.quantizers.layerwise.quantizing import nearest
+
+        return nearest(rows, _groups(kind), importance)
+    codes, scales = round_rows(rows, FP8)
+    return np.asarray(codes.astype(np.float32) * scales.astype(np.float32), np.float32)
+
+
+def _groups(kind: str) -> Groups:
+    from weightsmith.quantizers.layerwise.quantizing import Groups
+
+    return Groups(TYPES[kind].tile[1], symmetric=not has_zeros(kind))
 
 
 def _texts(settings: MixSettings) -> list[Mapping[str, JsonValue]]:

@@ -36,7 +36,7 @@ from weightsmith.forward.threads import product
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import checkpoints, running
 from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed, SharedInputGroup
-from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
+from weightsmith.quantizers.matrices import Floats, Matrix, matrices, unquantized
 from weightsmith.quantizers.writing import TensorGroup, copied, write_checkpoint
 
 _EXPERT = re.compile(r".*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
@@ -392,14 +392,12 @@ def _order(gram: torch.Tensor) -> torch.Tensor:
 def unexplained(gram: torch.Tensor) -> torch.Tensor:
     """Return how much of each input's power later inputs do not explain: float64 [inputs].
 
-    An error e of its weight costs e^2 of it once `compensated` has spread it: that changes weights
-    by e U_i / U_ii, which costs e^2 U_i G U_i / U_ii^2, and U (G + damping) U^T = 1.
+    An error e of its weight costs e^2 of it once `compensated` has spread it. The damping counts as
+    power, since the inputs that a loss is measured on are few, and explain each other too well.
     """
     order = _order(gram)
-    upper = _upper(gram[order][:, order])
     found = torch.empty(len(gram), dtype=torch.float64)
-    left = 1 - _damping(gram) * upper.square().sum(1)
-    found[order] = left / upper.diagonal().square()
+    found[order] = _upper(gram[order][:, order]).diagonal().pow(-2)
     return found
 
 
@@ -624,6 +622,19 @@ def best_grid(
         scale = torch.where(better, tried.scale, scale)
         zero = torch.where(better, tried.zero, zero)
     return Grid(scale, zero, best.largest)
+
+
+def nearest(rows: Floats, groups: Groups, importance: Floats | None) -> Floats:
+    """Return rows [outputs, inputs] rounded to 4 bits, each weight by itself.
+
+    An error counts by the importance [inputs] of its input.
+    """
+    weight = torch.from_numpy(rows)
+    counts = torch.ones(rows.shape[1]) if importance is None else torch.from_numpy(importance)
+    gram = torch.diag(counts.float())
+    grid = best_grid(weight, gram, groups.size, symmetric=groups.symmetric)
+    found: Floats = grid.rounded(weight).numpy()
+    return found
 
 
 def packed_awq(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ token that the model itself drew. So an error counts by what it changes in the e
 changes in its own layer. One layer at a time is in memory, and the states in front of each.
 
 Where later inputs make up for the errors of earlier ones, as GPTQ does, what they leave of E[x_j^2]
-stands in its place (`quantizing.unexplained`; undamped it is the D of the moments' L D L^T, as in
-Chee et al., QuIP, 2023, section 3).
+stands in its place: the D of the moments' L D L^T (Chee et al., QuIP, 2023, section 3), damped as
+GPTQ's.
 """
 
 from __future__ import annotations
