@@ -218,7 +218,7 @@ def candidates_of(
 def _loses_least(alike: Sequence[Candidate]) -> Candidate:
     """Return the largest of candidates of about one size, or its engine's AWQ or GPTQ.
 
-    At equal size, AWQ loses half of what vLLM's mix does, and a mix of 4 bits alone is GPTQ
+    At equal size, AWQ loses less than vLLM's mix, and a mix of 4 bits alone is GPTQ
     (benchmarks/README.md).
     """
     largest = max(alike, key=lambda one: one.price)
