@@ -9,7 +9,7 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.stages.quantize import QuantizeOptions, quantize_memory
-from weightsmith.steps.sizes import calibration_memory
+from weightsmith.steps.sizes import calibration_memory, estimated_bytes
 
 MIB = 1 << 20
 SMALL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
@@ -80,3 +80,32 @@ def test_experts_keep_their_inputs_until_the_layer_has_run() -> None:
         LONG, 27_000_000, 60_000, "awq"
     )
     assert more > 4 * 60_000 * 2 * 1024
+
+
+SMOL_135M = SMOL | {"num_hidden_layers": 30, "tie_word_embeddings": True}
+"""Rows of 576 are not whole blocks of 256 weights, those of its down_proj are."""
+
+
+@pytest.mark.parametrize(
+    ("format_", "size"),
+    [("q4_k_m", 105_454_560), ("q4_1", 98_362_432)],  # files of llama.cpp
+)
+def test_rows_that_are_no_whole_blocks_are_planned_with_the_types_that_they_get(format_, size):
+    found = estimated_bytes(2 * 134_515_008, formats()[format_], facts(SMOL_135M))
+
+    assert found == pytest.approx(size, rel=0.03)  # its tokenizer is a part of the file
+
+
+def test_rows_of_no_block_at_all_stay_in_16_bits():
+    odd = facts(SMOL | {"hidden_size": 90, "intermediate_size": 100, "tie_word_embeddings": True})
+
+    assert estimated_bytes(1000, formats()["q4_0"], odd) == 1000
+
+
+@pytest.mark.parametrize("name", ["q4_k_m", "q6_k", "iq2_xxs", "q8_0"])
+def test_rows_of_whole_blocks_have_the_nominal_bits(name):
+    format_ = formats()[name]
+
+    found = estimated_bytes(10**9, format_, facts(WIDE))
+
+    assert found == pytest.approx(10**9 * format_.bits_per_weight / 16)

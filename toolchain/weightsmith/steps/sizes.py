@@ -16,6 +16,7 @@ from weightsmith.models.folder import check_model_folder, pickles_in
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import Texts
+from weightsmith.quantizers.gguf_types import bits_of_rows
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Projector
@@ -91,14 +92,38 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
     """Return the estimated size of an artifact in bytes, from nominal bits per weight.
 
     The checkpoint has 16 bits per weight unless its config.json says 32. Packed checkpoints keep
-    the embeddings, and a separate output layer, in 16 bits.
+    the embeddings, and a separate output layer, in 16 bits; in GGUF files, rows that are not whole
+    blocks of their type have more bits than nominal.
     """
     if not format_.packed:
         return checkpoint_bytes
     if model and model.stated_dtype == "float32":
         checkpoint_bytes //= 2
     kept = kept_bytes(checkpoint_bytes, format_, model)
-    return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
+    bits = _mean_bits(format_, model) if model and format_.suffix == ".gguf" else None
+    return kept + int((checkpoint_bytes - kept) * (bits or format_.bits_per_weight) / 16)
+
+
+def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
+    """Return the bits per weight of a decoder's matrices by the widths of their rows, or None."""
+    try:
+        shape, parts = model.shape, model.matrices
+    except InputRefused:
+        return None
+    attended, mixed = shape.heads * shape.v_head_dim, parts.expert_width or shape.intermediate
+    keys = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+    mlp = mixed * shape.hidden * max(1, parts.experts)
+    inside = shape.hidden * (shape.heads * shape.head_dim + keys) + 2 * mlp
+    table = shape.vocab * shape.hidden
+    counted = [
+        (shape.layers * inside, bits_of_rows(format_, shape.hidden)),
+        (shape.layers * attended * shape.hidden, bits_of_rows(format_, attended)),
+        (shape.layers * mlp, bits_of_rows(format_, mixed)),
+        (table, bits_of_rows(format_, shape.hidden, head=True)),
+    ]
+    if not model.tied_embeddings:
+        counted.append((table, bits_of_rows(format_, shape.hidden)))
+    return sum(n * bits for n, bits in counted) / sum(n for n, _ in counted)
 
 
 def expected_projector(target: Target, model: ModelFacts) -> Projector | None:
