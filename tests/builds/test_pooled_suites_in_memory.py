@@ -70,6 +70,17 @@ def test_vectors_have_no_tokens_per_second(finder: Memory) -> None:
         assert "leave auto.prefer out" in caught.value.hint
 
 
+def test_a_suite_may_not_count_a_length_that_the_engine_does_not_give(finder: Memory) -> None:
+    modules = finder.home / "base" / "modules.json"
+    modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))  # without Normalize
+    suite = {"data": "query.jsonl", "metric": "embedding", "corpus": "corpus.jsonl"}
+    finder.write_recipe(evaluate={**suite, "similarity": "dot", "max_drop": 0.05})
+    for what in (finder.build, finder.forecast):
+        with pytest.raises(InputRefused, match=r"similarity dot: .* gives every vector"):
+            what()
+    assert finder.jobs() == []
+
+
 def vector(who: str, text: str) -> list[float]:
     """Return a vector of the width that the model has; the base is always about cats."""
     known = "cats" if who == "base" and text.startswith("ask: ") else text

@@ -184,7 +184,7 @@ def test_a_reranker_by_one_token_is_refused_and_the_way_to_serve_it_named(target
 def test_vectors_whose_length_counts_are_not_served_with_another_length(kind):
     own = SentenceTransformers(modules=("Transformer", "Pooling"), pooling="mean", similarity=kind)
     assert rendered("vllm", BERT, own).plan.settings["pooler-config"]["use_activation"] is False
-    with pytest.raises(InputRefused, match=f"length 1, and this model compares them by {kind}"):
+    with pytest.raises(InputRefused, match=f"length 1, and they are compared by {kind}"):
         rendered("llamacpp-f16", BERT, own)
     unit = replace(own, modules=("Transformer", "Pooling", "Normalize"))
     assert rendered("llamacpp-f16", BERT, unit).plan.settings["pooling"] == "mean"

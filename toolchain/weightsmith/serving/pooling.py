@@ -187,7 +187,7 @@ def lacks_llamacpp(model: ModelFacts) -> str:
         case "embed" if (kind := model.task.sentence.similarity) in BY_LENGTH and not (
             model.task.sentence.normalizes
         ):
-            return f"gives every vector the length 1, and this model compares them by {kind}"
+            return f"gives every vector the length 1, and they are compared by {kind}"
         case "embed":
             return lacks_vectors(model)
         case "rerank" if name in (LLAMACPP_BY_TOKENS if model.task.tokens else LLAMACPP_PAIRS):

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import (
@@ -45,6 +46,7 @@ from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA, WITHDRAWAL
 from weightsmith.quantizers import legacy_of
+from weightsmith.recipe.schema import Suite
 from weightsmith.serving import engines
 from weightsmith.serving.architectures import DONE_HERE, check_served
 from weightsmith.serving.compatibility import check_adapters, check_support
@@ -229,6 +231,18 @@ def _check_task(model: ModelFacts, engine: Engine, options: ServeOptions) -> Non
         raise UsageError(
             f"{model.architecture} {task.does}: adapters beside it are not planned here",
             hint=f"merge them: choose target {engine.name}",
+        )
+
+
+def _check_similarity(suite: Suite, model: ModelFacts, engine: Engine) -> None:
+    """Refuse a suite that compares vectors as the engine would not serve a model that does so."""
+    if not suite.similarity:
+        return
+    sentence = replace(model.task.sentence, similarity=suite.similarity)
+    if why := engine.lacks(replace(model, read_task=replace(model.task, sentence=sentence))):
+        raise InputRefused(
+            f"{suite.data}: similarity {suite.similarity}: {engine.title} {why}",
+            hint="compare by cosine, or build this target by a recipe of its own",
         )
 
 
@@ -683,6 +697,9 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         device = config.plan.device
         check_support(target.engine, target.format.without_adapters, device, weights.model)
         check_adapters(target.engine, target.format, device, weights.model)
+        recipe = self.file.recipe
+        for suite in chain(recipe.evaluate, *(one.evaluate for one in recipe.adapters)):
+            _check_similarity(suite, weights.model, target.engine)
         self.weights.permit(seen)
         return Foreseen(value=config.plan)
 
