@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from weightsmith.cli import namespace
+from weightsmith.cli.commands import report_words
 from weightsmith.cli.program import main
 
 from tests.paths import ROOT
@@ -32,8 +34,11 @@ class Ended:
 def weightsmith(*words: object, env: Mapping[str, str] | None = None) -> Ended:
     """Run a command to its end, with these variables; a traceback is a failure."""
     out, err = io.StringIO(), io.StringIO()
+    argv = ["weightsmith", *map(str, words)]
     with (
-        patch.object(sys, "argv", ["weightsmith", *map(str, words)]),
+        patch.object(sys, "argv", argv),
+        # A program reads them once, when it imports its commands.
+        patch.object(namespace["report"], "positional", report_words(argv)),
         patch.dict("os.environ", env or {}),
         redirect_stdout(out),
         redirect_stderr(err),
