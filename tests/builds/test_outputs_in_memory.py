@@ -322,6 +322,13 @@ def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> No
     assert f"the scores are those of {built.digest.short}, before its base was replaced" in shown
 
 
+def test_a_bill_in_a_newer_version(warm: Memory) -> None:
+    """Of the model; readers of 1.7 read the engine's in 1.6, too."""
+    warm.build("image.sbom=cyclonedx-1.7", push=True)
+    bills = [data for data in warm.registry.blobs.values() if b'"modelCard"' in data]
+    assert [json.loads(bill)["specVersion"] for bill in bills] == ["1.7"]
+
+
 def test_a_bill_in_a_second_form(warm: Memory) -> None:
     """It is stated, checked and copied as the first one, and stays when the base is replaced."""
     warm.signer, key = new_signer(), warm.folder / "key.pub"

@@ -213,8 +213,10 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Attachment]) -> Evid
     `base_documents` are the bills of materials of the base.
     """
     billed = _billed(made)
-    documents = [titled(MEDIA_TYPE, MODEL_BILL, ml_bom(billed)), *base_documents]
-    if made.inputs.recipe and made.inputs.recipe.image.sbom == "spdx":
+    form = made.inputs.recipe.image.sbom if made.inputs.recipe else "cyclonedx"
+    bill = ml_bom(billed, "1.7" if form == "cyclonedx-1.7" else "1.6")
+    documents = [titled(MEDIA_TYPE, MODEL_BILL, bill), *base_documents]
+    if form == "spdx":
         created = str(made.image.settings.get("created") or _NO_DATE)
         documents.append(titled(SPDX_TYPE, SPDX_BILL, spdx_document(billed, created)))
     if made.results:

@@ -1,10 +1,10 @@
-"""Bills of materials: CycloneDX 1.6 of a model with its card, or of an engine; a base's own.
+"""Bills of materials: CycloneDX of a model with its card, or of an engine; a base's own.
 
-https://cyclonedx.org/docs/1.6/json/
+https://cyclonedx.org/docs/1.6/json/ and https://cyclonedx.org/docs/1.7/json/
 
-Not 1.7: Trivy reads it since its pull request 10715 (May 2026), Dependency-Track since 6703 and
-6966 (August), and older ones refuse the whole bill. Nothing that is written here needs it, and all
-of it is valid there, too.
+1.6 unless 1.7 is asked for: Trivy reads 1.7 since its pull request 10715 (May 2026),
+Dependency-Track since 6703 and 6966 (August), and older ones refuse the whole bill. Nothing that is
+written here needs 1.7, so only the number differs.
 
 A base's are attached to it, or listed in its index.
 
@@ -149,8 +149,11 @@ class BilledModel:
     card: Card = field(default_factory=Card)
 
 
-def ml_bom(model: BilledModel) -> dict[str, JsonValue]:
-    """Return a model's bill of materials: identity, ancestors, scores and use."""
+def ml_bom(model: BilledModel, version: str = "1.6") -> dict[str, JsonValue]:
+    """Return a model's bill of materials: identity, ancestors, scores and use.
+
+    `version` is CycloneDX's: 1.6 or 1.7.
+    """
     parents: list[JsonValue] = [
         {
             "type": _MODEL,
@@ -185,7 +188,7 @@ def ml_bom(model: BilledModel) -> dict[str, JsonValue]:
          "hashes": [_hash(file.digest)]}
         for file in model.files
     ]  # fmt: skip
-    return _document(component, files)
+    return _document(component, files, version)
 
 
 def engine_bom(name: str, source: Mapping[str, JsonValue], digest: Digest) -> dict[str, JsonValue]:
@@ -260,13 +263,15 @@ def _given(**facts: JsonValue) -> dict[str, JsonValue]:
 
 
 def _document(
-    component: Mapping[str, JsonValue], rows: Sequence[Mapping[str, JsonValue]]
+    component: Mapping[str, JsonValue],
+    rows: Sequence[Mapping[str, JsonValue]],
+    version: str = "1.6",
 ) -> dict[str, JsonValue]:
     needs = [row["bom-ref"] for row in rows]
     facts = key_of([component, rows])
     return {
         "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
+        "specVersion": version,
         # Derived from the content, so that the same model has the same bill.
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, facts)}",
         "version": 1,

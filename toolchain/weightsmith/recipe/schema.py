@@ -658,10 +658,10 @@ class ImageNames(Section):
         description="Platforms to make the image for, such as `linux/amd64` and `linux/arm64`; "
         "default: all that the base has, or this machine's for an engine that is made here.",
     )
-    sbom: Literal["cyclonedx", "spdx"] = Field(
+    sbom: Literal["cyclonedx", "cyclonedx-1.7", "spdx"] = Field(
         "cyclonedx",
-        description="Form of the model's bill of materials: CycloneDX always, and with `spdx` also "
-        "SPDX 3 with its classes for models and datasets.",
+        description="Form of the model's bill of materials: CycloneDX 1.6 or 1.7; `spdx`: 1.6 "
+        "and SPDX 3.",
     )
     proven_on: tuple[str, ...] = Field(
         (),
