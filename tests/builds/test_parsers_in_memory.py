@@ -6,18 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.jobs import ReadCallsJob
 from weightsmith.core.values import Json
 from weightsmith.oci.registry import Registry
 from weightsmith.stages.parsers import PACKAGES
 from weightsmith.steps.bases import base_inputs
 
-from tests.fakes.chat_templates import FAMILIES
-from tests.fakes.memory import Memory, in_memory
+from tests.fakes.chat_templates import FAMILIES, PLAIN
+from tests.fakes.memory import Memory, in_memory, write_rows
 
 TWO_FIT = FAMILIES["qwen3-coder"].template
 """The marks of qwen3_coder, in hermes' tags."""
+TOOLS = [{"type": "function", "function": {"name": "ring", "parameters": {"type": "object"}}}]
 NONE_FITS = "{{ tools }} <my_call>"
 
 
@@ -146,6 +147,46 @@ def test_a_named_parser_is_not_asked_about(memory: Memory) -> None:
 
     assert parser(memory) == "hermes"
     assert said(memory) == []
+
+
+@pytest.fixture
+def calling(memory: Memory) -> Memory:
+    """Its suite asks for calls."""
+    row = {"prompt": "Ring.", "tools": TOOLS, "expected": {"name": "ring", "arguments": {}}}
+    write_rows(memory.home / "calls.jsonl", [row])
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("template", "serve", "says"),
+    [
+        (FAMILIES["hermes"].template, {"tool_parser": "none"}, "no parser for its calls"),
+        (NONE_FITS, {}, "no parser for its calls"),
+        (PLAIN, {}, "no chat template that says which tools may be called"),
+    ],
+)
+def test_calls_that_no_server_would_make_are_refused_before_any_work(
+    calling: Memory, template: str, serve: Mapping[str, Json], says: str
+) -> None:
+    worded(calling, template)
+    suite = {"data": "calls.jsonl", "metric": "tool-call"}
+    calling.use_vllm(serve=serve, evaluate=suite)
+
+    for act in (calling.forecast, calling.build):
+        with pytest.raises(UsageError, match=f"calls.jsonl asks for tool calls, .* {says}"):
+            act()
+    assert calling.runner.jobs == []
+
+
+def test_calls_that_no_parser_could_read_back_are_refused_then(calling: Memory) -> None:
+    worded(calling, NONE_FITS)
+    with_engine(calling)
+    calling.bench.read_calls = lambda job: reads()
+    calling.use_vllm(evaluate={"data": "calls.jsonl", "metric": "tool-call"})
+    calling.forecast()  # which does not know yet
+
+    with pytest.raises(UsageError, match="no parser for its calls"):
+        calling.build()
 
 
 UNKNOWN_THOUGHTS = "{{ messages[1].reasoning_content }} <my_thoughts>"

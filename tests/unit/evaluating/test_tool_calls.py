@@ -93,6 +93,18 @@ def test_thoughts_are_no_part_of_an_answer(text, answer, thoughts):
          [("send", {"to": "a@b.c"})], True),
         ([{"name": "send", "arguments": {"to": {"regex": r"^\w+@b\.c$"}}}],
          [("send", {"to": "a@x.c"})], False),
+        # The first call also fits the first expectation, and is the only one for the second.
+        ([{"name": "send", "arguments": {"to": {"contains": "a"}}},
+          {"name": "send", "arguments": {"to": "a"}}],
+         [("send", {"to": "a"}), ("send", {"to": "ab"})], True),
+        ([{"name": "send", "arguments": {"to": {"contains": "a"}}},
+          {"name": "send", "arguments": {"to": "a"}}],
+         [("send", {"to": "ab"}), ("send", {"to": "ab"})], False),
+        ([{"name": "send", "arguments": {"to": [1, {"x": 2}]}}],
+         [("send", {"to": [1.0, {"x": 2.0}]})], True),
+        ([{"name": "send", "arguments": {"to": [1]}}], [("send", {"to": [True]})], False),
+        ([{"name": "send", "arguments": {"to": {"regex": "^true$"}}}],
+         [("send", {"to": True})], True),
     ],
 )  # fmt: skip
 def test_calls_are_equal_as_json(expected, calls, ok):
@@ -110,6 +122,7 @@ def test_calls_are_equal_as_json(expected, calls, ok):
         ({"tools": TOOLS, "expected": {"name": "fly", "arguments": {}}},
          "expected calls fly, which tools does not offer"),
         ({"tools": TOOLS, "expected": "Rome"}, "expected is no call of a tool"),
+        ({"tools": TOOLS, "expected": [CALL] * 101}, "expected has more than 100 calls"),
         ({"tools": TOOLS, "expected": {"name": "send", "arguments": {"to": {"regex": "("}}}},
          "invalid regular expression"),
     ],

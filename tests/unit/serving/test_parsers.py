@@ -72,6 +72,10 @@ def test_a_parser_may_be_named_or_turned_off():
     extra = planned(template, options=replace(GPU, extra={"tool-call-parser": "qwen3_json"}))
 
     assert {"tool-call-parser", "reasoning-parser"}.isdisjoint(none.settings)
+    assert [note.partition(":")[0] for note in none.notes if "is none" in note] == [
+        "serve.tool_parser is none", "serve.reasoning_parser is none",
+    ]  # fmt: skip
+    assert not [note for note in named.notes if "is none" in note]
     assert named.settings["tool-call-parser"] == "mistral"
     assert extra.settings["tool-call-parser"] == "qwen3_json"
     assert extra.settings["enable-auto-tool-choice"] is True

@@ -23,6 +23,7 @@ ANOTHER_PARSER = (
     " by the chat template alone"
 )
 """What to do where a server left a call in the text."""
+_MOST_CALLS = 100
 Call: TypeAlias = tuple[str, Mapping[str, JsonValue]]
 """Name of the tool, and its arguments."""
 
@@ -249,6 +250,8 @@ def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str
     if expected == "none":
         return "[]"
     rows = expected if isinstance(expected, list) else [expected]
+    if len(rows) > _MOST_CALLS:
+        raise UsageError(f"{where}: expected has more than {_MOST_CALLS} calls", hint=hint)
     for row in rows:
         try:
             name, given = _object(row, "arguments")
@@ -274,14 +277,28 @@ def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str
 
 def are_expected(expected: str, calls: Sequence[Call]) -> bool:
     """Return whether an answer makes exactly the expected calls, in any order."""
-    left = list(calls)
-    for row in parse(expected):
-        wanted = _object(row, "arguments")
-        found = next((call for call in left if _is_call(wanted, call)), None)
-        if found is None:
-            return False
-        left.remove(found)
-    return not left
+    wanted = [_object(row, "arguments") for row in parse(expected)]
+    if len(wanted) != len(calls):
+        return False
+    taken: dict[int, int] = {}
+    return all(_takes(place, wanted, calls, taken, set()) for place in range(len(wanted)))
+
+
+def _takes(
+    place: int, wanted: Sequence[Call], calls: Sequence[Call], taken: dict[int, int], tried: set[int]
+) -> bool:
+    """Say whether a call is left for an expected one, if others may give theirs up for another.
+
+    An augmenting path: Berge, "Two theorems in graph theory", 1957.
+    """
+    for number, call in enumerate(calls):
+        if number in tried or not _is_call(wanted[place], call):
+            continue
+        tried.add(number)
+        if number not in taken or _takes(taken[number], wanted, calls, taken, tried):
+            taken[number] = place
+            return True
+    return False
 
 
 def _is_call(wanted: Call, call: Call) -> bool:
@@ -294,14 +311,24 @@ def _is_call(wanted: Call, call: Call) -> bool:
 
 
 def _is_argument(wanted: JsonValue, given: JsonValue) -> bool:
-    """Return whether an argument is as expected: equal as JSON, or by `contains` or `regex`."""
+    """Return whether an argument is as expected: equal as JSON, or by `contains` or `regex`.
+
+    These read a text as it is, and all else as JSON.
+    """
     if isinstance(wanted, dict) and len(wanted) == 1:
         (rule, text), *_ = wanted.items()
+        said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         if rule == "contains" and isinstance(text, str):
-            return text.casefold() in str(given).casefold()
+            return text.casefold() in said.casefold()
         if rule == "regex" and isinstance(text, str):
-            return re.search(text, str(given)) is not None
-    same: bool = json.dumps(wanted, sort_keys=True) == json.dumps(given, sort_keys=True)
-    numbers = (wanted, given)
-    both = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    return same or (both and wanted == given)
+            return re.search(text, said) is not None
+    return _equal(wanted, given)
+
+
+def _equal(one: JsonValue, other: JsonValue) -> bool:
+    """Return whether two values are equal as JSON, where 1 is 1.0, and not true."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other

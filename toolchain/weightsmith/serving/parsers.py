@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Json
 from weightsmith.models.facts import ModelFacts
-from weightsmith.models.templates import has_tools
+from weightsmith.models.templates import has_tools, writes_thoughts
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.options import OptionList
 
@@ -136,6 +136,8 @@ class ParserChoice:
     thoughts: str = ""
     """The same."""
     note: str = ""
+    asks: bool = False
+    """Whether it is not chosen yet: the build asks the engine's own code."""
 
 
 def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
@@ -219,6 +221,13 @@ def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: Serve
     tools, thoughts = options.tool_parser, options.reasoning_parser
     offered = known.words.get("tool-call-parser", ())
     chosen = _named(tools, "tool_parser", offered)
+    if tools == NONE and has_tools(template):
+        notes.append("serve.tool_parser is none: the server will refuse `tool_choice: auto`")
+    if thoughts == NONE and (_of_thoughts(model, engine) or writes_thoughts(template)):
+        notes.append(
+            "serve.reasoning_parser is none: thoughts stand in the answers; suites judge what"
+            " follows a mark such as </think>"
+        )
     if tools in ("", AUTO):
         first = next((d for d in TOOLS if d.fits(template, model.model_type)), None)
         if not template:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -133,7 +133,8 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
             entry = seen.tools.store.find(self._inputs(weights.model, weights.tree).key)
         if entry is None:
             will = "the build lets vLLM's own parsers read what it writes"
-            return Foreseen(value=self._stands(weights.model, will))
+            stands = self._stands(weights.model, will)
+            return Foreseen(value=replace(stands, asks=True))
         found = parse(entry.tree.path(_FILE).read_text("utf-8"))
         return Foreseen(value=self._chosen(weights.model, found))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -40,6 +40,7 @@ from weightsmith.core.values import (
 )
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_config import gguf_models
+from weightsmith.models.templates import has_tools
 from weightsmith.oci.layout import is_layout
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.provenance.attest import ImageMaterials, ThinParts
@@ -244,6 +245,19 @@ def _check_similarity(suite: Suite, model: ModelFacts, engine: Engine) -> None:
             f"{suite.data}: similarity {suite.similarity}: {engine.title} {why}",
             hint="compare by cosine, or build this target by a recipe of its own",
         )
+
+
+def check_calls(model: ModelFacts, engine: Engine, plan: ServingPlan, data: str) -> None:
+    """Raise UsageError for a question file of tool calls that a server could not make."""
+    if not has_tools(model.chat_template):
+        why = "no chat template that says which tools may be called"
+        hint = "take a base with such a template, or put a chat_template.jinja beside the adapter"
+    elif engine.has_parsers and "tool-call-parser" not in plan.settings:
+        why = "no parser for its calls, and would refuse every question"
+        hint = f"name a parser of {engine.title} for this template: serve.tool_parser"
+    else:
+        return
+    raise UsageError(f"{data} asks for tool calls, and the server has {why}", hint=hint)
 
 
 def render_volume(
@@ -697,8 +711,9 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         device = config.plan.device
         check_support(target.engine, target.format.without_adapters, device, weights.model)
         check_adapters(target.engine, target.format, device, weights.model)
-        recipe = self.file.recipe
-        for suite in chain(recipe.evaluate, *(one.evaluate for one in recipe.adapters)):
+        if not seen[self.parsers].asks:
+            self._check_calls(weights.model, config.plan)
+        for suite in self._suites:
             _check_similarity(suite, weights.model, target.engine)
         self.weights.permit(seen)
         return Foreseen(value=config.plan)
@@ -707,7 +722,19 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         """Plan and render for the finished weights."""
         timer = Timer(self.name, self.target, tools)
         config = self.rendered(have, self.of.target)
+        self._check_calls(read_facts(have[self.checkpoint].tree.texts), config.plan)
         return timer.done(config, cached=is_written(config.files, self.of.folder))
+
+    @property
+    def _suites(self) -> Iterator[Suite]:
+        recipe = self.file.recipe
+        return chain(recipe.evaluate, *(one.evaluate for one in recipe.adapters))
+
+    def _check_calls(self, model: ModelFacts, plan: ServingPlan) -> None:
+        """Raise UsageError for a suite of tool calls that the server would not make."""
+        for suite in self._suites:
+            if suite.metric == "tool-call":
+                check_calls(model, self.of.target.engine, plan, suite.data)
 
     def rendered(self, have: Results, target: Target) -> ServingConfig:
         """Plan and render for the finished weights, which may lie elsewhere for this `target`."""
