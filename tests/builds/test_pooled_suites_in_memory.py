@@ -342,11 +342,16 @@ def test_sets_of_labels_are_for_models_that_give_them(judge: Memory, kind: str) 
     assert judge.jobs() == []
 
 
-def test_a_base_whose_card_says_that_it_ranks_is_built_with_a_warning(memory: Memory) -> None:
+@pytest.mark.parametrize("folder", ["base", "a"])
+def test_a_card_that_says_ranker_is_a_warning_of_plan_and_build(
+    memory: Memory, folder: str
+) -> None:
     """A Qwen3-Reranker of before sentence-transformers' files: its class generates text."""
-    card = "---\npipeline_tag: text-ranking\n---\n"
-    (memory.home / "base" / "README.md").write_text(card)
+    (memory.home / folder / "README.md").write_text("---\npipeline_tag: text-ranking\n---\n")
+    memory.forecast()
+    planned = [one for one in memory.progress.warnings if "text-ranking" in one]
     memory.build()
 
     (told,) = [one for one in memory.record()["warnings"] if "text-ranking" in one]
     assert "take a revision with that file" in told
+    assert planned == [told]

@@ -18,7 +18,8 @@ def model(folder, card=RERANKER, architecture="Qwen3ForCausalLM", **files):
 
 
 def test_a_reranker_that_nothing_but_its_card_names_is_told(tmp_path):
-    said = card_denies_chat(model(tmp_path))
+    made = model(tmp_path)
+    said = card_denies_chat(made, made)
 
     assert said.startswith("its model card says text-ranking, but")
     assert "take a revision with that file" in said
@@ -37,7 +38,8 @@ def test_a_reranker_that_nothing_but_its_card_names_is_told(tmp_path):
     ],
 )
 def test_nothing_is_said_where_the_files_agree_or_say_nothing(tmp_path, changes):
-    assert card_denies_chat(model(tmp_path, **changes)) == ""
+    made = model(tmp_path, **changes)
+    assert card_denies_chat(made, made) == ""
 
 
 def test_a_folder_without_a_card_says_nothing(tmp_path):

@@ -31,16 +31,17 @@ def front_matter(folder: Path) -> Mapping[str, JsonValue]:
     return found if isinstance(found, dict) else {}
 
 
-def card_denies_chat(folder: Path) -> str:
+def card_denies_chat(folder: Path, base: Path, adapter: Path | None = None) -> str:
     """Return why a model that its files make a generating one is perhaps none; "" if it is.
 
-    Such as an early Qwen3-Reranker's: its class generates, and nothing but the card says more.
+    Such as an early Qwen3-Reranker's: its class generates, and nothing but the card says more. The
+    card is the `folder`'s, which is the base's or an adapter's.
     """
     task = front_matter(folder).get("pipeline_tag")
     if not isinstance(task, str) or task not in _TASKS:
         return ""
     try:
-        chats = read_task(folder).kind == "generate"
+        chats = read_task(base, adapter).kind == "generate"
     except InputRefused:
         return ""
     return (

@@ -72,8 +72,6 @@ def resolve_base(base: Source, folder: Path, tools: Tools) -> Snapshot:
         snapshot = _import_gguf(snapshot, tools)
     check_model_folder(snapshot.tree.root)
     _tell_left(snapshot, tools)
-    if what := card_denies_chat(snapshot.tree.root):
-        tools.progress.warn(f"{without_passwords(base.source)}: {what}")
     return snapshot
 
 
@@ -128,6 +126,15 @@ def _tell_left(snapshot: Snapshot, tools: Tools) -> None:
         tools.progress.note(
             f"{snapshot.source}: ignored files that are not part of a checkpoint: {left}"
         )
+
+
+def _tell_cards(sources: Sources, tools: Tools) -> None:
+    """Warn of a base or an adapter whose model card names another kind of model than its files."""
+    base, adapters = sources.base, [one.snapshot for one in sources.adapters]
+    head = adapters[0].tree.root if adapters else None
+    for one in (base, *adapters):
+        if what := card_denies_chat(one.tree.root, base.tree.root, head):
+            tools.progress.warn(f"{without_passwords(one.source)}: {what}")
 
 
 def import_inputs(source: Snapshot) -> StageInputs:
@@ -244,6 +251,7 @@ class ResolveStep(Step[Sources, Sources]):
                 raise NotHere(f"{why}; {error.message}") from None
             if sources is None:
                 raise NotHere(why)
+        _tell_cards(sources, seen.tools)
         state = State(cached=False, why=note) if note else CACHED
         return Foreseen(value=sources, rows=(self.row(state, read=sources.base.tree.size),))
 
@@ -252,6 +260,7 @@ class ResolveStep(Step[Sources, Sources]):
         timer = Timer(self.name, self.file.recipe.base.source, tools)
         cached = known(self.file, tools)[0] is not None
         sources = resolve(self.file, tools)
+        _tell_cards(sources, tools)
         lock = read_lock(self.file)
         write_lock(lock, self._pin(lock, sources, tools), tools.progress)
         return timer.done(sources, cached=cached)
