@@ -16,6 +16,8 @@ def item(prompt, *expected, line=1):
         ("contains", "Paris", "It is PARIS.", True),
         ("contains", "new  york", "in New\nYork", True),
         ("contains", "Paris", "Lyon", False),
+        ("contains", "caf\u00e9", "the CAFE\u0301", True),
+        ("exact", "cafe\u0301", "caf\u00e9", True),
         ("contains", ["Lyon", "Paris"], "Paris", True),
         ("exact", "7481", " 7481\n", True),
         ("exact", "7481", "Port 7481", False),

@@ -165,6 +165,13 @@ def test_a_parsers_fault_is_told_from_the_models(tmp_path):
     assert "parser" not in other
 
 
+def test_broken_arguments_are_not_those_of_a_call_without_any(tmp_path):
+    wanted = {"name": "send", "arguments": {}}
+    answers = ({"answer": "", "calls": [{"name": "send", "arguments": a}]} for a in ("", "{", "3"))
+
+    assert [row["ok"] for row in scored(tmp_path, wanted, *answers)] == [True, False, False]
+
+
 def test_half_a_call_at_the_length_limit_is_not_the_parsers_fault(tmp_path):
     half = {"name": "get_weather", "arguments": '{"city": "Ro'}
     (row,) = scored(tmp_path, CALL, {"answer": "", "calls": [half], "finish_reason": "length"})

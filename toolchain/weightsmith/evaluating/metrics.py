@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, get_args
@@ -52,7 +53,7 @@ def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: st
         case "contains":
             return any(_loose(text) in _loose(answer) for text in alternatives)
         case "exact" | "choice":
-            return any(text.strip() == answer.strip() for text in alternatives)
+            return any(_composed(text) == _composed(answer) for text in alternatives)
         case "regex":
             return any(_matches(text, answer) for text in alternatives)
         case "numeric":
@@ -293,11 +294,18 @@ def _read(facts: dict[str, Json], item: Item) -> dict[str, Json]:
         # An answer that was cut off at its limit has half a call, by nobody's fault.
         if not isinstance(given, dict) and facts.get("finish_reason") != "length":
             facts["parser"] = f"the arguments of a call are no JSON: {str(row['arguments'])[:200]}"
-        calls.append((str(row["name"]), given if isinstance(given, dict) else {}))
+        # These are no expected ones, not even where none are expected.
+        unread = {"no JSON": str(row["arguments"])[:200]}
+        calls.append((str(row["name"]), given if isinstance(given, dict) else unread))
     if left and not calls:
         facts["parser"] = "the server's parser left a call in the text"
     return {**facts, "answer": calls_text(calls) if calls else text, "raw": text}
 
 
+def _composed(text: str) -> str:
+    """Return a text in Unicode's form C, without white space around it: é has two spellings."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def _loose(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(_composed(text).casefold().split())

@@ -285,7 +285,11 @@ def are_expected(expected: str, calls: Sequence[Call]) -> bool:
 
 
 def _takes(
-    place: int, wanted: Sequence[Call], calls: Sequence[Call], taken: dict[int, int], tried: set[int]
+    place: int,
+    wanted: Sequence[Call],
+    calls: Sequence[Call],
+    taken: dict[int, int],
+    tried: set[int],
 ) -> bool:
     """Say whether a call is left for an expected one, if others may give theirs up for another.
 
