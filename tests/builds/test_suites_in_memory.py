@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from weightsmith.cli.commands import _facts, _lines
 from weightsmith.core import time_limits
-from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating import metrics
 from weightsmith.evaluating.pages import write_comparison
 from weightsmith.oci.references import Reference
@@ -224,4 +224,13 @@ def test_what_is_wrong_with_a_suite_is_said_before_any_work(
     with pytest.raises(UsageError, match=says):
         memory.build()
 
+    assert memory.jobs() == []
+
+
+def test_a_judge_that_is_not_here_is_said_before_any_work(memory: Memory) -> None:
+    memory.write_recipe(evaluate={**TASK, "metric": "command", "command": ["no-such-judge"]})
+
+    for act in (memory.forecast, memory.build):
+        with pytest.raises(EnvironmentFailure, match="'no-such-judge', which judges the answers"):
+            act()
     assert memory.jobs() == []

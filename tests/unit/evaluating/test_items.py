@@ -46,6 +46,7 @@ def test_questions_come_through_a_pipe(tmp_path):
     [
         (b"{", "invalid JSON"),
         (b"[" * 100_000, "invalid JSON"),
+        (b'{"prompt": "a", "expected": "b", "expected": "c"}', "invalid JSON"),
         (b"[1]", "not a JSON object but a list"),
         (b"\xff\xfe", "not UTF-8"),
         ({"expected": "b"}, "neither prompt nor messages"),
@@ -57,6 +58,13 @@ def test_questions_come_through_a_pipe(tmp_path):
         ({"messages": [], "expected": "b"}, "not a list of messages"),
         ({"messages": [{"role": "king", "content": "a"}], "expected": "b"}, "unknown role"),
         ({"messages": [{"role": ["user"], "content": "a"}], "expected": "b"}, "unknown role"),
+        (
+            {
+                "messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}],
+                "expected": "b",
+            },
+            r"messages\[0\] has tool_calls, and earlier messages",
+        ),
         ({"messages": [{"role": "user"}], "expected": "b"}, r"messages\[0\].content"),
         (b'{"prompt": "' + b"a" * (1 << 20) + b'"', "longer than"),
         ({"prompt": "q", "expected": "b"}, "duplicates the question of line 1"),

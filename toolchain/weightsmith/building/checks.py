@@ -16,6 +16,7 @@ from weightsmith.core.values import Sources
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.pictures import UNPREPARED
 from weightsmith.evaluating.results import named, say_samples
+from weightsmith.evaluating.task import check_program
 from weightsmith.models.templates import own_template, takes_parts
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
@@ -72,7 +73,7 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     Warns of what the build will not show.
     """
     file, sources, tools = request.file, seen[steps.sources], seen.tools
-    check_pictures(request, steps, seen)
+    check_suites(request, steps, seen)
     if not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
     say_samples(steps.tasks, tools.progress)
@@ -99,6 +100,13 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
                 require_builder(target, tools.runner)
         stored = [step for step in steps if not step.publishes]
         tools.store.require_room(disk_needed(stored, seen), "the build")
+
+
+def check_suites(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Raise EnvironmentFailure for a missing judge, InputRefused for pictures that are not seen."""
+    for one in steps.tasks:
+        check_program(one.task)
+    check_pictures(request, steps, seen)
 
 
 def check_pictures(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:

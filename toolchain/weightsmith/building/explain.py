@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypedDict
 
-from weightsmith.building.checks import check_assembly, check_pictures, check_places
+from weightsmith.building.checks import check_assembly, check_places, check_suites
 from weightsmith.building.choosing import foreseen_choice
 from weightsmith.building.graph import foresee, peak_memory, temporary_bytes
 from weightsmith.building.pipeline import BuildSteps, steps_of
@@ -79,7 +79,7 @@ def plan_of(request: BuildRequest, tools: Tools) -> BuildPlan:
         seen = foresee(steps, tools, earlier=_earlier(steps))
     except NotHere as why:
         return BuildPlan(request=request, steps=steps, seen=None, missing=str(why))
-    check_pictures(request, steps, seen)
+    check_suites(request, steps, seen)
     check_assembly(request, steps, seen)
     return BuildPlan(request=request, steps=steps, seen=seen)
 

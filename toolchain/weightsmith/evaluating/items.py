@@ -198,7 +198,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
                 if not text:
                     continue
                 try:
-                    value = parse(text)
+                    value = parse(text, unique=True)
                 except ValueError as error:
                     raise UsageError(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
                 if not isinstance(value, dict):
@@ -299,6 +299,11 @@ def _messages(
         if not isinstance(role, str) or role not in _ROLES:
             raise UsageError(
                 f"{where}: {name} has an unknown role", hint=f"one of: {', '.join(sorted(_ROLES))}"
+            )
+        if lost := next(filter(message.get, ("tool_calls", "function_call")), ""):
+            raise UsageError(
+                f"{where}: {name} has {lost}, and earlier messages are asked as texts alone",
+                hint="end the messages before the first call, or write it into the content",
             )
         content = message.get("content")
         if isinstance(content, list) and content:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from weightsmith.core.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.core.jobs import Pooled, Question
 from weightsmith.core.ports import Progress, RunCommand
 from weightsmith.core.safe_parse import parse
@@ -190,6 +191,15 @@ def task_with(
         query_prompt=settings.query_prompt,
         document_prompt=settings.document_prompt,
     )
+
+
+def check_program(task: Task) -> None:
+    """Raise EnvironmentFailure if the program of metric `command` is not on this machine."""
+    if task.command and shutil.which(task.command[0]) is None:
+        raise EnvironmentFailure(
+            f"program not found: {task.command[0]!r}, which judges the answers",
+            hint="install it and make sure that it is in PATH, or correct evaluate.command",
+        )
 
 
 def ask_server(

@@ -32,7 +32,13 @@ from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
-from weightsmith.evaluating.task import Task, ask_server, score_task, task_with
+from weightsmith.evaluating.task import (
+    Task,
+    ask_server,
+    check_program,
+    score_task,
+    task_with,
+)
 from weightsmith.evaluating.walks import BUILDER, EvaluatedModel, check_fits, model_task, worded
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
@@ -130,7 +136,9 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
             )
         if leaks:
             tools.progress.warn(leaks)
-    return task_with(scoring, items, str(asked.data), Path())
+    task = task_with(scoring, items, str(asked.data), Path())
+    check_program(task)
+    return task
 
 
 def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers | None) -> Score:
