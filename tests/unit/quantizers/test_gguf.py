@@ -166,6 +166,22 @@ def test_bad_input_is_refused_from_its_config_alone(config, says):
         check_input(facts(config))
 
 
+def test_rows_that_llamacpp_gives_no_other_type_are_refused_from_their_width():
+    """It refuses Q1_0 for rows that are no whole blocks; gguf's own table has the block."""
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q1_0][0]
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
+
+    def check(name, hidden, inner):
+        model = facts({**LLAMA, **sizes, "hidden_size": hidden, "intermediate_size": inner})
+        of_format(name).check_input(formats()[name], model)
+
+    check("q1_0", 2 * block, 3 * block)
+    check("tq1_0", 96, 160)
+    for widths in ((96, block), (block, 160)):
+        with pytest.raises(InputRefused, match=r"blocks of 128 weights.* (96|160) inputs"):
+            check("q1_0", *widths)
+
+
 def test_peak_disk_counts_the_file_that_importance_is_measured_on():
     peak = of_format("q4_k_m").peak_disk
 

@@ -16,7 +16,16 @@ from weightsmith.quantizers.gguf_mix import (
     read_mix,
 )
 
-BITS = {"MXFP4": 4.25, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "F32": 32}
+BITS = {
+    "MXFP4": 4.25,
+    "Q4_0": 4.5,
+    "Q4_1": 5,
+    "Q5_0": 5.5,
+    "Q5_1": 6,
+    "Q8_0": 8.5,
+    "F16": 16,
+    "F32": 32,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +48,7 @@ TENSORS = {
 }
 TARGETS = dict.fromkeys(TENSORS, ("Q8_0", True)) | {"blk.0.attn_norm.weight": ("F32", False)}
 LOSSES = {
-    name: {kind: harm * 4 ** -BITS[kind] for kind in BITS if kind != "F32"}
+    name: {kind: harm * 4 ** -BITS[kind] for kind in BITS if kind not in ("F16", "F32")}
     for name, harm in zip(NAMES, (100, 1, 10), strict=True)
 }
 WEIGHTS = sum(each.rows * each.columns for each in TENSORS.values())
@@ -61,6 +70,15 @@ def test_bits_are_those_of_the_whole_file(bits):
     assert found.types["blk.0.odd.weight"] == "q8_0"
     assert BITS[found.types[NAMES[0]].upper()] >= BITS[found.types[NAMES[1]].upper()]
     assert 0 <= float(found.about[BOUND]) <= float(found.about[LOSS])
+
+
+def test_rows_of_no_block_at_all_keep_the_type_that_llamacpp_gives_them():
+    """None of their types were measured, since there is none."""
+    targets = TARGETS | {"blk.0.odd.weight": ("F16", True)}
+
+    found = mixed({"bits": 9}, TENSORS, targets, {**LOSSES, "blk.0.odd.weight": {}}, 1000)
+
+    assert found.types["blk.0.odd.weight"] == "f16"
 
 
 def test_a_size_is_that_of_the_file_with_its_header():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import Texts
-from weightsmith.stages.quantize import QuantizeOptions, quantize_memory
-from weightsmith.steps.sizes import calibration_memory, estimated_bytes
+from weightsmith.stages.quantize import QuantizeOptions, nominal, quantize_memory
+from weightsmith.steps.sizes import calibration_memory, estimated_bytes, fewest_mixed_bits
 
 MIB = 1 << 20
 SMALL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
@@ -100,6 +102,23 @@ def test_rows_of_no_block_at_all_stay_in_16_bits():
     odd = facts(SMOL | {"hidden_size": 90, "intermediate_size": 100, "tie_word_embeddings": True})
 
     assert estimated_bytes(1000, formats()["q4_0"], odd) == 1000
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "least"), [(90, 100, 16), (96, 160, 4.25), (512, 1024, 2.625)]
+)
+def test_the_smallest_mix_has_the_smallest_types_that_rows_can_have(hidden, inner, least):
+    model = facts(SMOL | {"hidden_size": hidden, "intermediate_size": inner, "head_dim": hidden})
+
+    assert fewest_mixed_bits(model, low=True) == least
+    odd = facts(SMOL | {"hidden_size": 512, "intermediate_size": 100, "head_dim": 512})
+    assert 2.625 < fewest_mixed_bits(odd, low=True) < 16
+    bits = {"bits": least - 0.25, "low": True}
+    options = QuantizeOptions(name="m", format=formats()["mix"], options=bits)
+    with pytest.raises(InputRefused, match="no mix of this model"):
+        nominal(options, 10**9, model)
+    enough = replace(options, options=bits | {"bits": least})
+    assert nominal(enough, 10**9, model).bits_per_weight == least
 
 
 @pytest.mark.parametrize("name", ["q4_k_m", "q6_k", "iq2_xxs", "q8_0"])

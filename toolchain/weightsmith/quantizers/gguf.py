@@ -15,7 +15,7 @@ from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import gguf_check
 from weightsmith.quantizers.architectures import converted_as, gguf_architectures, has_projector
-from weightsmith.quantizers.checkpoints import check_plain
+from weightsmith.quantizers.checkpoints import check_plain, row_lengths
 from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_mix import budget_options, check_layers, fewest_bits
@@ -38,6 +38,31 @@ def check_input(model: ModelFacts) -> None:
             hint="use an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )
+
+
+def _check_input(format_: Format, model: ModelFacts) -> None:
+    check_input(model)
+    _check_rows(format_, model)
+
+
+def _check_rows(format_: Format, model: ModelFacts) -> None:
+    """Refuse rows that are no whole blocks of a type in whose place llama.cpp has no other.
+
+    That is Q1_0 alone (tensor_type_fallback in its src/llama-quant.cpp).
+    """
+    if format_.name != "q1_0":
+        return
+    try:
+        rows = row_lengths(model)
+    except InputRefused:  # no decoder
+        return
+    block = TENSOR_TYPES["q1_0"].block
+    for name, row in rows.items():
+        if row % block:
+            raise InputRefused(
+                f"q1_0 has blocks of {block} weights, and {name} has {row} inputs",
+                hint="choose another type, such as q4_k_m: llama.cpp gives such rows a larger one",
+            )
 
 
 def _options(format_: Format, requested: Options) -> Options:
@@ -362,7 +387,7 @@ QUANTIZER = Quantizer(
     builder="gguf",
     formats=FORMATS,
     recipe_number=6,
-    check_input=lambda _format, model: check_input(model),
+    check_input=_check_input,
     options=_options,
     variants=_variants,
     # The type of the projector that a model which sees gets beside its file.

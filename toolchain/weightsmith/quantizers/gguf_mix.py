@@ -63,9 +63,11 @@ def kinds_of_rows(columns: int, *, low: bool) -> tuple[str, ...]:
     return (*_OF_32, *_OF_256, *(_LOW if low else ()))
 
 
-def fewest_bits(*, low: bool) -> float:
-    """Return the bits per weight of the smallest type."""
-    return _FEWEST_LOW if low else _FEWEST
+def fewest_bits(*, low: bool, columns: int = 256) -> float:
+    """Return the bits per weight of the smallest type that rows of so many weights may have."""
+    if columns % 32:
+        return _MOST
+    return _FEWEST_LOW if low and columns % 256 == 0 else _FEWEST
 
 
 def budget_options(
@@ -182,7 +184,8 @@ def mixed(
     choices = {
         name: [
             mixing.Choice(kind, _size(kind, tensors[name]), loss)
-            for kind, loss in losses.get(name, {targets[name][0]: 0.0}).items()
+            # None were measured of a tensor whose rows are no whole blocks of any type.
+            for kind, loss in (losses.get(name) or {targets[name][0]: 0.0}).items()
         ]
         for name in chosen
     }

@@ -37,7 +37,7 @@ from weightsmith.quantizers.checkpoints import check_plain, in_groups_of
 from weightsmith.quantizers.compressed_mix import KINDS, NOTHING, TYPES
 from weightsmith.quantizers.compressed_mix import MIX as COMPRESSED_MIX
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
-from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, fewest_bits, guessed_type, read_mix
+from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, guessed_type, read_mix
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
@@ -54,6 +54,7 @@ from weightsmith.steps.sizes import (
     disk_peak,
     estimated_bytes,
     expected_projector,
+    fewest_mixed_bits,
     kept_bytes,
 )
 from weightsmith.steps.stage_result import StageResult, Timer
@@ -494,7 +495,7 @@ def _smallest_mix(weights: int, format_: Format, model: ModelFacts, *, low: bool
     if format_.name == COMPRESSED_MIX.name:  # embeddings and head stay
         least = replace(format_, bits_per_weight=compressed_mix.fewest_bits(model))
         return estimated_bytes(weights, least, model)
-    return int(_in_16_bits(weights, format_, model) * fewest_bits(low=low) / 16)
+    return int(_in_16_bits(weights, format_, model) * fewest_mixed_bits(model, low=low) / 16)
 
 
 def _in_16_bits(weights: int, format_: Format, model: ModelFacts) -> int:
@@ -511,8 +512,6 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
     format_, chosen = options.format, options.options
     whole, low = _in_16_bits(weights, format_, model), bool(chosen.get("low"))
     size, bits = int(str(chosen.get("size") or 0)), float(str(chosen.get("bits") or 0))
-    if bits and format_.name == MIX.name:
-        return replace(format_, bits_per_weight=bits)
     if isinstance(mix := chosen.get("mix"), dict):
         each = (_bits_of(str(kind), format_) for kind in mix.values())
         return replace(format_, bits_per_weight=fmean(each))
@@ -522,7 +521,8 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
     wanted, least = size or int(whole * bits / 16), _smallest_mix(weights, format_, model, low=low)
     if least > wanted:
         key = "quantize.size" if size else "quantize.bits"
-        near = f"{-(-least * 11 // 10) // 10**6 + 1}MB" if size else f"{17.6 * least / whole:.2f}"
+        more = min(17.6 * least / whole, 16)
+        near = f"{-(-least * 11 // 10) // 10**6 + 1}MB" if size else f"{more:.2f}"
         raise InputRefused(
             f"{key}: no mix of this model has {human(wanted)}: its weights have "
             f"{human(least)} with the smallest types",
@@ -534,7 +534,7 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
             ),
         )
     if format_.name == MIX.name:
-        return replace(format_, bits_per_weight=min(16.0, 16 * wanted / whole))
+        return replace(format_, bits_per_weight=bits or min(16.0, 16 * wanted / whole))
     if wanted >= weights:
         raise InputRefused(
             "the budget has room for all weights in 16 bits: nothing would be quantized",

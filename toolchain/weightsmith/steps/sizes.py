@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import INDEX, parse_file
@@ -16,6 +17,7 @@ from weightsmith.models.folder import check_model_folder, pickles_in
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import Texts
+from weightsmith.quantizers.gguf_mix import fewest_bits
 from weightsmith.quantizers.gguf_types import bits_of_rows
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.architectures import check_served
@@ -33,6 +35,10 @@ _COPIES = 3
 _SQUARES = 12
 """Float32 numbers per pair of inputs while errors are compensated: two Gram matrices, and five in
 float64 (`quantizers/layerwise/quantizing.py`)."""
+
+
+class _BitsOfRows(Protocol):
+    def __call__(self, columns: int, *, head: bool) -> float: ...
 
 
 class ForeseenTree(Tree):
@@ -106,6 +112,30 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
 
 def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
     """Return the bits per weight of a decoder's matrices by the widths of their rows, or None."""
+
+    def bits(columns: int, *, head: bool) -> float:
+        return bits_of_rows(format_, columns, head=head)
+
+    return _mean(model, bits)
+
+
+def fewest_mixed_bits(model: ModelFacts, *, low: bool) -> float:
+    """Return the bits per weight of the smallest mix of llama.cpp's types, or fewer."""
+
+    def bits(columns: int, *, head: bool) -> float:  # noqa: ARG001 - a head may have any type
+        return fewest_bits(low=low, columns=columns)
+
+    least = fewest_bits(low=low)
+    try:
+        # Only of a dense decoder each matrix is counted with its own width.
+        counted = not (model.matrices.experts or model.shape.kv_lora_rank)
+    except InputRefused:
+        return least
+    mean = _mean(model, bits) if counted else None
+    return round(mean, 6) if mean else least
+
+
+def _mean(model: ModelFacts, bits: _BitsOfRows) -> float | None:
     try:
         shape, parts = model.shape, model.matrices
     except InputRefused:
@@ -116,14 +146,14 @@ def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
     inside = shape.hidden * (shape.heads * shape.head_dim + keys) + 2 * mlp
     table = shape.vocab * shape.hidden
     counted = [
-        (shape.layers * inside, bits_of_rows(format_, shape.hidden)),
-        (shape.layers * attended * shape.hidden, bits_of_rows(format_, attended)),
-        (shape.layers * mlp, bits_of_rows(format_, mixed)),
-        (table, bits_of_rows(format_, shape.hidden, head=True)),
+        (shape.layers * inside, bits(shape.hidden, head=False)),
+        (shape.layers * attended * shape.hidden, bits(attended, head=False)),
+        (shape.layers * mlp, bits(mixed, head=False)),
+        (table, bits(shape.hidden, head=True)),
     ]
     if not model.tied_embeddings:
-        counted.append((table, bits_of_rows(format_, shape.hidden)))
-    return sum(n * bits for n, bits in counted) / sum(n for n, _ in counted)
+        counted.append((table, bits(shape.hidden, head=False)))
+    return sum(n * each for n, each in counted) / sum(n for n, _ in counted)
 
 
 def expected_projector(target: Target, model: ModelFacts) -> Projector | None:
