@@ -101,7 +101,25 @@ def test_rows_that_are_no_whole_blocks_are_planned_with_the_types_that_they_get(
 def test_rows_of_no_block_at_all_stay_in_16_bits():
     odd = facts(SMOL | {"hidden_size": 90, "intermediate_size": 100, "tie_word_embeddings": True})
 
-    assert estimated_bytes(1000, formats()["q4_0"], odd) == 1000
+    for name in ("q4_0", "q8_0", "mxfp4_moe"):
+        assert estimated_bytes(1000, formats()[name], odd) == 1000
+
+
+ODD = {
+    "hidden_size": 192, "intermediate_size": 416, "num_attention_heads": 3, "head_dim": 128,
+    "num_key_value_heads": 1, "num_hidden_layers": 1, "vocab_size": 517,
+}  # fmt: skip
+"""A Qwen 3 of 635,584 weights, which llama.cpp packed to these bits per weight."""
+
+
+@pytest.mark.parametrize(
+    ("format_", "bits"),
+    [("mxfp4_moe", 8.531), ("q3_k_l", 5.581), ("q3_k_m", 5.46), ("iq3_m", 5.315), ("tq1_0", 5.317)],
+)
+def test_small_types_are_planned_with_the_bits_that_odd_rows_get(format_, bits):
+    found = estimated_bytes(2 * 635_584, formats()[format_], facts(ODD))
+
+    assert found == pytest.approx(635_584 * bits / 8, rel=0.04)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -38,7 +39,7 @@ float64 (`quantizers/layerwise/quantizing.py`)."""
 
 
 class _BitsOfRows(Protocol):
-    def __call__(self, columns: int, *, head: bool) -> float: ...
+    def __call__(self, columns: int, *, head: bool = ..., expert: bool = ...) -> float: ...
 
 
 class ForeseenTree(Tree):
@@ -112,17 +113,13 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
 
 def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
     """Return the bits per weight of a decoder's matrices by the widths of their rows, or None."""
-
-    def bits(columns: int, *, head: bool) -> float:
-        return bits_of_rows(format_, columns, head=head)
-
-    return _mean(model, bits)
+    return _mean(model, partial(bits_of_rows, format_))
 
 
 def fewest_mixed_bits(model: ModelFacts, *, low: bool) -> float:
     """Return the bits per weight of the smallest mix of llama.cpp's types, or fewer."""
 
-    def bits(columns: int, *, head: bool) -> float:  # noqa: ARG001 - a head may have any type
+    def bits(columns: int, **_: bool) -> float:  # a head may have any type
         return fewest_bits(low=low, columns=columns)
 
     least = fewest_bits(low=low)
@@ -142,17 +139,18 @@ def _mean(model: ModelFacts, bits: _BitsOfRows) -> float | None:
         return None
     attended, mixed = shape.heads * shape.v_head_dim, parts.expert_width or shape.intermediate
     keys = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-    mlp = mixed * shape.hidden * max(1, parts.experts)
-    inside = shape.hidden * (shape.heads * shape.head_dim + keys) + 2 * mlp
+    mlp, expert = mixed * shape.hidden * max(1, parts.experts), parts.experts > 0
+    inside = shape.hidden * (shape.heads * shape.head_dim + keys)
     table = shape.vocab * shape.hidden
     counted = [
-        (shape.layers * inside, bits(shape.hidden, head=False)),
-        (shape.layers * attended * shape.hidden, bits(attended, head=False)),
-        (shape.layers * mlp, bits(mixed, head=False)),
+        (shape.layers * inside, bits(shape.hidden)),
+        (shape.layers * attended * shape.hidden, bits(attended)),
+        (shape.layers * 2 * mlp, bits(shape.hidden, expert=expert)),
+        (shape.layers * mlp, bits(mixed, expert=expert)),
         (table, bits(shape.hidden, head=True)),
     ]
     if not model.tied_embeddings:
-        counted.append((table, bits(shape.hidden, head=False)))
+        counted.append((table, bits(shape.hidden)))
     return sum(n * each for n, each in counted) / sum(n for n, _ in counted)
 
 
