@@ -18,7 +18,7 @@ from weightsmith.evaluating.client import Served, wait_until_healthy
 from weightsmith.evaluating.round_trip import CALLS, TOOLS, read_back, thoughts_read_back
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.outside.local import LocalRunner
-from weightsmith.serving.parsers import NO_CALL, choice_of, choice_of_thoughts
+from weightsmith.serving.parsers import NO_CALL, ReadBack, choice_of, choice_of_thoughts
 from weightsmith.serving.vllm import known_options
 from weightsmith.stages.parsers import BUILDER, THINKING, chats
 
@@ -157,7 +157,7 @@ def test_every_parser_is_asked_where_the_table_is_undecided(
 
     found = LocalRunner(cache_folder()).run(job, Silent())
 
-    assert choice_of(found, first).tools == chosen
+    assert choice_of(ReadBack.from_json(found), first).tools == chosen
     assert found["read"][chosen] == {
         name: ["whole", "streamed"] for name in ("a call", "two calls", NO_CALL)
     }
@@ -191,7 +191,7 @@ def test_every_parser_of_thoughts_is_asked_about_a_form_that_the_table_does_not_
     found = LocalRunner(cache_folder()).run(job, Silent())
 
     assert found["skipped"] == {}
-    assert choice_of_thoughts(found).thoughts == "minimax_m3"
+    assert choice_of_thoughts(ReadBack.from_json(found)).thoughts == "minimax_m3"
     assert found["thoughts"]["minimax_m3"] == ["whole", "streamed"]
     assert found["thoughts"]["qwen3"] == []
 

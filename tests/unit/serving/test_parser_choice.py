@@ -1,7 +1,7 @@
 """What is chosen by what an engine's own parsers read back."""
 
 import pytest
-from weightsmith.serving.parsers import CALL_AFTER_THOUGHTS, choice_of, choice_of_thoughts
+from weightsmith.serving.parsers import CALL_AFTER_THOUGHTS, ReadBack, choice_of, choice_of_thoughts
 
 BOTH, WHOLE = ["whole", "streamed"], ["whole"]
 
@@ -31,7 +31,7 @@ def found(skipped=None, **read):
     ],
 )
 def test_the_familys_parser_is_taken_if_it_reads_else_one_that_does(read, first, chosen):
-    choice = choice_of(read, first)
+    choice = choice_of(ReadBack.from_json(read), first)
 
     assert choice.tools == chosen
     assert (chosen or "none of 2 parsers") in choice.note
@@ -42,7 +42,7 @@ def test_the_familys_parser_is_taken_if_it_reads_else_one_that_does(read, first,
 def test_a_template_that_cannot_be_read_back_leaves_the_choice_to_the_table():
     read = {"read": {"a": {"no call": BOTH}}, "skipped": {"a call": "it is refused"}}
 
-    choice = choice_of(read, ("a",))
+    choice = choice_of(ReadBack.from_json(read), ("a",))
 
     assert choice.tools == ""
     assert choice.note == "tool calls: nothing could be read back: it is refused; a is taken"
@@ -55,7 +55,7 @@ def test_a_chat_that_no_parser_reads_tells_nothing_of_the_parsers(lost):
     for chats in read["read"].values():
         chats[lost] = []
 
-    choice = choice_of(read, ("b", "a"))
+    choice = choice_of(ReadBack.from_json(read), ("b", "a"))
 
     assert choice.tools == "a"
     assert f"no parser reads {lost}" in choice.note
@@ -71,7 +71,7 @@ def test_a_chat_that_no_parser_reads_tells_nothing_of_the_parsers(lost):
     ],
 )
 def test_a_parser_of_thoughts_is_one_that_reads_them(read, skipped, chosen, said):
-    choice = choice_of_thoughts({"read": {}, "thoughts": read, "skipped": skipped})
+    choice = choice_of_thoughts(ReadBack(read={}, thoughts=read, skipped=skipped))
 
     assert (choice.thoughts, choice.tools) == (chosen, "")
     assert choice.note.startswith("thoughts: ")

@@ -12,16 +12,18 @@ import json
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from weightsmith.core import time_limits
 from weightsmith.core.errors import WeightsmithError, from_code
 from weightsmith.core.safe_parse import RECORD, parse
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 
 if TYPE_CHECKING:
     from weightsmith.core.ports import RunCommand
 
+_Given = TypeVar("_Given", bound="JsonValue")
+_Found = TypeVar("_Found", bound="JsonValue")
 _SECONDS = 24 * 3600.0
 """Real time; what is done there limits its own CPU time."""
 _run: RunCommand | None = None
@@ -33,11 +35,12 @@ def start_processes_by(run: RunCommand) -> None:
     _run = run
 
 
-def on_a_main_thread(function: Callable[[Json], JsonValue], given: JsonValue) -> Json:
+def on_a_main_thread(function: Callable[[_Given], _Found], given: _Given) -> _Found:
     """Return what a function of one of our modules returns, called where `cpu_limit` holds.
 
     That is here on the main thread, and before anybody said how processes are started; elsewhere
-    in another process. Raises its WeightsmithErrors; any other error there is a CheckFailed.
+    in another process, where tuples become lists. Raises its WeightsmithErrors; any other error
+    there is a CheckFailed.
     """
     if threading.current_thread() is threading.main_thread() or _run is None:
         return function(given)
@@ -50,7 +53,8 @@ def on_a_main_thread(function: Callable[[Json], JsonValue], given: JsonValue) ->
     told = parse(_run(program, {}, json.dumps(asked).encode(), _SECONDS), largest=RECORD)
     if "error" in told:
         raise from_code(*told["error"])
-    return told["value"]
+    found: _Found = told["value"]
+    return found
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import given_content, parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.speed import SpeedEvidence, of_file
 from weightsmith.recipe.schema import Bench
 
@@ -100,8 +100,8 @@ def read_results(path: Path, served: str = "") -> ResultsFile:
     except ValueError as error:
         raise _refused(path, f"it is no valid JSON: {error}", _KINDS) from None
     name, sha256 = path.name[:_SHORT], hashlib.sha256(data).hexdigest()
-    if isinstance(_at(found, "benchmarks"), list):
-        read = _guidellm(found, name, sha256)
+    if isinstance(runs := _at(found, "benchmarks"), list):
+        read = _guidellm(found, [run for run in runs if isinstance(run, dict)], name, sha256)
     elif isinstance(_at(found, "time_to_first_token"), dict):
         if _at(found, "was_cancelled") is True or _at(found, "is_complete") is False:
             raise _refused(path, "its run was cancelled", "let AIPerf finish, and give that file")
@@ -128,9 +128,8 @@ def _refused(path: Path, why: str, hint: str) -> InputRefused:
     return InputRefused(f"--bench-results {path}: {why}", hint=hint)
 
 
-def _guidellm(found: Json, name: str, sha256: str) -> ResultsFile:
+def _guidellm(found: JsonValue, runs: Sequence[JsonValue], name: str, sha256: str) -> ResultsFile:
     """Read a report of guidellm; where the model stands differs from 0.2 to 0.8."""
-    runs = [run for run in found["benchmarks"] if isinstance(run, dict)]
     models = (
         _text(_at(part, *keys))
         for part, keys in (
@@ -151,7 +150,7 @@ def _guidellm(found: Json, name: str, sha256: str) -> ResultsFile:
     )
 
 
-def _guidellm_load(run: Json) -> _Load | None:
+def _guidellm_load(run: JsonValue) -> _Load | None:
     metrics = _at(run, "metrics")
 
     def mean(key: str) -> float:
@@ -174,7 +173,7 @@ def _guidellm_load(run: Json) -> _Load | None:
     )
 
 
-def _aiperf(found: Json, name: str, sha256: str) -> ResultsFile:
+def _aiperf(found: JsonValue, name: str, sha256: str) -> ResultsFile:
     """Read a JsonExportData, as AIPerf writes it; older versions name model and load elsewhere."""
 
     def of(key: str, which: str = "avg") -> float | None:
@@ -210,7 +209,7 @@ def _aiperf(found: Json, name: str, sha256: str) -> ResultsFile:
     )
 
 
-def _of_phases(asked: Json) -> float | None:
+def _of_phases(asked: JsonValue) -> float | None:
     """Return the requests at once of the phase that was measured; None if there is not one."""
     phases = _at(asked, "phases")
     found = [
@@ -221,14 +220,14 @@ def _of_phases(asked: Json) -> float | None:
     return found[0] if len(found) == 1 else None
 
 
-def _only(models: Json) -> str:
+def _only(models: JsonValue) -> str:
     """Return the one model of a list of names, or of objects with a name; "" for several."""
     if not isinstance(models, list) or len(models) != 1:
         return ""
     return _text(models[0]) or _text(_at(models[0], "name"))
 
 
-def _gpus(found: Json) -> Iterable[str]:
+def _gpus(found: JsonValue) -> Iterable[str]:
     endpoints = _at(found, "telemetry_data", "endpoints")
     for endpoint in endpoints.values() if isinstance(endpoints, dict) else ():
         gpus = _at(endpoint, "gpus")
@@ -245,7 +244,7 @@ def _load(
     return _Load(figures=figures, **rest) if ttft or itl else None
 
 
-def _at(value: Json, *keys: str) -> Json:
+def _at(value: JsonValue, *keys: str) -> JsonValue:
     for key in keys:
         if not isinstance(value, dict):
             return None
@@ -253,12 +252,12 @@ def _at(value: Json, *keys: str) -> Json:
     return value
 
 
-def _number(value: Json) -> float | None:
+def _number(value: JsonValue) -> float | None:
     """Return a number that can be a figure; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if 0 <= value < 1e12 and math.isfinite(value) else None
 
 
-def _text(value: Json) -> str:
+def _text(value: JsonValue) -> str:
     return value[:_SHORT] if isinstance(value, str) else ""

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from weightsmith.core import time_limits
 from weightsmith.core.apart import on_a_main_thread
@@ -25,6 +25,8 @@ from weightsmith.evaluating.tool_calls import (
 )
 from weightsmith.recipe.schema import Scoring
 
+_Asked: TypeAlias = tuple[str, Sequence[str], str, str]
+"""What `judge` is given, in its order."""
 METRICS: tuple[str, ...] = get_args(Scoring.model_fields["metric"].annotation)
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
 _NUMBER = re.compile(
@@ -224,11 +226,11 @@ def score_answers(
             **_read(facts, item),
         }
         rows.append(row)
-    asked: JsonValue = [
+    asked: list[_Asked | None] = [
         # An expected "no call", or a pattern, may fit what is no answer at all.
         None
         if "error" in row
-        else [metric, list(item.expected), str(row["answer"]), item.tolerance or tolerance]
+        else (metric, list(item.expected), str(row["answer"]), item.tolerance or tolerance)
         for item, row in zip(items, rows, strict=True)
     ]
     for item, row, (ok, took) in zip(items, rows, on_a_main_thread(_verdicts, asked), strict=True):
@@ -240,9 +242,9 @@ def score_answers(
     return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
 
 
-def _verdicts(asked: Json) -> JsonValue:
+def _verdicts(asked: Sequence[_Asked | None]) -> list[tuple[bool, float]]:
     """Return whether each answer is right; and the CPU seconds it was given, if they did not do."""
-    found: list[JsonValue] = []
+    found: list[tuple[bool, float]] = []
     left = time_limits.FOREIGN_SECONDS
     if any(one is not None and one[0] == "json-schema" for one in asked):
         _check_schema("{}", "")  # which imports its library, in nobody's time
@@ -250,10 +252,10 @@ def _verdicts(asked: Json) -> JsonValue:
         seconds = max(SECONDS_EACH, min(left, time_limits.FOREIGN_SECONDS / 4))
         try:
             with cpu_limit(seconds):  # patterns and schemas may take forever
-                found.append([one is not None and judge(*one), 0])
+                found.append((one is not None and judge(*one), 0))
         except TooLong:
             left -= seconds
-            found.append([False, seconds])
+            found.append((False, seconds))
     return found
 
 

@@ -16,7 +16,7 @@ from weightsmith.core.apart import on_a_main_thread
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 from weightsmith.models.safetensors import read_header
 
 _PLAIN = re.compile(r"[\w.]*")
@@ -35,10 +35,10 @@ def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
     Raises InputRefused for slow and invalid patterns.
     """
     if any(_patterns(read_json(root / "adapter_config.json"))):
-        on_a_main_thread(_matched, [str(root), list(modules)])
+        on_a_main_thread(_matched, (str(root), list(modules)))
 
 
-def _matched(given: Json) -> None:
+def _matched(given: tuple[str, list[str]]) -> None:
     root, names = given
     path, at = Path(root) / "adapter_config.json", ""
     patterns = list(_patterns(read_json(path)))

@@ -347,7 +347,7 @@ class Gcs:
         )
 
 
-def _sha256(text: Json) -> Digest | None:
+def _sha256(text: object) -> Digest | None:
     """Return a digest from base64, None for anything else."""
     with suppress(ValueError):
         return Digest(f"sha256:{base64.b64decode(str(text or ''), validate=True).hex()}")

@@ -14,7 +14,7 @@ from itertools import chain
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import HubCommit
 from weightsmith.core.safe_parse import parse, parse_yaml
-from weightsmith.core.values import Digest, Json
+from weightsmith.core.values import Digest, JsonValue
 from weightsmith.evaluating.build_record import FILE as RECORD
 from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.provenance import signing
@@ -182,7 +182,7 @@ def _datasets(record: BuildRecord) -> Iterator[Named]:
                 yield known_as(f"{key} of {stage}", "", given[key])
 
 
-def _front(text: str) -> Mapping[str, Json]:
+def _front(text: str) -> Mapping[str, JsonValue]:
     """Return a card's metadata; nothing of one that has none."""
     found = _FRONT.match(text)
     try:
@@ -192,7 +192,7 @@ def _front(text: str) -> Mapping[str, Json]:
     return front if isinstance(front, dict) else {}
 
 
-def _named(kind: str, front: Mapping[str, Json], text: str) -> Iterator[Named]:
+def _named(kind: str, front: Mapping[str, JsonValue], text: str) -> Iterator[Named]:
     """Yield what a card names of one kind.
 
     The hub's `base_model` does not tell bases from adapters, so each may be either.

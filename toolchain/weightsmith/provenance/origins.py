@@ -14,7 +14,7 @@ from itertools import zip_longest
 from urllib.parse import unquote
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 from weightsmith.provenance.labels import (
     BASE_DIGEST,
     BASE_NAME,
@@ -98,7 +98,7 @@ def origins(
     kind: str,
     labels: Mapping[str, str],
     stated: Sequence[Statement],
-    bills: Iterable[Json] = (),
+    bills: Iterable[JsonValue] = (),
     own: Statement | None = None,
 ) -> Iterator[Named]:
     """Yield what an image was made from of one kind.
@@ -198,7 +198,7 @@ def _runs(labels: Mapping[str, str], stated: Sequence[Statement]) -> Iterator[Na
                 )
 
 
-def _licensed(bill: Json) -> Iterator[Named]:
+def _licensed(bill: JsonValue) -> Iterator[Named]:
     for one in _components(bill):
         stated = _rows(one.get("licenses"))
         inner = [row.get("license") for row in stated]
@@ -211,7 +211,7 @@ def _licensed(bill: Json) -> Iterator[Named]:
             yield Named(role=str(one.get("name", "")), names=frozenset(names))
 
 
-def _packages(bill: Json) -> Iterator[Named]:
+def _packages(bill: JsonValue) -> Iterator[Named]:
     for one in _components(bill):
         name, version = str(one.get("name", "")), one.get("version") or one.get("versionInfo") or ""
         found = {name}
@@ -225,11 +225,11 @@ def _packages(bill: Json) -> Iterator[Named]:
             yield Named(role=name, names=frozenset(found), version=str(version))
 
 
-def _components(bill: Json) -> Iterator[Mapping[str, Json]]:
+def _components(bill: JsonValue) -> Iterator[Mapping[str, JsonValue]]:
     """Yield every component of a CycloneDX or SPDX document, with a model's ancestors."""
     if not isinstance(bill, dict):
         return
-    meta, pending = bill.get("metadata"), list[Json]()
+    meta, pending = bill.get("metadata"), list[JsonValue]()
     pending += [meta.get("component")] if isinstance(meta, dict) else []
     pending += [*_rows(bill.get("components")), *_rows(bill.get("packages"))]
     while pending:
@@ -242,12 +242,12 @@ def _components(bill: Json) -> Iterator[Mapping[str, Json]]:
         pending += [*_rows(one.get("components")), *_rows(inner)]
 
 
-def _recipe(one: Statement) -> Mapping[str, Json]:
+def _recipe(one: Statement) -> Mapping[str, JsonValue]:
     found = one.parameters.get("recipe")
     return found if isinstance(found, dict) else {}
 
 
-def _rows(value: JsonValue) -> list[Mapping[str, Json]]:
+def _rows(value: JsonValue) -> list[Mapping[str, JsonValue]]:
     """Return the objects of a list; a single object is a list of itself."""
     rows = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
     return [row for row in rows if isinstance(row, dict)]

@@ -14,10 +14,10 @@ request 34809) is not released.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.json_objects import JsonObject
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.templates import has_tools, writes_thoughts
 from weightsmith.serving.engine import ServeOptions
@@ -140,21 +140,32 @@ class ParserChoice:
     """Whether it is not chosen yet: the build asks the engine's own code."""
 
 
-def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBack(JsonObject):
+    """How an engine's own parsers read what a chat template writes: whole, streamed, or both."""
+
+    read: Mapping[str, Mapping[str, tuple[str, ...]]]
+    """The calls, by parser and chat."""
+    thoughts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The thoughts, by parser."""
+    skipped: Mapping[str, str]
+    """By chat, why it was not tried."""
+
+
+def choice_of(found: ReadBack, first: Sequence[str]) -> ParserChoice:
     """Return the choice by what each parser read back of what the chat template writes.
 
-    `found` is a job's result (`read`, by parser and chat how it was read, and `skipped`), `first`
-    are the parsers of the table, best first. One that reads all comes before one that fails in a
-    stream. Parsers that read alike are equal for the user: the table's, else the first by name. A
-    chat that none reads tells nothing of them, as where the template loses the second call, or the
-    parser of thoughts does not fit.
+    `first` are the parsers of the table, best first. One that reads all comes before one that fails
+    in a stream. Parsers that read alike are equal for the user: the table's, else the first by
+    name. A chat that none reads tells nothing of them, as where the template loses the second call,
+    or the parser of thoughts does not fit.
     """
-    read: Mapping[str, Mapping[str, Sequence[str]]] = found["read"]
+    read = found.read
     rendered = sorted({chat for chats in read.values() for chat in chats})
     tried = [c for c in rendered if any("whole" in chats[c] for chats in read.values())]
     lost = [chat for chat in rendered if chat not in tried]
     if all(chat == NO_CALL for chat in rendered):
-        why = "; ".join(sorted({str(one) for one in found["skipped"].values()}))
+        why = "; ".join(sorted(set(found.skipped.values())))
         table = f"; {first[0]} is taken" if first else ""
         return ParserChoice(note=f"tool calls: nothing could be read back: {why}{table}")
     whole = [one for one, chats in read.items() if all("whole" in chats[c] for c in tried)]
@@ -183,10 +194,10 @@ def choice_of(found: Mapping[str, Json], first: Sequence[str]) -> ParserChoice:
     )
 
 
-def choice_of_thoughts(found: Mapping[str, Json]) -> ParserChoice:
+def choice_of_thoughts(found: ReadBack) -> ParserChoice:
     """Return the same for thoughts, whose form the table does not know."""
-    read: Mapping[str, Sequence[str]] = found.get("thoughts", {})
-    if why := found["skipped"].get("thoughts"):
+    read = found.thoughts
+    if why := found.skipped.get("thoughts"):
         return ParserChoice(note=f"thoughts: nothing could be read back: {why}")
     whole = sorted(one for one in read if "whole" in read[one])
     streams = [one for one in whole if "streamed" in read[one]]

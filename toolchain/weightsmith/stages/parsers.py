@@ -21,7 +21,6 @@ from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
     Checkpoint,
     Digest,
-    Json,
     JsonValue,
     StageInputs,
     Tree,
@@ -37,6 +36,7 @@ from weightsmith.serving.parsers import (
     CALL_AFTER_THOUGHTS,
     NO_CALL,
     ParserChoice,
+    ReadBack,
     choice_of,
     choice_of_thoughts,
     fitting,
@@ -269,7 +269,8 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         found: Mapping[str, JsonValue] = tools.runner.run(job, tools.progress)
         return dict(found)
 
-    def _chosen(self, model: ModelFacts, found: Json) -> ParserChoice:
+    def _chosen(self, model: ModelFacts, read: JsonValue) -> ParserChoice:
+        found = ReadBack.from_json(read)
         calls, thoughts = ParserChoice(), ParserChoice()
         if self._of_calls(model):
             calls = choice_of(found, fitting(model, self.of.target.engine.name))

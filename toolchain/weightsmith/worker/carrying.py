@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.jobs import AskedModel, AskedTask, Input, ProofJob, ReferenceJob
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 
 if TYPE_CHECKING:
     from weightsmith.merging.reference import Answered
@@ -134,13 +134,12 @@ class Carrying:
             numbers.append(sorted(first) if left * _WORTH >= len(chats) else [*range(len(chats))])
         self._answer(numbers)
 
-    def ask_rest(self, validation: Mapping[str, Any]) -> Mapping[str, list[Row]]:
+    def ask_rest(self, largest: float | None) -> Mapping[str, list[Row]]:
         """Ask what the bound does not decide; return all rows by key, carried ones with a mark.
 
-        Without a bound, all are asked.
+        `largest` is the difference of logits that validation measured; without one, all are asked.
         """
-        largest = validation["max_abs_logit_diff"]
-        bound = float("inf") if largest is None else 2 * _ROOM * float(largest)
+        bound = float("inf") if largest is None else 2 * _ROOM * largest
         while any(left := [self._left(n, bound) for n in range(len(self._pairs))]):
             self._answer(left)
         mark: Row = {"carried": round(bound, 4)}
@@ -188,7 +187,7 @@ def _with_tasks(job: ReferenceJob, tasks: Sequence[Sequence[AskedTask]]) -> Refe
     return replace(job, walks=tuple(walks))
 
 
-def _margins(row: Mapping[str, Json]) -> list[float]:
+def _margins(row: Row) -> list[float]:
     return [float(margin) for margin in str(row["margins"]).split()]
 
 

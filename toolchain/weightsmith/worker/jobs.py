@@ -358,7 +358,8 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, JsonValue]:
         validation = _validate(job.validation, report, texts)
     if answers and validation["passed"]:
         with asking():
-            answers.update(carrying.ask_rest(validation))
+            largest = validation["max_abs_logit_diff"]
+            answers.update(carrying.ask_rest(largest if isinstance(largest, float) else None))
     AnswerCheckpoint(job.output).forget()
     (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
     return {"validation": validation, "answers": answers, "seconds": seconds}

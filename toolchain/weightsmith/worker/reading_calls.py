@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import ReadCallsJob, Row
@@ -21,6 +21,7 @@ from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import JsonValue
 from weightsmith.worker.wire import Report
 
+_Delta = TypeVar("_Delta")
 _ASKED = {"role": "user", "content": "?"}
 
 
@@ -197,7 +198,7 @@ class _Reader:
                     given[call.index] = given.get(call.index, "") + function.arguments
         return [[names[number], parse(given.get(number) or "{}")] for number in sorted(names)]
 
-    def _pieces(self, text: str, reads: Callable[..., Any], *others: Any) -> Iterator[Any]:
+    def _pieces(self, text: str, reads: Callable[..., _Delta], *others: object) -> Iterator[_Delta]:
         """Yield what a parser makes of each token of an answer."""
         before, seen, new = "", list[int](), list[int]()
         for one in self.tokenizer.encode(text, add_special_tokens=False):
