@@ -31,7 +31,9 @@ _LAYER = re.compile(
 )
 Layers = tuple[tuple[int, int], ...]
 """PEFT's `layer_replication`: consecutive ranges of layers, end excluded."""
-STALE = frozenset({"quant_config.json", "quantize_config.json", "quant_log.csv"})
+STALE = frozenset(
+    {"hf_quant_config.json", "quant_config.json", "quantize_config.json", "quant_log.csv"}
+)
 """Files of quantized checkpoints that do not apply to plain weights."""
 _IN_LAYER = re.compile(r"(?:.*\.)?\d+\..+\.weight")
 _NOT_LINEAR = ("embed", "wte", "wpe", "relative_attention_bias", "norm", "shared")

@@ -130,6 +130,27 @@ def pack(codes: np.ndarray, width: int) -> torch.Tensor:
     return torch.from_numpy(np.array(rows, np.uint32).view(np.int32))
 
 
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+MODELOPT = {
+    "m.weight": torch.tensor([[0x21, 0x9F] + [0] * 14] * 2).byte(),
+    "m.weight_scale": torch.tensor([[2.0, 1.0]] * 2).to(torch.float8_e4m3fn),
+    "m.weight_scale_2": torch.tensor(0.5),
+    "m.input_scale": torch.tensor(3.0),
+}
+
+
+def without(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {one: tensor for one, tensor in tensors.items() if one != name}
+
+
+@pytest.mark.parametrize("told", [NVFP4, {}])
+def test_nvfp4_of_modelopt(told: Mapping[str, Any], decode_file: Decode) -> None:
+    """Also where only hf_quant_config.json says so, as its older versions wrote it."""
+    layout, decoded = decode_file(MODELOPT, told)
+    assert decoded["m.weight"][0, :5].astype(float).tolist() == [0.5, 1, -6, -0.5, 0]
+    assert layout.dropped == {"m.input_scale"}
+
+
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("act_order", [False, True])
@@ -313,6 +334,11 @@ FP8 = torch.zeros(40, 2).to(torch.float8_e4m3fn)
             {"quant_method": "mxfp4"},
             r"m\.weight .* 255",
         ),
+        ({}, {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "ModelOpt's 'W4A16_AWQ'"),
+        (MODELOPT | {"m.pre_quant_scale": torch.ones(32)}, NVFP4, "m has a pre_quant_scale"),
+        (MODELOPT | {"m.weight_scale": torch.ones(2, 4)}, NVFP4, "unsupported packed dtype"),
+        (without(MODELOPT, "m.weight_scale"), NVFP4, "m.weight_scale is missing"),
+        (without(MODELOPT, "m.weight_scale_2"), NVFP4, "is not part of a known modelopt"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(

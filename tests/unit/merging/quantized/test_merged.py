@@ -59,9 +59,38 @@ def fp8(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     )
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def modelopt_fp8(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    scale = weight.float().abs().max() / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    more = {f"{name}_scale": scale, name.replace("weight", "input_scale"): torch.tensor(0.5)}
+    return {name: codes, **more}, (codes.float() * scale).to(torch.bfloat16)
+
+
+def modelopt_nvfp4(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Codes and scales by the definition: two codes a byte, low one first; scales multiplied."""
+    groups = weight.float().unflatten(1, (-1, 16))
+    second = weight.float().abs().max() / (6 * 448)
+    scale = (groups.abs().amax(2) / 6 / second).to(torch.float8_e4m3fn)
+    spread = (scale.float() * second)[..., None]
+    codes = (groups.abs() / spread).unsqueeze(-1).sub(E2M1).abs().argmin(-1)
+    signed = (codes + 8 * (groups < 0)).flatten(1).to(torch.uint8)
+    decoded = (E2M1[codes] * torch.where(groups < 0, -1, 1) * spread).flatten(1)
+    return {
+        name: signed[:, ::2] | signed[:, 1::2] << 4,
+        f"{name}_scale": scale,
+        f"{name}_scale_2": second,
+        name.replace("weight", "input_scale"): torch.tensor(0.5),
+    }, decoded.to(torch.bfloat16)
+
+
 METHODS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     "bitsandbytes": (bnb, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [16, 16]}),
+    "modelopt FP8": (modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "modelopt NVFP4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
 }
 
 
@@ -86,7 +115,8 @@ def quantized(plain: Path, folder: Path, method: str) -> tuple[Path, Path]:
         save_file(tensors, folder / kind / "model.safetensors", {"format": "pt"})
     config = folder / "quantized" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": told}))
-    (folder / "quantized" / "quantize_config.json").write_text("{}")
+    for stale in ("quantize_config.json", "hf_quant_config.json"):
+        (folder / "quantized" / stale).write_text("{}")
     return folder / "quantized", folder / "decoded"
 
 
@@ -107,9 +137,9 @@ def test_dequantize_merges_onto_what_the_codes_stand_for(
         assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
-    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    assert not list((tmp_path / "out").glob("*quant*"))
     assert result["quantized_base"]["choice"] == "dequantize"
-    assert result["quantized_base"]["method"] == method
+    assert result["quantized_base"]["method"] == method.partition(" ")[0]
     assert result["quantized_base"]["tensors"] == 14
     assert result["tensors"] == {"merged": 4, "copied": len(wanted) - 4, "replaced": 0}
     assert any("dequantized" in finding for finding in result["findings"])

@@ -206,7 +206,15 @@ def _e2m1(codes: np.ndarray) -> np.ndarray:
 
 
 def _nvfp4(weight: Packed, parts: Parts) -> np.ndarray:
-    scale = parts["scale"].astype(F32) / parts["global_scale"].astype(F32)
+    return _in_groups(weight, parts, parts["scale"].astype(F32) / parts["global_scale"].astype(F32))
+
+
+def _modelopt_nvfp4(weight: Packed, parts: Parts) -> np.ndarray:
+    """Dequantize as ModelOpt's NVFP4QTensor.dequantize, which multiplies by the second scale."""
+    return _in_groups(weight, parts, parts["scale"].astype(F32) * parts["scale_2"].astype(F32))
+
+
+def _in_groups(weight: Packed, parts: Parts, scale: np.ndarray) -> np.ndarray:
     if scale.shape[-1] * _NVFP4_GROUP != weight.shape[-1]:
         raise ValueError("expected one scale per 16 columns")
     values = _e2m1(parts["weight"])
@@ -253,6 +261,7 @@ DECODERS: dict[str, Callable[[Packed, Parts], np.ndarray]] = {
     "ct-packed": _ct_packed,
     "scaled": _scaled,
     "nvfp4": _nvfp4,
+    "modelopt-nvfp4": _modelopt_nvfp4,
     "ct-mxfp4": _ct_mxfp4,
     "mxfp4": _mxfp4,
 }

@@ -155,6 +155,26 @@ def _scaled(
     )
 
 
+def _modelopt(stored: _Stored) -> Iterator[Packed]:
+    """Find ModelOpt's weights: export/quant_utils.py to_quantized_weight in its version 0.47."""
+    algorithm = stored.settings.get("quant_algo", "FP8")  # without one, tensors say which it is
+    if algorithm not in ("FP8", "NVFP4"):
+        raise _undecodable(f"ModelOpt's {algorithm!r} is not supported, only FP8 and NVFP4")
+    if modules := stored.modules(".pre_quant_scale"):
+        raise _undecodable(f"{modules[0]} has a pre_quant_scale, which moves scales to its inputs")
+    for module in stored.modules(".weight_scale_2"):
+        names = {"weight": "weight", "scale": "weight_scale", "scale_2": "weight_scale_2"}
+        parts = {part: stored.part(f"{module}.{name}") for part, name in names.items()}
+        weight = parts["weight"]
+        if weight.dtype != "U8" or parts["scale"].dtype != "F8_E4M3":
+            raise _undecodable(f"{weight.name} has the unsupported packed dtype {weight.dtype}")
+        shape = (*weight.shape[:-1], weight.shape[-1] * 2)
+        yield stored.packed(weight.name, "modelopt-nvfp4", shape, parts)
+    for name, info in stored.tensors.items():
+        if name.endswith(".weight") and info.dtype in FLOAT8:
+            yield _scaled(name, info, stored)
+
+
 def _mxfp4(stored: _Stored) -> Iterator[Packed]:
     for name in stored.modules("_blocks"):
         weight, scale = stored.tensors[f"{name}_blocks"], stored.part(f"{name}_scales")
@@ -294,6 +314,8 @@ def quantization_of(config: Mapping[str, JsonValue], tensors: Tensors) -> str:
             return "gptq or awq"
         if name.endswith(".weight_packed"):
             return "compressed-tensors"
+        if name.endswith(".weight_scale_2"):  # what ModelOpt wrote beside hf_quant_config.json
+            return "modelopt"
         if info.dtype in FLOAT8:
             return "fp8"
     return ""
@@ -337,5 +359,6 @@ _FINDERS: dict[str, Callable[[_Stored], Iterator[Packed]]] = {
     "compressed-tensors": _compressed,
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
+    "modelopt": _modelopt,
     "mxfp4": _mxfp4,
 }
