@@ -174,7 +174,9 @@ _FOUR_OVER_SIX = replace(
 """Four over Six (arXiv 2512.02010): codes have no value between 4 and 6, so that a group whose
 largest weight is mapped to 4 may lose less. Read as the other. The scale of the matrix is not made
 smaller for it, as there and in ModelOpt: its largest groups can then only be mapped to 6, which
-made no difference in the error of SmolLM2's matrices."""
+made no difference in the error of SmolLM2's matrices. llm-compressor 0.14 calls a search over 112
+ranges by that name. The matrices lose 0.094 as NVFP4, 0.086 so, and 0.079 by that search; the
+divergence on 800 tokens is the same, so this is not the default."""
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {one.format.name: one for one in (*_SCHEMES, _FOUR_OVER_SIX)}
 )
