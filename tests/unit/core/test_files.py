@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from weightsmith.core import files
 from weightsmith.core.files import marked, write_folder, write_whole
 
 
@@ -82,3 +84,23 @@ def test_the_mark_of_a_killed_program_goes_with_the_next_one(tmp_path: Path) -> 
     with marked(tmp_path) as name:
         assert [path.name for path in tmp_path.iterdir()] == [name]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_file_system_is_synced_only_where_that_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel tells nothing of lost writes, or the file system is another, it says no."""
+    told = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        if told in {"tmpfs", "ext2/ext3"}:
+            assert files.sync_all(handle) == (told != "tmpfs")
+        monkeypatch.setattr(files, "_SYNCED_WHOLE", frozenset[str]())
+        assert not files.sync_all(handle)
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="5.4.0-generic"))
+        assert not files.sync_all(handle)
+    finally:
+        os.close(handle)

@@ -65,6 +65,56 @@ def test_all_of_a_result_is_on_the_disk_before_it_has_its_name(
     assert events[at + 1 :] == [("sync", final.parent)]
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_many_files_are_on_the_disk_at_once_or_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    """A disk is waited for at each sync; the handle is older than what is written."""
+    names, synced, whole = [f"{n:03}" for n in range(300)], set[str](), list[int]()
+    store = FileStore(tmp_path)
+
+    def make(folder: Path) -> dict[str, str]:
+        for name in names:
+            (folder / name).write_text(name)
+        return {}
+
+    def sync_whole(handle: int) -> bool:
+        data = Path(f"/proc/self/fd/{handle}").readlink()
+        assert sorted(path.name for path in data.iterdir()) == names
+        whole.append(handle)
+        return can
+
+    def sync(handle: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{handle}").readlink().name)
+
+    monkeypatch.setattr(stores, "sync_all", sync_whole)
+    monkeypatch.setattr(os, "fsync", sync)
+    files = store.produce(KEY, {}, make).tree.files
+
+    assert [file.path for file in files] == names
+    assert files[7].digest == Digest.of(b"007")
+    assert len(whole) == 1
+    assert ({*names, "data"} & synced) == (set() if can else {*names, "data"})
+
+
+def test_what_the_system_could_not_write_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(folder: Path) -> dict[str, str]:
+        for number in range(300):
+            (folder / str(number)).touch()
+        return {}
+
+    def fails(handle: int) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(stores, "sync_all", fails)
+    store = FileStore(tmp_path)
+    with pytest.raises((OSError, EnvironmentFailure)):
+        store.produce(KEY, {}, make)
+    assert store.find(KEY) is None
+
+
 def test_a_digest_is_remembered_of_a_file_that_nobody_changed_since(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

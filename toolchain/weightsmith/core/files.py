@@ -28,6 +28,8 @@ _OURS = re.compile(r"\.weightsmith-[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FORGOTTEN = 7 * 86400
 """Seconds after which another machine's unfinished work counts as left over."""
+_SYNCED_WHOLE = frozenset({"btrfs", "ext4", "overlay", "xfs"})
+"""File systems of which syncfs waits for the disk; not so of most in user space."""
 
 
 def write_whole(path: Path, data: bytes, *, lasting: bool = True) -> None:
@@ -213,6 +215,39 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(folder: int) -> bool:
+    """Make everything in an open folder's file system durable; False where that is not certain.
+
+    Raises OSError if anything of it was not written since the folder was opened (`man 2 syncfs`,
+    which tells that since Linux 5.8).
+    """
+    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if not version or (int(version[1]), int(version[2])) < (5, 8):
+        return False
+    if _file_system(folder) not in _SYNCED_WHOLE:
+        return False
+    try:
+        sync = ctypes.CDLL(None, use_errno=True).syncfs
+    except AttributeError:  # another C library
+        return False
+    if sync(folder):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return True
+
+
+def _file_system(handle: int) -> str:
+    """Return the type of the file system that a file lies in, or nothing if that is not told."""
+    device = os.fstat(handle).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            mount, _, source = line.partition(b" - ")
+            if mount.split()[2:3] == [wanted.encode()] and source:
+                return source.split()[0].decode(errors="replace")
+    return ""
 
 
 def _claim(folder: Path) -> tuple[int, Path]:

@@ -83,6 +83,19 @@ def test_weights_and_settings_stay_and_the_base_goes(scene: Scene, order: str) -
     assert after.labels["dev.weightsmith.rebased.from"] == before.digest
 
 
+def test_what_is_no_image_is_told_before_the_registry_is_asked(scene: Scene) -> None:
+    request = RebaseCommand(
+        source=f"oci:{scene.folder}",
+        onto=scene.base,
+        to="localhost:1/a:1",
+        smoke=False,
+        force=False,
+    )
+    with pytest.raises(InputRefused, match="OCI") as error:
+        rebase_image(request, memory_tools(scene.folder, registry=scene.client, key=scene.key))
+    assert str(scene.folder) in str(error.value)
+
+
 def test_provenance_stays_with_a_new_link(scene: Scene) -> None:
     scene.rebase(scene.name, scene.engine("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}))
     second = f"{scene.fake.host}/team/app:2"

@@ -54,7 +54,7 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Diges
     Rebases every platform of an index; returns also the digest before. Raises InputRefused if base
     and image are incompatible, CheckFailed if the new image does not start.
     """
-    tools.registry.check_push(Reference.parse(request.to))
+    target = Reference.parse(request.to)
     timer = Timer("rebase", f"{request.source} onto {request.onto}", tools)
     origin = open_location(request.source, tools.registry)
     index = origin.index()
@@ -72,6 +72,7 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Diges
                 f" {old.platform}",
                 hint="its index is wrong: name the image by its digest",
             )
+    tools.registry.check_push(target)
     moved, attachments = list[Image](), list[Evidence]()
     for old in olds:
         roles, engine = roles_of(old, request.source), old.labels.get(ENGINE_LABEL, "")
