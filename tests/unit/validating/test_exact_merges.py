@@ -207,8 +207,8 @@ def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None:
-    """Mamba's `dt_proj`: its LoRA acts nowhere in PEFT's forward, and in the merge it does."""
+def test_a_layer_that_is_read_and_not_called_keeps_the_bases_weight(tmp_path: Path) -> None:
+    """Mamba's `dt_proj`: its LoRA has no effect in PEFT's forward, so it must have none merged."""
     base = make_model(tmp_path / "base", "jamba")
     lora = make_adapter(tmp_path / "lora", base, init_lora_weights=False)
     out = merged(tmp_path / "out", base, lora)
@@ -216,8 +216,9 @@ def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None
     result = passed(base, out, lora)
 
     assert "reads model.layers.0.mamba.dt_proj.weight" in tell(result)
-    wrong = merged(tmp_path / "wrong", base, lora, weights=(0.5,))
-    assert not held(base, wrong, lora).passed
+    wrong = held(base, merged_by_peft(tmp_path / "wrong", base, lora), lora)
+    assert not wrong.passed
+    assert "mamba.dt_proj.weight" in next(f.tensor for f in wrong.findings if f.severity == "error")
 
 
 def test_what_is_not_the_merge_is_reported(tmp_path: Path, plain: tuple[Path, Path, Path]) -> None:

@@ -29,6 +29,7 @@ from weightsmith.merging.names import (
     split_names,
 )
 from weightsmith.merging.tying import is_embedding, is_head
+from weightsmith.merging.uncalled import uncalled
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
 from weightsmith.models.predicting import predicting
 from weightsmith.models.safetensors import open_checkpoint
@@ -116,13 +117,13 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     stacked = not any(is_one_of_stack(claim.module) for claim in claims)
     # A class with a head of its own may lack the base's: BERT's for tokens has no pooler.
     headed = view.config.raw.get("task_type") in TASKS
-    left_out = _left_out(view, have)
+    left_out, idle = _left_out(view, have), uncalled(view.base_config)
     missing = []
     for name, source in view.sources.items():
         module = put + as_model(name).removeprefix(cut).removesuffix(".weight")
         matrix = name.endswith(".weight") and len(source.shape) == 2
         matrix = matrix and not (stacked and is_one_of_stack(module))
-        matrix = matrix and not (headed and not _IN_LAYER.search(module))
+        matrix = matrix and not (headed and not _IN_LAYER.search(module)) and not idle(module)
         if matrix and name not in have and view.config.targets(module) and not left_out(name):
             missing.append(module)
     if missing:
@@ -207,21 +208,28 @@ def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
     """
     wrapped = _wrapped(view)
     left = sorted(raw for raw in wrapped if not _is_targeted(view, raw))
-    if not left:
-        return view, ()
+    idle = uncalled(view.base_config)
+    without_effect = sorted(raw for raw in wrapped.keys() - left if idle(plain_module(raw)))
     dropped = {key for raw in left for key in wrapped[raw]}
-    text = (
+    texts = [
         f"{len(dropped)} tensors are left out, as PEFT leaves them out: adapter_config.json does "
         f"not target their modules ({', '.join(_settings(view))}), such as "
         + ", ".join(map(plain_module, left[:SHOWN]))
-    )
-    kept = {key: info for key, info in view.keys.items() if key not in dropped}
+    ] * bool(left)
+    # A tensor that takes the weight's place is read.
+    read = {key for raw in without_effect for key in wrapped[raw] if not _is_replacement(key)}
+    texts += [
+        f"{len(read)} tensors are left out, because PEFT's forward pass does not use them: the "
+        "model's code reads these layers' weights without calling the layers, such as "
+        + ", ".join(map(plain_module, without_effect[:SHOWN]))
+    ] * bool(read)
+    kept = {key: info for key, info in view.keys.items() if key not in dropped | read}
     if not kept:
         raise InputRefused(
-            f"{view.path} changes nothing: {text}",
+            f"{view.path} changes nothing: {'; '.join(texts)}",
             hint="correct adapter_config.json if they were trained; export the adapter again",
         )
-    return replace(view, keys=kept), (f"{view.path.name}: {text}",)
+    return replace(view, keys=kept), tuple(f"{view.path.name}: {text}" for text in texts)
 
 
 def require_all_targeted(base: Path, adapter: Path) -> None:
@@ -269,6 +277,10 @@ def _wrapped(view: AdapterView) -> dict[str, list[str]]:
         if raw:
             found.setdefault(raw, []).append(key)
     return found
+
+
+def _is_replacement(key: str) -> bool:
+    return ".base_layer." in key and key.endswith((".base_layer.weight", ".base_layer.bias"))
 
 
 def _is_targeted(view: AdapterView, module: str) -> bool:

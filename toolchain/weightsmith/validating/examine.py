@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,9 @@ from weightsmith.validating.sites import (
     stored,
     tuner_layers,
 )
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 _SAMPLES = 8
 """Tokens per layer at which PEFT's output is compared with the formula."""
@@ -72,6 +76,8 @@ class Examiner:
     """Parameter -> which adapters it contains, if the method keeps parts of the deltas."""
     unjudged: list[str] = field(default_factory=list)
     """Parameters whose rounding the twins do not cover."""
+    read: set[int] = field(default_factory=set)
+    """Ids of PEFT's layers whose weight the model's code took (`reading_weights`)."""
     bypassed: list[str] = field(default_factory=list)
     """Parameters that the model's code reads without calling their layer, bypassing PEFT."""
     _running: ExitStack = field(default_factory=ExitStack)
@@ -92,9 +98,10 @@ class Examiner:
         """Examine a site that the probes did not run through."""
         if site.seen:
             return
-        if ".experts." not in site.path:  # an expert that got no token is not bypassed
+        if id(site.layer) in self.read:
             self.bypassed += [n for part, n in site.parameters.items() if part != "bias"]
-        if stacks_of(site.layer):
+            self._compare_unchanged(site)
+        elif stacks_of(site.layer):
             compare_experts(site, self.base, self.merged, self.tallies)
         elif site.kind == "other":
             self._fill(site)
@@ -102,6 +109,16 @@ class Examiner:
             self._empty(site)
         else:
             self._blocks(site, lambda *_: None)
+
+    def _compare_unchanged(self, site: Site) -> None:
+        """Compare a layer that adapters do not change, because it is not called."""
+        inner = site.layer.get_base_layer()
+        for part, name in site.parameters.items():
+            tensor = self.merged.tensor_of(name) or name
+            tally = self.tallies.setdefault(name, TensorComparison(tensor=tensor))
+            own, found = _attribute(inner, part), rows_of(stored(self.merged, name))
+            before = rows_of(self.base.whole(name) if is_missing(own) else own.detach())
+            compare_rows(tally, 0, before, torch.zeros_like(before), found)
 
     def _leave_out_twins(
         self, site: Site, _: torch.nn.Module, args: tuple[torch.Tensor, ...]
@@ -242,6 +259,25 @@ class Examiner:
                 return torch.cat([out[:-twins], again])
         self.unjudged += list(site.parameters.values())
         return out
+
+
+@contextmanager
+def reading_weights(found: set[int]) -> Iterator[None]:
+    """Add to `found` the ids of PEFT's layers whose weight is taken from outside, in the block."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    plain = vars(BaseTunerLayer)["weight"]
+
+    def weight(layer: BaseTunerLayer) -> torch.Tensor:
+        found.add(id(layer))
+        taken: torch.Tensor = plain.fget(layer)
+        return taken
+
+    setattr(BaseTunerLayer, "weight", property(weight))  # noqa: B010 - as mypy wants it
+    try:
+        yield
+    finally:
+        setattr(BaseTunerLayer, "weight", plain)  # noqa: B010
 
 
 class _Outputs:

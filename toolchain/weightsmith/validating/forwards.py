@@ -30,7 +30,7 @@ from weightsmith.forward.products import Rows
 from weightsmith.forward.views import look_up, looks_up, reads_one_by_one, require_complete, stream
 from weightsmith.forward.walk import DoesNotRun
 from weightsmith.forward.weights import Weights, blocks_of
-from weightsmith.validating.examine import Examiner
+from weightsmith.validating.examine import Examiner, reading_weights
 from weightsmith.validating.sites import RoundedStack, Site, dtype_of, rounded_experts, sites
 
 if TYPE_CHECKING:
@@ -228,7 +228,8 @@ def reference_forward(
     inside = {id(module) for site in unmerged.sites for module in site.layer.modules()}
     watch_rounding(examiner, unmerged.model, inside, unmerged.replaced)
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
-    run = _forward(unmerged.model.get_base_model(), unmerged.model, whole, rows, advance)
+    with reading_weights(examiner.read):
+        run = _forward(unmerged.model.get_base_model(), unmerged.model, whole, rows, advance)
     tokens = sum(batch.counted)
     if not bool(torch.isfinite(run.logits[:tokens]).all()):
         raise ModelFails("the reference's logits are not finite")

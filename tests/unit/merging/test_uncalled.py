@@ -1,0 +1,116 @@
+"""Layers whose weights a model reads without calling them: PEFT's adapters have no effect there."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from weightsmith.core.errors import InputRefused
+from weightsmith.merging.uncalled import uncalled
+
+from tests.unit.merging.oracle import MakeBase, merged, run, train, unmerged
+
+MAMBA = {"state_size": 6, "time_step_rank": 5}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["x_proj", "in_proj", "dt_proj"]},
+        {"target_modules": ["x_proj", "dt_proj"], "bias": "lora_only"},
+        {"target_modules": ["x_proj"], "modules_to_save": ["dt_proj"]},
+    ],
+    ids=["factors", "trained-bias", "saved"],
+)
+def test_mamba_is_merged_as_unmerged(
+    options: dict[str, Any], bases: MakeBase, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    base = bases("mamba", **MAMBA)
+    lora = train(base, "mamba", tmp_path / "lora", LoraConfig(r=3, lora_alpha=5, **options))
+
+    report = run(base, lora, tmp_path / "out")
+
+    told = [text for text in report["findings"] if "reads these layers' weights" in text]
+    assert bool(told) == ("dt_proj" in options["target_modules"])
+    wanted, found = unmerged(base, "mamba", lora), merged(tmp_path / "out", "mamba")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_an_adapter_of_such_layers_alone_is_refused(bases: MakeBase, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    base = bases("mamba", **MAMBA)
+    lora = train(base, "mamba", tmp_path / "lora", LoraConfig(r=3, target_modules=["dt_proj"]))
+
+    with pytest.raises(InputRefused, match=r"changes nothing: 4 tensors .*mixer\.dt_proj"):
+        run(base, lora, tmp_path / "out")
+
+
+PLACES = ("", "router.", "attention.", "bbox_attention.", "tdnn.0.", "conv.", "linear_attn.")
+"""What is above such layers."""
+
+
+def read_uncalled() -> Iterator[tuple[str, str]]:
+    """Yield model type and attribute of the matrices that a class of transformers only reads."""
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        text = path.read_text("utf-8")
+        for node in ast.walk(ast.parse(text)) if "conv" in text or ".weight" in text else ():
+            if isinstance(node, ast.ClassDef):
+                yield from ((path.parent.name, name) for name in read_uncalled_by(node))
+
+
+def read_uncalled_by(kind: ast.ClassDef) -> set[str]:
+    layers: set[str] = set()
+    read: set[str] = set()
+    called: set[str] = set()
+    for method in kind.body:
+        inside = ast.walk(method) if isinstance(method, ast.FunctionDef) else ()
+        name = getattr(method, "name", "")
+        for node in inside:
+            if name == "__init__" and isinstance(node, ast.Assign):
+                made = ast.unparse(node.value)
+                if made.startswith(("nn.Linear(", "nn.Conv")):
+                    layers |= {t.attr for t in node.targets if isinstance(t, ast.Attribute)}
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self."):
+                called.add(ast.unparse(node.func).removeprefix("self."))
+            elif isinstance(node, ast.Attribute) and node.attr == "weight" and "init" not in name:
+                read.add(ast.unparse(node.value).removeprefix("self."))
+    return layers & read - called
+
+
+@pytest.mark.slow
+def test_the_layers_are_those_of_transformers() -> None:
+    found = set(read_uncalled())
+
+    assert {("mamba", "dt_proj"), ("wavlm", "q_proj"), ("longcat_flash", "classifier")} <= found
+    unknown = {
+        (kind, name)
+        for kind, name in found
+        if not any(
+            uncalled({"model_type": kind})(place)
+            for place in (
+                name,
+                *(f"a.{above}{name}" for above in PLACES),
+                f"cls.predictions.{name}",
+            )
+        )
+    }
+    assert not unknown, f"transformers {transformers.__version__}: add them to uncalled.py"
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj"),
+        ("mobilebert", "mobilebert.encoder.layer.0.output.dense"),
+        ("zamba", "model.layers.0.mamba.dt_proj"),
+        ("detr", "model.decoder.layers.0.self_attn.k_proj"),
+    ],
+)
+def test_layers_that_are_called_are_not_left_out(kind: str, module: str) -> None:
+    assert not uncalled({"model_type": kind})(module)

@@ -1,0 +1,54 @@
+"""The layers whose weights transformers reads without calling them, so that PEFT has no effect.
+
+PEFT adds its change in a layer's forward pass. Mamba multiplies by `dt_proj.weight` itself: an
+adapter on it changes nothing while it is trained or served unmerged, so a merge leaves it out.
+Tensors that take a weight's place, such as those of `modules_to_save`, are read and have effect.
+A test compares the names with transformers' code; validation finds further layers as they run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+_EVERYWHERE = r"(?:.*\.)?(?:tdnn\.\d+\.kernel|rel_embeddings|bbox_attention\.k_(?:proj|linear))"
+"""Of whatever model: speaker verification, DeBERTa, and DETR's masks."""
+_UNCALLED = {
+    r"mamba|falcon_mamba|jamba": r".*\.dt_proj",
+    r"bailing_hybrid|bamba|falcon_h1|falcon_mamba|glm5_next.*|granitemoehybrid|inkling.*|jamba"
+    r"|kimi_linear|lara_mini.*|mamba2?|nemotron_h|olmo_hybrid|qwen3_5.*|qwen3_next|zamba2?": (
+        r".*\.conv1d"
+    ),
+    r"lfm[23].*": r".*\.conv\.conv",
+    r"qwen4_exp.*": r".*\.linear_attn\.conv1d",
+    r"neomme": r"unembedding_projection",
+    r"longcat_flash": r".*\.router\.classifier",
+    r"wavlm": r".*\.attention\.(?:q|k|v|out)_proj",
+    r"mobilebert": r"cls\.predictions\.(?:dense|decoder)",
+    r"layoutlmv2": r".*\.rel_pos_(?:x_|y_)?bias",
+    r"siglip2.*|cosmos3_edge.*|glm4v.*|glm_image.*|hunyuan_vl.*|hy_v4_vl.*": (
+        r".*\.position_embedding"
+    ),
+    r"qwen2_audio.*|voxtral.*|audioflamingo3.*|moss_transcribe_diarize.*": r".*\.embed_positions",
+    r"prophetnet": r".*\.ngram_embeddings",
+}
+"""Model types -> their modules, by the names in the model (transformers 5.24, models/)."""
+
+
+def uncalled(config: Mapping[str, object]) -> Callable[[str], bool]:
+    """Return what tells by a module's name whether the model reads its weight uncalled."""
+    kinds = set(_model_types(config))
+    found = [
+        names
+        for types, names in _UNCALLED.items()
+        if any(re.fullmatch(types, kind) for kind in kinds)
+    ]
+    pattern = re.compile("|".join([_EVERYWHERE, *found]))
+    return lambda module: pattern.fullmatch(module) is not None
+
+
+def _model_types(config: Mapping[str, object]) -> Iterator[str]:
+    yield str(config.get("model_type", ""))
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield str(value.get("model_type", ""))
