@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,17 @@ OTHERS = ("embed_tokens", "embedding", "relative", "patches", "entity", "\\")
 """Parts of names of other tied weights, such as the embeddings of decoders, and patterns."""
 
 
+def test_a_model_that_sees_has_the_head_of_its_class() -> None:
+    config = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    config |= {"tie_word_embeddings": True}
+
+    tie = find_tie(config, {"model.language_model.embed_tokens.weight": None})
+
+    assert tie
+    assert tie.known
+    assert tie.head == "lm_head.weight"
+
+
 def heads_of(model: str, classes: Any) -> set[str]:
     """Return the tied heads of a model's classes."""
     names = [classes] if isinstance(classes, str) else list(classes)
@@ -178,7 +190,26 @@ def told_by_transformers() -> dict[str, tuple[str, bool]]:
             except StrictDataclassError:  # a class whose own defaults it refuses
                 continue
             assert found.setdefault(model, (head, tied)) == (head, tied), model
-    return {model: row for model, row in sorted(found.items()) if row != ("lm_head", False)}
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {
+        model: row
+        for model, row in sorted(found.items())
+        if row != ("lm_head", False) or model not in causal
+    }
+
+
+def test_the_classes_that_tie_nothing_are_those_of_transformers() -> None:
+    untied = set()
+    for task in TASKS:
+        for model, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
+            for name in [names] if isinstance(names, str) else names:
+                kind = getattr(transformers, name, None)
+                if kind and not getattr(kind, "_tied_weights_keys", None):
+                    with suppress(StrictDataclassError):
+                        config = CONFIG_MAPPING[model]()
+                        untied |= {name} if getattr(config, "tie_word_embeddings", 0) else set()
+
+    assert untied == module._NEVER_TIED
 
 
 @pytest.mark.slow
@@ -207,6 +238,16 @@ def test_the_heads_are_those_of_transformers() -> None:
             "lm_head.weight",
         ),
         ({"model_type": "llama"}, ["model.embed_tokens.weight", "lm_head.weight"], None),
+        # This class ties nothing, unlike others of its type.
+        (
+            {
+                "model_type": "bigbird_pegasus",
+                "architectures": ["BigBirdPegasusForCausalLM"],
+                "tie_word_embeddings": True,
+            },
+            ["model.decoder.embed_tokens.weight", "lm_head.weight"],
+            None,
+        ),
         (
             {"model_type": "bert-generation", "architectures": ["BertGenerationDecoder"]},
             ["bert.embeddings.word_embeddings.weight", "lm_head.bias"],

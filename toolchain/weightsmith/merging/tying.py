@@ -21,6 +21,10 @@ EMBEDDINGS = (
 )
 HEADS = ("lm_head", "embed_out", "output_layer")
 _TABLE = "tied_heads.json"
+_NEVER_TIED = frozenset(
+    {"BigBirdPegasusForCausalLM", "CpmAntForCausalLM", "Kosmos2_5ForConditionalGeneration"}
+)
+"""Classes that tie nothing (`_tied_weights_keys`), although their configuration says so."""
 _AMBIGUOUS = "output"
 """A head's name (GIT's) that other layers have, too."""
 _WITH_HEAD = (
@@ -72,7 +76,7 @@ def find_tie(
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     told = config.get("tie_word_embeddings", nested)
     tied = _default(config)[1] if told is None else bool(told)
-    if not embeddings or not with_head or not (tied or not heads):
+    if not embeddings or not with_head or not (tied or not heads) or _NEVER_TIED & {*kinds}:
         return None
     embedding = min(embeddings, key=lambda name: (name.count("."), name))
     outer = "language_model." if embedding.startswith("language_model.model.") else ""
@@ -151,8 +155,9 @@ def _default(config: Mapping[str, object]) -> tuple[str, bool]:
 
 @cache
 def _table() -> dict[str, tuple[str, bool]]:
-    """Return model type -> head and whether it is tied by default, if not `lm_head` and no.
+    """Return model type -> head and whether it is tied by default.
 
+    Those with `lm_head` and not tied are left out, but for models that see or hear, or fill gaps.
     A test compares the file with transformers, whose older configurations omit defaults.
     """
     text = resources.files(__package__).joinpath(_TABLE).read_text("utf-8")
