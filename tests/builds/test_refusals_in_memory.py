@@ -421,3 +421,11 @@ def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_
 
     assert memory.journal.of("stage")[-1] == "stage bake"
     assert memory.left() == []
+
+
+def test_limits_of_a_format_that_there_is_not_are_refused_before_any_work(memory: Memory) -> None:
+    """A typing error would leave the gate with its own limits, and nobody would know."""
+    with pytest.raises(UsageError, match=r"quality\.limits\.q4_k_n: unknown format") as caught:
+        memory.build("quality.limits={q4_k_n: {kl_mean: 0.1}}")
+    assert "q4_k_m" in caught.value.hint.partition("?")[0]
+    memory.build("quality.limits={'*': {kl_mean: 9.0}, awq: {kl_mean: 0.1}}")

@@ -27,6 +27,7 @@ from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import legacy_of, of_format
 from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import texts_of
+from weightsmith.quantizers.quality.limits import ANY_FORMAT
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.schema import ADAPTER, Recipe
 from weightsmith.serving.devices import is_cpu
@@ -73,6 +74,7 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     Warns of what the build will not show.
     """
     file, sources, tools = request.file, seen[steps.sources], seen.tools
+    _check_limits(file.recipe.quality.limits)
     check_suites(request, steps, seen)
     if not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
@@ -100,6 +102,17 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
                 require_builder(target, tools.runner)
         stored = [step for step in steps if not step.publishes]
         tools.store.require_room(disk_needed(stored, seen), "the build")
+
+
+def _check_limits(names: Iterable[str]) -> None:
+    """Raise UsageError for limits of a format that there is not: they would hold for none."""
+    for name in names:
+        if name == ANY_FORMAT:
+            continue
+        try:
+            of_format(name.removesuffix("-lora"))
+        except UsageError as error:
+            raise UsageError(f"quality.limits.{name}: {error.message}", hint=error.hint) from None
 
 
 def check_suites(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:

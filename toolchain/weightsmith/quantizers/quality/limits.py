@@ -40,7 +40,7 @@ _GROUPED = frozenset({"awq", "gptq"})
 _GROUPED_LAYER = 0.35
 """One scale per 64 or 128 weights is coarser than GGUF's per 32: 0.17 and 0.16 on the support bot,
 where q4_k_m has a layer error of 0.10, and q2_k, which fails, 0.22."""
-_ANY = "*"
+ANY_FORMAT = "*"
 _PREDICTED = 100.0
 """Perplexity up to which a model predicts a text; general text has about 20 with a good model, and
 14,800 with one that does not know it."""
@@ -68,7 +68,7 @@ def limits_for(
         merged["top1"] = 1 - (1 - merged["top1"]) * _GENERAL
     if perplexity > _PREDICTED:
         del merged["perplexity_ratio"], merged["top1"]
-    for name in (_ANY, format_.instead_of, format_.name):
+    for name in (ANY_FORMAT, format_.instead_of, format_.name):
         if name in quality.limits:
             merged |= quality.limits[name].model_dump(exclude_none=True)
     return {key: float(value) for key, value in merged.items()}
