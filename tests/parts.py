@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SECONDS = {
-    r"real/test_tool_calls.*vllm": 450,
+    r"real/test_tool_calls.*vllm": 230,
     r"real/test_tool_calls": 150,
     r"real/test_support_bot.*four_images": 300,
     r"real/test_support_bot": 50,
