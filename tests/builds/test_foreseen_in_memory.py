@@ -58,6 +58,18 @@ def test_it_says_that_its_sizes_are_worked_out_and_is_measured(memory: Memory) -
     assert {row["stage"] for row in found["stages"] if row["seconds"]} >= {"validate", "quality"}
 
 
+def test_a_tokenizer_that_llamacpp_cannot_know_is_refused_before_the_merge(memory: Memory) -> None:
+    splits = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    data = json.dumps({"model": splits, "pre_tokenizer": {"type": "Whitespace"}})
+    (memory.home / "base/tokenizer.json").write_text(data)
+
+    with pytest.raises(InputRefused, match="does not know how") as refused:
+        memory.forecast(targets=["llamacpp-q4_k_m"])
+    assert refused.value.exit_code == 3
+    assert memory.jobs() == []
+    memory.forecast(targets=["vllm"])
+
+
 def test_an_index_says_it_exactly(memory: Memory) -> None:
     without_weights(memory)
     index = {"metadata": {"total_size": 7_000_000_000}, "weight_map": {}}

@@ -1,6 +1,7 @@
 """GGUF files by llama.cpp: the commands that make them, and what is refused beforehand."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.convert import split_name
 from weightsmith.quantizers.gguf import check_input, output_file
 from weightsmith.quantizers.gguf_pass import PassSettings
+from weightsmith.quantizers.gguf_split import split_name
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 
 from tests.fakes.configs import facts
@@ -63,6 +64,29 @@ def test_vocabularies_of_ones_own_are_named_by_their_split(name, before, by_word
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
 
     assert split_name(json.loads(tokenizer.to_str())) == name
+
+
+@pytest.mark.parametrize(
+    ("count", "splits", "refused"),
+    [
+        (10, pre_tokenizers.Whitespace(), True),
+        (10, pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+        (20_000, pre_tokenizers.Whitespace(), False),  # may be one whose hash is known
+    ],
+)
+def test_a_tokenizer_that_llamacpp_cannot_know_is_refused_by_its_files(
+    tmp_path, count, splits, refused
+):
+    tokenizer = Tokenizer(BPE(vocab={str(n): n for n in range(count)}, merges=[]))
+    tokenizer.pre_tokenizer = splits
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    check = of_format("q4_k_m").check_files
+
+    with pytest.raises(InputRefused, match="does not know how") if refused else nullcontext():
+        check(tmp_path, facts(LLAMA))
+    check(tmp_path, facts({"architectures": ["RwkvForCausalLM"]}))  # has a converter of its own
+    (tmp_path / "tokenizer.model").touch()
+    check(tmp_path, facts(LLAMA))
 
 
 @pytest.mark.parametrize(

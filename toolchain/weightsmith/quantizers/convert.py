@@ -48,6 +48,7 @@ from weightsmith.models.tensors import computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_rows import is_stored, rows_of
+from weightsmith.quantizers.gguf_split import split_name, unknown_split
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,17 +57,8 @@ if TYPE_CHECKING:
 
     from weightsmith.forward.kinds import Tokenizer
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_BY_EXPRESSION = {
-    _WORDS + r"\p{N}" + _REST: "qwen2",
-    # llama-bpe also implies `ignore_merges` and a begin token; smaug-bpe only the split.
-    _WORDS + r"\p{N}{1,3}" + _REST: "smaug-bpe",
-}
-"""Regex of a Split before ByteLevel -> llama.cpp's name (src/llama-vocab.cpp)."""
 _LONGEST = 300
 """Characters of an error that are shown."""
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _MODEL, _TOKENIZER, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _UNIGRAM = "sentencepiece.bpe.model"
 """XLM-RoBERTa's, which is none of byte pairs."""
@@ -84,45 +76,6 @@ _MOST, _LONGEST_PIECE = 4_000_000, 4096
 
 class _TextModel(Protocol):
     dir_model: Path
-
-
-def split_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of a tokenizer.json's pre-tokenizer; empty without an exact match."""
-    model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
-    if model.get("type") == "WordPiece":
-        return _words_name(model, normalizer or {}, tokenizer.get("pre_tokenizer") or {})
-    odd = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or any(model.get(name) for name in odd):
-        return ""
-    if normalizer and normalizer.get("type") != "NFC":  # llama.cpp leaves NFC to its callers
-        return ""
-    whole = tokenizer.get("pre_tokenizer") or {}
-    steps = whole.get("pretokenizers", []) if whole.get("type") == "Sequence" else [whole]
-    *before, last = steps or [{}]
-    if any(last.get(key) != value for key, value in _BYTES.items()):
-        return ""
-    by_words = last.get("use_regex", True)  # GPT-2's expression
-    match before:
-        case [] if by_words:
-            return "gpt-2"
-        case [{"type": "Digits", "individual_digits": True}] if by_words:
-            return "smollm"
-        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(found)}} as split]:
-            return "" if by_words or split.get("invert") else _BY_EXPRESSION.get(found, "")
-        case _:
-            return ""
-
-
-def _words_name(
-    model: Mapping[str, Any], normalizer: Mapping[str, Any], splits: Mapping[str, Any]
-) -> str:
-    """Return the name for BERT's word pieces; the file says apart whether case and accents count.
-
-    llm_tokenizer_wpm (src/llama-vocab.cpp) splits as BERT does, whatever the name.
-    """
-    kinds = normalizer.get("type"), splits.get("type"), model.get("continuing_subword_prefix")
-    cleaned = normalizer.get("clean_text") and normalizer.get("handle_chinese_chars")
-    return "bert-bge" if kinds == ("BertNormalizer", "BertPreTokenizer", "##") and cleaned else ""
 
 
 Write = Callable[[Any], None]
@@ -262,7 +215,7 @@ def _patch(model: Path) -> None:
             path = Path(converted.dir_model) / "tokenizer.json"
             name = split_name(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
             if not name:
-                raise
+                raise unknown_split() from None
             print(f"unknown vocabulary, pre-tokenizer {name!r}", file=sys.stderr)  # noqa: T201
             return name
 

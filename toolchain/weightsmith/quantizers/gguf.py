@@ -20,6 +20,7 @@ from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_mix import budget_options, check_layers, fewest_bits
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
+from weightsmith.quantizers.gguf_split import check_tokenizer
 from weightsmith.quantizers.gguf_types import FORMATS, MIX, TENSOR_TYPES, FileType, file_type
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 
@@ -388,6 +389,7 @@ QUANTIZER = Quantizer(
     formats=FORMATS,
     recipe_number=6,
     check_input=_check_input,
+    check_files=check_tokenizer,
     options=_options,
     variants=_variants,
     # The type of the projector that a model which sees gets beside its file.

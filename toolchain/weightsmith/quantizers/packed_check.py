@@ -85,9 +85,9 @@ def check_checkpoint(
     parts = (n for n in view.tensors.names if n.endswith(PARTS) or n in codes)
     elements = sum(matrix.outputs * matrix.inputs for matrix in found.values())
     bits = sum(view.tensors.info(name).size for name in parts) * 8 / elements
-    # A scale and a zero point per group, and an index per input in GPTQ's layout.
-    layouts = [view.of(module) for module in found]
-    most = max(one.bits + (32 / one.group_size if one.group_size else 0) for one in layouts) + 1
+    # A scale and a zero point per group or row, and an index per input in GPTQ's layout.
+    layouts = [(view.of(module), matrix.inputs) for module, matrix in found.items()]
+    most = max(one.bits + 32 / (one.group_size or row) for one, row in layouts) + 1
     if bits > most or view.tensors.size >= source.size:
         raise CheckFailed(
             f"the quantized matrices have {bits:.2f} bits per weight (limit {most:.2f}); the "

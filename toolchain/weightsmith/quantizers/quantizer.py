@@ -77,6 +77,9 @@ class Quantizer:
     """Increased if the same inputs would give other bytes; part of the store's key."""
     check_input: Callable[[Format, ModelFacts], None]
     """(format, model) -> None; raises InputRefused for a model that it cannot quantize so."""
+    check_files: Callable[[Path, ModelFacts], None] = lambda _folder, _model: None
+    """(folder with the tokenizer's files, model) -> None; raises InputRefused for files that it
+    cannot read."""
     steps: Callable[[QuantizeRequest], tuple[BuilderCommand, ...]]
     """Returns the steps in order; has no side effects."""
     check: Callable[[QuantizeRequest], Options]

@@ -86,6 +86,8 @@ _PROJECTOR = 1.02
 """Room for a projector, whose size is an estimate until it is made."""
 _DRAFT = 1.02
 """Room for a draft that is not made yet; its file also has the vocabulary."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of them has a tokenizer of its own."""
 _MIXES = frozenset({MIX.name, COMPRESSED_MIX.name})
 """Formats with a budget."""
 _OF_THE_JOB = ("builder_image", "network_in_jobs")
@@ -726,8 +728,15 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
         if self.format.packed and self.format.name in formats():
             checkpoint = seen[self.checkpoint]
             model, size = checkpoint.model, checkpoint.weight_bytes
-            options = self._asked(self.format, seen[self.sources], seen.tools, model, size)
+            sources = seen[self.sources]
+            options = self._asked(self.format, sources, seen.tools, model, size)
             check_model(options, model)
+            folders = [sources.base.tree.texts]
+            if not self.of.target.format.unmerged:  # the last one's counts (merging/companions.py)
+                folders += [adapter.snapshot.tree.texts for adapter in sources.adapters]
+            own = [one for one in folders if any((one / n).is_file() for n in _TOKENIZERS)]
+            if own:
+                of_format(self.format.name).check_files(own[-1], model)
 
     def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights; raises as `quantize` does."""

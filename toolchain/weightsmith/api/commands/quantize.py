@@ -53,6 +53,7 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     options = format_options(name, format_, settings, {}, checkpoint.tree, tools)
     _refuse_ignored(asked, {*options.options, "allow_low_bits"})
     check_model(options, model)
+    quantizer.check_files(checkpoint.tree.texts, model)
     projector = out.with_name(projector_name(out.name))
     if "projector" in options.options and out.suffix == ".gguf":
         _require_new(projector)
