@@ -61,7 +61,9 @@ WORDS = {f"w{number}": number for number in range(32)}
 
 
 def tokenizer(folder: Path, words: dict[str, int]) -> None:
-    data = {"model": {"type": "BPE", "vocab": words}, "added_tokens": []}
+    splits = {"type": "ByteLevel", "add_prefix_space": False}
+    model = {"type": "BPE", "vocab": words}
+    data = {"model": model, "pre_tokenizer": splits, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(data))
 
 
