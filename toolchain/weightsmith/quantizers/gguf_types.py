@@ -166,7 +166,7 @@ _NL = 4.5
 _LARGER = {"q3_k_l": 0.5, "q3_k_m": 0.35, "iq3_m": 0.1}
 """What a mix has beyond that, since it has larger types for some matrices: q5_1 and q5_0 for
 attn_v, attn_output and ffn_down, which are a third of a layer, or for the first two."""
-_EXPERTS_ONLY = "mxfp4_moe"
+EXPERTS_ONLY = "mxfp4_moe"
 """It packs experts; everything else becomes q8_0 (llama_tensor_get_type)."""
 
 
@@ -184,7 +184,7 @@ def bits_of_rows(
     if columns % _SMALL_BLOCK:
         return 16.0
     best, best_instead = _INSTEAD["q6_k"]
-    if row.name == _EXPERTS_ONLY and not expert:
+    if row.name == EXPERTS_ONLY and not expert:
         return best_instead
     if columns % _BLOCK == 0:
         return bits
