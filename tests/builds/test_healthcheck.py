@@ -18,7 +18,8 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.core.ports import Silent
 from weightsmith.evaluating.replay import read_replay
 from weightsmith.evaluating.replay_numbers import numbers_in
-from weightsmith.evaluating.replaying import difference, heard, moved_numbers
+from weightsmith.evaluating.replaying import difference, heard, moved_numbers, replay
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.outside.toolset import make_toolset
 
 from tests.fakes.openai_server import FakeServer, servers
@@ -218,20 +219,50 @@ def test_it_follows_the_rule_that_prove_follows(probe: Probe, start: Start) -> N
     for _ in range(60):
         made, given = drawn(chance)
         made["questions"][0]["request"] |= {"temperature": 0, "max_tokens": 9}
-        question = read_replay(json.dumps(made).encode(), "the set").questions[0]
+        wanted = read_replay(json.dumps(made).encode(), "the set")
+        question = wanted.questions[0]
         found = difference(question, heard(given, chat=True), made["tolerance"])
         probe.write(made)
-        done = probe(answering(start, given).server_port)
+        server = answering(start, given)
+        done = probe(server.server_port)
 
         (row,) = probe.found["questions"]
+        with ServerSession(server.endpoint) as session:
+            verdict = replay(session, wanted, Silent()).verdict
+        assert probe.found["verdict"] == verdict, (made, given)
         if found is None:
             assert row["verdict"] == "equal", (made, given)
         else:
             assert row["verdict"] == ("different" if found.excess > 0 else "explained"), given
             assert (row["token"], row["expected"]) == (found.token + 1, found.expected)
-        assert done.returncode == (row["verdict"] == "different")
-        seen.add(row["verdict"])
-    assert seen == {"equal", "explained", "different"}
+        assert done.returncode == (verdict != "proven")
+        seen.add((row["verdict"], verdict))
+    assert seen == {
+        ("equal", "proven"), ("explained", "proven"), ("different", "different"),
+        ("equal", "not shown"), ("explained", "not shown"),
+    }  # fmt: skip
+
+
+def test_a_set_that_decides_nothing_proves_nothing(probe: Probe, start: Start) -> None:
+    """Whatever is answered, also when it is remembered; one sure token that came decides."""
+    unsure = [token(text, 0, margin=1.0) for text in TEXTS]
+    for at, one in enumerate(unsure):
+        one["end"] = len("".join(TEXTS[: at + 1]).encode())
+    made = a_set(2, tokens=unsure)
+    probe.write(made)
+    for given in (GOOD, reply("Moin", logprob=-0.4), reply("I", " am")):
+        server = answering(start, given)
+        first, second = probe(server.server_port), probe(server.server_port)
+        assert (first.returncode, second.returncode) == (NOT_SHOWN, NOT_SHOWN), first.stderr
+        assert "not shown: of no token that came was the tested image sure" in first.stderr
+        assert "was asked before" in second.stderr
+        assert len(server.asked) == 2
+        assert (probe.found["verdict"], probe.found["unanswered"]) == ("not shown", 0)
+
+    made["questions"][1]["tokens"] = [{**unsure[0], "margin": 1.1}, *unsure[1:]]
+    probe.write(made)
+    done = probe(answering(start, reply("I", " am")).server_port)
+    assert (done.returncode, probe.found["verdict"]) == (HEALTHY, "proven"), done.stderr
 
 
 def test_prompts_are_asked_and_read_as_vllm_lists_them(probe: Probe, start: Start) -> None:

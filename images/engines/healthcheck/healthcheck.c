@@ -49,6 +49,7 @@ struct results {
     char server[256];
     char *lines[MOST_QUESTIONS];
     enum verdict verdicts[MOST_QUESTIONS];
+    int parted[MOST_QUESTIONS];  // the first token that differs, if there is one
 };
 
 static struct set set;
@@ -209,7 +210,9 @@ static void recall(const char *path) {
         if (!id || !verdict || strcmp(id->text, set.questions[i].id->text) != 0) continue;
         for (enum verdict one = EQUAL; one <= DIFFERENT; one++)
             if (strcmp(verdict->text, VERDICTS[one]) == 0) {
+                const struct json *token = json_find(row, "token", JSON_NUMBER);
                 results.verdicts[i] = one;
+                results.parted[i] = token && token->number <= MOST_TOKENS ? (int)token->number - 1 : -1;
                 results.lines[i] = strndup(row->source, row->source_length);
             }
     }
@@ -221,9 +224,23 @@ static int count(enum verdict verdict) {
     return found;
 }
 
+// Whether another token in the place of one that came would have been a fault: else any model might
+// answer so.
+static int is_decided(void) {
+    for (int i = 0; i < set.count; i++) {
+        const struct question *asked = &set.questions[i];
+        if (asked->kind && results.verdicts[i] == EQUAL) return 1;
+        if (results.verdicts[i] != EQUAL && results.verdicts[i] != EXPLAINED) continue;
+        int came = results.verdicts[i] == EQUAL ? asked->count : results.parted[i];
+        for (int token = 0; token < came && token < asked->count; token++)
+            if (asked->tokens[token].margin > set.tolerance) return 1;
+    }
+    return 0;
+}
+
 static const char *verdict_now(void) {
     if (count(DIFFERENT)) return "different";
-    return count(UNANSWERED) ? "not shown" : "proven";
+    return count(UNANSWERED) || !is_decided() ? "not shown" : "proven";
 }
 
 // Writes what is known so far; half a file is never seen.
@@ -345,6 +362,7 @@ static int replay(const struct options *options, double until) {
                             set.count, asked->id->text, found.why);
         }
         results.verdicts[i] = found.verdict;
+        results.parted[i] = found.token;
         results.lines[i] = line_of(asked, &found, now() - began);
         if (found.verdict == DIFFERENT) say(asked, &found);
         keep(options->result);
@@ -353,6 +371,9 @@ static int replay(const struct options *options, double until) {
     if (count(DIFFERENT))
         return complain(NOT_SHOWN, "different: %d of %d answers are not those of the tested image%s; see %s",
                         count(DIFFERENT), set.count, again, options->result);
+    if (!is_decided())
+        return complain(NOT_SHOWN, "not shown: of no token that came was the tested image sure, so any model "
+                        "might answer so%s; see %s", again, options->result);
     fprintf(stderr, "proven: %d of %d answers are equal, %d differ where rounding may%s\n", count(EQUAL),
             set.count, count(EXPLAINED), again);
     return HEALTHY;

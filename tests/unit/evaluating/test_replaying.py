@@ -122,6 +122,26 @@ def test_a_set_that_is_sure_of_no_first_token_shows_nothing_of_a_stranger(start:
     assert (found.verdict, found.equal, len(found.explained)) == ("proven", 1, 1)
 
 
+@pytest.mark.parametrize("sure", [(), (1,), (3,)])
+@pytest.mark.parametrize("answer", [SAME, said(("I", -0.03), (" am", -0.07), content="I am")])
+def test_only_a_token_of_which_the_image_was_sure_shows_anything(
+    start: Start, answer: Any, sure: tuple[int, ...]
+) -> None:
+    """Of an answer that parts, only what came before counts."""
+    (question,) = a_set().questions
+    tokens = [
+        replace(one, margin=1.5 if n in sure else 1.0) for n, one in enumerate(question.tokens)
+    ]
+    made = replace(a_set(), questions=(replace(question, tokens=tuple(tokens)),))
+    for wanted in (made, by_text(made)):
+        found = ask(start(lambda handler, body: handler.send(200, answer)), wanted)
+        if answer is SAME:
+            assert found.verdict == ("proven" if sure else "not shown")
+        else:
+            assert found.verdict == ("different" if sure == (1,) else "not shown")
+    assert (within_limits(made) is None) == (not sure)
+
+
 @pytest.mark.parametrize(
     ("content", "token"),
     [("I am", 1), ("I'm Lantern", 2), ("I'm Lantern. And", 3), ("", 0), ("Ünique", 0)],

@@ -51,8 +51,8 @@ _ALL_DIFFER = (
     " weights that were not loaded whole"
 )
 UNSURE = (
-    "every answer parts at its first token, of which the tested image was not sure either: any"
-    " model might answer so"
+    "no answer has a token, before it parts, of which the tested image was sure: any model might"
+    " answer so"
 )
 _SOME_DIFFER = (
     "a part of the answers differs: usually another quantization under the same name, a damaged"
@@ -373,19 +373,25 @@ def _room_used(question: ReplayQuestion, said: Heard) -> Iterator[float]:
         yield abs(given.logprob - token.logprob) / token.room
 
 
+def _decides(tokens: Sequence[ReplayToken], tolerance: float) -> bool:
+    """Return whether another token in the place of one of these would be a fault."""
+    return any(token.margin > tolerance for token in tokens)
+
+
 def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Replayed:
     """Return how a server's answers compare with the set's.
 
     A server that does not answer a question shows nothing; which one and why is said. Nor do
-    answers of which no token is the set's.
+    answers without a token of which the tested image was sure.
     """
-    equal, by_tokens, tokens, began = 0, 0, 0, time.monotonic()
+    equal, by_tokens, tokens, decided, began = 0, 0, 0, False, time.monotonic()
     found, used, why = list[ReplayDifference](), list[float](), ""
     for number, question in enumerate(wanted.questions, start=1):
         try:
             if question.numbers:
                 part, parted = moved_numbers(question, numbers_once(session, question))
                 used.append(min(part, _FAR))
+                decided |= parted is None
                 equal += parted is None
                 found += [parted] if parted else []
                 progress.advance(number, len(wanted.questions), "questions")
@@ -399,6 +405,8 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
             why = f"question {question.id} is answered by a call, and the server lists no tokens"
             break
         parted = difference(question, said, wanted.tolerance)
+        came = question.tokens[: parted.token] if parted else question.tokens
+        decided |= _decides(came, wanted.tolerance)
         by_tokens += listed
         used += _room_used(question, said)
         tokens += len(said.tokens) or len(question.tokens)
@@ -407,7 +415,7 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
         progress.advance(number, len(wanted.questions), "questions")
     wrong = tuple(one for one in found if one.excess > 0)
     count = len(wanted.questions)
-    if not (why or wrong or equal or any(one.token for one in found)):
+    if not (why or wrong or decided):
         why = UNSURE
     verdict: Verdict = "different" if wrong else "not shown" if why else "proven"
     if wrong and wrong[0].numbers:
@@ -499,7 +507,8 @@ def _with_rooms(made: ReplaySet, references: Sequence[str]) -> ReplaySet:
 def within_limits(made: ReplaySet) -> ReplaySet | None:
     """Return a set without the last of its questions that its file has no room for; None if none.
 
-    The digest depends on the set, so it is small enough, or another question is left out.
+    The digest depends on the set, so it is small enough, or another question is left out. A set
+    that could prove nothing, because the model was sure of no token, is none.
     """
     kept = list(made.questions)
     while kept and (
@@ -507,4 +516,6 @@ def within_limits(made: ReplaySet) -> ReplaySet | None:
         or sum(len(one.numbers) for one in kept) > replay_numbers.MOST
     ):
         kept.pop()
-    return replace(made, questions=tuple(kept)) if kept else None
+    if not any(one.numbers or _decides(one.tokens, made.tolerance) for one in kept):
+        return None
+    return replace(made, questions=tuple(kept))

@@ -414,7 +414,10 @@ def _replay(
         return None
     found = InStore(tools.store).document(evaluation.replay_inputs, _REPLAY, ask).value
     if not found:
-        tools.progress.note("the server lists no log-probabilities: the image has no replay set")
+        tools.progress.note(
+            "the image has no replay set: the server lists no log-probabilities, or the model is"
+            " sure of no token"
+        )
         return None
     return read_replay(canonical(found), "the stored replay set")
 
