@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+ONE = frozenset({"docker", "ray", "slurm", "vllm"})
+"""Marks of tests that run one by one, as the Makefile has them."""
 SECONDS = {
     r"real/test_tool_calls.*vllm": 230,
     r"real/test_tool_calls": 150,
@@ -17,6 +19,7 @@ SECONDS = {
     r"real/test_vllm\.py": 15,
     r"real/test_vllm_engine": 110,
     r"real/test_vllm_pooling.*judged": 220,
+    r"real/test_vllm_pooling.*vectors": 110,
     r"real/test_vllm_pictures": 35,
     r"real/test_pictures.*vllm": 125,
     r"real/test_compressor.*package": 50,
@@ -24,7 +27,11 @@ SECONDS = {
     r"real/test_arm": 10,
     r"test_fleet_clusters.*(lost|six|stops)": 90,
     r"test_fleet_clusters": 25,
-    r"test_gguf_pass.*iq1_m-with": 40,
+    r"test_thin_starts": 90,
+    r"test_importance_bits.*EPYC": 60,
+    r"test_importance_bits.*Haswell": 36,
+    r"test_library.*page_runs": 66,
+    r"test_gguf_pass.*iq(1_m|1_s|2_xxs|2_xs|2_s|3_xxs)-with": 35,
     r"test_gguf_pass.*iq2_m-with": 25,
     r"test_whole_builds.*light": 25,
     r"test_docs.*whole_page": 10,
@@ -32,18 +39,30 @@ SECONDS = {
 """Pattern of a test's name -> the time that it takes of a part on two quiet cores; half of what
 it takes itself where another runs beside it. The first that fits counts; below ten, none."""
 
+TOGETHER = re.compile(r"real/test_vllm_loads.*\[\w+")
+"""Cases that share what takes long: vLLM's classes of an architecture, and its plain model."""
+
 
 def dealt(items: Sequence[pytest.Item], parts: int) -> Iterator[int]:
-    """Yield the part of each: long tests go where least is yet, others in turn within a file."""
+    """Yield the part of each: long tests go where least is yet, others in turn within a file.
+
+    Those that run one by one are dealt apart from those that run beside them.
+    """
     sizes = {item.nodeid: _seconds(item) for item in items}
-    full, place = [0] * parts, {}
+    alone = {item.nodeid: bool(ONE & _marks(item)) for item in items}
+    full, place = ([0] * parts, [0] * parts), {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         if sizes[name]:
-            place[name] = full.index(min(full))
-            full[place[name]] += sizes[name]
+            sums = full[alone[name]]
+            place[name] = sums.index(min(sums))
+            sums[place[name]] += sizes[name]
     turns = {path: zlib.crc32(path.name.encode()) for path in {item.path for item in items}}
+    last = ""
     for item in items:
-        turns[item.path] += 1
+        shared = TOGETHER.search(item.nodeid)
+        name = shared[0] if shared else item.nodeid
+        turns[item.path] += name != last
+        last = name
         yield place.get(item.nodeid, turns[item.path] % parts)
 
 
@@ -75,7 +94,11 @@ def in_order(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
 
 def _seconds(item: pytest.Item) -> int:
     """Return 0 for a short one, and for one that `make test` runs."""
-    if not {mark.name for mark in item.iter_markers()} & {"full", "real"}:
+    if not _marks(item) & {"full", "real"}:
         return 0
     fits = (seconds for name, seconds in SECONDS.items() if re.search(name, item.nodeid))
     return next(fits, 0)
+
+
+def _marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}

@@ -73,7 +73,7 @@ def test_what_gptqmodel_makes_passes_the_gate(format_: str, tmp_path: Path) -> N
 
 # An image is 1.5 GB and takes about three minutes to build, once.
 @pytest.mark.docker
-@pytest.mark.parametrize("format_", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8-static"])
+@pytest.mark.parametrize("format_", ["awq-autoawq", "gptq", "fp8-static"])
 def test_a_container_makes_what_an_environment_makes(format_: str, tmp_path: Path) -> None:
     """The same pins on another distribution's Python, with the same CPU and number of threads.
 

@@ -6,6 +6,7 @@ those in 16 bits that differ; `left`, those of which the packed checkpoint leave
 were; or `error`. Nothing is computed: the kernels, which a CPU lacks, are replaced by nothing.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -142,19 +143,25 @@ def of_matrices(scale, values):
     return scale.reshape(-1, *[1] * (values.dim() - 1))
 
 
+@functools.lru_cache(maxsize=1)
+def unpacked(folder):
+    """The same of a 16-bit checkpoint, which one format after another is held against."""
+    return complete(folder)
+
+
 def about(asked):
-    plain, left = complete(asked["plain"])
+    plain, left = unpacked(asked["plain"])
     if left:
         return {"error": f"the 16-bit checkpoint leaves {left[:4]}"}
     made, left = complete(asked["made"])
     errors, moved = {}, []
-    for name, right in plain.items():
+    for name, whole in plain.items():
         kept = made.get(name)
-        if kept is not None and (kept.dtype, kept.shape) == (right.dtype, right.shape):
-            moved += [] if same(kept, right) else [name]
+        if kept is not None and (kept.dtype, kept.shape) == (whole.dtype, whole.shape):
+            moved += [] if same(kept, whole) else [name]
             continue
-        wrong = dequantized(made, name, right) - right.float()
-        errors[name] = float(wrong.norm() / right.float().norm())
+        wrong = dequantized(made, name, whole) - whole.float()
+        errors[name] = float(wrong.norm() / whole.float().norm())
     return {"errors": errors, "moved": moved, "left": left}
 
 

@@ -180,7 +180,7 @@ def test_blocks_are_run_or_explained() -> None:
         assert block.reason or block.commands or "export " in block.script, f"{block} is empty"
 
 
-ASKED = {"eval.jsonl": 3, "general.jsonl": 8}
+ASKED = {"eval.jsonl": 6, "general.jsonl": 16}
 """Questions of the support bot -> pages ask every n-th; `tests/real/` asks all."""
 
 
@@ -274,8 +274,8 @@ def test_demo_asks_the_built_image(tmp_path: Path, shared_store: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("     image  ") == 3
     assert "(wrong)" not in done.stdout
-    assert "lantern, right of 11: base 0 | base+adapter 11 | image 11" in done.stdout
-    assert "general, right of 12: base " in done.stdout
+    assert "lantern, right of 6: base 0 | base+adapter 6 | image 6" in done.stdout
+    assert "general, right of 6: base " in done.stdout
     assert (tmp_path / "dist/support-bot/1.0.0/llamacpp-q4_k_m/report.html").is_file()
 
 
