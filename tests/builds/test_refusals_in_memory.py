@@ -163,6 +163,16 @@ BEFORE_WORK = {
         "", UsageError, "/own", lambda m: (m.folder / "own" / "x").mkdir(parents=True),
         outputs={"layout": "own"},
     ),
+    "no repository on a hub": Refusal(
+        "", UsageError, "foo: not a repository on a hub", settings=("outputs.hub=foo",)
+    ),
+    "limits of no format": Refusal(
+        "", UsageError, "quality.limits.q4: unknown format", settings=("quality.limits.q4={}",)
+    ),
+    "answers as long as the context": Refusal(
+        "resolve", UsageError, "max_tokens 64 of an answer leaves no room for its question",
+        settings=("serve.max_model_len=64",),
+    ),
     "a registry that lets nobody push": Refusal(
         "", EnvironmentFailure, "403",
         lambda m: m.registry.faults.append(("POST", "/uploads/", "403")), outputs={"push": True},
@@ -183,6 +193,9 @@ BY_A_PLAN = (
     "a form that Ollama does not take",
     "a layer that is too large",
     "a folder that holds something else",
+    "no repository on a hub",
+    "limits of no format",
+    "answers as long as the context",
 )
 """What a plan refuses too: it asks no registry, and does not say what this machine lacks."""
 

@@ -207,6 +207,7 @@ def test_dequantized_weights_are_asked_all_suites_in_one_job(memory: Memory) -> 
     ("evaluate", "says"),
     [
         ([TASK, {**GENERAL, "name": "task"}], "two suites of `evaluate` are called task"),
+        ([TASK, {**GENERAL, "name": "Task"}], "called task and Task, which differ in case alone"),
         ([TASK, {"name": "x"}], r"`evaluate.1.data` is missing"),
         ([TASK, {**GENERAL, "metric": "vibes"}], "evaluate.1.metric"),
         ([TASK, {**GENERAL, "against": "nobody"}], "evaluate.1.against"),

@@ -228,6 +228,7 @@ def test_what_does_not_fit_is_refused_before_any_job(tools: Tools, options: Any)
         ({"model": TINY / "base", "metric": "rouge"}, "metric"),
         ({"model": TINY / "base", "metric": "command"}, "needs a `command`"),
         ({"model": TINY / "base", "max_drop": 2}, "max_drop"),
+        ({"model": TINY / "base", "served_name": "x"}, "--served-name is a model's name on a"),
         ({"model": TINY / "base", "concurrency": 0}, "concurrency"),
     ],
 )

@@ -47,8 +47,9 @@ def test_an_adapter_of_such_layers_alone_is_refused(bases: MakeBase, tmp_path: P
     base = bases("mamba", **MAMBA)
     lora = train(base, "mamba", tmp_path / "lora", LoraConfig(r=3, target_modules=["dt_proj"]))
 
-    with pytest.raises(InputRefused, match=r"changes nothing: 4 tensors .*mixer\.dt_proj"):
+    with pytest.raises(InputRefused, match=r"changes nothing: 4 tensors .*mixer\.dt_proj") as said:
         run(base, lora, tmp_path / "out")
+    assert said.value.hint == "train the adapter again, on layers that the model calls"
 
 
 PLACES = ("", "router.", "attention.", "bbox_attention.", "tdnn.0.", "conv.", "linear_attn.")

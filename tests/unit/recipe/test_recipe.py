@@ -64,6 +64,21 @@ def test_examples_pass_the_published_schema(path):
         ({"bench": {"device": "NVIDIA GPU"}}, "`bench`: device 'NVIDIA GPU' tells no device from"),
         ({"bench": "fast"}, "`bench`: expected keys below it"),
         ({"quality": {"gate": "x"}}, ".yaml: `quality.gate`: expected true, false or 'measure'"),
+        ({"serve": {"dtype": "bf16"}}, "`serve.dtype`: unknown 'bf16', did you mean `bfloat16`?"),
+        (
+            {"evaluate": {"data": "x", "metric": "Contain"}},
+            "`evaluate.metric`: unknown 'Contain', did you mean `contains`?",
+        ),
+        ({"evaluate": {"data": "x", "metric": "zzz"}}, "`evaluate.metric`: input should be"),
+        (
+            {"evaluate": {"data": "x", "tolerance": "2%"}},
+            "`evaluate`: `tolerance` is for metric `numeric`, and the metric is `contains`",
+        ),
+        ({"image": {"labels": {"a b": "c"}}}, "`image.labels`: 'a b' is no label's name"),
+        ({"image": {"labels": {"": "c"}}}, "'' is no label's name"),
+        ({"image": {"labels": {"a=b": "c"}}}, "'a=b' is no label's name"),
+        ({"image": {"proven_on": [""]}}, "`image.proven_on`: an empty text is no node type"),
+        ({"image": {"proven_on": [" "]}}, "`image.proven_on`: an empty text is no node type"),
     ],
 )
 def test_faults_are_named(change, message):

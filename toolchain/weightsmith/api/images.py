@@ -40,6 +40,7 @@ from weightsmith.api.results import Affected, Baked, Built, Pushed, Rebased, Ver
 from weightsmith.building import record, wiring
 from weightsmith.building.build import build as build_all
 from weightsmith.building.explain import forecast
+from weightsmith.building.ignored import check_read
 from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import AUTO, chosen_targets, wants_auto
@@ -328,8 +329,9 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
     _check_lock(asked)
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
-    targets = chosen_targets(file, asked.targets, auto=True)
-    results = _results(asked.bench_results, file, targets, auto=wants_auto(file, asked.targets))
+    targets, auto = chosen_targets(file, asked.targets, auto=True), wants_auto(file, asked.targets)
+    check_read(file.recipe, targets, auto=auto)
+    results = _results(asked.bench_results, file, targets, auto=auto)
     with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
         return forecast(
             file,
@@ -341,7 +343,7 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
             update_lock=asked.update_lock,
             bench_results=results,
             measure=asked.measure,
-            auto=wants_auto(file, asked.targets),
+            auto=auto,
         )
 
 
@@ -453,8 +455,12 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             "--keep-replay writes beside a recipe file, and this build has none",
             hint="write a recipe, and give it with --recipe",
         )
-    targets = chosen_targets(file, asked.targets, to_build=True, auto=True)
-    results = _results(asked.bench_results, file, targets, auto=wants_auto(file, asked.targets))
+    targets, auto = (
+        chosen_targets(file, asked.targets, to_build=True, auto=True),
+        wants_auto(file, asked.targets),
+    )
+    check_read(file.recipe, targets, auto=auto)
+    results = _results(asked.bench_results, file, targets, auto=auto)
     with wiring.open_tools(asked.run, progress) as tools:
         request = BuildRequest(
             file=file,
@@ -466,7 +472,7 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             bench_results=results,
             update_lock=asked.update_lock,
             keep_replay=asked.keep_replay,
-            auto=wants_auto(file, asked.targets),
+            auto=auto,
         )
         return list(build_all(request, tools))
 

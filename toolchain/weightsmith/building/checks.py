@@ -63,6 +63,8 @@ def check_machine(request: BuildRequest, steps: BuildSteps, tools: Tools) -> Non
                 f"{place.reference} already holds a model: if this build makes another one, nothing"
                 " is published without --force"
             )
+    if (hub := request.file.recipe.outputs.hub) and not request.outputs.push:
+        tools.progress.note(f"outputs.hub: nothing goes to {hub} without --push")
     if request.outputs.push:
         first = request.targets[0].name
         tools.registry.check_push(Reference.parse(reference(request.file.recipe, first)))
@@ -74,7 +76,6 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     Warns of what the build will not show.
     """
     file, sources, tools = request.file, seen[steps.sources], seen.tools
-    _check_limits(file.recipe.quality.limits)
     check_suites(request, steps, seen)
     if not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
@@ -119,7 +120,22 @@ def check_suites(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> N
     """Raise EnvironmentFailure for a missing judge, InputRefused for pictures that are not seen."""
     for one in steps.tasks:
         check_program(one.task)
+    check_lengths(steps, seen)
     check_pictures(request, steps, seen)
+
+
+def check_lengths(steps: BuildSteps, seen: Foresight) -> None:
+    """Raise UsageError for answers that would leave a server no room for the question."""
+    for target in steps.targets:
+        most = seen[target.config].max_model_len
+        for one in steps.tasks:
+            writes = one.task.metric != "choice" and not one.task.pooled
+            if writes and one.task.max_tokens >= most:
+                asked = f"max_tokens {one.task.max_tokens} of an answer leaves no room for"
+                raise UsageError(
+                    named(one, f"{asked} its question: {target.of.target.name} has {most} tokens"),
+                    hint="raise serve.max_model_len, or lower evaluate.max_tokens",
+                )
 
 
 def check_pictures(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
@@ -223,10 +239,11 @@ def _alike(one: Target, other: Target) -> bool:
 def check_places(request: BuildRequest) -> None:
     """Raise UsageError for names, labels and folders that nothing can be published to.
 
-    Reads no source and asks no registry.
+    Also for limits of no format. Reads no source and asks no registry.
     """
     recipe = request.file.recipe
     repository_of(recipe)
+    _check_limits(recipe.quality.limits)
     if recipe.outputs.mount_base and THIN not in recipe.outputs.kinds:
         raise UsageError(
             "outputs.mount_base is for thin images, and outputs.kinds has none",

@@ -172,7 +172,10 @@ class BuildRequest:
         Raises UsageError for a name that is no repository or that two targets would share.
         """
         wanted = self.file.recipe.outputs
-        if not wanted.hub or not self.outputs.push:
+        if not wanted.hub:
+            return None
+        name = repository_of(wanted.hub.replace("{target}", target.name))
+        if not self.outputs.push:
             return None
         if self._has_several and "{target}" not in wanted.hub:
             raise UsageError(
@@ -185,7 +188,6 @@ class BuildRequest:
                 " model to publish",
                 hint="build another --target, or leave outputs.hub out",
             )
-        name = repository_of(wanted.hub.replace("{target}", target.name))
         return HubDestination(repository=name, force=self.outputs.force, public=wanted.public)
 
     def outputs_of_form(self, target: Target, kind: str) -> ImageOutputs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,9 +134,12 @@ class Flags(FlagFields):
             problem = f"expected {' or '.join(filter(None, expected))}"
         value = texts[name]
         shown = " ".join(value) if isinstance(value, list) else str(value)
+        choices = [word for words in expected for word in re.split(r", | or ", words)]
+        near = difflib.get_close_matches(shown.lower(), choices, 1)
         return UsageError(
             f"{spelling(self.section, name)} {shown}: {problem}",
-            hint=_described(fields_of(self.section)[name]),
+            hint=(f"did you mean {near[0]}? " if near else "")
+            + _described(fields_of(self.section)[name]),
         )
 
     def _default(self, field: FieldInfo) -> str | bool | None:

@@ -97,9 +97,11 @@ def _named_suites(suites: Sequence[Suite]) -> Mapping[str, Suite]:
     found: dict[str, Suite] = {}
     for suite in suites:
         name = suite.name or (Path(suite.data).stem if len(suites) > 1 else "")
-        if name in found:
+        # Files of reports have these names, and some file systems and pages fold cases.
+        if twin := next((one for one in found if one.casefold() == name.casefold()), None):
+            both = name if twin == name else f"{twin} and {name}, which differ in case alone"
             raise UsageError(
-                f"two suites of `evaluate` are called {name}", hint="give each its own `name`"
+                f"two suites of `evaluate` are called {both}", hint="give each its own `name`"
             )
         found[name] = suite
     return found

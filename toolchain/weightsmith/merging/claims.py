@@ -211,23 +211,27 @@ def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
     idle = uncalled(view.base_config)
     without_effect = sorted(raw for raw in wrapped.keys() - left if idle(plain_module(raw)))
     dropped = {key for raw in left for key in wrapped[raw]}
-    texts = [
-        f"{len(dropped)} tensors are left out, as PEFT leaves them out: adapter_config.json does "
-        f"not target their modules ({', '.join(_settings(view))}), such as "
-        + ", ".join(map(plain_module, left[:SHOWN]))
-    ] * bool(left)
+    texts = list[str]()
+    if left:
+        texts.append(
+            f"{len(dropped)} tensors are left out, as PEFT leaves them out: adapter_config.json"
+            f" does not target their modules ({', '.join(_settings(view))}), such as "
+            + ", ".join(map(plain_module, left[:SHOWN]))
+        )
     # A tensor that takes the weight's place is read.
     read = {key for raw in without_effect for key in wrapped[raw] if not _is_replacement(key)}
-    texts += [
-        f"{len(read)} tensors are left out, because PEFT's forward pass does not use them: the "
-        "model's code reads these layers' weights without calling the layers, such as "
-        + ", ".join(map(plain_module, without_effect[:SHOWN]))
-    ] * bool(read)
+    if read:
+        texts.append(
+            f"{len(read)} tensors are left out, because PEFT's forward pass does not use them: the"
+            " model's code reads these layers' weights without calling the layers, such as "
+            + ", ".join(map(plain_module, without_effect[:SHOWN]))
+        )
     kept = {key: info for key, info in view.keys.items() if key not in dropped | read}
     if not kept:
+        correct = "correct adapter_config.json if they were trained; export the adapter again"
         raise InputRefused(
             f"{view.path} changes nothing: {'; '.join(texts)}",
-            hint="correct adapter_config.json if they were trained; export the adapter again",
+            hint=correct if left else "train the adapter again, on layers that the model calls",
         )
     return replace(view, keys=kept), tuple(f"{view.path.name}: {text}" for text in texts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _Section = TypeVar("_Section")
 _SCALARS: Mapping[type, str] = {bool: "true or false", int: "a number", float: "a number"}
 """Type that YAML gives to a text without quotes -> what it is."""
 _HINT = "docs/reference/recipe.md lists every key"
+_QUOTED = re.compile(r"'([^']*)'")
 _OR_A_WORD: Mapping[str | int, str] = {"int": "a whole number", "bool": "true, false"}
 """Type that a field takes beside a word, such as `auto`, by pydantic's name -> what it is."""
 
@@ -248,6 +250,10 @@ def _fault(error: ErrorDetails) -> str:
         return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
     if kind == "missing":
         return f"`{place}` is missing"
+    if kind == "literal_error" and isinstance(given := error.get("input"), str):
+        choices = [*map(str.lower, _QUOTED.findall(str(error["ctx"]["expected"])))]
+        if near := difflib.get_close_matches(given.lower(), choices, 1, 0.5):
+            return f"`{place}`: unknown {given[:60]!r}, did you mean `{near[0]}`?"
     if kind == "string_type" and (scalar := _SCALARS.get(type(error.get("input")))):
         return f"`{place}`: YAML reads {error['input']} as {scalar}; write it in quotes"
     if kind == "value_error":

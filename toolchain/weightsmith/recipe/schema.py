@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeAlias, get_args
@@ -159,6 +160,14 @@ class Scoring(Section):
         if (self.metric == "command") != bool(self.command):
             raise ValueError(
                 "metric `command` needs a `command`, and other metrics must not have one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _with_tolerance(self) -> Self:
+        if self.metric != "numeric" and self.tolerance != "0":
+            raise ValueError(
+                f"`tolerance` is for metric `numeric`, and the metric is `{self.metric}`"
             )
         return self
 
@@ -679,6 +688,24 @@ class ImageNames(Section):
         description="Largest layer, such as `10GB`; safetensors files are cut. `auto`: about "
         "0.5 GB, which nodes pull fastest; `none`: each file stays as it is.",
     )
+
+    @field_validator("labels")
+    @classmethod
+    def _named(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[!-<>-~]{1,200}", name):  # no space, and no =, which ends a name
+                raise ValueError(
+                    f"{name[:_SHOWN]!r} is no label's name: write letters, digits and . _ - /, "
+                    "such as com.example.team"
+                )
+        return value
+
+    @field_validator("proven_on")
+    @classmethod
+    def _told(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(str.strip, value)):
+            raise ValueError("an empty text is no node type: write one, such as `nvidia-l4`")
+        return value
 
 
 Kind: TypeAlias = Literal[

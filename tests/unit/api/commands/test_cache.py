@@ -97,6 +97,16 @@ def test_a_cache_that_cannot_be_used_is_an_error_here(
         run("push")
 
 
+def test_a_folder_that_is_not_there_is_no_empty_cache(tmp_path: Path, run: Run) -> None:
+    """Whoever mistypes its name is told; `pull` before the first push gets nothing."""
+    for action in ("stat", "prune"):
+        with pytest.raises(EnvironmentFailure, match="is not there") as caught:
+            run(action)
+        assert "correct --cache" in caught.value.hint
+    assert run("pull")["pulled"] == 0
+    assert not (tmp_path / "shared").exists()
+
+
 def test_actions_are_checked() -> None:
     with pytest.raises(UsageError, match="unknown"):
         run_cache(CacheCommand(action="clear"), Silent())

@@ -68,6 +68,28 @@ def test_a_leak_is_a_warning_and_with_strict_an_error(serve, evaluate, tmp_path,
     assert len(server.asked) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--max-drop", "0.1"), "--max-drop is a drop from an earlier score"),
+        (("--tokenizer", "x"), "--tokenizer is for --tasks"),
+        (("--include", "x"), "--include is for --tasks"),
+        (("--tasks", "x"), "--data is for questions of your own"),
+        (("--metric", "exact", "--tolerance", "2%"), "`tolerance` is for metric `numeric`"),
+        (("--metric", "exactly"), "did you mean exact?"),
+    ],
+)
+def test_a_flag_that_would_not_be_heeded(serve, evaluate, words, says):
+    server = serve()
+
+    code, told, _ = evaluate(server.endpoint.url, QUESTIONS, *words)
+
+    assert code == 2
+    assert says in told["error"]["message"] + told["error"]["hint"]
+    assert told["error"]["hint"]
+    assert server.asked == []
+
+
 def test_kept_answers_are_not_asked_for_again(serve, evaluate, tmp_path):
     """As after Ctrl-C: the file has the first answer, and half of a line."""
     server, kept = serve(), tmp_path / "kept.jsonl"

@@ -16,6 +16,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import escaped, joined
 from weightsmith.core.ports import Cache, Progress, Store, StoreEntry
 from weightsmith.core.values import Digest, Writable
+from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.serving.memory import human, parse_size
 
 _ACTIONS = ("push", "pull", "prune", "stat")
@@ -35,10 +36,20 @@ def run_cache(asked: CacheCommand, progress: Progress) -> Said:
                 return _push(results, one.uploads, one.shared.cache, progress)
             case "pull":
                 return _pull(one.store, one.local, one.shared)
-            case "prune":
-                return prune_cache(one.shared.cache, size)
-            case _:
+            case action:
+                _require_there(one.shared.cache)
+                if action == "prune":
+                    return prune_cache(one.shared.cache, size)
                 return describe_cache(one.shared.cache)
+
+
+def _require_there(cache: Cache) -> None:
+    """Raise EnvironmentFailure for a folder that is missing; the first push makes one."""
+    if isinstance(cache, FolderCache) and not cache.root.is_dir():
+        raise EnvironmentFailure(
+            f"the cache {cache.where} is not there: there is no such folder",
+            hint="correct --cache, or mount the share; the first `cache push` makes the folder",
+        )
 
 
 def _push(

@@ -56,19 +56,9 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
     Raises UsageError for invalid data or options, InputRefused for leaked questions if the task is
     strict, CheckFailed if the server fails or the score is too low.
     """
-    if sum(map(bool, (asked.image, asked.url, asked.model))) != 1:
-        raise UsageError(
-            "give exactly one of --image, --url and --model",
-            hint="--image REF starts an image, --url queries a server, --model loads a checkpoint",
-        )
-    if asked.adapters and not asked.model:
-        hint = "an image has merged weights: remove --adapter, or give --model"
-        raise UsageError("--adapter needs --model", hint=hint)
+    _check_subject(asked)
     kept = KeptAnswers(asked.answers) if asked.answers else None
     if asked.model:
-        if kept:
-            said = "--answers keeps a server's answers, and --model starts none"
-            raise UsageError(said, hint="leave it out")
         tools.runner.check(BUILDER)
     task = _task(asked, tools)
     before = asked.against or None
@@ -102,6 +92,34 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
         comparison={} if before is None else verdict.facts,
         warnings=tuple(tools.progress.warnings),
     )
+
+
+def _check_subject(asked: EvaluateCommand) -> None:
+    """Raise UsageError unless there is one subject, for flags that it does not heed."""
+    if sum(map(bool, (asked.image, asked.url, asked.model))) != 1:
+        raise UsageError(
+            "give exactly one of --image, --url and --model",
+            hint="--image REF starts an image, --url queries a server, --model loads a checkpoint",
+        )
+    if asked.adapters and not asked.model:
+        hint = "an image has merged weights: remove --adapter, or give --model"
+        raise UsageError("--adapter needs --model", hint=hint)
+    if asked.tokenizer or asked.include:
+        flag = "--tokenizer" if asked.tokenizer else "--include"
+        raise UsageError(f"{flag} is for --tasks, and none is given", hint=f"leave out {flag}")
+    if asked.max_drop is not None and not asked.against:
+        raise UsageError(
+            "--max-drop is a drop from an earlier score, and none is given",
+            hint="name one with --against, or set a bar with --min-score",
+        )
+    if asked.model and asked.answers:
+        said = "--answers keeps a server's answers, and --model starts none"
+        raise UsageError(said, hint="leave it out")
+    if asked.model and asked.served_name:
+        raise UsageError(
+            "--served-name is a model's name on a server, and --model starts none",
+            hint="leave it out",
+        )
 
 
 def evaluation_facts(found: Evaluation) -> Mapping[str, Writable]:
@@ -198,8 +216,7 @@ def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Said:
             "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
             hint="leave out --memory",
         )
-    if request.answers:
-        raise UsageError("--answers is for questions of --data", hint="leave it out")
+    _refuse_other_flags(request)
     image, url = request.image, request.url
     if bool(image) == bool(url):
         raise UsageError(
@@ -230,6 +247,23 @@ def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Said:
                 "or use --data with --metric choice, which works with llama.cpp",
             ) from None
         return read_results(out)
+
+
+def _refuse_other_flags(request: EvaluateCommand) -> None:
+    """Raise UsageError for flags that `--tasks` would not heed."""
+    given = {
+        "--data": request.data,
+        "--answers": request.answers,
+        "--against": request.against,
+        "--max-drop": request.max_drop is not None,
+        "--min-score": request.scoring.min_score,
+        "--adapter": request.adapters,
+    }
+    if flag := next((name for name, value in given.items() if value), ""):
+        raise UsageError(
+            f"{flag} is for questions of your own, and --tasks names the harness's",
+            hint=f"leave out {flag}, or give --data without --tasks",
+        )
 
 
 def harness_command(request: EvaluateCommand, url: str, name: str, out: Path) -> tuple[str, ...]:

@@ -1,0 +1,78 @@
+"""Settings that no target reads are refused; those that one of several reads are not."""
+
+import pytest
+from weightsmith.building.ignored import READERS, check_read
+from weightsmith.building.targets import target_of
+from weightsmith.core.errors import UsageError
+from weightsmith.recipe.file import check_recipe
+from weightsmith.recipe.schema import Quantize
+
+VALUES = {
+    "shared_layers": True,
+    "split_max_size": "4G",
+    "tensor_types": {"attn_v": "q8_0"},
+    "bits": 5.0,
+    "size": "2GB",
+    "fit": "gpu",
+    "mix": "nofile",
+    "group_size": 64,
+    "zero_point": False,
+    "keep": ["down_proj"],
+}
+
+
+def check(targets=(), named=(), auto=None, **quantize):
+    data = {"name": "x", "base": {"source": "b"}, "targets": targets, "quantize": quantize}
+    recipe = check_recipe({**data, **({"auto": auto} if auto else {})}, "test")
+    wanted = [one for one in named or targets if one != "auto"]
+    check_read(recipe, [target_of(one) for one in wanted], auto="auto" in named)
+
+
+def test_every_key_is_known():
+    permissions = {"allow_low_bits", "allow_text_only", "imatrix"}
+    assert READERS.keys() == VALUES.keys() == Quantize.model_fields.keys() - permissions
+
+
+@pytest.mark.parametrize("key", READERS)
+def test_the_target_that_the_hint_names_reads_the_key(key):
+    named = READERS[key].partition(" (")[0].split(" or ")
+    for target in named:
+        check([target], **{key: VALUES[key]})
+    with pytest.raises(UsageError, match=f"quantize.{key}: vllm does not read it$") as caught:
+        check(["vllm"], **{key: VALUES[key]})
+    assert READERS[key] in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("targets", "quantize"),
+    [
+        (["llamacpp-q4_k_m"], {"bits": 4}),
+        (["llamacpp-q8_0"], {"mix": "nofile"}),
+        (["vllm-awq", "vllm-fp8"], {"size": "2GB"}),
+        (["llamacpp-q4_k_m"], {"keep": ["down_proj"]}),
+        (["vllm-awq"], {"tensor_types": {"attn_v": "q8_0"}}),
+        (["vllm-fp8"], {"group_size": 64}),
+    ],
+)
+def test_a_key_that_no_target_reads(targets, quantize):
+    with pytest.raises(UsageError, match="does not read it"):
+        check(targets, **quantize)
+
+
+def test_another_target_of_the_recipe_reads_it():
+    """One of a recipe's targets is built alone, as in a job of CI."""
+    check(["llamacpp-mix", "llamacpp-q8_0"], bits=5)
+    check(["llamacpp-mix", "llamacpp-q8_0"], ["llamacpp-q8_0"], bits=5)
+    check(["llamacpp-q4_k_m-lora"], tensor_types={"attn_v": "q8_0"})
+    check(["llamacpp-f16"], imatrix="walk", allow_low_bits=True)
+
+
+def test_auto_without_the_target():
+    auto = {"engine": "llamacpp"}
+    check(["auto"], auto=auto)
+    check(["auto", "vllm"], ["vllm"], auto=auto)
+    check([], ["auto"], auto=auto, split_max_size="4G")
+    check(["auto"], auto=auto, keep=["down_proj"])
+    with pytest.raises(UsageError, match="no target is auto") as caught:
+        check(["vllm"], auto=auto)
+    assert "--target auto" in caught.value.hint
