@@ -384,6 +384,8 @@ class OneCache:
     shared: SharedCache
     store: SharedStore
     uploads: Uploads
+    missing: bool
+    """Whether it is a folder that is not there."""
 
 
 @contextmanager
@@ -406,6 +408,7 @@ def open_one_cache(
             shared=shared,
             store=SharedStore(local, [shared], lambda: folder),
             uploads=Uploads(shared, local.memo, signer),
+            missing=sharing.both.kind == "folder" and not sharing.both.folder.is_dir(),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from weightsmith.api.commands.requests import CacheCommand, Said
-from weightsmith.building.wiring import open_one_cache
+from weightsmith.building.wiring import OneCache, open_one_cache
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import read_document
 from weightsmith.cache.store import SharedStore
@@ -16,7 +16,6 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import escaped, joined
 from weightsmith.core.ports import Cache, Progress, Store, StoreEntry
 from weightsmith.core.values import Digest, Writable
-from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.serving.memory import human, parse_size
 
 _ACTIONS = ("push", "pull", "prune", "stat")
@@ -37,17 +36,17 @@ def run_cache(asked: CacheCommand, progress: Progress) -> Said:
             case "pull":
                 return _pull(one.store, one.local, one.shared)
             case action:
-                _require_there(one.shared.cache)
+                _require_there(one)
                 if action == "prune":
                     return prune_cache(one.shared.cache, size)
                 return describe_cache(one.shared.cache)
 
 
-def _require_there(cache: Cache) -> None:
+def _require_there(one: OneCache) -> None:
     """Raise EnvironmentFailure for a folder that is missing; the first push makes one."""
-    if isinstance(cache, FolderCache) and not cache.root.is_dir():
+    if one.missing:
         raise EnvironmentFailure(
-            f"the cache {cache.where} is not there: there is no such folder",
+            f"the cache {one.shared.where} is not there: there is no such folder",
             hint="correct --cache, or mount the share; the first `cache push` makes the folder",
         )
 
