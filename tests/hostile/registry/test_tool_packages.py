@@ -38,10 +38,15 @@ def test_an_exchanged_package_is_not_installed(tmp_path, lists_it):
 
     def install(*flags: str) -> subprocess.CompletedProcess[str]:
         words = ["install", "--isolated", "--no-cache-dir", "--index-url", index.url, *flags]
+        words += ["--no-input", "--disable-pip-version-check", "--retries", "0"]
         return subprocess.run(
             [sys.executable, "-m", "pip", *words, "--target", str(tmp_path / "there")],
-            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-            capture_output=True, text=True, check=False,
+            # No configuration of this machine: `--isolated` reads that of all users, which may
+            # name another index, and pip waits for one that does not answer for minutes.
+            env={
+                "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull,
+            },
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
 
     with package_index() as index:
