@@ -99,6 +99,14 @@ def test_chosen_types_may_be_floats(middle, tmp_path):
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q5_0", *words))
 
 
+def test_a_rule_for_tensors_that_the_file_lacks_is_refused(middle, tmp_path):
+    done = run(middle, tmp_path, "q5_0", tensor_types={"attn_v": "q8_0", "ffn_gate_exps": "q8_0"})
+
+    assert done.returncode == 3
+    assert "no tensor of the GGUF file matches 'ffn_gate_exps'" in done.stderr
+    assert not (tmp_path / "demo.gguf").exists()
+
+
 # test_gguf_architectures.py compares the same for llama in bfloat16.
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

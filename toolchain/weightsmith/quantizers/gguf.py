@@ -20,6 +20,7 @@ from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_mix import budget_options, check_layers, fewest_bits
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
+from weightsmith.quantizers.gguf_rules import check_patterns
 from weightsmith.quantizers.gguf_split import check_tokenizer
 from weightsmith.quantizers.gguf_types import FORMATS, MIX, TENSOR_TYPES, FileType, file_type
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
@@ -162,6 +163,15 @@ def _needs_losses(chosen: Options) -> bool:
     return "bits" in chosen or "size" in chosen
 
 
+def _is_walkable(model: ModelFacts) -> bool:
+    """Return whether our walk knows the architecture, and so all names of its tensors."""
+    try:
+        check_walk(model)
+    except InputRefused:
+        return False
+    return True
+
+
 def _check_options(model: ModelFacts, chosen: Options) -> None:
     if model.sees_images and not has_projector(model) and not chosen.get("allow_text_only"):
         raise InputRefused(
@@ -174,6 +184,8 @@ def _check_options(model: ModelFacts, chosen: Options) -> None:
             hint=gguf_check.TEXT_ONLY,
         )
     check_layers(model, chosen)
+    if isinstance(types := chosen.get("tensor_types"), Mapping) and _is_walkable(model):
+        check_patterns(types, model)
     if _is_walked(chosen) or _needs_losses(chosen):
         check_walk(model)
 

@@ -65,6 +65,7 @@ from weightsmith.quantizers.gguf_rows import (
     place_of,
     rows_of,
 )
+from weightsmith.quantizers.gguf_rules import require_matches
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.calibrating import importance, losses
@@ -255,6 +256,8 @@ def _output(
         exactly = {f"^{re.escape(name)}$": kind for name, kind in chosen.types.items()}
         file = replace(file, format=guessed_type(chosen.types.values()), tensor_types=exactly)
         overrides |= chosen.about
+    elif file.tensor_types:
+        require_matches(file.tensor_types, [name for one in headers for name in one.tensors])
     return GgufOutput(
         path=Path(file.out),
         targets=own.targets if own else read_targets(_dry_run(settings, file, first)),
