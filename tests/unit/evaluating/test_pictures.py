@@ -143,6 +143,7 @@ def test_what_is_wrong_with_a_picture_is_said_with_its_line(
         items(folder, {**row(), "prompt": "Hello"}, row(name))
     assert "eval.jsonl:2" in caught.value.message
     assert caught.value.hint
+    assert ("smaller" in caught.value.hint) == (name in ("large.png", "bomb.png"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.jobs import SeenPicture
@@ -154,7 +155,8 @@ def picture_in(folder: Path, name: str, where: str) -> Picture:
             hint="give its path relative to the file of questions",
         ) from None
     except ValueError as error:
-        raise InputRefused(f"{where}: {path}: {error}", hint="make the picture smaller") from None
+        hint = "make the picture smaller" if S_ISREG(status.st_mode) else "name a file of a picture"
+        raise InputRefused(f"{where}: {path}: {error}", hint=hint) from None
 
 
 @lru_cache(maxsize=4096)  # a build asks for them ten times

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def _scalar(name: str, value: np.float32) -> writing.TensorGroup:
 def _check_input(format_: Format, model: ModelFacts) -> None:
     checkpoints.check_config(model, ARCHITECTURES)
     if format_ == NVFP4:
-        checkpoints.check_rounded(SCHEMES["nvfp4a16"], model)
+        checkpoints.check_rounded(replace(SCHEMES["nvfp4a16"], format=NVFP4), model)
 
 
 def main() -> None:

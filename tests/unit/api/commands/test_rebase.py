@@ -156,6 +156,13 @@ def test_a_base_that_deletes_the_weights_or_has_another_platform_is_refused(
         scene.rebase(scene.name, scene.engine("3", {ENGINE: "llamacpp"}, platform="linux/arm64"))
 
 
+def test_an_engine_that_there_is_not_is_said_before_the_registry_is_asked(scene: Scene) -> None:
+    scene.fake.faults.append(("POST", "/uploads/", "403"))
+    with pytest.raises(UsageError, match="no built-in base image for foo"):
+        scene.rebase(scene.name, "engine:foo")
+    assert scene.fake.faults
+
+
 @pytest.mark.slow
 def test_an_index_stays_one(scene: Scene) -> None:
     """Every platform's image is moved, or none is."""

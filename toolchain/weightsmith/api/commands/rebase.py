@@ -39,7 +39,7 @@ from weightsmith.provenance.labels import (
 from weightsmith.provenance.proofs import replay_in
 from weightsmith.provenance.statements import Resource
 from weightsmith.provenance.withdrawal import withdrawn_in, withdraws
-from weightsmith.steps.bases import base_image, public_base
+from weightsmith.steps.bases import base_image, check_own, public_base
 from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate
 from weightsmith.steps.launch import why_not_started
 from weightsmith.steps.stage_result import Timer
@@ -72,6 +72,7 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Diges
                 f" {old.platform}",
                 hint="its index is wrong: name the image by its digest",
             )
+    check_own(request.onto, [old.platform for old in olds])
     tools.registry.check_push(target)
     moved, attachments = list[Image](), list[Evidence]()
     for old in olds:
