@@ -164,7 +164,7 @@ def test_other_architectures_are_refused_with_what_works():
 
 def test_rows_that_groups_do_not_divide_are_refused():
     model = model_of("LlamaForCausalLM", intermediate_size=1000)
-    with pytest.raises(InputRefused, match="^nvfp4-modelopt .* and down_proj has 1000"):
+    with pytest.raises(InputRefused, match=r"^nvfp4-modelopt .* and down_proj has 1000"):
         of_format("nvfp4-modelopt").check_input(formats()["nvfp4-modelopt"], model)
 
 
