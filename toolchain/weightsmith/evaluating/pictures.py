@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from stat import S_ISREG
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.jobs import SeenPicture
@@ -155,7 +154,7 @@ def picture_in(folder: Path, name: str, where: str) -> Picture:
             hint="give its path relative to the file of questions",
         ) from None
     except ValueError as error:
-        hint = "make the picture smaller" if S_ISREG(status.st_mode) else "name a file of a picture"
+        hint = "make the picture smaller" if path.is_file() else "name a file of a picture"
         raise InputRefused(f"{where}: {path}: {error}", hint=hint) from None
 
 
