@@ -100,7 +100,7 @@ def test_a_cache_that_cannot_be_used_is_an_error_here(
 def test_a_folder_that_is_not_there_is_no_empty_cache(tmp_path: Path, run: Run) -> None:
     """Whoever mistypes its name is told; `pull` before the first push gets nothing."""
     for action in ("stat", "prune"):
-        with pytest.raises(EnvironmentFailure, match="is not there") as caught:
+        with pytest.raises(EnvironmentFailure, match="there is no such folder") as caught:
             run(action)
         assert "correct --cache" in caught.value.hint
     assert run("pull")["pulled"] == 0

@@ -46,7 +46,7 @@ def _require_there(one: OneCache) -> None:
     """Raise EnvironmentFailure for a folder that is missing; the first push makes one."""
     if one.missing:
         raise EnvironmentFailure(
-            f"the cache {one.shared.where} is not there: there is no such folder",
+            f"the cache {one.shared.where} cannot be used: there is no such folder",
             hint="correct --cache, or mount the share; the first `cache push` makes the folder",
         )
 
