@@ -193,7 +193,7 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, JsonValue], method: st
             return file.read(info.size)
 
     layout = read_layout(config, index.tensors, read)
-    owners = layout.owners()
+    owners, kind = layout.owners(), str(config.get("model_type", ""))
     sources: dict[str, TensorSource] = {}
     files = []
     for shard in index.shards:
@@ -205,7 +205,9 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, JsonValue], method: st
                 continue  # of its tensors, a weight takes the place of its codes
             names.append(name)
             if weight:
-                sources[name] = _decoded_weight(weight, paths)
+                # Quantizers put a linear layer, which is (out, in), in a Conv1D's place.
+                transposed = is_conv1d(kind, name.removesuffix(".weight"))
+                sources[name] = _decoded_weight(weight, paths, transposed=transposed)
             else:
                 sources[name] = StoredTensor(path=shard.path, info=info)
         files.append((shard.path.name, tuple(names)))
@@ -280,8 +282,12 @@ class ComputedSource:
         return whole.reshape(-1, columns)[first : first + count]
 
 
-def _decoded_weight(weight: Packed, paths: Mapping[str, Path]) -> ComputedSource:
+def _decoded_weight(
+    weight: Packed, paths: Mapping[str, Path], *, transposed: bool
+) -> ComputedSource:
     def make(files: Files) -> np.ndarray:
+        import numpy as np
+
         from weightsmith.merging.quantized.decode import decode
 
         parts = {
@@ -289,10 +295,12 @@ def _decoded_weight(weight: Packed, paths: Mapping[str, Path]) -> ComputedSource
             for part, info in weight.parts.items()
             if part not in ("state", "shape", "format")
         }
-        return decode(weight, parts)
+        values = decode(weight, parts)
+        return np.ascontiguousarray(values.T) if transposed else values
 
     held = _BYTES * math.prod(weight.shape)
-    return ComputedSource(dtype=weight.dtype, shape=weight.shape, held_bytes=held, make=make)
+    shape = weight.shape[::-1] if transposed else weight.shape
+    return ComputedSource(dtype=weight.dtype, shape=shape, held_bytes=held, make=make)
 
 
 def _rounded_weight(source: StoredTensor, *, double: bool) -> ComputedSource:

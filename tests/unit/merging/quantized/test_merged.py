@@ -150,6 +150,35 @@ def test_dequantize_merges_onto_what_the_codes_stand_for(
     assert model.dtype == torch.bfloat16
 
 
+def test_codes_in_the_place_of_a_conv1d_are_those_of_a_linear_layer(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """GPT-2 stores (in, out), but transformers quantizes the transposed weight, (out, in)."""
+    plain = make_model("gpt2", dtype=torch.bfloat16)
+    adapter = make_adapter(plain, target_modules=["c_attn", "mlp.c_proj"])
+    base, decoded = tmp_path / "quantized", tmp_path / "decoded"
+    stored: Tensors = {}
+    meant: Tensors = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        stored[name] = meant[name] = tensor
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            del stored[name]
+            parts, values = bnb(name, tensor.T.contiguous())
+            stored, meant = stored | parts, meant | {name: values.T.contiguous()}
+    for folder, tensors in ((base, stored), (decoded, meant)):
+        shutil.copytree(plain, folder)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    run(base, adapter, tmp_path / "out", quantized_base="dequantize")
+
+    run(decoded, adapter, tmp_path / "wanted")
+    files = [tmp_path / kind / "model.safetensors" for kind in ("out", "wanted")]
+    found, wanted = map(load_file, files)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_a_quantized_base_is_refused_with_both_ways_on(
     plain: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
