@@ -130,6 +130,23 @@ def pack(codes: np.ndarray, width: int) -> torch.Tensor:
     return torch.from_numpy(np.array(rows, np.uint32).view(np.int32))
 
 
+@pytest.mark.parametrize("width", [3, 4])
+def test_few_columns_have_the_bits_that_the_configuration_says(
+    width: int, decode_file: Decode
+) -> None:
+    """24 columns take three words with 3 bits each, and with 4."""
+    codes = np.random.default_rng(0).integers(0, 1 << width, (2, 24))
+    tensors = {
+        "m.weight_packed": pack(codes, width),
+        "m.weight_scale": torch.ones(2, 1),
+        "m.weight_shape": torch.tensor([2, 24]),
+    }
+    groups = {"group_0": {"weights": {"num_bits": width}}}
+    told = {"quant_method": "compressed-tensors", "config_groups": groups}
+    _, decoded = decode_file(tensors, told)
+    assert np.array_equal(decoded["m.weight"].astype(int), codes - (1 << (width - 1)))
+
+
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 MODELOPT = {
     "m.weight": torch.tensor([[0x21, 0x9F] + [0] * 14] * 2).byte(),
@@ -333,6 +350,13 @@ FP8 = torch.zeros(40, 2).to(torch.float8_e4m3fn)
             | {"m.weight_scales": torch.tensor([[[127, 255]]]).byte()},
             {"quant_method": "mxfp4"},
             r"m\.weight .* 255",
+        ),
+        (
+            # MXFP6, whose 64 columns take 48 bytes.
+            {"m.weight_packed": torch.zeros(1, 48).byte()}
+            | {"m.weight_scale": torch.full((1, 2), 127).byte()},
+            COMPRESSED,
+            "has not 4 bits per weight",
         ),
         ({}, {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "ModelOpt's 'W4A16_AWQ'"),
         (MODELOPT | {"m.pre_quant_scale": torch.ones(32)}, NVFP4, "m has a pre_quant_scale"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.quantized.layout import Packed
+from weightsmith.merging.quantized.layout import MX_GROUP, Packed
 from weightsmith.merging.rounding import F32, round_once
 from weightsmith.merging.stream import ARRAY_TYPES
 
@@ -22,7 +22,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of nibble i of a word; AutoAWQ's `order_map`."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1; the code's high bit is the sign (OCP Microscaling Formats, section 5.3.3)."""
-_NVFP4_GROUP, _MX_GROUP = 16, 32
+_NVFP4_GROUP = 16
 _NAN = 255
 """In E8M0, the type of MX scales."""
 NF4 = (
@@ -238,9 +238,9 @@ def _exponents(weight: Packed, stored: np.ndarray) -> np.ndarray:
 
 def _ct_mxfp4(weight: Packed, parts: Parts) -> np.ndarray:
     """Dequantize compressed-tensors' MXFP4: rows of bytes, and an exponent per 32 columns."""
-    if parts["scale"].shape[-1] * _MX_GROUP != weight.shape[-1]:
+    if parts["scale"].shape[-1] * MX_GROUP != weight.shape[-1]:
         raise ValueError("expected one scale per 32 columns")
-    exponents = _exponents(weight, parts["scale"]).repeat(_MX_GROUP, -1)
+    exponents = _exponents(weight, parts["scale"]).repeat(MX_GROUP, -1)
     scaled: np.ndarray = np.ldexp(_e2m1(parts["weight"]), exponents)
     return scaled
 

@@ -20,6 +20,8 @@ ReadBytes = Callable[[TensorInfo], bytes]
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
+MX_GROUP = 32
+"""Columns that share a scale in the OCP Microscaling Formats."""
 HINT = "merge onto the original 16-bit checkpoint instead"
 _ACTIVATION = (
     *("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale"),
@@ -90,6 +92,10 @@ def _undecodable(what: str) -> InputRefused:
 
 def _compressed(stored: _Stored) -> Iterator[Packed]:
     settings, tensors = stored.settings, stored.tensors
+    groups = (settings.get("config_groups") or {}).values()
+    weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+    weights = [each for each in weights if isinstance(each, Mapping)]
+    told = [bits for w in weights if type(bits := w.get("num_bits")) is int]
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise _undecodable("sparse weights are not supported")
     for module in stored.modules(".weight_packed"):
@@ -106,27 +112,30 @@ def _compressed(stored: _Stored) -> Iterator[Packed]:
         if packed.dtype == "I32":
             data = stored.read(stored.part(f"{module}.weight_shape"))
             shape = struct.unpack(f"<{len(data) // 8}q", data[: len(data) // 8 * 8])
-            bits = {"bits": _bits(packed.shape[-1], shape[-1], module)}
+            bits = {"bits": _bits(packed.shape[-1], shape[-1], module, told)}
             yield stored.packed(f"{module}.weight", "ct-packed", shape, parts, bits)
         elif packed.dtype == "U8" and scale.dtype == "F8_E4M3" and "global_scale" in parts:
             shape = (*packed.shape[:-1], packed.shape[-1] * 2)
             yield stored.packed(f"{module}.weight", "nvfp4", shape, parts)
         elif packed.dtype == "U8" and scale.dtype == "U8":
             shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+            if shape[-1:] != tuple(count * MX_GROUP for count in scale.shape[-1:]):
+                raise _undecodable(f"{packed.name} has not 4 bits per weight, as MXFP4 has")
             yield stored.packed(f"{module}.weight", "ct-mxfp4", shape, parts)
         else:
             raise _undecodable(f"{packed.name} has the unsupported packed dtype {packed.dtype}")
-    groups = (settings.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
     block = next((w["block_structure"] for w in weights if w.get("block_structure")), None)
     for name, info in tensors.items():
         if name.endswith(".weight") and info.dtype in ("I8", *FLOAT8):
             yield _scaled(name, info, stored, block)
 
 
-def _bits(words: int, columns: int, module: str) -> int:
-    """Return the bits per code of `columns` codes packed in 32-bit words without gaps."""
-    for bits in range(2, 9):
+def _bits(words: int, columns: int, module: str, told: Sequence[int]) -> int:
+    """Return the bits per code of `columns` codes packed in 32-bit words without gaps.
+
+    Fewer than 32 columns may fit several numbers, of which one that the configuration has is taken.
+    """
+    for bits in (*told, *range(2, 9)):
         if words == -(-columns * bits // 32):
             return bits
     raise _undecodable(f"{module}.weight_packed has {words} words for {columns} columns")
