@@ -93,9 +93,9 @@ def _undecodable(what: str) -> InputRefused:
 def _compressed(stored: _Stored) -> Iterator[Packed]:
     settings, tensors = stored.settings, stored.tensors
     groups = (settings.get("config_groups") or {}).values()
-    weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
-    weights = [each for each in weights if isinstance(each, Mapping)]
-    told = [bits for w in weights if type(bits := w.get("num_bits")) is int]
+    given = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+    weights = [each for each in given if isinstance(each, Mapping)]
+    told = [int(bits) for w in weights if isinstance(bits := w.get("num_bits"), int)]
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise _undecodable("sparse weights are not supported")
     for module in stored.modules(".weight_packed"):
@@ -130,14 +130,14 @@ def _compressed(stored: _Stored) -> Iterator[Packed]:
             yield _scaled(name, info, stored, block)
 
 
-def _bits(words: int, columns: int, module: str, told: Sequence[int]) -> int:
+def _bits(words: int, columns: int, module: str, told: list[int]) -> int:
     """Return the bits per code of `columns` codes packed in 32-bit words without gaps.
 
     Fewer than 32 columns may fit several numbers, of which one that the configuration has is taken.
     """
     for bits in (*told, *range(2, 9)):
         if words == -(-columns * bits // 32):
-            return bits
+            return int(bits)
     raise _undecodable(f"{module}.weight_packed has {words} words for {columns} columns")
 
 
