@@ -283,7 +283,7 @@ def test_half_an_identity(given: dict[str, str], says: str) -> None:
 )
 def test_options_that_exclude_each_other(run: RunOptions) -> None:
     with pytest.raises(UsageError, match="keyless"):
-        signer_of(run)
+        signer_of(run, pytest.fail)
 
 
 def test_without_the_package(

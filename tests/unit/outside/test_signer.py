@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner, SSlibKey
+from weightsmith.api.commands.verify import key_path
 from weightsmith.building.wiring import make_signer
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Signer
-from weightsmith.outside.signer import open_signer
+from weightsmith.outside.signer import is_open_to_all, open_signer
 from weightsmith.provenance.signing import (
     check_by,
     countersign,
@@ -159,14 +161,100 @@ def test_a_key_whose_signatures_verify_would_not_believe(
     other = Signer(sign=lambda text: text, public=public.read_bytes())
     monkeypatch.setattr("weightsmith.building.wiring.open_signer", lambda _: other)
     with pytest.raises(UsageError, match="cannot check"):
-        make_signer("awskms:///alias/release")
+        make_signer("awskms:///alias/release", pytest.fail)
 
 
 @needs_cosign
-def test_a_key_service_that_cannot_be_reached_is_reported_before_the_work() -> None:
-    with pytest.raises(EnvironmentFailure, match="unrecognized scheme") as caught:
-        open_signer("nokms://release")
+def test_a_key_service_that_cannot_be_reached_is_reported_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VAULT_ADDR", "http://127.0.0.1:1")
+    monkeypatch.setenv("VAULT_TOKEN", "s3cret")
+    monkeypatch.setenv("VAULT_MAX_RETRIES", "0")
+    with pytest.raises(EnvironmentFailure, match="signing with hashivault") as caught:
+        open_signer("hashivault://release")
     assert "COSIGN_PASSWORD" in caught.value.hint
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["nokms://release", "foo://x", "://"])
+def test_a_service_that_nobody_knows(key: str) -> None:
+    with pytest.raises(UsageError, match="no key service that is known") as caught:
+        open_signer(key)
+    assert "awskms://…, gcpkms://…, azurekms://…, hashivault://…" in caught.value.hint
+
+
+def test_a_service_of_a_plugin_of_cosign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It finds `sigstore-kms-NAME` on the path; here cosign itself is missing there."""
+    (tmp_path / "sigstore-kms-nokms").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFailure, match="cosign"):
+        open_signer("nokms://release")
+
+
+def test_the_text_of_a_key_is_never_shown(tmp_path: Path) -> None:
+    """As `--sign-key "$(cat key.pem)"` gives it."""
+    text = make_key(tmp_path)[0].read_text()
+    with pytest.raises(UsageError, match="given as its text") as caught:
+        open_signer(text)
+    with pytest.raises(UsageError, match="given as its text") as named:
+        key_path(text)
+    secret = text.splitlines()[1]
+    assert secret not in f"{caught.value}{caught.value.hint}{named.value}{named.value.hint}"
+
+
+def test_a_key_that_everybody_can_read(tmp_path: Path) -> None:
+    """Not one in a folder that only its owner enters; nor one with a password."""
+    told = list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        private, public = make_key(Path(folder))
+        make_signer(str(private), told.append)
+        assert told == []
+        private.chmod(0o644)
+        make_signer(str(private), told.append)
+        assert len(told) == 1
+        assert f"can read the signing key {private}: run `chmod 600`" in told[0]
+        openssl("ec", "-in", private, "-aes256", "-passout", "pass:x", "-out", public)
+        public.chmod(0o644)
+        assert not is_open_to_all(str(public))
+        Path(folder).chmod(0o700)
+        make_signer(str(private), told.append)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "it has no line -----BEGIN PUBLIC KEY-----"),
+        (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "it is damaged"),
+        (b"-----BEGIN PUBLIC KEY-----\nAA*A\n-----END PUBLIC KEY-----\n", "it is damaged"),
+        (b"-----BEGIN PUBLIC KEY-----\nMFk", "it is damaged"),
+        (b"-----BEGIN EC PRIVATE KEY-----\nAAAA\n", "it is a private key"),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n", "it is a certificate"),
+    ],
+)
+def test_what_is_no_public_key(data: bytes, says: str, tmp_path: Path) -> None:
+    """In our words: those of the library name its parser."""
+    (tmp_path / "key.pub").write_bytes(data)
+    with pytest.raises(UsageError) as caught:
+        read_public_key(tmp_path / "key.pub")
+    assert caught.value.message.endswith(f"key.pub is not a public key in PEM form: {says}")
+
+
+@pytest.mark.parametrize(
+    ("given", "says", "hint"),
+    [
+        ("awskms:///alias/x", "checked with a file", "cosign public-key --key awskms:///alias/x"),
+        ("/", "it is a folder", "PEM file"),
+        ("/missing/key.pub", "no such file", "PEM file"),
+    ],
+)
+def test_what_names_no_public_key(given: str, says: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        key_path(given, "--proof-key")
+    assert caught.value.message.startswith(f"--proof-key {given}: ")
+    assert hint in caught.value.hint
 
 
 def test_a_key_service_without_cosign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -197,7 +285,7 @@ def cloud(
 
 def test_a_cloud_s_key_without_cosign(cloud: KeyService, tmp_path: Path) -> None:
     """It signs there, and only digests are sent; openssl checks the signature."""
-    signer = make_signer("awskms:///alias/release")
+    signer = make_signer("awskms:///alias/release", pytest.fail)
     assert signer
     for name, data in (("text", TEXT), ("sig", signer.sign(TEXT)), ("key", signer.public)):
         (tmp_path / name).write_bytes(data)
@@ -244,7 +332,7 @@ def test_references_of_other_clouds(
     monkeypatch.setattr("securesystemslib.signer.Signer.from_priv_key_uri", lambda *_: signed)
     monkeypatch.setattr("weightsmith.outside.signer.find_spec", lambda _: True)
     monkeypatch.setenv("PATH", str(tmp_path))
-    signer = make_signer(key)
+    signer = make_signer(key, pytest.fail)
     assert seen == [asked]
     assert signer
     assert check_by(signer.public)(TEXT, signer.sign(TEXT))

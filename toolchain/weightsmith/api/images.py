@@ -198,7 +198,7 @@ def run_push(asked: PushCommand, progress: Progress) -> tuple[Mapping[str, Json]
                 return preview_push(asked.source, hub, tools)
             sent = push_to_hub(asked.source, hub, tools)
     else:
-        signer = wiring.signer_of(asked.run)
+        signer = wiring.signer_of(asked.run, progress.warn)
         with wiring.make_registry(insecure=asked.run.insecure) as registry:
             if asked.dry_run:
                 return preview_copy(asked.source, asked.to, registry, force=asked.force)
@@ -698,7 +698,7 @@ def affected(
 def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
     """Return what was made from what the command names."""
     question = question_of(asked, wiring.digest_of_folder)
-    signer = wiring.signer_of(asked.run)
+    signer = wiring.signer_of(asked.run, progress.warn)
     keys = keys_of(asked, signer, wiring.check_of_identity(asked.signed_by))
     with wiring.make_registry(insecure=asked.run.insecure) as registry:
         hub = wiring.make_hub_lister()

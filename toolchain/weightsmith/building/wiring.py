@@ -69,7 +69,7 @@ from weightsmith.outside.registries import PushedLayers, ask_helper, docker_conf
 from weightsmith.outside.remote import RemoteReader
 from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from weightsmith.outside.s3_cache import S3Cache
-from weightsmith.outside.signer import open_signer
+from weightsmith.outside.signer import is_open_to_all, open_signer
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.toolset import check_engine_files, make_engine_files
 from weightsmith.provenance.signing import Check, check_by, check_of
@@ -259,7 +259,7 @@ def open_tools(
     if run.runner == "docker":
         engine.require()
     answers = run.runner == "docker" or (run.runner == "auto" and engine.answers())
-    signer, layers = signer_of(run), PushedLayers(cache_folder())
+    signer, layers = signer_of(run, progress.warn), PushedLayers(cache_folder())
     with (
         make_registry(insecure=run.insecure, memory=layers) as registry,
         open_store(
@@ -341,7 +341,8 @@ def open_store(
             return
         queue = None
         if sharing.both and uploads:
-            key = make_signer(settings.sign_key) if settings.sign_key else signer
+            own = make_signer(settings.sign_key, progress.warn)
+            key = own or signer
             if isinstance(key, IdentitySigner) and not settings.certificate_identity:
                 key = None  # each signature is an entry of a public log, and nobody asks for it
             queue = Uploads(caches[sharing.both], local.memo, key, layers.note)
@@ -399,7 +400,7 @@ def open_one_cache(
     settings, local = sharing.settings, make_store(progress.note)
     layers = PushedLayers(cache_folder())
     check = _trusted_in(settings)
-    signer = make_signer(sign_key or settings.sign_key)
+    signer = make_signer(sign_key or settings.sign_key, progress.warn)
     with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
         found = open_cache(sharing.both, registry)
         shared = SharedCache(found, check, progress.warn, settings.lookup_seconds)
@@ -470,16 +471,16 @@ def _launcher(engine: DockerEngine | None) -> Launcher:
     return EitherLauncher(DockerLauncher(engine), rootfs) if engine else rootfs
 
 
-def signer_of(run: RunOptions) -> AnySigner | None:
+def signer_of(run: RunOptions, warn: Callable[[str], None]) -> AnySigner | None:
     """Return what signs, or None: a key, or with `keyless` the identity of this job.
 
-    It signs once, or gets a certificate, to find out before the build. Raises as `make_signer` and
-    `open_identity_signer` do.
+    It signs once, or gets a certificate, to find out before the build. Warns and raises as
+    `make_signer` and `open_identity_signer` do.
     """
     if run.trust_config and not run.keyless:
         raise UsageError("--trust-config needs --keyless", hint="a key needs no services")
     if not run.keyless:
-        signer = make_signer(run.sign_key)
+        signer = make_signer(run.sign_key, warn)
         return replace(signer, format=run.signature_format) if signer else None
     if run.sign_key or run.signature_format == "both":
         other = "--sign-key" if run.sign_key else "--signature-format both"
@@ -488,14 +489,17 @@ def signer_of(run: RunOptions) -> AnySigner | None:
     return open_identity_signer(run.trust_config)
 
 
-def make_signer(key: str) -> Signer | None:
+def make_signer(key: str, warn: Callable[[str], None]) -> Signer | None:
     """Return the signer of the user's key, or None without a key.
 
-    Raises as `open_signer` does, and UsageError for a key whose signatures `verify` cannot check.
+    Warns of a file that everybody can read. Raises as `open_signer` does, and UsageError for a key
+    whose signatures `verify` cannot check.
     """
     if not key:
         return None
     signer, text = open_signer(key), b"weightsmith: can this key sign?"
+    if is_open_to_all(key):
+        warn(f"every user of this machine can read the signing key {key}: run `chmod 600` on it")
     if not check_by(signer.public)(text, signer.sign(text)):
         raise UsageError(
             f"{key} makes signatures that `verify` cannot check",

@@ -10,6 +10,7 @@ import base64
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +21,16 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Signer
 from weightsmith.core.safe_parse import given_content
 from weightsmith.outside import process
+from weightsmith.recipe.user_config import require_key_file
 
 _CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
 """Variables that cosign reads for encrypted keys and key management services."""
 _COSIGNS_OWN = (b"BEGIN ENCRYPTED COSIGN PRIVATE KEY", b"BEGIN ENCRYPTED SIGSTORE PRIVATE KEY")
 """Of key files that only cosign decrypts."""
+_SERVICES = ("awskms", "gcpkms", "azurekms", "hashivault", "openbao", "k8s", "gitlab", "env")
+"""Schemes that cosign knows (pkg/signature/keys.go); for others it looks for a plugin."""
+_PLUGIN = "sigstore-kms-"
+_FILE_OR_SERVICE = f"give a key file, or a key service's key: {'://…, '.join(_SERVICES)}://…"
 
 
 def open_signer(key: str) -> Signer:
@@ -35,7 +41,14 @@ def open_signer(key: str) -> Signer:
     Raises UsageError for an invalid key, EnvironmentFailure if the service cannot use the key, or
     cosign is needed and missing.
     """
+    require_key_file(key, "the signing key")
     if "://" in key:
+        scheme = key.partition("://")[0]
+        if scheme not in _SERVICES and not shutil.which(f"{_PLUGIN}{scheme}"):
+            raise UsageError(
+                f"the signing key {key[:200]}: {scheme}:// is no key service that is known",
+                hint=_FILE_OR_SERVICE,
+            )
         return _by_service(key) or _by_cosign(key)
     path = Path(key).expanduser()
     try:
@@ -43,11 +56,27 @@ def open_signer(key: str) -> Signer:
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the signing key {path} cannot be read: {getattr(error, 'strerror', error)}",
-            hint="give a key file or a reference to a key management service",
+            hint=_FILE_OR_SERVICE,
         ) from None
     if any(kind in data for kind in _COSIGNS_OWN):
         return _by_cosign(str(path))
     return _by_library(path, data)
+
+
+def is_open_to_all(key: str) -> bool:
+    """Return whether every user of this machine can read a private key's file without a password.
+
+    A file that cannot be looked at is not open.
+    """
+    path = Path(key).expanduser()
+    try:
+        folders = path.resolve().parents
+        if not (path.is_file() and path.stat().st_mode & stat.S_IROTH):
+            return False
+        reached = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
+        return reached and b"ENCRYPTED" not in given_content(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _by_library(path: Path, data: bytes) -> Signer:
@@ -78,8 +107,9 @@ def _by_library(path: Path, data: bytes) -> Signer:
         case ed25519.Ed25519PrivateKey():
             sign = key.sign
         case _:
+            public = ", but a public key" if b"PUBLIC KEY-----" in data else ""
             raise UsageError(
-                f"{path} is not a private key of a supported kind",
+                f"{path} is not a private key of a supported kind{public}",
                 hint="create one: `cosign generate-key-pair`, or "
                 "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`",
             )

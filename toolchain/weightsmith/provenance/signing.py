@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import AnySigner, IdentityCheck, IdentitySigner, Signer
-from weightsmith.core.safe_parse import PART, parse
+from weightsmith.core.safe_parse import PART, given_content, parse
 from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance.statements import STATEMENT, Statement
@@ -262,12 +262,15 @@ def whom(check: Check) -> str:
 def read_public_key(path: Path) -> Check:
     """Return a verifier for a PEM file's public key; raises UsageError if it is none."""
     try:
-        return check_by(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not a public key in PEM form: {error}",
-            hint="`cosign generate-key-pair` writes one as cosign.pub",
-        ) from None
+        return check_by(given_content(path))
+    except OSError as error:
+        why = f"the public key {path} cannot be read: {error.strerror}"
+        raise UsageError(why, hint="give the PEM file of a public key") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not a public key in PEM form: {error}", hint=_PUBLIC) from None
+
+
+_PUBLIC = "`cosign generate-key-pair` writes one as cosign.pub, `openssl pkey -pubout` a key's own"
 
 
 def check_of(key: str) -> Check:
@@ -319,8 +322,10 @@ def check_by(public: bytes) -> Check:
 
     try:
         key = load_pem_public_key(public)
-    except UnsupportedAlgorithm as error:
-        raise ValueError(str(error)) from None
+    except UnsupportedAlgorithm:
+        raise ValueError("its kind or its curve is not supported") from None
+    except ValueError:
+        raise ValueError(_not_public(public)) from None
     kinds = (ec.EllipticCurvePublicKey, rsa.RSAPublicKey, ed25519.Ed25519PublicKey)
     if not isinstance(key, kinds):
         raise ValueError("it is neither ECDSA, RSA nor Ed25519")  # noqa: TRY004 - as the library
@@ -339,6 +344,15 @@ def check_by(public: bytes) -> Check:
         return True
 
     return check
+
+
+def _not_public(data: bytes) -> str:
+    """Return why a file is no public key: the library's own words name its parser."""
+    others = {b"PRIVATE KEY-----": "a private key", b"BEGIN CERTIFICATE-----": "a certificate"}
+    if other := next((what for mark, what in others.items() if mark in data), ""):
+        return f"it is {other}"
+    begins = b"PUBLIC KEY-----" in data
+    return "it is damaged" if begins else "it has no line -----BEGIN PUBLIC KEY-----"
 
 
 def _envelope(payload: bytes, signature: Mapping[str, str]) -> Mapping[str, JsonValue]:

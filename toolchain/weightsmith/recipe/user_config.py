@@ -117,6 +117,15 @@ def read_config() -> UserConfig:
         raise UsageError(f"{path}: {'; '.join(faults[:5])}", hint=_HINT) from None
 
 
+def require_key_file(key: str, what: str) -> None:
+    """Raise UsageError, without the key, for the text of a key where its file is to be named."""
+    if "-----BEGIN" in key:
+        raise UsageError(
+            f"{what} is given as its text, and not as the name of its file",
+            hint="write it to a file that only you can read, and give that file's name",
+        )
+
+
 def _option(default: _T, description: str) -> _T:
     return field(default=default, metadata={"description": description})
 
