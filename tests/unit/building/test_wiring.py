@@ -73,7 +73,7 @@ def test_settings_that_a_caller_gives_are_read_as_those_of_the_file() -> None:
     missing = str(Path.home() / "not-there.pem")
 
     with (
-        pytest.raises(UsageError, match=f"^{re.escape(missing)} is not a public key"),
+        pytest.raises(UsageError, match=f"^the public key {re.escape(missing)} cannot be read"),
         open_tools(RunOptions(runner="local"), Silent(), trusted={"verify_key": "~/not-there.pem"}),
     ):
         pass

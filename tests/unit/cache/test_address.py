@@ -133,7 +133,7 @@ def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path):
     named = {"certificate_identity": "me", "certificate_oidc_issuer": "https://x"}
     assert of_nodes("local", shared, whoever) == {**shared.given(), **named}
     missing = of_nodes("ray", shared, CacheSettings(verify_key="/nowhere"))
-    with pytest.raises(UsageError, match="/nowhere is not a public key"):
+    with pytest.raises(UsageError, match="the public key /nowhere cannot be read"):
         check_of(missing["verify_key"])
     with pytest.raises(UsageError, match="no public key"):
         check_of("-----BEGIN PUBLIC KEY-----\nno")
