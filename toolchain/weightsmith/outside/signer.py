@@ -107,9 +107,9 @@ def _by_library(path: Path, data: bytes) -> Signer:
         case ed25519.Ed25519PrivateKey():
             sign = key.sign
         case _:
-            public = ", but a public key" if b"PUBLIC KEY-----" in data else ""
+            other = ", but a public key" if b"PUBLIC KEY-----" in data else ""
             raise UsageError(
-                f"{path} is not a private key of a supported kind{public}",
+                f"{path} is not a private key of a supported kind{other}",
                 hint="create one: `cosign generate-key-pair`, or "
                 "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`",
             )
