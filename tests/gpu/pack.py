@@ -202,7 +202,8 @@ def _has_wheel(name: str, version: str) -> bool:
 def write_replay_sets(to: Path) -> list[str]:
     """Build each image here, where it is not started, and keep the answers that it should give.
 
-    Returns what was not built; of some formats an image that is not started has no set.
+    Returns what was not built; of some formats an image that is not started has no set. A target
+    that the plan refuses for this model is none that lacks: the day's row says why.
     """
     from tests.gpu.day import REPLAY, TARGETS, Day, take
 
@@ -214,6 +215,9 @@ def write_replay_sets(to: Path) -> list[str]:
             continue
         folder = to / "work" / target
         recipe = model.recipe(folder, "engine:modelcar")  # in place of the engine's gigabytes
+        if why := refusal(recipe, target):
+            print(f"{target} is not built: {why}")
+            continue
         try:
             ours(
                 *("build", "--recipe", recipe, "--target", target, "--gpu", "nvidia-h100-80gb"),
@@ -227,6 +231,16 @@ def write_replay_sets(to: Path) -> list[str]:
             shutil.move(folder / REPLAY, kept)
         shutil.rmtree(folder)
     return lacks
+
+
+def refusal(recipe: Path, target: str) -> str:
+    """Return why a target cannot be had of a recipe's model; '' if it can."""
+    words = ("plan", "--recipe", recipe, "--target", target, "--gpu", "nvidia-h100-80gb")
+    done = subprocess.run(
+        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    return done.stderr.strip() if done.returncode == 3 else ""
 
 
 def packages(lines: list[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,6 +207,24 @@ def test_what_is_packed_is_whole_and_what_lacks_is_said(
     (to / "wheels" / "a.whl").write_text("another")
     with pytest.raises(SystemExit, match=r"broken: wheels/a\.whl$"):
         pack.check(to)
+
+
+def test_a_target_that_the_model_cannot_have_does_not_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no pack would ever be whole: SmolLM2's rows are no multiple of fp8-block's."""
+
+    def fails(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, "build")
+
+    monkeypatch.setattr(pack, "ours", fails)
+    refused = "vllm-fp8-block"
+    monkeypatch.setattr(pack, "refusal", lambda _, target: "576" * (target == refused))
+    expected = [f"the replay set of {name}" for name in TARGETS if name != refused]
+    assert pack.write_replay_sets(tmp_path) == expected
+    monkeypatch.undo()
+    (tmp_path / "recipe.yaml").write_text("{}")
+    assert pack.refusal(tmp_path / "recipe.yaml", "vllm") == ""  # a fault of ours is none
 
 
 @pytest.mark.slow
