@@ -104,6 +104,22 @@ def test_float16_is_left_where_kernels_for_amx_have_none(target):
     assert "serve.dtype=bfloat16" in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("target", "device", "said"),
+    [
+        ("vllm-fp8", "cpu", True),
+        ("vllm-fp8", "cpu-amx", True),
+        ("vllm-mix", "cpu", True),
+        ("vllm-fp8-block", "cpu-amx", False),
+        ("vllm-w8a8", "cpu", False),
+        ("vllm-fp8", "nvidia-l40s", False),
+    ],
+)
+def test_a_plan_says_where_fp8_is_multiplied_one_by_one(target, device, said):
+    made = rendered(target, gpu=device, max_model_len=4096, host_memory_bytes=64 * GIB)
+    assert any("fp8 weights one by one" in note for note in made.plan.notes) is said
+
+
 def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
     made = rendered("vllm", max_model_len=4096, max_num_seqs=2, host_memory_bytes=64 * GIB)
     settings = settings_of(made)

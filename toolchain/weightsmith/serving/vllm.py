@@ -103,6 +103,23 @@ def without_float16(
     return replace(options, dtype="bfloat16"), (note,)
 
 
+def slow_fp8(format_: Format, device: str) -> tuple[str, ...]:
+    """Return a note if a CPU's server multiplies a format's FP8 weights one by one, else ().
+
+    With a scale per row, vLLM 0.32 leaves them to torch._scaled_mm (kernels/linear/scaled_mm), but
+    for CPUs with AMX-FP8. On others with AMX, torch 2.13 takes oneDNN's matmul, which has only its
+    reference there (`ref:any` in ONEDNN_VERBOSE): 57 ns a weight and token, a hundred times what
+    torch takes to multiply in float32, as it does on CPUs without AMX.
+    """
+    if not is_cpu(device) or format_.kind not in {"fp8", "mix"} or format_.name == "fp8-block":
+        return ()
+    said = (
+        "on CPUs with AMX vLLM multiplies fp8 weights one by one: about 60 ns for each weight and"
+        " token, a minute a token for a billion weights; vllm-w8a8 has a fast kernel there"
+    )
+    return (said,)
+
+
 GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 """Upstream's CUDA 13 build; images/bases.lock has its digest."""
 
@@ -244,7 +261,8 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         chosen = replace(chosen, adapter_bytes=len(options.adapters) * each)
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
     check_blocks(model, options.format, planned.tensor_parallel_size)
-    notes = (*own, *planned.notes, *check_packing(model.packing, capacity.machine))
+    notes = (*own, *slow_fp8(options.format, device), *planned.notes)
+    notes = (*notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)
     if options.speculation:
         settings["speculative-config"] = _speculative(options.speculation)
