@@ -50,7 +50,7 @@ from weightsmith.recipe.schema import Recipe
 from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS, GPUS, Gpu
-from weightsmith.serving.pooling import LLAMACPP_BY_TOKENS, LLAMACPP_PAIRS, VLLM_CLASSES
+from weightsmith.serving.pooling import BY_TOKENS, LLAMACPP_PAIRS, VLLM_CLASSES
 
 K = TypeVar("K")
 
@@ -471,7 +471,7 @@ def _architectures() -> Iterator[str]:
 def _pooled() -> Iterator[str]:
     """Yield the rows of the table of models that do not chat."""
     vectors = "BertModel, DistilBertModel, ModernBertModel, RobertaModel, XLMRobertaModel, decoders"
-    by_tokens = ", ".join(sorted(LLAMACPP_BY_TOKENS))
+    by_tokens = ", ".join(sorted(BY_TOKENS))
     pairs = f"{', '.join(sorted(LLAMACPP_PAIRS))}; by two tokens (LogitScore) {by_tokens}"
     rows: tuple[tuple[str, Kind, str], ...] = (
         ("vectors", "embed", vectors),
@@ -482,6 +482,7 @@ def _pooled() -> Iterator[str]:
     for what, kind, converted in rows:
         own = ", ".join(sorted(VLLM_CLASSES[kind]))
         decoders = "" if kind == "token-classify" else ", decoders"
+        decoders += f"; by two tokens {by_tokens}" if what == rows[1][0] else ""
         yield f"| {what} | {own}{decoders} | {converted or 'no'} |"
 
 

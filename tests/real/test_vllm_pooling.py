@@ -16,7 +16,7 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.merging.engine import MergeRequest, merge
 
 from tests import vllm_parts
-from tests.fakes import encoders, pooled_models
+from tests.fakes import encoders, pooled_models, token_rerankers
 from tests.fakes.encoders import TEXTS, adapted, mean_vectors
 from tests.fakes.started import weightsmith
 from tests.real.test_vllm import started_image
@@ -47,6 +47,28 @@ def test_vectors_are_those_of_base_and_adapter(tmp_path: Path) -> None:
     checks = {check["name"]: check["seen"] for check in record["checks"]}
     assert checks["embed"] == "256 numbers, length 1.000"
     assert checks["SIGTERM"].endswith("a request was answered")
+
+
+def test_a_reranker_by_two_tokens_scores_as_base_and_adapter(tmp_path: Path) -> None:
+    """By a head that vLLM makes of two tokens, and the model's own words around a pair."""
+    base, query, *documents = tmp_path / "base", *TEXTS
+    token_rerankers.written(base)
+    unmerged = token_rerankers.adapted(base, tmp_path / "adapter")
+    expected = np.array(token_rerankers.scores(unmerged, base, query, documents))
+
+    weightsmith(
+        "build", "--base", base, "--adapter", tmp_path / "adapter", "--target", "vllm",
+        "--runner", "local", "--dist", tmp_path / "dist", "--set", "name=m",
+        "--layout", tmp_path / "image",
+    )  # fmt: skip
+    with started_image(tmp_path / "image") as client:
+        body = {"model": "m", "query": query, "documents": documents}
+        rows = client.post("/v1/rerank", json=body).raise_for_status().json()["results"]
+    found = {row["index"]: row["relevance_score"] for row in rows}
+    likely = np.array([found[n] for n in range(len(documents))])
+
+    assert np.abs(np.log(likely / (1 - likely)) - expected).max() < 0.1
+    assert np.ptp(expected) > 0.5, "documents are told apart"
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,28 @@ def test_rerankers_by_two_tokens(tmp_path, scored, tokens):
     )
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "names"),
+    [
+        ({"model": {"vocab": {"yes": 5, "no": 3}}}, ("yes", "no")),
+        ({"model": {"vocab": {"no": 3}}, "added_tokens": [{"id": 5, "content": "<y>"}]},
+         ("<y>", "no")),
+        ({"model": {"vocab": {"yes": 5}}}, None),
+        ({"model": {"vocab": [["yes", 0.1]]}, "added_tokens": [3, {"id": [5]}]}, None),
+    ],
+)  # fmt: skip
+def test_the_names_of_two_tokens(tmp_path, tokenizer, names):
+    write(
+        tmp_path,
+        {"architectures": ["Qwen3ForCausalLM"]},
+        modules=modules(("", "Transformer"), ("1_LogitScore", "LogitScore")),
+        config_sentence_transformers={"model_type": "CrossEncoder"},
+        tokenizer=tokenizer,
+        **{"1_LogitScore__config": {"true_token_id": 5, "false_token_id": 3}},
+    )
+    assert read_task(tmp_path).sentence.token_names == names
+
+
 TANH = "torch.nn.modules.activation.Tanh"
 
 

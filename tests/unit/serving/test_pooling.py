@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.models.facts import ModelFacts
@@ -13,7 +14,7 @@ from weightsmith.serving import engines
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB, MIB
 from weightsmith.serving.parameters import weights_from_config
-from weightsmith.serving.pooling import ASKED, keeps_cache, pooling_of, width_of
+from weightsmith.serving.pooling import ASKED, keeps_cache, pooling_of, vllm_settings, width_of
 from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, facts
@@ -160,17 +161,39 @@ def test_what_an_engine_would_compute_otherwise_is_refused(target, config, sente
 TOKENS = {"modules": ("Transformer", "LogitScore"), "model_type": "CrossEncoder"}
 
 
-def test_a_reranker_by_two_tokens_is_served_by_llamacpp_alone():
-    """Its GGUF file has the prompt; vLLM puts one around the texts only if it is told."""
-    sentence = SentenceTransformers(**TOKENS, tokens=(9693, 2152))
+def test_a_reranker_by_two_tokens_is_served_with_its_own_prompt():
+    """llama.cpp's is in the GGUF file; vLLM puts one around the texts only if it is told."""
+    sentence = SentenceTransformers(
+        **TOKENS, tokens=(9693, 2152), token_names=("yes", "no"), begins_answer=True,
+        prompts=(("web", 'Say "é".\n'),), default_prompt="web",
+    )  # fmt: skip
     plan = rendered("llamacpp-f16", QWEN, sentence).plan
     assert plan.settings["reranking"] is True
-    with pytest.raises(InputRefused, match="puts a prompt around query and document") as caught:
+    own = "\n{{ messages | map(attribute='content') | join('|') }}{% if add_generation_prompt %}A"
+    facts = replace(ModelFacts.of(QWEN, sentence=sentence), chat_template=own + "{% endif %}")
+    settings = vllm_settings(facts)
+
+    assert settings["hf-overrides"] == {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["no", "yes"],
+        "is_original_qwen3_reranker": True,
+    }
+    asked = [{"role": "query", "content": "q"}, {"role": "document", "content": "d"}]
+    # As transformers renders templates.
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = jinja.from_string(settings["chat-template"])
+    assert template.render(messages=asked) == '\nSay "é".\n|q|dA'
+
+
+def test_a_reranker_by_two_tokens_that_an_engine_does_not_know_is_refused():
+    sentence = SentenceTransformers(**TOKENS, tokens=(9693, 2152))
+    llama = named("LlamaForCausalLM") | {"model_type": "llama"}
+    for target in ("vllm", "llamacpp-f16"):
+        with pytest.raises(InputRefused, match="by two tokens of Qwen3ForCausalLM alone"):
+            rendered(target, llama, sentence)
+    with pytest.raises(InputRefused, match="two tokens of a tokenizer") as caught:
         rendered("vllm", QWEN, sentence)
     assert "target llamacpp serves it" in caught.value.hint
-    llama = named("LlamaForCausalLM") | {"model_type": "llama"}
-    with pytest.raises(InputRefused, match="by two tokens of Qwen3ForCausalLM alone"):
-        rendered("llamacpp-f16", llama, sentence)
 
 
 @pytest.mark.parametrize("target", ["vllm", "llamacpp-f16"])
@@ -197,9 +220,15 @@ def test_distilbert_gives_vectors_on_llamacpp_alone():
         rendered("vllm", DISTIL, MEAN)
     assert "llamacpp" in caught.value.hint
     head = DISTIL | {"architectures": ["DistilBertForSequenceClassification"]}
-    for target in ("vllm", "llamacpp-f16"):
-        with pytest.raises(InputRefused) as caught:
-            rendered(target, head)
+    pairs = head | {"id2label": {"0": "score"}}
+    for target, config, why in (
+        ("vllm", head, "has no class for it"),
+        ("vllm", pairs, "has no class for it"),
+        ("llamacpp-f16", head, "no endpoint for labels"),
+        ("llamacpp-f16", pairs, "where DistilBERT has ReLU"),
+    ):
+        with pytest.raises(InputRefused, match=why) as caught:
+            rendered(target, config)
         assert "no target serves it: train the adapter on a base" in caught.value.hint
         assert "(Bert, ModernBert, Roberta, XLMRoberta)" in caught.value.hint
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.safe_parse import SMALL, json_object, parse, read_bytes, read_json
+from weightsmith.core.safe_parse import SMALL, TOKENIZER, json_object, parse, read_bytes, read_json
 from weightsmith.core.values import JsonValue
 from weightsmith.models.safetensors import read_header
 
@@ -120,6 +120,8 @@ class SentenceTransformers:
     """In order; they follow the pooling."""
     tokens: tuple[int, int] | None = None
     """Of a LogitScore module: a pair's score is the logit of the first token less the second's."""
+    token_names: tuple[str, str] | None = None
+    """These tokens, as tokenizer.json writes them; None where it has none of these numbers."""
     begins_answer: bool = False
     """Whether the chat template that words a pair gets `add_generation_prompt`."""
     odd: str = ""
@@ -358,6 +360,7 @@ def read_sentence_transformers(folder: Path) -> SentenceTransformers:
         dense=tuple(dense),
         odd=odd or _odd(kinds),
         tokens=_tokens(scored),
+        token_names=_names(folder, _tokens(scored)),
         begins_answer=_begins_answer(bert),
     )
 
@@ -367,6 +370,24 @@ def _tokens(settings: Mapping[str, JsonValue]) -> tuple[int, int] | None:
     ids = [settings.get(f"{word}_token_id") for word in ("true", "false")]
     true, false = (one if type(one) is int and one >= 0 else None for one in ids)
     return None if true is None or false is None or true == false else (true, false)
+
+
+def _names(folder: Path, tokens: tuple[int, int] | None) -> tuple[str, str] | None:
+    """Return two tokens' texts in a folder's tokenizer.json, None without these."""
+    file = folder / "tokenizer.json"
+    if tokens is None or not file.is_file():
+        return None
+    said = read_json(file, largest=TOKENIZER, unique=False)
+    model, added = said.get("model"), said.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    found: dict[JsonValue, JsonValue] = {}
+    if isinstance(vocabulary, Mapping):
+        found = {number: text for text, number in vocabulary.items() if isinstance(number, int)}
+    for row in added if isinstance(added, list) else []:
+        if isinstance(row, Mapping) and isinstance(row.get("id"), int):
+            found[row["id"]] = row.get("content")
+    true, false = (found.get(token) for token in tokens)
+    return (true, false) if isinstance(true, str) and isinstance(false, str) else None
 
 
 def _begins_answer(settings: Mapping[str, JsonValue]) -> bool:

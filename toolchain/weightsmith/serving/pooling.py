@@ -6,6 +6,7 @@ gives vectors or scores has the cache that it has anyway.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 
@@ -147,7 +148,33 @@ def vllm_settings(model: ModelFacts) -> dict[str, JsonValue]:
         found["pooler-config"] = {"seq_pooling_type": mode, "use_activation": normalizes}
     elif kind == "token-classify":
         found["pooler-config"] = {"task": "token_classify"}
+    elif names := model.task.sentence.token_names:
+        # Its head is the true token's row less the false one's (0.32, models/adapters.py).
+        found["hf-overrides"] = {
+            "architectures": ["Qwen3ForSequenceClassification"],
+            "classifier_from_token": [*reversed(names)],
+            "is_original_qwen3_reranker": True,
+        }
+        found["chat-template"] = pair_template(model)
     return found
+
+
+def pair_template(model: ModelFacts) -> str:
+    """Return the chat template that words a pair of a reranker by two tokens.
+
+    vLLM gives a template the query and the document alone, and uses none unless it is told to
+    (0.32, entrypoints/pooling/scoring/io_processor.py): the default prompt, as the system's
+    message, and the answer's beginning are set before the model's own template. The line breaks
+    there are no text: transformers trims them.
+    """
+    sentence, before = model.task.sentence, ""
+    (*system, _, _) = sentence.pair("", "")
+    if system:
+        said = json.dumps(system, ensure_ascii=False)
+        before += f"{{%- set messages = {said} + messages %}}\n"
+    if sentence.begins_answer:
+        before += "{%- set add_generation_prompt = true %}\n"
+    return before + model.chat_template
 
 
 def bases(model: ModelFacts) -> str:
@@ -167,12 +194,17 @@ LLAMACPP_PAIRS = frozenset(
 )  # fmt: skip
 """Rerankers whose scores llama.cpp's server gives as transformers does (compared for all
 three)."""
-LLAMACPP_BY_TOKENS = frozenset({"Qwen3ForCausalLM"})
-"""Rerankers by the logits of two tokens that llama.cpp knows: its graph ends in the softmax of both
-for these alone (src/llama-graph.cpp, build_pooling)."""
+BY_TOKENS = frozenset({"Qwen3ForCausalLM"})
+"""Rerankers by the logits of two tokens that both engines know: llama.cpp's graph ends in the
+softmax of both for these alone (src/llama-graph.cpp, build_pooling); of vLLM no others were tried.
+"""
 _NO_POOLER = (
     "leaves out BERT's pooler when it converts, and gives both texts of a pair the same type: its"
     " scores would be others"
+)
+_NO_RELU = (
+    "takes tanh after pre_classifier, where DistilBERT has ReLU (src/llama-graph.cpp,"
+    " build_pooling): its scores would be others"
 )
 
 
@@ -190,12 +222,14 @@ def lacks_llamacpp(model: ModelFacts) -> str:
             return f"gives every vector the length 1, and they are compared by {kind}"
         case "embed":
             return lacks_vectors(model)
-        case "rerank" if name in (LLAMACPP_BY_TOKENS if model.task.tokens else LLAMACPP_PAIRS):
+        case "rerank" if name in (BY_TOKENS if model.task.tokens else LLAMACPP_PAIRS):
             return ""
         case "rerank" if model.task.tokens:
-            return f"scores pairs by two tokens of {', '.join(sorted(LLAMACPP_BY_TOKENS))} alone"
+            return f"scores pairs by two tokens of {', '.join(sorted(BY_TOKENS))} alone"
         case "rerank" if name == "BertForSequenceClassification":
             return _NO_POOLER
+        case "rerank" if name == "DistilBertForSequenceClassification":
+            return _NO_RELU
         case "rerank":
             known = ", ".join(sorted(LLAMACPP_PAIRS))
             return f"scores pairs by these classes alone: {known}"
@@ -217,9 +251,13 @@ def lacks_vllm(model: ModelFacts) -> str:
     kind, name = model.task.kind, model.architecture
     if kind == "embed" and (why := lacks_vectors(model)):
         return why
-    if model.task.tokens:
-        return "puts a prompt around query and document only by settings that are not planned here"
+    if model.task.tokens and name not in BY_TOKENS:
+        return f"scores pairs by two tokens of {', '.join(sorted(BY_TOKENS))} alone"
+    if model.task.tokens and not (model.task.sentence.token_names and model.chat_template):
+        return "scores pairs by two tokens of a tokenizer.json, with a chat template"
     if is_known_decoder(name):
         return ""
     known = VLLM_CLASSES["classify" if kind == "rerank" else kind]
-    return "" if name in known else f"has no class for it; it has {', '.join(sorted(known))}"
+    if name in known:
+        return ""
+    return f"has no class for it (0.32 and 0.33); it has {', '.join(sorted(known))}"
