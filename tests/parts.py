@@ -19,7 +19,7 @@ SECONDS = {
     r"real/test_vllm\.py": 15,
     r"real/test_vllm_engine": 110,
     r"real/test_vllm_pooling.*judged": 220,
-    r"real/test_vllm_pooling.*vectors": 110,
+    r"real/test_vllm_pooling.*(vectors|two_tokens)": 110,
     r"real/test_vllm_pictures": 35,
     r"real/test_pictures.*vllm": 125,
     r"real/test_compressor.*package": 50,
