@@ -115,7 +115,8 @@ def slow_fp8(format_: Format, device: str) -> tuple[str, ...]:
         return ()
     said = (
         "on CPUs with AMX vLLM multiplies fp8 weights one by one: about 60 ns for each weight and"
-        " token, a minute a token for a billion weights; vllm-w8a8 has a fast kernel there"
+        " token, a minute a token for a billion weights; vllm-w8a8 has a fast kernel there, and"
+        " for adapters vllm-awq-lora"
     )
     return (said,)
 
