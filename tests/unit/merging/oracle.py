@@ -14,6 +14,15 @@ SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
 PLAIN = {"hidden_size": 32, "intermediate_size": 48}
 EXPERTS = {"num_experts_per_tok": 2}
+STAGES = {"depths": [1, 2]}
+SEGFORMER = STAGES | {
+    "num_encoder_blocks": 2,
+    "hidden_sizes": [16, 32],
+    "sr_ratios": [2, 1],
+    "num_attention_heads": [2, 4],
+    "decoder_hidden_size": 16,
+}
+VISION = ("vit", "cnn", "swin", "segformer", "regions")
 GPT = {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
 
@@ -23,7 +32,7 @@ def model_class(kind: str) -> Any:
 
     words = ("bert", "distilbert", "albert", "electra", "deberta", "modernbert")
     task = dict.fromkeys(("t5", "bart"), "Seq2SeqLM") | dict.fromkeys(words, "MaskedLM")
-    task |= dict.fromkeys(("vit", "cnn"), "ImageClassification")
+    task |= dict.fromkeys(VISION, "ImageClassification") | {"regions": "SemanticSegmentation"}
     return getattr(transformers, f"AutoModelFor{task.get(kind, 'CausalLM')}")
 
 
@@ -85,6 +94,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "ResNetConfig",
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
     ),
+    "swin": (
+        "SwinConfig",
+        STAGES | {"embed_dim": 16, "num_heads": [2, 4], "window_size": 2, "image_size": 16},
+    ),
+    "segformer": ("SegformerConfig", SEGFORMER),
+    "regions": ("SegformerConfig", SEGFORMER),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         SIZES | NARROW | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 8},
@@ -195,7 +210,7 @@ def answers(model: Any, kind: str) -> torch.Tensor:
         # The fast ones have no float64.
         model.set_experts_implementation("eager")
     with torch.no_grad():
-        if kind in ("vit", "cnn"):
+        if kind in VISION:
             pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
             found = model(pixel_values=pixels.double())
             return next(iter(found.values()))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,42 @@ from weightsmith.merging.names import loaded_names
 
 from tests.unit.merging.oracle import Case, MakeBase, case, check
 
-TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+MODELS = [
+    table
+    for name, table in vars(modeling_auto).items()
+    if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+]
+"""For each task: model type -> its classes."""
 
 
 def told_by_transformers(rules_of: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
-    """Return class or model type -> rules, of models that make text and of their parts.
+    """Return class or model type -> rules, of all models and of their parts.
 
-    A part has the rules of its class under the name of its type.
+    A type, also of a part, without rules has those of its class without a head.
     """
-    kinds: set[str] = set()
+    classes: dict[str, set[str]] = {}
+    for table in MODELS:
+        for kind, names in table.items():
+            classes.setdefault(kind, set()).update(listed(names))
     parts: set[str] = set()
-    for task in TASKS:
-        for kind, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
-            kinds |= {kind, *([names] if isinstance(names, str) else names)}
-            with suppress(StrictDataclassError):  # a part that has no model without its whole
-                parts |= set(parts_of(CONFIG_MAPPING[kind]()))
-    found = {kind: rules for kind in sorted(kinds) if (rules := rules_of(kind))}
-    for part in sorted(parts - found.keys()):
-        listed = modeling_auto.MODEL_MAPPING_NAMES.get(part, ())
-        names = [*([listed] if isinstance(listed, str) else listed), part]
-        if rules := next((told for name in names if (told := rules_of(name))), []):
-            found[part] = rules
-    return found
+    for kind in classes:
+        with suppress(StrictDataclassError):  # a part that has no model without its whole
+            parts |= set(parts_of(CONFIG_MAPPING[kind]()))
+    found: dict[str, list[Any]] = {}
+    for kind in sorted(classes.keys() | parts):  # a class may be of two types
+        plain = listed(modeling_auto.MODEL_MAPPING_NAMES.get(kind, ()))
+        below = next((rules for name in [*plain, kind] if (rules := rules_of(name))), [])
+        found[kind] = rules_of(kind) or below
+        for name in sorted(classes.get(kind, set()) - {*plain}):
+            # The model without the head has its own rules, of names behind a prefix.
+            if own := rules_of(name):
+                found[name] = own + [r for r in below if r not in own and r[0][0] != "^"]
+        found |= {name: rules_of(name) for name in plain}
+    return {kind: found[kind] for kind in sorted(found) if found[kind]}
+
+
+def listed(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def parts_of(config: Any) -> Iterator[str]:
@@ -123,6 +137,9 @@ CASES: dict[str, Case] = {
     "split": case("hrm_text", **ALL, use_rslora=True, rank_pattern={"up_proj": 2}),
     "one-of-four": case("hrm_text", "v_proj"),
     "split-by-size": case("sarvam_moe", "q_proj", "k_proj", "v_proj"),
+    "image": case("swin", **ALL),
+    "stages": case("segformer", **ALL),
+    "regions": case("regions", **ALL, modules_to_save=["classifier"]),
     "first-and-last": case("sarvam_moe", "q_proj", "v_proj", "o_proj"),
 }
 
