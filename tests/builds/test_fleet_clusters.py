@@ -211,7 +211,7 @@ def test_cells_have_the_digests_of_builds_one_by_one(fleet: Running, alone: Alon
 
 @pytest.mark.full
 def test_a_node_that_is_lost_costs_no_cell(fleet: Running, alone: Alone) -> None:
-    """While it merges, or pushes: what it was at is of the cells, not of the cluster's kind."""
+    """While it merges under Slurm, and while it pushes on Ray: both matter, but not on which."""
     cluster = fleet.cluster
     where = {"ray": "push", "slurm": "merge"}[cluster.kind]
     (cluster.folder / "hold").write_text(f"2 {where}")

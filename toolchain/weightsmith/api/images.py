@@ -329,7 +329,8 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
     _check_lock(asked)
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
-    targets, auto = chosen_targets(file, asked.targets, auto=True), wants_auto(file, asked.targets)
+    targets = chosen_targets(file, asked.targets, auto=True)
+    auto = wants_auto(file, asked.targets)
     check_read(file.recipe, targets, auto=auto)
     results = _results(asked.bench_results, file, targets, auto=auto)
     with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
@@ -455,10 +456,8 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
             "--keep-replay writes beside a recipe file, and this build has none",
             hint="write a recipe, and give it with --recipe",
         )
-    targets, auto = (
-        chosen_targets(file, asked.targets, to_build=True, auto=True),
-        wants_auto(file, asked.targets),
-    )
+    targets = chosen_targets(file, asked.targets, to_build=True, auto=True)
+    auto = wants_auto(file, asked.targets)
     check_read(file.recipe, targets, auto=auto)
     results = _results(asked.bench_results, file, targets, auto=auto)
     with wiring.open_tools(asked.run, progress) as tools:

@@ -21,14 +21,15 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Signer
 from weightsmith.core.safe_parse import given_content
 from weightsmith.outside import process
-from weightsmith.recipe.user_config import require_key_file
+from weightsmith.recipe.user_config import refuse_key_text
 
 _CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
 """Variables that cosign reads for encrypted keys and key management services."""
 _COSIGNS_OWN = (b"BEGIN ENCRYPTED COSIGN PRIVATE KEY", b"BEGIN ENCRYPTED SIGSTORE PRIVATE KEY")
 """Of key files that only cosign decrypts."""
 _SERVICES = ("awskms", "gcpkms", "azurekms", "hashivault", "openbao", "k8s", "gitlab", "env")
-"""Schemes that cosign knows (pkg/signature/keys.go); for others it looks for a plugin."""
+"""Schemes that cosign knows (its pkg/signature/keys.go and pkg/blob, sigstore's key services); for
+others it looks for a plugin."""
 _PLUGIN = "sigstore-kms-"
 _FILE_OR_SERVICE = f"give a key file, or a key service's key: {'://…, '.join(_SERVICES)}://…"
 
@@ -41,7 +42,7 @@ def open_signer(key: str) -> Signer:
     Raises UsageError for an invalid key, EnvironmentFailure if the service cannot use the key, or
     cosign is needed and missing.
     """
-    require_key_file(key, "the signing key")
+    refuse_key_text(key, "the signing key")
     if "://" in key:
         scheme = key.partition("://")[0]
         if scheme not in _SERVICES and not shutil.which(f"{_PLUGIN}{scheme}"):

@@ -117,7 +117,7 @@ def read_config() -> UserConfig:
         raise UsageError(f"{path}: {'; '.join(faults[:5])}", hint=_HINT) from None
 
 
-def require_key_file(key: str, what: str) -> None:
+def refuse_key_text(key: str, what: str) -> None:
     """Raise UsageError, without the key, for the text of a key where its file is to be named."""
     if "-----BEGIN" in key:
         raise UsageError(

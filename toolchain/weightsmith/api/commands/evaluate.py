@@ -95,7 +95,7 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
 
 
 def _check_subject(asked: EvaluateCommand) -> None:
-    """Raise UsageError unless there is one subject, for flags that it does not heed."""
+    """Raise UsageError if there is not exactly one subject, or a flag that would be ignored."""
     if sum(map(bool, (asked.image, asked.url, asked.model))) != 1:
         raise UsageError(
             "give exactly one of --image, --url and --model",
@@ -250,7 +250,7 @@ def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Said:
 
 
 def _refuse_other_flags(request: EvaluateCommand) -> None:
-    """Raise UsageError for flags that `--tasks` would not heed."""
+    """Raise UsageError for flags that `--tasks` would ignore."""
     given = {
         "--data": request.data,
         "--answers": request.answers,

@@ -40,7 +40,7 @@ from weightsmith.provenance.labels import weights_of
 from weightsmith.provenance.proofs import check_proven, check_wanted
 from weightsmith.provenance.statements import Statement
 from weightsmith.provenance.withdrawal import withdrawn_in
-from weightsmith.recipe.user_config import require_key_file
+from weightsmith.recipe.user_config import refuse_key_text
 
 _BUFFER = 1 << 20
 _TARS = (LAYER_TAR, *(name for name in manifests.MODEL_LAYERS if name.endswith(".tar")))
@@ -378,7 +378,7 @@ def key_path(text: str, flag: str = "--key") -> Path | None:
     """Return the path of a public key; raise UsageError if there is no such file."""
     if not text:
         return None
-    require_key_file(text, flag)
+    refuse_key_text(text, flag)
     path, hint = Path(text).expanduser(), "give the PEM file of the public key"
     if "://" in text:
         hint = f"give a file: `cosign public-key --key {text[:200]} --outfile key.pub` writes it"
