@@ -33,20 +33,27 @@ from typing import Any
 
 import httpx
 from weightsmith.building.progress import progress_for
+from weightsmith.building.targets import target_of
 from weightsmith.building.wiring import cache_folder, open_tools
+from weightsmith.core import cpus
 from weightsmith.core.devices import is_device
-from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.files import replace_file
 from weightsmith.core.ports import Silent, StartSpec
+from weightsmith.core.values import LORA
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import read_layout
+from weightsmith.outside import process
 from weightsmith.outside.environment import Pins, environment_folder, is_complete
 from weightsmith.outside.hardware import gpu_names
+from weightsmith.outside.lines import RESULT
 from weightsmith.outside.local import LocalRunner
 from weightsmith.provenance.labels import plan_of
 from weightsmith.recipe.user_config import RunOptions
-from weightsmith.serving.devices import GPUS
+from weightsmith.serving.compatibility import check_support
+from weightsmith.serving.devices import AMX, AMX_FLAGS, CPU, GPUS
+from weightsmith.serving.vllm import slow_fp8
 
 from tests import vllm_parts
 from tests.fakes.started import free_port
@@ -76,6 +83,8 @@ ALLOWED = {
 """Nats between the engine's mean log-probability and that of the same weights in float32. Formats
 that round a layer's inputs to 8 bits may be further off (tests/real/test_vllm.py measured them)."""
 CLOSE = 0.01
+REHEARSED = "nvidia-h100-80gb"
+"""What a rehearsal plans for where a CPU cannot serve a target."""
 LOSSY = ("vllm-w3a16",)
 """Targets whose weights may have forgotten what the support bot was taught."""
 MERGED_SCORE = "score.json"
@@ -149,6 +158,26 @@ class Day:
         found = [(len(alias), known) for alias, known in words if is_device(alias, name)]
         return max(found, default=(0, ""))[1]
 
+    def planned_for(self, target: str) -> str:
+        """Return the device that a target is planned for."""
+        if not self.cpu:
+            return self.gpu
+        return REHEARSED if self.refusal(target) else own_cpu()
+
+    def refusal(self, target: str) -> str:
+        """Return why a rehearsal cannot start a target's server; '' where it can."""
+        if not self.cpu:
+            return ""
+        device, found = own_cpu(), target_of(target)
+        if found.engine.name != "vllm":
+            return f"{found.engine.title} is not tried on CPUs"
+        try:
+            check_support(found.engine, found.format, device)
+        except InputRefused as refused:
+            return refused.message
+        alone = device == AMX and "amx_fp8" not in cpus.flags()
+        return " ".join(slow_fp8(found.format, device)) if alone else ""
+
     def models(self) -> tuple[Model, ...]:
         """Return what is built; the large one is written here, as its bytes need not travel."""
         if self.cpu:
@@ -180,18 +209,21 @@ class Day:
 
     def command(self, *words: object) -> Any:
         """Return what one of our commands prints; raises NotRun with what it says."""
-        done = subprocess.run(
+        printed = list[str]()
+        done = process.run(
             [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-            env=self.environment(), cwd=ROOT, capture_output=True, text=True,
-            timeout=LONGEST * (1 if gpu_names() else 6), check=False,  # a CPU is slow
+            env=self.environment(), cwd=ROOT, on_line=printed.append,
+            on_error_line=(errors := list[str]()).append, longest_line=RESULT,
+            timeout=LONGEST * (1 if gpu_names() else 6),  # a CPU is slow
         )  # fmt: skip
+        told = "\n".join(printed)
         if done.returncode == 0:
-            return json.loads(done.stdout)
+            return json.loads(told)
         try:
-            error = json.loads(done.stdout)["error"]
+            error = json.loads(told)["error"]
             said = f"{error['message']}; {error['hint']}"
         except (ValueError, LookupError):
-            said = done.stderr[-1000:]
+            said = "\n".join(errors)[-1000:]
         if done.returncode == 4:  # a check failed: the row has a result
             raise AssertionError(said)
         raise NotRun(f"{words[0]}: {said}")
@@ -199,13 +231,20 @@ class Day:
     def torch(self, *words: object) -> Any:
         """Return what tests/gpu/numbers.py prints in the merge builder's Python."""
         python = environment_folder(cache_folder(), _pins("merge")) / "bin" / "python"
-        done = subprocess.run(
-            [python, "-m", "tests.gpu.numbers", *map(str, words)], env=self.environment(), cwd=ROOT,
-            capture_output=True, text=True, timeout=LONGEST, check=False,
+        printed, errors = list[str](), list[str]()
+        done = process.run(
+            [python, "-m", "tests.gpu.numbers", *words], env=self.environment(), cwd=ROOT,
+            on_line=printed.append, on_error_line=errors.append, longest_line=RESULT,
+            timeout=LONGEST,
         )  # fmt: skip
         if done.returncode:
-            raise NotRun(done.stderr.strip()[-600:])
-        return json.loads(done.stdout.splitlines()[-1])
+            raise NotRun("\n".join(errors).strip()[-600:])
+        return json.loads(printed[-1])
+
+
+def own_cpu() -> str:
+    """Return how plans name this machine's CPU."""
+    return AMX if cpus.flags() >= AMX_FLAGS else CPU
 
 
 def _pins(builder: str) -> Pins:
@@ -227,7 +266,6 @@ def rows_of(day: Day) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         return
     for model in models:
         yield f"merge {model.name}", lambda m=model: merge(day, m)
-    yield "builder gptqmodel", lambda: builder(day, "gptqmodel")
     for model in models:
         for format_ in ("gptq", "awq"):
             yield (
@@ -409,13 +447,15 @@ class Served:
 @contextmanager
 def served_image(day: Day, model: Model, target: str) -> Iterator[Served]:
     """Build an image, which starts and asks it, and start it once more with the local runner."""
+    if why := day.refusal(target):
+        raise NotRun(why)
     folder = day.work / model.name / f"image-{target}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         built = day.command(
             "build", "--recipe", model.recipe(folder, day.base), "--target", target, "--runner",
             "local", "--dist", folder / "dist", "--layout", folder / "layout",
-            *(("--gpu", day.gpu) if day.gpu else ()),
+            *(("--gpu", device) if (device := day.planned_for(target)) else ()),
         )["targets"][target]  # fmt: skip
         record = json.loads((Path(built["report"]).parent / "build.json").read_text())
         plan = record["plan"]
@@ -456,21 +496,26 @@ def take(image: Image, start: str, folder: Path) -> None:
 
 @contextmanager
 def served_program(day: Day, model: Model, target: str) -> Iterator[Served]:
-    """Start the engine's program on the weights, with the settings that an image would have."""
-    engine, _, format_ = target.partition("-")
+    """Start the engine's program on the weights, with the settings that an image would have.
+
+    It ends with this process, however that ends.
+    """
+    found = target_of(target)
+    engine, format_ = found.engine.name, found.format
     folder = day.work / model.name / f"program-{target}"
     shutil.rmtree(folder, ignore_errors=True)
     recipe = model.recipe(folder, "")
-    gpu = ("--gpu", day.gpu) if day.gpu else ()
+    device = day.planned_for(target)
+    gpu = ("--gpu", device) if device else ()
     port = free_port()
-    if format_ == "lora":
+    if format_ == LORA:
         told = day.command("plan", "--recipe", recipe, "--target", target, *gpu)
         plan, weights = told["plan"][target], model.base
         own = {**plan["settings"], "lora-modules": [f"{model.name}={model.adapter}"]}
         settings = "".join(f"{key}: {json.dumps(value)}\n" for key, value in own.items())
     else:
-        weights = day.work / model.name / (format_ or "merged")
-        quantized(day, model, format_) if format_ else None
+        weights = day.work / model.name / (format_.name if format_.packed else "merged")
+        quantized(day, model, format_.name) if format_.packed else None
         told = day.command(
             "render", "--model", weights, "--target", target, "--out", folder, "--name", model.name,
             "--max-model-len", model.longest, "--max-num-seqs", model.at_once, *gpu,
@@ -480,37 +525,30 @@ def served_program(day: Day, model: Model, target: str) -> Iterator[Served]:
         settings = re.sub(r"(?m)^(model|model-path|port|served-model-name): .*\n", "", text)
     names = {
         "model" if engine == "vllm" else "model-path": str(weights),
-        "served-model-name": f"{model.name}-base" if format_ == "lora" else model.name,
+        "served-model-name": f"{model.name}-base" if format_ == LORA else model.name,
         "port": port,
     }
     file = folder / "settings.yaml"
     file.write_text(settings + "".join(f"{k}: {json.dumps(v)}\n" for k, v in names.items()))
+    if why := day.refusal(target):
+        raise NotRun(f"weights and settings were made, and not served: {why}")
     python, env = _engine(day, engine)
     module, *more = PROGRAMS[engine]
-    log, began = folder / "log", time.monotonic()
-    with (
-        log.open("w") as stream,
-        subprocess.Popen(
-            [*python, "-m", module, *more, "--config", file], env=env, cwd=folder,
-            stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-        ) as server,
-    ):  # fmt: skip
+    began = time.monotonic()
+    with process.start([*python, "-m", module, *more, "--config", file], env=env) as server:
         url = f"http://127.0.0.1:{port}"
         try:
             while not _healthy(url):
-                if server.poll() is not None or time.monotonic() - began > LONGEST:
-                    lines = log.read_text(errors="replace").splitlines()
-                    told = [line for line in lines if "Error" in line] or lines
-                    raise AssertionError(f"the server did not start: {' '.join(told[-6:])}")
+                if not server.alive() or time.monotonic() - began > LONGEST:
+                    lines = server.logs(2000).splitlines()
+                    said = [line for line in lines if "Error" in line] or lines
+                    raise AssertionError(f"the server did not start: {' '.join(said[-6:])}")
                 time.sleep(1)
             figures = {"started_as": "program", "start_seconds": round(time.monotonic() - began, 1)}
             yield Served(url, plan, weights, folder / REPLAY, figures)
+            server.stop(90)
         finally:
-            server.terminate()
-            try:
-                server.wait(90)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, 9)
+            (folder / "log").write_text(server.logs(2000))
 
 
 def _engine(day: Day, engine: str) -> tuple[list[str], dict[str, str]]:
@@ -618,8 +656,8 @@ def attempt(name: str, make: Callable[[], dict[str, Any]]) -> Row:
         return row("passed", figures=make())
     except NotRun as why:
         return row("not run", why)
-    except subprocess.TimeoutExpired as late:
-        return row("not run", f"took more than {late.timeout:.0f} s")
+    except process.TookTooLong as late:
+        return row("not run", late.message)
     except Exception as error:  # noqa: BLE001 - one row's fault must not end the day
         return row("failed", error or type(error).__name__)
 

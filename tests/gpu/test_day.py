@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from weightsmith.core import cpus
+from weightsmith.serving.devices import AMX_FLAGS
 
 from tests import vllm_parts
-from tests.fakes.started import weightsmith
+from tests.fakes.started import until, weightsmith
 from tests.gpu import day, pack
-from tests.gpu.day import TARGETS, Row
+from tests.gpu.day import TARGETS, Day, Row
 from tests.gpu.pack import NotRun
 
 Make = Callable[[], dict[str, object]]
@@ -248,7 +252,7 @@ def test_a_pack_without_torch_says_so_and_an_engine_why_it_is_not_in_it(tmp_path
     lacking = pack.lacking(tmp_path, "merge")
     assert lacking.startswith("torch 2.")
     (tmp_path / "wheels" / f"{lacking.replace(' ', '-')}-cp312-cp312-any.whl").touch()
-    assert pack.lacking(tmp_path, "merge") == pack.lacking(tmp_path, "gptqmodel") == ""
+    assert pack.lacking(tmp_path, "merge") == ""
 
     (tmp_path / "engines" / "vllm.why").write_text("another torch")
     for engine, why in (("vllm", "another torch"), ("sglang", "sglang is not in the pack")):
@@ -269,10 +273,113 @@ def test_the_first_rows_on_a_cpu(tmp_path: Path) -> None:
     assert found["merge tiny"].figures["score"] == 1.0
 
 
-NEED_A_GPU = {
-    "vllm-fp8-block", "vllm-nvfp4a16", "vllm-mxfp4a16", "vllm-mxfp4a8", "vllm-mxfp8", "vllm-w3a16",
-    "vllm-w5a16",
-}  # fmt: skip
+def rehearsal(folder: Path) -> Day:
+    return Day(cpu=True, pack=None, work=folder, base="")
+
+
+@pytest.mark.parametrize(
+    ("target", "format_"),
+    [("vllm-awq", "awq"), ("sglang-awq", "awq-gemm"), ("vllm-gptq", "gptq"), ("sglang-fp8", "fp8")],
+)
+def test_a_target_is_served_from_the_layout_that_its_engine_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, format_: str
+) -> None:
+    """SGLang has no kernel for compressed-tensors' integers: its AWQ is AutoAWQ's."""
+    asked = dict[str, tuple[object, ...]]()
+
+    def command(_: Day, *words: object) -> dict[str, object]:
+        asked[str(words[0])] = words
+        out = Path(str(words[words.index("--out") + 1]))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{target.partition('-')[0]}.yaml").write_text("")
+        return {"plan": {}}
+
+    monkeypatch.setattr(Day, "command", command)
+    monkeypatch.setattr(Day, "refusal", lambda *_: "a rehearsal")
+    (model,) = rehearsal(tmp_path).models()
+    (tmp_path / "tiny" / "merged").mkdir(parents=True)
+    (tmp_path / "tiny" / "merged" / "config.json").touch()
+    with (
+        pytest.raises(NotRun, match=r"settings were made, and not served: a rehearsal"),
+        day.served_program(rehearsal(tmp_path), model, target),
+    ):
+        pass
+    made = asked["quantize"]
+    assert made[made.index("--format") + 1] == format_
+    assert made[made.index("--out") + 1] == asked["render"][asked["render"].index("--model") + 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        (frozenset(), {"vllm-fp8-block"}),
+        (AMX_FLAGS, {"vllm-fp8"}),
+        (AMX_FLAGS | {"amx_fp8"}, set[str]()),
+    ],
+)
+def test_a_rehearsal_says_what_its_cpu_does_not_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: frozenset[str], refused: set[str]
+) -> None:
+    """On a CPU with AMX alone a token of FP8 takes a hundred times as long (`slow_fp8`)."""
+    monkeypatch.setattr(cpus, "flags", lambda: flags)
+    here = rehearsal(tmp_path)
+    reasons = {target: here.refusal(target) for target in TARGETS}
+    served = {"vllm", "vllm-awq", "vllm-gptq", "vllm-w8a8", "vllm-lora"}
+    by_flags = {"vllm-fp8", "vllm-fp8-block"}
+    assert {name for name, why in reasons.items() if not why} == served | (by_flags - refused)
+    assert here.planned_for("sglang") == here.planned_for("vllm-mxfp8") == day.REHEARSED
+    assert here.planned_for("vllm") == ("cpu-amx" if flags else "cpu")
+    on_the_day = Day(cpu=False, pack=None, work=tmp_path, base="")
+    assert not any(map(on_the_day.refusal, TARGETS))
+
+
+SERVES = """
+import subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+port = next(line for line in open(sys.argv[-1]) if line.startswith("port: "))
+server = HTTPServer(("127.0.0.1", int(port[6:])), Healthy)
+child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+open("child", "w").write(str(child.pid))
+server.serve_forever()
+"""
+DAY = """
+import os, sys, time
+from pathlib import Path
+from tests.gpu import day
+
+here = day.Day(cpu=True, pack=None, work=Path.cwd(), base="")
+day.Day.command = lambda *_: {"plan": {"vllm-lora": {"settings": {}}}}
+day._engine = lambda *_: ([sys.executable], {**os.environ, "PYTHONPATH": os.getcwd()})
+day.PROGRAMS = {"vllm": ("serves",)}
+with day.served_program(here, here.models()[0], "vllm-lora") as served:
+    print("ready", flush=True)
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+def test_no_server_outlives_the_day(tmp_path: Path) -> None:
+    """Nor what a server started: on a GPU it would keep the memory of the next call."""
+    (tmp_path / "serves.py").write_text(SERVES)
+    with subprocess.Popen(
+        [sys.executable, "-c", DAY], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"{day.ROOT / 'toolchain'}:{day.ROOT}"},
+    ) as running:  # fmt: skip
+        assert running.stdout
+        assert running.stdout.readline() == "ready\n"
+        child = Path("/proc") / (tmp_path / "child").read_text()
+        assert child.exists()
+        running.send_signal(signal.SIGKILL)
+    until(lambda: not child.exists())
 
 
 @pytest.mark.real
@@ -289,10 +396,8 @@ def test_the_whole_day_on_a_cpu(tmp_path: Path, base: str) -> None:
     told = {name: (row.result, row.why) for name, row in found.items()}
     for target in TARGETS:
         result, why = told.pop(f"serve tiny {target}")
-        if target in NEED_A_GPU or target.startswith("sglang"):
-            assert result != "passed", target
-            assert why
-        else:
-            assert result == "passed", (target, why)
+        reason = rehearsal(tmp_path).refusal(target)
+        assert result == ("not run" if reason else "passed"), (target, why)
+        assert why.endswith(reason)
     assert told.pop("engine sglang")[0] == "not run"
     assert {result for result, _ in told.values()} == {"passed"}, told
