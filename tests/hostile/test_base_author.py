@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -29,6 +30,7 @@ from weightsmith.outside.store import FileStore
 from weightsmith.provenance.bills import license_of
 from weightsmith.quantizers.convert import sentence_pieces
 from weightsmith.recipe.file import read_recipe
+from weightsmith.worker.reading_calls import _Reader
 
 from tests.fakes.command_line import weightsmith
 from tests.paths import ROOT, TINY
@@ -46,6 +48,23 @@ def base_with(folder: Path, template: str) -> Path:
     base = Path(shutil.copytree(TINY / "base", folder / "base"))
     (base / "chat_template.jinja").write_text(template, "utf-8")
     return base
+
+
+def reader(tokenizer, calls=None) -> _Reader:
+    """Return what asks vLLM's parsers, with another one in their place."""
+    nothing = {"tools": (), "request": SimpleNamespace(tools=()), "reasoners": None, "split": None}
+    return _Reader(tokenizer=tokenizer, calls=calls, **nothing)
+
+
+@pytest.mark.slow
+def test_a_text_on_which_a_parser_never_ends_is_not_read_by_it(impatient):
+    def extract_tool_calls(text, _request):
+        raise AssertionError(re.fullmatch("(a+)+$", text))
+
+    parser = SimpleNamespace(extract_tool_calls=extract_tool_calls)
+    asked = reader(None, lambda _name: lambda *_: parser)
+
+    assert asked.read("hermes", "a" * 60 + "!", {"calls": [], "thoughts": ""}) == []
 
 
 @pytest.mark.slow
@@ -69,6 +88,7 @@ def test_a_chat_template_that_never_ends_is_refused(tmp_path, impatient):
         lambda: readings(base, [{"messages": QUESTION}]),
         lambda: answers({"": UnmergedModel(model=base)}, [QUESTION], 1),
         lambda: encode(load_tokenizer(base), [QUESTION], 100),
+        lambda: reader(load_tokenizer(base)).answer({"said": QUESTION[0]}),
     ):
         with pytest.raises(InputRefused, match="chat template"):
             render()

@@ -18,6 +18,7 @@ from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.models.peft_patterns import check_peft_patterns
 from weightsmith.outside.process import run_command
+from weightsmith.quantizers.gguf_rules import require_matches
 from weightsmith.recipe.user_config import RunOptions
 
 NEVER_ENDS = "(a+)+$"
@@ -63,6 +64,13 @@ def test_an_adapters_pattern_without_an_end_is_refused(tmp_path: Path) -> None:
     in_a_thread(lambda: check_peft_patterns(tmp_path, ["aa"]))
     with pytest.raises(InputRefused, match=r"target_modules .* exceeded 0.2 s of CPU time"):
         in_a_thread(lambda: check_peft_patterns(tmp_path, ["aa", LONG]))
+
+
+@pytest.mark.slow
+def test_a_recipes_pattern_without_an_end_is_refused() -> None:
+    in_a_thread(lambda: require_matches([NEVER_ENDS], ["aa"]))
+    with pytest.raises(InputRefused, match=r"tensor_types: .* takes more than 0.2 s to match"):
+        in_a_thread(lambda: require_matches([NEVER_ENDS], [LONG]))
 
 
 def test_an_error_is_that_of_the_main_thread() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 from weightsmith.core import time_limits
@@ -19,6 +23,7 @@ from weightsmith.core.time_limits import (
 )
 
 HOURS = 3600
+T = TypeVar("T")
 
 
 def match_for_ever() -> None:
@@ -58,18 +63,63 @@ def test_a_block_in_time_leaves_no_trace():
     assert signal.getsignal(signal.SIGVTALRM) == before
 
 
-def test_other_threads_run_without_a_limit_of_their_own():
-    said = []
+def in_a_thread(call: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
-    def work() -> None:
-        with cpu_limit(0.0):
-            said.append(sum(range(1000)))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+@pytest.mark.parametrize("handled", [Exception, BaseException])
+def test_a_limit_holds_on_other_threads_too(handled):
+    """Also where what runs handles every error, once even this one."""
 
-    assert said == [499500]
+    def work() -> str:
+        with cpu_limit(0.05):
+            try:
+                while True:
+                    pass
+            except handled:
+                while True:
+                    pass
+
+    with pytest.raises(TooLong):
+        in_a_thread(work)
+
+
+def test_a_block_in_time_on_another_thread_leaves_no_trace():
+    def work() -> int:
+        with cpu_limit(60):
+            return threading.active_count()
+
+    before = threading.active_count()
+    # The pool's thread, and the one that looks at its clock.
+    assert in_a_thread(work) == before + 2
+    assert threading.active_count() == before
+
+
+def test_only_its_own_threads_time_counts():
+    """Others may compute beside it for as long as they like."""
+    busy, done = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        busy.set()
+        while not done.is_set():
+            pass
+
+    def wait() -> bool:
+        began = time.process_time()
+        with cpu_limit(0.1):
+            while time.process_time() < began + 0.3:
+                time.sleep(0.01)
+        return True
+
+    other = threading.Thread(target=compute)
+    other.start()
+    busy.wait()
+    try:
+        assert in_a_thread(wait)
+    finally:
+        done.set()
+        other.join()
 
 
 def test_what_is_done_is_told_when_it_begins_and_when_it_has_ended(monkeypatch):

@@ -8,6 +8,7 @@ the `re` that PEFT uses.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -50,12 +51,13 @@ class _Alarm(BaseException):
 def cpu_limit(seconds: float) -> Iterator[None]:
     """Raise TooLong if the block takes more CPU time; cannot be nested.
 
-    CPU time, so that nothing fails because the machine is busy. A timer signal interrupts Python
-    code and `re` (which checks for signals while it matches), but only on the main thread. What may
-    be called on another goes through core/apart.py; in jobs there, only their own limit holds.
+    CPU time, so that nothing fails because the machine is busy. On the main thread, a timer's
+    signal interrupts Python code, `re` and arithmetic; on another one only Python code can be,
+    between two of its instructions. So patterns go through core/apart.py there.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        with _limit_of_a_thread(seconds):
+            yield
         return
     began = time.thread_time()
 
@@ -78,6 +80,41 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)  # the caller's own timer, if any
+
+
+@contextmanager
+def _limit_of_a_thread(seconds: float) -> Iterator[None]:
+    """As `cpu_limit`, on a thread that gets no signals: another one looks at its clock."""
+    this, ended = threading.get_ident(), threading.Event()
+    clock = time.pthread_getcpuclockid(this)
+    until = time.clock_gettime(clock) + seconds
+
+    def watch() -> None:
+        while not ended.wait(min(_TICK, seconds)):
+            if time.clock_gettime(clock) >= until:
+                _raise_in(this, _Alarm)
+
+    watcher = threading.Thread(target=watch, daemon=True, name="cpu-limit")
+    try:
+        watcher.start()
+        yield
+    except _Alarm:
+        raise TooLong from None
+    finally:
+        while True:
+            try:
+                ended.set()
+                watcher.join()
+                _raise_in(this, None)  # what was raised, but has not arrived
+                break
+            except _Alarm:  # it arrived here
+                continue
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an error in a thread, before its next instruction; None takes it back."""
+    given = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)
 
 
 def _ignore(_what: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from weightsmith.core import time_limits
+from weightsmith.core.apart import on_a_main_thread
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts
 
@@ -43,6 +44,11 @@ def require_matches(patterns: Iterable[str], names: Collection[str]) -> None:
 
 def _matches(pattern: str, names: Collection[str]) -> bool:
     """Return whether a pattern is in a name, whatever its case; raises InputRefused."""
+    return on_a_main_thread(_found, (pattern, list(names)))
+
+
+def _found(given: tuple[str, list[str]]) -> bool:
+    pattern, names = given
     search = re.compile(pattern, re.IGNORECASE).search
     try:
         with time_limits.cpu_limit(time_limits.FOREIGN_SECONDS):

@@ -7,6 +7,7 @@ image for CPUs; images for GPUs have the same parsers. Written against vLLM 0.32
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weightsmith.core import time_limits
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import ReadCallsJob, Row
 from weightsmith.core.safe_parse import parse
+from weightsmith.core.time_limits import cpu_limit
 from weightsmith.core.values import JsonValue
+from weightsmith.models.templates import render_chat
 from weightsmith.worker.wire import Report
 
 _Delta = TypeVar("_Delta")
@@ -126,14 +130,9 @@ class _Reader:
             split=split,
         )
 
-    def rendered(self, *said: JsonValue, begins: bool = False) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            [_ASKED, *said],
-            tools=list(self.tools),
-            tokenize=False,
-            add_generation_prompt=begins,
-        )
-        return text
+    def rendered(self, *said: Row, begins: bool = False) -> str:
+        tools = json.dumps(list(self.tools))
+        return render_chat(self.tokenizer, [_ASKED, *said], answer=begins, tools=tools)
 
     def answer(self, chat: Row) -> str:
         """Return what the model would have to write for this message; ValueError if unknown."""
@@ -217,8 +216,9 @@ def _ways(ways: Mapping[str, Callable[[], JsonValue]], wanted: JsonValue) -> lis
     found: list[JsonValue] = []
     for way, reads in ways.items():
         try:
-            if reads() == wanted:
-                found.append(way)
+            with cpu_limit(time_limits.FOREIGN_SECONDS):  # patterns may take forever on a text
+                if reads() == wanted:
+                    found.append(way)
         except Exception:  # noqa: BLE001, S112 - a parser that fails does not read it
             continue
     return found
