@@ -21,8 +21,9 @@ VALUES = {
 }
 
 
-def check(targets=(), named=(), auto=None, **quantize):
+def check(targets=(), named=(), auto=None, serve=None, **quantize):
     data = {"name": "x", "base": {"source": "b"}, "targets": targets, "quantize": quantize}
+    data |= {"serve": serve} if serve else {}
     recipe = check_recipe({**data, **({"auto": auto} if auto else {})}, "test")
     wanted = [one for one in named or targets if one != "auto"]
     check_read(recipe, [target_of(one) for one in wanted], auto="auto" in named)
@@ -65,6 +66,15 @@ def test_another_target_of_the_recipe_reads_it():
     check(["llamacpp-mix", "llamacpp-q8_0"], ["llamacpp-q8_0"], bits=5)
     check(["llamacpp-q4_k_m-lora"], tensor_types={"attn_v": "q8_0"})
     check(["llamacpp-f16"], imatrix="walk", allow_low_bits=True)
+
+
+@pytest.mark.parametrize("key", ["tool_parser", "reasoning_parser"])
+def test_a_parser_is_for_engines_that_have_some(key):
+    for name in ("auto", "none"):
+        check(["llamacpp-q4_k_m"], serve={key: name})
+    check(["llamacpp-q4_k_m", "vllm"], ["llamacpp-q4_k_m"], serve={key: "hermes"})
+    with pytest.raises(UsageError, match=f"serve.{key} is 'hermes', and llama.cpp"):
+        check(["llamacpp-q4_k_m"], serve={key: "hermes"})
 
 
 def test_auto_without_the_target():

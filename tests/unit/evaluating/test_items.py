@@ -42,6 +42,29 @@ def test_questions_come_through_a_pipe(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("contains", {"a": 1}),
+        ("contains", ["x", {"not": "y"}]),
+        ("exact", {"type": "object"}),
+        ("numeric", {"not": 5}),
+        ("regex", {"not": 5}),
+        ("regex", {"not": []}),
+        ("regex", {"not": ["a", 5]}),
+        ("regex", {"not": "a", "and": "b"}),
+        ("regex", {"NOT": "a"}),
+    ],
+)
+def test_an_expected_object_that_the_metric_does_not_know_is_refused(tmp_path, metric, expected):
+    """As text it would be looked for to the letter, and never be found."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "expected": expected}))
+
+    with pytest.raises(UsageError, match=f"data.jsonl:1: .* metric {metric} knows no such object"):
+        read_items(path, metric)
+
+
+@pytest.mark.parametrize(
     ("line", "says"),
     [
         (b"{", "invalid JSON"),
@@ -102,7 +125,7 @@ def test_reads_choices_and_schemas(tmp_path):
         {"messages": [{"role": "user", "content": "d"}], "choices": ["x", "y"], "expected": ["x"]},
     )
 
-    first, second, third, fourth = read_items(path)
+    first, second, third, fourth = read_items(path, "json-schema")
 
     assert (first.choices, first.expected, first.plain) == (("x", "y"), ("y",), True)
     assert second.expected == ("x",)

@@ -48,6 +48,7 @@ def test_judges(metric, expected, answer, ok):
         ("numeric", "seven", "line 7: expected 'seven' is not a number"),
         ("regex", '{"not": ["a", "("]}', "line 7: invalid regular expression '\\('"),
         ("regex", "(", "line 7"),
+        ("regex", '{"not": ["a", ""]}', "line 7: an empty pattern is in every answer"),
         ("choice", "a", "line 7 has no choices"),
         ("json-schema", '{"type": "circle"}', "line 7: .*circle"),
         ("json-schema", "no schema", "line 7: .*JSON schema"),

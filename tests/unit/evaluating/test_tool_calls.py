@@ -122,6 +122,8 @@ def test_calls_are_equal_as_json(expected, calls, ok):
         ({"tools": TOOLS, "expected": {"name": "fly", "arguments": {}}},
          "expected calls fly, which tools does not offer"),
         ({"tools": TOOLS, "expected": "Rome"}, "expected is no call of a tool"),
+        ({"tools": TOOLS, "expected": {"name": "send", "args": {}}}, "has 'args', which no call"),
+        ({"tools": [tool("f"), tool("f")]}, "two tools are called f"),
         ({"tools": TOOLS, "expected": [CALL] * 101}, "expected has more than 100 calls"),
         ({"tools": TOOLS, "expected": {"name": "send", "arguments": {"to": {"regex": "("}}}},
          "invalid regular expression"),

@@ -87,6 +87,8 @@ def test_a_parser_may_be_named_or_turned_off():
         ({"tool_parser": "hermess"}, "serve.tool_parser is 'hermess'"),
         ({"reasoning_parser": "qwen"}, "serve.reasoning_parser is 'qwen'"),
         ({"extra": {"enable-auto-tool-choice": True}}, "needs tool-call-parser"),
+        ({"tool_parser": "hermes", "extra": {"tool_call_parser": "xlam"}}, "both say which parser"),
+        ({"reasoning_parser": "none", "extra": {"reasoning-parser": "mimo"}}, "both say which"),
     ],
 )
 def test_what_the_engine_lacks_is_refused(options, says):
@@ -95,11 +97,12 @@ def test_what_the_engine_lacks_is_refused(options, says):
 
 
 def test_an_engine_that_reads_calls_itself_says_that_it_does_not_use_a_parser():
-    named, none = (rendered("llamacpp-q4_k_m", tool_parser=one) for one in ("hermes", "none"))
+    named, none = (rendered("llamacpp-q4_k_m", tool_parser=p) for p in ("hermes", "none"))
+    auto = rendered("llamacpp-q4_k_m", tool_parser="auto")
     said = "serve.tool_parser is for other targets: llama.cpp's server reads calls and thoughts"
     said += " itself"
     assert said in named.plan.notes
-    assert said not in none.plan.notes
+    assert said not in (*none.plan.notes, *auto.plan.notes)
     assert named.command == none.command
 
 

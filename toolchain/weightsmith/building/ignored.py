@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from weightsmith.building.targets import AUTO, target_of
 from weightsmith.core.errors import UsageError
@@ -10,6 +10,7 @@ from weightsmith.core.values import Format
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.quantizer import Options
 from weightsmith.recipe.schema import Quantize, Recipe
+from weightsmith.serving import parsers as serving_parsers
 from weightsmith.serving.targets import Target
 
 _MIXES = "llamacpp-mix or vllm-mix"
@@ -36,14 +37,15 @@ def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None
     `auto` says whether one is to be chosen: of which formats, is not known yet.
     """
     auto = auto or AUTO in recipe.targets
+    built = [*targets, *(target_of(name) for name in recipe.targets if name != AUTO)]
     if recipe.auto and not auto:
         raise UsageError(
             f"the recipe has `auto`, and no target is {AUTO}",
             hint=f"add {AUTO} to its targets (--target {AUTO}), or leave `auto` out",
         )
+    _check_parsers(recipe, built, auto=auto)
     if auto:
         return
-    built = [*targets, *(target_of(name) for name in recipe.targets)]
     given, usual = recipe.quantize.model_dump(), Quantize().model_dump()
     for key, reader in READERS.items() if built else ():
         if given[key] == usual[key]:
@@ -54,6 +56,20 @@ def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None
             raise UsageError(
                 f"quantize.{key}: {built[0].name} does not read it{others}",
                 hint=f"leave it out, or build a target that does: {reader}",
+            )
+
+
+def _check_parsers(recipe: Recipe, built: Sequence[Target], *, auto: bool) -> None:
+    """Raise UsageError for a parser that is named and no engine takes; llama.cpp has its own."""
+    named = recipe.serve.tool_parser, recipe.serve.reasoning_parser
+    for key, name in zip(("tool_parser", "reasoning_parser"), named, strict=True):
+        if name in (serving_parsers.AUTO, serving_parsers.NONE) or auto or not built:
+            continue
+        if not any(target.engine.has_parsers for target in built):
+            raise UsageError(
+                f"serve.{key} is {name!r}, and {built[0].engine.title} takes no parser: it reads"
+                " calls and thoughts by the chat template",
+                hint="leave it out, or build a target of vLLM or SGLang",
             )
 
 

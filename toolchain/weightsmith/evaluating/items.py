@@ -24,6 +24,9 @@ _KEPT = 4 << 20
 """Bytes of a file whose questions stay in memory for who asks next."""
 _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
+_NOT = 'what must not be in an answer is {"not": "pattern"} or {"not": ["pattern", …]}'
+_OBJECTS = frozenset({"json-schema", "tool-call", "command"})
+"""Metrics whose expected answers may be objects; of `regex`, there is one form alone."""
 _TOLERANCE = re.compile(TOLERANCE, re.ASCII)
 _MOST_PICTURES = 16
 """Of one question."""
@@ -242,6 +245,7 @@ def _item(
         tools = tools_text(value["tools"])
         if metric == "tool-call":
             answers = [check_expected(expected, names, where)]
+    _check_objects(answers, metric, where)
     if metric == "numeric":
         numbers = (int, float)
         answers = [json.dumps(a) if type(a) in numbers else a for a in answers]
@@ -257,6 +261,22 @@ def _item(
         plain="prompt" in value,
         pictures=pictures,
     )
+
+
+def _check_objects(answers: Sequence[JsonValue], metric: str, where: str) -> None:
+    """Raise UsageError for an expected object that the metric would take for a text."""
+    for one in answers if metric not in _OBJECTS else ():
+        if not isinstance(one, dict):
+            continue
+        patterns = one.get("not")
+        listed = patterns if isinstance(patterns, list) else [patterns]
+        texts = bool(listed) and all(isinstance(pattern, str) for pattern in listed)
+        if metric != "regex" or set(one) != {"not"} or not texts:
+            raise UsageError(
+                f"{where}: expected is {json.dumps(one)[:60]}, and metric {metric} knows no such"
+                " object",
+                hint=_NOT if metric == "regex" else _SHAPE,
+            )
 
 
 def _asked(

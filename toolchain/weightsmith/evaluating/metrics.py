@@ -88,6 +88,11 @@ def check_metric(metric: str, items: Iterable[Item], path: str = "") -> None:
                 _check_schema(expected, where)
             elif metric == "regex":
                 for pattern in _forbidden(expected) or (expected,):
+                    if not pattern:
+                        raise UsageError(
+                            f"{where}: an empty pattern is in every answer",
+                            hint='give "expected": {"not": "what must not be in an answer"}',
+                        )
                     _check_pattern(pattern, where)
             elif metric == "numeric" and not _NUMBER.fullmatch(expected.strip()):
                 raise UsageError(

@@ -226,6 +226,8 @@ def check_tools(tools: JsonValue, where: str) -> tuple[str, ...]:
                 f"{where}: the parameters of tool {name} are no JSON Schema: {said[:200]}",
                 hint=hint,
             ) from None
+        if name in names:
+            raise UsageError(f"{where}: two tools are called {name}", hint="offer each tool once")
         names.append(name)
     return tuple(names)
 
@@ -257,6 +259,8 @@ def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str
             name, given = _object(row, "arguments")
         except (ValueError, TypeError):
             raise UsageError(f"{where}: expected is no call of a tool", hint=hint) from None
+        if isinstance(row, dict) and (odd := sorted(row.keys() - {"name", "arguments"})):
+            raise UsageError(f"{where}: expected has {odd[0]!r}, which no call has", hint=hint)
         if name not in names:
             raise UsageError(
                 f"{where}: expected calls {name}, which tools does not offer",

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.templates import has_tools, writes_thoughts
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.options import OptionList
+from weightsmith.serving.options import OptionList, plain_name
 
 AUTO, NONE = "auto", "none"
+TOOL_PARSER, REASONING_PARSER = "tool-call-parser", "reasoning-parser"
+"""The engines' own options."""
 NO_CALL = "no call"
 """The name of the chat without a call, which a parser must leave as it is."""
 CALL_AFTER_THOUGHTS = "a call after thoughts"
@@ -226,8 +229,15 @@ class Parsers:
 def parsers_of(model: ModelFacts, engine: str, known: OptionList, options: ServeOptions) -> Parsers:
     """Return an engine's parsers: those that `serve` names, or by the model's chat template.
 
-    Raises UsageError for a name that the engine's pinned version lacks.
+    Raises UsageError for a name that the engine's pinned version lacks, and for one beside another
+    in `serve.extra`.
     """
+    for key, option in (("tool_parser", TOOL_PARSER), ("reasoning_parser", REASONING_PARSER)):
+        if getattr(options, key) not in ("", AUTO) and is_set(options.extra, option):
+            raise UsageError(
+                f"serve.{key} and serve.extra.{option} both say which parser the server has",
+                hint="remove one of them",
+            )
     template, notes = model.chat_template, list[str]()
     tools, thoughts = options.tool_parser, options.reasoning_parser
     offered = known.words.get("tool-call-parser", ())
@@ -268,6 +278,11 @@ def thoughts_of(model: ModelFacts, engine: str, known: OptionList, given: str) -
         return _named(given, "reasoning_parser", offered)
     first = _of_thoughts(model, engine)
     return first if first in offered else ""
+
+
+def is_set(extra: Mapping[str, JsonValue], option: str) -> bool:
+    """Return whether `serve.extra` has an option, in whichever spelling."""
+    return any(plain_name(key) == option for key in extra)
 
 
 def _of_thoughts(model: ModelFacts, engine: str) -> str:

@@ -35,12 +35,15 @@ from weightsmith.serving.parsers import (
     AUTO,
     CALL_AFTER_THOUGHTS,
     NO_CALL,
+    REASONING_PARSER,
+    TOOL_PARSER,
     ParserChoice,
     ReadBack,
     choice_of,
     choice_of_thoughts,
     fitting,
     fitting_thoughts,
+    is_set,
     thoughts_of,
 )
 from weightsmith.serving.vllm import known_options
@@ -173,7 +176,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         engine, serve = self.of.target.engine, self.file.recipe.serve
         if not engine.has_parsers or serve.tool_parser not in ("", AUTO):
             return False
-        if "tool-call-parser" in serve.extra or model.task.kind != "generate":
+        if is_set(serve.extra, TOOL_PARSER) or model.task.kind != "generate":
             return False
         return has_tools(model.chat_template) and len(fitting(model, engine.name)) != 1
 
@@ -182,7 +185,7 @@ class ParsersStep(TargetStep[ParserChoice, ParserChoice]):
         engine, serve = self.of.target.engine, self.file.recipe.serve
         if not engine.has_parsers or serve.reasoning_parser not in ("", AUTO):
             return False
-        if "reasoning-parser" in serve.extra or model.task.kind != "generate":
+        if is_set(serve.extra, REASONING_PARSER) or model.task.kind != "generate":
             return False
         return writes_thoughts(model.chat_template) and not fitting_thoughts(model, engine.name)
 

@@ -55,7 +55,7 @@ from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, Projector, ServedModel, ServeOptions, projector_in
 from weightsmith.serving.healthcheck import health_command, startup_replay
 from weightsmith.serving.memory import human
-from weightsmith.serving.parsers import NONE, ParserChoice
+from weightsmith.serving.parsers import AUTO, NONE, ParserChoice
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
     GRACE_SECONDS,
@@ -131,7 +131,7 @@ def render(
     engine = target.engine
     _check_task(model, engine, options)
     for key in ("tool_parser", "reasoning_parser"):
-        if getattr(options, key) not in ("", NONE) and not engine.has_parsers:
+        if getattr(options, key) not in ("", AUTO, NONE) and not engine.has_parsers:
             notes = (
                 *notes,
                 f"serve.{key} is for other targets: {engine.title} reads calls and thoughts itself",

@@ -46,7 +46,7 @@ def bench(request: BenchCommand, tools: Tools) -> Said:
     if request.out and not (request.out / "build.json").is_file():
         hint = "give a target's result folder in dist/"
         raise UsageError(f"{request.out} has no build.json", hint=hint)
-    questions = read_items(request.data) if request.data else _QUESTIONS
+    questions = read_items(request.data, "command") if request.data else _QUESTIONS
     runs, sent, most = [], request.requests, request.max_tokens
     limits = SessionLimits(request_seconds=request.timeout)
     with session_with(tools, limits, image=image, url=url) as session:
