@@ -175,6 +175,10 @@ def test_pins_of_the_recipes_lock_are_used(home: Path) -> None:
             },
             "one and two would both be the image same:1.0.0-llamacpp-q4_k_m",
         ),
+        (
+            {"adapters": [{"source": "./adapters/one", "quantize": {"bits": 4.5}}]},
+            "adapters.0: quantize.bits: llamacpp-q4_k_m does not read it",
+        ),
     ],
 )
 def test_a_fault_is_named_with_its_place(home: Path, fleet: Any, said: str) -> None:
@@ -184,6 +188,26 @@ def test_a_fault_is_named_with_its_place(home: Path, fleet: Any, said: str) -> N
     assert said in caught.value.message
     assert caught.value.message.startswith(str(home))
     assert caught.value.hint
+
+
+def test_a_setting_of_the_recipe_is_read_by_one_of_all_targets(home: Path) -> None:
+    recipe = {**RECIPE, "quantize": {"group_size": 64}}
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    awq = {"source": "./adapters/two", "targets": ["vllm-awq"]}
+
+    assert len(builds(home, adapters=["./adapters/one", awq])) == 2
+    with pytest.raises(
+        UsageError, match=r"one: quantize.group_size: .* does not read it"
+    ) as caught:
+        builds(home, adapters=["./adapters/one"])
+    assert "-awq" in caught.value.hint
+
+    with_auto = {**RECIPE, "auto": {"engine": ["llamacpp"]}}
+    (home / "recipe.yaml").write_text(yaml.safe_dump({**with_auto, "targets": ["auto"]}))
+    assert builds(home, adapters=["./adapters/one"], targets=["vllm"])
+    (home / "recipe.yaml").write_text(yaml.safe_dump(with_auto))
+    with pytest.raises(UsageError, match="no target is auto"):
+        builds(home, adapters=["./adapters/one"])
 
 
 def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:

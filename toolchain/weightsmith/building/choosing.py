@@ -47,7 +47,6 @@ from weightsmith.evaluating.sequential import (
 )
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.gguf_types import EXPERTS_ONLY
 from weightsmith.recipe.schema import Auto
 from weightsmith.serving import engines
 from weightsmith.serving.devices import is_cpu
@@ -292,8 +291,6 @@ def _priced(one: Candidate, tools: Tools, sources: Sources | None, bandwidth: fl
         raise InputRefused(
             "larger than the checkpoint that it would be made of", hint="name the target itself"
         )
-    if one.target.format.name == EXPERTS_ONLY and not seen[steps.checkpoint].model.matrices.experts:
-        raise InputRefused("q8_0 without experts", hint="name the target itself")
     for step in own.steps:
         for builder in step.builders():
             tools.runner.check(builder)

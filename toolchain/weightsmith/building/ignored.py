@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from weightsmith.building.targets import AUTO, target_of
+from weightsmith.building.targets import AUTO, all_targets, target_of
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Format
 from weightsmith.quantizers import formats, of_format
@@ -13,25 +13,13 @@ from weightsmith.recipe.schema import Quantize, Recipe
 from weightsmith.serving import parsers as serving_parsers
 from weightsmith.serving.targets import Target
 
-_MIXES = "llamacpp-mix or vllm-mix"
-READERS: Mapping[str, str] = {
-    "shared_layers": "llamacpp-q4_k_m",
-    "split_max_size": "llamacpp-q4_k_m",
-    "tensor_types": "llamacpp-q4_k_m",
-    "bits": _MIXES,
-    "size": _MIXES,
-    "fit": _MIXES,
-    "mix": _MIXES,
-    "group_size": "vllm-awq",
-    "zero_point": "vllm-awq-compressed",
-    "keep": "vllm-awq (in GGUF files, quantize.tensor_types={ffn_down: f16} keeps 16 bits)",
-}
-"""Key of `quantize` -> a target that reads it. What is not here only permits something, or is
-`imatrix`, which formats of many bits pay no heed to."""
+_HEEDED = {"allow_low_bits", "allow_text_only", "imatrix"}
+"""Keys of `quantize` that only permit something, or that formats of many bits pay no heed to."""
+_SHOWN = 3
 
 
 def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None:
-    """Raise UsageError for `auto`, or a key of `quantize`, that no target of a build reads.
+    """Raise UsageError for a setting that no target of a build reads.
 
     The recipe's own targets count beside those to be built: one of several may be built alone.
     `auto` says whether one is to be chosen: of which formats, is not known yet.
@@ -43,27 +31,32 @@ def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None
             f"the recipe has `auto`, and no target is {AUTO}",
             hint=f"add {AUTO} to its targets (--target {AUTO}), or leave `auto` out",
         )
-    _check_parsers(recipe, built, auto=auto)
-    if auto:
-        return
+    if built and not auto:
+        _check_parsers(recipe, built)
+        check_quantize(recipe, built, Quantize.model_fields)
+
+
+def check_quantize(recipe: Recipe, built: Sequence[Target], keys: Collection[str]) -> None:
+    """Raise UsageError for one of these keys of `quantize` if none of some targets reads it."""
     given, usual = recipe.quantize.model_dump(), Quantize().model_dump()
-    for key, reader in READERS.items() if built else ():
-        if given[key] == usual[key]:
+    for key in keys:
+        if key in _HEEDED or given[key] == usual[key]:
             continue
         without = {**given, key: usual[key]}
         if not any(_differ(target.format.without_adapters, given, without) for target in built):
-            others = ", nor does another target" if len({one.name for one in built}) > 1 else ""
+            more = ", nor does another target" if len({one.name for one in built}) > 1 else ""
+            others = _readers(given, without, built[0].engine.name)
             raise UsageError(
-                f"quantize.{key}: {built[0].name} does not read it{others}",
-                hint=f"leave it out, or build a target that does: {reader}",
+                f"quantize.{key}: {built[0].name} does not read it{more}",
+                hint=f"leave it out, or build a target that does: {others}",
             )
 
 
-def _check_parsers(recipe: Recipe, built: Sequence[Target], *, auto: bool) -> None:
+def _check_parsers(recipe: Recipe, built: Sequence[Target]) -> None:
     """Raise UsageError for a parser that is named and no engine takes; llama.cpp has its own."""
     named = recipe.serve.tool_parser, recipe.serve.reasoning_parser
     for key, name in zip(("tool_parser", "reasoning_parser"), named, strict=True):
-        if name in (serving_parsers.AUTO, serving_parsers.NONE) or auto or not built:
+        if name in (serving_parsers.AUTO, serving_parsers.NONE):
             continue
         if not any(target.engine.has_parsers for target in built):
             raise UsageError(
@@ -73,12 +66,30 @@ def _check_parsers(recipe: Recipe, built: Sequence[Target], *, auto: bool) -> No
             )
 
 
+def _readers(given: Options, without: Options, engine: str) -> str:
+    """Return some targets that read what differs, and take it; those of `engine` first."""
+    names = [
+        name
+        for name, one in all_targets().items()
+        if not one.format.unmerged
+        and (read := _options(one.format, given)) is not None
+        and read != _options(one.format, without)
+    ]
+    found = sorted(names, key=lambda name: not name.startswith(f"{engine}-"))
+    return ", ".join(found[:_SHOWN]) + (" …" if len(found) > _SHOWN else "")
+
+
 def _differ(format_: Format, given: Options, without: Options) -> bool:
     """Return whether a format's options differ, or are refused, which it says itself."""
+    read = _options(format_, given)
+    return read is None or read != _options(format_, without)
+
+
+def _options(format_: Format, given: Options) -> Options | None:
+    """Return what a format's quantizer reads; None for what it refuses."""
     if format_.name not in formats():
-        return False
-    options = of_format(format_.name).options
+        return {}
     try:
-        return options(format_, given) != options(format_, without)
+        return of_format(format_.name).options(format_, given)
     except UsageError:
-        return True
+        return None

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.building.targets import chosen_targets
+from weightsmith.building.ignored import check_quantize, check_read
+from weightsmith.building.targets import AUTO, chosen_targets, target_of
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
@@ -82,7 +84,7 @@ def builds_of(
 
     Paths start from the fleet file's folder, and those inside the recipe from the recipe's. Raises
     UsageError, with the place in the file, for a glob without folders, a fault in what an entry
-    changes, two builds of one name, and two images of one name.
+    changes, a setting that no target reads, two builds of one name, and two images of one name.
     """
     recipe_path = _recipe_of(fleet, path)
     shared = with_settings(
@@ -110,6 +112,13 @@ def builds_of(
         found[name] = place
         builds.append(_build(name, entry, place, shared, fleet, path, lock))
     _require_images_apart(builds, path)
+    alone = _targets_of(shared)  # the recipe may also be built without the fleet
+    with _placed(str(recipe_path)):
+        every = [target_of(one) for one in alone if one != AUTO]
+    every += [target for build in builds for target in build.targets]
+    for build in builds:
+        with _placed(f"{path}: {build.adapter}"):
+            check_read(build.file.recipe, every, auto=AUTO in alone)
     return tuple(builds)
 
 
@@ -171,18 +180,31 @@ def _build(
     data.pop("targets", None)
     file = pinned(RecipeFile(recipe=check_recipe(data, where), folder=folder), lock)
     Reference.parse(reference(file.recipe, "x"))
-    usual = shared.get("targets")
-    usual = tuple(map(str, usual)) if isinstance(usual, list | tuple) else ()
-    wanted = entry.targets or fleet.targets or usual
-    try:
+    wanted = entry.targets or fleet.targets or _targets_of(shared)
+    with _placed(where):
         chosen = chosen_targets(file, wanted, to_build=True)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
+        if quantize := own.get("quantize"):
+            check_quantize(file.recipe, chosen, quantize)
     if len(chosen) != len(wanted):
         raise UsageError(
             f"{where}: {', '.join(wanted)} name one target twice", hint="remove one of them"
         )
     return AdapterBuild(adapter=name, data=data, file=file, targets=chosen)
+
+
+def _targets_of(shared: Mapping[str, JsonValue]) -> tuple[str, ...]:
+    """Return the targets of the shared recipe."""
+    targets = shared.get("targets")
+    return tuple(map(str, targets)) if isinstance(targets, list | tuple) else ()
+
+
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Let errors of the block begin with their place in a file."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
 
 
 def _over(below: JsonValue, above: JsonValue) -> JsonValue:

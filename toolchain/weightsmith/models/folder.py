@@ -59,10 +59,8 @@ _CODE_CONFIGS = (
 _MODEL_WEIGHTS = re.compile(r"model(-.*)?\.safetensors|model\.safetensors\.index\.json")
 MAX_DEPTH = 16
 _SHOWN = 3
-_REMOTE = re.compile(
-    r"(?P<scheme>hf|pypi|oci|s3|gs|https|modelscope):/(?P<place>.*)|(?P<mlflow>mlflow:.*)"
-)
-"""A source that recipes name and that is no folder, as a path: it has lost a slash."""
+_REMOTE = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*):(?P<place>/.*|[a-z]+:/.*)")
+"""A source that recipes name and that is no folder, as a path, which has one slash for two."""
 
 
 def scan(root: Path, *, gguf: bool = False) -> list[str]:
@@ -230,7 +228,8 @@ def _check_link(root: Path, name: str, home: Path) -> None:
 def no_folder(root: Path, hint: str) -> InputRefused:
     """Return the refusal of a path that is no folder, or that was the source of a recipe."""
     if found := _REMOTE.fullmatch(str(root)):
-        source = found["mlflow"] or f"{found['scheme']}://{found['place']}"
+        slash = "/" if found["place"].startswith("/") else ""
+        source = f"{found['scheme']}:{slash}{found['place']}"
         return InputRefused(
             f"{source} is not a folder, and this command downloads no models",
             hint="download it first, and give the folder with the files",

@@ -12,6 +12,7 @@ from weightsmith.core.ports import Progress, Silent, Store
 from weightsmith.core.values import Snapshot, Tree
 from weightsmith.models.folder import scan
 from weightsmith.models.reshard import HASHED_AT_ONCE
+from weightsmith.recipe.sources import SCHEMES
 
 _SOON = 2 << 30
 """Bytes; a smaller folder is hashed to predict what is cached, in about two seconds."""
@@ -56,8 +57,8 @@ class FolderReader:
             what = "is a file, not a folder" if root.exists() else "does not exist"
             raise InputRefused(
                 f"{source} {what}",
-                hint="a source is a folder, for a base also a .gguf file, or has a scheme: hf://, "
-                "pypi://, oci://, s3://, gs://, https://, modelscope:// or mlflow:",
+                hint="a source is a folder, for a base also a .gguf file, or begins with one of: "
+                f"{', '.join(SCHEMES)}",
             )
         if revision or sha256:
             raise InputRefused(

@@ -22,7 +22,14 @@ from weightsmith.quantizers.gguf_mix import budget_options, check_layers, fewest
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_rules import check_patterns
 from weightsmith.quantizers.gguf_split import check_tokenizer
-from weightsmith.quantizers.gguf_types import FORMATS, MIX, TENSOR_TYPES, FileType, file_type
+from weightsmith.quantizers.gguf_types import (
+    EXPERTS_ONLY,
+    FORMATS,
+    MIX,
+    TENSOR_TYPES,
+    FileType,
+    file_type,
+)
 from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 
 
@@ -44,6 +51,11 @@ def check_input(model: ModelFacts) -> None:
 
 def _check_input(format_: Format, model: ModelFacts) -> None:
     check_input(model)
+    if format_.name == EXPERTS_ONLY and not model.matrices.experts:
+        raise InputRefused(
+            f"{EXPERTS_ONLY} packs experts, and the model has none: all would be q8_0",
+            hint="choose q8_0, or a smaller type such as q4_k_m",
+        )
     _check_rows(format_, model)
 
 

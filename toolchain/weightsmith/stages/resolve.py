@@ -23,7 +23,7 @@ from weightsmith.models.folder import check_adapter_folder, check_model_folder, 
 from weightsmith.models.model_card import card_denies_chat
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Adapter, Source
-from weightsmith.recipe.sources import scheme_of
+from weightsmith.recipe.sources import SCHEMES, scheme_of
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import Lock, read_lock, with_sources, write_lock
 from weightsmith.steps.sizes import foreseen
@@ -166,11 +166,9 @@ def _reader(source: Source, folder: Path, tools: Tools) -> tuple[SourceReader, s
         place = str(path if path.is_absolute() else folder / path)
         return tools.readers[""], place, source.revision, source.sha256
     if scheme not in tools.readers:
-        kinds = sorted(set(tools.readers) - {"", "http", "mlflow"})
-        schemes = ", ".join((*(f"{one}://" for one in kinds), "mlflow:"))
         raise UsageError(
             f"{without_passwords(source.source)}: unknown kind of source",
-            hint=f"use a folder, or one of: {schemes}",
+            hint=f"use a folder, or one of: {', '.join(SCHEMES)}",
         )
     return tools.readers[scheme], source.source, source.revision, source.sha256
 
