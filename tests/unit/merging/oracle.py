@@ -22,7 +22,8 @@ SEGFORMER = STAGES | {
     "num_attention_heads": [2, 4],
     "decoder_hidden_size": 16,
 }
-VISION = ("vit", "cnn", "swin", "segformer", "regions")
+VISION = ("vit", "cnn", "swin", "segformer", "regions", "queries", "depth")
+BACKBONE = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "image_size": 16}
 GPT = {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
 
@@ -33,6 +34,7 @@ def model_class(kind: str) -> Any:
     words = ("bert", "distilbert", "albert", "electra", "deberta", "modernbert")
     task = dict.fromkeys(("t5", "bart"), "Seq2SeqLM") | dict.fromkeys(words, "MaskedLM")
     task |= dict.fromkeys(VISION, "ImageClassification") | {"regions": "SemanticSegmentation"}
+    task |= {"queries": "UniversalSegmentation", "depth": "DepthEstimation"}
     return getattr(transformers, f"AutoModelFor{task.get(kind, 'CausalLM')}")
 
 
@@ -100,6 +102,28 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "segformer": ("SegformerConfig", SEGFORMER),
     "regions": ("SegformerConfig", SEGFORMER),
+    "queries": (
+        "Mask2FormerConfig",
+        {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "num_queries": 4}
+        | {"num_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
+        | {"dim_feedforward": 48, "encoder_feedforward_dim": 48}
+        | {
+            "backbone_config": BACKBONE
+            | {"model_type": "swin", "depths": [1] * 4, "num_heads": [2] * 4}
+            | {"embed_dim": 16, "window_size": 2}
+        },
+    ),
+    "depth": (
+        "ZoeDepthConfig",
+        {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "bottleneck_features": 8}
+        | {"num_relative_features": 8, "bin_embedding_dim": 8, "num_attractors": [2, 2, 1, 1]}
+        | {
+            "backbone_config": BACKBONE
+            | {"model_type": "beit", "num_hidden_layers": 4, "num_attention_heads": 2}
+            | PLAIN
+            | {"patch_size": 8, "reshape_hidden_states": False, "use_mask_token": False}
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         SIZES | NARROW | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 8},

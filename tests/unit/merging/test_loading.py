@@ -11,7 +11,7 @@ import pytest
 import weightsmith.merging.names as module
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, conversion_mapping
-from transformers.core_model_loading import Chunk, Split, WeightRenaming
+from transformers.core_model_loading import Chunk, GroupWeightRename, Split, WeightRenaming
 from transformers.models.auto import modeling_auto
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.names import loaded_names
@@ -49,6 +49,8 @@ def told_by_transformers(rules_of: Callable[[str], list[Any]]) -> dict[str, list
             if own := rules_of(name):
                 found[name] = own + [r for r in below if r not in own and r[0][0] != "^"]
         found |= {name: rules_of(name) for name in plain}
+    for kind, name in modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES.items():
+        found[f"{kind} backbone"] = found.get(name, [])
     return {kind: found[kind] for kind in sorted(found) if found[kind]}
 
 
@@ -82,11 +84,18 @@ def splits(kind: str) -> list[Any]:
 
 def renamings(kind: str) -> list[list[str]]:
     mapping = conversion_mapping.get_checkpoint_conversion_mapping(kind) or []
-    plain = [rule for rule in mapping if type(rule) is WeightRenaming]
-    assert all(r.compiled_sources.pattern.startswith("(?P<g0>") for r in plain)
-    # Without the name of the group around the only pattern.
-    rules = [[r.compiled_sources.pattern[6:-1], r.target_patterns[0]] for r in plain]
-    return [[old.removeprefix(">"), new] for old, new in rules]
+    rules = []
+    for rule in mapping:
+        if type(rule) is GroupWeightRename:
+            # `fc0` and `fc1` become `fc1` and `fc2`: the last one first, so that none is taken.
+            pairs = zip(rule.source_patterns, rule.target_patterns, strict=True)
+            rules += [[old, new] for old, new in reversed([*pairs])]
+        elif type(rule) is WeightRenaming:
+            # Without the name of the group around the only pattern.
+            assert rule.compiled_sources.pattern.startswith("(?P<g0>")
+            old = rule.compiled_sources.pattern[6:-1].removeprefix(">")
+            rules.append([old, rule.target_patterns[0]])
+    return rules
 
 
 @pytest.mark.slow
@@ -122,6 +131,15 @@ def test_a_parts_names_are_renamed_below_it_alone() -> None:
     assert loaded_names(config, names) == {"model.vision_tower.patch_embed.weight": names[0]}
 
 
+def test_names_that_move_by_one() -> None:
+    first, second = (f"vision_tower.encoder.blocks.3.mlp.fc{n}.weight" for n in (0, 1))
+    moved = (f"model.vision_tower.layers.3.mlp.fc{n}.weight" for n in (1, 2))
+
+    found = loaded_names({"model_type": "kimi_k25"}, [second, first])
+
+    assert found == dict(zip(moved, (first, second), strict=True))
+
+
 STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ALL = {"target_modules": "all-linear"}
 CASES: dict[str, Case] = {
@@ -140,6 +158,8 @@ CASES: dict[str, Case] = {
     "image": case("swin", **ALL),
     "stages": case("segformer", **ALL),
     "regions": case("regions", **ALL, modules_to_save=["classifier"]),
+    "backbone": case("queries", **ALL),
+    "backbone-below": case("depth", **ALL, use_dora=True),
     "first-and-last": case("sarvam_moe", "q_proj", "v_proj", "o_proj"),
 }
 

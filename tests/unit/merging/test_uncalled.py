@@ -53,6 +53,7 @@ def test_an_adapter_of_such_layers_alone_is_refused(bases: MakeBase, tmp_path: P
 
 
 PLACES = ("", "router.", "attention.", "bbox_attention.", "tdnn.0.", "conv.", "linear_attn.")
+PLACES += ("head.", "query_transformer.")
 """What is above such layers."""
 
 
@@ -61,6 +62,9 @@ def read_uncalled() -> Iterator[tuple[str, str]]:
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         text = path.read_text("utf-8")
         for node in ast.walk(ast.parse(text)) if "conv" in text or ".weight" in text else ():
+            if isinstance(node, ast.Assign) and "nn.MultiheadAttention(" in ast.unparse(node.value):
+                places = (t.attr for t in node.targets if isinstance(t, ast.Attribute))
+                yield from ((path.parent.name, f"{place}.out_proj") for place in places)
             if isinstance(node, ast.ClassDef):
                 yield from ((path.parent.name, name) for name in read_uncalled_by(node))
 
@@ -111,6 +115,8 @@ def test_the_layers_are_those_of_transformers() -> None:
         ("mobilebert", "mobilebert.encoder.layer.0.output.dense"),
         ("zamba", "model.layers.0.mamba.dt_proj"),
         ("detr", "model.decoder.layers.0.self_attn.k_proj"),
+        ("siglip", "vision_model.encoder.layers.0.self_attn.out_proj"),
+        ("oneformer", "model.transformer_module.decoder.layers.0.self_attn.self_attn.out_proj"),
     ],
 )
 def test_layers_that_are_called_are_not_left_out(kind: str, module: str) -> None:

@@ -178,7 +178,9 @@ class AdapterView:
             raise InputRefused(
                 f"{self.path} changes {module}, which the base does not have",
                 hint="the adapter was trained on another model: "
-                f"{self.config.base_model or '(not named)'!r}",
+                f"{self.config.base_model or '(not named)'!r}; or transformers computes this layer "
+                "from other tensors as it loads the model: then train without it, or serve the "
+                "adapter unmerged",
             )
         return found
 

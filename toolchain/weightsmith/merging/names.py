@@ -50,8 +50,11 @@ _NAMED = {
     "text": "language_model|text_model",
     "vision": "vision|visual|image|vit",
     "audio": "audio|sound|speech",
+    "backbone": r"backbone|pixel_level_module\.encoder",
 }
 """Key of a part's configuration, without its end -> what the names of its modules contain."""
+_BELOW = {"backbone": r"(?:conv_encoder\.)?(?:model\.)?"}
+"""Key of a part's configuration, without its end -> modules that some models put around it."""
 
 
 class BaseNames:
@@ -236,11 +239,12 @@ def _rules(config: Mapping[str, object], table: str = _RENAMED) -> list[_Rule]:
     ]
     rules = []
     for kind, part in parts:
-        word = _NAMED.get(part, re.escape(part))
-        below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.") if part else None
+        word, more = _NAMED.get(part, re.escape(part)), _BELOW.get(part, "")
+        below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.{more}") if part else None
         # Some checkpoints have the text model at the top.
         everywhere = part in ("", "text")
-        for pattern, targets, equal in _table(table).get(kind, ()):
+        known = _table(table)
+        for pattern, targets, equal in known.get(f"{kind} {part}", known.get(kind, ())):
             rules.append(_Rule(re.compile(pattern), tuple(targets), equal, below, everywhere))
     return rules
 
@@ -249,6 +253,7 @@ def _rules(config: Mapping[str, object], table: str = _RENAMED) -> list[_Rule]:
 def _table(name: str) -> dict[str, list[tuple[str, list[str], bool]]]:
     """Return class or model type -> pattern, what it becomes, and whether pieces are equal.
 
+    A type that is another class as the backbone of a model is there as `TYPE backbone`, too.
     A test compares the files with transformers' `conversion_mapping.py`.
     """
     rules = json.loads(resources.files(__package__).joinpath(name).read_text("utf-8"))

@@ -31,6 +31,15 @@ _UNCALLED = {
     ),
     r"qwen2_audio.*|voxtral.*|audioflamingo3.*|moss_transcribe_diarize.*": r".*\.embed_positions",
     r"prophetnet": r".*\.ngram_embeddings",
+    # torch's MultiheadAttention; PEFT has an effect there if it wraps the whole of it.
+    r"aria": r".*\.multihead_attn\.out_proj",
+    r"bridgetower": r".*\.attn\.out_proj",
+    r"siglip.*|idefics2.*|phi4_multimodal.*": r".*\bhead\.attention\.out_proj",
+    r"mask2former": r".*\.cross_attn\.out_proj",
+    r"oneformer": (
+        r".*\.multihead_attn\.out_proj"
+        r"|.*\.(?:query_transformer|text_encoder)\.(?:.*\.)?self_attn\.out_proj"
+    ),
 }
 """Model types -> their modules, by the names in the model (transformers 5.24, models/)."""
 
