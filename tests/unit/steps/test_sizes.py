@@ -13,6 +13,8 @@ from weightsmith.quantizers.calibration import Texts
 from weightsmith.stages.quantize import QuantizeOptions, nominal, quantize_memory
 from weightsmith.steps.sizes import calibration_memory, estimated_bytes, fewest_mixed_bits
 
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
+
 MIB = 1 << 20
 SMALL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
 WIDE = SMALL | {"hidden_size": 512, "intermediate_size": 6144, "vocab_size": 512}
@@ -139,10 +141,11 @@ def test_the_smallest_mix_has_the_smallest_types_that_rows_can_have(hidden, inne
     assert nominal(enough, 10**9, model).bits_per_weight == least
 
 
-@pytest.mark.parametrize("name", ["q4_k_m", "q6_k", "iq2_xxs", "q8_0"])
-def test_rows_of_whole_blocks_have_the_nominal_bits(name):
+@pytest.mark.parametrize("name", ["q4_k_m", "q5_k_s", "q3_k_l", "iq3_m", "iq2_xxs", "q2_k", "q8_0"])
+def test_llama_3_has_the_bits_of_llama_cpp_s_table(name):
+    """tools/quantize/README.md of llama.cpp."""
     format_ = formats()[name]
 
-    found = estimated_bytes(10**9, format_, facts(WIDE))
+    found = estimated_bytes(LLAMA_8B_BYTES, format_, ModelFacts.of(LLAMA_8B))
 
-    assert found == pytest.approx(10**9 * format_.bits_per_weight / 16)
+    assert found == pytest.approx(LLAMA_8B_BYTES * format_.bits_per_weight / 16, rel=0.01)

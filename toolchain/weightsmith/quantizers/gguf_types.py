@@ -158,40 +158,5 @@ def file_type(format_: str) -> FileType:
     return MIX if format_ == MIX.name else FILE_TYPES[format_]
 
 
-_BLOCK, _SMALL_BLOCK = 256, 32
-_INSTEAD = {"q4_k": (4.5, 5.5), "q5_k": (5.5, 6.0), "q6_k": (6.5625, 8.5)}
-"""Bits of a type, and of what rows get that are no whole blocks of it: q5_0, q5_1, q8_0."""
-_NL = 4.5
-"""Of iq4_nl and q4_0, which such rows get in place of every smaller type."""
-_LARGER = {"q3_k_l": 0.5, "q3_k_m": 0.35, "iq3_m": 0.1}
-"""What a mix has beyond that, since it has larger types for some matrices: q5_1 and q5_0 for
-attn_v, attn_output and ffn_down, which are a third of a layer, or for the first two."""
 EXPERTS_ONLY = "mxfp4_moe"
 """It packs experts; everything else becomes q8_0 (llama_tensor_get_type)."""
-
-
-def bits_of_rows(
-    format_: Format, columns: int, *, head: bool = False, expert: bool = False
-) -> float:
-    """Return about how many bits per weight a matrix with rows of `columns` weights gets in a file.
-
-    More than the nominal ones where a row is not whole blocks (llama.cpp's src/llama-quant.cpp,
-    tensor_type_fallback). `head` is the output layer, and the embedding that is one, too.
-    """
-    bits, row = format_.bits_per_weight, FILE_TYPES.get(format_.name)
-    if row is None or (row.direct and row.name != "q8_0"):
-        return bits
-    if columns % _SMALL_BLOCK:
-        return 16.0
-    best, best_instead = _INSTEAD["q6_k"]
-    if row.name == EXPERTS_ONLY and not expert:
-        return best_instead
-    if columns % _BLOCK == 0:
-        return bits
-    if head:
-        return best_instead
-    if "_k" not in row.name and not row.name.startswith(("iq", "tq")):
-        return bits
-    own, instead = _INSTEAD.get(row.family, (bits, _NL + _LARGER.get(row.name, 0)))
-    larger = (bits - own) / (best - own) if own < best else 0.0  # the share in q6_k
-    return instead + larger * (best_instead - instead)

@@ -16,10 +16,10 @@ from weightsmith.forward.memory import BATCH_TOKENS, START, UNKNOWN, token_bytes
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.folder import check_model_folder, pickles_in
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.architectures import has_projector
+from weightsmith.quantizers.architectures import JOINED, has_projector
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.gguf_mix import fewest_bits
-from weightsmith.quantizers.gguf_types import bits_of_rows
+from weightsmith.quantizers.gguf_planned import Mixed, Part, planned_bits
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Projector
@@ -39,7 +39,7 @@ float64 (`quantizers/layerwise/quantizing.py`)."""
 
 
 class _BitsOfRows(Protocol):
-    def __call__(self, columns: int, *, head: bool = ..., expert: bool = ...) -> float: ...
+    def __call__(self, columns: int, part: Part, layer: int = ...) -> float: ...
 
 
 class ForeseenTree(Tree):
@@ -112,14 +112,20 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
 
 
 def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
-    """Return the bits per weight of a decoder's matrices by the widths of their rows, or None."""
-    return _mean(model, partial(bits_of_rows, format_))
+    """Return the bits per weight of a decoder's matrices by the types that they get, or None."""
+    try:
+        shape, experts = model.shape, model.matrices.experts
+    except InputRefused:
+        return None
+    group = shape.heads // max(1, shape.kv_heads)
+    of = Mixed(layers=shape.layers, group=group, experts=experts)
+    return _mean(model, partial(planned_bits, format_, of))
 
 
 def fewest_mixed_bits(model: ModelFacts, *, low: bool) -> float:
     """Return the bits per weight of the smallest mix of llama.cpp's types, or fewer."""
 
-    def bits(columns: int, **_: bool) -> float:  # a head may have any type
+    def bits(columns: int, *_: object) -> float:  # a head may have any type
         return fewest_bits(low=low, columns=columns)
 
     least = fewest_bits(low=low)
@@ -138,19 +144,22 @@ def _mean(model: ModelFacts, bits: _BitsOfRows) -> float | None:
     except InputRefused:
         return None
     attended, mixed = shape.heads * shape.v_head_dim, parts.expert_width or shape.intermediate
-    keys = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-    mlp, expert = mixed * shape.hidden * max(1, parts.experts), parts.experts > 0
-    inside = shape.hidden * (shape.heads * shape.head_dim + keys)
-    table = shape.vocab * shape.hidden
-    counted = [
-        (shape.layers * inside, bits(shape.hidden)),
-        (shape.layers * attended * shape.hidden, bits(attended)),
-        (shape.layers * 2 * mlp, bits(shape.hidden, expert=expert)),
-        (shape.layers * mlp, bits(mixed, expert=expert)),
-        (table, bits(shape.hidden, head=True)),
-    ]
+    mlp, hidden = mixed * shape.hidden * max(1, parts.experts), shape.hidden
+    # llama.cpp gives joined matrices the type of V.
+    q, k = ("v", "v") if model.architecture in JOINED else ("q", "k")
+    table = shape.vocab * hidden
+    counted = [(table, bits(hidden, "head"))]
     if not model.tied_embeddings:
-        counted.append((table, bits(shape.hidden)))
+        counted.append((table, bits(hidden, "embedding")))
+    for layer in range(shape.layers):
+        counted += [
+            (hidden * shape.heads * shape.head_dim, bits(hidden, q, layer)),
+            (hidden * shape.kv_heads * shape.head_dim, bits(hidden, k, layer)),
+            (hidden * shape.kv_heads * shape.v_head_dim, bits(hidden, "v", layer)),
+            (attended * hidden, bits(attended, "o", layer)),
+            (2 * mlp, bits(hidden, "up", layer)),
+            (mlp, bits(mixed, "down", layer)),
+        ]
     return sum(n * each for n, each in counted) / sum(n for n, _ in counted)
 
 

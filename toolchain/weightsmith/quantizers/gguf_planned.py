@@ -1,0 +1,151 @@
+"""The types that llama.cpp gives to a decoder's matrices, to plan the size of a file.
+
+The rules are those of llama_tensor_get_type_impl and tensor_type_fallback in its
+src/llama-quant.cpp, but for Falcon and models of 70 B. Where it asks for an importance matrix,
+there is one: our types below five bits have it by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from weightsmith.core.values import Format
+from weightsmith.quantizers.gguf_types import EXPERTS_ONLY, FILE_TYPES, TENSOR_TYPES, FileType
+
+Part = Literal["embedding", "head", "q", "k", "v", "o", "up", "down"]
+"""What a matrix is of; `up` also of a gate, `head` also of the embedding that is one."""
+_BITS = {
+    "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6.0, "q5_0": 5.5, "q5_k": 5.5, "q4_1": 5.0, "q4_0": 4.5,
+    "q4_k": 4.5, "iq4_nl": 4.5, "iq4_xs": 4.25, "mxfp4": 4.25, "q3_k": 3.4375, "iq3_s": 3.4375,
+    "iq3_xxs": 3.0625, "q2_k": 2.625, "iq2_s": 2.5625, "iq2_xs": 2.3125, "iq2_xxs": 2.0625,
+    "tq2_0": 2.0625, "iq1_m": 1.75, "tq1_0": 1.6875, "iq1_s": 1.5625, "q1_0": 1.125,
+}  # fmt: skip
+"""Bits per weight of a type's blocks (ggml-common.h)."""
+_BLOCK, _SMALL_BLOCK = 256, 32
+_INSTEAD = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""Type -> that of rows which are no whole blocks of 256 weights; all others become 4.5 bits."""
+_BASE = {
+    "iq3_m": "iq3_s", "iq3_xs": "iq3_s", "iq2_m": "iq2_s", "iq2_s": "iq2_xs", EXPERTS_ONLY: "mxfp4",
+}  # fmt: skip
+"""File type -> the type of most of its tensors, where the names differ."""
+_TINY = "iq1_s iq1_m iq2_xxs iq2_xs"
+_EIGHT = (
+    "q2_k iq3_xs iq3_xxs q3_k_s q3_k_m iq4_nl q4_k_s q4_k_m iq3_s iq3_m iq4_xs iq2_s iq2_m " + _TINY
+)
+_RULES: Mapping[Part, tuple[tuple[str, str, str], ...]] = {
+    "head": (
+        (f"{_TINY} iq2_s iq2_m iq3_xxs", "", "q5_k"),
+        ("q8_0 mxfp4_moe", "", "q8_0"),
+        ("", "", "q6_k"),
+    ),
+    "embedding": (
+        (_TINY, "", "q2_k"),
+        ("iq2_s iq2_m iq3_xxs", "", "iq3_s"),
+        ("tq1_0 tq2_0", "", "q4_k"),
+    ),
+    "q": (("iq3_xs", "", "iq3_xxs"), ("iq3_xxs", "", "iq2_s")),
+    "k": (
+        (f"iq2_s iq2_m {_TINY}", "eight", "q4_k"),
+        ("", "eight", "q8_0"),
+        ("iq3_xs", "", "iq3_xxs"),
+        ("iq3_xxs", "", "iq2_s"),
+    ),
+    "v": (
+        (f"iq2_s iq2_m {_TINY}", "grouped", "q4_k"),
+        (f"iq2_s iq2_m {_TINY}", "several", "q4_k"),
+        ("iq2_s iq2_m", "", "iq3_s"),
+        (_TINY, "", "q2_k"),
+        ("", "eight", "q8_0"),
+        ("q2_k q2_k_s iq3_xxs iq3_xs iq3_s", "grouped", "q4_k"),
+        ("q2_k", "", "q3_k"),
+        ("q3_k_m", "two", "q5_k"),
+        ("q3_k_m iq3_m", "", "q4_k"),
+        ("q3_k_l", "", "q5_k"),
+        ("iq4_nl iq4_xs", "grouped", "q5_k"),
+        ("q4_k_m q5_k_m", "more", "q6_k"),
+        ("q4_k_s", "four", "q5_k"),
+    ),
+    "o": (
+        (_EIGHT, "eight", "q5_k"),
+        ("q2_k", "", "q3_k"),
+        ("iq3_xxs iq2_s iq2_m", "", "iq3_s"),
+        ("q3_k_m iq3_m", "", "q4_k"),
+        ("q3_k_l", "", "q5_k"),
+        ("iq1_s iq1_m", "", "iq2_xxs"),
+    ),
+    "down": (
+        ("iq2_s iq2_m", "first", "iq3_s"),
+        (_TINY, "first", "q2_k"),
+        ("q2_k", "", "q3_k"),
+        ("q2_k_s iq3_m", "first", "q4_k"),
+        ("iq3_m", "eight, more", "q4_k"),
+        ("q3_k_m", "begin", "q5_k"),
+        ("q3_k_m", "", "q4_k"),
+        ("q3_k_l", "", "q5_k"),
+        ("q4_k_m q5_k_m", "more", "q6_k"),
+        ("q4_k_s", "first", "q5_k"),
+        ("q4_0", "first", "q4_1"),
+    ),
+    "up": (("iq3_xs", "middle", "iq3_xxs"),),
+}
+"""Part -> file types (none: all), when (see `_Mixed.words`), and the type; the first that fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed:
+    """What a mix of types depends on."""
+
+    layers: int
+    group: int
+    """Heads of Q for one of K and V."""
+    experts: int
+
+    def words(self, layer: int) -> frozenset[str]:
+        """Return the conditions of the rules that hold in a layer."""
+        eighth, last = self.layers // 8, 7 * self.layers // 8
+        more = layer < eighth or layer >= last or (layer - eighth) % 3 == 2
+        holds = {
+            "": True,
+            "grouped": self.group >= 4,
+            "several": self.experts >= 4,
+            "eight": self.experts == 8,
+            "two": layer < 2,
+            "four": layer < 4,
+            "begin": layer < self.layers // 16,
+            "first": layer < eighth,
+            "middle": eighth <= layer < last,
+            "more": more,
+            "eight, more": self.experts == 8 and more,
+        }
+        return frozenset(word for word, held in holds.items() if held)
+
+
+def planned_bits(format_: Format, of: Mixed, columns: int, part: Part, layer: int = 0) -> float:
+    """Return how many bits per weight a matrix with rows of `columns` weights gets in a file."""
+    row = FILE_TYPES.get(format_.name)
+    if row is None or (row.direct and row.name != "q8_0"):
+        return format_.bits_per_weight
+    if columns % _SMALL_BLOCK:
+        return 16.0
+    base = _base(row)
+    if part == "head" and columns % TENSOR_TYPES[base].block:
+        return _BITS["q8_0"]
+    if row.name == EXPERTS_ONLY and not (of.experts and part in ("up", "down")):
+        return _BITS["q8_0"]
+    words = of.words(layer)
+    kinds = (
+        kind
+        for names, when, kind in _RULES[part]
+        if when in words and (not names or row.name in names.split())
+    )
+    kind = next(kinds, base)
+    if TENSOR_TYPES[kind].block == _BLOCK and columns % _BLOCK:
+        kind = _INSTEAD.get(kind, "q4_0")
+    return _BITS[kind]
+
+
+def _base(row: FileType) -> str:
+    found = _BASE.get(row.name, row.name)
+    return found if found in TENSOR_TYPES else row.family
