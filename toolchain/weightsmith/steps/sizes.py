@@ -146,7 +146,8 @@ def _mean(model: ModelFacts, bits: _BitsOfRows) -> float | None:
     attended, mixed = shape.heads * shape.v_head_dim, parts.expert_width or shape.intermediate
     mlp, hidden = mixed * shape.hidden * max(1, parts.experts), shape.hidden
     # llama.cpp gives joined matrices the type of V.
-    q, k = ("v", "v") if model.architecture in JOINED else ("q", "k")
+    q: Part = "v" if model.architecture in JOINED else "q"
+    k: Part = "v" if model.architecture in JOINED else "k"
     table = shape.vocab * hidden
     counted = [(table, bits(hidden, "head"))]
     if not model.tied_embeddings:
