@@ -11,6 +11,7 @@ import pytest
 from weightsmith.api.commands.plan import table
 from weightsmith.building import choosing
 from weightsmith.building.record import BuiltTarget
+from weightsmith.building.targets import all_targets
 from weightsmith.cli.commands import _facts, _lines
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
@@ -36,8 +37,10 @@ def question(number: int) -> tuple[str, str]:
 def memory(
     tmp_path: Path, client: Registry, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Memory]:
-    # So that the smallest mix is apart from IQ4_XS, which is 3.6 % larger in this model.
-    monkeypatch.setattr(choosing, "_ALIKE", 1.036)
+    # In this model the smallest mix is as large as IQ4_XS, and the next 1.3 % larger than IQ4_NL.
+    every = {name: one for name, one in all_targets().items() if name != "llamacpp-iq4_xs"}
+    monkeypatch.setattr(choosing, "all_targets", lambda: every)
+    monkeypatch.setattr(choosing, "_ALIKE", 1.012)
     with in_memory(tmp_path, client) as made:
         ask(made, MANY)
         yield made
@@ -108,7 +111,7 @@ def test_what_loses_too_much_is_left_as_soon_as_that_is_clear(memory: Memory) ->
 
     built = chosen(memory)
 
-    assert left(built.auto) == [(SMALLEST, "evaluate"), ("llamacpp-mix, bits 4.6", "")]
+    assert left(built.auto) == [(SMALLEST, "evaluate"), (IQ4, "")]
     assert built.auto
     first, second = built.auto.candidates[:2]
     assert "cannot prove any more that the drop is below 0.2" in first.left
@@ -136,7 +139,7 @@ def test_the_gate_on_text_leaves_a_candidate_before_any_question(memory: Memory)
 
     built = chosen(memory)
 
-    assert left(built.auto) == [(SMALLEST, "quality"), ("llamacpp-mix, bits 4.6", "")]
+    assert left(built.auto) == [(SMALLEST, "quality"), (IQ4, "")]
     assert built.auto
     assert built.auto.candidates[0].sequence == ()
     assert memory.journal.of("start") == ["start"]
@@ -242,7 +245,7 @@ def test_weights_that_are_larger_than_the_next_ones_wait_for_their_turn(memory: 
 
     built = chosen(memory)
 
-    assert left(built.auto) == [("llamacpp-mix, bits 4.6", "")]
+    assert left(built.auto) == [(IQ4, "")]
     assert memory.journal.of("start") == ["start"]
 
 
@@ -349,24 +352,24 @@ def test_several_engines_share_one_order(memory: Memory) -> None:
 def test_the_best_of_several_engines_is_chosen(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama.cpp's small ones and AWQ lose too much, llama.cpp's IQ4_NL does not; then AWQ wins.
+    """llama.cpp's small ones and AWQ lose too much, llama.cpp's Q4_1 does not; then AWQ wins.
 
     Answers and validation are made once for both engines, and each image is started by its own. The
     merge is written for AWQ, which llama.cpp does not need.
     """
-    ask(memory, MANY, auto={"engine": ["llamacpp", "vllm"], "at_most": "250KB"})
-    monkeypatch.setattr(choosing, "_ALIKE", 1.005)  # AWQ is 0.8 % smaller than IQ4_NL
-    small = [SMALLEST, "llamacpp-iq4_xs", "llamacpp-q4_0", MIX46]
+    ask(memory, MANY, auto={"engine": ["llamacpp", "vllm"], "at_most": "260KB"})
+    monkeypatch.setattr(choosing, "_ALIKE", 1.005)  # AWQ is 0.8 % larger than the mix
+    small, larger = [SMALLEST, IQ4, Q4S], "llamacpp-q4_1"
     harm(memory, dict.fromkeys([*small, "vllm-awq"], 200))
 
     built = chosen(memory)
 
     lost = [(name, "evaluate") for name in [*small, "vllm-awq"]]
-    assert left(built.auto) == [*lost, (IQ4, "")]
+    assert left(built.auto) == [*lost, (larger, "")]
     jobs = memory.jobs()
     kinds = ("merge", "reference adapter", "validate")
     assert [jobs.count(one) for one in kinds] == [2, 1, 1]
-    record = memory.record(IQ4)
+    record = memory.record(larger)
     assert record["auto"]["engines"] == ["llamacpp", "vllm"]
     reasons = {row["target"]: row["left"] for row in record["auto"]["candidates"]}
     assert "no kernel for it on a CPU" in reasons["vllm-nvfp4"]
@@ -398,7 +401,7 @@ def test_engines_of_one_size_differ_in_speed(memory: Memory) -> None:
     auto = {"engine": ["llamacpp", "vllm"], "prefer": "speed", "at_most": "240KB"}
     ask(memory, MANY, auto=auto)
     memory.bandwidth = 8e6
-    paces = {SMALLEST: 20, MIX46: 32, "vllm-awq": 33, IQ4: 30}
+    paces = {SMALLEST: 20, MIX46: 32, "vllm-awq": 33, Q4S: 30}
 
     def work(tokens: int) -> None:
         memory.ticks += tokens / paces[tried(memory)] - 1
@@ -442,18 +445,18 @@ def test_a_fleet_names_its_targets(memory: Memory) -> None:
         run(memory, path)
 
 
-IQ4, MIX46 = "llamacpp-iq4_nl", "llamacpp-mix, bits 4.6"
+IQ4, MIX46, Q4S = "llamacpp-iq4_nl", "llamacpp-mix, bits 4.6", "llamacpp-q4_k_s"
 
 
 def prefer_speed(memory: Memory, **speeds: float) -> None:
     """Let these write so many tokens per second, in the order of what the memory allows.
 
-    That is 36.9 of the smallest (8 MB/s by 221 KB, of which 4 KB are an embedding), then 34.6, 34.0
-    and 31.8.
+    That is 36.9 of the smallest (8 MB/s by 221 KB, of which 4 KB are an embedding), then 34.6, 34.4
+    and 31.5.
     """
     ask(memory, MANY, auto={"engine": "llamacpp", "prefer": "speed"})
     memory.bandwidth = 8e6
-    names = {"first": SMALLEST, "second": MIX46, "third": IQ4, "fourth": "llamacpp-mix, bits 5.0"}
+    names = {"first": SMALLEST, "second": MIX46, "third": Q4S, "fourth": "llamacpp-q4_k_m"}
     paces = {names[which]: speed for which, speed in speeds.items()}
 
     def work(tokens: int) -> None:
@@ -474,30 +477,30 @@ def test_the_fastest_that_is_proven_is_chosen_by_what_was_measured(memory: Memor
 
     built = chosen(memory)
 
-    record = memory.record(IQ4)
-    assert built.target.name == IQ4
-    assert speeds_of(record["auto"]) == {IQ4: 33.0, MIX46: 30.0, SMALLEST: 20.0}
+    record = memory.record(Q4S)
+    assert built.target.name == Q4S
+    assert speeds_of(record["auto"]) == {Q4S: 33.0, MIX46: 30.0, SMALLEST: 20.0}
     assert memory.journal.of("start") == ["start"] * 3
-    assert left(built.auto) == [(IQ4, "")]  # no other was asked
+    assert left(built.auto) == [(Q4S, "")]  # no other was asked
     assert (record["auto"]["prefer"], record["auto"]["bandwidth"]) == ("speed", 8e6)
     rows = {row["target"]: row for row in record["auto"]["candidates"] if row["options"] == {}}
-    assert rows[IQ4]["foreseen_speed"] == 34.0
+    assert rows[Q4S]["foreseen_speed"] == 34.4
     assert rows["llamacpp-q8_0"]["left"] == "not tried: a faster one is proven"
     for page in ("report.md", "report.html"):
-        text = (memory.results(IQ4) / page).read_text("utf-8")
+        text = (memory.results(Q4S) / page).read_text("utf-8")
         assert "The fastest image that is proven was chosen" in text
         for said in ("33 tokens/s", "20 tokens/s", "at most 18.7 tokens/s", "read at 0.008 GB/s"):
             assert said in text
-    assert f"  {IQ4}, 33 tokens/s: chosen" in _lines(built)
+    assert f"  {Q4S}, 33 tokens/s: chosen" in _lines(built)
 
 
 def test_a_fast_one_that_loses_too_much_gives_way_to_the_next_fastest(memory: Memory) -> None:
     prefer_speed(memory, first=20, second=30, third=33, fourth=28)
-    harm(memory, {IQ4: MANY})
+    harm(memory, {Q4S: MANY})
 
     built = chosen(memory)
 
-    assert left(built.auto) == [(IQ4, "evaluate"), (MIX46, "")]
+    assert left(built.auto) == [(Q4S, "evaluate"), (MIX46, "")]
     assert built.auto
     assert [one.speed for one in built.auto.candidates[:2]] == [33.0, 30.0]
 

@@ -39,7 +39,7 @@ float64 (`quantizers/layerwise/quantizing.py`)."""
 
 
 class _BitsOfRows(Protocol):
-    def __call__(self, columns: int, part: Part, layer: int = ...) -> float: ...
+    def __call__(self, columns: int, part: Part, layer: int = ..., /) -> float: ...
 
 
 class ForeseenTree(Tree):
@@ -125,7 +125,7 @@ def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
 def fewest_mixed_bits(model: ModelFacts, *, low: bool) -> float:
     """Return the bits per weight of the smallest mix of llama.cpp's types, or fewer."""
 
-    def bits(columns: int, *_: object) -> float:  # a head may have any type
+    def bits(columns: int, _part: Part, _layer: int = 0, /) -> float:  # each may have any type
         return fewest_bits(low=low, columns=columns)
 
     least = fewest_bits(low=low)
