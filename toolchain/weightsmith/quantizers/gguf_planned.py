@@ -94,7 +94,7 @@ _RULES: Mapping[Part, tuple[tuple[str, str, str], ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixed:
+class MixedLayers:
     """What a mix of types depends on."""
 
     layers: int
@@ -122,7 +122,9 @@ class Mixed:
         return frozenset(word for word, held in holds.items() if held)
 
 
-def planned_bits(format_: Format, of: Mixed, columns: int, part: Part, layer: int = 0) -> float:
+def planned_bits(
+    format_: Format, of: MixedLayers, columns: int, part: Part, layer: int = 0
+) -> float:
     """Return how many bits per weight a matrix with rows of `columns` weights gets in a file."""
     row = FILE_TYPES.get(format_.name)
     if row is None or (row.direct and row.name != "q8_0"):

@@ -19,7 +19,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.quantizers.architectures import JOINED, has_projector
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.gguf_mix import fewest_bits
-from weightsmith.quantizers.gguf_planned import Mixed, Part, planned_bits
+from weightsmith.quantizers.gguf_planned import MixedLayers, Part, planned_bits
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Projector
@@ -118,7 +118,7 @@ def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
     except InputRefused:
         return None
     group = shape.heads // max(1, shape.kv_heads)
-    of = Mixed(layers=shape.layers, group=group, experts=experts)
+    of = MixedLayers(layers=shape.layers, group=group, experts=experts)
     return _mean(model, partial(planned_bits, format_, of))
 
 
