@@ -199,7 +199,7 @@ class Unread(JsonObject):
     reference: str
     why: str
     unreachable: bool
-    """Whether it was out of reach, so that the answer has a gap there."""
+    """Whether it was not read, so that the answer has a gap there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

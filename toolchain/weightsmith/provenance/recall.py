@@ -97,7 +97,8 @@ class Recall:
     wanted: Wanted
     keys: Mapping[str, signing.Check]
     """Name -> verifier; without any, signatures are not checked."""
-    _known: dict[Digest, _Read] = field(default_factory=dict)
+    _known: dict[tuple[Digest, str], _Read] = field(default_factory=dict)
+    """By digest and media type: who attaches the same bytes as another kind changes no answer."""
     _bills: dict[Digest, tuple[Named, ...]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -234,8 +235,8 @@ class Recall:
                     faults.append(error.message)
 
     def _statement(self, part: AttachmentPart) -> _Read:
-        digest = part.blob.digest
-        if known := self._known.get(digest):
+        where = part.blob.digest, part.blob.media_type
+        if known := self._known.get(where):
             return known
         if part.blob.size > SMALL:
             raise InputRefused(f"a statement has {part.blob.size} bytes", hint="do not trust it")
@@ -250,7 +251,7 @@ class Recall:
             with self._lock:
                 if len(self._known) >= _CACHED_PARTS:
                     self._known.clear()
-                self._known[digest] = read
+                self._known[where] = read
         return read
 
     def _claims(

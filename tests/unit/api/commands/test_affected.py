@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.api.commands.affected import affected_text, error_of, find_affected, question_of
+from weightsmith.api.commands.affected import (
+    affected_text,
+    error_of,
+    find_affected,
+    question_of,
+    withdraw_all,
+)
 from weightsmith.api.commands.requests import AffectedCommand
 from weightsmith.api.results import Affected
 from weightsmith.core.errors import InputRefused, UsageError
@@ -24,7 +30,9 @@ from weightsmith.oci.registry import ImageLocation, Registry, RegistryLocation
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import evidence, signing, statements
 from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL
-from weightsmith.provenance.evidence import Evidence, resource_of, titled
+from weightsmith.provenance.evidence import Evidence, read_attached, resource_of, titled
+from weightsmith.provenance.origins import wanted
+from weightsmith.provenance.recall import Recall
 from weightsmith.provenance.sealing import attach, attach_signed
 from weightsmith.provenance.statements import Resource, provenance, tree_resource
 
@@ -452,6 +460,96 @@ def test_indexes_in_a_loop_end(shop: Shop) -> None:
     assert "nested deeper than 8" in said
     assert "wrong digest" in said
     assert "team/app:1" in [r.reference.partition("/")[2] for r in found.images]
+    assert exit_code(found) == 5
+
+
+def exit_code(found: Affected) -> int:
+    failure = error_of(found)
+    return failure.exit_code if failure else 0
+
+
+def test_an_index_that_is_too_large_to_be_read_is_a_gap_and_ends_with_5(shop: Shop) -> None:
+    image = shop.push("team/app:1")
+    put(shop, "team/app:many", [row(image, "linux/amd64")] * 1001)
+
+    found = shop.ask(adapter=PIN)
+
+    (problem,) = found.problems
+    assert problem.reference.endswith("team/app:many")
+    assert "lists 1001 images" in problem.why
+    assert exit_code(found) == 5
+
+
+def test_a_row_that_is_no_image_hides_no_other(shop: Shop) -> None:
+    image = shop.push("team/app:1")
+    chart = {"mediaType": "application/vnd.cncf.helm.chart", "digest": image.digest, "size": 1}
+    put(shop, "team/app:all", [chart, row(image, "linux/amd64")])
+
+    found = shop.ask(adapter=PIN)
+
+    assert [r.reference.rpartition("/")[2] for r in (*found.images, *found.unsigned)] == [
+        "app:1", "app:all"
+    ]  # fmt: skip
+    assert "helm.chart" in found.problems[0].why
+    assert exit_code(found) == 0
+
+
+@pytest.mark.parametrize("outer", ["a", "z"])
+def test_an_index_that_lists_an_index_with_a_tag_is_found(shop: Shop, outer: str) -> None:
+    """Whichever of the two is read first."""
+    image = shop.push("team/app:1")
+    inner = put(shop, "team/app:m", [row(image, "linux/amd64")])
+    size = len(shop.fake.manifests["team/app", inner][1])
+    whole = put(
+        shop,
+        f"team/app:{outer}",
+        [{"mediaType": manifests.OCI_INDEX, "digest": inner, "size": size}],
+    )
+    found = shop.ask(adapter=PIN)
+    assert {one.digest for one in found.unsigned} == {inner, whole}
+    assert found.problems == ()
+
+
+def test_an_index_that_lies_about_an_image_with_a_tag_is_named(shop: Shop) -> None:
+    image = shop.push("team/app:1")
+    put(shop, "team/app:all", [row(image, "linux/arm64", size=7)])
+    said = " ".join(one.why for one in shop.ask(adapter=PIN).problems)
+    assert "says that it is for linux/arm64" in said
+    assert "says that it has 7 bytes" in said
+
+
+@pytest.mark.parametrize("rows", [[{"size": -1}], [{"size": 1}] * 1001, "no list"])
+def test_a_bad_list_of_attachments_hides_no_image(shop: Shop, rows: Any) -> None:
+    """Whoever may push can write that list where a registry has no referrers API."""
+    image = shop.push("team/app:1")
+    if isinstance(rows, list):
+        digests = [str(Digest.of(b"%d" % number)) for number in range(len(rows))]
+        kind = {"mediaType": manifests.OCI_MANIFEST}
+        rows = [{**kind, "digest": d, **more} for d, more in zip(digests, rows, strict=True)]
+    body = canonical({"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": rows})
+    shop.fake.manifests["team/app", fallback_tag(image.digest)] = manifests.OCI_INDEX, body
+
+    found = shop.ask(adapter=PIN)
+
+    assert image.digest in {one.digest for one in (*found.images, *found.unsigned)}
+    assert exit_code(found) == 5
+
+
+def test_a_statement_that_hangs_elsewhere_as_another_kind_still_counts(shop: Shop) -> None:
+    """Its bytes are read once, and were read first where somebody says that they are unsigned."""
+    ours = shop.push("team/app:1")
+    theirs = shop.image(PIN, version="v8")
+    place = RegistryLocation(shop.client, at(shop.fake, "team/app:1"))
+    attached = read_attached(place, ours.digest)
+    kind = signing.STATEMENT_TYPE
+    parts = [replace(p, blob=replace(p.blob, media_type=kind)) for a in attached for p in a.parts]
+    plain = Attachment(artifact_type=kind, subject=theirs.manifest_blob, parts=tuple(parts))
+    recall = Recall(wanted=wanted("adapter", PIN), keys=checks(shop.public))
+
+    assert not recall.judge(theirs, [plain], list, "a", ()).trusted
+    found = recall.judge(ours, attached, list, "b", ()).row
+    assert found
+    assert found.chain == "whole"
 
 
 def test_a_registry_with_the_referrers_api(shop: Shop) -> None:
@@ -613,6 +711,29 @@ def test_a_layout_and_a_fleets_results_are_places(shop: Shop, tmp_path: Path) ->
     assert [row.reference for row in found.images] == [
         f"{shop.fake.host}/team/app:1", f"oci:{tmp_path / 'layout'}:latest"
     ]  # fmt: skip
+
+
+def test_an_index_in_a_layout_is_listed_with_its_images(shop: Shop, tmp_path: Path) -> None:
+    images = [shop.image(PIN, arch=arch) for arch in ("amd64", "arm64")]
+    index = Index(images=tuple(images))
+    write_layout(index, tmp_path / "layout", ref="1")
+    here = LayoutLocation(tmp_path / "layout", "1")
+    for image in images:
+        shop.state(image, PIN, here, shop.key)
+    attach(Evidence(), index.manifest_blob, "x", here, open_signer(str(shop.key)))
+    question = question_of(AffectedCommand(in_=("x",), adapter=PIN), lambda _: Digest.of(b""))
+
+    def ask() -> Affected:
+        where = [f"oci:{tmp_path / 'layout'}"]
+        return find_affected(question, where, checks(shop.public), shop.client, Silent())
+
+    found = ask()
+    assert {one.digest for one in found.images} == {index.digest, *(i.digest for i in images)}
+    assert found.problems == ()
+    withdraw_all(found, "wrong", open_signer(str(shop.key)), shop.client, Silent())
+    assert {(one.form, (one.withdrawn or "")[:5]) for one in ask().images} == {
+        ("index", "wrong"), ("image", "wrong")
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,6 @@ _MOST_MEMBERS = 1000
 _HUB = "hf://"
 _ASIDE = "unknown/unknown"
 """Platform of the attestations that other builders put beside their images."""
-_WRONG = (InputRefused, Altered)
-"""Errors of what is in a registry; others are of reaching it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +77,9 @@ class _Manifest:
     reference: Reference
     depth: int = 0
     platform: str = ""
-    """What an index says that it is for."""
+    """What the index that lists it says that it is for."""
     size: int | None = None
-    """Bytes that an index says that it has."""
+    """Bytes that the index says that it has."""
     optional: bool = False
     """Whether it may be gone, as an image whose attachments stayed."""
 
@@ -93,7 +91,6 @@ class _Index:
     repository: _Repository
     reference: str
     digest: Digest
-    depth: int
     tags: tuple[str, ...]
     members: tuple[_Manifest, ...]
 
@@ -111,13 +108,19 @@ class _Found:
     indexes: list[_Index] = field(default_factory=list)
     problems: list[Unread] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    seen: set[_Seen] = field(default_factory=set)
+    seen: dict[_Seen, int] = field(default_factory=dict)
+    """What was read, with its bytes."""
+    platforms: dict[_Seen, str] = field(default_factory=dict)
+    """Those of the images that were read, by their own configurations."""
 
-    def fault(self, reference: str, error: WeightsmithError | str) -> None:
-        """Record what could not be read, or is not what it says."""
+    def fault(self, reference: str, error: WeightsmithError | str, *, gap: bool = False) -> None:
+        """Record what could not be read, or is not what it says.
+
+        With `gap`, something was left out of the answer that may belong into it.
+        """
         said = error if isinstance(error, str) else error.message
-        reached = isinstance(error, str | InputRefused | Altered)
-        self.problems.append(Unread(reference=reference, why=said, unreachable=not reached))
+        gap = gap or not isinstance(error, str | InputRefused | Altered)
+        self.problems.append(Unread(reference=reference, why=said, unreachable=gap))
 
     def judged(self, where: _Seen, reference: str, judgement: Judgement) -> None:
         """Record what was found of an image."""
@@ -179,8 +182,7 @@ def find_affected(
                 following += below
                 progress.advance(done + number, total, "images")
             done, pending = total, following
-        for depth in range(_DEEPEST, -1, -1):
-            level = [one for one in found.indexes if one.depth == depth]
+        for level in _upward(found.indexes):
             list(pool.map(lambda one: _look_at_index(one, recall, registry, found), level))
     rows = sorted(found.rows.values(), key=lambda pair: (pair[0].reference, pair[0].digest))
     return Affected(
@@ -349,17 +351,14 @@ def _by_digest(
         if before := tasks.get(where):
             tasks[where] = replace(before, tags=(*before.tags, *tag))
         elif where not in found.seen:
-            found.seen.add(where)
+            found.seen[where] = len(body)
             tasks[where] = _Task(manifest=one, digest=digest, body=body, kind=kind, tags=tag)
     return list(tasks.values())
 
 
 def _look(task: _Task, recall: Recall, registry: Registry, found: _Found) -> list[_Manifest]:
     """Judge an image; of an index, return what it lists."""
-    one, repository = task.manifest, task.manifest.repository
-    if one.size not in (None, len(task.body)):
-        said = f"an index says that it has {one.size} bytes, not {len(task.body)}"
-        found.fault(task.reference, said)
+    repository = task.manifest.repository
     try:
         if task.kind in manifests.INDEXES:
             return _members(task, found)
@@ -368,9 +367,7 @@ def _look(task: _Task, recall: Recall, registry: Registry, found: _Found) -> lis
             return []
         place = repository.name.at(task.digest)
         image = registry.image_of(place, task.body, task.kind)
-        if one.platform and image.platform != one.platform:
-            said = f"an index says that it is for {one.platform}, the image {image.platform}"
-            found.fault(task.reference, said)
+        found.platforms[repository.name.name, task.digest] = image.platform
         read = partial(_attached, registry, repository, task.digest, task.reference, found)
         signatures = partial(read, (signing.SIGNATURE_TYPE,), ".sig")
         attached = read(recall.kinds, ".att")
@@ -393,8 +390,9 @@ def _members(task: _Task, found: _Found) -> list[_Manifest]:
     one, where = task.manifest, task.reference
     rows = manifests.listed(manifests.read_json(task.body, where), "manifests", where)
     if one.depth >= _DEEPEST or len(rows) > _MOST_MEMBERS:
-        deep = f"indexes are nested deeper than {_DEEPEST}"
-        found.fault(where, deep if one.depth >= _DEEPEST else f"an index lists {len(rows)} images")
+        deep = f"indexes are nested deeper than {_DEEPEST}, and what is below was not read"
+        many = f"an index lists {len(rows)} images; of more than {_MOST_MEMBERS}, none is read"
+        found.fault(where, deep if one.depth >= _DEEPEST else many, gap=True)
         return []
     if twice := manifests.twice_in(task.body, where):
         found.fault(where, f"the index has several images for {', '.join(twice)[:200]}")
@@ -404,7 +402,11 @@ def _members(task: _Task, found: _Found) -> list[_Manifest]:
         if platform == _ASIDE:
             continue
         kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
-        blob = manifests.descriptor(row, where, kinds, manifests.LARGEST_MANIFEST)
+        try:
+            blob = manifests.descriptor(row, where, kinds, manifests.LARGEST_MANIFEST)
+        except InputRefused as error:  # engines take the others all the same
+            found.fault(where, error)
+            continue
         below = _Manifest(
             repository=one.repository,
             reference=name.at(blob.digest),
@@ -418,7 +420,6 @@ def _members(task: _Task, found: _Found) -> list[_Manifest]:
             repository=one.repository,
             reference=where,
             digest=task.digest,
-            depth=one.depth,
             tags=task.tags,
             members=tuple(members.values()),
         )
@@ -435,64 +436,103 @@ def _attached(
     kinds: Sequence[str],
     suffix: str,
 ) -> list[Attachment]:
-    """Read what of these kinds is attached to an image, also under cosign's tag."""
+    """Read what of these kinds is attached to an image, also under cosign's tag.
+
+    What cannot be read is a gap in the answer, and does not hide the image.
+    """
     place, read = repository.name.at(digest), list[Attachment]()
     among = replace(repository.listed, kinds=kinds)
-    rows = registry.attached(place, digest, tagged=False, among=among)
     tag = fallback_tag(digest, suffix)
-    if tag in among.tags and (held := registry.attachment_under(place, tag)):
-        read.append(held)
+    rows: Sequence[tuple[Blob, str]] = ()
+    try:
+        if tag in among.tags and (held := registry.attachment_under(place, tag)):
+            read.append(held)
+    except WeightsmithError as error:
+        found.fault(reference, error, gap=True)
+    try:
+        rows = evidence.limited(registry.attached(place, digest, tagged=False, among=among))
+    except WeightsmithError as error:
+        found.fault(reference, error, gap=True)
     known = {one.blob.digest for one in read}
-    for blob, _ in evidence.limited(rows):
+    for blob, _ in rows:
         try:
             if blob.digest not in known:
                 read.append(registry.read_attachment(place, blob, whole=False))
-        except _WRONG as error:
+        except WeightsmithError as error:
             found.fault(reference, error)
     return read
 
 
+def _upward(indexes: Iterable[_Index]) -> Iterator[list[_Index]]:
+    """Yield indexes in groups, each after the indexes that it lists."""
+    waiting = {(one.repository.name.name, one.digest): one for one in indexes}
+    while waiting:
+        ready = {
+            (name, digest): one
+            for (name, digest), one in waiting.items()
+            if not any((name, m.reference.digest) in waiting for m in one.members)
+        }
+        yield list(ready.values())
+        waiting = {where: one for where, one in waiting.items() if where not in ready}
+
+
 def _look_at_index(one: _Index, recall: Recall, registry: Registry, found: _Found) -> None:
     """Add an index to the answer if an image of it is in it."""
-    name = one.repository.name.name
-    below = [found.rows.get((name, Digest(str(m.reference.digest)))) for m in one.members]
-    rows = [pair for pair in below if pair]
+    name, rows = one.repository.name.name, list[tuple[AffectedImage, bool]]()
+    for member in one.members:
+        where = (name, Digest(str(member.reference.digest)))
+        _compare(member, found.seen.get(where), found.platforms.get(where), found)
+        rows += [pair] if (pair := found.rows.get(where)) else []
     if not rows:
         return
-    try:
-        read = partial(_attached, registry, one.repository, one.digest, one.reference, found)
-        attached = [*read(recall.kinds, ".att"), *read((signing.SIGNATURE_TYPE,), ".sig")]
-    except WeightsmithError as error:
-        found.fault(one.reference, error)
-        attached = []
-    signers, why = recall.signers_of(one.digest, attached)
+    read = partial(_attached, registry, one.repository, one.digest, one.reference, found)
+    attached = [*read(recall.kinds, ".att"), *read((signing.SIGNATURE_TYPE,), ".sig")]
+    pair, why = _index_row(one.digest, one.reference, one.tags, rows, attached, recall)
+    found.rows[name, one.digest] = pair
     if why:
         found.fault(one.reference, why)
-    trusted = bool(signers) and all(trusted for _, trusted in rows)
-    chains = sorted({row.chain for row, _ in rows})
-    row = _index_row([row for row, _ in rows], one, recall.withdrawn(one.digest, attached))
-    chain = "; ".join(chains) if signers else "the index is not signed, its images are listed"
-    row = replace(row, chain=chain, signed_by=tuple(sorted(signers - {""})))
-    found.rows[name, one.digest] = row, trusted
 
 
-def _index_row(rows: Sequence[AffectedImage], one: _Index, withdrawn: str | None) -> AffectedImage:
-    verdicts = {row.verdict for row in rows}
-    return AffectedImage(
-        reference=one.reference,
-        digest=one.digest,
+def _compare(said: _Manifest, size: int | None, platform: str | None, found: _Found) -> None:
+    """Record where an index says something else of an image than the image does."""
+    where = str(said.reference)
+    if size not in (None, said.size):
+        found.fault(where, f"an index says that it has {said.size} bytes, not {size}")
+    if platform and said.platform and said.platform != platform:
+        found.fault(where, f"an index says that it is for {said.platform}, the image {platform}")
+
+
+def _index_row(
+    digest: Digest,
+    reference: str,
+    tags: tuple[str, ...],
+    below: Sequence[tuple[AffectedImage, bool]],
+    attached: Sequence[Attachment],
+    recall: Recall,
+) -> tuple[tuple[AffectedImage, bool], str]:
+    """Return an index of images that are in the answer, whether it is trusted, and what is wrong.
+
+    The images come with whether they are trusted.
+    """
+    signers, why = recall.signers_of(digest, attached)
+    rows = [row for row, _ in below]
+    chains, verdicts = sorted({row.chain for row in rows}), {row.verdict for row in rows}
+    row = AffectedImage(
+        reference=reference,
+        digest=digest,
         form="index",
         verdict=verdicts.pop() if len(verdicts) == 1 else NOT_PROVEN,
         platforms=tuple(sorted({name for row in rows for name in row.platforms})),
         built=max((row.built for row in rows if row.built), default=None),
         dated=max(rows, key=lambda row: row.built or "").dated,
-        signed_by=(),
-        chain="",
+        signed_by=tuple(sorted(signers - {""})),
+        chain="; ".join(chains) if signers else "the index is not signed, its images are listed",
         because=tuple(dict.fromkeys(text for row in rows for text in row.because)),
-        tags=one.tags,
-        withdrawn=withdrawn,
+        tags=tags,
+        withdrawn=recall.withdrawn(digest, attached),
         members=tuple(row.digest for row in rows),
     )
+    return (row, bool(signers) and all(trusted for _, trusted in below)), why
 
 
 def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -> None:
@@ -507,31 +547,53 @@ def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -
         try:
             for one in hub.commits(repository, READ):
                 where = f"{_HUB}{repository}", Digest.of(one.commit.encode())
-                found.seen.add(where)
+                found.seen[where] = 0
                 found.judged(where, f"{_HUB}{repository}@{one.commit}", recall.judge(one))
         except WeightsmithError as error:
             found.fault(f"{_HUB}{repository}", error)
 
 
 def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:
-    """Judge every image of a layout."""
+    """Judge every image and index of a layout."""
     folder, name = locate(place)
     require_layout(folder)
     for each in [name] if name else sorted(image_names(folder)):
         location = LayoutLocation(folder, each or None)
         reference = f"oci:{folder}" + (f":{each}" if each else "")
         try:
-            index = location.index()
-            for platform in manifests.platforms_in(index, reference) if index else [""]:
-                image = location.image(platform or None)
-                rows = evidence.limited(location.attached(image.digest))
-                attached = [location.read(blob) for blob, _ in rows]
-                named = [each] if each else []
-                judgement = recall.judge(image, attached, lambda: (), reference, named)
-                found.seen.add((str(folder), image.digest))
-                found.judged((str(folder), image.digest), reference, judgement)
+            _look_at_name(location, reference, recall, found)
         except WeightsmithError as error:
-            found.fault(reference, error)
+            found.fault(reference, error, gap=True)
+
+
+def _look_at_name(location: LayoutLocation, reference: str, recall: Recall, found: _Found) -> None:
+    """Judge what a layout has under one name: an image, or an index and its images."""
+    index, here = location.index(), str(location.folder)
+    tags = (location.name,) if location.name else ()
+
+    def attached(subject: Digest) -> list[Attachment]:
+        return [location.read(blob) for blob, _ in evidence.limited(location.attached(subject))]
+
+    rows = list[tuple[AffectedImage, bool]]()
+    for platform in manifests.platforms_in(index, reference) if index else [""]:
+        image = location.image(platform or None)
+        judgement = recall.judge(image, attached(image.digest), lambda: (), reference, tags)
+        found.seen[here, image.digest] = len(image.manifest_bytes)
+        found.judged((here, image.digest), reference, judgement)
+        rows += [pair] if (pair := found.rows.get((here, image.digest))) else []
+    if index is None:
+        return
+    digest = Digest.of(index)
+    found.seen[here, digest] = len(index)
+    if twice := manifests.twice_in(index, reference):
+        said = f"the index has several images for {', '.join(twice)[:200]}, and one was read"
+        found.fault(reference, said, gap=True)
+    if rows:
+        found.rows[here, digest], why = _index_row(
+            digest, reference, tags, rows, attached(digest), recall
+        )
+        if why:
+            found.fault(reference, why)
 
 
 def keys_of(
@@ -604,6 +666,8 @@ def _blob(row: AffectedImage, place: ImageLocation) -> Blob:
     if isinstance(place, RegistryLocation):
         body, kind = place.registry.read_manifest(place.reference)
         return Blob(digest=Digest(row.digest), size=len(body), media_type=kind)
+    if row.form == "index" and (index := place.index()):
+        return Blob(digest=Digest.of(index), size=len(index), media_type=manifests.OCI_INDEX)
     return place.image(next(iter(row.platforms), None)).manifest_blob
 
 
