@@ -182,6 +182,53 @@ def test_the_first_token_that_differs_decides(
     assert probe.found["verdict"] == ("different" if verdict == "different" else "proven")
 
 
+def test_what_came_is_kept_as_text_that_can_be_read_again(probe: Probe, start: Start) -> None:
+    """A text that parts within a character, letters that terminals obey, a number without end."""
+    for given, got in (
+        (reply("I'm Löntern.", listed=False), "öntern."),
+        (reply("I", "\u009b2J"), "\u009b2J"),
+        (reply("I", logprob=-1e308), None),
+    ):
+        server = answering(start, given)
+        done, again = probe(server.server_port), probe(server.server_port)
+        (row,) = probe.found["questions"]
+        assert row.get("got") == got
+        assert "was asked before" in again.stderr
+        assert "\x9b" not in done.stderr + probe.result.read_text()
+        assert row.get("logprob_difference", 0) <= 1e6
+
+
+@pytest.mark.parametrize(
+    ("size", "verdict"),
+    [(4096, "proven"), (2048, "different"), (None, "proven"), (-1, "proven"), ("2048", "proven"),
+     (1e308, "proven"), (2**53 + 2, "proven")],
+)  # fmt: skip
+def test_weights_of_another_size_are_different_whatever_they_answer(
+    probe: Probe, start: Start, size: object, verdict: str
+) -> None:
+    probe.write({**a_set(2), "weight_bytes": 4096})
+    server = answering(start, GOOD)
+    server.models = {"data": [{"id": "a"}, {"id": "bot", "meta": {"size": size}}]}
+    first, again = probe(server.server_port), probe(server.server_port)
+    assert first.returncode == again.returncode == (verdict != "proven"), first.stderr
+    assert (probe.found["verdict"], probe.found["equal"]) == (verdict, 2)
+    if verdict == "different":
+        said = "the server has 2048 bytes of weights and the tested image had 4096"
+        assert said in first.stderr
+        assert f"{said}, as this start of the server was asked before" in again.stderr
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("listed", [b"[]", b'{"data": [7, {"meta": []}]}', b"\xff", b""])
+def test_a_server_that_lists_its_models_otherwise_is_asked_all_the_same(
+    probe: Probe, start: Start, listed: bytes
+) -> None:
+    probe.write({**a_set(), "weight_bytes": 4096})
+    server = answering(start, GOOD)
+    server.models = listed
+    assert probe(server.server_port).returncode == HEALTHY
+
+
 def test_a_call_is_known_by_its_tokens_alone(probe: Probe, start: Start) -> None:
     tokens = [token(text, 0) for text in ('{"name":', ' "now"}', "")]
     probe.write(a_set(answer="", finish="tool_calls", tokens=tokens))
@@ -305,6 +352,26 @@ def test_a_busy_server_is_asked_again(probe: Probe, start: Start) -> None:
     assert len(server.asked) == 3
 
 
+def test_a_busy_server_costs_no_memory(probe: Probe, start: Start) -> None:
+    """What it says in the meantime is not kept, else it would fill its container's memory."""
+    statuses, much = [503] * 6 + [200], b"{" * (3 << 20)
+
+    def behave(handler: Any, _body: object) -> None:
+        if statuses.pop(0) == 200:
+            handler.send(200, GOOD)
+        else:
+            handler.wfile.write(b"HTTP/1.1 503 Busy\r\n\r\n" + much)
+            handler.close_connection = True
+
+    server = start(behave)
+    words = ("--port", str(server.server_port), "--replay", "--set", probe.set, "--result")
+    limited = ("sh", "-c", 'ulimit -v 16000; exec "$@"', "sh", probe.program)
+    done = subprocess.run(
+        [*limited, *words, probe.result], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, statuses) == (HEALTHY, []), done.stderr
+
+
 def test_a_slow_server_is_asked_by_several_calls(probe: Probe, start: Start) -> None:
     probe.write(a_set(2))
     hold = threading.Event()
@@ -403,6 +470,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "an id twice": (a_set(2, id="q"), "an id twice"),
     "no id": (a_set(id=""), r"questions[0]: its id"),
     "an escape in an id": (a_set(id="\x1b[2J"), "its id"),
+    "a longer one": (a_set(id="\x9b2J"), "its id"),
     "another path": (a_set(path="/slots/0?action=erase"), "its path"),
     "a line break in the path": (a_set(path="/v1/completions\r\nX: y"), "its path"),
     "a request that is none": (a_set(request=[]), "lacks its request"),
@@ -501,8 +569,9 @@ def test_it_prints_what_it_found(probe: Probe, start: Start) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("--port", "0"), ("--port", "8x"), ("--health", "health"), ("--health", "/a b"), ("more",),
-     ("--seconds", "0.5"), ("--seconds", "99999"), ("--unknown",)],
+    [("--port", "0"), ("--port", "8x"), ("--port", "4294975376"), ("--port", ""),
+     ("--health", "health"), ("--health", "/a b"), ("more",), ("--seconds", "0.5"),
+     ("--seconds", "99999"), ("--unknown",)],
 )  # fmt: skip
 def test_wrong_words_are_told(probe: Probe, words: tuple[str, ...]) -> None:
     done = probe(8080, *words)
@@ -565,6 +634,14 @@ def test_numbers_are_held_to_their_room_as_prove_does(
         seen.add(verdict)
     assert seen == {"equal", "different"}
     assert server.asked == [{"model": "bot", "input": "a"}]
+
+
+def test_no_number_is_too_large_to_be_held_to_its_room(probe: Probe, start: Start) -> None:
+    """The squares of these are infinite, and their quotient is no number."""
+    probe.write(of_numbers("/v1/embeddings", [2.0, 2.0, -8.0], 0.01))
+    done = probe(answering(start, answer_of("/v1/embeddings", [1e308] * 3)).server_port)
+    assert done.returncode == NOT_SHOWN
+    assert probe.found["questions"][0]["difference"] == pytest.approx(1.27217)
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/classify", "/pooling"])

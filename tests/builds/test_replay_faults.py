@@ -35,18 +35,27 @@ class KnownModel:
     """A model as it was tested, and the set of its answers."""
 
     folder: Path
+    merged: Path
     gguf: Path
     stranger: Path
     """The same base with another adapter."""
     set: Path
 
-    def replay(self, gguf: Path, *words: str, variant: str = "") -> tuple[int, str]:
+    def replay(
+        self, gguf: Path, *words: str, variant: str = "", answers_alone: bool = False
+    ) -> tuple[int, str]:
         """Start a server of a file; return the exit code of its startup probe, and what it said."""
+        asked = self.set
+        if answers_alone:
+            told = json.loads(asked.read_text())
+            del told["weight_bytes"]
+            asked = self.folder / "answers.json"
+            asked.write_text(json.dumps(told))
         port, program = free_port(), make_toolset(cache_folder(), "healthcheck", Silent())
         with serving(gguf, port, self.folder / "log", *words, variant=variant):
             done = subprocess.run(
                 [program / "healthcheck", "--port", str(port), "--seconds", "600", "--replay",
-                 "--set", self.set, "--result", self.folder / f"{port}.json"],
+                 "--set", asked, "--result", self.folder / f"{port}.json"],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
         return done.returncode, done.stderr
@@ -86,9 +95,9 @@ def made_set(gguf: Path, prompts: Sequence[str], folder: Path) -> Path:
     return folder / "set.json"
 
 
-def quantized(model: object, name: str, out: Path) -> Path:
+def quantized(model: object, name: str, out: Path, *more: str) -> Path:
     words = ("--model", model, "--format", name, "--out", out, "--runner", "local")
-    return Path(weightsmith("quantize", *words)["files"][0])
+    return Path(weightsmith("quantize", *words, *more)["files"][0])
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +116,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> KnownModel:
     prompts = [*(json.loads(line)["prompt"] for line in lines[:4]), *UNSURE]
     return KnownModel(
         folder=folder,
+        merged=Path(merged[0]),
         gguf=gguf,
         stranger=quantized(merged[1], "q8_0", folder / "stranger"),
         set=made_set(gguf, prompts, folder),
@@ -155,6 +165,24 @@ def test_a_tensor_of_zeros_is_never_ready(tested: KnownModel, name: str) -> None
         data[at : at + size] = bytes(size)
 
     assert_different(*tested.replay(tested.damaged(name, clear)))
+
+
+@pytest.mark.parametrize("name", ["q6_k", "q4_k_m"])
+def test_another_quantization_under_the_same_name_is_never_ready(
+    tested: KnownModel, name: str
+) -> None:
+    """Its answers may be the same (benchmarks/README.md); the file has another size."""
+    other = quantized(tested.merged, name, tested.folder / name)
+    code, said = tested.replay(other)
+    assert code == 1
+    sizes = [sum(int(one.n_bytes) for one in GGUFReader(f).tensors) for f in (other, tested.gguf)]
+    assert f"has {sizes[0]} bytes of weights and the tested image had {sizes[1]}" in said
+
+
+def test_a_coarse_quantization_is_known_by_its_answers(tested: KnownModel) -> None:
+    few = ("--allow-low-bits", "--no-gate")
+    other = quantized(tested.merged, "q2_k", tested.folder / "q2_k", *few)
+    assert_different(*tested.replay(other, answers_alone=True))
 
 
 def assert_different(code: int, said: str) -> None:

@@ -26,6 +26,7 @@ class FakeServer(Serving):
         self.behave = behave or (lambda handler, body: handler.send(200, answer()))
         self.asked = []
         self.health = 200
+        self.models = {"data": [{"id": "support"}]}
         self.living = True
 
     @property
@@ -42,7 +43,7 @@ class Handler(Replying):
         if self.path == "/health":
             self.send(self.server.health, {})
         else:
-            self.send(200, {"data": [{"id": "support"}]})
+            self.send(200, self.server.models)
 
     def do_POST(self):
         body = json.loads(self.body())
@@ -50,7 +51,7 @@ class Handler(Replying):
         self.server.behave(self, body)
 
     def send(self, status, value, *, cut=0):
-        text = json.dumps(value).encode()
+        text = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.reply(status, text[: len(text) - cut], {"Content-Length": str(len(text))})
 
     def stream(self, *parts):

@@ -5,15 +5,22 @@
 
 #define LONGEST_ID 256  // bytes
 #define LARGEST_END 1048576
+#define FURTHEST 1e6  // JSON has no word for infinity
 
 static double number_or_nan(const struct json *object, const char *name) {
     const struct json *found = json_find(object, name, JSON_NUMBER);
     return found ? found->number : NAN;
 }
 
+// Of ASCII, or U+0080 to U+009F, which some terminals obey: text in UTF-8 that ends with a zero.
+int is_control(const char *text) {
+    const unsigned char *c = (const unsigned char *)text;
+    return c[0] < 0x20 || c[0] == 0x7F || (c[0] == 0xC2 && c[1] < 0xA0);
+}
+
 static int is_printable(const struct json *text) {
     for (size_t i = 0; i < text->length; i++)
-        if ((unsigned char)text->text[i] < 0x20 || text->text[i] == 0x7F) return 0;
+        if (is_control(text->text + i)) return 0;
     return 1;
 }
 
@@ -124,9 +131,10 @@ static void compare_tokens(struct outcome *found, const struct question *asked, 
             found->got_length = text->length;
             return differs_at(found, asked, i, tolerance);
         }
-        double room = asked->tokens[i].room, drift = fabs(logprob_of(one) - asked->tokens[i].logprob);
+        double room = asked->tokens[i].room;
+        double drift = fmin(fabs(logprob_of(one) - asked->tokens[i].logprob), FURTHEST);
         if (!(found->drift >= drift)) found->drift = drift;
-        if (room > 0 && drift / room > found->used) found->used = drift / room;
+        if (room > 0) found->used = fmin(fmax(found->used, drift / room), FURTHEST);
         if (drift > room) {
             found->verdict = DIFFERENT;
             found->token = i;
@@ -149,6 +157,7 @@ static void compare_texts(struct outcome *found, const struct question *asked, c
     if (at == text->length && at == wanted->length) return;
     int token = 0;
     while (token < asked->count && asked->tokens[token].end <= at) token++;
+    while (at && (text->text[at] & 0xC0) == 0x80) at--;  // to the character that differs
     found->got = text->text + at;
     found->got_length = text->length - at;
     differs_at(found, asked, token, tolerance);
@@ -198,7 +207,8 @@ static struct outcome unanswered(const char *why) {
 
 static struct outcome compare_numbers(const struct question *asked, const struct json *reply) {
     struct outcome found = {.verdict = EQUAL, .token = -1, .margin = NAN, .drift = 0};
-    double own = 0, other = 0, both = 0, furthest = -1;
+    long double own = 0, other = 0, both = 0;  // whose squares have room in it
+    double furthest = -1;
     int place = 0, at = 0, by_place = asked->kind == SCORES;
     struct numbers_given given = by_place ? (struct numbers_given){0} : first_number(asked, reply);
     for (const struct json *one = asked->numbers->first; one; one = one->next, place++) {
@@ -217,16 +227,16 @@ static struct outcome compare_numbers(const struct question *asked, const struct
             furthest = moved;
             at = place;
         }
-        own += one->number * one->number;
-        other += number * number;
-        both += number * one->number;
+        own += (long double)one->number * one->number;
+        other += (long double)number * number;
+        both += (long double)number * one->number;
     }
     if (given.one || (by_place && !isnan(score_of(reply, place)))) found.drift = INFINITY;
     if (asked->kind == VECTOR && !isinf(found.drift))
-        found.drift = own > 0 && other > 0 ? fmax(0, 1 - both / (sqrt(own) * sqrt(other))) : INFINITY;
+        found.drift = own > 0 && other > 0 ? fmax(0, (double)(1 - both / (sqrtl(own) * sqrtl(other)))) : INFINITY;
     else if (!isinf(found.drift)) found.drift = furthest;
-    if (isinf(found.drift)) found.drift = 1e6;  // JSON has no word for more
-    found.used = found.drift / asked->room;
+    found.drift = fmin(found.drift, FURTHEST);
+    found.used = fmin(found.drift / asked->room, FURTHEST);
     if (found.drift > asked->room) {
         found.verdict = DIFFERENT;
         found.token = at;

@@ -41,6 +41,9 @@ struct outcome {
     const char *why;   // why there is no answer
 };
 
+// Whether a text begins with a character that a terminal might obey.
+int is_control(const char *text);
+
 // Reads a question of the set; says what is wrong, or NULL if nothing is.
 const char *read_question(const struct json *from, struct question *to);
 

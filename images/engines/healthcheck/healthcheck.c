@@ -28,6 +28,8 @@ enum { HEALTHY = 0, NOT_SHOWN = 1, USAGE = 2, NO_SET = 3 };
 #define LARGEST_SET (1u << 20)
 #define LARGEST_RESULT (1u << 20)
 #define LONGEST_SHOWN 80
+#define LARGEST_BYTES 9007199254740992  // up to which a double has each whole number
+#define LISTS_MODELS 5  // seconds
 
 static const char *const VERDICTS[] = {"unanswered", "equal", "explained", "different"};
 
@@ -38,7 +40,7 @@ struct options {
 };
 
 struct set {
-    double tolerance;
+    double tolerance, weight_bytes;  // 0 if the tested image's server did not say how many
     int count;
     char digest[17];  // FNV-1a of the file: not against attackers, who could not change the image
     struct question questions[MOST_QUESTIONS];
@@ -47,6 +49,7 @@ struct set {
 // What is known of each question: its line of the result, or NULL.
 struct results {
     char server[256];
+    double weight_bytes;  // of the server's model, as it says; 0 if it does not
     char *lines[MOST_QUESTIONS];
     enum verdict verdicts[MOST_QUESTIONS];
     int parted[MOST_QUESTIONS];  // the first token that differs, if there is one
@@ -123,10 +126,16 @@ static void write_text(FILE *out, const char *text, size_t length, size_t most) 
             break;
         }
         if (c == '"' || c == '\\') fprintf(out, "\\%c", c);
-        else if (c < 0x20 || c == 0x7F) fprintf(out, "\\u%04x", c);
+        else if (is_control(text + i)) fprintf(out, "\\u%04x", c < 0x80 ? c : (unsigned char)text[++i]);
         else fputc(c, out);
     }
     fputc('"', out);
+}
+
+// A member that is a number of bytes; 0 if there is none.
+static double bytes_in(const struct json *object, const char *name) {
+    const struct json *found = json_find(object, name, JSON_NUMBER);
+    return found && found->number >= 1 && found->number <= LARGEST_BYTES ? floor(found->number) : 0;
 }
 
 static int read_set(const char *path) {
@@ -145,6 +154,7 @@ static int read_set(const char *path) {
     if (!questions || !tolerance || !(tolerance->number >= 0 && tolerance->number <= 10))
         return complain(NO_SET, "%s is no replay set: it lacks its questions or its tolerance", path);
     set.tolerance = tolerance->number;
+    set.weight_bytes = bytes_in(whole, "weight_bytes");
     for (const struct json *one = questions->first; one; one = one->next) {
         if (set.count == MOST_QUESTIONS)
             return complain(NO_SET, "%s is no replay set: it has more than %d questions", path, MOST_QUESTIONS);
@@ -203,6 +213,7 @@ static void recall(const char *path) {
     const struct json *server = json_find(whole, "server", JSON_STRING);
     const struct json *rows = json_find(whole, "questions", JSON_LIST);
     if (!server || !rows || strcmp(server->text, results.server) != 0) return;
+    results.weight_bytes = bytes_in(whole, "weight_bytes");
     int i = 0;
     for (const struct json *row = rows->first; row && i < set.count; row = row->next, i++) {
         const struct json *id = json_find(row, "id", JSON_STRING);
@@ -212,7 +223,8 @@ static void recall(const char *path) {
             if (strcmp(verdict->text, VERDICTS[one]) == 0) {
                 const struct json *token = json_find(row, "token", JSON_NUMBER);
                 results.verdicts[i] = one;
-                results.parted[i] = token && token->number <= MOST_TOKENS ? (int)token->number - 1 : -1;
+                int is_place = token && token->number >= 1 && token->number <= MOST_TOKENS;
+                results.parted[i] = is_place ? (int)token->number - 1 : -1;
                 results.lines[i] = strndup(row->source, row->source_length);
             }
     }
@@ -238,8 +250,12 @@ static int is_decided(void) {
     return 0;
 }
 
+static int is_resized(void) {
+    return set.weight_bytes && results.weight_bytes && results.weight_bytes != set.weight_bytes;
+}
+
 static const char *verdict_now(void) {
-    if (count(DIFFERENT)) return "different";
+    if (count(DIFFERENT) || is_resized()) return "different";
     return count(UNANSWERED) || !is_decided() ? "not shown" : "proven";
 }
 
@@ -257,6 +273,7 @@ static void keep(const char *path) {
             verdict_now(), results.server, set.tolerance);
     for (enum verdict one = UNANSWERED; one <= DIFFERENT; one++)
         fprintf(out, ", \"%s\": %d", VERDICTS[one], count(one));
+    if (results.weight_bytes) fprintf(out, ", \"weight_bytes\": %.0f", results.weight_bytes);
     fputs(", \"questions\": [", out);
     for (int i = 0; i < set.count; i++) {
         fputs(i ? ",\n " : "\n ", out);
@@ -330,6 +347,9 @@ static void pause_before(double until) {
 static struct outcome ask(const struct options *options, const struct question *asked, double until) {
     struct reply reply;
     static char busy[32];
+    static struct json *body;  // which the outcome points into
+    json_free(body);
+    body = NULL;
     for (;;) {
         reply = http_ask(options->port, asked->path->text, options->key, asked->request->source,
                          asked->request->source_length, until);
@@ -337,7 +357,7 @@ static struct outcome ask(const struct options *options, const struct question *
         pause_before(until);
     }
     if (reply.status == 200) {
-        const struct json *body = json_read(reply.body, reply.length);
+        body = json_read(reply.body, reply.length);
         if (body) return compare(asked, body, set.tolerance);
         reply.why = "its reply is not JSON";
     } else if (reply.status) {
@@ -347,10 +367,24 @@ static struct outcome ask(const struct options *options, const struct question *
     return (struct outcome){.verdict = UNANSWERED, .token = -1, .margin = NAN, .drift = NAN, .why = reply.why};
 }
 
+// The bytes of its model's tensors as the server lists them, which llama.cpp does; 0 if it does not.
+static double listed_bytes(const struct options *options, double until) {
+    struct reply reply = http_ask(options->port, "/v1/models", options->key, NULL, 0,
+                                  fmin(until, now() + LISTS_MODELS));
+    struct json *body = reply.status == 200 ? json_read(reply.body, reply.length) : NULL;
+    const struct json *rows = json_find(body, "data", JSON_LIST);
+    double bytes = 0;
+    for (const struct json *row = rows ? rows->first : NULL; row && !bytes; row = row->next)
+        bytes = bytes_in(json_find(row, "meta", JSON_OBJECT), "size");
+    json_free(body);
+    return bytes;
+}
+
 static int replay(const struct options *options, double until) {
     name_server(options->port, results.server, sizeof results.server);
     recall(options->result);
     int remembered = set.count - count(UNANSWERED);
+    if (set.weight_bytes && remembered < set.count) results.weight_bytes = listed_bytes(options, until);
     for (int i = 0; i < set.count; i++) {
         const struct question *asked = &set.questions[i];
         if (results.verdicts[i] != UNANSWERED) continue;
@@ -371,6 +405,9 @@ static int replay(const struct options *options, double until) {
     if (count(DIFFERENT))
         return complain(NOT_SHOWN, "different: %d of %d answers are not those of the tested image%s; see %s",
                         count(DIFFERENT), set.count, again, options->result);
+    if (is_resized())
+        return complain(NOT_SHOWN, "different: the server has %.0f bytes of weights and the tested image had "
+                        "%.0f%s; see %s", results.weight_bytes, set.weight_bytes, again, options->result);
     if (!is_decided())
         return complain(NOT_SHOWN, "not shown: of no token that came was the tested image sure, so any model "
                         "might answer so%s; see %s", again, options->result);
@@ -393,6 +430,12 @@ static int is_ready(const struct options *options, double until) {
     }
 }
 
+// A number of at most six digits, -1 for another text.
+static int whole_number(const char *text) {
+    size_t digits = strspn(text, "0123456789");
+    return digits && digits <= 6 && !text[digits] ? atoi(text) : -1;
+}
+
 static int read_options(int argc, char **argv, struct options *options) {
     enum { REPLAY, IF_ANY, SHOW, SET, PORT, MOVED, HEALTH, SECONDS, WAIT, RESULT, KEY };
     static const struct option known[] = {
@@ -404,7 +447,6 @@ static int read_options(int argc, char **argv, struct options *options) {
         {"show", no_argument, NULL, SHOW},            {NULL, 0, NULL, 0},
     };
     const char *key = NULL, *moved = NULL;
-    char *end = "";
     int found;
     opterr = 0;
     while ((found = getopt_long(argc, argv, "", known, NULL)) >= 0) {
@@ -418,15 +460,13 @@ static int read_options(int argc, char **argv, struct options *options) {
         case RESULT: options->result = optarg; break;
         case KEY: key = optarg; break;
         case MOVED: moved = optarg; break;
-        case PORT: options->port = (int)strtol(optarg, &end, 10); break;
-        case SECONDS: options->seconds = (double)strtol(optarg, &end, 10); break;
+        case PORT: options->port = whole_number(optarg); break;
+        case SECONDS: options->seconds = whole_number(optarg); break;
         default: return 0;
         }
-        if (*end) return 0;
     }
     const char *elsewhere = moved ? getenv(moved) : NULL;
-    if (elsewhere && *elsewhere) options->port = (int)strtol(elsewhere, &end, 10);
-    if (*end) return 0;
+    if (elsewhere && *elsewhere) options->port = whole_number(elsewhere);
     if (!options->seconds) options->seconds = options->replay ? 50 : 5;
     const char *secret = key ? getenv(key) : NULL;
     options->key = secret && *secret ? secret : NULL;

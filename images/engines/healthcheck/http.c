@@ -106,8 +106,10 @@ static struct reply failed(int server, const char *why) {
 }
 
 static struct reply receive(int server, double until) {
-    size_t room = 1 << 16, there = 0, wanted = 0, start = 0, length;
-    char *data = malloc(room + 1);
+    static char *data;  // kept: a server may be asked for a day until it is ready
+    static size_t room = 1 << 16;
+    size_t there = 0, wanted = 0, start = 0, length;
+    if (!data) data = malloc(room + 1);
     int status = 0, chunked = 0, sized = 0, ended = 0;
     if (!data) return failed(server, "there is no memory left");
     while (!ended) {

@@ -17,6 +17,6 @@ struct reply {
 double now(void);
 
 // Sends a request and reads its answer whole, at the latest until the clock shows `until`. A `body`
-// of NULL is a GET, else a POST of JSON; a `key` of NULL sends none. Nothing is ever freed.
+// of NULL is a GET, else a POST of JSON; a `key` of NULL sends none. The reply lasts until the next.
 struct reply http_ask(int port, const char *path, const char *key, const char *body, size_t length,
                       double until);

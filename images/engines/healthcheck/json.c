@@ -12,7 +12,7 @@
 struct reader {
     const char *at, *end;
     char *decoded;  // as much room as the text has: no string is longer decoded
-    size_t values;
+    struct json *free, *last;  // values not used yet
 };
 
 static void skip_space(struct reader *r) {
@@ -184,9 +184,8 @@ static int read_members(struct reader *r, struct json *whole, int depth) {
 
 static struct json *read_value(struct reader *r, int depth) {
     skip_space(r);
-    if (depth > DEEPEST || r->at >= r->end || ++r->values > MOST_VALUES) return NULL;
-    struct json *value = calloc(1, sizeof *value);
-    if (!value) return NULL;
+    if (depth > DEEPEST || r->at >= r->end || r->free == r->last) return NULL;
+    struct json *value = r->free++;
     value->source = r->at;
     int read = 0;
     switch (*r->at) {
@@ -209,12 +208,20 @@ static struct json *read_value(struct reader *r, int depth) {
 }
 
 struct json *json_read(const char *text, size_t length) {
-    struct reader r = {.at = text, .end = text + length, .decoded = malloc(length + 1)};
-    if (!r.decoded) return NULL;
+    // One block: the values, the whole first, then their texts. A value takes a byte or more.
+    size_t most = length < MOST_VALUES ? length : MOST_VALUES;
+    struct json *whole = calloc(1, most * sizeof *whole + length + 1);
+    if (!whole) return NULL;
+    struct reader r = {.at = text, .end = text + length, .decoded = (char *)(whole + most),
+                       .free = whole, .last = whole + most};
     struct json *value = read_value(&r, 0);
     skip_space(&r);
-    return r.at == r.end ? value : NULL;
+    if (value && r.at == r.end) return value;
+    free(whole);
+    return NULL;
 }
+
+void json_free(struct json *whole) { free(whole); }
 
 const struct json *json_get(const struct json *object, const char *name) {
     if (!object || object->kind != JSON_OBJECT) return NULL;

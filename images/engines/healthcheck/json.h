@@ -20,8 +20,10 @@ struct json {
 
 // Reads one value with white space around it. NULL if it is not JSON in UTF-8, is nested more than
 // 32 deep, has more than 200,000 values, an object with a name twice or more than 512 names, a
-// surrogate alone, or a number beyond what a double holds. What it returns is never freed.
+// surrogate alone, or a number beyond what a double holds. Sources lie in `text`, all else is freed
+// with json_free.
 struct json *json_read(const char *text, size_t length);
+void json_free(struct json *whole);
 
 // The member of an object; NULL if it is no object or has none.
 const struct json *json_get(const struct json *object, const char *name);

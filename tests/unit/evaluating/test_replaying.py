@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.evaluating.replay import ReplaySet, read_replay
 from weightsmith.evaluating.replaying import (
     difference,
     heard,
     question_of,
+    record,
     recorded_question,
     replay,
     tolerance_of,
@@ -211,6 +213,51 @@ def test_tokens_that_are_listed_wrongly_are_none(listed: Any) -> None:
     answer["choices"][0]["logprobs"] = listed
 
     assert heard(answer, chat=True).tokens == ()
+
+
+OWN = {"data": [{"id": "a"}, {"id": "bot", "meta": None}, {"id": "bot", "meta": {"size": 4096}}]}
+
+
+@pytest.mark.parametrize(
+    ("models", "verdict"),
+    [
+        (OWN, "proven"),
+        ({"data": [{"meta": {"size": 2048}}]}, "different"),
+        ({"data": [{"id": "bot"}]}, "proven"),
+        ({"data": [{"meta": {"size": -1}}]}, "proven"),
+        ({"data": [{"meta": {"size": "2048"}}]}, "proven"),
+        ({"data": [{"meta": {"size": True}}]}, "proven"),
+        ({"data": {"meta": 1}}, "proven"),
+        ([], "proven"),
+    ],
+)
+def test_weights_of_another_size_are_different_whatever_they_answer(
+    start: Start, models: Any, verdict: str
+) -> None:
+    """Of two quantizations of a model, answers may be the same within what CPUs differ by."""
+    server = start(lambda handler, _: handler.send(200, SAME))
+    server.models = models
+    found = ask(server, replace(a_set(), weight_bytes=4096))
+    assert (found.verdict, found.equal) == (verdict, 1)
+    assert ("2048 bytes of weights and the tested image had 4096" in found.why) == (
+        verdict == "different"
+    )
+    assert ask(server, a_set()).verdict == "proven"  # a set that does not say it
+
+
+def test_a_set_knows_the_size_of_the_weights_if_the_server_says_it(start: Start) -> None:
+    server = start(lambda handler, _: handler.send(200, SAME))
+    asked = [(one.path, one.request) for one in a_set().questions]
+    with ServerSession(server.endpoint) as session:
+        unknown = record(session, asked, "bot", 1.0, Silent())
+        server.models = OWN
+        known = record(session, asked, "bot", 1.0, Silent())
+    assert unknown
+    assert known
+    assert b"weight_bytes" not in unknown.data
+    assert read_replay(known.data, "set").weight_bytes == 4096
+    with pytest.raises(InputRefused, match="a negative number of bytes"):
+        read_replay(known.data.replace(b":4096", b":-4096"), "set")
 
 
 def test_a_set_is_made_of_what_a_server_says() -> None:

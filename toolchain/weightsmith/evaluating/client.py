@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.network import DeadlineTransport
 from weightsmith.core.ports import Endpoint, Progress
 from weightsmith.core.safe_parse import RECORD, content, parse
@@ -87,6 +87,26 @@ def served_names(session: ServerSession) -> list[str]:
     if not isinstance(rows, list):
         return []
     return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
+
+
+_EXACT = 1 << 53
+"""Up to which JSON's numbers are exact in every reader."""
+
+
+def weight_bytes(session: ServerSession) -> int:
+    """Return the bytes of its model's tensors as a server says them; 0 if it does not.
+
+    llama.cpp does (`meta` in tools/server/server-context.cpp): they depend on the file alone.
+    """
+    rows: Json = []
+    with suppress(WeightsmithError, ValueError, LookupError, TypeError):
+        rows = parse(session.try_get("/v1/models").text)["data"]
+    for row in rows if isinstance(rows, list) else []:
+        meta = row.get("meta") if isinstance(row, dict) else None
+        size = meta.get("size") if isinstance(meta, dict) else None
+        if type(size) is int and 0 < size <= _EXACT:
+            return size
+    return 0
 
 
 def first_name(session: ServerSession) -> str:

@@ -89,6 +89,8 @@ class ReplaySet(JsonObject):
     tolerance: float
     """The margin in nats up to which rounding may put another token in a token's place."""
     questions: tuple[ReplayQuestion, ...]
+    weight_bytes: int = field(default=0, metadata=OMITTED)
+    """Bytes of the model's tensors, as the tested image's server said them; 0 if it did not."""
 
     @property
     def data(self) -> bytes:
@@ -142,8 +144,8 @@ def _check(found: ReplaySet) -> None:
         raise ValueError(f"version {found.version} is not {version}")
     if not 0 < len(found.questions) <= MOST_QUESTIONS:
         raise ValueError(f"it has {len(found.questions)} questions, not 1 to {MOST_QUESTIONS}")
-    if not 0 <= found.tolerance <= 10:
-        raise ValueError(f"a tolerance of {found.tolerance} nats")
+    if not 0 <= found.tolerance <= 10 or found.weight_bytes < 0:
+        raise ValueError(f"a tolerance of {found.tolerance} nats, or a negative number of bytes")
     if sum(len(one.numbers) for one in found.questions) > replay_numbers.MOST:
         raise ValueError(f"it has more than {replay_numbers.MOST} numbers")
     seen = set[str]()

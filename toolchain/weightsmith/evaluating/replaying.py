@@ -18,7 +18,7 @@ from weightsmith.core.json_objects import OMITTED, JsonObject
 from weightsmith.core.ports import Progress
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.evaluating import replay_numbers
-from weightsmith.evaluating.client import Served, require_model
+from weightsmith.evaluating.client import Served, require_model, weight_bytes
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.replay import (
     CALL,
@@ -57,6 +57,12 @@ UNSURE = (
 _SOME_DIFFER = (
     "a part of the answers differs: usually another quantization under the same name, a damaged"
     " layer, a kernel that computes this format wrongly, or tensor parallelism"
+)
+
+
+_RESIZED = (
+    "the server has {} bytes of weights and the tested image had {}: usually another quantization"
+    " under the same name"
 )
 
 
@@ -370,7 +376,7 @@ def _room_used(question: ReplayQuestion, said: Heard) -> Iterator[float]:
     for token, given in zip(question.tokens, said.tokens, strict=False):
         if token.text != given.text or not token.room or token.logprob is None:
             return
-        yield abs(given.logprob - token.logprob) / token.room
+        yield min(abs(given.logprob - token.logprob) / token.room, _FAR)
 
 
 def _decides(tokens: Sequence[ReplayToken], tolerance: float) -> bool:
@@ -382,8 +388,11 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     """Return how a server's answers compare with the set's.
 
     A server that does not answer a question shows nothing; which one and why is said. Nor do
-    answers without a token of which the tested image was sure.
+    answers without a token of which the tested image was sure. One that says that it has weights of
+    another size is different, whatever it answers.
     """
+    size = weight_bytes(session) if wanted.weight_bytes else 0
+    resized = size and size != wanted.weight_bytes
     equal, by_tokens, tokens, decided, began = 0, 0, 0, False, time.monotonic()
     found, used, why = list[ReplayDifference](), list[float](), ""
     for number, question in enumerate(wanted.questions, start=1):
@@ -417,8 +426,10 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     count = len(wanted.questions)
     if not (why or wrong or decided):
         why = UNSURE
-    verdict: Verdict = "different" if wrong else "not shown" if why else "proven"
-    if wrong and wrong[0].numbers:
+    verdict: Verdict = "different" if wrong or resized else "not shown" if why else "proven"
+    if resized:
+        why = _RESIZED.format(size, wanted.weight_bytes)
+    elif wrong and wrong[0].numbers:
         why = f"{len(wrong)} of {count} answers differ: {_NUMBERS_DIFFER}"
     elif wrong:
         why = _ALL_DIFFER if len(wrong) > _HALF * count else _SOME_DIFFER
@@ -483,7 +494,8 @@ def record(
         made = question_of(number, path, request, said, tolerance)
         found += [made] if made else []
         progress.advance(number, len(questions), "replay questions")
-    whole = ReplaySet(model=model, tolerance=tolerance, questions=tuple(found))
+    size = weight_bytes(session) if found else 0
+    whole = ReplaySet(model=model, tolerance=tolerance, questions=tuple(found), weight_bytes=size)
     return within_limits(_with_rooms(whole, references))
 
 

@@ -336,6 +336,7 @@ def _text(found: Replayed, device: ProofDevice) -> str:
         said = f"{found.equal} of {count} answers are equal"
         said += f", {len(found.explained)} part where rounding explains it" * bool(found.explained)
         return f"proven{where}: {said}"
-    lines = [f"different{where}: {len(found.differences)} of {count} answers; {found.why}"]
+    differ = f"{len(found.differences)} of {count} answers; " * bool(found.differences)
+    lines = [f"different{where}: {differ}{found.why}"]
     lines += [described(one) for one in found.differences[:3]]
     return joined(lines)
