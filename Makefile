@@ -50,7 +50,7 @@ endef
 define locked
 printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q --universal --python-version 3.11 $(1) \
   --generate-hashes --no-annotate --no-header -c constraints.txt pyproject.toml - -o $(VENV)/lock >&2 \
-  && echo '# $(2), by hash, on Python 3.11 to 3.13: `make lock` writes it.' && cat $(VENV)/lock
+  && echo '# $(2), by hash, on Python 3.11 to 3.14: `make lock` writes it.' && cat $(VENV)/lock
 endef
 
 .DEFAULT_GOAL := help
@@ -66,7 +66,7 @@ setup-dev: $(VENV)/.ready-dev ## The same with the tests' tools and torch (some 
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@test ! -x $(BIN)/python || $(BIN)/python -I -c 'import importlib.util as u, os, sys; s = u.find_spec("weightsmith"); sys.exit(s and not os.path.samefile(os.path.dirname(s.origin), "toolchain/weightsmith") and f"setup: $(VENV) has another checkout installed, {s.origin}: give another VENV")'
 	@echo "setup: making $(VENV) with the command line tool; about a minute"
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3,11) <= v <= (3,13) else f"setup: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: run `make setup PYTHON=python3.12`, say")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3,11) <= v <= (3,14) else f"setup: Python 3.11 to 3.14 is needed, {sys.executable} is {v[0]}.{v[1]}: run `make setup PYTHON=python3.12`, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "setup: python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
 	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) --require-hashes -r requirements.lock)
 	@$(BIN)/pip install -q $(PIP_FLAGS) --no-deps --no-build-isolation -e .

@@ -15,6 +15,8 @@ RECIPE = ("--recipe", "examples/tiny/recipe.yaml", "--bench-results")
 TINY = ("--model", "examples/tiny/base", "--target", "vllm")
 SERVER = "http://127.0.0.1:9"
 NOBODY = "~nobody-of-this-name"
+# `Path.is_dir` of a name that is too long raises OSError before Python 3.14.
+TOO_LONG = 2 if sys.version_info < (3, 14) else 3
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,7 @@ def own_places(tmp_path, monkeypatch):
         (("verify", "a:" * 3000), 2, "hint: "),
         (("plan", "--recipe", "a" * 300), 2, "hint: "),
         (("evaluate", "--url", SERVER, "--data", "a" * 300), 2, "hint: "),
-        (("render", "--model", "a" * 300, "--target", "vllm", "--out", "x"), 2, "hint: "),
+        (("render", "--model", "a" * 300, "--target", "vllm", "--out", "x"), TOO_LONG, "hint: "),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else None,
 )
