@@ -235,6 +235,22 @@ def test_pillow_reads_the_same_sizes(tmp_path: Path, kind: str, options: dict[st
         assert header(path.read_bytes()) == (kind.lower(), 321, 123)
 
 
+def test_greys_of_16_bits_are_refused_and_what_pillow_keeps_is_not(tmp_path: Path) -> None:
+    """Pillow reads the first as white, whatever they show."""
+    image = pytest.importorskip("PIL.Image", reason="the merge builder's Pillow")
+    grey = tmp_path / "grey.png"
+    image.new("I;16", (9, 9), 100 << 8).save(grey)
+    with image.open(grey) as seen:
+        assert seen.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(InputRefused, match=r"x:1: .*grey\.png: it has greys of 16 bits"):
+        picture_in(tmp_path, grey.name, "x:1")
+
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        kept = tmp_path / f"{mode}.png"
+        image.new("RGB", (9, 9), "white").convert(mode).save(kept)
+        assert picture_in(tmp_path, kept.name, "x:1").kind == "png"
+
+
 def test_a_picture_as_large_as_the_limit_is_read(folder: Path) -> None:
     (folder / "most.png").write_bytes(png(MOST_PIXELS >> 12, 1 << 12, zlib.compress(b"")))
     assert picture_in(folder, "most.png", "x:1").seen.width == MOST_PIXELS >> 12

@@ -239,9 +239,12 @@ def header(data: bytes) -> tuple[str, int, int]:
 
 
 def _png(data: bytes) -> tuple[int, int]:
-    length, name, width, height = struct.unpack_from(">I4s2I", data, 8)
+    length, name, width, height, bits, colour = struct.unpack_from(">I4s2I2B", data, 8)
     if length != 13 or name != b"IHDR":
         raise ValueError("it has no PNG header")
+    if (bits, colour) == (16, 0):
+        # Pillow (13) makes white of all that is not nearly black; llama.cpp's server does not.
+        raise ValueError("it has greys of 16 bits, which servers read differently: save 8 bits")
     return width, height
 
 
