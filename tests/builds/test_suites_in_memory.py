@@ -122,6 +122,23 @@ def test_a_pattern_that_never_ends_on_an_answer_costs_one_question(
     assert "not judged: line 1" in (memory.results() / "report.html").read_text("utf-8")
 
 
+def test_junit_says_of_a_suite_that_passed_that_its_lost_answers_are_allowed(
+    memory: Memory,
+) -> None:
+    """Also where another suite stopped the build."""
+    forget(memory, 12, "image")
+    memory.minds.forgot["image"] |= {"What does a say to 3?"}
+
+    with pytest.raises(CheckFailed, match="general: the image"):
+        memory.build()
+    root = ET.parse(next(memory.dist.rglob("junit.xml"))).getroot()
+
+    _, task, kept = root.findall("testsuite")
+    assert [(one.get("failures"), one.get("skipped")) for one in (task, kept)] == [
+        ("0", "1"), ("12", "0"),
+    ]  # fmt: skip
+
+
 def test_what_quantizing_forgot_is_not_the_adapters_fault(memory: Memory) -> None:
     forget(memory, 12, "image")
 

@@ -359,13 +359,13 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def junit(build: BuildRecord) -> str:
     """Return the XML: one suite of gates and checks, and one of questions per task.
 
-    A question that the image lost is a failure where the build was stopped, and skipped with the
-    answers where the loss was within what the recipe allows.
+    A question that the image lost is a failure where its suite stopped the build, and skipped with
+    the answers where the loss was within what the recipe allows.
     """
     root = ET.Element("testsuites", name=_clean(build.title))
     _gates(root, build)
-    stopped = any(not v.passed and v.binding for suite in build.tasks for v in suite.verdicts)
     for suite in build.tasks:
+        stopped = any(not one.passed and one.binding for one in suite.verdicts)
         _questions(root, suite.name, build.items_of(suite), stopped=stopped)
     for made in root:
         kinds = [child.tag for case in made for child in case]
