@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused
-from weightsmith.models.templates import gguf_template, own_template, takes_parts
+from weightsmith.models.templates import gguf_template, own_template, render_chat, takes_parts
 
 
 @pytest.mark.parametrize("stated", ["", [], ["x"], [{"name": "tool", "template": "t"}], 7])
@@ -61,3 +64,17 @@ def test_a_gguf_file_of_gemma_3_has_the_line_breaks_of_its_processor(tmp_path):
     once = gguf_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(once)
     assert gguf_template(tmp_path) == once, "of a file that is converted again"
+
+
+def test_an_error_in_telling_what_is_done_is_none_of_the_template(monkeypatch):
+    """The converter goes on with less where a template refuses, and the file would differ."""
+
+    def tell(what: str) -> None:
+        if what:
+            raise OSError(errno.EBADF, what)
+
+    monkeypatch.setattr(time_limits, "_tell", tell)
+    tokenizer = SimpleNamespace(name_or_path="x", apply_chat_template=lambda *_, **__: "")
+
+    with pytest.raises(OSError, match="rendering the chat template of x"):
+        render_chat(tokenizer, (), answer=True)

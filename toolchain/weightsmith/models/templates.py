@@ -126,31 +126,34 @@ def render_chat(
     Raises InputRefused if the template raises an error or takes too much time or memory.
     """
     named = f"the chat template of {tokenizer.name_or_path}"
-    try:
-        with doing(f"rendering {named}"), cpu_limit(time_limits.FOREIGN_SECONDS):
-            return str(
-                tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=answer,
-                    **({"tools": parse(tools)} if tools else {}),
-                    tokenize=False,
+    with doing(f"rendering {named}"):  # what fails in telling that is no fault of the template
+        try:
+            with cpu_limit(time_limits.FOREIGN_SECONDS):
+                return str(
+                    tokenizer.apply_chat_template(
+                        [dict(message) for message in messages],
+                        add_generation_prompt=answer,
+                        **({"tools": parse(tools)} if tools else {}),
+                        tokenize=False,
+                    )
                 )
-            )
-    except TooLong:
-        raise InputRefused(
-            f"{named} exceeded {time_limits.FOREIGN_SECONDS:g} s of CPU time for one conversation",
-            hint="look for nested loops in it, or give the model another chat_template.jinja",
-        ) from None
-    except MemoryError:
-        raise InputRefused(
-            f"{named} exceeded the job's memory for one conversation",
-            hint="look for strings that grow in it, or give the model another chat_template.jinja",
-        ) from None
-    except Exception as error:  # noqa: BLE001 - templates can raise anything
-        raise InputRefused(
-            f"{named} refused a conversation: {error}",
-            hint=hint or "write the conversations in the form that the template expects",
-        ) from None
+        except TooLong:
+            raise InputRefused(
+                f"{named} exceeded {time_limits.FOREIGN_SECONDS:g} s of CPU time for one"
+                " conversation",
+                hint="look for nested loops in it, or give the model another chat_template.jinja",
+            ) from None
+        except MemoryError:
+            raise InputRefused(
+                f"{named} exceeded the job's memory for one conversation",
+                hint="look for strings that grow in it, or give the model another"
+                " chat_template.jinja",
+            ) from None
+        except Exception as error:  # noqa: BLE001 - templates can raise anything
+            raise InputRefused(
+                f"{named} refused a conversation: {error}",
+                hint=hint or "write the conversations in the form that the template expects",
+            ) from None
 
 
 QUERY, DOCUMENT = "{query}", "{document}"
