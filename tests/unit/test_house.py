@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -315,6 +316,41 @@ def test_no_two_classes_have_the_same_name() -> None:
 
     assert len(places) > 500
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_a_stages_name_stands_in_its_own_file() -> None:
+    """Most names are words for something else, too, so looked for is where one means a stage."""
+    own = {
+        node.value.value: name
+        for name, nodes in modules().items()
+        if name.startswith("stages/")
+        for node in nodes
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "name"
+        if isinstance(node.value, ast.Constant)
+    }
+
+    def named(node: ast.AST) -> Iterator[object]:
+        if isinstance(node, ast.Constant) and "-" in str(node.value):
+            yield node.value
+        if isinstance(node, ast.keyword) and node.arg == "stage":
+            yield getattr(node.value, "value", None)
+        if isinstance(node, ast.Compare) and dotted(node.left).endswith((".stage", "step.name")):
+            yield from (getattr(one, "value", None) for one in node.comparators)
+
+    found = {
+        f"{name}: {value}"
+        for name, nodes in modules().items()
+        if name != "building/pipeline.py"
+        for node in nodes
+        for value in named(node)
+        if own.get(str(value), name) != name
+    }
+
+    assert len(own) > 20
+    assert found == {
+        "core/jobs.py: cache-scales",  # what the job itself is called
+        "evaluating/walks.py: reference",  # whose keys stages and fleets share
+    }
 
 
 def test_what_others_wrote_is_parsed_in_one_place() -> None:
