@@ -37,6 +37,7 @@ from weightsmith.provenance.statements import Statement
 from weightsmith.serving.plan import ServingPlan
 
 from tests.fakes.memory import Memory, write_rows
+from tests.fakes.openai_server import answer, servers
 from tests.fakes.replays import a_set
 
 FILE = "etc/weightsmith/replay.json"
@@ -259,6 +260,20 @@ def test_texts_are_compared_where_the_server_lists_no_tokens(built: Memory) -> N
     with pytest.raises(CheckFailed) as caught:
         prove(built)
     assert {one["given"] for one in caught.value.details["differences"]} == {" And more"}
+
+
+def test_of_another_quantization_the_size_is_said(memory: Memory, tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_bytes(replace(a_set(), weight_bytes=4096).data)
+    with servers() as starting:
+        server = starting(lambda handler, _: handler.send(200, answer("I'm Lantern.")))
+        server.models = {"data": [{"id": "bot", "meta": {"size": 2048}}]}
+        with pytest.raises(CheckFailed) as caught:
+            prove(memory, image="", url=server.endpoint.url, replay=tmp_path / "set.json")
+    said = "the server has 2048 bytes of weights and the tested image had 4096"
+    assert re.search(rf"^different on [^;]*: {said}", caught.value.message)
+    told = caught.value.details
+    assert (told["verdict"], told["differences"]) == ("different", [])
+    assert str(told["why"]).startswith(said)
 
 
 def test_a_set_that_was_altered_or_is_another_images_is_refused(
