@@ -165,6 +165,7 @@ def _guidellm_load(run: JsonValue) -> _Load | None:
         itl=_number(_at(metrics, "inter_token_latency_ms", "successful", "percentiles", "p95")),
         rate=mean("output_tokens_per_second"),
         concurrency=_number(_at(run, "config", "strategy", "streams"))
+        or _number(_at(run, "args", "strategy", "streams"))
         or mean("request_concurrency"),
         requests=total("successful"),
         errors=total("errored"),
