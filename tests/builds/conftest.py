@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from weightsmith.building.wiring import cache_folder
 from weightsmith.cache import uploads
+from weightsmith.evaluating import speed
 from weightsmith.fleets import running
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.toolset import tools_variable, toolset_folder
@@ -34,7 +35,8 @@ _context = cache(ssl.create_default_context)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each build reads anew is read once."""
+    """What each build reads anew is read once, and nothing waits for other work to end."""
+    monkeypatch.setattr(speed, "APART_SECONDS", 0.0)
     monkeypatch.setattr(ssl, "create_default_context", _context)
 
 

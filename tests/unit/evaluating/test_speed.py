@@ -10,6 +10,7 @@ import pytest
 from weightsmith.core.devices import Devices, is_device
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Silent
+from weightsmith.evaluating import speed
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.load import Sample
 from weightsmith.evaluating.session import ServerSession
@@ -236,6 +237,17 @@ def test_a_throttled_server_exceeds_its_limit_and_a_quick_one_does_not(serve):
     assert verdict(slow, BENCH, here=True) == "exceeded"
     assert verdict(slow, BENCH, here=False) == "not shown here"
     assert verdict(slow, quick, here=True) == "met"
+
+
+def test_rounds_that_confirm_a_refusal_come_apart(serve, monkeypatch):
+    """Those of a small model take no second together, and other work may take some."""
+    pauses = []
+    with ServerSession(serve(server()).endpoint, session_limits(BENCH)) as session:
+        test = SpeedTest(session, Served(name="support"), BENCH, Silent())
+        monkeypatch.setattr(speed.time, "sleep", pauses.append)
+        test.rounds(apart=4.0)
+
+    assert [one for one in pauses if one == 4.0] == [4.0] * ROUNDS
 
 
 def test_a_server_that_stops_under_load_is_named(serve):

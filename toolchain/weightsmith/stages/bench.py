@@ -14,6 +14,7 @@ from functools import partial
 
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.evaluating import speed as speed_test
 from weightsmith.evaluating.acceptance import Drafted, drafted
 from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.evaluating.build_record import read_build
@@ -147,7 +148,7 @@ class BenchStep(TargetStep[Speed, None]):
             rounds = test.rounds()
             figures = self._judged(rounds, bench, speed)
             if any(one.verdict == EXCEEDED for one in figures):
-                rounds += test.rounds()
+                rounds += test.rounds(apart=speed_test.APART_SECONDS)
                 figures = self._judged(rounds, bench, speed)
             with_drafts = ask(session, served) if self._compares else None
         if with_drafts:
