@@ -35,8 +35,8 @@ _context = cache(ssl.create_default_context)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each build reads anew is read once, and nothing waits for other work to end."""
-    monkeypatch.setattr(speed, "APART_SECONDS", 0.0)
+    """What each build reads anew is read once, and no other work is looked for."""
+    monkeypatch.setattr(speed, "in_use", lambda _: 0.0)
     monkeypatch.setattr(ssl, "create_default_context", _context)
 
 

@@ -79,3 +79,15 @@ def test_the_cpu_has_the_kernels_name(tmp_path):
     told.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
     assert cpus.model(told) == ""
     assert cpus.model(tmp_path / "none") == ""
+
+
+def test_the_share_in_use_is_that_of_all_cpus_over_the_time(monkeypatch):
+    hertz = os.sysconf("SC_CLK_TCK")
+    readings = iter(
+        [{"cpu0": 10, "cpu1": 10}, {"cpu0": 10 + 4 * hertz, "cpu1": 10 + hertz}, {}, {}]
+    )
+    monkeypatch.setattr(cpus, "_unused", lambda: next(readings))
+    monkeypatch.setattr(cpus.time, "sleep", lambda _: None)
+
+    assert cpus.in_use(4.0) == pytest.approx(0.375)
+    assert cpus.in_use(4.0) == 0.0

@@ -239,15 +239,23 @@ def test_a_throttled_server_exceeds_its_limit_and_a_quick_one_does_not(serve):
     assert verdict(slow, quick, here=True) == "met"
 
 
-def test_rounds_that_confirm_a_refusal_come_apart(serve, monkeypatch):
-    """Those of a small model take no second together, and other work may take some."""
-    pauses = []
-    with ServerSession(serve(server()).endpoint, session_limits(BENCH)) as session:
+@pytest.mark.parametrize(("share", "verdict"), [(0.1, "exceeded"), (0.5, "not shown")])
+def test_nothing_is_refused_beside_much_other_work(serve, monkeypatch, share, verdict):
+    """What uses the CPUs between rounds, while nothing is asked, is not the server."""
+    looked = []
+    monkeypatch.setattr(speed, "in_use", lambda seconds: looked.append(seconds) or share)
+    with ServerSession(serve(server(pause=0.02)).endpoint, session_limits(BENCH)) as session:
         test = SpeedTest(session, Served(name="support"), BENCH, Silent())
-        monkeypatch.setattr(speed.time, "sleep", pauses.append)
-        test.rounds(apart=4.0)
+        first = test.rounds()
+        assert (looked, test.others) == ([], 0.0)
+        rounds = first + test.rounds(apart=True)
 
-    assert [one for one in pauses if one == 4.0] == [4.0] * ROUNDS
+    found = estimates(rounds, BENCH)
+    figures = judged(found, BENCH, here=True, machine="m", others=test.others)
+    (pauses,) = (one for one in figures if one.name == "itl_p95_ms")
+    assert len(looked) == ROUNDS
+    assert pauses.verdict == verdict
+    assert ("other programs used 50% of the CPUs" in pauses.reason) == (share == 0.5)
 
 
 def test_a_server_that_stops_under_load_is_named(serve):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 AVX2_LOOPS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
@@ -67,14 +67,26 @@ def idle() -> int:
 
     For programs that run for long and whose threads spin until the last is done. Takes 0.2 s.
     """
+    unused = _unused_over(_MOMENT)
+    return all_but_one() if unused is None else max(1, round(sum(unused)))
+
+
+def in_use(seconds: float) -> float:
+    """Wait; return the share of this process's CPUs in use meanwhile, 0 where none is shown."""
+    unused = _unused_over(seconds)
+    return 0.0 if unused is None else 1 - sum(unused) / len(unused)
+
+
+def _unused_over(seconds: float) -> Sequence[float] | None:
+    """Wait; return the share of the time that each CPU had nothing to do; None if unknown."""
     before = _unused()
-    time.sleep(_MOMENT)
+    time.sleep(seconds)
     after = _unused()
     # Sandboxes such as gVisor show zeros only.
     if not any(before.values()) or before.keys() != after.keys():
-        return all_but_one()
-    ticks = _MOMENT * os.sysconf("SC_CLK_TCK")
-    return max(1, round(sum(min(1.0, (after[cpu] - before[cpu]) / ticks) for cpu in after)))
+        return None
+    ticks = seconds * os.sysconf("SC_CLK_TCK")
+    return [min(1.0, (after[cpu] - before[cpu]) / ticks) for cpu in after]
 
 
 def _unused(stat: Path = Path("/proc/stat")) -> Mapping[str, int]:

@@ -14,7 +14,6 @@ from functools import partial
 
 from weightsmith.core.devices import Devices
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
-from weightsmith.evaluating import speed as speed_test
 from weightsmith.evaluating.acceptance import Drafted, drafted
 from weightsmith.evaluating.bench_files import ResultsFile
 from weightsmith.evaluating.build_record import read_build
@@ -148,8 +147,8 @@ class BenchStep(TargetStep[Speed, None]):
             rounds = test.rounds()
             figures = self._judged(rounds, bench, speed)
             if any(one.verdict == EXCEEDED for one in figures):
-                rounds += test.rounds(apart=speed_test.APART_SECONDS)
-                figures = self._judged(rounds, bench, speed)
+                rounds += test.rounds(apart=True)
+                figures = self._judged(rounds, bench, speed, others=test.others)
             with_drafts = ask(session, served) if self._compares else None
         if with_drafts:
             with self._started(bench, have, tools, drafts=False) as (session, served):
@@ -172,9 +171,10 @@ class BenchStep(TargetStep[Speed, None]):
         )
 
     def _judged(
-        self, rounds: Sequence[Round], bench: Bench, speed: Speed
+        self, rounds: Sequence[Round], bench: Bench, speed: Speed, others: float = 0.0
     ) -> tuple[SpeedFigure, ...]:
-        return judged(estimates(rounds, bench), bench, here=speed.here, machine=speed.machine)
+        found = estimates(rounds, bench)
+        return judged(found, bench, here=speed.here, machine=speed.machine, others=others)
 
     @property
     def _compares(self) -> bool:
