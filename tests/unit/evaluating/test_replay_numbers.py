@@ -207,6 +207,17 @@ def test_a_server_is_held_to_its_room(
     json.dumps([one.to_json() for one in found.differences], allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("usage", "read"),
+    [({"prompt_tokens": 5, "total_tokens": 5}, 5), (None, 0), ([], 0), ({"total_tokens": "9"}, 0),
+     ({"total_tokens": True}, 0), ({"total_tokens": -1}, 0)],
+)  # fmt: skip
+def test_its_speed_is_in_tokens_that_it_read(start: Start, usage: Any, read: int) -> None:
+    row = {"data": [{"embedding": [0.6, 0.8, 0]}], "usage": usage}
+    server = start(lambda handler, _: handler.send(200, row))
+    assert ask(server, a_set()).tokens == read
+
+
 def test_a_label_that_is_as_likely_is_proven(start: Start) -> None:
     wanted = a_set(LABELS, (0.51, 0.49), 0.03)
     rows = iter(([0.49, 0.51], [0.4, 0.6]))

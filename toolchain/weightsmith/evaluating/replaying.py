@@ -128,6 +128,7 @@ class Replayed:
     """The largest and the mean part of its room by which a token's log-probability moved."""
     seconds: float = 0.0
     tokens: int = 0
+    """Written for answers in words, read for numbers."""
 
 
 def heard(answer: Mapping[str, Json], *, chat: bool) -> Heard:
@@ -197,14 +198,24 @@ def asked_once(session: ServerSession, question: ReplayQuestion) -> Heard:
         raise session.failed(question.path, str(error)) from None
 
 
-def numbers_once(session: ServerSession, question: ReplayQuestion) -> tuple[float, ...]:
-    """Send a question of a model that does not chat; raises CheckFailed as the session does."""
+def numbers_once(session: ServerSession, question: ReplayQuestion) -> tuple[tuple[float, ...], int]:
+    """Send a question of a model that does not chat; raises CheckFailed as the session does.
+
+    Returns its numbers, and how many tokens the server says that it read for them.
+    """
     answer = session.post(question.path, dict(question.request), most=LARGEST)
     require_model(session, question.path, answer, str(question.request["model"]))
     try:
-        return replay_numbers.numbers_in(question.path, answer)
+        return replay_numbers.numbers_in(question.path, answer), _tokens_read(answer)
     except ValueError as error:
         raise session.failed(question.path, str(error)) from None
+
+
+def _tokens_read(answer: Mapping[str, Json]) -> int:
+    """Return what `usage` says, 0 if it says nothing; all servers count the total."""
+    usage = answer.get("usage")
+    read = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return max(read, 0) if type(read) is int else 0
 
 
 def request_of(
@@ -398,7 +409,9 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     for number, question in enumerate(wanted.questions, start=1):
         try:
             if question.numbers:
-                part, parted = moved_numbers(question, numbers_once(session, question))
+                given, read = numbers_once(session, question)
+                part, parted = moved_numbers(question, given)
+                tokens += read
                 used.append(min(part, _FAR))
                 decided |= parted is None
                 equal += parted is None
@@ -485,7 +498,7 @@ def record(
         )
         try:
             if path in replay_numbers.PATHS:
-                found.append(replace(asked, numbers=numbers_once(session, asked)))
+                found.append(replace(asked, numbers=numbers_once(session, asked)[0]))
                 progress.advance(number, len(questions), "replay questions")
                 continue
             said = asked_once(session, asked)
