@@ -167,7 +167,7 @@ def test_a_tensor_of_zeros_is_never_ready(tested: KnownModel, name: str) -> None
     assert_different(*tested.replay(tested.damaged(name, clear)))
 
 
-@pytest.mark.parametrize("name", ["q6_k", "q4_k_m"])
+@pytest.mark.parametrize("name", [pytest.param("q6_k", marks=pytest.mark.full), "q4_k_m"])
 def test_another_quantization_under_the_same_name_is_never_ready(
     tested: KnownModel, name: str
 ) -> None:
