@@ -111,6 +111,21 @@ def test_the_layers_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("kind", "module"),
     [
+        ("layoutlmv3", "encoder.rel_pos_x_bias"),
+        ("maskformer", "mask_embedder.1.0"),
+        ("maskformer", "model.pixel_level_module.decoder.fpn.layers.0.block.0"),
+        ("mask2former", "model.transformer_module.decoder.mask_predictor.mask_embedder.0.0"),
+        ("oneformer", "model.task_encoder.task_mlp.layers.0.0"),
+        ("oneformer", "model.text_mapper.text_encoder.transformer.layers.0.self_attn.out_proj"),
+    ],
+)
+def test_layers_that_peft_cannot_change(kind: str, module: str) -> None:
+    assert uncalled({"model_type": kind})(module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
         ("llama", "model.layers.0.self_attn.q_proj"),
         ("mobilebert", "mobilebert.encoder.layer.0.output.dense"),
         ("zamba", "model.layers.0.mamba.dt_proj"),

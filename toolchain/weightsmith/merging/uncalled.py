@@ -25,7 +25,7 @@ _UNCALLED = {
     r"longcat_flash": r".*\.router\.classifier",
     r"wavlm": r".*\.attention\.(?:q|k|v|out)_proj",
     r"mobilebert": r"cls\.predictions\.(?:dense|decoder)",
-    r"layoutlmv2": r".*\.rel_pos_(?:x_|y_)?bias",
+    r"layoutlmv[23]": r"(?:.*\.)?rel_pos_(?:x_|y_)?bias",
     r"siglip2.*|cosmos3_edge.*|glm4v.*|glm_image.*|hunyuan_vl.*|hy_v4_vl.*": (
         r".*\.position_embedding"
     ),
@@ -35,10 +35,13 @@ _UNCALLED = {
     r"aria": r".*\.multihead_attn\.out_proj",
     r"bridgetower": r".*\.attn\.out_proj",
     r"siglip.*|idefics2.*|phi4_multimodal.*": r".*\bhead\.attention\.out_proj",
-    r"mask2former": r".*\.cross_attn\.out_proj",
+    # Also layers that a model calls from a list of its own, where PEFT does not replace them.
+    r"mask2former": r".*\.cross_attn\.out_proj|.*\.mask_embedder\.\d+\.0",
+    r"maskformer": (r"(?:.*\.)?mask_embedder\.\d+\.0|.*\.fpn\.(?:stem|layers\.\d+\.block)\.0"),
     r"oneformer": (
         r".*\.multihead_attn\.out_proj"
         r"|.*\.(?:query_transformer|text_encoder)\.(?:.*\.)?self_attn\.out_proj"
+        r"|.*\.(?:mask_embed|text_projector|task_mlp)\.layers\.\d+\.0"
     ),
 }
 """Model types -> their modules, by the names in the model (transformers 5.24, models/)."""
