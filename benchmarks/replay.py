@@ -50,7 +50,8 @@ class Lacking:
     def find_spec(self, name, *_):
         if name == "vllm.platforms.cpu" and "{lacks}":
             import torch.cpu
-            setattr(torch.cpu, "{lacks}", lambda: False)
+            for one in ("{lacks}", "_is_amx_tile_supported"):  # no CPU without the first has AMX
+                setattr(torch.cpu, one, lambda: False)
 
 sys.meta_path.insert(0, Lacking())
 """
