@@ -166,6 +166,7 @@ OTHER_MEANINGS = {
     ("fleets/node.py", "evaluate"): "a section of the recipe",
     ("fleets/payloads.py", "evaluate"): "a section of the recipe",
     ("fleets/payloads.py", "validate"): "a section of the recipe",
+    ("fleets/cells.py", "quantize"): "a section of the recipe",
     ("fleets/payloads.py", "quantize"): "a section of the recipe",
     ("fleets/node.py", "dequantized"): "who answered",
     ("fleets/page.py", "dequantized"): "who answered",
