@@ -60,6 +60,12 @@ def test_a_key_that_no_target_reads(targets, quantize):
         check(targets, **quantize)
 
 
+def test_a_hint_names_no_target_where_none_takes_the_values():
+    with pytest.raises(UsageError, match="bits: vllm-awq does not read it") as caught:
+        check(["vllm-awq"], bits=4.4, size="8GB")
+    assert caught.value.hint == "leave it out"
+
+
 def test_another_target_of_the_recipe_reads_it():
     """One of a recipe's targets is built alone, as in a job of CI."""
     check(["llamacpp-mix", "llamacpp-q8_0"], bits=5)

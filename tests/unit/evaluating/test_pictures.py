@@ -242,7 +242,7 @@ def test_greys_of_16_bits_are_refused_and_what_pillow_keeps_is_not(tmp_path: Pat
     image.new("I;16", (9, 9), 100 << 8).save(grey)
     with image.open(grey) as seen:
         assert seen.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    with pytest.raises(InputRefused, match=r"x:1: .*grey\.png: it has greys of 16 bits"):
+    with pytest.raises(InputRefused, match=r"x:1: .*grey\.png: it is 16-bit grey"):
         picture_in(tmp_path, grey.name, "x:1")
 
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):

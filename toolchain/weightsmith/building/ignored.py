@@ -13,8 +13,8 @@ from weightsmith.recipe.schema import Quantize, Recipe
 from weightsmith.serving import parsers as serving_parsers
 from weightsmith.serving.targets import Target
 
-_HEEDED = {"allow_low_bits", "allow_text_only", "imatrix"}
-"""Keys of `quantize` that only permit something, or that formats of many bits pay no heed to."""
+_NEVER_REFUSED = {"allow_low_bits", "allow_text_only", "imatrix"}
+"""Keys of `quantize` that only permit something, or that formats of many bits may ignore."""
 _SHOWN = 3
 
 
@@ -40,15 +40,16 @@ def check_quantize(recipe: Recipe, built: Sequence[Target], keys: Collection[str
     """Raise UsageError for one of these keys of `quantize` if none of some targets reads it."""
     given, usual = recipe.quantize.model_dump(), Quantize().model_dump()
     for key in keys:
-        if key in _HEEDED or given[key] == usual[key]:
+        if key in _NEVER_REFUSED or given[key] == usual[key]:
             continue
         without = {**given, key: usual[key]}
         if not any(_differ(target.format.without_adapters, given, without) for target in built):
             more = ", nor does another target" if len({one.name for one in built}) > 1 else ""
             others = _readers(given, without, built[0].engine.name)
+            instead = f", or build a target that does: {others}" if others else ""
             raise UsageError(
                 f"quantize.{key}: {built[0].name} does not read it{more}",
-                hint=f"leave it out, or build a target that does: {others}",
+                hint=f"leave it out{instead}",
             )
 
 
@@ -67,7 +68,7 @@ def _check_parsers(recipe: Recipe, built: Sequence[Target]) -> None:
 
 
 def _readers(given: Options, without: Options, engine: str) -> str:
-    """Return some targets that read what differs, and take it; those of `engine` first."""
+    """Return some targets that read what differs, those of `engine` first; "" if none takes it."""
     names = [
         name
         for name, one in all_targets().items()

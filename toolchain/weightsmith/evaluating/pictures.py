@@ -243,8 +243,8 @@ def _png(data: bytes) -> tuple[int, int]:
     if length != 13 or name != b"IHDR":
         raise ValueError("it has no PNG header")
     if (bits, colour) == (16, 0):
-        # Pillow (13) makes white of all that is not nearly black; llama.cpp's server does not.
-        raise ValueError("it has greys of 16 bits, which servers read differently: save 8 bits")
+        # Pillow (13) turns all but the darkest greys white; llama.cpp's server does not.
+        raise ValueError("it is 16-bit grey, which servers read differently: save it as 8-bit grey")
     return width, height
 
 

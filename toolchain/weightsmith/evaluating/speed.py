@@ -8,9 +8,10 @@ Other work on a machine only slows a server, and comes and goes. So a limit coun
 if the whole interval and every round are beyond it, and still are after as many rounds more. Where
 rounds vary by 30 % about a limit that the server meets when nothing else runs, the interval of five
 rounds alone is beyond it in 45 of 150 simulated builds, every round in 3, and both times in 1.
-The second rounds come apart, since those of a small model are over in a second, and other work is
-not. While nothing is asked, what uses the CPUs is other work: where it is much, nothing is refused.
-Beside programs that came and went, 3 of 40 measurements of a small model were refused without that.
+The five rounds of a small model may be over in a second, while other work lasts longer. So there is
+a pause before each of the second rounds. Nothing is asked in it, so what uses the CPUs then is
+other work; where that is much, nothing is refused. Without the pauses, 3 of 40 measurements of a
+small model were refused beside programs that came and went.
 """
 
 from __future__ import annotations

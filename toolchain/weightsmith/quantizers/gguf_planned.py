@@ -16,13 +16,6 @@ from weightsmith.quantizers.gguf_types import EXPERTS_ONLY, FILE_TYPES, TENSOR_T
 
 Part = Literal["embedding", "head", "q", "k", "v", "o", "up", "down"]
 """What a matrix is of; `up` also of a gate, `head` also of the embedding that is one."""
-_BITS = {
-    "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6.0, "q5_0": 5.5, "q5_k": 5.5, "q4_1": 5.0, "q4_0": 4.5,
-    "q4_k": 4.5, "iq4_nl": 4.5, "iq4_xs": 4.25, "mxfp4": 4.25, "q3_k": 3.4375, "iq3_s": 3.4375,
-    "iq3_xxs": 3.0625, "q2_k": 2.625, "iq2_s": 2.5625, "iq2_xs": 2.3125, "iq2_xxs": 2.0625,
-    "tq2_0": 2.0625, "iq1_m": 1.75, "tq1_0": 1.6875, "iq1_s": 1.5625, "q1_0": 1.125,
-}  # fmt: skip
-"""Bits per weight of a type's blocks (ggml-common.h)."""
 _BLOCK, _SMALL_BLOCK = 256, 32
 _INSTEAD = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """Type -> that of rows which are no whole blocks of 256 weights; all others become 4.5 bits."""
@@ -90,7 +83,8 @@ _RULES: Mapping[Part, tuple[tuple[str, str, str], ...]] = {
     ),
     "up": (("iq3_xs", "middle", "iq3_xxs"),),
 }
-"""Part -> file types (none: all), when (see `_Mixed.words`), and the type; the first that fits."""
+"""Part -> file types (none: all), when (see `MixedLayers.words`), and the type; the first one that
+fits counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +127,9 @@ def planned_bits(
         return 16.0
     base = _base(row)
     if part == "head" and columns % TENSOR_TYPES[base].block:
-        return _BITS["q8_0"]
+        return _bits("q8_0")
     if row.name == EXPERTS_ONLY and not (of.experts and part in ("up", "down")):
-        return _BITS["q8_0"]
+        return _bits("q8_0")
     words = of.words(layer)
     kinds = (
         kind
@@ -145,7 +139,15 @@ def planned_bits(
     kind = next(kinds, base)
     if TENSOR_TYPES[kind].block == _BLOCK and columns % _BLOCK:
         kind = _INSTEAD.get(kind, "q4_0")
-    return _BITS[kind]
+    return _bits(kind)
+
+
+def _bits(kind: str) -> float:
+    """Return the bits per weight of a type's blocks."""
+    import gguf  # here to keep listing the formats fast
+
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    return float(8 * size / weights)
 
 
 def _base(row: FileType) -> str:

@@ -46,6 +46,7 @@ def bench(request: BenchCommand, tools: Tools) -> Said:
     if request.out and not (request.out / "build.json").is_file():
         hint = "give a target's result folder in dist/"
         raise UsageError(f"{request.out} has no build.json", hint=hint)
+    # Of all metrics, the one whose expected answers may have any form: none is judged here.
     questions = read_items(request.data, "command") if request.data else _QUESTIONS
     runs, sent, most = [], request.requests, request.max_tokens
     limits = SessionLimits(request_seconds=request.timeout)
