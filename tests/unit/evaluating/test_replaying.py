@@ -173,6 +173,10 @@ HOSTILE: dict[str, tuple[Callable[[Any, Any], object], str]] = {
     "too many requests": (lambda handler, _: handler.send(429, {}), "HTTP 429"),
     "not ready": (lambda handler, _: handler.send(503, {}), "HTTP 503"),
     "another model": (lambda handler, _: handler.send(200, {**SAME, "model": "x"}), "'x' answered"),
+    "no HTTP": (
+        lambda handler, _: handler.wfile.write(b"\xff" * 60_000 + b"\r\n\r\n"),
+        "RemoteProtocolError",
+    ),
     "it hangs": (lambda handler, _: time.sleep(0.6), "no response within"),
 }
 
@@ -184,6 +188,7 @@ def test_a_server_that_does_not_answer_shows_nothing(start: Start, name: str) ->
 
     assert found.verdict == "not shown"
     assert why in found.why
+    assert len(found.why) < 500
 
 
 def test_a_server_that_starts_is_asked_again(start: Start) -> None:

@@ -288,7 +288,7 @@ class ServerSession:
         except httpx.ConnectError as error:
             raise Unreachable(str(error)) from None
         except httpx.HTTPError as error:
-            raise TryAgain(f"{type(error).__name__}: {error}") from None
+            raise TryAgain(excerpt(f"{type(error).__name__}: {error}")) from None
 
     def _read(self, response: httpx.Response, most: int = 0) -> str:
         return b"".join(self._parts(response, most)).decode("utf-8", "replace")

@@ -692,6 +692,15 @@ def test_one_image_may_be_named(shop: Shop) -> None:
     assert len(shop.ask(f"team/app@{image.digest}", adapter=PIN).images) == 1
 
 
+@pytest.mark.parametrize("name", ["team/app:2", f"team/app@{Digest.of(b'gone')}"])
+def test_a_named_image_that_is_not_there_ends_with_5(shop: Shop, name: str) -> None:
+    """A mistyped tag must not read as *nothing is affected*."""
+    shop.push("team/app:1")
+    found = shop.ask(name, adapter=PIN)
+    assert "404" in found.problems[0].why
+    assert exit_code(found) == 5
+
+
 def test_a_layout_and_a_fleets_results_are_places(shop: Shop, tmp_path: Path) -> None:
     image = shop.push("team/app:1")
     write_layout(image, tmp_path / "layout")

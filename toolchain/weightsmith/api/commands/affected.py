@@ -334,7 +334,9 @@ def _by_digest(
                 return None
             return one, *registry.read_manifest(one.reference)
         except WeightsmithError as error:
-            found.fault(str(one.reference), error)
+            # The user, or a fleet's list, named that very image.
+            named = isinstance(one.repository.listed.tags, _AnyTag) and not one.depth
+            found.fault(str(one.reference), error, gap=named)
             return None
 
     tasks = dict[_Seen, _Task]()
