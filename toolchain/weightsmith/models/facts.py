@@ -53,13 +53,14 @@ _LENGTHS = (
     "seq_len",
 )
 """Keys of the length (vLLM 0.33, model_arch_config_convertor.py)."""
-_PREDICTING = (
+PREDICTING = (
     "num_nextn_predict_layers",
     "mtp_num_hidden_layers",
     "mtp_num_layers",
     "num_mtp_layers",
     "num_nextn_layers",
 )
+"""Keys of the number of layers that predict further tokens."""
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
@@ -236,6 +237,8 @@ class ModelFacts:
     positions: PositionSettings
     stateful_keys: tuple[str, ...]
     """Keys of layers that cache something other than keys and values of every token."""
+    switches: Mapping[str, bool]
+    """The language model's settings that are true or false."""
     chat_template: str
     """"" without one."""
     tokenizer_class: str
@@ -293,12 +296,13 @@ class ModelFacts:
             describes_images=describes_images,
             stated_dtype=dtype,
             layers=whole(text.get("num_hidden_layers")),
-            predicting_layers=next((n for key in _PREDICTING if (n := whole(text.get(key)))), 0),
+            predicting_layers=next((n for key in PREDICTING if (n := whole(text.get(key)))), 0),
             hidden=whole(text.get("hidden_size")),
             tied_embeddings=None if tied is None else bool(tied),
             packing=Packing.of(config.get("quantization_config")),
             positions=PositionSettings.of(text),
             stateful_keys=tuple(sorted(k for k in text if _STATEFUL.search(k) and text[k])),
+            switches={name: value for name, value in text.items() if isinstance(value, bool)},
             chat_template=chat_template,
             tokenizer_class=str(settings.get("tokenizer_class") or ""),
             tokenizer_length=whole(settings.get("model_max_length")),

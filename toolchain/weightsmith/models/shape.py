@@ -181,7 +181,7 @@ def has_states_alone(config: Mapping[str, JsonValue]) -> bool:
 
 def _intermediate(config: Mapping[str, JsonValue], hidden: int) -> int:
     """Return the width of the feed-forward networks; Gemma 3n lists one per layer."""
-    listed, others = config.get("intermediate_size"), ("n_inner", "hidden_dim")
+    listed, others = config.get("intermediate_size"), ("n_inner", "hidden_dim", "ffn_hidden_size")
     widths = listed if isinstance(listed, list) and listed else [listed]
     rest = {name: config.get(name) for name in others}
     each = ({"intermediate_size": width, **rest} for width in widths)

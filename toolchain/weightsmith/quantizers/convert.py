@@ -37,6 +37,7 @@ from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_m
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
 from weightsmith.models.facts import read_facts
+from weightsmith.models.predicting import predicting_tensors
 from weightsmith.models.task import read_task
 from weightsmith.models.templates import (
     VOCABULARY_FILES,
@@ -44,10 +45,11 @@ from weightsmith.models.templates import (
     pair_prompt,
     render_chat,
 )
-from weightsmith.models.tensors import computed
+from weightsmith.models.tensors import CheckpointTensors, computed
 from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_rows import is_stored, rows_of
+from weightsmith.quantizers.gguf_settings import as_published
 from weightsmith.quantizers.gguf_split import split_name, unknown_split
 
 if TYPE_CHECKING:
@@ -185,7 +187,6 @@ def _patch(model: Path) -> None:
     names = ("gguf", "gguf.utility", "conversion.base", "conversion.qwen")
     gguf, utility, base, qwen = (cast("Any", importlib.import_module(name)) for name in names)
     stored, vocabulary, text_model = utility.LocalTensor, gguf.SpecialVocab, base.TextModel
-    settings = base.ModelBase.load_hparams
     begin, mapped = stored.__init__, stored.mmap_bytes
     add, by_hash = vocabulary.add_to_gguf, text_model.get_vocab_base_pre
 
@@ -219,10 +220,7 @@ def _patch(model: Path) -> None:
             print(f"unknown vocabulary, pre-tokenizer {name!r}", file=sys.stderr)  # noqa: T201
             return name
 
-    def read_settings(*words: object, **named: object) -> dict[str, Any]:
-        return _as_published(settings(*words, **named))
-
-    base.ModelBase.load_hparams = staticmethod(read_settings)
+    _patch_settings(base, model)
     qwen.Qwen3Model._is_qwen3_reranker = lambda _: False  # noqa: SLF001 - it has no other way
     task = read_task(model)
     if task.tokens:
@@ -230,6 +228,32 @@ def _patch(model: Path) -> None:
         _patch_reranker(gguf.GGUFWriter, qwen.Qwen3Model, task.tokens, prompt)
     stored.__init__, stored.mmap_bytes = initialize, data
     vocabulary.add_to_gguf, text_model.get_vocab_base_pre = add_to_gguf, by_hash_or_split
+
+
+def _patch_settings(base: Any, model: Path) -> None:
+    """Let the converter read the settings that it knows, and write the file's type always."""
+    mamba: Any = importlib.import_module("conversion.mamba")
+    kinds, states = base.ModelBase, mamba.Mamba2Model
+    settings, begin = kinds.load_hparams, states.__init__
+    prepare = base.TextModel.prepare_metadata
+    tensors = CheckpointTensors(model).names
+    predicts = bool(predicting_tensors(_read(model / "config.json"), tensors))
+
+    def read_settings(*words: object, **named: object) -> dict[str, Any]:
+        return as_published(settings(*words, **named), predicts=predicts)
+
+    def initialize_states(made: object, folder: Path, *places: object, **named: object) -> None:
+        if named.get("hparams") is None:  # it reads the file, past the function for all others
+            named["hparams"] = as_published(_read(folder / "config.json"), predicts=predicts)
+        begin(made, folder, *places, **named)
+
+    def prepare_metadata(made: Any, **named: object) -> None:
+        prepare(made, **named)
+        if not any("general.file_type" in keys for keys in made.gguf_writer.kv_data):  # GPT-NeoX
+            made.gguf_writer.add_file_type(made.ftype)
+
+    kinds.load_hparams, kinds.no_mtp = staticmethod(read_settings), not predicts
+    states.__init__, base.TextModel.prepare_metadata = initialize_states, prepare_metadata
 
 
 def _patch_reranker(writer: Any, kind: Any, tokens: tuple[int, int], prompt: str) -> None:
@@ -260,27 +284,6 @@ def _patch_reranker(writer: Any, kind: Any, tokens: tuple[int, int], prompt: str
     kind._is_qwen3_reranker, kind._find_rerank_config = lambda _: True, find  # noqa: SLF001
     kind._get_cls_out_tensor = head  # noqa: SLF001
     writer.add_chat_template = add_template
-
-
-def _as_published(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a ModernBERT's settings with the names that transformers 5 no longer writes.
-
-    Raises InputRefused for layers that see all tokens in an irregular order, which a GGUF file
-    cannot say.
-    """
-    if config.get("model_type") != "modernbert":
-        return config
-    found = {"layer_norm_eps": config.get("norm_eps", 1e-5), **config}
-    kinds = found.get("layer_types") or []
-    whole = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
-    step = whole[1] if len(whole) > 1 else len(kinds)
-    if kinds and whole != list(range(0, len(kinds), step)):
-        raise InputRefused(
-            "config.json: layer_types is irregular, and llama.cpp knows only every n-th layer as"
-            " one that sees all tokens",
-            hint="choose target vllm",
-        )
-    return found | ({"global_attn_every_n_layers": step} if kinds else {})
 
 
 def added_tokens(tokenizer: Tokenizer, *, chats: bool = True) -> dict[str, bool]:

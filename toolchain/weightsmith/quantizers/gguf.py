@@ -21,6 +21,7 @@ from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, co
 from weightsmith.quantizers.gguf_mix import budget_options, check_layers, fewest_bits
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_rules import check_patterns
+from weightsmith.quantizers.gguf_settings import check_settings
 from weightsmith.quantizers.gguf_split import check_tokenizer
 from weightsmith.quantizers.gguf_types import (
     EXPERTS_ONLY,
@@ -47,6 +48,7 @@ def check_input(model: ModelFacts) -> None:
             hint="use an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )
+    check_settings(model)
 
 
 def _check_input(format_: Format, model: ModelFacts) -> None:
