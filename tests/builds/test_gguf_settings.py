@@ -52,7 +52,9 @@ SAVED = {
     "falcon, new": FalconConfig(**FOURFOLD, new_decoder_architecture=True, num_kv_heads=2),
     "falcon_h1": FalconH1Config(**SHAPE, **IDS, **STATES, mamba_d_ssm=128),
     "cohere2": Cohere2Config(**SHAPE, **IDS),
-    "minimax_m2": MiniMaxM2Config(**SHAPE, **IDS, head_dim=16, num_local_experts=4),
+    "minimax_m2": MiniMaxM2Config(
+        **SHAPE, **IDS, head_dim=16, num_local_experts=4, num_experts_per_tok=2
+    ),
     "exaone_moe": ExaoneMoeConfig(
         **SHAPE, **IDS, **PARTS, head_dim=16, num_shared_experts=1, num_nextn_predict_layers=1
     ),
