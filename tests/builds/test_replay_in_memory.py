@@ -498,6 +498,20 @@ def test_a_server_that_is_not_there_shows_nothing(built: Memory) -> None:
     assert caught.value.details["verdict"] == "not shown"
 
 
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(401, "set WEIGHTSMITH_API_KEY"), (403, "set WEIGHTSMITH_API_KEY"), (503, "wait until")],
+)
+def test_of_a_server_that_refuses_it_is_said_what_to_do(
+    built: Memory, status: int, hint: str
+) -> None:
+    with servers() as start:
+        server = start(lambda handler, body: handler.send(status, {}))
+        with pytest.raises(EnvironmentFailure, match="not shown: question 1 got no") as caught:
+            prove(built, url=server.endpoint.url)
+    assert hint in str(caught.value.hint)
+
+
 def test_a_thin_image_and_other_forms(memory: Memory) -> None:
     """A thin image starts the same weights, so it has the set; a volume starts nothing."""
     memory.use_vllm(outputs=["image", "volume"])

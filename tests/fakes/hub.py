@@ -92,12 +92,15 @@ class _Handler(Replying):
         self.reply(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
 
     def _api(self, path: str) -> None:
-        if path.endswith("/commits/main"):
+        if path.endswith(("/commits/main", f"/commits/{COMMIT}")):
             row = {"id": COMMIT, "authors": [], "date": "2026-03-01T00:00:00.000Z"}
             row |= {"title": "made", "message": ""}
             self.reply(200, json.dumps([row]).encode())
             return
-        if "/revision/" in path and path.rpartition("/")[2] not in ("main", COMMIT):
+        if ("/revision/" in path or "/commits/" in path) and path.rpartition("/")[2] not in (
+            "main",
+            COMMIT,
+        ):
             self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
         files = self.state.files

@@ -250,10 +250,13 @@ class HubLister(Protocol):
         Raises EnvironmentFailure if the hub cannot be reached, or refuses.
         """
 
-    def commits(self, repository: str, names: Sequence[str]) -> Iterator[HubCommit]:
-        """Yield a repository's commits, newest first; raises InputRefused if there is none.
+    def commits(
+        self, repository: str, names: Sequence[str], commit: str = ""
+    ) -> Iterator[HubCommit]:
+        """Yield a repository's commits, newest first, or those whose name begins with `commit`.
 
-        Raises EnvironmentFailure as `repositories`, InputRefused for a file that is too large.
+        Raises InputRefused without such a repository or commit, and for a file that is too large;
+        EnvironmentFailure as `repositories`.
         """
 
 

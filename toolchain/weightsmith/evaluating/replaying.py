@@ -129,6 +129,8 @@ class Replayed:
     seconds: float = 0.0
     tokens: int = 0
     """Written for answers in words, read for numbers."""
+    hint: str = ""
+    """What to do where a question got no answer."""
 
 
 def heard(answer: Mapping[str, Json], *, chat: bool) -> Heard:
@@ -405,7 +407,7 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
     size = weight_bytes(session) if wanted.weight_bytes else 0
     resized = size and size != wanted.weight_bytes
     equal, by_tokens, tokens, decided, began = 0, 0, 0, False, time.monotonic()
-    found, used, why = list[ReplayDifference](), list[float](), ""
+    found, used, why, hint = list[ReplayDifference](), list[float](), "", ""
     for number, question in enumerate(wanted.questions, start=1):
         try:
             if question.numbers:
@@ -421,6 +423,8 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
             said = asked_once(session, question)
         except (CheckFailed, EnvironmentFailure) as error:
             why = f"question {question.id} got no answer: {error.message}"
+            # Of an answer that is wrong, the hint would be about the question.
+            hint = error.hint if isinstance(error, EnvironmentFailure) else ""
             break
         listed = bool(said.tokens and question.tokens[0].logprob is not None)
         if question.finish == CALL and not listed:
@@ -457,6 +461,7 @@ def replay(session: ServerSession, wanted: ReplaySet, progress: Progress) -> Rep
         room_used=(round(max(used), _DIGITS), round(fmean(used), _DIGITS)) if used else (0.0, 0.0),
         seconds=round(time.monotonic() - began, 3),
         tokens=tokens,
+        hint=hint,
     )
 
 

@@ -323,12 +323,21 @@ class HubFinder:
         with _explained(owner, "list"):
             return sorted(one.id for one in HfApi().list_models(author=owner))
 
-    def commits(self, repository: str, names: Sequence[str]) -> Iterator[HubCommit]:
-        """Yield a repository's commits, newest first."""
+    def commits(
+        self, repository: str, names: Sequence[str], commit: str = ""
+    ) -> Iterator[HubCommit]:
+        """Yield a repository's commits, newest first, or those whose name begins with `commit`."""
         from huggingface_hub import HfApi
 
+        # One that is named in full may be on any branch.
+        branch = commit if _COMMIT.fullmatch(commit) else None
         with _explained(repository, "look at"):
-            found = HfApi().list_repo_commits(repository)
+            found = HfApi().list_repo_commits(repository, revision=branch)
+        found = [one for one in found if one.commit_id.startswith(commit)]
+        if commit and not found:
+            raise InputRefused(
+                f"hf://{repository} has no commit {commit}", hint="look at its history on the hub"
+            )
         for one in found:
             with _explained(repository, "look at"):
                 files = self._files(repository, one.commit_id, names)
@@ -398,7 +407,7 @@ def _explained(repository: str, what: str) -> Iterator[None]:
 
 
 def _failure(error: Exception, repository: str, what: str) -> WeightsmithError:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
     name, place = f"hf://{repository}", hub_endpoint()
     said = f"{name}: {place} refused to let us {what} it"
@@ -419,6 +428,8 @@ def _failure(error: Exception, repository: str, what: str) -> WeightsmithError:
             hint="check the network, HF_ENDPOINT and the proxy, and push again: what has arrived "
             "is not sent twice",
         )
+    if isinstance(error, RevisionNotFoundError):
+        return InputRefused(f"{name} has no such commit", hint="look at its history on the hub")
     if status == _ABSENT:
         return InputRefused(
             f"{name}: {place} has no such owner or repository",

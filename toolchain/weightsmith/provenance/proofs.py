@@ -36,6 +36,7 @@ REPLAYED = f"{statements.PROJECT}/replay/v1"
 _RULE = f"{statements.PROJECT}/docs/reference/replay.md"
 _SKEW = timedelta(minutes=10)
 """By how much the clocks of a node and of who verifies may differ."""
+_UNSTATED = ("verdict", "hint")
 _TAR = 64 << 10
 """Bytes of a layer's tar beside its file."""
 
@@ -164,7 +165,7 @@ def proof_of(
             "device": device.to_json(),
             "replay": {"sha256": wanted.digest.hex},
             "server": facts,
-            **{key: value for key, value in plain(replayed).items() if key != "verdict"},
+            **{key: value for key, value in plain(replayed).items() if key not in _UNSTATED},
         },
     )
     passed = replayed.verdict == "proven"

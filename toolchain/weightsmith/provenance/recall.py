@@ -64,6 +64,8 @@ class AffectedImage(JsonObject):
     """Why it was withdrawn; null if it was not."""
     members: tuple[str, ...] = ()
     """Digests of an index's images that are in the answer."""
+    withdrawn_members: tuple[str, ...] = ()
+    """Those of them that were withdrawn, or list one that was; `verify` refuses the index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from weightsmith.api.commands.affected import affected_text, error_of, find_affected, withdraw_all
 from weightsmith.api.results import Affected
-from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import HubCommit, Silent
 from weightsmith.core.values import Digest, FileEntry
 from weightsmith.evaluating.card import ModelCard, Parent
@@ -73,12 +73,22 @@ class MemoryHub:
             raise EnvironmentFailure("the hub could not be reached", hint="")
         return [name for name in self.commits_of if name.startswith(f"{owner}/")]
 
-    def commits(self, repository: str, names: Sequence[str]) -> Iterator[HubCommit]:
+    def commits(
+        self, repository: str, names: Sequence[str], commit: str = ""
+    ) -> Iterator[HubCommit]:
         if repository not in self.commits_of:
             raise InputRefused("no such repository", hint="")
-        for one in self.commits_of[repository]:
+        rows = self.commits_of[repository]
+        rows = [one for one in rows if one.commit.startswith(commit)]
+        if not rows:
+            raise InputRefused(f"no commit {commit}", hint="")
+        for one in rows:
             kept = {name: data for name, data in one.files.items() if name in names}
             yield replace(one, files=kept)
+
+
+def exit_code(found: Affected) -> int | None:
+    return (error := error_of(found)) and error.exit_code
 
 
 def ask(hub: MemoryHub | HubFinder, place: str, *keys: Path, **asked: str) -> Affected:
@@ -144,6 +154,23 @@ def test_every_commit_is_looked_at(tmp_path: Path) -> None:
     got = ask(hub, "hf://team/model", public, base="acme/base")
     assert [row.digest for row in got.images] == [f"{0:040x}"]
     assert (got.looked_at, len(got.others)) == (2, 1)
+
+
+def test_one_commit_may_be_named(tmp_path: Path) -> None:
+    key, public = make_key(tmp_path)
+    hub, card = MemoryHub(), text_of(CARD)
+    hub.put("team/model", README_md=card, model_sig=signature(card, key))
+    hub.put("team/model", README_md=b"# another model")
+    for name in (f"{1:040x}", "0" * 40, "0" * 12):
+        got = ask(hub, f"hf://team/model@{name.upper()}", public, base="acme/base")
+        whole = len(name) == 40
+        assert got.looked_at == (1 if whole else 2)
+        assert [row.digest for row in got.images] == ["0" * 40] * (name != f"{1:040x}")
+    gone = ask(hub, f"hf://team/model@{'f' * 40}", base="acme/base")
+    assert (exit_code(gone), gone.problems[0].reference[-8:]) == (5, "f" * 8)
+    for place in ("hf://team/model@main", "hf://team@0000000", "hf://team/model@"):
+        with pytest.raises(UsageError, match="what follows @"):
+            ask(hub, place, base="acme/base")
 
 
 def test_what_a_card_cannot_say(tmp_path: Path) -> None:
@@ -299,6 +326,12 @@ def test_by_the_hubs_own_client(served: FakeHub, tmp_path: Path) -> None:
         (row,) = ask(HubFinder(), place, public, adapter="acme/support-lora").images
         assert (row.digest, row.built, row.dated) == (COMMIT, "2026-03-01T00:00:00Z", "hub")
     assert {*served.fetched} == {"README.md", "model.sig", "build.json"}
+    for name in (COMMIT, COMMIT[:7]):
+        got = ask(HubFinder(), f"hf://team/model@{name}", public, base="acme/base")
+        assert [row.digest for row in got.images] == [COMMIT]
+    for name in ("f" * 40, "f" * 7):
+        (problem,) = ask(HubFinder(), f"hf://team/model@{name}", base="acme/base").problems
+        assert "commit" in problem.why
     assert ask(HubFinder(), "hf://nobody", public, base="acme/base").looked_at == 0
 
 

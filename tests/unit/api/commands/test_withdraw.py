@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.api.commands.affected import find_affected, keys_of, withdraw_all
+from weightsmith.api.commands.affected import affected_text, find_affected, keys_of, withdraw_all
 from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import AffectedCommand, RebaseCommand
@@ -229,6 +229,26 @@ def test_an_index_that_lists_what_was_withdrawn_is_refused(scene: Scene, nested:
     said = failed(scene, name=str(place))
 
     assert any("wrong data" in found for _, found in said.values())
+    answer = found(scene, place="team/app")
+    indexes = [row for row in (*answer.images, *answer.unsigned) if row.form == "index"]
+    assert len(indexes) == 1 + nested
+    for row in indexes:
+        assert (row.withdrawn, row.withdrawn_members) == (None, row.members)
+    assert affected_text(answer).count("WITHDRAWN of it: sha256:") == len(indexes)
+
+
+def test_an_index_is_marked_as_its_images_are_withdrawn(scene: Scene) -> None:
+    """It is not signed, so it gets no withdrawal of its own."""
+    image, place = scene.image(), Reference.parse(f"{scene.fake.host}/team/app:all")
+    body = manifests.index_of([manifests.described(image.manifest_blob)])
+    scene.client.push_manifest(place, body, manifests.OCI_INDEX, [])
+    before = found(scene, place="team/app")
+    signer = open_signer(str(scene.key))
+    after = withdraw_all(before, "wrong data", signer, scene.client, Silent())
+    assert [row.withdrawn_members for row in before.unsigned] == [()]
+    assert [row.withdrawn_members for row in after.unsigned] == [(image.digest,)]
+    (again,) = found(scene, place="team/app").unsigned
+    assert again.withdrawn_members == (image.digest,)
 
 
 def test_a_withdrawal_of_several_images_counts_for_each(scene: Scene) -> None:

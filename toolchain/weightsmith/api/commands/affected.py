@@ -6,6 +6,7 @@ more but something attached. Requests run at the same time, and no layer is read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -57,6 +58,7 @@ _DEEPEST = 8
 _MOST_MEMBERS = 1000
 """Images of an index; the largest have some dozens of platforms."""
 _HUB = "hf://"
+_COMMIT = re.compile("[0-9a-f]{7,40}")
 _ASIDE = "unknown/unknown"
 """Platform of the attestations that other builders put beside their images."""
 
@@ -533,13 +535,27 @@ def _index_row(
         tags=tags,
         withdrawn=recall.withdrawn(digest, attached),
         members=tuple(row.digest for row in rows),
+        withdrawn_members=_gone(rows),
     )
     return (row, bool(signers) and all(trusted for _, trusted in below)), why
 
 
+def _gone(rows: Iterable[AffectedImage]) -> tuple[str, ...]:
+    return tuple(one.digest for one in rows if one.withdrawn is not None or one.withdrawn_members)
+
+
 def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -> None:
-    """Judge every commit of a repository, or of all repositories of an owner."""
-    name = place.removeprefix(_HUB).partition("@")[0].strip("/")
+    """Judge every commit of a repository, or the one named, or of all repositories of an owner.
+
+    Raises UsageError for a revision that is no commit.
+    """
+    name, at, commit = place.removeprefix(_HUB).partition("@")
+    name, commit = name.strip("/"), commit.lower()
+    if at and not ("/" in name and _COMMIT.fullmatch(commit)):
+        raise UsageError(
+            f"--in {place}: what follows @ is no commit of a repository",
+            hint="give hf://OWNER/NAME@COMMIT, of the commit at least seven digits",
+        )
     try:
         repositories = [name] if "/" in name else hub.repositories(name)
     except EnvironmentFailure as error:
@@ -547,12 +563,12 @@ def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -
         return
     for repository in repositories:
         try:
-            for one in hub.commits(repository, READ):
+            for one in hub.commits(repository, READ, commit):
                 where = f"{_HUB}{repository}", Digest.of(one.commit.encode())
                 found.seen[where] = 0
                 found.judged(where, f"{_HUB}{repository}@{one.commit}", recall.judge(one))
         except WeightsmithError as error:
-            found.fault(f"{_HUB}{repository}", error)
+            found.fault(place if at else f"{_HUB}{repository}", error, gap=bool(at))
 
 
 def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:
@@ -653,7 +669,14 @@ def withdraw_all(
             f"{len(found.unsigned)} images that no key vouches for were not withdrawn: sign those "
             "that are yours (`push --sign-key`), and withdraw again"
         )
-    return replace(found, images=tuple(rows))
+    gone = dict.fromkeys(row.digest for row in rows if row.withdrawn is not None)
+
+    def marked(row: AffectedImage) -> AffectedImage:
+        known = (*row.withdrawn_members, *(one for one in row.members if one in gone))
+        return replace(row, withdrawn_members=tuple(dict.fromkeys(known)))
+
+    unsigned = tuple(marked(row) for row in found.unsigned)
+    return replace(found, images=tuple(marked(row) for row in rows), unsigned=unsigned)
 
 
 def _pinned(row: AffectedImage) -> str:
@@ -702,6 +725,8 @@ def _lines(row: AffectedImage) -> Iterator[str]:
     yield f"    {'; '.join(row.because)}; chain: {row.chain}"
     if row.withdrawn is not None:
         yield f"    WITHDRAWN: {row.withdrawn}"
+    elif row.withdrawn_members:
+        yield f"    WITHDRAWN of it: {', '.join(one[:19] for one in row.withdrawn_members)}"
 
 
 def error_of(found: Affected) -> WeightsmithError | None:

@@ -107,14 +107,13 @@ def prove_image(asked: ProveCommand, tools: Tools) -> tuple[Mapping[str, Json], 
     if found.verdict == "not shown":
         raise EnvironmentFailure(
             f"not shown: {found.why}",
-            hint=_OTHERS
-            if found.why == UNSURE
-            else "wait until the server is ready, and ask again",
+            hint=_OTHERS if found.why == UNSURE else found.hint or _AGAIN,
             details=facts,
         )
     return facts, text
 
 
+_AGAIN = "wait until the server is ready, and ask again"
 _OTHERS = "build the image with questions of which it is sure: `replay: {data: …}` names them"
 _HINT = "do not send it traffic; compare its image's digest with the one that was tested"
 
