@@ -1,5 +1,6 @@
 import gzip
 import itertools
+import re
 import threading
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -26,7 +27,7 @@ from weightsmith.evaluating.client import (
 from weightsmith.evaluating.client import ask as ask_one
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.replaying import request_of
-from weightsmith.evaluating.session import ServerSession, SessionLimits, Unanswered, died
+from weightsmith.evaluating.session import NoAnswer, ServerSession, SessionLimits, Unanswered, died
 from weightsmith.evaluating.task import Task, ask_server
 from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.serving import engines
@@ -106,7 +107,7 @@ def test_a_server_that_hangs_is_given_up(serve):
     given_up = threading.Event()
     server = serve(lambda handler, body: given_up.wait(300))
 
-    with pytest.raises(CheckFailed, match=r"within 0.3 s \(2 tries\)"):
+    with pytest.raises(NoAnswer, match=r"within 0.3 s \(2 tries\)"):
         ask(server, IMPATIENT)
 
     given_up.set()
@@ -335,7 +336,9 @@ def test_a_server_that_refuses_every_question_is_at_fault(serve, count, concurre
     assert len(server.asked) <= min(count, 30)
 
 
-@pytest.mark.parametrize(("status", "code"), [(404, 4), (401, 5), (403, 5), (500, 4)])
+@pytest.mark.parametrize(
+    ("status", "code"), [(404, 4), (401, 5), (403, 5), (429, 4), (502, 4), (503, 4), (504, 4)]
+)
 def test_what_is_not_the_questions_fault_ends_the_questions(serve, status, code):
     def behave(handler, body):
         bad = body["messages"][-1]["content"] == "q2"
@@ -344,6 +347,55 @@ def test_what_is_not_the_questions_fault_ends_the_questions(serve, status, code)
     with pytest.raises(WeightsmithError, match=f"HTTP {status}") as caught:
         ask_task(serve(behave), ["q1", "q2", "q3"])
     assert caught.value.exit_code == code
+
+
+def silent_on(*bad, how):
+    """Return a server's behaviour that fails or cuts its response on these questions."""
+
+    def behave(handler, body):
+        said = body["messages"][-1]["content"]
+        if said not in bad:
+            handler.send(200, answer(said))
+        elif how == "fails":
+            handler.send(500, {"error": "Failed to parse input"})
+        else:
+            handler.close_connection = True
+
+    return behave
+
+
+SILENT = {
+    "fails": "HTTP 500: ",
+    "cuts": "RemoteProtocolError: ",
+}
+
+
+@pytest.mark.parametrize("bad", [("q0",), ("q2",), ("q4",), ("q0", "q2", "q4")])
+@pytest.mark.parametrize("how", SILENT)
+def test_a_question_on_which_the_server_is_silent_is_answered_wrongly(serve, how, bad):
+    texts = [f"q{n}" for n in range(5)]
+
+    found = ask_task(serve(silent_on(*bad, how=how)), texts)
+
+    assert [text for text, one in zip(texts, found, strict=True) if "error" in one] == list(bad)
+    assert all(one["error"].startswith(SILENT[how]) for one in found if "error" in one)
+    assert [one["answer"] for one in found] == ["" if text in bad else text for text in texts]
+
+
+@pytest.mark.parametrize("how", SILENT)
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_server_that_is_silent_on_questions_in_a_row_is_at_fault(serve, how, first):
+    texts = [f"q{n}" for n in range(40)]
+    server = serve(silent_on(*texts[first:], how=how))
+
+    with pytest.raises(CheckFailed, match=re.escape(SILENT[how])):
+        ask_task(server, texts)
+    assert len(server.asked) <= first + 4
+
+
+def test_a_server_that_is_silent_on_the_one_question_is_at_fault(serve):
+    with pytest.raises(CheckFailed, match="HTTP 500"):
+        ask_task(serve(silent_on("q0", how="fails")), ["q0"])
 
 
 def test_a_refused_question_is_asked_again_by_the_next_run(serve, tmp_path):

@@ -1,9 +1,11 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
+from weightsmith.evaluating import task as task_module
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.task import Task, score_task
 from weightsmith.outside.process import run_command
@@ -106,6 +108,21 @@ def test_an_answer_on_which_the_program_hangs_is_one_wrong_question():
     assert given == [(4, 900.0), *[(1, 60.0)] * 4]
     assert [row["ok"] for row in found.per_item] == [True, False, True, False]
     assert found.per_item[1]["unjudged"] == "line 2: judge did not end within 60 s"
+
+
+def test_a_program_that_uses_up_its_time_makes_no_other_answer_wrong(monkeypatch):
+    """Three hang for a minute each, of two and a half; the fourth may well be right."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr(task_module, "time", clock)
+
+    def run(argv, environment, stdin, seconds):
+        clock.now += seconds
+        raise CheckFailed(f"judge did not end within {seconds:g} s", hint="")
+
+    task = Task(items=ITEMS * 2, metric="command", command=("judge",), command_seconds=150.0)
+    clock.now = -150.0  # all at once take that long
+    with pytest.raises(CheckFailed, match=r"judge took 150 s for 3 of 4 answers"):
+        score_task(task, ANSWERS * 2, run)
 
 
 def test_a_program_that_fails_on_the_first_answers_is_not_asked_for_all():

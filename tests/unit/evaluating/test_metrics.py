@@ -35,6 +35,15 @@ def item(prompt, *expected, line=1):
         ("numeric", "0.3", "0.1 + 0.2 = 0.30", True),
         ("numeric", "1e3", "1000", True),
         ("numeric", "5", "five", False),
+        ("numeric", "10000", "10 000 km", True),
+        ("numeric", "12345.6", "\u221212\u202f345.6", False),
+        ("numeric", "-12345.6", "\u221212\u202f345.6", True),
+        ("numeric", "1'234'567", "It is 1\u2019234\u2019567.", True),
+        ("numeric", "1_000", "1000", True),
+        ("numeric", "103", "2 3 5 101 103", True),
+        ("numeric", "100", "In 2023 100", True),
+        ("numeric", "300", "1, 2, 300", True),
+        ("numeric", "78", "12 345 678 or 12 345,78", True),
     ],
 )
 def test_judges(metric, expected, answer, ok):

@@ -25,6 +25,8 @@ def tool(name, **fields):
 
 TOOLS = [tool("get_weather", city="string", days="integer", at="object"), tool("send", to="string")]
 ASKED = {"prompt": "Weather in Rome?", "tools": TOOLS}
+NEEDS_A = tool("f", a="string", b="integer")
+NEEDS_A["function"]["parameters"] |= {"required": ["a"], "additionalProperties": False}
 CALL = {"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}
 
 
@@ -123,6 +125,10 @@ def test_calls_are_equal_as_json(expected, calls, ok):
          "expected calls fly, which tools does not offer"),
         ({"tools": TOOLS, "expected": "Rome"}, "expected is no call of a tool"),
         ({"tools": TOOLS, "expected": {"name": "send", "args": {}}}, "has 'args', which no call"),
+        ({"tools": TOOLS, "expected": {**CALL, "arguments": {"city": 3}}},
+         "expected calls get_weather with arguments that its parameters do not allow: 3 is not"),
+        ({"tools": [NEEDS_A], "expected": {"name": "f", "arguments": {"b": {"regex": "x"}}}},
+         "'a' is a required property"),
         ({"tools": [tool("f"), tool("f")]}, "two tools are called f"),
         ({"tools": TOOLS, "expected": [CALL] * 101}, "expected has more than 100 calls"),
         ({"tools": TOOLS, "expected": {"name": "send", "arguments": {"to": {"regex": "("}}}},
@@ -135,6 +141,14 @@ def test_what_cannot_be_judged_is_refused_with_its_line(tmp_path, row, says):
     with pytest.raises(UsageError, match=says) as caught:
         read_items(tmp_path / "data.jsonl", "tool-call")
     assert "data.jsonl:1" in caught.value.message
+
+
+def test_an_argument_with_a_rule_is_no_value_that_the_schema_reads(tmp_path):
+    given = {"a": {"contains": "x"}, "b": {"regex": "^[0-9]+$"}}
+    row = {"prompt": "q", "tools": [NEEDS_A], "expected": {"name": "f", "arguments": given}}
+    write_rows(tmp_path / "data.jsonl", [row])
+
+    read_items(tmp_path / "data.jsonl", "tool-call")
 
 
 def scored(tmp_path, expected, *answers):

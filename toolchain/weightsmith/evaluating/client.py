@@ -23,7 +23,7 @@ from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import Json, JsonValue, key_of
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.pictures import Picture
-from weightsmith.evaluating.session import ServerSession, Unanswered, died, excerpt
+from weightsmith.evaluating.session import NoAnswer, ServerSession, Unanswered, died, excerpt
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0
@@ -33,6 +33,8 @@ _CHATML = "message.role + '\n' + message.content + '<|im_end|>\n'"
 """In the template that llama.cpp shows for a model without one; nobody else writes it so."""
 _MOST_REFUSED = 8
 """Refusals before the first answer that end the questions: the server refuses all of them."""
+_MOST_SILENT = 2
+"""Questions in a row without an answer that end the questions: each takes minutes."""
 _BEGIN = b'\n["sha256:'
 
 Ask = Callable[[Item], Mapping[str, JsonValue]]
@@ -299,7 +301,7 @@ def _in_order(
 
 
 class Refusals:
-    """Takes a question that a server refuses as answered wrongly, if it answers another one.
+    """Takes a question without an answer as answered wrongly, if the server answers others.
 
     Several threads may ask.
     """
@@ -307,32 +309,39 @@ class Refusals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._answered = False
-        self._refused: list[Unanswered] = []
+        self._failed: list[NoAnswer] = []
+        self._silent = 0
 
     def around(self, ask: Ask) -> Ask:
-        """Return what gives `{answer, finish_reason, error}` for a question that is refused.
+        """Return what gives `{answer, finish_reason, error}` for a question without an answer.
 
-        It raises Unanswered once the server has refused many, and answered none.
+        It raises NoAnswer once the server has refused many and answered none, or hung or failed on
+        several in a row.
         """
 
         def asked(item: Item) -> Mapping[str, JsonValue]:
             try:
                 said = ask(item)
-            except Unanswered as error:
+            except NoAnswer as error:
+                refused = isinstance(error, Unanswered)
                 with self._lock:
-                    self._refused.append(error)
-                    if not self._answered and len(self._refused) > _MOST_REFUSED:
+                    self._failed.append(error)
+                    self._silent = 0 if refused else self._silent + 1
+                    if self._silent >= _MOST_SILENT:
+                        raise
+                    if not self._answered and len(self._failed) > _MOST_REFUSED:
                         raise
                 return {"answer": "", "finish_reason": "error", "error": error.reason}
-            self._answered = True
+            with self._lock:
+                self._answered, self._silent = True, 0
             return said
 
         return asked
 
     def require_an_answer(self) -> None:
-        """Raise the first refusal if no question was answered."""
-        if self._refused and not self._answered:
-            raise self._refused[0]
+        """Raise the first failure if no question was answered."""
+        if self._failed and not self._answered:
+            raise self._failed[0]
 
 
 class KeptAnswers:

@@ -29,12 +29,17 @@ _Asked: TypeAlias = tuple[str, Sequence[str], str, str]
 """What `judge` is given, in its order."""
 METRICS: tuple[str, ...] = get_args(Scoring.model_fields["metric"].annotation)
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
+_SEPARATOR = (
+    "[,_' \N{RIGHT SINGLE QUOTATION MARK}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}]"
+)
+"""What may stand between thousands."""
+# Not after a digit and a blank: `2 3 5 101` is a list.
+_THOUSANDS = rf"(?<!\d )\d{{1,3}}({_SEPARATOR})\d{{3}}(?:\1\d{{3}})*(?!\d|\1\d)"
 _NUMBER = re.compile(
-    r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    rf"(?:(?<![\w.])[-+])?(?:(?:{_THOUSANDS}|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
     r"(?:[eE][-+]?\d{1,3}\b)?",
     re.ASCII,
 )
-"""A number in a text, with or without commas between thousands."""
 SECONDS_EACH = 0.5
 """CPU time that every answer has; a schema takes some milliseconds."""
 
@@ -142,10 +147,11 @@ def _matches(expected: str, answer: str) -> bool:
 
 def _is_near(expected: str, answer: str, tolerance: str) -> bool:
     """Return whether an answer's last number is near enough; exact, so that 0.1 + 0.2 is 0.3."""
-    numbers = _NUMBER.findall(answer.replace("\N{MINUS SIGN}", "-"))
+    numbers = list(_NUMBER.finditer(answer.replace("\N{MINUS SIGN}", "-")))
     if not numbers:
         return False
-    wanted, found = (Decimal(text.replace(",", "")) for text in (expected.strip(), numbers[-1]))
+    texts = expected.strip(), numbers[-1][0]
+    wanted, found = (Decimal(re.sub(_SEPARATOR, "", text)) for text in texts)
     allowed = Decimal(tolerance.removesuffix("%"))
     if tolerance.endswith("%"):
         allowed *= abs(wanted) / 100

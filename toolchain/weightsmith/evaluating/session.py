@@ -23,6 +23,12 @@ from weightsmith.core.values import Json, JsonValue, key_of
 
 _LOG_LINES = 15
 _NO_ACCESS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+_BUSY = (
+    httpx.codes.TOO_MANY_REQUESTS,
+    httpx.codes.BAD_GATEWAY,
+    httpx.codes.SERVICE_UNAVAILABLE,
+    httpx.codes.GATEWAY_TIMEOUT,
+)
 _LOADER_ERRORS = {
     r"exec format error": "the image's program is for another CPU architecture: build it for this "
     "one, or start it on a matching machine",
@@ -57,6 +63,10 @@ class TooSlow(TryAgain):
     """A timeout: retried only once, because it takes long."""
 
 
+class Busy(TryAgain):
+    """The server, or a proxy before it, has no room now: no question's fault."""
+
+
 class Unreachable(TryAgain):
     """No server listens at the address."""
 
@@ -73,8 +83,8 @@ class TooLarge(Refused):
     """A response beyond the limit of its size."""
 
 
-class Unanswered(CheckFailed):
-    """A question that the server refuses, or answers at too great a length (exit 4).
+class NoAnswer(CheckFailed):
+    """A running server gave a question no answer: it hung, failed or cut its response (exit 4).
 
     It may well answer another one. `reason` is without the server's address and log.
     """
@@ -82,6 +92,10 @@ class Unanswered(CheckFailed):
     def __init__(self, message: str, *, hint: str, reason: str) -> None:
         super().__init__(message, hint=hint)
         self.reason = reason
+
+
+class Unanswered(NoAnswer):
+    """A question that the server refuses, or answers at too great a length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +110,8 @@ class ServerSession:
     """Sends requests to one endpoint, from any number of threads.
 
     `key` is sent as a bearer token; `trusted` are certificate authorities, by default those of the
-    certifi package. Failures raise CheckFailed with the server's last log lines
-    (Unanswered if others may be answered), or EnvironmentFailure if no server listens.
+    certifi package. Failures raise CheckFailed with the server's last log lines (NoAnswer if
+    others may be answered), or EnvironmentFailure if no server listens.
     """
 
     def __init__(
@@ -252,7 +266,10 @@ class ServerSession:
                             if "CERTIFICATE_VERIFY_FAILED" in str(failure)
                             else "start the server, or correct the URL",
                         ) from None
-                    raise self.failed(path, f"{failure} ({attempt} tries)") from None
+                    failed = self.failed(path, f"{failure} ({attempt} tries)")
+                    if isinstance(failure, Busy):
+                        raise failed from None
+                    raise NoAnswer(failed.message, hint=failed.hint, reason=str(failure)) from None
             time.sleep(pause)
             pause *= 2
         raise AssertionError("a request is tried at least once")
@@ -351,7 +368,9 @@ def _of_question(refusal: Refused) -> bool:
 
 def _object(answer: Answer) -> Mapping[str, Json]:
     status, text = answer.status, answer.text
-    if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
+    if status in _BUSY:
+        raise Busy(f"HTTP {status}: {excerpt(text)}")
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR:
         raise TryAgain(f"HTTP {status}: {excerpt(text)}")
     if status != httpx.codes.OK:
         raise Refused(f"HTTP {status}: {excerpt(text)}", status)

@@ -218,8 +218,9 @@ def ask_server(
     `model` is what is known of one that does not chat: its prompts, and its labels. `watch` gets
     each answer, and ends the asking by an error of its own.
 
-    A question that the server refuses, or answers at too great a length, has an `error`, and counts
-    as answered wrongly. Raises CheckFailed if the server fails, or refuses all questions.
+    A question that the server refuses, answers at too great a length or hangs on has an `error`,
+    and counts as answered wrongly. Raises CheckFailed if the server stops, refuses all questions,
+    or hangs or fails on two in a row.
     """
     answer: Ask = partial(ask, session, served, max_tokens=task.max_tokens)
     about: JsonValue = [served.name, served.path, task.max_tokens]
@@ -305,7 +306,8 @@ def _judged_alone(
     """Return the score of answers that are judged one by one, in the same time as all at once.
 
     So an answer on which the program fails or hangs costs no other question. Raises `failed` for a
-    program that does so on all, or on the first ones, or gives no verdict on a single answer.
+    program that does so on all, or on the first ones, or gives no verdict on a single answer; and
+    CheckFailed for one that uses up its time before the last answer.
     """
     rows, judged = list[Mapping[str, JsonValue]](), 0
     ends = time.monotonic() + task.command_seconds
@@ -313,9 +315,13 @@ def _judged_alone(
         seconds = min(_ALONE_SECONDS, ends - time.monotonic())
         if not judged and len(rows) >= _MOST_FAILURES:
             raise failed
+        if seconds <= 0:  # the rest may be right
+            raise CheckFailed(
+                f"{task.command[0]} took {task.command_seconds:g} s for {len(rows)} of"
+                f" {len(answers)} answers",
+                hint="give it fewer questions, or more time: evaluate.command_seconds",
+            )
         try:
-            if seconds <= 0:
-                raise CheckFailed(f"{task.command[0]} had no time left", hint=failed.hint)
             output = run(question_lines((item,), (answer,)), seconds)
         except CheckFailed as error:
             rows.append(_row(item, answer, False, error.message))

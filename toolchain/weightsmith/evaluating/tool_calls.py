@@ -198,8 +198,8 @@ _READERS: tuple[Callable[[str], Iterator[Call]], ...] = (
 )  # fmt: skip
 
 
-def check_tools(tools: JsonValue, where: str) -> tuple[str, ...]:
-    """Return the names of a question's tools; raise UsageError unless each has a JSON Schema."""
+def check_tools(tools: JsonValue, where: str) -> dict[str, Json]:
+    """Return a question's tools, name -> JSON Schema; raise UsageError unless each has one."""
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
 
@@ -209,7 +209,7 @@ def check_tools(tools: JsonValue, where: str) -> tuple[str, ...]:
     )
     if not isinstance(tools, list) or not tools:
         raise UsageError(f"{where}: tools is not a list of tools", hint=hint)
-    names = []
+    found: dict[str, Json] = {}
     for position, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
@@ -226,10 +226,10 @@ def check_tools(tools: JsonValue, where: str) -> tuple[str, ...]:
                 f"{where}: the parameters of tool {name} are no JSON Schema: {said[:200]}",
                 hint=hint,
             ) from None
-        if name in names:
+        if name in found:
             raise UsageError(f"{where}: two tools are called {name}", hint="offer each tool once")
-        names.append(name)
-    return tuple(names)
+        found[name] = schema
+    return found
 
 
 def tools_text(tools: Json) -> str:
@@ -246,8 +246,11 @@ def tools_text(tools: Json) -> str:
     return json.dumps(rows, ensure_ascii=False)
 
 
-def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str:
-    """Return the expected calls as JSON; raise UsageError for what is none, or is not offered."""
+def check_expected(expected: JsonValue, tools: Mapping[str, Json], where: str) -> str:
+    """Return the expected calls as JSON; raise UsageError for calls that no answer should make.
+
+    That is, what is no call, or calls no tool of these or with arguments that its schema refuses.
+    """
     hint = '"expected": {"name": …, "arguments": {…}}, a list of such calls, or "none"'
     if expected == "none":
         return "[]"
@@ -261,22 +264,61 @@ def check_expected(expected: JsonValue, names: Sequence[str], where: str) -> str
             raise UsageError(f"{where}: expected is no call of a tool", hint=hint) from None
         if isinstance(row, dict) and (odd := sorted(row.keys() - {"name", "arguments"})):
             raise UsageError(f"{where}: expected has {odd[0]!r}, which no call has", hint=hint)
-        if name not in names:
+        if name not in tools:
             raise UsageError(
                 f"{where}: expected calls {name}, which tools does not offer",
-                hint=f"offered are {', '.join(names)}",
+                hint=f"offered are {', '.join(tools)}",
             )
-        for value in given.values():
-            if isinstance(value, dict) and set(value) == {"regex"}:
+        _check_arguments(name, given, tools[name], where)
+        for rule, text in map(_rule_of, given.values()):
+            if rule == "regex":
                 try:
-                    check_pattern(str(value["regex"]))
+                    check_pattern(text)
                 except ValueError as error:
-                    shown = repr(str(value["regex"])[:60])
                     raise UsageError(
-                        f"{where}: invalid regular expression {shown}: {error}",
+                        f"{where}: invalid regular expression {text[:60]!r}: {error}",
                         hint="escape special characters with a backslash",
                     ) from None
     return json.dumps(rows, sort_keys=True)
+
+
+def _check_arguments(name: str, given: Mapping[str, Json], schema: Json, where: str) -> None:
+    """Raise UsageError for arguments that the tool's schema refuses, but for those with a rule."""
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    ruled = {key for key, value in given.items() if any(_rule_of(value))}
+    validator = validator_for(schema)(schema, registry=Registry())
+    try:
+        for error in validator.iter_errors(given):
+            # Where an argument has a rule, what holds for all together cannot be checked.
+            whole = not error.absolute_path and error.validator in (
+                "required",
+                "additionalProperties",
+            )
+            part = error.absolute_path and error.absolute_path[0] not in ruled
+            if whole or part or not ruled:
+                raise UsageError(
+                    f"{where}: expected calls {name} with arguments that its parameters do not"
+                    f" allow: {error.message[:200]}",
+                    hint="correct the call, or the tool's JSON Schema",
+                )
+    except (Unresolvable, RecursionError) as error:
+        raise UsageError(
+            f"{where}: the parameters of tool {name} refer to what is not there, or to themselves"
+            f" without an end: {str(error)[:200]}",
+            hint="put definitions into the schema itself, under $defs",
+        ) from None
+
+
+def _rule_of(wanted: JsonValue) -> tuple[str, str]:
+    """Return `contains` or `regex` and its text; ("", "") for an argument that must be equal."""
+    if isinstance(wanted, dict) and len(wanted) == 1:
+        (rule, text), *_ = wanted.items()
+        if rule in ("contains", "regex") and isinstance(text, str):
+            return rule, text
+    return "", ""
 
 
 def are_expected(expected: str, calls: Sequence[Call]) -> bool:
@@ -323,13 +365,12 @@ def _is_argument(wanted: JsonValue, given: JsonValue) -> bool:
 
     These read a text as it is, and all else as JSON.
     """
-    if isinstance(wanted, dict) and len(wanted) == 1:
-        (rule, text), *_ = wanted.items()
-        said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        if rule == "contains" and isinstance(text, str):
-            return text.casefold() in said.casefold()
-        if rule == "regex" and isinstance(text, str):
-            return re.search(text, said) is not None
+    rule, text = _rule_of(wanted)
+    said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    if rule == "contains":
+        return text.casefold() in said.casefold()
+    if rule == "regex":
+        return re.search(text, said) is not None
     return _equal(wanted, given)
 
 
