@@ -28,6 +28,8 @@ from tests.unit.merging.oracle import (
     train,
     unmerged,
 )
+from tests.unit.merging.tensors import close, delta, lora, random
+from tests.unit.merging.tensors import run as run_tensors
 
 TIED = {"tie_word_embeddings": True}
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -405,6 +407,35 @@ def test_parameters_that_the_base_has_not_are_a_finding(
     assert "does not have: gate_up_proj, gate.weight" in result["findings"][0]
     wanted = unmerged(base, "llama", adapter)
     torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_modules_to_save_that_the_base_has_not_are_a_finding(
+    bases: MakeBase, tmp_path: Path
+) -> None:
+    """GPT-2 has no `embed_tokens`; PEFT trains without a word, as if it were not listed."""
+    tuner = LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["embed_tokens", "ln_f"])
+    base = bases("gpt2")
+    adapter = train(base, "gpt2", tmp_path / "adapter", tuner)
+
+    result = run(base, adapter, tmp_path / "out")
+
+    assert "saves modules that the base does not have: embed_tokens" in result["findings"][0]
+    wanted = unmerged(base, "gpt2", adapter)
+    torch.testing.assert_close(merged(tmp_path / "out", "gpt2"), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_by_a_regex_of_a_base_whose_names_end_like_the_models(tmp_path: Path) -> None:
+    """Qwen2.5-VL's `model.layers` is the model's `model.language_model.layers`."""
+    text, eyes = "layers.0.mlp.up_proj", "visual.blocks.0.mlp.up_proj"
+    weight, a, b = random(6, 4), random(2, 4), random(6, 2)
+    base = {f"model.{text}.weight": weight, f"{eyes}.weight": weight.clone()}
+    unsloth = {"target_modules": r"(?:.*?(?:language|text).*?mlp.*?(?:up_proj).*?)"}
+    kind = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+
+    found = run_tensors(tmp_path, base, lora(f"model.language_model.{text}", a, b), unsloth, **kind)
+
+    close(found[f"model.{text}.weight"], weight.double() + delta(a, b))
+    assert torch.equal(found[f"{eyes}.weight"], weight)
 
 
 @pytest.mark.parametrize(

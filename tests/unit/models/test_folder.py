@@ -181,6 +181,16 @@ def test_incomplete_folders_are_refused(function, names, said, tmp_path):
     assert said in refusal(function, tmp_path).message
 
 
+def test_an_adapter_of_mlx_lm_is_named_as_such(tmp_path):
+    touch(tmp_path, "adapters.safetensors", "0000100_adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+
+    refused = refusal(check_adapter_folder, tmp_path)
+
+    assert "an adapter of mlx-lm" in str(refused)
+    assert "mlx_lm.fuse" in refused.hint
+
+
 def test_adapters_in_folders_of_their_own_are_named(tmp_path):
     for name in ("style", "tone"):
         touch(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")

@@ -103,8 +103,8 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
             for c, name in named
             if c.target
             and (
-                f"{c.module}.weight".endswith(name(c.target))
-                or name(c.target).endswith(f"{c.module}.weight")
+                f".{c.module}.weight".endswith(f".{name(c.target)}")
+                or f".{name(c.target)}".endswith(f".{c.module}.weight")
             )
         ),
         (None, str),
@@ -146,14 +146,8 @@ def _left_out(view: AdapterView, have: Collection[str]) -> Callable[[str], bool]
 
 def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
     """Refuse an adapter whose file lacks weights that the configuration says were trained."""
-    raw, keys = view.config.raw, list(view.keys)
-    # For classifiers PEFT lists all possible names of a head.
-    heads = ("classifier", "score") if str(raw.get("task_type")) in TASKS else ()
-    missing = [
-        f"modules_to_save {name}"
-        for name in raw.get("modules_to_save") or ()
-        if not any(f"{name}." in key for key in keys) and name not in heads
-    ]
+    raw, absent = view.config.raw, unmatched_modules(view)
+    missing = [f"modules_to_save {name}" for name in _unsaved(view) if name not in absent]
     missing += [
         f"target_parameters {name}"
         for name in raw.get("target_parameters") or ()
@@ -182,6 +176,25 @@ def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
             f"{', '.join(missing[:SHOWN])}",
             hint="the adapter file is incomplete or its keys were renamed; export it again",
         )
+
+
+def _unsaved(view: AdapterView) -> list[str]:
+    """Return the `modules_to_save` that the adapter has no weights for."""
+    raw = view.config.raw
+    # For classifiers PEFT lists all possible names of a head.
+    heads = ("classifier", "score") if str(raw.get("task_type")) in TASKS else ()
+    return [
+        name
+        for name in raw.get("modules_to_save") or ()
+        if not any(f"{name}." in key for key in view.keys) and name not in heads
+    ]
+
+
+def unmatched_modules(view: AdapterView) -> list[str]:
+    """Return the `modules_to_save` that neither adapter nor base has; PEFT says nothing of them."""
+    names = [name for stored in view.sources for name in (stored, view.names.loaded(stored))]
+    names += [view.tie.head] if view.tie else []
+    return [n for n in _unsaved(view) if not any(f"{n}." in stored for stored in names)]
 
 
 def unmatched_parameters(view: AdapterView) -> list[str]:

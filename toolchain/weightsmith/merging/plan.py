@@ -41,6 +41,7 @@ from weightsmith.merging.claims import (
     old_head,
     prefix_below_head,
     task_settings,
+    unmatched_modules,
     unmatched_parameters,
     without_left_out,
 )
@@ -259,10 +260,15 @@ def _claims(view: AdapterView) -> tuple[Sequence[Claim], tuple[str, ...]]:
     check_peft_patterns(view.path, sorted(modules))
     with limit_matching(view.path, len(view.keys)):
         kept, findings = without_left_out(view)
-        claims, lacking = claims_of(kept), ", ".join(unmatched_parameters(kept))
-    if lacking:
-        text = "adapter_config.json targets parameters that the base does not have"
-        findings = (*findings, f"{view.path.name}: {text}: {lacking}")
+        claims = claims_of(kept)
+        unmatched = {
+            "targets parameters": unmatched_parameters(kept),
+            "saves modules": unmatched_modules(kept),
+        }
+    for does, names in unmatched.items():
+        if names:
+            text = f"adapter_config.json {does} that the base does not have: {', '.join(names)}"
+            findings = (*findings, f"{view.path.name}: {text}")
     return claims, findings
 
 

@@ -300,6 +300,12 @@ def _no_weights(root: Path, required: str) -> InputRefused:
     pickles = sorted(p.name for p in root.iterdir() if _PICKLES.fullmatch(p.name))
     weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model"))]
     found = (weights or [n for n in pickles if n.endswith((".pt", ".pth", ".ckpt"))])[:3]
+    if any(root.glob("*adapters.safetensors")):
+        return InputRefused(
+            f"{root} is an adapter of mlx-lm, not of PEFT: {required} is missing",
+            hint="make a whole model of it with mlx_lm.fuse, and name that as the base, without "
+            "adapters",
+        )
     if not found:
         inside = _inside(root, required)
         return InputRefused(
