@@ -4,6 +4,7 @@ The SentencePiece model out of a tokenizer.json cuts texts as the one that it wa
 """
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
+from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused
+from weightsmith.models.templates import TemplateOverLimit
 from weightsmith.quantizers import convert
 from weightsmith.quantizers.convert import sentence_pieces, with_pieces
 
@@ -83,6 +86,33 @@ def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")  # beside one, it is the converter's own failure
     with pytest.raises(ValueError, match="Couldn't instantiate"):
         convert._convert_text(converter, tmp_path, [])
+
+
+LOOPS = "{% for _ in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    ("template", "added"),
+    [
+        ("{{ bos_token }}{{ messages[0].content }}", {"bos": False, "eos": False}),
+        ("{{ raise_exception('no system message') }}", {}),
+        (LOOPS, None),
+    ],
+    ids=["written", "refused", "endless"],
+)
+def test_what_a_file_says_does_not_depend_on_the_machines_limits(
+    template, added, tmp_path, monkeypatch
+):
+    """A refusal is the same everywhere; a template without an end is an error, not a file."""
+    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.3)
+    model = shutil.copytree(ROOT / "examples" / "tiny" / "base", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+
+    if added is None:
+        with pytest.raises(TemplateOverLimit, match="CPU time"):
+            convert.added_tokens(model)
+    else:
+        assert convert.added_tokens(model) == added
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])

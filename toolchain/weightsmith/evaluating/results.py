@@ -195,8 +195,7 @@ def recipe_of_adapter(recipe: Recipe, number: int) -> Recipe:
     """Return the recipe of one adapter alone, with its own suites if it has any."""
     own = recipe.adapters[number]
     suites = own.evaluate or recipe.evaluate
-    alone = own.model_copy(update={"evaluate": ()})
-    return recipe.model_copy(update={"adapters": (alone,), "evaluate": suites})
+    return recipe.changed(adapters=(own.changed(evaluate=()),), evaluate=suites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,6 +111,10 @@ def gguf_template(model: Path) -> str | None:
     return own.join(_BREAKS) if breaks else own
 
 
+class TemplateOverLimit(InputRefused):
+    """A chat template took too much time or memory: where there is more, it may do."""
+
+
 def render_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, JsonValue]],
@@ -123,7 +127,8 @@ def render_chat(
 
     `tools` are what the model may call, as JSON.
 
-    Raises InputRefused if the template raises an error or takes too much time or memory.
+    Raises InputRefused if the template raises an error, TemplateOverLimit if it takes too much time
+    or memory.
     """
     named = f"the chat template of {tokenizer.name_or_path}"
     with doing(f"rendering {named}"):  # what fails in telling that is no fault of the template
@@ -138,13 +143,13 @@ def render_chat(
                     )
                 )
         except TooLong:
-            raise InputRefused(
+            raise TemplateOverLimit(
                 f"{named} exceeded {time_limits.FOREIGN_SECONDS:g} s of CPU time for one"
                 " conversation",
                 hint="look for nested loops in it, or give the model another chat_template.jinja",
             ) from None
         except MemoryError:
-            raise InputRefused(
+            raise TemplateOverLimit(
                 f"{named} exceeded the job's memory for one conversation",
                 hint="look for strings that grow in it, or give the model another"
                 " chat_template.jinja",

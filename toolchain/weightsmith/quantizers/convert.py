@@ -28,7 +28,7 @@ import sys
 import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -41,6 +41,7 @@ from weightsmith.models.predicting import predicting_tensors
 from weightsmith.models.task import read_task
 from weightsmith.models.templates import (
     VOCABULARY_FILES,
+    TemplateOverLimit,
     gguf_template,
     pair_prompt,
     render_chat,
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from gguf.utility import LocalTensor
     from gguf.vocab import SpecialVocab
 
-    from weightsmith.forward.kinds import Tokenizer
 
 _LONGEST = 300
 """Characters of an error that are shown."""
@@ -200,9 +200,7 @@ def _patch(model: Path) -> None:
         return made
 
     def add_to_gguf(special: SpecialVocab, writer: object, quiet: bool = False) -> None:
-        with suppress(InputRefused):  # the converter reads more tokenizers than transformers
-            chats = read_facts(model).task.kind == "generate"
-            special.add_special_token |= added_tokens(load_tokenizer(model), chats=chats)
+        special.add_special_token |= added_tokens(model)
         # It reads tokenizer_config.json before the newer file, which may be an adapter's, and takes
         # a template there that is null for none.
         if special.chat_template is None or isinstance(special.chat_template, str):
@@ -286,20 +284,29 @@ def _patch_reranker(writer: Any, kind: Any, tokens: tuple[int, int], prompt: str
     writer.add_chat_template = add_template
 
 
-def added_tokens(tokenizer: Tokenizer, *, chats: bool = True) -> dict[str, bool]:
+def added_tokens(model: Path) -> dict[str, bool]:
     """Return whether a server must add the begin token (`bos`) and the end token (`eos`).
 
     A plain text gets those that the tokenizer adds. llama.cpp adds the same ones to chats, which
-    have no more of them than their template writes; without `chats`, there are none. Raises
-    InputRefused if the template fails.
+    have no more of them than their template writes; a model that does not chat has none. Where the
+    template refuses, or transformers cannot read the tokenizer, nothing is said of them: the
+    converter reads more tokenizers. Raises TemplateOverLimit, since the file may not depend on how
+    fast or large this machine is.
     """
-    ids = tokenizer("a")["input_ids"]
-    found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    added = {name: bool(ids) and ids[end] == found[name] for name, end in (("bos", 0), ("eos", -1))}
-    if tokenizer.chat_template and chats:
-        chat = render_chat(tokenizer, ({"role": "user", "content": "a"},), answer=True)
-        added["bos"] &= chat.startswith(tokenizer.bos_token or "")
-        added["eos"] = False
+    try:
+        tokenizer = load_tokenizer(model)
+        ids = tokenizer("a")["input_ids"]
+        found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+        ends = (("bos", 0), ("eos", -1))
+        added = {name: bool(ids) and ids[end] == found[name] for name, end in ends}
+        if tokenizer.chat_template and read_facts(model).task.kind == "generate":
+            chat = render_chat(tokenizer, ({"role": "user", "content": "a"},), answer=True)
+            added["bos"] &= chat.startswith(tokenizer.bos_token or "")
+            added["eos"] = False
+    except TemplateOverLimit:
+        raise
+    except InputRefused:
+        return {}
     return {name: value for name, value in added.items() if found[name] is not None}
 
 
