@@ -129,6 +129,38 @@ def test_a_file_that_was_altered_in_the_volume_is_made_anew(
     assert (container.served / "model.safetensors").read_bytes() == right
 
 
+@pytest.mark.parametrize("check", ["digest", "time"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "extra.safetensors", "sub/"])
+def test_what_was_added_to_the_volume_is_not_served(
+    container: Container, check: str, name: str
+) -> None:
+    """Servers read a template, and vLLM all weights, that lie beside the model's own."""
+    container.start()
+    right = container.model()
+    added = container.served / name
+    added.mkdir() if name.endswith("/") else added.write_text("{{ 1 }}")
+
+    done = container.start(WEIGHTSMITH_CHECK=check)
+
+    assert done.returncode == 0
+    assert f"{name.strip('/')} is not as it was merged: merging anew" in done.stderr
+    assert container.model() == right
+    assert not added.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", ".weightsmith.json"])
+def test_a_manifest_that_names_a_file_twice_is_refused(container: Container, name: str) -> None:
+    told = json.loads(container.manifest.read_text())
+    told["copied"][0]["name"] = name
+    container.manifest.write_text(json.dumps(told))
+
+    done = container.start()
+
+    assert done.returncode == 3
+    assert f"{name!r} is the name of two files" in done.stderr
+    assert container.left() == []
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [

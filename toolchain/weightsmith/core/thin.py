@@ -20,6 +20,8 @@ ADAPTERS, OWN_FILES = "/adapters", "/etc/weightsmith/model"
 """Folders of the image: the adapters by number, and files that are not the base's."""
 FOLDER = "models"
 """Of an image of the base that is mounted."""
+MARKER = ".weightsmith.json"
+"""In a merged model's folder, beside its files: when each was written."""
 SPARE = 16 << 20
 """Bytes of folders and rounding that a file system takes beside the files."""
 PROGRAM = "/opt/weightsmith"
@@ -62,7 +64,7 @@ class CopiedFile:
 class ThinModel:
     """How a model is made of what lies in its image, and the digest of every file.
 
-    Raises ValueError for the name of a file outside the model's folder.
+    Raises ValueError for the name of a file outside the model's folder, or of two files.
     """
 
     base: str
@@ -82,6 +84,9 @@ class ThinModel:
 
     def __post_init__(self) -> None:
         """Check the names."""
+        names = [MARKER, *(file.name for file in self.files)]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise ValueError(f"{twice!r} is the name of two files")
         for file in self.files:
             if not all(part.strip(".\0") for part in file.name.split("/")) or "\0" in file.name:
                 raise ValueError(f"{file.name!r} is no file of a model")

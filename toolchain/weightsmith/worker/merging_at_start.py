@@ -26,7 +26,16 @@ from weightsmith.core.cpus import granted
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.json_objects import read_exactly
 from weightsmith.core.safe_parse import INDEX, parse, parse_file, read_bytes
-from weightsmith.core.thin import FOLDER, PLACES, SERVED, SPARE, CopiedFile, MadeFile, ThinModel
+from weightsmith.core.thin import (
+    FOLDER,
+    MARKER,
+    PLACES,
+    SERVED,
+    SPARE,
+    CopiedFile,
+    MadeFile,
+    ThinModel,
+)
 from weightsmith.core.trees import discard
 from weightsmith.merging.blocks import MergeCounts, Settings
 from weightsmith.merging.companions import companion_files, index_json
@@ -44,7 +53,6 @@ STATE = "merging.json"
 """In the folder of temporary files: what is going on, for probes."""
 CHECK = "WEIGHTSMITH_CHECK"
 """Variable: `digest` (default) or `time`, how a model that a volume already has is compared."""
-_MARKER = ".weightsmith.json"
 _MOST_WORKERS = 16
 _MODE = 0o644
 _EVERY = 0.2
@@ -112,7 +120,7 @@ def _merge_in(root: Path, name: str, model: ThinModel, check: str, progress: _Pr
             _make(model, partial, progress)
             _copy(model.copied, partial)
             times = {f.name: (partial / f.name).stat().st_mtime_ns for f in model.files}
-            (partial / _MARKER).write_text(json.dumps(times), "utf-8")
+            (partial / MARKER).write_text(json.dumps(times), "utf-8")
             partial.rename(folder)
         except OSError as error:
             raise EnvironmentFailure(
@@ -142,10 +150,10 @@ def _holds(folder: Path, model: ThinModel, check: str, progress: _Progress) -> b
     """Return whether a folder has exactly the model; says what differs."""
     progress.begin("comparing", model.size)
     try:
-        times = parse_file(folder / _MARKER)
+        times = parse_file(folder / MARKER)
     except (OSError, ValueError):
         times = None
-    differs = [] if isinstance(times, dict) else [_MARKER]
+    differs = [*_strange(folder, model)] if isinstance(times, dict) else [MARKER]
     for file in model.files if not differs else ():
         path = folder / file.name
         with suppress(OSError):
@@ -163,6 +171,17 @@ def _holds(folder: Path, model: ThinModel, check: str, progress: _Progress) -> b
     else:
         progress.say(f"{folder / differs[0]} is not as it was merged: merging anew")
     return not differs
+
+
+def _strange(folder: Path, model: ThinModel) -> Iterator[str]:
+    """Yield what lies in a model's folders and is no file of it: a server may read that, too."""
+    known: dict[Path, set[str]] = {}
+    for path in (Path(MARKER), *(Path(file.name) for file in model.files)):
+        for inner, outer in zip((path, *path.parents), path.parents, strict=False):
+            known.setdefault(outer, set()).add(inner.name)
+    for place, names in known.items():
+        with suppress(OSError):  # what is missing is told elsewhere
+            yield from (str(place / one) for one in {*os.listdir(folder / place)} - names)
 
 
 def _hashed(
