@@ -181,7 +181,8 @@ def _strange(folder: Path, model: ThinModel) -> Iterator[str]:
             known.setdefault(outer, set()).add(inner.name)
     for place, names in known.items():
         with suppress(OSError):  # what is missing is told elsewhere
-            yield from (str(place / one) for one in {*os.listdir(folder / place)} - names)
+            found = {path.name for path in (folder / place).iterdir()}
+            yield from (str(place / one) for one in sorted(found - names))
 
 
 def _hashed(
