@@ -19,8 +19,11 @@ from weightsmith.core.ports import IdentitySigner
 from weightsmith.core.values import canonical
 from weightsmith.outside import keyless
 from weightsmith.outside.keyless import TOKEN, identity_check, open_identity_signer
+from weightsmith.outside.signer import open_signer
+from weightsmith.provenance.signing import bundle
 from weightsmith.recipe.user_config import RunOptions, WantedIdentity
 
+from tests.fakes.baking import make_key
 from tests.fakes.sigstore import ISSUER, OLD_ISSUER_OID, WORKFLOW, Sigstore, sigstore, token
 
 STATEMENT = canonical(
@@ -38,6 +41,20 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sigstore]:
     monkeypatch.setenv(TOKEN, token())
     with sigstore() as made:
         yield made
+
+
+def test_bundles_are_what_sigstores_own_models_read(services: Sigstore, tmp_path: Path) -> None:
+    """Of a key, too: Sigstore's command in Python believes no keys, but others read with these."""
+    models = pytest.importorskip("sigstore_models.bundle.v1")
+    (key, _), read = make_key(tmp_path), models.Bundle.from_json
+    made = (
+        bundle(STATEMENT, open_signer(str(key))),
+        signer_at(services, tmp_path).bundle(STATEMENT),
+    )
+    for one, of_key in zip(map(read, made), (True, False), strict=True):
+        assert one.dsse_envelope.payload == STATEMENT
+        assert (one.verification_material.public_key is not None) is of_key
+        assert len(one.verification_material.tlog_entries) == (not of_key)
 
 
 def signer_at(services: Sigstore, folder: Path) -> IdentitySigner:

@@ -98,7 +98,8 @@ def bundle(payload: bytes, signer: Signer, hint: str = "") -> bytes:
     return canonical(
         {
             "mediaType": _BUNDLE,
-            "verificationMaterial": {"publicKey": {"hint": hint}},
+            # The list may be left out, but the models of Sigstore in Python require it.
+            "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
             "dsseEnvelope": _envelope(payload, made),
         }
     )

@@ -722,6 +722,25 @@ def test_a_layout_and_a_fleets_results_are_places(shop: Shop, tmp_path: Path) ->
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("gone", ["oci:{}/gone", "{}/gone"])
+def test_an_image_of_a_fleet_that_is_gone_stops_no_other(
+    shop: Shop, tmp_path: Path, gone: str
+) -> None:
+    image = shop.push("team/app:1")
+    cells = [
+        {"adapter": "a", "target": "t", "digest": image.digest, "image": name}
+        for name in (gone.format(tmp_path), f"{shop.fake.host}/team/app:1")
+    ]
+    (tmp_path / "fleet.json").write_text(json.dumps({"cells": cells, "shared": []}))
+    question = question_of(AffectedCommand(in_=("x",), adapter=PIN), lambda _: Digest.of(b""))
+
+    found = find_affected(question, [str(tmp_path)], checks(shop.public), shop.client, Silent())
+
+    assert [row.digest for row in found.images] == [image.digest]
+    assert found.problems[0].reference.startswith(cells[0]["image"])
+    assert exit_code(found) == 5
+
+
 def test_an_index_in_a_layout_is_listed_with_its_images(shop: Shop, tmp_path: Path) -> None:
     images = [shop.image(PIN, arch=arch) for arch in ("amd64", "arm64")]
     index = Index(images=tuple(images))

@@ -209,8 +209,9 @@ def _opened(
         return []
     if path.name == FLEET or (path / FLEET).is_file():
         file = path if path.name == FLEET else path / FLEET
-        cells = list(_cells(file))
-        return [one for cell in cells for one in _opened(cell, recall, registry, found, pool)]
+        return [
+            one for cell in _cells(file) for one in _of_fleet(cell, recall, registry, found, pool)
+        ]
     if path.is_dir():
         raise UsageError(
             f"--in {place}: the folder is no layout and has no {FLEET}",
@@ -220,6 +221,17 @@ def _opened(
         return _in_registry(place, registry, found, pool)
     except EnvironmentFailure as error:
         found.fault(place, error)
+        return []
+
+
+def _of_fleet(
+    cell: str, recall: Recall, registry: Registry, found: _Found, pool: ThreadPoolExecutor
+) -> list[_Manifest]:
+    """Return the manifests of one image of a fleet; of one that is gone, name the gap."""
+    try:
+        return _opened(cell, recall, registry, found, pool)
+    except WeightsmithError as error:
+        found.fault(cell, error, gap=True)
         return []
 
 
