@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import select
 import threading
 import time
@@ -152,6 +153,41 @@ def test_nothing_of_it_outlives_the_block(tools: Any, runner: Blocked) -> None:
     assert runner.limits == [1 << 30]  # its share of the memory
     assert tools.progress.lines == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_an_interrupt_in_its_turn_waits_for_its_end(tools: Any, runner: Blocked) -> None:
+    """After an interrupted `join`, Python 3.11 and 3.12 take a thread that runs for an ended one."""
+    ended = threading.Event()
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def slow_to_end(given: Tools) -> str:
+        try:
+            return work(given)
+        except KeyboardInterrupt:
+            time.sleep(0.2)
+            ended.set()
+            raise
+
+    def strike() -> None:
+        runner.begun.wait(PATIENCE)
+        time.sleep(0.2)  # most likely it waits by then; before, nothing is shown
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    striker = threading.Thread(target=strike)
+    try:
+        with pytest.raises(KeyboardInterrupt), closing(Prefetch()) as prefetch:
+            slow = Work(does=slow_to_end)
+            start(prefetch, tools, slow)
+            striker.start()
+            prefetch.take(slow)
+    finally:
+        striker.join()
+        signal.signal(signal.SIGUSR1, before)
+
+    assert ended.is_set()
 
 
 def test_work_that_waits_for_another_builds_lock_ends_with_the_block(tools: Any) -> None:

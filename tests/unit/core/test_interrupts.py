@@ -1,4 +1,4 @@
-"""Ctrl-C or SIGTERM before a command begins: one line, exit code 130, no traceback."""
+"""Ctrl-C or SIGTERM before a command begins and while it runs: exit code 130, no traceback."""
 
 import signal
 import subprocess
@@ -107,5 +107,42 @@ def test_a_second_ctrl_c_while_python_ends_is_not_heard() -> None:
     done = run(AWAKE + AGAIN)
 
     assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted\n  hint: ")
+    assert "Traceback" not in done.stderr
+
+
+IMPATIENT = """
+import os, signal, sys, time
+from weightsmith.core import interrupts
+from weightsmith.cli.command import command
+interrupts._CLEANING = float(sys.argv[1])
+@command()
+def body():
+    "Clean up, and be interrupted in it."
+    try:
+        os.kill(os.getpid(), signal.{number})
+    finally:
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.{number})
+        os.write(1, b"cleaned up")
+try:
+    body.body(None, json=False)
+except Exception as ended:
+    os.kill(os.getpid(), signal.{number})  # as the command ends
+    sys.exit(ended.code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("seconds", "cleaned"), [("1000", "cleaned up"), ("0", "")])
+def test_a_second_one_interrupts_only_a_long_clean_up(number, seconds, cleaned):
+    source = AWAKE + IMPATIENT.format(number=number)
+    done = subprocess.run(
+        [sys.executable, "-c", source, seconds],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (130, cleaned), done.stderr
     assert done.stderr.startswith("error: interrupted\n  hint: ")
     assert "Traceback" not in done.stderr

@@ -46,6 +46,8 @@ class Prefetch:
         self._outcomes: dict[AnyStep, StageResult[Any]] = {}
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        """Set at its end: an interrupted `join` treats a thread as ended (Python 3.11, 3.12)."""
         self._progress: _BufferedProgress | None = None
         self._stop = -1
         """An open file that can be read once the steps must end."""
@@ -55,7 +57,7 @@ class Prefetch:
         if self._thread is None:
             return
         os.eventfd_write(self._stop, 1)
-        self._thread.join()
+        self._ended.wait()
         os.close(self._stop)
         self._thread = None
 
@@ -65,7 +67,7 @@ class Prefetch:
         self._progress = _BufferedProgress(tools.progress)
         runner = _Stoppable(WithinMemory(tools.runner, shares.ahead), self._stop)
         quiet_tools = replace(tools, runner=runner, progress=self._progress)
-        # A daemon, so that a second Ctrl-C does not wait for it at the very end.
+        # A daemon, so that a later Ctrl-C does not wait for it at the very end.
         self._thread = threading.Thread(
             target=self._run, args=(have.copy(), quiet_tools), daemon=True, name="prefetch"
         )
@@ -79,6 +81,8 @@ class Prefetch:
                     have.put(step, outcome)
         except BaseException as error:  # noqa: BLE001 - raised in its turn
             self._error = error
+        finally:
+            self._ended.set()
 
     def has(self, step: AnyStep) -> bool:
         """Return whether a step was begun here."""
@@ -100,7 +104,7 @@ class Prefetch:
             self._progress.follow()
             self._progress = None
         if self._thread:
-            self._thread.join()
+            self._ended.wait()
         if step in self._outcomes:
             return self._outcomes[step]
         if self._error is None:

@@ -7,13 +7,11 @@ import functools
 import inspect
 import io
 import os
-import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TypeAlias
 
 from invoke.exceptions import Exit
@@ -30,7 +28,7 @@ from weightsmith.core.errors import (
     of_machine,
 )
 from weightsmith.core.escape import put_line
-from weightsmith.core.interrupts import ignore_it, raise_it
+from weightsmith.core.interrupts import interruptible
 from weightsmith.core.values import JsonValue, plain
 
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
@@ -39,8 +37,6 @@ _NO_PATHS = {
     errno.ENAMETOOLONG: "give a shorter name or path",
     errno.ELOOP: "correct the symbolic links, or give another path",
 }
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals of a scheduler, and of a terminal that is closed; `nohup` ignores the latter."""
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
 """Invoke's own first argument, which no command uses."""
 
@@ -78,7 +74,6 @@ def command(
                 print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
             except KeyboardInterrupt:
-                ignore_it()
                 again = "run the same command again: what was finished is kept"
                 print_error(_Interrupted("interrupted", hint=again), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
@@ -131,30 +126,21 @@ def _require_words(positional: tuple[str, ...], arguments: Mapping[str, JsonValu
 
 def _guarded(body: Body, arguments: dict[str, JsonValue]) -> Said:
     """Run a body; some signals end it like Ctrl-C, and a bug leaves its traceback in a file."""
-
-    def terminate(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    raise_it()
     try:
         Path.cwd()
     except FileNotFoundError:
         raise EnvironmentFailure(
             "the current folder was deleted", hint="change to one that exists"
         ) from None
-    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, terminate) for number in heard}
     try:
-        return body(**arguments)
+        with interruptible():
+            return body(**arguments)
     except Exception as error:
         if too_many := of_limits(error):
             raise too_many from error
         if isinstance(error, WeightsmithError):
             raise
         raise (_refused(error) or _unexpected(error)) from error
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _refused(error: Exception) -> Exception | None:

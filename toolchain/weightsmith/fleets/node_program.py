@@ -13,7 +13,7 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from weightsmith.core.interrupts import leave_quietly, raise_it
+from weightsmith.core.interrupts import interruptible, leave_quietly
 
 if TYPE_CHECKING:  # imported once Ctrl-C is taken care of
     from weightsmith.fleets.requests import TaskReply, TaskRequest
@@ -40,12 +40,11 @@ def main() -> int:
     except ValueError as error:
         sys.stderr.write(f"this is no request of a fleet: {error}\n")
         return 2
-    raise_it()
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        reply = _answer(request)
+        with interruptible():
+            reply = _answer(request)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 - the last frame reports it with its traceback
