@@ -59,6 +59,7 @@ def own_places(tmp_path, monkeypatch):
             for command in ("plan", "build")
             for more in ((), ("--target", "vllm"))
         ),
+        (("validate", "--merged", f"{NOBODY}/a", "--base", "b", "--adapter", "c"), 2, "no home"),
         (("inspect", "a" * 5000), 2, "hint: "),
         (("verify", "a:" * 3000), 2, "hint: "),
         (("plan", "--recipe", "a" * 300), 2, "hint: "),
@@ -107,6 +108,47 @@ def test_names_are_read_where_python_was_told_to_expect_ascii(tmp_path, program)
     assert "Traceback" not in done.err
     assert done.code == (0 if program == "weightsmith" else 3), done.err
     assert ("set LC_ALL=C.UTF-8" in done.err) == (program == "invoke")
+
+
+def test_a_home_folder_in_quotes_is_the_users(tmp_path, monkeypatch):
+    """A shell expands no ~ in quotes or after `=`, and a CI's settings have no shell."""
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    write_model(home / "model")
+    (home / "config.yaml").write_text("cache: ~/shared")
+    places = {"HOME": str(home), "WEIGHTSMITH_CONFIG": "~/config.yaml"}
+    places |= {"WEIGHTSMITH_HOME": "~/cache", "WEIGHTSMITH_STORE": "~/store"}
+    base = ("--base", "~/model", "--target", "vllm", "--update-lock")
+
+    assert run("plan", *base, "--dist=~/dist", **places).code == 0
+    done = run("render", "--model=~/model", "--target", "vllm", "--out=~/settings", **places)
+
+    assert done.code == 0, done.err
+    made = {path.name for path in home.iterdir()}
+    assert made >= {"store", "settings"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_HOME"])
+def test_a_home_folder_of_nobody_is_reported(variable):
+    done = run("plan", "--base", "examples/tiny/base", "--target", "vllm", **{variable: NOBODY})
+
+    assert (done.code, "has no home folder" in done.err) == (2, True), done.err
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_machine_without_proc_plans():
+    words = [sys.executable, "-m", "weightsmith", "plan", "--recipe", RECIPE[1]]
+    hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "toolchain")}
+    done = subprocess.run(
+        hidden, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if "weightsmith" not in done.stderr and done.returncode and "mount" in done.stderr:
+        pytest.skip(f"mounts are not allowed here: {done.stderr}")
+
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("action", ["stat", "pull", "push", "prune"])

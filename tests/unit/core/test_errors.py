@@ -2,7 +2,9 @@
 
 import errno
 
-from weightsmith.core.errors import of_limits
+import pytest
+from weightsmith.cli.command import _guarded
+from weightsmith.core.errors import EnvironmentFailure, of_limits
 
 
 def test_too_many_open_files_are_found_behind_other_errors_that_may_form_a_loop() -> None:
@@ -14,3 +16,15 @@ def test_too_many_open_files_are_found_behind_other_errors_that_may_form_a_loop(
 
     error.__cause__, other.__cause__ = other, error
     assert of_limits(error) is None
+
+
+def _no_segment() -> None:
+    """As the C library's loader says it of a package's own code."""
+    raise ImportError("x.so: failed to map segment from shared object")
+
+
+@pytest.mark.parametrize("body", [lambda: bytearray(1 << 62), _no_segment])
+def test_too_little_memory_is_no_bug(body) -> None:
+    with pytest.raises(EnvironmentFailure, match="not enough memory") as caught:
+        _guarded(body, {})
+    assert "ulimit -v" in caught.value.hint

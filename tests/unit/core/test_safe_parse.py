@@ -30,6 +30,12 @@ def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
             read()
 
 
+def test_a_short_file_takes_no_more_memory_than_it_has(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("short")
+    assert content(tmp_path / "file", 1 << 62) == b"short"
+    assert given_content(tmp_path / "file", 1 << 62) == b"short"
+
+
 def test_depth_is_limited_in_json_and_yaml() -> None:
     levels = foreign.DEEPEST
     for read in (parse, parse_yaml):

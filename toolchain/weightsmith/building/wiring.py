@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.apart import start_processes_by
 from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.files import path_in
 from weightsmith.core.ports import (
     AnySigner,
     Cache,
@@ -96,8 +96,8 @@ def cache_folder() -> Path:
 
     Raises EnvironmentFailure if the user has no home folder.
     """
-    if named := os.environ.get("WEIGHTSMITH_HOME"):
-        return Path(named).absolute()
+    if named := path_in("WEIGHTSMITH_HOME"):
+        return named.absolute()
     try:
         folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()
     except (RuntimeError, KeyError):
@@ -112,8 +112,8 @@ def cache_folder() -> Path:
 
 def store_folder() -> Path:
     """Return the folder of results: WEIGHTSMITH_STORE, else `store` in the cache folder."""
-    named = os.environ.get("WEIGHTSMITH_STORE")
-    return Path(named).absolute() if named else cache_folder() / "store"
+    named = path_in("WEIGHTSMITH_STORE")
+    return named.absolute() if named else cache_folder() / "store"
 
 
 def require_folders() -> None:

@@ -26,6 +26,7 @@ from weightsmith.core.errors import (
     WeightsmithError,
     of_limits,
     of_machine,
+    of_memory,
 )
 from weightsmith.core.escape import put_line
 from weightsmith.core.interrupts import interruptible
@@ -140,6 +141,8 @@ def _guarded(body: Body, arguments: dict[str, JsonValue]) -> Said:
             raise too_many from error
         if isinstance(error, WeightsmithError):
             raise
+        if no_memory := of_memory(error):
+            raise no_memory from error
         raise (_refused(error) or _unexpected(error)) from error
 
 

@@ -93,6 +93,7 @@ class Flags(FlagFields):
             if value == self._default(field):
                 continue
             texts[name] = value
+            value = _expanded(value) if _names_paths(field.annotation) else value
             if read := flag_of(field).read:
                 try:
                     value = read(value)
@@ -151,6 +152,25 @@ class Flags(FlagFields):
         if shown and isinstance(field.default, tuple):
             return ",".join(map(str, field.default))
         return str(field.default) if shown else ""
+
+
+def _names_paths(annotation: object) -> bool:
+    return annotation is Path or any(map(_names_paths, get_args(annotation)))
+
+
+def _expanded(value: JsonValue) -> JsonValue:
+    """Return paths with `~` expanded, which a shell leaves as it is in quotes and after `=`."""
+    if isinstance(value, list):
+        return [*map(_expanded, value)]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        raise UsageError(
+            f"{value} begins with ~ and the name of a user who has no home folder",
+            hint="write the folder in full",
+        ) from None
 
 
 def _part(field: FieldInfo) -> Flags | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -115,8 +116,24 @@ def too_many_processes(said: str) -> EnvironmentFailure | None:
         return None
     return EnvironmentFailure(
         f"no more processes or threads can be started: {said}",
-        hint="end other programs, or raise the limit in the shell that runs this (`ulimit -u`); "
-        "in a container, its engine's (`--pids-limit`)",
+        hint="end other programs, or raise the limit in the shell that runs this (`ulimit -u`, "
+        "and `ulimit -v` for memory); in a container, its engine's (`--pids-limit`)",
+    )
+
+
+def of_memory(error: BaseException) -> EnvironmentFailure | None:
+    """Return an error about this process's memory, if a lack of it caused `error`; else None."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = limit != resource.RLIM_INFINITY
+    # As Python's import says where it could not even make an exception.
+    speechless = limited and isinstance(error, SystemError)
+    if not speechless and not ran_out_of_memory(error):
+        return None
+    so_far = f": it may use {limit >> 20} MiB" if limited else ""
+    return EnvironmentFailure(
+        f"there is not enough memory{so_far}",
+        hint="end other programs, or raise the limit in the shell that runs this (`ulimit -v`); in "
+        "a container, its engine's (`--memory`)",
     )
 
 
@@ -133,8 +150,11 @@ def of_panic(error: BaseException, what: str) -> InputRefused | None:
     )
 
 
-_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
-"""What torch, CUDA, the C library and C++ say, in lower case."""
+_MEMORY = (
+    *("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc"),
+    "failed to map segment",
+)
+"""What torch, CUDA, the C library, its loader and C++ say, in lower case."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -142,7 +162,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)
+    told = isinstance(error, (RuntimeError, ImportError))
+    return told and any(words in text for words in _MEMORY)
 
 
 _BY_CODE = {

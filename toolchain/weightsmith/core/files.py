@@ -32,6 +32,16 @@ _SYNCED_WHOLE = frozenset({"btrfs", "ext4", "overlay", "xfs"})
 """File systems of which syncfs waits for the disk; not so of most in user space."""
 
 
+def path_in(variable: str) -> Path | None:
+    """Return the path that an environment variable names, ~ expanded; None where it is not set.
+
+    A shell expands ~ only where it is not quoted, and a CI's file of settings never does. Raises
+    RuntimeError for the name of a user who has no home folder.
+    """
+    named = os.environ.get(variable)
+    return Path(named).expanduser() if named else None
+
+
 def write_whole(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Write a file atomically; creates its folder if needed.
 
@@ -265,8 +275,14 @@ def _new_name(folder: Path) -> Path:
 
 @functools.cache
 def _kernel() -> str:
-    """Return eight hexadecimal digits that identify the running kernel, also in its containers."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    """Return eight hexadecimal digits that identify the running kernel, also in its containers.
+
+    Where it does not tell (no /proc), they are this process's own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        boot = secrets.token_bytes(16)
     return hashlib.sha256(boot).hexdigest()[:8]
 
 

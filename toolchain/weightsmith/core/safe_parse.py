@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from weightsmith.core.errors import InputRefused
 
@@ -36,6 +36,7 @@ DEEPEST = 100
 MOST_VALUES = 6_000_000
 """A few hundred megabytes of objects; the largest tokenizers have two million values."""
 _MOST_YAML = 50_000
+_PIECE = 1 << 20
 _STRING = re.compile(r'"(?:[^"\\]+|\\.?)*+"?', re.DOTALL)
 """A string of JSON; one without an end goes to the text's end, so no character is read twice."""
 _HALF = re.compile("[\ud800-\udfff]")
@@ -147,10 +148,7 @@ def content(path: Path, largest: int) -> bytes:
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ValueError("it is not a regular file")
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise ValueError(f"it has more than {largest} bytes")
-    return data
+        return _at_most(largest, file)
 
 
 def given_content(path: Path, largest: int = SMALL) -> bytes:
@@ -159,10 +157,18 @@ def given_content(path: Path, largest: int = SMALL) -> bytes:
     Raises ValueError for more bytes than `largest`, as a device never ends, and OSError.
     """
     with path.open("rb") as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
+        return _at_most(largest, file)
+
+
+def _at_most(largest: int, file: BinaryIO) -> bytes:
+    # In pieces: one large read reserves all of its memory, however short the file is.
+    pieces, left = list[bytes](), largest + 1
+    while left and (piece := file.read(min(left, _PIECE))):
+        pieces.append(piece)
+        left -= len(piece)
+    if not left:
         raise ValueError(f"it has more than {largest} bytes")
-    return data
+    return b"".join(pieces)
 
 
 def small_file(path: Path, largest: int) -> bytes:

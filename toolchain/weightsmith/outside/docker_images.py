@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.files import path_in
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Progress
 from weightsmith.core.resources import builder_pins, compiled_engines, containerfile, images
@@ -71,8 +72,8 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
         tempfile.TemporaryDirectory(prefix="weightsmith-wheels-") as wheels,
     ):
         contexts = {}
-        if named := os.environ.get("WEIGHTSMITH_WHEELS"):
-            contexts["wheels"] = Path(named)
+        if named := path_in("WEIGHTSMITH_WHEELS"):
+            contexts["wheels"] = named
         elif pick_wheels(configured_wheels(), Pins(name=builder, flavour="cpu"), Path(wheels)):
             contexts["wheels"] = Path(wheels)
         folders = {name: toolset_folder(cache, name) for name in compiled_engines(builder)}
@@ -132,15 +133,15 @@ def _secrets() -> dict[str, Path]:
     WEIGHTSMITH_CA_BUNDLE, else SSL_CERT_FILE: whoever sets that trusts CAs that the base image does
     not. A build secret leaves nothing in the image.
     """
-    named = os.environ.get("WEIGHTSMITH_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+    named = path_in("WEIGHTSMITH_CA_BUNDLE") or path_in("SSL_CERT_FILE")
     if not named:
         return {}
-    if not Path(named).is_file():
+    if not named.is_file():
         raise UsageError(
             f"no such certificate file: {named}",
             hint="correct WEIGHTSMITH_CA_BUNDLE or SSL_CERT_FILE",
         )
-    return {"ca_bundle": Path(named)}
+    return {"ca_bundle": named}
 
 
 def _environment(host: str) -> dict[str, str]:

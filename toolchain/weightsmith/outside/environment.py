@@ -23,6 +23,7 @@ from typing import TextIO
 import httpx
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.files import path_in
 from weightsmith.core.network import paced
 from weightsmith.core.ports import Progress
 from weightsmith.core.privacy import private
@@ -267,7 +268,7 @@ class _Installer:
     def _pip(self, requirements: Path, options: Sequence[str]) -> process.Completed:
         words = requirements.read_text("utf-8").splitlines()
         total = sum(1 for word in words if re.match(r"[A-Za-z0-9]", word))
-        wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+        wheels = path_in("WEIGHTSMITH_WHEELS")
         command: list[str | Path] = [
             *(self.python, "-m", "pip", "install", "--require-hashes", "--no-deps"),
             *("--only-binary", ":all:", "--no-input", "--progress-bar", "off"),

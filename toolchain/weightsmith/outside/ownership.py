@@ -6,8 +6,10 @@ So those of dead processes are found, and a container that runs as another user 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -60,9 +62,13 @@ def private_folder(cache: Path) -> AbstractContextManager[Path]:
     return sibling_folder(private(cache, "jobs") / "job")
 
 
+@functools.cache
 def _realm() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # no /proc, and so nobody can be seen
+        boot, namespace = secrets.token_bytes(16), 0
     return hashlib.sha256(boot + str(namespace).encode()).hexdigest()[:12]
 
 

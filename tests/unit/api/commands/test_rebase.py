@@ -158,8 +158,9 @@ def test_a_base_that_deletes_the_weights_or_has_another_platform_is_refused(
 
 def test_an_engine_that_there_is_not_is_said_before_the_registry_is_asked(scene: Scene) -> None:
     scene.fake.faults.append(("POST", "/uploads/", "403"))
-    with pytest.raises(UsageError, match="no built-in base image for foo"):
+    with pytest.raises(UsageError, match="no built-in base image for foo") as caught:
         scene.rebase(scene.name, "engine:foo")
+    assert "--onto" in caught.value.hint
     assert scene.fake.faults
 
 

@@ -72,7 +72,7 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Diges
                 f" {old.platform}",
                 hint="its index is wrong: name the image by its digest",
             )
-    check_own(request.onto, [old.platform for old in olds])
+    check_own(request.onto, [old.platform for old in olds], "--onto")
     tools.registry.check_push(target)
     moved, attachments = list[Image](), list[Evidence]()
     for old in olds:
