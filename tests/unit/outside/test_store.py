@@ -142,7 +142,8 @@ def hold_many(root: Path) -> None:
 
 def test_more_results_are_held_than_files_may_be_open_at_first(tmp_path: Path) -> None:
     """A fleet of 500 adapters holds thousands, and most systems begin with 1024."""
-    process = multiprocessing.get_context("fork").Process(target=hold_many, args=(tmp_path,))
+    context = multiprocessing.get_context("spawn")  # a fork would have this process's open files
+    process = context.Process(target=hold_many, args=(tmp_path,))
     process.start()
     process.join()
 
