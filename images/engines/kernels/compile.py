@@ -30,7 +30,7 @@ GLIBC = "2.28"
 """The oldest C library that the libraries load with; the builders' wheels need no older one."""
 CPU = {"x86_64": "x86_64_v2", "aarch64": "generic"}
 """What code that is not compiled per variant may use, as llama-quantize's own."""
-KERNELS = ("quants", "sums", "products", "rounding", "comparing")
+KERNELS = ("quants", "sums", "products", "tiles", "rounding", "comparing")
 MUSL_PARTS = (
     "stdlib/qsort",
     "stdlib/qsort_nr",

@@ -5,11 +5,14 @@
 #include "quants.h"
 #include "rounding.h"
 #include "sums.h"
+#include "tiles.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define BIT(n) (1u << (n))
 
@@ -27,8 +30,19 @@ static int lanes(void) {
     int wide = has(b, BIT(16) | BIT(17) | BIT(28) | BIT(30) | BIT(31));
     return wide && has(saved, BIT(5) | BIT(6) | BIT(7)) ? 16 : 8;
 }
+
+// Whether the CPU has AMX with bfloat16, and this process may use it: Linux gives it to a process that
+// asks, until it executes another program (https://docs.kernel.org/arch/x86/xstate.html).
+static int tiles(void) {
+    enum { REQUEST = 0x1023, TILES = 18 };
+    unsigned a, b, c, d, saved, high;
+    if (lanes() < 16 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(d, BIT(22) | BIT(24))) return 0;
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    return has(saved, BIT(17) | BIT(TILES)) && !syscall(SYS_arch_prctl, REQUEST, TILES);
+}
 #else
 static int lanes(void) { return 4; }
+static int tiles(void) { return 0; }
 #endif
 
 // Asked once, since a virtual machine's host answers.
@@ -101,6 +115,24 @@ EXPORT void weightsmith_multiply_rows(
 ) {
     DISPATCH(multiply_rows, inputs, count, weights, type, rows, columns, out, stride, packed);
 }
+
+// Asks for AMX; 0 where the functions below must not be called.
+EXPORT int weightsmith_tiles(void) { return tiles(); }
+
+#if defined(__x86_64__)
+EXPORT void weightsmith_split_inputs(
+    const float *inputs, int64_t count, int64_t columns, uint16_t *split
+) {
+    split_inputs_16(inputs, count, columns, split);
+}
+
+EXPORT void weightsmith_multiply_split(
+    const uint16_t *split, int64_t count, const uint16_t *weights, int64_t rows, int64_t columns,
+    float *out, int64_t stride, void *room
+) {
+    multiply_split_16(split, count, weights, rows, columns, out, stride, room);
+}
+#endif
 
 EXPORT int weightsmith_round_tiles(
     const void *rows, int type, int64_t count, int64_t columns, int64_t high, int64_t wide,

@@ -44,9 +44,11 @@ class Lockstep:
     is read once. On another device, `products` multiplies; the views themselves stay on the CPU.
     """
 
-    def __init__(self, cpus: int = 0, products: DeviceCopier | None = None) -> None:
+    def __init__(
+        self, cpus: int = 0, products: DeviceCopier | None = None, *, tiles: bool = False
+    ) -> None:
         self._products = products
-        self._cpus = Products(cpus or len(os.sched_getaffinity(0)))
+        self._cpus = Products(cpus or len(os.sched_getaffinity(0)), tiles=tiles)
         self._changed = threading.Condition()
         self._waiting: dict[Key, list[_Request]] = {}
         self._running = 0

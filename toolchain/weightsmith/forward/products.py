@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
 
@@ -53,8 +54,9 @@ class Products:
     many times slower. A pool of concurrent.futures takes longer to start than a small product.
     """
 
-    def __init__(self, cpus: int) -> None:
-        self._cpus = cpus
+    def __init__(self, cpus: int, *, tiles: bool = False) -> None:
+        """Use AMX where there is one, if `tiles`: the bits of products then depend on the CPU."""
+        self._cpus, self._tiles = cpus, tiles
         self._helpers: list[_Helper] = []
 
     def multiply(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
@@ -72,12 +74,14 @@ class Products:
         starts = range(0, matrix.shape[0], _height(matrix, self._cpus))
         shares = min(self._cpus, len(starts), 1 + rows.numel() * matrix.shape[0] // _SHARE)
         left = iter(starts)
+        by_tiles = self._tiles and matrix.dtype == torch.bfloat16 and native.has_tiles()
+        multiply = _by_tiles(rows) if by_tiles else partial(_multiply, rows)
 
         def work(_: int) -> None:
             with torch.inference_mode():
                 for start in left:
                     tile = matrix[start : start + starts.step]
-                    _multiply(rows, tile, output[:, start : start + starts.step])
+                    multiply(tile, output[:, start : start + starts.step])
 
         self._helpers += [_Helper() for _ in range(len(self._helpers), shares - 1)]
         others = self._helpers[: shares - 1]
@@ -151,6 +155,11 @@ def by_library() -> Multiply:
 
 def _multiply(rows: torch.Tensor, tile: torch.Tensor, out: torch.Tensor) -> object:
     return (native.multiply if native.is_fast() else _LIBRARY)(rows, tile, out)
+
+
+def _by_tiles(rows: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], object]:
+    """Return what multiplies rows with a tile in bfloat16; they are split once for all tiles."""
+    return partial(native.multiply_split, native.split(rows), len(rows))
 
 
 _LIBRARY = by_library()

@@ -75,7 +75,7 @@ def walk(
     EnvironmentFailure if one does not fit into memory, DoesNotRun if it cannot run there either or
     fails for another reason than missing weights.
     """
-    lockstep, unfit = Lockstep(products=on_gpu()), dict[str, ModelFails]()
+    lockstep, unfit = Lockstep(products=on_gpu(), tiles=True), dict[str, ModelFails]()
     views, numbers = dict[str, Any](), dict[Hashable, int]()
 
     def note(name: str, error: ModelFails) -> None:

@@ -56,6 +56,14 @@ def kernels() -> ctypes.CDLL:
         *(_COUNT, _DATA, _COUNT, _DATA),
     ]
     library.weightsmith_multiply_rows.restype = None
+    if library.weightsmith_tiles():
+        library.weightsmith_split_inputs.argtypes = [_DATA, _COUNT, _COUNT, _DATA]
+        library.weightsmith_split_inputs.restype = None
+        library.weightsmith_multiply_split.argtypes = [
+            *(_DATA, _COUNT, _DATA, _COUNT, _COUNT),
+            *(_DATA, _COUNT, _DATA),
+        ]
+        library.weightsmith_multiply_split.restype = None
     library.weightsmith_round_tiles.argtypes = [
         *(_DATA, _NUMBER, _COUNT, _COUNT, _COUNT, _COUNT),
         *(_NUMBER, _NUMBER, ctypes.c_float, _DATA, _DATA, _DATA),

@@ -479,6 +479,7 @@ class LazyMatrix:
     compared: dict[int, Squares]
     """First row of a tile -> its squares; each tile is compared when it is first read."""
     compare: Callable[[int, torch.Tensor], Squares]
+    dtype: torch.dtype = torch.float32
     _kept: dict[int, torch.Tensor] = field(default_factory=dict)
     _room: int = KEPT
     _lock: threading.Lock = field(default_factory=threading.Lock)
