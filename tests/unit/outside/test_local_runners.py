@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.jobs import ExportEngineJob
 from weightsmith.core.ports import Silent
 from weightsmith.outside import local
@@ -78,6 +78,16 @@ def test_without_any_confinement_the_local_runner_refuses(nothing_holds, tmp_pat
     assert not Confinement().network
     assert "the network" in Confinement().left()
     assert Confinement().blocked() == ""
+
+
+def test_a_builder_cannot_be_in_a_folder_with_a_colon(tmp_path):
+    """PATH and PYTHONPATH would be two folders, and `venv` refuses it too."""
+    runner, progress = local.LocalRunner(tmp_path / "a:b", allow_network=True), RecordingProgress()
+
+    for refused in (lambda: runner.check("merge"), lambda: runner.prepare("merge", progress)):
+        with pytest.raises(UsageError, match="has a colon") as caught:
+            refused()
+        assert "WEIGHTSMITH_HOME" in caught.value.hint
 
 
 def test_whoever_allows_the_network_is_warned_once(nothing_holds, tmp_path):

@@ -7,10 +7,11 @@ the first image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.jobs import Job, write_job
 from weightsmith.core.ports import Progress, Runner
 from weightsmith.core.resources import compiled_engines, package
@@ -81,7 +82,10 @@ class LocalRunner:
         toolset.try_toolsets(self._cache, builder, progress)
 
     def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure if jobs would have network access, or a compiler is missing."""
+        """Raise EnvironmentFailure if jobs would have network access, or a compiler is missing.
+
+        UsageError for a folder that a builder cannot be in.
+        """
         self._require_confinement()
         pins = _pins(builder)
         if not is_complete(environment_folder(self._cache, pins)):
@@ -158,6 +162,11 @@ class LocalRunner:
             return {**result, "network_in_jobs": True} if sandbox.sockets else result
 
     def _require_confinement(self) -> None:
+        if os.pathsep in str(self._cache):  # it separates the folders of PATH and PYTHONPATH
+            raise UsageError(
+                f"a builder cannot be made in {self._cache}: its path has a colon",
+                hint="set WEIGHTSMITH_HOME to a folder without one in its path",
+            )
         if not self._allow_network and not confinement().network:
             raise EnvironmentFailure(
                 "the local runner cannot isolate jobs from the network on this machine",
