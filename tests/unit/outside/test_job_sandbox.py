@@ -9,11 +9,18 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from weightsmith.outside import landlock, process, seccomp
-from weightsmith.outside.confinement import Confinement, confinement, interpreter, job_sandbox
+from weightsmith.outside import landlock, process, sandbox_probe, seccomp
+from weightsmith.outside.confinement import (
+    Confinement,
+    confinement,
+    interpreter,
+    job_sandbox,
+    targets,
+)
 from weightsmith.outside.job_sandbox import ALL, LEVELS
 
 BASE_PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
@@ -317,3 +324,16 @@ def test_a_model_of_links_is_readable_with_what_they_lead_to(tmp_path):
     assert str(blobs / "ab") in sandbox.read
     assert str(blobs) not in sandbox.read
     assert str(blobs / "cd") not in sandbox.read
+
+
+def test_a_long_path_of_temporary_files_finds_the_same_sandbox(tmp_path, monkeypatch):
+    """A socket's address has 107 bytes, its path may have 4,095."""
+    deep = tmp_path.joinpath(*["a folder of a job of a pipeline"] * 6)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    assert confinement.__wrapped__() == confinement()
+    with targets() as outside:
+        script = [BASE_PYTHON, "-I", "-S", sandbox_probe.__file__, json.dumps(outside)]
+        answers = json.loads(process.run(script).tail[-1])
+    assert answers["sockets"], "without a sandbox they are reached"

@@ -40,6 +40,8 @@ _GPUS = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "dxg", "dri")
 """GPU devices: of servers, Jetson boards, WSL, and render nodes."""
 _PROBE = Path(__file__).with_name("sandbox_probe.py")
 _PROBE_SECONDS = 120
+_LONGEST_ADDRESS = 107
+"""Bytes of a socket's path, see unix(7)."""
 _WORDS = {
     "network": "the network",
     "sockets": "the sockets of other programs",
@@ -149,7 +151,12 @@ def targets() -> Iterator[dict[str, object]]:
         file, path, abstract = folder / "file", folder / "socket", secrets.token_hex(8)
         file.write_text("the user's")
         internet = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        for name in (str(path), f"\0{abstract}"):
+        address = str(path)
+        if len(os.fsencode(address)) > _LONGEST_ADDRESS:
+            opened = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, opened)
+            address = f"/proc/self/fd/{opened}/{path.name}"
+        for name in (address, f"\0{abstract}"):
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(name)
             listener.listen()

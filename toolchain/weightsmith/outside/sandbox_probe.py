@@ -47,6 +47,12 @@ def connect(family: int, kind: int, address: str | tuple[str, int]) -> None:
         made.connect(address)
 
 
+def connect_to_file(path: Path) -> None:
+    """Connect to a socket in a folder, from there: its whole path may be longer than an address."""
+    os.chdir(path.parent)
+    connect(socket.AF_UNIX, socket.SOCK_STREAM, path.name)
+
+
 def watch(folder: Path) -> None:
     """Ask to be told the names of files in a folder that are used; raises OSError."""
     succeed(_libc.inotify_add_watch(_libc.inotify_init(), os.fsencode(folder), _WHEN_OPENED))
@@ -69,7 +75,6 @@ def attempts(targets: dict[str, Any]) -> dict[str, bool]:
     """Return which attempts succeeded, by target."""
     port, file, process = targets["port"], Path(targets["file"]), targets["process"]
     other = Path("/proc", str(process))
-    unix = (targets["socket"], "\0" + targets["abstract"])
     tried = {
         "network": any_succeeds(
             lambda: connect(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", port)),
@@ -78,7 +83,8 @@ def attempts(targets: dict[str, Any]) -> dict[str, bool]:
             lambda: socket.socket(socket.AF_VSOCK).close(),
         ),
         "sockets": any_succeeds(
-            *(lambda name=name: connect(socket.AF_UNIX, socket.SOCK_STREAM, name) for name in unix)
+            lambda: connect(socket.AF_UNIX, socket.SOCK_STREAM, "\0" + targets["abstract"]),
+            lambda: connect_to_file(Path(targets["socket"])),
         ),
         "modes": any_succeeds(lambda: file.chmod(0o640)),
         "files": any_succeeds(
