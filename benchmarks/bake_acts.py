@@ -82,7 +82,7 @@ def load(folder: str, reference: str) -> None:
     from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.recipe.user_config import RunOptions
-    from weightsmith.steps.delivery import ImageOutputs, deliver
+    from weightsmith.steps.outputs import ImageOutputs, deliver
 
     image = assemble(layers(folder), config=ImageConfig())
     with open_tools(RunOptions(runner="docker"), Silent()) as tools:

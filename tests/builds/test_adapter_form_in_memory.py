@@ -24,7 +24,7 @@ from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.recipe.file import read_recipe
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 
 from tests.fakes.memory import Memory, in_memory, new_signer, questions
 

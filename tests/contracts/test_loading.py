@@ -22,7 +22,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.ownership import is_dead, owner_token
 from weightsmith.provenance.evidence import Evidence
-from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate, is_held
+from weightsmith.steps.outputs import ImageOutputs, candidate, deliver, discard_candidate, is_held
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.images import entry, foreign_image, tar_of

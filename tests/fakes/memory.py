@@ -36,7 +36,7 @@ from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps import launch
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.tools import NO_LIMIT, JobMemory, Tools
 from weightsmith.worker.jobs import STAGES as JOBS
 

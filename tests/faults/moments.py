@@ -113,17 +113,17 @@ def publish(source: str, layout: str, swap: bool) -> None:
     """Give a layout its image, as `build` does after the image has passed."""
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.steps import delivery
-    from weightsmith.steps.delivery import ImageOutputs, deliver
+    from weightsmith.steps import outputs
+    from weightsmith.steps.outputs import ImageOutputs, deliver
 
     from tests.fakes.memory import memory_tools
 
     if not swap:
-        delivery.exchange = lambda *_: False  # type: ignore[assignment]
+        outputs.exchange = lambda *_: False  # type: ignore[assignment]
     image = read_layout(Path(source))
     _spare_no_more()
-    outputs, tools = ImageOutputs(layout=Path(layout)), memory_tools(Path(layout).parent)
-    deliver(image, "x:1", outputs, [Evidence()], tools)
+    tools = memory_tools(Path(layout).parent)
+    deliver(image, "x:1", ImageOutputs(layout=Path(layout)), [Evidence()], tools)
 
 
 def pull(source: str, layout: str, root: str) -> None:
@@ -149,7 +149,7 @@ def load(source: str, name: str) -> None:
     from weightsmith.oci.layout import read_layout
     from weightsmith.outside.docker import DockerEngine
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.steps.delivery import ImageOutputs, deliver
+    from weightsmith.steps.outputs import ImageOutputs, deliver
 
     from tests.fakes.memory import memory_tools
 

@@ -14,7 +14,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.ownership import is_dead
-from weightsmith.steps.delivery import check_layout as before_work
+from weightsmith.steps.outputs import check_layout as before_work
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry

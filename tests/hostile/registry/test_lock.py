@@ -17,7 +17,7 @@ from weightsmith.outside.hub import HubReader
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.bases import bases_of
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.step import Results
 from weightsmith.steps.tools import Tools
 

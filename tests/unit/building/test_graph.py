@@ -18,7 +18,7 @@ from weightsmith.building.prefetch import Shares
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.recipe.file import RecipeFile, check_recipe
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.step import (
     CACHED,
     WEIGHTS,

@@ -17,7 +17,7 @@ from weightsmith.core.values import key_of
 from weightsmith.core.waiting import stopped_by
 from weightsmith.outside.environment import locked
 from weightsmith.outside.store import FileStore
-from weightsmith.steps import delivery
+from weightsmith.steps import outputs
 
 from tests.fakes.journal import RecordingProgress
 
@@ -69,7 +69,7 @@ def test_a_layout_that_another_build_writes_is_waited_for_aloud(tmp_path: Path) 
             os.close(holder)
 
     progress = Telling()
-    with delivery._locked_folder(folder, SimpleNamespace(progress=progress)) as mine:
+    with outputs._locked_folder(folder, SimpleNamespace(progress=progress)) as mine:
         assert mine == folder
     assert progress.lines == [
         ("note", f"the layout {folder} is in use by another process: waiting for it")

@@ -23,8 +23,8 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Checkpoint, Snapshot, Sources, Tree
 from weightsmith.recipe.file import read_recipe
 from weightsmith.stages.validate import validate
-from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.destinations import InStore
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.tools import Tools
 from weightsmith.worker.jobs import STAGES
 

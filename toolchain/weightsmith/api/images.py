@@ -54,7 +54,7 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import ImageNames
 from weightsmith.recipe.user_config import RunOptions, WantedIdentity
 from weightsmith.serving.targets import Target
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 
 
 def bake(

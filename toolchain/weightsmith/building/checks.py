@@ -43,8 +43,8 @@ from weightsmith.steps.bases import (
     check_own,
     data_base,
 )
-from weightsmith.steps.delivery import check_layout
 from weightsmith.steps.healthcheck import has_program, healthcheck_layers
+from weightsmith.steps.outputs import check_layout
 from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
 from weightsmith.steps.thin import THIN

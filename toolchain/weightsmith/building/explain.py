@@ -27,7 +27,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import largest_file, layer_limit
 from weightsmith.stages.merge import find
 from weightsmith.stages.resolve import NotHere
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.sharing import foreseen_sharing
 from weightsmith.steps.step import AnyStep, Foresight, PlanRow, State
 from weightsmith.steps.tools import Tools

@@ -72,8 +72,8 @@ from weightsmith.provenance.labels import without_secrets
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures
-from weightsmith.steps.delivery import discard_candidate, network_in_jobs
 from weightsmith.steps.destinations import write_files
+from weightsmith.steps.outputs import discard_candidate, network_in_jobs
 from weightsmith.steps.sharing import sharing
 from weightsmith.steps.stage_result import unrecorded
 from weightsmith.steps.step import AnyStep, Trial

@@ -17,8 +17,8 @@ from weightsmith.recipe.schema import ADAPTER, LOADABLE
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import has_gguf
 from weightsmith.stages.upload import HubDestination, repository_of
-from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.lock import pinned, read_lock
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.served_adapters import adapter_forms
 from weightsmith.steps.step import TargetBuild
 from weightsmith.steps.thin import THIN, check_thin

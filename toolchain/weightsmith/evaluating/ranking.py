@@ -26,7 +26,7 @@ Gains = Mapping[int, float]
 """The relevant documents, by their places -> their grades, above 0."""
 
 
-def weighed(scores: np.ndarray, gains: Gains, weights: Sequence[float]) -> float:
+def weighted_sum(scores: np.ndarray, gains: Gains, weights: Sequence[float]) -> float:
     """Return the sum of gains, each times the weight of its place in descending order of scores.
 
     Of equal scores no order is known: each gets the mean weight of their places, which is the mean
@@ -47,12 +47,12 @@ def ndcg(scores: np.ndarray, gains: Gains) -> float:
     discount 1 / log2(place + 1) and the grade itself as gain, as in trec_eval.
     """
     ideal = zip(sorted(gains.values(), reverse=True), _DISCOUNTS, strict=False)
-    return weighed(scores, gains, _DISCOUNTS) / sum(gain * weight for gain, weight in ideal)
+    return weighted_sum(scores, gains, _DISCOUNTS) / sum(gain * weight for gain, weight in ideal)
 
 
 def recall(scores: np.ndarray, gains: Gains, top: int) -> float:
     """Return the share of the relevant ones that are among the first `top`."""
-    return weighed(scores, dict.fromkeys(gains, 1 / len(gains)), [1.0] * top)
+    return weighted_sum(scores, dict.fromkeys(gains, 1 / len(gains)), [1.0] * top)
 
 
 def reciprocal_rank(scores: np.ndarray, gains: Gains) -> float:

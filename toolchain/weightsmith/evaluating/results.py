@@ -426,5 +426,4 @@ def _difference(
 
 
 def _numbers(given: Json) -> list[float]:
-    """Return the numbers in a text; answers that were stored earlier have them in a list."""
-    return [float(one) for one in (given.split() if isinstance(given, str) else given or ())]
+    return [float(one) for one in str(given or "").split()]

@@ -28,7 +28,7 @@ from weightsmith.recipe.schema import Suite
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
-from weightsmith.steps.delivery import ImageOutputs
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.step import AnyStep, Foresight, PlanRow
 from weightsmith.steps.tools import Tools
 

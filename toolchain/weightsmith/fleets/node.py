@@ -51,9 +51,9 @@ from weightsmith.recipe.file import RecipeFile, check_recipe, check_section
 from weightsmith.recipe.schema import Suite
 from weightsmith.stages.reference import answers
 from weightsmith.stages.resolve import known
-from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import pinned, read_lock
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.tools import Tools
 
 _BASE_ANSWERS = "base answers"

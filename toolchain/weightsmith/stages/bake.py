@@ -98,9 +98,9 @@ from weightsmith.steps.bases import (
     platforms_of,
     public_base,
 )
-from weightsmith.steps.delivery import network_in_jobs
 from weightsmith.steps.destinations import InStore, layers_in
 from weightsmith.steps.healthcheck import has_program, healthcheck_layers
+from weightsmith.steps.outputs import network_in_jobs
 from weightsmith.steps.replays import recorded_replay
 from weightsmith.steps.sharing import own_files
 from weightsmith.steps.sizes import ForeseenTree

@@ -37,8 +37,8 @@ from weightsmith.provenance.attest import ImageMaterials, index_of_materials
 from weightsmith.recipe.schema import Bench
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.steps.delivery import candidate
 from weightsmith.steps.launch import start, start_seconds, started_by
+from weightsmith.steps.outputs import candidate
 from weightsmith.steps.served_adapters import chat_template, how_asked
 from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Foreseen, Foresight, Results, State, Step, TargetStep, Trial

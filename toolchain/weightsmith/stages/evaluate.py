@@ -52,7 +52,6 @@ from weightsmith.serving.memory import human
 from weightsmith.serving.parsers import fitting, fitting_thoughts
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.pooling import width_of
-from weightsmith.steps.delivery import candidate
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.launch import (
     start,
@@ -61,6 +60,7 @@ from weightsmith.steps.launch import (
     what_is_missing,
     why_not_started,
 )
+from weightsmith.steps.outputs import candidate
 from weightsmith.steps.replays import ReplayRequest, replay_requests
 from weightsmith.steps.served_adapters import chat_template, how_asked, served_checkpoint
 from weightsmith.steps.stage_result import StageResult, Timer

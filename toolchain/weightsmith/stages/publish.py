@@ -20,14 +20,14 @@ from weightsmith.provenance.bills import base_documents
 from weightsmith.provenance.labels import reference
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
-from weightsmith.steps.delivery import (
+from weightsmith.steps.destinations import write_files
+from weightsmith.steps.outputs import (
     ImageOutputs,
     deliver,
     describe,
     discard_candidate,
     is_held,
 )
-from weightsmith.steps.destinations import write_files
 from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     NOT_YET,

@@ -21,8 +21,8 @@ from weightsmith.forward.memory import LayerTime
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
-from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.joined import JoinedJob
+from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.replays import ReplayRequest
 from weightsmith.steps.sizes import ForeseenTree
 from weightsmith.steps.stage_result import StageResult

@@ -46,8 +46,8 @@ from weightsmith.stages.bake import bake, layer_limit
 from weightsmith.stages.publish import publish
 from weightsmith.stages.render import render_unplanned, repository_name
 from weightsmith.steps.bases import base_images, base_reference, data_base, public_base
-from weightsmith.steps.delivery import ImageOutputs, check_layout
 from weightsmith.steps.healthcheck import healthcheck_layers
+from weightsmith.steps.outputs import ImageOutputs, check_layout
 from weightsmith.steps.tools import Tools
 
 _MEMORY = 4 << 30

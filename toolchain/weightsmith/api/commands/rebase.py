@@ -40,8 +40,8 @@ from weightsmith.provenance.proofs import replay_in
 from weightsmith.provenance.statements import Resource
 from weightsmith.provenance.withdrawal import withdrawn_in, withdraws
 from weightsmith.steps.bases import base_image, check_own, public_base
-from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate
 from weightsmith.steps.launch import why_not_started
+from weightsmith.steps.outputs import ImageOutputs, candidate, deliver, discard_candidate
 from weightsmith.steps.stage_result import Timer
 from weightsmith.steps.tools import Tools
 

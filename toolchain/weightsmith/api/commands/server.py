@@ -22,8 +22,8 @@ from weightsmith.oci.layout import is_layout, locate, read_layout
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import reference_of
 from weightsmith.provenance.labels import plan_of
-from weightsmith.steps.delivery import candidate, discard_candidate
 from weightsmith.steps.launch import idle_cpus, start
+from weightsmith.steps.outputs import candidate, discard_candidate
 from weightsmith.steps.tools import Tools
 
 _START_SECONDS = 900.0
