@@ -90,6 +90,18 @@ def test_an_adapter_of_another_width_is_refused(memory: Memory) -> None:
         memory.forecast(targets=["llamacpp-q4_k_m"])
 
 
+def test_a_gemma_that_llama_cpp_scales_otherwise_is_planned_with_a_warning(memory: Memory) -> None:
+    config = memory.home / "base/config.json"
+    told = json.loads(config.read_text()) | {"architectures": ["Gemma3ForCausalLM"]}
+    config.write_text(json.dumps(told))
+    memory.forecast(targets=["llamacpp-q4_k_m", "vllm"])
+
+    (said,) = [text for text in memory.progress.warnings if "attention" in text]
+    assert said.startswith("llamacpp-q4_k_m: llama.cpp divides")
+    assert said.endswith("so its answers will differ; choose target vllm")
+    assert memory.jobs() == []
+
+
 def test_weights_as_pickles_are_refused_as_in_a_build(memory: Memory) -> None:
     without_weights(memory)
     (memory.home / "base/pytorch_model.bin").write_bytes(b"")

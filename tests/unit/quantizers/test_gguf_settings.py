@@ -1,10 +1,12 @@
 """Models whose settings llama.cpp does not know are refused before any work."""
 
+import re
+
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.gguf_settings import as_published
+from weightsmith.quantizers.gguf_settings import as_published, other_scale
 
 from tests.fakes.configs import config
 
@@ -67,3 +69,26 @@ def test_layers_that_are_not_there_are_not_counted():
 def test_a_nemotron_h_with_both_kinds_of_networks_is_refused():
     with pytest.raises(InputRefused, match="`moe` and `mlp`"):
         as_published({"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "mlp"]})
+
+
+GEMMA3 = {"head_dim": 256, "query_pre_attn_scalar": 256}
+SCALED = [
+    # As published: llama.cpp knows the 27B models by their layers.
+    (config("Gemma2ForCausalLM", 26, 2304, 8, 4, **GEMMA3), ""),
+    (config("Gemma2ForCausalLM", 46, 4608, 32, 16, head_dim=128, query_pre_attn_scalar=144), ""),
+    (config("Gemma3ForCausalLM", 26, 1152, 4, 1, **GEMMA3), ""),
+    (config("Gemma3ForCausalLM", 62, 5376, 32, 16, head_dim=128, query_pre_attn_scalar=168), ""),
+    (config("Qwen3ForCausalLM", *SMALL, query_pre_attn_scalar=7), ""),
+    # Not as published: another width of heads, number of layers, or scalar.
+    (config("Gemma3ForCausalLM", 2, 64, 4, 1, head_dim=16), "16, not of 256"),
+    (config("Gemma3TextModel", 62, 5376, 32, 16, head_dim=128), "128, not of 256"),
+    (config("Gemma3ForCausalLM", 61, 5376, 32, 16, head_dim=128, query_pre_attn_scalar=168), "128"),
+    (config("Gemma2ForCausalLM", 46, 4608, 32, 16, **GEMMA3), "144, not of 256"),
+    (config("Gemma2ForCausalLM", *SMALL, head_dim=256, query_pre_attn_scalar=15.5), "256, .* 15.5"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), SCALED)
+def test_a_gemma_that_llama_cpp_scales_in_another_way(settings, said):
+    found = other_scale(ModelFacts.of(settings))
+    assert re.search(f"square root of {said}", found) if said else not found

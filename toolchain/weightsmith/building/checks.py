@@ -27,6 +27,7 @@ from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import legacy_of, of_format
 from weightsmith.quantizers.architectures import has_projector
 from weightsmith.quantizers.calibration import texts_of
+from weightsmith.quantizers.gguf_settings import other_scale
 from weightsmith.quantizers.quality.limits import ANY_FORMAT
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.schema import ADAPTER, Recipe
@@ -77,6 +78,7 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     """
     file, sources, tools = request.file, seen[steps.sources], seen.tools
     check_suites(request, steps, seen)
+    warn_of_answers(request, steps, seen)
     if not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
     say_samples(steps.tasks, tools.progress)
@@ -122,6 +124,14 @@ def check_suites(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> N
         check_program(one.task)
     check_lengths(steps, seen)
     check_pictures(request, steps, seen)
+
+
+def warn_of_answers(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Warn of a target whose engine computes the model in another way."""
+    if why := other_scale(seen[steps.checkpoint].model):
+        for target in request.targets:
+            if "gguf" in target.engine.accepts:
+                seen.tools.progress.warn(f"{target.name}: {why}; choose target vllm")
 
 
 def check_lengths(steps: BuildSteps, seen: Foresight) -> None:

@@ -9,7 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypedDict
 
-from weightsmith.building.checks import check_assembly, check_places, check_suites
+from weightsmith.building.checks import (
+    check_assembly,
+    check_places,
+    check_suites,
+    warn_of_answers,
+)
 from weightsmith.building.choosing import foreseen_choice
 from weightsmith.building.graph import foresee, peak_memory, temporary_bytes
 from weightsmith.building.pipeline import BuildSteps, steps_of
@@ -80,6 +85,7 @@ def plan_of(request: BuildRequest, tools: Tools) -> BuildPlan:
     except NotHere as why:
         return BuildPlan(request=request, steps=steps, seen=None, missing=str(why))
     check_suites(request, steps, seen)
+    warn_of_answers(request, steps, seen)
     check_assembly(request, steps, seen)
     return BuildPlan(request=request, steps=steps, seen=seen)
 

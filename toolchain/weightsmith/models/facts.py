@@ -235,6 +235,8 @@ class ModelFacts:
     """`tie_word_embeddings`; None if it is not set."""
     packing: Packing | None
     positions: PositionSettings
+    query_scalar: float
+    """`query_pre_attn_scalar`; 0 if it is not set."""
     stateful_keys: tuple[str, ...]
     """Keys of layers that cache something other than keys and values of every token."""
     switches: Mapping[str, bool]
@@ -301,6 +303,7 @@ class ModelFacts:
             tied_embeddings=None if tied is None else bool(tied),
             packing=Packing.of(config.get("quantization_config")),
             positions=PositionSettings.of(text),
+            query_scalar=_number(text.get("query_pre_attn_scalar")),
             stateful_keys=tuple(sorted(k for k in text if _STATEFUL.search(k) and text[k])),
             switches={name: value for name, value in text.items() if isinstance(value, bool)},
             chat_template=chat_template,

@@ -21,6 +21,15 @@ _FOURFOLD = frozenset(
 )
 _UNGROUPED = frozenset({"OlmoeForCausalLM", "PhiForCausalLM"})
 _VLLM = "choose target vllm"
+_GEMMAS = {
+    "Gemma2ForCausalLM": 46,
+    "Gemma3ForCausalLM": 62,
+    "Gemma3ForConditionalGeneration": 62,
+    "Gemma3TextModel": 0,
+}
+"""Classes with `query_pre_attn_scalar` -> layers of the 27B model."""
+_QUERY_SCALAR = 256
+"""What transformers takes where config.json has none."""
 _SCORING = ("score_function", "scoring_func", "score_func")
 
 
@@ -73,6 +82,26 @@ def check_settings(model: ModelFacts) -> None:
     heads = {"GPTBigCodeForCausalLM": 1}.get(name, shape.heads if name in _UNGROUPED else 0)
     if heads and shape.kv_heads != heads:
         _refuse(f"has {heads} heads of K and V, and this model has {shape.kv_heads}")
+
+
+def other_scale(model: ModelFacts) -> str:
+    """Return how llama.cpp scales a Gemma's attention in another way; "" where it does not.
+
+    It reads no `query_pre_attn_scalar`: it takes the width of a head, or in the 27B models, which
+    it knows by their number of layers, the hidden size per head (load_arch_hparams in its
+    src/models/gemma2.cpp, gemma3.cpp and gemma-embedding.cpp).
+    """
+    name = converted_as(model)
+    if name not in _GEMMAS or isinstance(model.read_shape, InputRefused):
+        return ""
+    shape, own = model.shape, model.query_scalar or _QUERY_SCALAR
+    theirs = shape.hidden // shape.heads if shape.layers == _GEMMAS[name] else shape.head_dim
+    if own == theirs:
+        return ""
+    return (
+        f"llama.cpp divides this model's attention scores by the square root of {theirs}, not of"
+        f" {own:g} (query_pre_attn_scalar in config.json), so its answers will differ"
+    )
 
 
 def _refuse(why: str) -> NoReturn:
