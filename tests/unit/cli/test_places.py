@@ -32,6 +32,7 @@ def own_places(tmp_path, monkeypatch):
         (("inspect", ""), 2, "is empty"),
         (("inspect", " "), 2, "is empty"),
         (("verify", ""), 2, "is empty"),
+        (("affected", "--in", ""), 2, "--in is empty"),
         (("push", "a", "--to", " "), 2, "is empty"),
         (("report", "--compare", "\t"), 2, "is empty"),
         (("merge", "--base", "a", "--adapter", "", "--out", "b"), 2, "is empty"),

@@ -119,7 +119,7 @@ def _require_words(positional: tuple[str, ...], arguments: Mapping[str, JsonValu
         words = value if isinstance(value, list) else [value]
         must = isinstance(value, list) or name in positional
         if any(isinstance(word, str) and not word.strip() and (word or must) for word in words):
-            flag = name.upper() if name in positional else f"--{name.replace('_', '-')}"
+            flag = name.upper() if name in positional else f"--{name.rstrip('_').replace('_', '-')}"
             raise UsageError(
                 f"{flag} is empty", hint="give a value; a variable of the shell may not be set"
             )

@@ -765,13 +765,20 @@ def test_an_index_in_a_layout_is_listed_with_its_images(shop: Shop, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "document", ["[]", "7", '{"cells": 7}', '{"cells": [7], "shared": []}', "{"]
+    "document", ["[]", "null", "7", '{"cells": 7}', '{"cells": [7], "shared": []}', "{"]
 )
 def test_a_damaged_list_of_a_fleet_is_refused(shop: Shop, tmp_path: Path, document: str) -> None:
     (tmp_path / "fleet.json").write_text(document)
     question = question_of(AffectedCommand(in_=("x",), adapter=PIN), lambda _: Digest.of(b""))
-    with pytest.raises(InputRefused):
+    with pytest.raises(InputRefused, match=r"fleet\.json is damaged") as error:
         find_affected(question, [str(tmp_path)], {}, shop.client, Silent())
+    assert error.value.hint == "run the fleet again"
+
+
+@pytest.mark.parametrize("place", ["", " ", "oci:"])
+def test_an_empty_place_is_none(shop: Shop, place: str) -> None:
+    with pytest.raises(UsageError, match="--in names no place"):
+        find_affected(wanted("adapter", "x"), [place], {}, shop.client, Silent())
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,9 @@ def test_one_commit_may_be_named(tmp_path: Path) -> None:
     for place in ("hf://team/model@main", "hf://team@0000000", "hf://team/model@"):
         with pytest.raises(UsageError, match="what follows @"):
             ask(hub, place, base="acme/base")
+    for place in ("hf://", "hf://a/b/c", "hf://a//b", "hf://team/model/tree/main@0000000"):
+        with pytest.raises(UsageError, match="no such place"):
+            ask(hub, place, base="acme/base")
 
 
 def test_what_a_card_cannot_say(tmp_path: Path) -> None:
@@ -296,8 +299,8 @@ def test_a_damaged_record_is_named(tmp_path: Path, data: bytes) -> None:
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     found = ask(MemoryHub(fails=True), "hf://team", base="acme/base")
     assert isinstance(error_of(found), EnvironmentFailure)
-    (problem,) = ask(MemoryHub(), "hf://team/absent", base="acme/base").problems
-    assert "no such repository" in problem.why
+    absent = ask(MemoryHub(), "hf://team/absent", base="acme/base")
+    assert (exit_code(absent), absent.problems[0].why) == (5, "no such repository")
 
 
 def test_nothing_is_withdrawn_on_a_hub(tmp_path: Path) -> None:

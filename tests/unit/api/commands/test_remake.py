@@ -84,6 +84,8 @@ def test_a_fleet_file_builds_them_again(built: Rebuilding, tmp_path: Path) -> No
     def alone(recipe: dict[str, object]) -> None:
         recipe["adapters"] = [{"version": "v7", "weight": 0.5}]
         recipe["targets"] = ["llamacpp-q8_0"]
+        recipe["calibration"] = {"n": 7, "data": "texts.jsonl"}
+        recipe["replay"] = {"keep": "digests", "limit": 3}
 
     pin = f"hf://acme/base@{'c' * 40}"
     built.publish(pin, "hf://acme/base", alone)
@@ -91,16 +93,23 @@ def test_a_fleet_file_builds_them_again(built: Rebuilding, tmp_path: Path) -> No
     rows = find_affected(
         wanted("adapter", "v7"), [f"{built.fake.host}/team"], keys, built.client, Silent()
     )
-    out = tmp_path / "again" / "fleet.yaml"
+    out, told = tmp_path / "again" / "fleet.yaml", RecordingProgress()
 
     after = write_fleets(
-        rows, out, "x.io/engine:2", signing.read_public_key(built.public), built.client, Silent()
+        rows, out, "x.io/engine:2", signing.read_public_key(built.public), built.client, told
     )
 
     assert [(one.reference, one.error) for one in after.remade] == [(str(out), "")]
     fleet = read_fleet(out)
-    (build,) = builds_of(fleet, out, lock_of(fleet, out))
+    lock = lock_of(fleet, out)
+    (build,) = builds_of(fleet, out, lock)
     recipe = build.file.recipe
+    assert [*lock.sources] == [recipe.base.source]
+    assert (recipe.replay.keep, recipe.replay.limit) == ("digests", 3)
+    assert recipe.calibration
+    assert (recipe.calibration.n, recipe.calibration.seed) == (7, 0)
+    assert recipe.calibration.data == str(out.parent / "calibration.jsonl")
+    assert told.warnings[-1].endswith(f"not attached: write {recipe.calibration.data}")
     assert (recipe.base.source, recipe.base.revision) == ("hf://acme/base", "c" * 40)
     (adapter,) = recipe.adapters
     assert (adapter.version, adapter.weight) == ("v7", 0.5)

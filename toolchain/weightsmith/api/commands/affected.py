@@ -28,7 +28,7 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.escape import joined
 from weightsmith.core.ports import AnySigner, HubLister, Progress
-from weightsmith.core.safe_parse import RECORD, read_json
+from weightsmith.core.safe_parse import RECORD, parse, read_bytes
 from weightsmith.core.values import Blob, Digest
 from weightsmith.evaluating.results import NOT_PROVEN
 from weightsmith.fleets.page import FILE as FLEET
@@ -57,7 +57,9 @@ _DEEPEST = 8
 """Indexes in indexes; builders nest two."""
 _MOST_MEMBERS = 1000
 """Images of an index; the largest have some dozens of platforms."""
+_PLACES = "give REGISTRY/PREFIX, oci:DIR, or the folder that `fleet --dist` wrote"
 _HUB = "hf://"
+_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{7,40}")
 _ASIDE = "unknown/unknown"
 """Platform of the attestations that other builders put beside their images."""
@@ -203,6 +205,8 @@ def _opened(
     place: str, recall: Recall, registry: Registry, found: _Found, pool: ThreadPoolExecutor
 ) -> list[_Manifest]:
     """Return the manifests of a place in a registry; judge at once what is in a folder."""
+    if not place.removeprefix("oci:").strip():
+        raise UsageError("--in names no place", hint=_PLACES)
     path = Path(place).expanduser()
     if is_layout(place):
         _look_at_layout(place, recall, found)
@@ -215,7 +219,7 @@ def _opened(
     if path.is_dir():
         raise UsageError(
             f"--in {place}: the folder is no layout and has no {FLEET}",
-            hint="give REGISTRY/PREFIX, oci:DIR, or the folder that `fleet --dist` wrote",
+            hint=_PLACES,
         )
     try:
         return _in_registry(place, registry, found, pool)
@@ -238,7 +242,7 @@ def _of_fleet(
 def _cells(file: Path) -> Iterator[str]:
     """Yield the images that a fleet published."""
     try:
-        rows = FleetRows.from_json(read_json(file, largest=RECORD))
+        rows = FleetRows.from_json(parse(read_bytes(file, RECORD), largest=RECORD, unique=True))
     except ValueError as error:
         raise InputRefused(f"{file} is damaged: {error}", hint="run the fleet again") from None
     for cell in rows.cells:
@@ -559,10 +563,15 @@ def _gone(rows: Iterable[AffectedImage]) -> tuple[str, ...]:
 def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -> None:
     """Judge every commit of a repository, or the one named, or of all repositories of an owner.
 
-    Raises UsageError for a revision that is no commit.
+    Raises UsageError for another form of name, and for a revision that is no commit.
     """
     name, at, commit = place.removeprefix(_HUB).partition("@")
     name, commit = name.strip("/"), commit.lower()
+    if not _ON_HUB.fullmatch(name):
+        raise UsageError(
+            f"--in {place}: a hub has no such place",
+            hint="give hf://OWNER for all of an owner's models, or hf://OWNER/NAME for one",
+        )
     if at and not ("/" in name and _COMMIT.fullmatch(commit)):
         raise UsageError(
             f"--in {place}: what follows @ is no commit of a repository",
@@ -580,7 +589,7 @@ def _look_at_hub(place: str, recall: HubRecall, hub: HubLister, found: _Found) -
                 found.seen[where] = 0
                 found.judged(where, f"{_HUB}{repository}@{one.commit}", recall.judge(one))
         except WeightsmithError as error:
-            found.fault(place if at else f"{_HUB}{repository}", error, gap=bool(at))
+            found.fault(place if at else f"{_HUB}{repository}", error, gap=True)
 
 
 def _look_at_layout(place: str, recall: Recall, found: _Found) -> None:

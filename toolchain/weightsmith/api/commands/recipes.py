@@ -134,7 +134,7 @@ def recipe_of_image(
         progress.warn(f"{source}: its build statement's signature was not verified; give --key")
     if why := withdrawn_in(statements, image.digest):
         progress.warn(f"{source} was withdrawn: {why}; of the same inputs, the same image is built")
-    recipe, adapters = _recipe(stated, source, progress)
+    recipe, adapters = _recipe(stated, source, progress, settings)
     _check_options(recipe, source, settings)
     drafted = next((one for one in stated if one.kind == DRAFTED), None)
     merged = next((one for one in stated if one.kind in ("merge", UNMERGED)), None)
@@ -166,12 +166,14 @@ def recipe_of_image(
 
 
 def _recipe(
-    stated: Sequence[Statement], source: str, progress: Progress
+    stated: Sequence[Statement], source: str, progress: Progress, settings: Sequence[str]
 ) -> tuple[dict[str, JsonValue], list[dict[str, JsonValue]]]:
     """Return the trusted keys of the recipe in an image's statement, and of them its adapters.
 
-    The publisher defines the model, but not what this machine runs, reads, names or pushes.
+    The publisher defines the model, but not what this machine runs, reads, names or pushes: how it
+    was calibrated counts if `settings` name the texts.
     """
+    texts = [one for one in settings if one.startswith("calibration.data=")]
     for one in stated:
         recipe = one.parameters.get("recipe")
         if one.kind == "bake" and isinstance(recipe, dict):
@@ -179,6 +181,8 @@ def _recipe(
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise _malformed(source, "its adapters are not a list of mappings")
             kept = {key: recipe[key] for key in _KEPT_KEYS if key in recipe}
+            if texts and isinstance(calibration := recipe.get("calibration"), dict):
+                kept |= with_settings({"calibration": calibration}, texts)
             if isinstance(quantize := kept.get("quantize"), dict):
                 # Any other value names a file that is not attached.
                 named = quantize.get("imatrix") not in ("auto", "walk", "off")
@@ -189,7 +193,7 @@ def _recipe(
             adapters = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             kept["adapters"] = adapters
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
-            known = {*_KEPT_KEYS, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
+            known = {*_KEPT_KEYS, *kept, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
             if left := ", ".join(sorted(map(str, given - known))):
                 progress.warn(f"{source}: ignored these keys of its recipe: {left[:200]}")
             return kept, adapters
@@ -205,7 +209,8 @@ def _check(recipe: Mapping[str, JsonValue], source: str, progress: Progress) -> 
         whole = check_recipe(recipe, source)
     except UsageError as error:
         raise _malformed(source, error.message) from None
-    opened = [] if whole.quality.gate is True else ["quality.gate: false"]
+    gate = whole.quality.gate
+    opened = [] if gate is True else [f"quality.gate: {gate or 'false'}"]
     opened += ["quality.limits"] if whole.quality.limits else []
     for suite in whole.evaluate:
         if suite.is_bar:

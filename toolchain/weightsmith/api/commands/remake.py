@@ -20,8 +20,8 @@ from weightsmith.api.results import Affected, Remade
 from weightsmith.core.errors import UsageError, WeightsmithError
 from weightsmith.core.files import write_whole
 from weightsmith.core.ports import Progress
-from weightsmith.core.safe_parse import parse_yaml
-from weightsmith.core.values import Digest, Json, JsonValue, key_of
+from weightsmith.core.safe_parse import parse_file, parse_yaml
+from weightsmith.core.values import Digest, Json, JsonValue, canonical, key_of
 from weightsmith.fleets.file import SECTIONS
 from weightsmith.oci.layout import is_layout
 from weightsmith.oci.references import Reference
@@ -30,7 +30,8 @@ from weightsmith.provenance.recall import AffectedImage
 from weightsmith.provenance.signing import Check
 from weightsmith.steps.tools import Tools
 
-_SHARED = ("version", "base")
+_SHARED = ("version", "base", "replay")
+"""Keys of a recipe that an adapter's entry in a fleet file cannot have."""
 _OF_ADAPTERS = ("version", "run_id", "weight")
 _WITH_FILES = ("data", "corpus")
 """Keys of a suite that name files beside its recipe."""
@@ -121,15 +122,21 @@ def _recipe(
     place = row.reference
     if not is_layout(place):
         place = f"{Reference.parse(place).name}@{row.digest}"
+    texts = folder / "calibration.jsonl"
+    named = (f"calibration.data={texts}",)
     try:
-        path = recipe_of_image(place, "", check, folder, registry, progress)
+        path = recipe_of_image(place, "", check, folder, registry, progress, named)
     except UsageError as error:
         if "was a folder" not in error.message:
             raise
         # Its content is pinned; where it is now, only the user knows.
-        path = recipe_of_image(place, str(folder / "base"), check, folder, registry, progress)
-        progress.warn(f"{row.reference}: {error.message}: put it into {folder / 'base'}")
-    return parse_yaml(path.read_text("utf-8")), path.parent
+        base = str(folder / "base")
+        path = recipe_of_image(place, base, check, folder, registry, progress, named)
+        progress.warn(f"{row.reference}: {error.message}: put it into {base}")
+    recipe = parse_yaml(path.read_text("utf-8"))
+    if "calibration" in recipe:
+        progress.warn(f"{row.reference}: its calibration texts are not attached: write {texts}")
+    return recipe, path.parent
 
 
 def _write_fleet(
@@ -163,6 +170,10 @@ def _write_fleet(
     same = {"name": "again", **{key: first[key] for key in _SHARED if key in first}}
     text = yaml.safe_dump(same, sort_keys=False)
     write_whole(shared, text.encode())
+    sources = parse_file(group[0][2] / "recipe.lock")["sources"]
+    base = {name: pin for name, pin in sources.items() if name == first["base"]["source"]}
+    lock = canonical({"bases": {}, "sources": base})
+    write_whole(shared.with_suffix(".lock"), lock + b"\n")
     fleet = {"recipe": shared.name, "adapters": rows}
     write_whole(path, yaml.safe_dump(fleet, sort_keys=False, allow_unicode=True).encode())
 
