@@ -86,6 +86,16 @@ def test_hostile_names_are_refused(name, tmp_path):
     assert message.isprintable()
 
 
+def test_a_folder_is_refused_whose_path_is_no_text(tmp_path):
+    """A job is told the paths of its inputs, so it would be refused after the downloads."""
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")) / "model"
+    touch(root, *MODEL)
+
+    message = refusal(scan, root).message
+    assert "not valid UTF-8" in message
+    assert message.isprintable()
+
+
 @pytest.mark.parametrize("names", [("README.md", "readme.md"), ("é", "e\u0301"), ("A/x", "a/x")])
 def test_names_that_collide_elsewhere_are_refused(names, tmp_path):
     touch(tmp_path, *names)

@@ -69,11 +69,19 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
     These are weights, tables, texts and vocabularies with known names, and GGUF files if `gguf`.
     Everything else is ignored: hidden files, code, pickles, and leftovers of training. Links are
     followed to regular files inside the folder or inside the model's hub cache folder. Raises
-    InputRefused for other links, devices, pipes, sockets, and non-portable names.
+    InputRefused for other links, devices, pipes, sockets, non-portable names, and a folder whose
+    path is not UTF-8.
     """
     if not root.is_dir():
         raise no_folder(root, "give the folder with the files")
     real = root.resolve()
+    try:
+        str(real).encode()
+    except UnicodeEncodeError:
+        raise InputRefused(
+            f"the path of {root.name} is not valid UTF-8: {str(real)!r}",
+            hint="rename the folders in it, since jobs are told paths as text",
+        ) from None
     names = sorted(_walk(real, "", _link_root(real), 0, gguf))
     seen: dict[str, str] = {}
     for name in names:
