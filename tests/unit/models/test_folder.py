@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from weightsmith.api.commands.render import open_model
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, scan
@@ -191,14 +193,42 @@ def test_incomplete_folders_are_refused(function, names, said, tmp_path):
     assert said in refusal(function, tmp_path).message
 
 
-def test_an_adapter_of_mlx_lm_is_named_as_such(tmp_path):
-    touch(tmp_path, "adapters.safetensors", "0000100_adapters.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+_KOHYA = {"lora_te_text_model_q_proj.lora_down.weight": np.ones((2, 4), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "what", "hint"),
+    [
+        (["0000100_adapters.safetensors"], {"fine_tune_type": "lora"}, "mlx-lm", "mlx_lm.fuse"),
+        (["lit_model.pth.lora", "model_config.yaml"], None, "LitGPT", "litgpt merge_lora"),
+        (["support.nemo"], None, "NeMo 1", "convert_nemo_to_canonical.py"),
+        (["weights/adapter_metadata.json"], None, "NeMo 2", "export_lora"),
+        (["lora.safetensors", "params.json"], None, "mistral-finetune", "utils.merge_lora"),
+        (["pytorch_lora_weights.safetensors"], None, "diffusers", "fuse_lora"),
+        (["my_style.safetensors"], None, "Kohya's format", "fuse_lora"),
+        (
+            ["pytorch_adapter.bin"],
+            {"config": {"architecture": "lora"}, "model_type": "bert"},
+            "AdapterHub",
+            "merge_adapter",
+        ),
+        (["adapter_model-00001-of-00002.safetensors"], {"peft_type": "LORA"}, "several", "join"),
+        (["__0_0.distcp"], None, "FSDP", "FULL_STATE_DICT"),
+        (["global_step9/zero_pp_rank_0_model_states.pt"], None, "DeepSpeed", "gather"),
+    ],
+)
+def test_an_adapter_of_another_tool_is_named_as_such(files, config, what, hint, tmp_path):
+    for name in files:
+        touch((tmp_path / name).parent, (tmp_path / name).name)
+        if name == "my_style.safetensors":
+            save_file(_KOHYA, tmp_path / name)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
 
     refused = refusal(check_adapter_folder, tmp_path)
 
-    assert "an adapter of mlx-lm" in str(refused)
-    assert "mlx_lm.fuse" in refused.hint
+    assert what in refused.message
+    assert hint in refused.hint
 
 
 def test_adapters_in_folders_of_their_own_are_named(tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import SMALL, read_bytes, read_json
 from weightsmith.core.trees import below
+from weightsmith.models.foreign import refuse_foreign
 
 _ALLOWED = re.compile(
     # Weights, tables and texts: nothing that is executed.
@@ -163,6 +164,8 @@ def check_adapter_folder(root: Path) -> list[str]:
             "this is a whole model: if your training tool merged it already, name it as the base, "
             f"without adapters; else {hint}"
         )
+    if not {"adapter_config.json", "adapter_model.safetensors"} <= {*names}:
+        refuse_foreign(root)
     _require(root, names, "adapter_config.json", hint)
     check_no_code(root, names)
     if "adapter_model.safetensors" not in names:
@@ -308,12 +311,6 @@ def _no_weights(root: Path, required: str) -> InputRefused:
     pickles = sorted(p.name for p in root.iterdir() if _PICKLES.fullmatch(p.name))
     weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model"))]
     found = (weights or [n for n in pickles if n.endswith((".pt", ".pth", ".ckpt"))])[:3]
-    if any(root.glob("*adapters.safetensors")):
-        return InputRefused(
-            f"{root} is an adapter of mlx-lm, not of PEFT: {required} is missing",
-            hint="make a whole model of it with mlx_lm.fuse, and name that as the base, without "
-            "adapters",
-        )
     if not found:
         inside = _inside(root, required)
         return InputRefused(
