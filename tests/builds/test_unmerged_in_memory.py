@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from weightsmith.api.commands.verify import verify_image
-from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.jobs import DequantizedJob, QualityJob, QuantizeJob
 from weightsmith.core.ports import Silent
 from weightsmith.fleets.graph import plan_of
@@ -19,6 +19,7 @@ from weightsmith.oci.registry import Registry
 from tests.fakes.cache import MemoryCache
 from tests.fakes.fleet import run, write_fleet
 from tests.fakes.memory import Memory, in_memory, questions
+from tests.fakes.tiny import tensors
 
 GGUF, AWQ, FP8 = "llamacpp-q4_k_m-lora", "vllm-awq-lora", "vllm-fp8-lora"
 
@@ -135,6 +136,31 @@ def test_awq_of_tools_that_move_scales_is_refused_in_the_plan(two: Memory, name:
         two.forecast(targets=[f"vllm-{name}-lora"])
     assert "choose awq" in refused.value.hint
     assert two.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "said"),
+    [
+        (((2, 128), (256, 2)), {}, "shapes differ"),
+        (((3, 256), (256, 3)), {}, "has rank 3 in lora_A"),
+        (((2, 256), (256, 2)), {"target_modules": ["q_proj", "o_proj"]}, r"such as .*o_proj"),
+        (((2, 256), (256, 2)), {"layer": 7}, r"layers\.7\..*, which the base does not have"),
+    ],
+)
+def test_adapters_of_another_base_are_refused_before_any_work(
+    two: Memory, shapes: Any, config: dict[str, Any], said: str
+) -> None:
+    path = two.home / "b" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    stem = f"base_model.model.model.layers.{config.get('layer', 0)}.self_attn.q_proj.lora_"
+    named = tuple(zip((f"{stem}A.weight", f"{stem}B.weight"), shapes, strict=True))
+    (two.home / "b" / "adapter_model.safetensors").write_bytes(tensors(named, seed=5))
+    for target in (GGUF, AWQ):
+        with pytest.raises(InputRefused, match=said):
+            two.forecast(targets=[target])
+        with pytest.raises(InputRefused, match=said):
+            two.build(targets=[target])
+        assert two.jobs() == []
 
 
 def test_where_no_image_starts_each_adapter_answers_on_the_dequantized_base(two: Memory) -> None:

@@ -382,7 +382,8 @@ OF_CONTENT = {
     "evaluating/build_record.py: _parsed", "evaluating/contamination.py: _kept",
     "evaluating/items.py: _read", "evaluating/pictures.py: _look", "merging/names.py: plain_key",
     "models/facts.py: _facts", "quantizers/calibration.py: _texts",
-    "steps/served_adapters.py: _require_all_targeted", "steps/served_adapters.py: _weights",
+    "steps/served_adapters.py: _require_all_targeted", "steps/served_adapters.py: _require_fit",
+    "steps/served_adapters.py: _weights",
 }  # fmt: skip
 """Some small results, remembered by the content or the digest that they follow from."""
 CHANGED = {

@@ -154,11 +154,44 @@ def test_adapters_take_memory_of_their_own():
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"r": 0}, "not a valid rank"),
         ({"r": None}, "not a valid rank"),
+        ({"use_dora": 1}, "use_dora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"trainable_token_indices": [1]}, "replaces parts"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"init_lora_weights": "pissa"}, "also changes the base weights"),
+        ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
     ],
 )
 def test_what_engines_do_not_add_at_run_time_is_refused(tmp_path, change, says):
     with pytest.raises(InputRefused, match=says):
         served_adapters(changed(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q_proj.lora_magnitude_vector",
+        "q_proj.lora_B.bias",
+        "q_proj.bias",
+        "q_proj.lora_A.default.weight",
+        "embed_tokens.lora_embedding_A",
+        "lm_head.lora_A.weight",
+        "lm_head.modules_to_save.weight",
+    ],
+)
+def test_weights_that_engines_do_not_apply_are_refused_without_their_setting(tmp_path, name):
+    changed(tmp_path, target_modules=".*")
+    path = tmp_path / "adapter_model.safetensors"
+    more = {f"base_model.model.{name}": torch.zeros(8, 8)}
+    save_file(load_file(path) | more, path)
+    with pytest.raises(InputRefused, match=f"do not apply base_model.model.{name}"):
+        served_adapters(sources(AdapterSnapshot(snapshot=snapshot_of(tmp_path))))
+
+    save_file({}, path)
+    with pytest.raises(InputRefused, match="has no tensors"):
+        served_adapters(sources(AdapterSnapshot(snapshot=snapshot_of(tmp_path))))
 
 
 def test_the_largest_rank_counts_and_has_a_limit(tmp_path):

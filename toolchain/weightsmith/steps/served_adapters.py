@@ -18,7 +18,10 @@ from weightsmith.core.values import (
     Sources,
     Tree,
 )
+from weightsmith.merging.adapter_config import REFUSED, UNMERGED, read_adapter_config
 from weightsmith.merging.claims import require_all_targeted
+from weightsmith.merging.tying import is_head
+from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
 from weightsmith.recipe.file import RecipeFile
@@ -33,6 +36,7 @@ FOLDER = "adapters"
 """Subfolder of the base that contains the adapters."""
 _OWNED = 3
 """Slashes of `hf://owner/name`."""
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_[AB]\.weight")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -58,6 +62,9 @@ def unmerged_adapters(
     for adapter in sources.adapters:
         own = adapter.snapshot
         _require_all_targeted(sources.base.tree.root, own.tree.root, own.digest)
+    folders = tuple(adapter.snapshot.tree.root for adapter in sources.adapters)
+    digests = tuple(adapter.snapshot.digest for adapter in sources.adapters)
+    _require_fit(sources.base.tree.root, folders, digests)
     return found
 
 
@@ -89,6 +96,27 @@ def served_checkpoint(target: Target, sources: Sources, checkpoint: Checkpoint) 
 def _require_all_targeted(base: Path, adapter: Path, _digest: Digest) -> None:
     """Do so once for each adapter: a build asks for its adapters more than once."""
     require_all_targeted(base, adapter)
+
+
+@lru_cache(maxsize=256)
+def _require_fit(base: Path, adapters: tuple[Path, ...], _digests: tuple[Digest, ...]) -> None:
+    """Refuse adapters whose names, ranks or shapes are not the base's, as a merge would.
+
+    Engines leave out a layer that they do not have, and fail at other shapes. The tensors of a
+    quantized base have other shapes.
+    """
+    from weightsmith.merging.plan import make_plan  # slow to import
+
+    if read_facts(base).packing:
+        return
+    try:
+        make_plan(base, [(adapter, 1.0) for adapter in adapters])
+    except InputRefused as refused:
+        raise InputRefused(
+            refused.message,
+            hint="name the base that the adapter was trained on, or export it again with PEFT's "
+            "save_pretrained",
+        ) from refused
 
 
 def base_weight_bytes(artifact: Artifact) -> int:
@@ -166,6 +194,18 @@ def _weights(path: Path, _digest: Digest, *, gguf: bool) -> tuple[int, int]:
     Engines stack a layer's experts, so that these are one matrix.
     """
     tensors = read_header(path).tensors
+    if not tensors:
+        raise InputRefused(
+            f"{path} has no tensors", hint="the adapter was saved empty; export it again"
+        )
+    for one in tensors:
+        plain = _FACTOR.fullmatch(one.name)
+        if not plain or is_head(plain["module"]):
+            raise InputRefused(
+                f"{path}: engines do not apply {one.name} unmerged: they take lora_A and lora_B of"
+                " layers other than embeddings and heads",
+                hint="merge it",
+            )
     changed = {_EXPERT.sub(".experts.", one.name.partition(".lora_")[0]) for one in tensors}
     return len(changed), sum(4 * prod(one.shape) if gguf else one.size for one in tensors)
 
@@ -173,8 +213,13 @@ def _weights(path: Path, _digest: Digest, *, gguf: bool) -> tuple[int, int]:
 def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
     path = adapter.snapshot.tree.path("adapter_config.json")
     config = read_json(path)
-    for key, wrong in (("use_dora", True), ("lora_bias", True)):
-        if config.get(key) is wrong:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise InputRefused(
+            f"{path}: peft_type is {kind!r}, and engines serve LORA alone unmerged",
+            hint=UNMERGED if kind in REFUSED else "merge it",
+        )
+    for key in ("use_dora", "lora_bias", "use_bdlora", "layer_replication"):
+        if config.get(key):
             raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
     # One factor for all layers: vLLM takes alpha / r of the configuration, llama.cpp alpha over
     # each tensor's own rank.
@@ -183,7 +228,8 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
             raise InputRefused(
                 f"{path}: this engine does not support the scaling by {key}", hint="merge it"
             )
-    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+    replaced = config.get("modules_to_save") or config.get("trainable_token_indices")
+    if config.get("bias", "none") != "none" or replaced:
         raise InputRefused(
             f"{path}: the adapter replaces parts of the base, which engines cannot do unmerged",
             hint="merge it",
@@ -199,4 +245,10 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
             f"{path}: r is {config.get('r')!r}, which is not a valid rank",
             hint="export the adapter again with PEFT's save_pretrained",
         )
+    if "lora_alpha" not in config:
+        raise InputRefused(
+            f"{path} has no lora_alpha, without which engines load no adapter",
+            hint="export the adapter again with PEFT's save_pretrained",
+        )
+    read_adapter_config(path.parent)
     return max(int(rank) for rank in ranks)
