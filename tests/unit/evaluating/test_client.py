@@ -325,6 +325,17 @@ def test_a_question_that_is_refused_is_answered_wrongly(serve, bad, large, says)
     assert [one["answer"] for one in found if one is not row] == [t for t in texts if t != bad]
 
 
+@pytest.mark.parametrize("sent", [{}, [], {"choices": []}, {"choices": [{"message": None}]}])
+def test_an_answer_without_a_text_is_a_wrong_one(serve, sent):
+    def behave(handler, body):
+        handler.send(200, sent if body["messages"][-1]["content"] == "q1" else answer())
+
+    first, odd, last = ask_task(serve(behave), ["q0", "q1", "q2"])
+
+    assert "error" not in first.keys() | last.keys()
+    assert re.match("the response (has no text|is not a JSON object)", odd["error"])
+
+
 @pytest.mark.parametrize("count", [1, 3, 500])
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_server_that_refuses_every_question_is_at_fault(serve, count, concurrency):

@@ -70,6 +70,8 @@ def test_an_expected_object_that_the_metric_does_not_know_is_refused(tmp_path, m
         (b"{", "invalid JSON"),
         (b"[" * 100_000, "invalid JSON"),
         (b'{"prompt": "a", "expected": "b", "expected": "c"}', "invalid JSON"),
+        (b'{"prompt": "a", "expected": "b", "tools": [NaN]}', "none of JSON"),
+        (b'{"prompt": "a", "expected": 1e400}', "none of JSON"),
         (b"[1]", "not a JSON object but a list"),
         (b"\xff\xfe", "not UTF-8"),
         ({"expected": "b"}, "neither prompt nor messages"),

@@ -106,6 +106,7 @@ def test_a_picture_that_changes_while_it_is_asked_is_refused(folder: Path) -> No
         (".", InputRefused, "outside of"),
         ("shapes", UsageError, "Is a directory"),
         ("pipe", InputRefused, "not a regular file"),
+        ("circle", UsageError, "Too many levels"),
         ("nowhere.png", UsageError, "cannot read the picture"),
         ("x" * 5000, UsageError, "cannot read the picture"),
         ("http://example.org/a.png", UsageError, "nothing from the network"),
@@ -130,6 +131,7 @@ def test_what_is_wrong_with_a_picture_is_said_with_its_line(
     draw(folder.parent / "secret.png", "square", RED)
     (folder / "link.png").symlink_to(outside / "secret.png")
     (folder / "folder-link").symlink_to(outside)
+    (folder / "circle").symlink_to("circle")
     os.mkfifo(folder / "pipe")
     (folder / "text.png").write_text("no picture")
     with (folder / "large.png").open("wb") as file:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 from jinja2 import Environment
+from weightsmith.core import time_limits
 from weightsmith.core.errors import UsageError
+from weightsmith.evaluating import metrics
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.evaluating.tool_calls import are_expected, read_calls, without_thoughts
@@ -194,6 +196,20 @@ def test_half_a_call_at_the_length_limit_is_not_the_parsers_fault(tmp_path):
 
     assert row["ok"] is False
     assert "parser" not in row
+
+
+def test_an_answer_whose_calls_take_forever_to_read_is_one_wrong_answer(tmp_path, monkeypatch):
+    """An opening mark that a model repeats without an end is read once for each of them."""
+    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.1)
+    monkeypatch.setattr(metrics, "SECONDS_EACH", 0.1)
+    endless = {"answer": "<function=get_weather>" * 9000, "calls": []}
+    call = {"answer": "", "calls": [{**CALL, "arguments": json.dumps(CALL["arguments"])}]}
+
+    odd, right = scored(tmp_path, CALL, endless, call)
+
+    assert (odd["ok"], right["ok"]) == (False, True)
+    assert "exceeded 0.1 s" in odd["unjudged"]
+    assert "calls" not in odd
 
 
 def test_tools_are_asked_in_the_order_in_which_servers_render_them(tmp_path):

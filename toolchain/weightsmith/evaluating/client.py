@@ -209,7 +209,7 @@ def ask(
     """Send a greedy request; return `{answer, finish_reason}`, and `prompt_tokens` if known.
 
     Raises CheckFailed, after retries if useful, if the server fails, hangs or stops, or if its
-    response is truncated, too large or from another model.
+    response is truncated, too large, without a text or from another model.
     """
     answer = session.post(served.path, served.body(item, max_tokens))
     require_model(session, served.path, answer, served.name)
@@ -217,7 +217,7 @@ def ask(
         choice = answer["choices"][0]
         text = served.text(choice)
     except (KeyError, IndexError, TypeError):
-        raise session.failed(
+        raise session.unanswered(
             served.path, f"the response has no text: {excerpt(json.dumps(answer))}"
         ) from None
     usage = answer.get("usage")

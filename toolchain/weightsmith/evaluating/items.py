@@ -202,6 +202,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
                     continue
                 try:
                     value = parse(text, unique=True)
+                    if not _is_finite(value):
+                        raise ValueError("NaN, Infinity and numbers beyond 1e308 are none of JSON")
                 except ValueError as error:
                     raise UsageError(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
                 if not isinstance(value, dict):
@@ -212,6 +214,15 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, JsonValue]]]:
         raise UsageError(
             f"cannot read {path}: {error.strerror}", hint="give the path of a JSON Lines file"
         ) from None
+
+
+def _is_finite(value: JsonValue) -> bool:
+    """Return whether a request can be made of a value: Python reads numbers that JSON lacks."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _item(

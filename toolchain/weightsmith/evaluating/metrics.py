@@ -25,8 +25,8 @@ from weightsmith.evaluating.tool_calls import (
 )
 from weightsmith.recipe.schema import Scoring
 
-_Asked: TypeAlias = tuple[str, Sequence[str], str, str]
-"""What `judge` is given, in its order."""
+_Asked: TypeAlias = tuple[str, Sequence[str], dict[str, Json], str, str]
+"""Metric, expected answers, an answer with further facts, its question's tools, and tolerance."""
 METRICS: tuple[str, ...] = get_args(Scoring.model_fields["metric"].annotation)
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
 _SEPARATOR = (
@@ -224,9 +224,19 @@ def score_answers(
             hint="the evaluation was cut short; run it again",
         )
     check_metric(metric, items)
+    asked: list[_Asked] = [
+        (
+            metric,
+            list(item.expected),
+            {"answer": answer} if isinstance(answer, str) else dict(answer),
+            item.tools,
+            item.tolerance or tolerance,
+        )
+        for item, answer in zip(items, answers, strict=True)
+    ]
     rows: list[dict[str, JsonValue]] = []
-    for item, answer in zip(items, answers, strict=True):
-        facts = {"answer": answer} if isinstance(answer, str) else dict(answer)
+    for item, (facts, ok, took) in zip(items, on_a_main_thread(_verdicts, asked), strict=True):
+        why = f"line {item.line}: metric {metric} exceeded {took:g} s of CPU time"
         row: dict[str, JsonValue] = {
             "prompt": item.prompt,
             **({} if item.plain and not item.pictures else _messages(item)),
@@ -234,39 +244,34 @@ def score_answers(
             **({"choices": list(item.choices)} if item.choices else {}),
             **({"tolerance": item.tolerance} if item.tolerance else {}),
             **({"tools": parse(item.tools)} if item.tools else {}),
-            **_read(facts, item),
+            **facts,
+            "ok": ok,
+            **({"unjudged": why} if took else {}),
         }
         rows.append(row)
-    asked: list[_Asked | None] = [
-        # An expected "no call", or a pattern, may fit what is no answer at all.
-        None
-        if "error" in row
-        else (metric, list(item.expected), str(row["answer"]), item.tolerance or tolerance)
-        for item, row in zip(items, rows, strict=True)
-    ]
-    for item, row, (ok, took) in zip(items, rows, on_a_main_thread(_verdicts, asked), strict=True):
-        row["ok"] = ok
-        if took:
-            row["unjudged"] = f"line {item.line}: metric {metric} exceeded {took:g} s of CPU time"
     right = sum(bool(row["ok"]) for row in rows)
     share = right / len(rows) if rows else 0.0
     return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
 
 
-def _verdicts(asked: Sequence[_Asked | None]) -> list[tuple[bool, float]]:
-    """Return whether each answer is right; and the CPU seconds it was given, if they did not do."""
-    found: list[tuple[bool, float]] = []
+def _verdicts(asked: Sequence[_Asked]) -> list[tuple[dict[str, Json], bool, float]]:
+    """Return each answer as it was read, whether it is right, and its CPU time if that ran out."""
+    found: list[tuple[dict[str, Json], bool, float]] = []
     left = time_limits.FOREIGN_SECONDS
-    if any(one is not None and one[0] == "json-schema" for one in asked):
+    if any(metric == "json-schema" for metric, *_ in asked):
         _check_schema("{}", "")  # which imports its library, in nobody's time
-    for one in asked:
+    for metric, expected, facts, tools, tolerance in asked:
         seconds = max(SECONDS_EACH, min(left, time_limits.FOREIGN_SECONDS / 4))
+        read, ok, took = {k: v for k, v in facts.items() if k != "calls"}, False, 0.0
         try:
-            with cpu_limit(seconds):  # patterns and schemas may take forever
-                found.append((one is not None and judge(*one), 0))
+            with cpu_limit(seconds):  # readers of calls, patterns and schemas may take forever
+                read = _read(facts, tools)
+                # An expected "no call", or a pattern, may fit what is no answer at all.
+                ok = "error" not in read and judge(metric, expected, str(read["answer"]), tolerance)
         except TooLong:
             left -= seconds
-            found.append((False, seconds))
+            took = seconds
+        found.append((read, ok, took))
     return found
 
 
@@ -280,7 +285,7 @@ def _messages(item: Item) -> dict[str, JsonValue]:
     return {"messages": messages, **({"pictures": shown} if shown else {})}
 
 
-def _read(facts: dict[str, Json], item: Item) -> dict[str, Json]:
+def _read(facts: dict[str, Json], tools: str) -> dict[str, Json]:
     """Return an answer without its thoughts; of a question with tools, the calls that it makes.
 
     `raw` is then the answer as it was written, and `parser` says that the server's parser left a
@@ -292,9 +297,9 @@ def _read(facts: dict[str, Json], item: Item) -> dict[str, Json]:
     if thoughts:  # where its tokens end is no longer known
         kept = {k: v for k, v in facts.items() if k not in ("token_ends", "margins")}
         facts = {**kept, "answer": text, "thoughts": thoughts}
-    if not item.tools:
+    if not tools:
         return facts
-    names = [str(tool["function"]["name"]) for tool in parse(item.tools)]
+    names = [str(tool["function"]["name"]) for tool in parse(tools)]
     left = read_calls(text, names)
     if "calls" not in facts:  # of a reference
         return {**facts, "answer": calls_text(left) if left else text, "raw": text}

@@ -18,7 +18,7 @@ from weightsmith.core.values import Json, JsonValue
 from weightsmith.core.vectors import packed
 from weightsmith.evaluating.client import require_model
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession, Unanswered, excerpt
+from weightsmith.evaluating.session import ServerSession, excerpt
 
 Row = Mapping[str, JsonValue]
 """`answer`, in the reference's form, and `prompt_tokens` if they are known."""
@@ -68,12 +68,7 @@ class PoolingClient:
         except _MALFORMED as error:
             said = isinstance(error, ValueError | TypeError)
             why = str(error) if said else f"{type(error).__name__}: {error}"
-            path = _PATHS[self.pooled]
-            raise Unanswered(
-                f"{self.session.endpoint.shown}{path}: {excerpt(why)}{self.session.log()}",
-                hint="check the server's log, or send the request with curl",
-                reason=f"{path}: {excerpt(why)}",
-            ) from None
+            raise self.session.unanswered(_PATHS[self.pooled], excerpt(why)) from None
 
     def request(self, item: Item) -> tuple[str, dict[str, JsonValue]]:
         """Return the path and the body that ask about a text."""

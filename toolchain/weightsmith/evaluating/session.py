@@ -95,7 +95,7 @@ class NoAnswer(CheckFailed):
 
 
 class Unanswered(NoAnswer):
-    """A question that the server refuses, or answers at too great a length."""
+    """A question that the server refuses, or answers at too great a length or without a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +232,11 @@ class ServerSession:
             hint="check the server's log, or send the request with curl",
         )
 
+    def unanswered(self, path: str, what: str) -> Unanswered:
+        """Return the error for a question that is at fault itself: others may be answered."""
+        failed = self.failed(path, what)
+        return Unanswered(failed.message, hint=failed.hint, reason=what)
+
     def log(self) -> str:
         """Return the server's last log lines after a newline; '' if there are none."""
         lines = self.endpoint.logs(_LOG_LINES).strip()
@@ -248,12 +253,9 @@ class ServerSession:
                         f"{self.endpoint.shown}{path}: {refusal}",
                         hint="set WEIGHTSMITH_API_KEY to a key that the server accepts",
                     ) from None
-                failed = self.failed(path, str(refusal))
                 if _of_question(refusal):
-                    raise Unanswered(
-                        failed.message, hint=failed.hint, reason=str(refusal)
-                    ) from None
-                raise failed from None
+                    raise self.unanswered(path, str(refusal)) from None
+                raise self.failed(path, str(refusal)) from None
             except TryAgain as failure:
                 if not self.endpoint.alive():
                     raise died(self.endpoint, f"during a request to {path}") from None
@@ -363,7 +365,7 @@ def excerpt(text: str) -> str:
 def _of_question(refusal: Refused) -> bool:
     """Return whether it is the question, and not the address or the server, that is at fault."""
     refused = 400 <= refusal.status < 500 and refusal.status != httpx.codes.NOT_FOUND
-    return refused or isinstance(refusal, TooLarge)
+    return refused or refusal.status == httpx.codes.OK or isinstance(refusal, TooLarge)
 
 
 def _object(answer: Answer) -> Mapping[str, Json]:
@@ -379,5 +381,5 @@ def _object(answer: Answer) -> Mapping[str, Json]:
     except ValueError:
         raise TryAgain(f"truncated or invalid JSON: {excerpt(text)}") from None
     if not isinstance(value, dict):
-        raise Refused(f"the response is not a JSON object: {excerpt(text)}")
+        raise Refused(f"the response is not a JSON object: {excerpt(text)}", status)
     return value
