@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ Start = Callable[..., FakeServer]
 @pytest.fixture(scope="session")
 def program() -> Path:
     return make_toolset(cache_folder(), "healthcheck", Silent()) / "healthcheck"
+
+
+@pytest.fixture(scope="session")
+def with_weights() -> Path:
+    return make_toolset(cache_folder(), "healthcheck", Silent()) / "healthcheck-weights"
 
 
 class Probe:
@@ -397,6 +403,136 @@ def test_a_slow_server_is_asked_by_several_calls(probe: Probe, start: Start) -> 
     assert len(server.asked) == 3
 
 
+class Weighed(Probe):
+    """The program of engines that tell no size, beside the files of a model."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        super().__init__(program, folder)
+        self.list, self.model = folder / "weights.json", folder / "model"
+        self.model.mkdir()
+
+    def name(self, **files: bytes) -> None:
+        """Write files, and the list of them."""
+        rows = []
+        for name, data in files.items():
+            path = self.model / f"{name}.safetensors"
+            path.write_bytes(data)
+            begins = sha256(data[: 1 << 20]).hexdigest()
+            rows.append({"path": str(path), "size": len(data), "begins": begins})
+        self.list.write_text(json.dumps({"version": 1, "files": rows}))
+
+    def __call__(self, port: int, *words: object, **more: Any) -> Any:
+        return super().__call__(port, "--weights", self.list, *words, **more)
+
+
+@pytest.fixture
+def weighed(with_weights: Path, tmp_path: Path) -> Weighed:
+    return Weighed(with_weights, tmp_path)
+
+
+FP8 = b'{"w":{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}}'
+INT8 = FP8.replace(b"F8_E4M3", b"I8").ljust(len(FP8))
+
+
+def quantized(header: bytes, data: bytes = b"\1" * 8) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (quantized(INT8), "is another file than the tested image's"),
+        (quantized(FP8, b"\2" * 8), "is another file"),
+        (quantized(FP8) + b"\0", "has 75 bytes, and the tested image's had 74"),
+        (b"", "has 0 bytes"),
+        (None, "cannot be read: No such file"),
+        ("folder", "is no file"),
+        ("pipe", "is no file"),
+    ],
+)
+def test_another_quantization_under_the_same_name_is_different(
+    weighed: Weighed, start: Start, there: bytes | str | None, said: str
+) -> None:
+    """Whatever it answers: the server is not even asked, nor when it is probed again."""
+    weighed.name(a=b"first", b=quantized(FP8))
+    server, place = answering(start, GOOD), weighed.model / "b.safetensors"
+    assert weighed(server.server_port).returncode == HEALTHY
+    assert (weighed.found["verdict"], weighed.found["weights"]) == ("proven", "equal")
+    assert len(server.asked) == 1
+
+    place.unlink()
+    if there == "folder":
+        place.mkdir()
+    elif there == "pipe":
+        os.mkfifo(place)
+    elif isinstance(there, bytes):
+        place.write_bytes(there)
+    # It was asked at this start; a server reads its weights once.
+    assert weighed(server.server_port).returncode == HEALTHY
+    weighed.result.unlink()
+    first, again = weighed(server.server_port), weighed(server.server_port)
+    assert (first.returncode, again.returncode) == (NOT_SHOWN, NOT_SHOWN)
+    assert f"different: {place} {said}" in first.stderr
+    assert first.stderr == again.stderr
+    assert weighed.found["verdict"] == "different"
+    assert said in weighed.found["weights"]
+    assert len(server.asked) == 1
+
+
+def test_a_beginning_is_the_first_mebibyte_by_sha256(weighed: Weighed, start: Start) -> None:
+    """Of files of every length about a block's, and about a MiB."""
+    draw, block = random.Random(3), 1 << 20
+    sizes = [*range(1, 130), block - 64, block - 9, block - 8, block - 1, block, block + 7]
+    weighed.name(**{f"f{size}": draw.randbytes(size) for size in sizes})
+    server = answering(start, GOOD)
+    done = weighed(server.server_port)
+    assert done.returncode == HEALTHY, done.stderr
+    for at, code in ((block + 6, HEALTHY), (block - 1, NOT_SHOWN)):  # only what it reads decides
+        with (weighed.model / f"f{block + 7}.safetensors").open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+        weighed.result.unlink()
+        assert weighed(server.server_port).returncode == code
+
+
+def test_without_a_list_only_the_answers_count(weighed: Weighed, start: Start) -> None:
+    server = answering(start, GOOD)
+    assert weighed(server.server_port).returncode == HEALTHY
+    assert "weights" not in weighed.found
+
+
+ROW = {"path": "/x", "size": 1, "begins": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"version": 1, "files": []}', b"\xff", " " * (1 << 20) + "{}"]
+    + [json.dumps({"version": 2, "files": [ROW]})]
+    + [
+        json.dumps({"version": 1, "files": [ROW | change]})
+        for change in (
+            {"path": "x"}, {"path": ""}, {"path": 7}, {"path": "/\x1b[2J"}, {"path": "/a\0b"},
+            {"path": "/" * 2000}, {"size": -1}, {"size": 1e300}, {"size": "1"}, {"begins": ""},
+            {"begins": "0" * 63}, {"begins": None},
+        )
+    ]
+    + [json.dumps({"version": 1, "files": [7]})],
+)  # fmt: skip
+def test_a_list_that_cannot_be_read_is_told(
+    weighed: Weighed, start: Start, text: str | bytes
+) -> None:
+    weighed.list.write_bytes(text if isinstance(text, bytes) else text.encode())
+    server = answering(start, GOOD)
+    done = weighed(server.server_port)
+    assert done.returncode == NO_SET
+    assert "list of weights" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert server.asked == []
+    assert weighed(server.server_port, replay=False).returncode == HEALTHY
+
+
 OK = b"HTTP/1.1 200 OK\r\n"
 HOSTILE = {
     "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
@@ -579,11 +715,11 @@ def test_wrong_words_are_told(probe: Probe, words: tuple[str, ...]) -> None:
     assert "usage: healthcheck --port N" in done.stderr
 
 
-def test_it_is_small_and_needs_nothing(program: Path) -> None:
-    data = program.read_bytes()
-    assert len(data) < 100_000
-    assert b"ld-musl" not in data
-    assert b"ld-linux" not in data
+def test_it_is_small_and_needs_nothing(program: Path, with_weights: Path) -> None:
+    for data in (program.read_bytes(), with_weights.read_bytes()):
+        assert len(data) < 100_000
+        assert b"ld-musl" not in data
+        assert b"ld-linux" not in data
 
 
 def of_numbers(path: str, numbers: list[float], room: float) -> dict[str, Any]:

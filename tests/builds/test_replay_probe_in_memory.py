@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,20 @@ from tests.fakes.thin import THIN, round_really, use_bfloat16
 
 TARGET = "llamacpp-q4_k_m"
 PROGRAM = "opt/weightsmith/healthcheck"
+WEIGHTS = "etc/weightsmith/weights.json"
 
 
 def program_of(image: Image) -> list[Layer]:
     return [layer for layer in image.layers if layer.file == PROGRAM]
+
+
+def files_of(image: Image) -> dict[str, bytes]:
+    found = dict[str, bytes]()
+    for layer in image.layers:
+        with tarfile.open(fileobj=io.BytesIO(b"".join(layer.open()))) as whole:
+            files = [(one.name, whole.extractfile(one)) for one in whole if one.isfile()]
+            found |= {name: file.read() for name, file in files if file}
+    return found
 
 
 def pulled(memory: Memory, tag: str) -> Image:
@@ -41,7 +55,8 @@ def test_the_program_is_a_layer_of_its_own_that_all_images_share(warm: Memory) -
     (layer,), (same,) = program_of(first), program_of(pulled(warm, f"1.1.0-{TARGET}"))
 
     assert layer.digest == same.digest
-    assert b"a program for linux/amd64" in b"".join(layer.open())
+    assert b"healthcheck, a program for linux/amd64" in b"".join(layer.open())
+    assert WEIGHTS not in files_of(first)
     probe = startup_probe(warm)
     assert probe["exec"]["command"][:3] == [f"/{PROGRAM}", "--port", "8080"]
     assert "--replay" in probe["exec"]["command"]
@@ -115,6 +130,14 @@ def test_a_thin_image_has_it_too_and_a_volume_not(memory: Memory) -> None:
 
     (one,), (other,) = program_of(fat), program_of(thin)
     assert one.digest == other.digest
+    files = files_of(fat)
+    assert files[PROGRAM] == b"healthcheck-weights, a program for linux/amd64"
+    assert json.loads(files[WEIGHTS])["files"] == [
+        {"path": f"/{name}", "size": len(data), "begins": sha256(data[: 1 << 20]).hexdigest()}
+        for name, data in sorted(files.items())
+        if name.endswith(".safetensors")
+    ]
+    assert WEIGHTS not in files_of(thin)  # it compares whole files where it merges them
     assert program_of(volume) == []
     for folder in ("", "thin"):
         assert "--replay" in startup_probe(memory, "vllm", folder)["exec"]["command"]

@@ -35,6 +35,7 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe
+from weightsmith.serving.healthcheck import WITH_WEIGHTS
 from weightsmith.steps import launch
 from weightsmith.steps.outputs import ImageOutputs
 from weightsmith.steps.tools import NO_LIMIT, JobMemory, Tools
@@ -295,10 +296,10 @@ class Memory:
         self, engine: str, platform: str, folder: Path, progress: Progress
     ) -> None:
         self.journal.add(f"make {engine} for {platform}")
-        known = {"llamacpp": "llama-server", "healthcheck": "healthcheck"}
-        program = known.get(engine, "usr/bin/vllm")
-        (folder / program).parent.mkdir(parents=True, exist_ok=True)
-        (folder / program).write_bytes(f"a program for {platform}".encode())
+        known = {"llamacpp": ["llama-server"], "healthcheck": ["healthcheck", WITH_WEIGHTS]}
+        for program in known.get(engine, ["usr/bin/vllm"]):
+            (folder / program).parent.mkdir(parents=True, exist_ok=True)
+            (folder / program).write_bytes(f"{program}, a program for {platform}".encode())
 
     def _check_engine_files(self, engine: str, platform: str) -> None:
         """A compiler is there; a test lets it be missing."""

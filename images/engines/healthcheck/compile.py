@@ -25,6 +25,8 @@ from zig import ENVIRONMENT, REFUSED, fail  # noqa: E402
 CPU = {"x86_64": "x86_64", "aarch64": "generic"}
 """It must run on every CPU: only then it can say what is wrong."""
 SOURCES = ("healthcheck", "compare", "http", "json")
+PROGRAMS = {"healthcheck": (), "healthcheck-weights": ("-DWEIGHTS", "weights.c")}
+"""Each with what it is compiled of further; the second looks at the weights' files, too."""
 
 
 def compile_all(out: Path, arch: str) -> None:
@@ -38,19 +40,25 @@ def compile_all(out: Path, arch: str) -> None:
         made.mkdir()
         words = ["-target", f"{arch}-linux-musl", f"-mcpu={CPU[arch]}", "-static", "-s", "-g0"]
         words += ["-std=gnu11", "-Os", "-Wall", "-Wextra", "-Werror", "-fno-sanitize=undefined"]
-        words += [f"-ffile-prefix-map={HERE}=.", "-o", str(made / "healthcheck"), "-lm"]
-        done = subprocess.run(
-            [str(compiler), "cc", *words, *(str(HERE / f"{name}.c") for name in SOURCES)],
-            env=zig.environment(Path(scratch)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if done.returncode != 0:
-            print(done.stdout[-8000:], file=sys.stderr)
-            fail(ENVIRONMENT, "compiling the health check failed, see the compiler's output above")
+        words += [
+            f"-ffile-prefix-map={HERE}=.",
+            "-lm",
+            *(str(HERE / f"{name}.c") for name in SOURCES),
+        ]
+        for name, more in PROGRAMS.items():
+            own = [str(HERE / word) if word.endswith(".c") else word for word in more]
+            done = subprocess.run(
+                [str(compiler), "cc", *words, *own, "-o", str(made / name)],
+                env=zig.environment(Path(scratch)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            if done.returncode != 0:
+                print(done.stdout[-8000:], file=sys.stderr)
+                fail(ENVIRONMENT, f"compiling {name} failed, see the compiler's output above")
+            (made / name).chmod(0o755)
         shutil.copyfile(compiler.parent / "lib/libc/musl/COPYRIGHT", made / "LICENSE.musl")
-        (made / "healthcheck").chmod(0o755)
         (made / "LICENSE.musl").chmod(0o644)
         made.chmod(0o755)
         made.rename(out)

@@ -23,6 +23,9 @@
 #include "compare.h"
 #include "http.h"
 #include "json.h"
+#ifdef WEIGHTS
+#include "weights.h"
+#endif
 
 enum { HEALTHY = 0, NOT_SHOWN = 1, USAGE = 2, NO_SET = 3 };
 #define LARGEST_SET (1u << 20)
@@ -37,6 +40,9 @@ struct options {
     int replay, wait, if_any, show, port;
     double seconds;
     const char *set, *health, *result, *key;
+#ifdef WEIGHTS
+    const char *weights;
+#endif
 };
 
 struct set {
@@ -53,6 +59,9 @@ struct results {
     char *lines[MOST_QUESTIONS];
     enum verdict verdicts[MOST_QUESTIONS];
     int parted[MOST_QUESTIONS];  // the first token that differs, if there is one
+#ifdef WEIGHTS
+    char weights[2048];  // "equal", or what is another's; empty if nobody looked
+#endif
 };
 
 static struct set set;
@@ -85,6 +94,10 @@ static int usage(void) {
         "                       each start of the server, and keep what comes out in --result\n"
         "                       (/tmp/replay.json)\n"
         "  --if-any             where there is no file --set, it is enough to serve\n"
+#ifdef WEIGHTS
+        "  --weights FILE       with --replay, the files of weights that there must be, if there is\n"
+        "                       such a list (/etc/weightsmith/weights.json)\n"
+#endif
         "  --show               print what was kept in --result, in images that have no cat");
 }
 
@@ -172,6 +185,24 @@ static int read_set(const char *path) {
     return 0;
 }
 
+#ifdef WEIGHTS
+static const struct json *weights;  // NULL without a list
+
+static int read_list(const char *path) {
+    size_t length = 0;
+    if (access(path, F_OK) != 0 && errno == ENOENT) return 0;
+    char *data = read_file(path, LARGEST_SET, 0, &length);
+    if (!data) return complain(NO_SET, "no list of weights: %s cannot be read, or is larger than 1 MiB", path);
+    weights = json_read(data, length);
+    const char *wrong = weights ? read_weights(weights) : "it is not JSON";
+    return wrong ? complain(NO_SET, "%s is no list of weights: %s", path, wrong) : 0;
+}
+
+static int has_other_weights(void) { return results.weights[0] && strcmp(results.weights, "equal") != 0; }
+#else
+#define has_other_weights() 0
+#endif
+
 // Adds the numbers of the sockets that listen on a port; 0 if the kernel does not say.
 static void add_sockets(const char *table, int port, unsigned long *sum, int *found) {
     FILE *rows = fopen(table, "re");
@@ -214,6 +245,10 @@ static void recall(const char *path) {
     const struct json *rows = json_find(whole, "questions", JSON_LIST);
     if (!server || !rows || strcmp(server->text, results.server) != 0) return;
     results.weight_bytes = bytes_in(whole, "weight_bytes");
+#ifdef WEIGHTS
+    const struct json *said = json_find(whole, "weights", JSON_STRING);
+    if (said) snprintf(results.weights, sizeof results.weights, "%s", said->text);
+#endif
     int i = 0;
     for (const struct json *row = rows->first; row && i < set.count; row = row->next, i++) {
         const struct json *id = json_find(row, "id", JSON_STRING);
@@ -255,7 +290,7 @@ static int is_resized(void) {
 }
 
 static const char *verdict_now(void) {
-    if (count(DIFFERENT) || is_resized()) return "different";
+    if (count(DIFFERENT) || is_resized() || has_other_weights()) return "different";
     return count(UNANSWERED) || !is_decided() ? "not shown" : "proven";
 }
 
@@ -274,6 +309,12 @@ static void keep(const char *path) {
     for (enum verdict one = UNANSWERED; one <= DIFFERENT; one++)
         fprintf(out, ", \"%s\": %d", VERDICTS[one], count(one));
     if (results.weight_bytes) fprintf(out, ", \"weight_bytes\": %.0f", results.weight_bytes);
+#ifdef WEIGHTS
+    if (results.weights[0]) {
+        fputs(", \"weights\": ", out);
+        write_text(out, results.weights, strlen(results.weights), SIZE_MAX);
+    }
+#endif
     fputs(", \"questions\": [", out);
     for (int i = 0; i < set.count; i++) {
         fputs(i ? ",\n " : "\n ", out);
@@ -383,6 +424,15 @@ static double listed_bytes(const struct options *options, double until) {
 static int replay(const struct options *options, double until) {
     name_server(options->port, results.server, sizeof results.server);
     recall(options->result);
+#ifdef WEIGHTS
+    if (weights && !results.weights[0]) {
+        if (!find_other_weights(weights, results.weights, sizeof results.weights))
+            strcpy(results.weights, "equal");
+        keep(options->result);
+    }
+    if (has_other_weights())
+        return complain(NOT_SHOWN, "different: %s; see %s", results.weights, options->result);
+#endif
     int remembered = set.count - count(UNANSWERED);
     if (set.weight_bytes && remembered < set.count) results.weight_bytes = listed_bytes(options, until);
     for (int i = 0; i < set.count; i++) {
@@ -437,14 +487,18 @@ static int whole_number(const char *text) {
 }
 
 static int read_options(int argc, char **argv, struct options *options) {
-    enum { REPLAY, IF_ANY, SHOW, SET, PORT, MOVED, HEALTH, SECONDS, WAIT, RESULT, KEY };
+    enum { REPLAY, IF_ANY, SHOW, SET, PORT, MOVED, HEALTH, SECONDS, WAIT, RESULT, KEY, WEIGHT_FILES };
     static const struct option known[] = {
         {"replay", no_argument, NULL, REPLAY},        {"set", required_argument, NULL, SET},
         {"port", required_argument, NULL, PORT},      {"health", required_argument, NULL, HEALTH},
         {"seconds", required_argument, NULL, SECONDS}, {"wait", no_argument, NULL, WAIT},
         {"result", required_argument, NULL, RESULT},  {"key-variable", required_argument, NULL, KEY},
         {"if-any", no_argument, NULL, IF_ANY},        {"port-variable", required_argument, NULL, MOVED},
-        {"show", no_argument, NULL, SHOW},            {NULL, 0, NULL, 0},
+        {"show", no_argument, NULL, SHOW},
+#ifdef WEIGHTS
+        {"weights", required_argument, NULL, WEIGHT_FILES},
+#endif
+        {NULL, 0, NULL, 0},
     };
     const char *key = NULL, *moved = NULL;
     int found;
@@ -456,6 +510,9 @@ static int read_options(int argc, char **argv, struct options *options) {
         case IF_ANY: options->if_any = 1; break;
         case SHOW: options->show = 1; break;
         case SET: options->set = optarg; break;
+#ifdef WEIGHTS
+        case WEIGHT_FILES: options->weights = optarg; break;
+#endif
         case HEALTH: options->health = optarg; break;
         case RESULT: options->result = optarg; break;
         case KEY: key = optarg; break;
@@ -489,6 +546,9 @@ static int show(const char *path) {
 int main(int argc, char **argv) {
     struct options options = {.set = "/etc/weightsmith/replay.json", .health = "/health",
                               .result = "/tmp/replay.json"};
+#ifdef WEIGHTS
+    options.weights = "/etc/weightsmith/weights.json";
+#endif
     if (!read_options(argc, argv, &options)) return usage();
     if (options.show) return show(options.result);
     signal(SIGALRM, too_late);
@@ -496,6 +556,9 @@ int main(int argc, char **argv) {
     double until = now() + options.seconds;
     if (options.if_any && access(options.set, F_OK) != 0 && errno == ENOENT) options.replay = 0;
     int problem = options.replay ? read_set(options.set) : 0;
+#ifdef WEIGHTS
+    if (options.replay && !problem) problem = read_list(options.weights);
+#endif
     if (problem) return problem;
     if (!is_ready(&options, until)) return NOT_SHOWN;
     return options.replay ? replay(&options, until) : HEALTHY;

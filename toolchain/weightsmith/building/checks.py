@@ -404,4 +404,5 @@ def check_images(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> N
             _, bases = bases_of(request.file, target, device, quiet, update_lock=again)
             platforms = [base.platform for base in bases]
         if has_program(request.file.recipe, seen[steps.checkpoint].model, device):
-            healthcheck_layers(platforms, seen.tools, optional=not is_cpu(device))
+            optional = not is_cpu(device)
+            healthcheck_layers(target.engine, platforms, seen.tools, optional=optional)

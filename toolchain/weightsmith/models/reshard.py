@@ -219,6 +219,19 @@ def read_pieces(pieces: Pieces) -> Iterator[bytes]:
             yield from _read(piece, None)
 
 
+def beginning_of(content: Path | Pieces | Stream, most: int) -> Digest:
+    """Return the digest of a content's first bytes, at most so many."""
+    if isinstance(content, Path):
+        content = (Slice(path=content, offset=0, size=min(most, content.stat().st_size)),)
+    state, left = hashlib.sha256(), most
+    for chunk in content.open() if isinstance(content, Stream) else read_pieces(content):
+        state.update(chunk[:left])
+        left -= len(chunk)
+        if left <= 0:
+            break
+    return Digest(f"sha256:{state.hexdigest()}")
+
+
 def size_of(pieces: Pieces) -> int:
     """Return the total size of pieces in bytes."""
     return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)

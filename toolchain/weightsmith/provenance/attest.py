@@ -171,6 +171,8 @@ class ImageInputs:
     """What it answered when it was tested; None before."""
     healthcheck: Mapping[str, TarLayer] = field(default_factory=dict)
     """Platform -> the layer of the program that asks the replay set; {} for none."""
+    weights: bytes = b""
+    """The list of files of weights that this program looks at; empty for none."""
     quantizer_builder: str = ""
     network_in_jobs: bool = False
     """Whether a job that made any of it had network access, because the user allowed it."""

@@ -176,6 +176,8 @@ class Engine:
     base: EngineBase
     port: int
     health_path: str
+    tells_size: bool = False
+    """Whether its list of models says how many bytes their weights have."""
     plan: Callable[[ModelFacts, int, ServeOptions], ServingPlan]
     """(model, weight bytes, options) -> plan; raises UsageError for what does not fit."""
     env: Callable[[ServingPlan, ServedModel], Mapping[str, str]]

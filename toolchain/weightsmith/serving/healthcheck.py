@@ -15,6 +15,12 @@ NAME = "healthcheck"
 """Of the program, and of its folder in `images/engines/`."""
 FOLDER = "/opt/weightsmith"
 PROGRAM = f"{FOLDER}/{NAME}"
+WITH_WEIGHTS = f"{NAME}-weights"
+"""The program in the images of engines that do not tell the size of their weights."""
+WEIGHTS = "/etc/weightsmith/weights.json"
+"""The list of files of weights that it looks at."""
+BEGINNING = 1 << 20
+"""Bytes of each that it reads at most."""
 _QUESTIONS, _TOKENS = 32, 64
 """What a replay set asks at most, and how long an answer of it is."""
 _CPU_READS, _GPU_READS = 10_000_000_000, 300_000_000_000

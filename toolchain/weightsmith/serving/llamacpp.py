@@ -62,6 +62,7 @@ ENGINE = Engine(
     base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE, stock_cpu=CPU_IMAGE),
     port=_PORT,
     health_path="/health",
+    tells_size=True,
     load_metrics=("llamacpp:requests_processing", "llamacpp:requests_deferred"),
     plan=plan,
     env=env,

@@ -83,7 +83,7 @@ from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import ADAPTER
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import projector_in
-from weightsmith.serving.healthcheck import NAME
+from weightsmith.serving.healthcheck import NAME, WEIGHTS
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -99,7 +99,7 @@ from weightsmith.steps.bases import (
     public_base,
 )
 from weightsmith.steps.destinations import InStore, layers_in
-from weightsmith.steps.healthcheck import has_program, healthcheck_layers
+from weightsmith.steps.healthcheck import has_program, healthcheck_layers, list_weights
 from weightsmith.steps.outputs import network_in_jobs
 from weightsmith.steps.replays import recorded_replay
 from weightsmith.steps.sharing import own_files
@@ -161,6 +161,11 @@ def bake(
     inputs = prepare()
     digests = _Digests(inputs, tools.store)
     split = _cut(inputs, digests.memo)
+    looked_at = (
+        inputs.config and inputs.healthcheck and not (inputs.thin or inputs.engine.tells_size)
+    )
+    listed = list_weights(split, inputs.engine.model_dir, digests.memo) if looked_at else b""
+    inputs = replace(inputs, weights=listed)
     below: list[tuple[Image | None, str]] = [(base, base.platform) for base in inputs.bases]
     if not below:  # what holds no image is for all platforms at once
         wanted = () if inputs.kind in _FILES else inputs.platforms
@@ -265,9 +270,10 @@ def _made(
         **inputs.labels,
         **result_labels(results, stand_in),
     }
-    inside = config.image_files if config else {}
+    inside = {path: text.encode() for path, text in config.image_files.items()} if config else {}
+    inside |= {WEIGHTS: inputs.weights} if inputs.weights else {}
     settings = tuple(
-        Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
+        Member.of_bytes(path.lstrip("/"), data) for path, data in sorted(inside.items())
     )
     programs = (thin.program if thin else {}, inputs.healthcheck) if config else ()
     program = [parts[platform] for parts in programs if parts]
@@ -516,7 +522,9 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             changed=tools.merges.planned(sources, recipe.merge).changed if merges else frozenset(),
             checkpoint=checkpoint,
             recipe=recipe,
-            healthcheck=healthcheck_layers(asking, tools, optional=not is_cpu(device)),
+            healthcheck=healthcheck_layers(
+                target.engine, asking, tools, optional=not is_cpu(device)
+            ),
             quantizer_builder=of_format(made.name).builder if made.packed else "",
             network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
         )

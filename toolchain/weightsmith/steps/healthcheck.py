@@ -1,21 +1,24 @@
 """The layer with the program by which an image's health is checked, and its replay set asked.
 
-It is the same in all images of a platform, and works without Python, shell and curl.
+It is the same in all images of an engine and a platform, and works without Python, shell and curl.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.values import JsonValue
+from weightsmith.core.values import FileEntry, JsonValue, canonical, key_of
 from weightsmith.models.facts import ModelFacts
+from weightsmith.models.reshard import HASHED_AT_ONCE, Memo, Resharded, beginning_of
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.devices import is_cpu
-from weightsmith.serving.healthcheck import FOLDER, NAME
+from weightsmith.serving.engine import Engine
+from weightsmith.serving.healthcheck import BEGINNING, FOLDER, NAME, WITH_WEIGHTS
 from weightsmith.steps.bases import base_inputs
 from weightsmith.steps.tools import Tools
 
@@ -41,21 +44,43 @@ def has_program(recipe: Recipe, model: ModelFacts, device: str) -> bool:
 
 
 def healthcheck_layers(
-    platforms: Iterable[str], tools: Tools, *, optional: bool
+    engine: Engine, platforms: Iterable[str], tools: Tools, *, optional: bool
 ) -> Mapping[str, TarLayer]:
-    """Return the program's layer for each platform, compiled once on this machine.
+    """Return the engine's program's layer for each platform, compiled once on this machine.
 
     `optional`: the image's own health check is another, so the recipe can do without it. Raises
     EnvironmentFailure if the compiler cannot be downloaded or fails.
     """
     try:
-        return {each: _layer(each, tools) for each in platforms}
+        program = NAME if engine.tells_size else WITH_WEIGHTS
+        return {each: _layer(program, each, tools) for each in platforms}
     except EnvironmentFailure as error:
         without = "; `replay: {probe: false}` in the recipe does without the program" * optional
         raise EnvironmentFailure(error.message, hint=error.hint + without) from None
 
 
-def _layer(platform: str, tools: Tools) -> TarLayer:
+def list_weights(split: Resharded, folder: str, memo: Memo) -> bytes:
+    """Return the list of the image's files of weights in a folder, with sizes and beginnings.
+
+    A file's beginning is its first MiB: its header, and for most formats some of its weights. So
+    a probe knows in a second whether a server has read the weights that were tested.
+    """
+    tree = split.tree
+
+    def row(file: FileEntry) -> JsonValue:
+        content = split.contents.get(file.path) or tree.source(file.path)
+        key = key_of(["beginning", BEGINNING, file.digest])
+        digest = memo(key, lambda: beginning_of(content, BEGINNING))
+        begins = digest.removeprefix("sha256:")
+        return {"path": f"{folder}/{file.path}", "size": file.size, "begins": begins}
+
+    files = [file for file in tree.files if file.path.endswith(".safetensors")]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        rows = list(pool.map(row, files))
+    return canonical({"version": 1, "files": rows}) + b"\n"
+
+
+def _layer(program: str, platform: str, tools: Tools) -> TarLayer:
     stage = base_inputs(NAME, platform)
 
     def make(folder: Path) -> Mapping[str, JsonValue]:
@@ -65,12 +90,13 @@ def _layer(platform: str, tools: Tools) -> TarLayer:
     tree = tools.store.produce(stage.key, stage.note, make).tree
     members = tuple(
         Member(
-            path=f"{FOLDER.strip('/')}/{file.path}",
+            path=f"{FOLDER.strip('/')}/{NAME if file.path == program else file.path}",
             size=file.size,
-            mode=0o755 if file.path == NAME else 0o644,
+            mode=0o755 if file.path == program else 0o644,
             source=tree.source(file.path),
             digest=file.digest,
         )
         for file in tree.files
+        if file.path == program or file.path not in (NAME, WITH_WEIGHTS)
     )
     return TarLayer(members=members, epoch=source_date_epoch(), memo=tools.store.memo)

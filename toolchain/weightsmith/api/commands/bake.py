@@ -214,7 +214,7 @@ def _inputs(
         order=request.image.order,
         largest_layer=layer_limit(request.image.max_layer_size),
         licensed=folder,
-        healthcheck=healthcheck_layers(asking, tools, optional=False),
+        healthcheck=healthcheck_layers(target.engine, asking, tools, optional=False),
         parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,
     )
