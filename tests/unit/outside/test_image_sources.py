@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.core.errors import InputRefused
+from weightsmith.core.errors import Altered, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
@@ -54,19 +54,29 @@ def test_layers_above_hide_those_below(
     client: Registry, registry: FakeRegistry, reader: RemoteReader
 ) -> None:
     lower = tar_of(
-        CONFIG, WEIGHTS, (entry("models/old.json"), b"1"), (entry("models/a/b.json"), b"")
+        CONFIG,
+        WEIGHTS,
+        (entry("models/old.json"), b"1"),
+        (entry("models/a/b.json"), b""),
+        (entry("models/folder.json/x.json"), b""),
+        (entry("models/file.json"), b""),
+        (entry("models/link/x.json"), b""),
     )
     upper = tar_of(
         (entry("models/.wh.old.json"), b""),
         (entry("models/a/.wh..wh..opq"), b""),
         (entry("models/a/c.json"), b"{}"),
         (entry("models/config.json"), b'{"new": 1}'),
+        (entry("models/folder.json"), b"1"),
+        (entry("models/file.json/y.json"), b"2"),
+        entry("models/link", b"2", to="elsewhere"),
     )
 
     found = read(reader, pushed(client, registry, lower, upper))
 
     assert found == {
         "config.json": b'{"new": 1}', "m.safetensors": b"w" * 99, "a/c.json": b"{}",
+        "folder.json": b"1", "file.json/y.json": b"2",
     }  # fmt: skip
 
 
@@ -176,3 +186,33 @@ def test_layers_that_were_read_are_not_read_again(
     asked = [path for _, path in registry.log if "/blobs/" in path]
     assert not [path for path in asked if image.layers[0].digest in path]
     assert [path for path in asked if image.layers[1].digest in path]
+
+
+LIES = {
+    "other bytes": [(entry("config.json"), b'{"lie": 1}')],
+    "another file": [(entry("extra.json"), b'{"lie": 1}')],
+    "a file fewer": [entry(".wh.config.json")],
+    "no file": [entry(".wh..wh..opq")],
+    "a folder of a file's name": [(entry("tokenizer.json/x.json"), b"{}")],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_registry_that_sends_another_layer_once(
+    client: Registry, registry: FakeRegistry, reader: RemoteReader, lie: str
+) -> None:
+    """Nothing of that layer is in what the next try reads."""
+    files = {"config.json": b"{}", "m.safetensors": b"w" * 99, "tokenizer.json": bytes(3 << 20)}
+    lower, upper = (
+        tar_of(*((entry(name), files[name]) for name in names))
+        for names in (("config.json", "m.safetensors"), ("tokenizer.json",))
+    )
+    place = pushed(client, registry, lower, upper, packed=False)
+    key = place.repository, client.pull(place, platform="linux/amd64").layers[1].digest
+    registry.blobs[key] = tar_of(*LIES[lie], (entry("train.py"), bytes(3 << 20)))
+
+    with pytest.raises(Altered, match="does not match its digest"):
+        read(reader, place)
+    registry.blobs[key] = upper
+
+    assert read(reader, place) == files

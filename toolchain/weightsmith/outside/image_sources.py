@@ -9,9 +9,11 @@ read is not read again after an interruption.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tarfile import TarFile
+from typing import NamedTuple
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.files import write_whole
@@ -29,7 +31,6 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import as_tar, opened
 from weightsmith.outside.archives import (
     clean_path,
-    keep_only,
     model_root,
     require_weights,
     write_file,
@@ -132,27 +133,28 @@ class OciRemote:
 def _unpacked(
     layers: Sequence[Layer], source: str, folder: Path, progress: Progress
 ) -> dict[str, str]:
-    """Write the model's files of these layers to `model` in a folder; return their SHA-256."""
+    """Write the model's files of these layers to `model` in a folder; return their SHA-256.
+
+    Each layer is unpacked into a folder of its own, and counts once its digest was verified: what
+    another layer wrote, or deleted below it, is in no model.
+    """
     tree, state = folder / "model", folder / "layers.json"
-    read: list[str] = []
-    files: dict[str, str] = {}
-    odd: dict[str, str] = {}
+    read: list[_Content] = []
     if state.is_file():
-        read, files, odd = parse(state.read_bytes())
+        read = [_Content(*row) for row in parse(state.read_bytes())]
     else:
         remove(tree)
-    tree.mkdir(exist_ok=True)
-    total = sum(layer.size for layer in layers)
-    done = 0
-    for layer in layers:
-        if layer.digest not in read:
-            _apply(layer, tree, files, odd, source)
-            read.append(layer.digest)
-            write_whole(state, canonical([read, files, odd]))
+    total, done = sum(layer.size for layer in layers), 0
+    for number, layer in enumerate(layers):
+        if number == len(read):
+            remove(folder / str(number))
+            below = {one for each in read for path in each.files for one in _above(path)}
+            read.append(_content(layer, folder / str(number), source, below))
+            write_whole(state, canonical([list(one) for one in read]))
         done += layer.size
         progress.advance(done, total, "bytes")
-    pickles = [path for path, kind in odd.items() if kind == "pickle"]
-    require_weights(files, source, pickles)
+    files, odd = _together(read)
+    require_weights(files, source, [path for path, kind in odd.items() if kind == "pickle"])
     root = model_root(files, source)
     for path, kind in odd.items():
         if kind == "link" and path.startswith(root):
@@ -160,19 +162,58 @@ def _unpacked(
                 f"{source} has a link among the model's files: {path[:200]!r}",
                 hint="make the image from the files themselves: cp -rL copies what links point to",
             )
-    kept = {path.removeprefix(root): one for path, one in files.items() if path.startswith(root)}
-    keep_only(tree, root, kept)
+    kept = {}
+    for path, (number, digest) in files.items():
+        if path.startswith(root):
+            target = tree / path.removeprefix(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():  # as after an interruption
+                (folder / str(number) / path).rename(target)
+            kept[path.removeprefix(root)] = digest
     state.unlink()
     return kept
 
 
-def _apply(
-    layer: Layer, tree: Path, files: dict[str, str], odd: dict[str, str], source: str
-) -> None:
-    """Write a layer's files over those of the layers below it, as engines do."""
-    below_it = {*files, *odd}
+class _Content(NamedTuple):
+    """What a layer has of a model."""
+
+    files: dict[str, str]
+    """SHA-256 by path."""
+    odd: dict[str, str]
+    """`link` or `pickle`, by path: what is not written."""
+    gone: list[str]
+    """Paths that it deletes in the layers below it, of folders with `/` at the end."""
+
+
+def _together(layers: Sequence[_Content]) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+    """Return the files of layers one above the other, with the layer of each, and the odd ones."""
+    files: dict[str, tuple[int, str]] = {}
+    odd: dict[str, str] = {}
+    for number, layer in enumerate(layers):
+        hidden = set(layer.gone)
+        for path in (*layer.files, *layer.odd):  # a file may be where a folder was, or below a file
+            hidden |= {path, f"{path}/", *(one.removesuffix("/") for one in _above(path))}
+        for path in [*files, *odd]:
+            if not hidden.isdisjoint((path, *_above(path))):
+                files.pop(path, None)
+                odd.pop(path, None)
+        files |= {path: (number, digest) for path, digest in layer.files.items()}
+        odd |= layer.odd
+    return files, odd
+
+
+def _above(path: str) -> list[str]:
+    """Return the folders above a path, each with `/` at the end; of the root that alone."""
+    return ["/", *(path[: at + 1] for at, character in enumerate(path) if character == "/")]
+
+
+def _content(layer: Layer, tree: Path, source: str, below: set[str]) -> _Content:
+    """Write a layer's files into a folder; `below` are the folders of the layers below it.
+
+    Raises InputRefused for another layer than the configuration names.
+    """
     with opened(as_tar(layer)) as (archive, stream):
-        _entries(archive, tree, files, odd, below_it, source)
+        found = _entries(archive, tree, source, below)
         stream.drain()
         if stream.digest != layer.diff_id:
             raise InputRefused(
@@ -180,16 +221,11 @@ def _apply(
                 "names",
                 hint=manifests.DAMAGED,
             )
+    return found
 
 
-def _entries(
-    archive: TarFile,
-    tree: Path,
-    files: dict[str, str],
-    odd: dict[str, str],
-    below_it: set[str],
-    source: str,
-) -> None:
+def _entries(archive: TarFile, tree: Path, source: str, below: set[str]) -> _Content:
+    found = _Content({}, {}, [])
     while (entry := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # they would accumulate
         parts = [part for part in entry.name.split("/") if part not in ("", ".")]
@@ -197,32 +233,25 @@ def _entries(
             raise manifests.hostile(f"{source} has the path {entry.name[:200]!r}")
         folder, name = "/".join(parts[:-1]), parts[-1] if parts else ""
         if name == _OPAQUE:
-            _forget(tree, files, odd, f"{folder}/".lstrip("/"), below_it)
+            found.gone.append(f"{folder}/")
         elif name.startswith(_WHITEOUT):
             gone = f"{folder}/{name.removeprefix(_WHITEOUT)}".lstrip("/")
-            _forget(tree, files, odd, gone, below_it)
-            _forget(tree, files, odd, f"{gone}/", below_it)
+            found.gone.extend((gone, f"{gone}/"))
         elif entry.isdir() or not parts:
             continue
         elif is_used(path := "/".join(parts)):
             path = clean_path(path, source)
-            (tree / path).unlink(missing_ok=True)
-            files.pop(path, None)
-            odd.pop(path, None)
+            found.files.pop(path, None)
+            found.odd.pop(path, None)
+            with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                (tree / path).unlink()
             if entry.isreg() and (content := archive.extractfile(entry)):
-                files[path] = write_file(content, tree / path, source)
+                found.files[path] = write_file(content, tree / path, source)
             else:
-                odd[path] = "link"
-        elif is_pickle(path):
-            odd[path] = "pickle"
-
-
-def _forget(
-    tree: Path, files: dict[str, str], odd: dict[str, str], path: str, below_it: set[str]
-) -> None:
-    """Delete a file, or with `/` at its end all below a folder, of the layers below this one."""
-    for known in (*files, *odd):
-        if known in below_it and (known == path or (path.endswith("/") and known.startswith(path))):
-            (tree / known).unlink(missing_ok=True)
-            files.pop(known, None)
-            odd.pop(known, None)
+                found.odd[path] = "link"
+        else:
+            if is_pickle(path):
+                found.odd[path] = "pickle"
+            if f"{path}/" in below:
+                found.gone.append(f"{path}/")
+    return found

@@ -331,6 +331,7 @@ def _fetched(
         digests = _fetch_list(place, source, store, progress, folder, incoming)
     if (model := incoming / "model").is_dir():
         for path in model.iterdir():
+            remove(folder / path.name)  # of a run that was killed here
             path.replace(folder / path.name)
     remove(incoming)
     return {"sha256": digests}
