@@ -108,6 +108,14 @@ def test_a_source_that_is_none(source: str) -> None:
         "gs://bucket/model?sig=s3cret",
         "oci://ann:s3cret@registry.example.com/team/bot",
         f"HTTPS://ann:s3cret@example.com/model.tar#sha256={HEX}",
+        "hf://ann:s3cret@hub.example.com/acme/bot",
+        "hf://ann:s3cret/more@acme/bot@main",
+        "HF://ann:s3cret@acme/bot",
+        "pypi://ann:s3cret@index.example.com/simple/bot==1",
+        "ftp://ann:s3cret@example.com/bot",
+        "mlflow://ann:s3cret@example.com/bot",
+        "mlflow:models:/ann:s3cret@example/bot",
+        "modelscope://ann:s3cret@acme/bot",
     ],
 )
 def test_no_secret_in_a_source(source: str, tmp_path: Path) -> None:

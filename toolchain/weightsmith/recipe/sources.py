@@ -19,6 +19,7 @@ LIST_PIN = re.compile(r"sha256:[0-9a-f]{64}")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _MLFLOW = "mlflow"
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
+_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^@]*:.*@", re.DOTALL)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -31,7 +32,7 @@ MODELSCOPE = re.compile(
 MLFLOW = re.compile(
     r"mlflow:(?P<uri>runs:/(?P<run>[A-Za-z0-9_-]+)"
     r"|models:/(?P<id>m-[A-Za-z0-9]+)"
-    r"|models:/(?P<name>[^/@]+)(/(?P<version>[1-9][0-9]*)|(?P<alias>@[A-Za-z0-9_-]+)))"
+    r"|models:/(?P<name>[^/:@]+)(/(?P<version>[1-9][0-9]*)|(?P<alias>@[A-Za-z0-9_-]+)))"
     r"(?P<path>(/[^/]+)*)"
 )
 _LISTING = re.compile(r"sha256sums?(\.txt)?|.+\.sha256(sums?)?", re.IGNORECASE)
@@ -67,7 +68,7 @@ def is_remote(source: str) -> bool:
 def check_source(source: str) -> str:
     """Return a source; raises ValueError for a wrong form, or for one with credentials.
 
-    The forms of `hf://` and `pypi://` are checked by those who read them.
+    What else is wrong with `hf://` and `pypi://` is said by those who read them.
     """
     if found := _ONE_SLASH.match(source):
         raise ValueError(f"{found[1]}:// needs two slashes (a folder of that name: ./{found[0]}…)")
@@ -75,6 +76,11 @@ def check_source(source: str) -> str:
     if scheme not in _FORMS:
         if scheme.lower() in (*_FORMS, "http"):
             raise ValueError(f"write {scheme.lower()} in lower case")
+        if _PASSWORD.match(source):
+            raise ValueError(
+                "a source with a user name and a password, which belong in HF_TOKEN (hf://) or in "
+                "pip's settings (pypi://)"
+            )
         return source
     if not source.isprintable() or "\\" in source or ".." in source.split("/"):
         raise ValueError(f"has a `..`, a backslash or a control character: {source[:200]!r}")
