@@ -139,9 +139,9 @@ def _unpacked(
     another layer wrote, or deleted below it, is in no model.
     """
     tree, state = folder / "model", folder / "layers.json"
-    read: list[_Content] = []
+    read: list[_LayerContent] = []
     if state.is_file():
-        read = [_Content(*row) for row in parse(state.read_bytes())]
+        read = [_LayerContent(*row) for row in parse(state.read_bytes())]
     else:
         remove(tree)
     total, done = sum(layer.size for layer in layers), 0
@@ -174,7 +174,7 @@ def _unpacked(
     return kept
 
 
-class _Content(NamedTuple):
+class _LayerContent(NamedTuple):
     """What a layer has of a model."""
 
     files: dict[str, str]
@@ -185,7 +185,7 @@ class _Content(NamedTuple):
     """Paths that it deletes in the layers below it, of folders with `/` at the end."""
 
 
-def _together(layers: Sequence[_Content]) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+def _together(layers: Sequence[_LayerContent]) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
     """Return the files of layers one above the other, with the layer of each, and the odd ones."""
     files: dict[str, tuple[int, str]] = {}
     odd: dict[str, str] = {}
@@ -207,7 +207,7 @@ def _above(path: str) -> list[str]:
     return ["/", *(path[: at + 1] for at, character in enumerate(path) if character == "/")]
 
 
-def _content(layer: Layer, tree: Path, source: str, below: set[str]) -> _Content:
+def _content(layer: Layer, tree: Path, source: str, below: set[str]) -> _LayerContent:
     """Write a layer's files into a folder; `below` are the folders of the layers below it.
 
     Raises InputRefused for another layer than the configuration names.
@@ -224,8 +224,8 @@ def _content(layer: Layer, tree: Path, source: str, below: set[str]) -> _Content
     return found
 
 
-def _entries(archive: TarFile, tree: Path, source: str, below: set[str]) -> _Content:
-    found = _Content({}, {}, [])
+def _entries(archive: TarFile, tree: Path, source: str, below: set[str]) -> _LayerContent:
+    found = _LayerContent({}, {}, [])
     while (entry := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # they would accumulate
         parts = [part for part in entry.name.split("/") if part not in ("", ".")]
