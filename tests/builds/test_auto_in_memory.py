@@ -316,6 +316,7 @@ def test_a_plan_has_the_candidates_in_their_order(memory: Memory) -> None:
         (("quantize.fit=gpu", "serve.gpu_memory=4GiB"), UsageError, "quantize.fit fixes what"),
         (("auto.prefer=taste",), UsageError, r"auto\.prefer"),
         (("auto.at_most=little",), UsageError, r"auto\.at_most"),
+        (("auto.at_most=0B",), UsageError, r"auto\.at_most: no weights have 0B"),
         (("auto.engine=nothing",), UsageError, "unknown engine 'nothing'"),
         (("auto=null",), UsageError, "needs `auto` in the recipe"),
         (("auto={}",), UsageError, "engine"),

@@ -99,9 +99,12 @@ def planned_bytes(memory: Memory, *settings: str, **wanted: list[str]) -> int:
 
 def test_a_plan_has_the_size_of_the_budget(memory: Memory, target: str) -> None:
     whole = planned_bytes(memory, targets=["vllm" if target == VLLM else "llamacpp-f16"])
-    found = planned_bytes(memory, "quantize.bits=9")
+    found = planned_bytes(memory, "quantize.bits=8.4")
 
-    assert found == pytest.approx(whole * 9 / 16, rel=0.01)
+    assert found == pytest.approx(whole * 8.4 / 16, rel=0.01)
+    if target != VLLM:  # Q8_0 is the largest of its types
+        for most in ("quantize.bits=16", "quantize.size=99999TB"):
+            assert planned_bytes(memory, most) == pytest.approx(whole * 8.5 / 16, rel=0.01)
     assert planned_bytes(memory, f"quantize.size={found}B") == pytest.approx(found, rel=0.01)
 
 
@@ -134,7 +137,10 @@ def test_a_mix_fits_the_gpu_beside_the_cache_that_is_wanted(memory: Memory) -> N
     assert plan["fits"]
     assert any(note.startswith("quantize.fit: 390.") for note in plan["notes"])
     assert 399_990 < plan["weight_bytes"] <= 400_001
-    assert fewer["write_bytes"] >= row["write_bytes"] + plan["kv_bytes_per_request"]
+    # With the cache of another request, there is room for the largest of its types.
+    most = memory.planned("quantize", "quantize.bits=16", targets=[TARGET])
+    assert row["write_bytes"] < fewer["write_bytes"] == most["write_bytes"]
+    assert most["write_bytes"] < row["write_bytes"] + plan["kv_bytes_per_request"]
 
 
 def test_a_mix_that_fits_is_made_again_only_for_another_room(memory: Memory) -> None:

@@ -358,6 +358,9 @@ def test_a_mix_of_llamacpp_is_refused(tmp_path):
 
     with pytest.raises(InputRefused, match="vLLM's mix has no type 'q4_k'"):
         read_mix(tmp_path / "mix.json", KINDS)
+    with pytest.raises(InputRefused, match="No such file") as caught:
+        read_mix(tmp_path / "none.json", KINDS)
+    assert "model.layers.0.self_attn.q_proj" in caught.value.hint
 
 
 def test_the_check_holds_types_against_what_was_chosen(model, out):

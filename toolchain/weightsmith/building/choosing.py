@@ -139,6 +139,11 @@ def settings_of(request: BuildRequest) -> Auto:
             f"quantize.{fixed[0]} fixes what the target {AUTO} is to find out",
             hint=f"leave it out, or name a target instead of {AUTO}",
         )
+    if auto.at_most and not parse_size(auto.at_most):
+        raise UsageError(
+            f"auto.at_most: no weights have {auto.at_most}",
+            hint="set it to what an image may have, such as 6GB, or leave it out for any size",
+        )
     return auto
 
 

@@ -23,7 +23,7 @@ from weightsmith.quantizers.gguf_header import GgufTensorInfo
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX, TENSOR_TYPES
 
 UNMIXED = "q8_0"
-"""The file type whose types tensors have that are not chosen."""
+"""The file type whose types tensors have that are not chosen, and the largest that is."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 LOSS, BOUND = "weightsmith.mix.loss", "weightsmith.mix.bound"
 """GGUF keys: what the chosen types are expected to lose in nats per token, and what the best
@@ -107,7 +107,8 @@ def read_mix(path: Path, kinds: Iterable[str] = ()) -> dict[str, str]:
     Types are in lower case, and some of `kinds`, llama.cpp's by default. Raises InputRefused for
     anything else.
     """
-    wanted = 'give a build.json, or {"tensor_types": {"blk.0.attn_q.weight": "q4_k", …}}'
+    one = '"model.layers.0.self_attn.q_proj": "fp8"' if kinds else '"blk.0.attn_q.weight": "q4_k"'
+    wanted = f'give a build.json, or {{"tensor_types": {{{one}, …}}}}'
     try:
         data = parse_file(path, largest=RECORD)
     except OSError as error:

@@ -37,7 +37,7 @@ from weightsmith.quantizers.checkpoints import check_plain, in_groups_of
 from weightsmith.quantizers.compressed_mix import KINDS, NOTHING, TYPES
 from weightsmith.quantizers.compressed_mix import MIX as COMPRESSED_MIX
 from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
-from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, guessed_type, read_mix
+from weightsmith.quantizers.gguf_mix import LOSS_TOKENS, UNMIXED, guessed_type, read_mix
 from weightsmith.quantizers.gguf_types import FILE_TYPES, MIX
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
@@ -535,8 +535,9 @@ def nominal(options: QuantizeOptions, weights: int, model: ModelFacts) -> Format
                 else ", or quantize.allow_low_bits for smaller types"
             ),
         )
-    if format_.name == MIX.name:
-        return replace(format_, bits_per_weight=bits or min(16.0, 16 * wanted / whole))
+    if format_.name == MIX.name:  # a larger budget is not used up
+        largest = estimated_bytes(weights, formats()[UNMIXED], model)
+        return replace(format_, bits_per_weight=16 * min(wanted, largest) / whole)
     if wanted >= weights:
         raise InputRefused(
             "the budget has room for all weights in 16 bits: nothing would be quantized",
