@@ -24,7 +24,26 @@ MODELS = {
     "odd rows of one matrix": config("LlamaForCausalLM", 8, 1024, 16, 4, intermediate_size=2720),
     "eight experts": config("MixtralForCausalLM", 32, 512, 8, 2, num_local_experts=8),
     "more experts": config("MixtralForCausalLM", 4, 512, 8, 4, num_local_experts=16),
-}
+    "of 70 B": config("LlamaForCausalLM", 80, 512, 8, 1, intermediate_size=512, vocab_size=1024),
+    "Falcon": config("FalconForCausalLM", 32, 512, 8, 8, intermediate_size=2048, vocab_size=1024),
+    "GPTBigCode": config(
+        "GPTBigCodeForCausalLM", 24, 512, 4, 1, intermediate_size=2048, vocab_size=1024
+    ),
+    "some layers without experts": config(
+        "Glm4MoeForCausalLM", 8, 512, 8, 2, head_dim=64, n_routed_experts=8, n_shared_experts=1,
+        moe_intermediate_size=256, first_k_dense_replace=3, vocab_size=1024,
+    ),
+    "Nemotron-H": config(
+        "NemotronHForCausalLM", 24, 512, 8, 2, model_type="nemotron_h", head_dim=64,
+        hybrid_override_pattern="M-M-*-" * 4, vocab_size=1024, intermediate_size=1536,
+        n_routed_experts=8,
+    ),
+}  # fmt: skip
+AS = {"FalconForCausalLM": "falcon", "GPTBigCodeForCausalLM": "starcoder"}
+JOINED = frozenset(AS)
+UNGATED = JOINED | {"NemotronHForCausalLM"}
+STATES = {"ssm_in": (2320, 512), "ssm_out": (512, 1024)}
+"""The matrices of a layer that has states."""
 PLANNED = [row.name for row in FILE_TYPES.values() if not row.direct and row.name != "q1_0"]
 
 
@@ -50,30 +69,40 @@ def test_every_type_is_planned_as_llama_quantize_has_it(name, tmp_path):
 
 def shapes_of(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     """Return llama.cpp's names of a decoder's matrices, and their shapes."""
-    shape, experts = facts.shape, facts.matrices.experts
+    shape, parts, name = facts.shape, facts.matrices, facts.architecture
     hidden, inner, width = shape.hidden, shape.intermediate, shape.heads * shape.head_dim
-    stack, ends = ((experts,), "_exps") if experts else ((), "")
+    keys, kinds = shape.kv_heads * shape.head_dim, "*-"
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab, hidden)}
-    if not facts.tied_embeddings:
+    if not facts.tied_embeddings and name not in JOINED:
         found["output.weight"] = (shape.vocab, hidden)
     for layer in range(shape.layers):
-        for part, size in {
-            "attn_q": (width, hidden),
-            "attn_k": (shape.kv_heads * shape.head_dim, hidden),
-            "attn_v": (shape.kv_heads * shape.head_dim, hidden),
-            "attn_output": (hidden, width),
-            f"ffn_gate{ends}": (*stack, inner, hidden),
-            f"ffn_up{ends}": (*stack, inner, hidden),
-            f"ffn_down{ends}": (*stack, hidden, inner),
-        }.items():
-            found[f"blk.{layer}.{part}.weight"] = size
+        if name == "NemotronHForCausalLM":
+            kinds = MODELS["Nemotron-H"]["hybrid_override_pattern"][layer]
+        own: dict[str, tuple[int, ...]] = {**STATES} if kinds == "M" else {}
+        if "*" in kinds and name in JOINED:
+            own["attn_qkv"] = (width + 2 * keys, hidden)
+        elif "*" in kinds:
+            own |= {"attn_q": (width, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden)}
+        if "*" in kinds:
+            own["attn_output"] = (hidden, width)
+        sparse = parts.experts and layer >= shape.layers - parts.sparse_layers
+        networks: dict[str, tuple[tuple[int, ...], int]] = {"": ((), inner)}
+        if sparse:
+            each = parts.expert_width or inner
+            networks = {"_exps": ((parts.experts,), each)}
+            networks |= {"_shexp": ((), each)} if parts.shared_experts else {}
+        for end, (stack, size) in networks.items() if "-" in kinds else ():
+            own |= {} if name in UNGATED else {f"ffn_gate{end}": (*stack, size, hidden)}
+            own[f"ffn_up{end}"] = (*stack, size, hidden)
+            own[f"ffn_down{end}"] = (*stack, hidden, size)
+        found |= {f"blk.{layer}.{part}.weight": size for part, size in own.items()}
     return found
 
 
 def write_hole(path: Path, facts: ModelFacts, shapes: dict[str, tuple[int, ...]]) -> None:
     """Write a file whose header is a model's, and whose tensors are a hole."""
     shape, experts = facts.shape, facts.matrices.experts
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, AS.get(facts.architecture, "llama"))
     writer.add_block_count(shape.layers)
     writer.add_context_length(512)
     writer.add_embedding_length(shape.hidden)
@@ -81,6 +110,7 @@ def write_hole(path: Path, facts: ModelFacts, shapes: dict[str, tuple[int, ...]]
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(shape.vocab)
     if experts:
         writer.add_expert_count(experts)

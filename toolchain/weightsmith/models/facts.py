@@ -188,9 +188,11 @@ class Matrices:
     def of(cls, text: Mapping[str, JsonValue], vision: JsonValue, layers: int) -> Matrices:
         """Read text config and `vision_config`; raises InputRefused for invalid numbers."""
         experts = next((count(text, name) for name in _EXPERTS if text.get(name)), 0)
+        sparse = _sparse_layers(text, layers) if experts else 0
         return cls(
-            experts=experts,
-            sparse_layers=_sparse_layers(text, layers) if experts else 0,
+            # A Nemotron-H that transformers 5 saved counts experts that no layer has.
+            experts=0 if text.get("model_type") == _NEMOTRON_H and not sparse else experts,
+            sparse_layers=sparse,
             expert_width=count(text, "moe_intermediate_size"),
             shared_experts=count(text, "n_shared_experts") or count(text, "moe_num_shared_experts"),
             shared_width=count(text, "shared_expert_intermediate_size"),
@@ -407,6 +409,7 @@ def _dtype(config: Mapping[str, JsonValue]) -> str:
     return ""
 
 
+_NEMOTRON_H = "nemotron_h"
 _HEADS = ("num_key_value_heads", "head_dim")
 """What many classes work out from other numbers, and some set: Qwen 3's heads are 128 wide."""
 
@@ -475,6 +478,9 @@ def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
 
 
 def _sparse_layers(text: Mapping[str, JsonValue], layers: int) -> int:
+    if text.get("model_type") == _NEMOTRON_H:
+        blocks = text.get("layers_block_type") or text.get("hybrid_override_pattern")
+        return sum(one in ("moe", "E") for one in blocks) if isinstance(blocks, list | str) else 0
     step = count(text, "decoder_sparse_step") or count(text, "moe_layer_interval") or 1
     starts = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
     first = next((count(text, name) for name in starts if text.get(name)), 0)

@@ -27,7 +27,7 @@ _TIED = {
 (transformers, the `configuration_*.py` of each)."""
 _UNGATED = frozenset({
     "Bloom", "Falcon", "GPT2", "GPTBigCode", "GPTNeoX", "Nemotron", "OPT", "Phi", "Starcoder2",
-    "Arcee", "Bert", "Roberta", "XLMRoberta",
+    "Apertus", "Arcee", "Bert", "Jais2", "NemotronH", "Roberta", "XLMRoberta",
 })  # fmt: skip
 """Families whose feed-forward has two matrices; the others' have a third, the gate."""
 _POSITIONS = frozenset({"Bert", "GPT2", "GPTBigCode", "OPT", "Roberta", "XLMRoberta"})
@@ -86,16 +86,14 @@ def weights_from_config(model: ModelFacts) -> int:
 
 def parameters(model: ModelFacts) -> Parameters:
     """Count the parameters of a known family; raises InputRefused for others and wrong numbers."""
-    shape = model.shape
-    family = shape.architecture.partition("For")[0].removesuffix("LMHeadModel")
-    family = family.removesuffix("Model")
+    shape, family = model.shape, _family(model)
     if family not in _TIED or any(part.kind == "state" for part in shape.cache):
         raise InputRefused(
             f"there are no weights, and the size of {shape.architecture} cannot be worked out from"
             " config.json",
             hint="add the weights, or their model.safetensors.index.json",
         )
-    tied = _TIED[family] if model.tied_embeddings is None else model.tied_embeddings
+    tied = is_tied(model)
     tied |= not model.architecture.endswith(("LM", "LMHeadModel", "Generation"))  # no output layer
     parts = model.matrices
     if family in _SPARSE and not parts.experts:
@@ -120,6 +118,22 @@ def parameters(model: ModelFacts) -> Parameters:
         dense=dense + _vision(parts.vision, 0 if plain else shape.hidden, shape.hidden),
         experts=(sparse + predicted) * parts.experts * one,
     )
+
+
+def is_tied(model: ModelFacts) -> bool:
+    """Return whether the output layer is the embedding; False for a family that is not known."""
+    tied = model.tied_embeddings
+    return _TIED.get(_family(model), False) if tied is None else tied
+
+
+def is_gated(model: ModelFacts) -> bool:
+    """Return whether a feed-forward network has a third matrix, the gate."""
+    return _family(model) not in _UNGATED
+
+
+def _family(model: ModelFacts) -> str:
+    name = model.architecture.partition("For")[0].removesuffix("LMHeadModel")
+    return name.removesuffix("Model")
 
 
 def _attention(shape: ModelShape, parts: Matrices) -> int:

@@ -16,14 +16,21 @@ from weightsmith.forward.memory import BATCH_TOKENS, START, UNKNOWN, token_bytes
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.folder import check_model_folder, pickles_in
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.architectures import JOINED, has_projector
+from weightsmith.quantizers.architectures import converted_as, has_projector
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.gguf_mix import fewest_bits
-from weightsmith.quantizers.gguf_planned import MixedLayers, Part, planned_bits
+from weightsmith.quantizers.gguf_planned import (
+    AS_LLAMA,
+    OF_70B,
+    QKV,
+    MixedLayers,
+    Part,
+    planned_bits,
+)
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Projector
-from weightsmith.serving.parameters import NO_WEIGHTS, weights_from_config
+from weightsmith.serving.parameters import NO_WEIGHTS, is_gated, is_tied, weights_from_config
 from weightsmith.serving.targets import Target
 
 _INDEX_FILE = "model.safetensors.index.json"
@@ -38,8 +45,14 @@ _SQUARES = 12
 float64 (`quantizers/layerwise/quantizing.py`)."""
 
 
+_NORMS = 0.01
+"""Share of the weights that may be norms and biases, which count as the others."""
+
+
 class _BitsOfRows(Protocol):
-    def __call__(self, columns: int, part: Part, layer: int = ..., /) -> float: ...
+    def __call__(
+        self, columns: int, part: Part, layer: int = ..., /, *, stacked: bool = ...
+    ) -> float: ...
 
 
 class ForeseenTree(Tree):
@@ -107,25 +120,33 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
     if model and model.stated_dtype == "float32":
         checkpoint_bytes //= 2
     kept = kept_bytes(checkpoint_bytes, format_, model)
-    bits = _mean_bits(format_, model) if model and format_.suffix == ".gguf" else None
+    bits = None
+    if model and format_.suffix == ".gguf":
+        bits = _mean_bits(format_, model, (checkpoint_bytes - kept) // 2)
     return kept + int((checkpoint_bytes - kept) * (bits or format_.bits_per_weight) / 16)
 
 
-def _mean_bits(format_: Format, model: ModelFacts) -> float | None:
+def _mean_bits(format_: Format, model: ModelFacts, weights: int) -> float | None:
     """Return the bits per weight of a decoder's matrices by the types that they get, or None."""
     try:
         shape, experts = model.shape, model.matrices.experts
     except InputRefused:
         return None
-    group = shape.heads // max(1, shape.kv_heads)
-    of = MixedLayers(layers=shape.layers, group=group, experts=experts)
-    return _mean(model, partial(planned_bits, format_, of))
+    name, group = converted_as(model), shape.heads // max(1, shape.kv_heads)
+    of = MixedLayers(
+        layers=shape.layers,
+        group=group,
+        experts=experts,
+        falcon=name == "FalconForCausalLM",
+        is_70b=shape.layers == OF_70B.get(name) and (group > 1 or name not in AS_LLAMA),
+    )
+    return _mean(model, partial(planned_bits, format_, of), weights)
 
 
 def fewest_mixed_bits(model: ModelFacts, *, low: bool) -> float:
     """Return the bits per weight of the smallest mix of llama.cpp's types, or fewer."""
 
-    def bits(columns: int, _part: Part, _layer: int = 0, /) -> float:  # each may have any type
+    def bits(columns: int, *_: object, **__: object) -> float:  # each may have any type
         return fewest_bits(low=low, columns=columns)
 
     least = fewest_bits(low=low)
@@ -138,29 +159,50 @@ def fewest_mixed_bits(model: ModelFacts, *, low: bool) -> float:
     return round(mean, 6) if mean else least
 
 
-def _mean(model: ModelFacts, bits: _BitsOfRows) -> float | None:
+def _mean(model: ModelFacts, bits: _BitsOfRows, weights: int = 0) -> float | None:
+    """Return the mean over a decoder's matrices, which have so many weights, if that is known."""
     try:
         shape, parts = model.shape, model.matrices
     except InputRefused:
         return None
-    attended, mixed = shape.heads * shape.v_head_dim, parts.expert_width or shape.intermediate
-    mlp, hidden = mixed * shape.hidden * max(1, parts.experts), shape.hidden
-    # llama.cpp gives joined matrices the type of V.
-    q: Part = "v" if model.architecture in JOINED else "q"
-    k: Part = "v" if model.architecture in JOINED else "k"
-    table = shape.vocab * hidden
+    hidden, table = shape.hidden, shape.vocab * shape.hidden
     counted = [(table, bits(hidden, "head"))]
-    if not model.tied_embeddings:
+    if not is_tied(model):
         counted.append((table, bits(hidden, "embedding")))
-    for layer in range(shape.layers):
-        counted += [
-            (hidden * shape.heads * shape.head_dim, bits(hidden, q, layer)),
-            (hidden * shape.kv_heads * shape.head_dim, bits(hidden, k, layer)),
-            (hidden * shape.kv_heads * shape.v_head_dim, bits(hidden, "v", layer)),
-            (attended * hidden, bits(attended, "o", layer)),
-            (2 * mlp, bits(hidden, "up", layer)),
-            (mlp, bits(mixed, "down", layer)),
-        ]
+    states = sum(part.layers for part in shape.cache if part.kind == "state")
+    caches = sum(part.layers for part in shape.cache) - states
+    attends = caches if states else shape.layers
+    attended = shape.heads * shape.v_head_dim
+    # llama.cpp gives joined matrices the type of V.
+    q: Part = "v" if converted_as(model) in QKV else "q"
+    k: Part = "v" if converted_as(model) in QKV else "k"
+    for layer in range(attends):
+        counted.append((attended * hidden, bits(attended, "o", layer)))
+        if not shape.kv_lora_rank:  # the factors of latent attention are the rest
+            counted += [
+                (hidden * shape.heads * shape.head_dim, bits(hidden, q, layer)),
+                (hidden * shape.kv_heads * shape.head_dim, bits(hidden, k, layer)),
+                (hidden * shape.kv_heads * shape.v_head_dim, bits(hidden, "v", layer)),
+            ]
+    # Each layer of Nemotron-H is one of attention, a state or a feed-forward network.
+    lone = shape.architecture.startswith("NemotronH")
+    networks = shape.layers - (attends + states if lone else 0)
+    ups, width = 2 if is_gated(model) else 1, parts.expert_width or shape.intermediate
+    shared = parts.shared_experts * width + parts.shared_width
+    dense = networks - parts.sparse_layers if parts.experts else networks
+    for layer in range(networks):
+        inner = shape.intermediate if layer < dense else shared
+        mlp = inner * hidden
+        if mlp:
+            up = bits(hidden, "up", layer)
+            counted += [(ups * mlp, up), (mlp, bits(inner, "down", layer))]
+        if layer >= dense:
+            stack = parts.experts * width * hidden
+            up = bits(hidden, "up", layer, stacked=True)
+            counted += [(ups * stack, up), (stack, bits(width, "down", layer, stacked=True))]
+    rest = weights - sum(n for n, _ in counted)
+    if rest > _NORMS * weights:
+        counted.append((rest, bits(hidden, "other")))
     return sum(n * each for n, each in counted) / sum(n for n, _ in counted)
 
 
@@ -189,7 +231,7 @@ def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None)
         return 0
     if format_.suffix == ".gguf":
         return min(checkpoint_bytes, projector_bytes(model))
-    tables = 1 if model.tied_embeddings else 2
+    tables = 1 if is_tied(model) else 2
     weights = tables * model.shape.vocab * model.shape.hidden + model.matrices.vision.weights
     return min(checkpoint_bytes, 2 * weights)
 
