@@ -3,11 +3,14 @@
 import errno
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, ran_out_of_memory
+from weightsmith.quantizers.layerwise.importance import Measured, Sums, write_importance
 from weightsmith.quantizers.quantizer import BuilderCommand
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.steps import run_steps
@@ -109,6 +112,24 @@ def test_a_step_is_finished_when_its_files_are_on_the_disk(tmp_path, monkeypatch
     run("import os; os.mkdir('raw'); open('a.gguf', 'w'); open('raw/.b', 'w')", tmp_path)
 
     assert sorted(synced) == [".b", "a.gguf"]
+    assert (tmp_path / ".done").is_file()
+
+
+@pytest.mark.parametrize("left", [None, 0, 40, -64])
+def test_a_step_is_not_finished_whose_program_ends_well_without_its_file(tmp_path, left):
+    """So does llama-imatrix on a full disk; a step that counts as finished is not run again."""
+    sums = Sums(squares=np.ones((1, 64)), counts=np.ones(1))
+    write_importance(tmp_path / "whole", Measured(sums={"x": sums}, chunks=1, window=8))
+    code = "import shutil; shutil.copy('whole', 'it')"
+    step = BuilderCommand(title="t", argv=(sys.executable, "-c", ""), env={}, makes=tmp_path / "it")
+    if left is not None:
+        (tmp_path / "it").write_bytes((tmp_path / "whole").read_bytes()[:left])
+
+    with pytest.raises(EnvironmentFailure, match="did not write the whole of it"):
+        run_steps((step,), tmp_path, lambda *_: None)
+    assert not (tmp_path / ".done").exists()
+
+    run_steps((replace(step, argv=(sys.executable, "-c", code)),), tmp_path, lambda *_: None)
     assert (tmp_path / ".done").is_file()
 
 

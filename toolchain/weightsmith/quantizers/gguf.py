@@ -352,6 +352,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> BuilderCommand:
         # are no argument: a resumed run knows a finished step by its arguments.
         env={"WEIGHTSMITH_CPU_VARIANT": variant, "LLAMA_ARG_THREADS": str(threads)},
         writes={text: "\n".join(row["text"] for row in rows)},
+        makes=request.output / gguf_check.IMATRIX,
         finds={"first": f"{model.stem}*.gguf"} if split else {},
         removes=(text,),
     )

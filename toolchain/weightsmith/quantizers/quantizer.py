@@ -25,6 +25,8 @@ class BuilderCommand:
     """Small input files, written before the command runs."""
     removes: tuple[Path, ...] = ()
     """Intermediate files to delete after success; names may be glob patterns."""
+    makes: Path | None = None
+    """A GGUF file of float32 that must be whole at the end: some programs end well without it."""
     finds: Mapping[str, str] = field(default_factory=dict)
     """`{name}` in argv -> glob pattern in the output whose first match replaces it."""
     reads: str = ""

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from weightsmith.core.errors import InputRefused, from_code
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, from_code
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import below
 from weightsmith.outside import process
+from weightsmith.quantizers.gguf_importance import is_whole
 from weightsmith.quantizers.running import PROGRESS, REFUSED
 from weightsmith.worker.wire import Report, note
 
@@ -50,7 +51,8 @@ def run_steps(
     """Run the commands in order, except those that an interrupted run finished.
 
     `variables` are added to each command's environment. Raises MemoryError or OSError for a program
-    that lacked memory or room on the disk, else the error that it reports or EnvironmentFailure.
+    that lacked memory or room on the disk, else the error that it reports or EnvironmentFailure,
+    also for one that did not write what it makes.
     """
     done = output / _DONE
     known = done.read_text("utf-8").splitlines() if done.is_file() else []
@@ -83,6 +85,13 @@ def run_steps(
             f"{step.title} ({Path(step.argv[0]).name})",
             hint="the lines above are the program's own; the job's log has all of them",
         )
+        if step.makes and not is_whole(step.makes):  # llama-imatrix only logs a full disk
+            raise EnvironmentFailure(
+                f"{step.title}: {Path(step.argv[0]).name} did not write the whole of "
+                f"{step.makes.name}",
+                hint="free some space on the disk of the output, then run it again; the job's log "
+                "has what the program said",
+            )
         # What a step wrote is on the disk before the mark: programs of others do not wait for that.
         for path in below(output):
             if path.is_file() and not path.is_symlink():
