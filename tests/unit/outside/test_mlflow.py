@@ -152,6 +152,10 @@ class Server:
         self.sizes = True
         self.odd = ""
         self.fetched: list[str] = []
+        self.sent: dict[str, bytes] = {}
+        """What it sends of a file instead."""
+        self.folders: set[str] = set()
+        """Files that it lists as folders when they are asked for alone."""
         self.status = 0
 
 
@@ -174,13 +178,15 @@ class Handler(Replying):
         if path == "/api/2.0/mlflow-artifacts/artifacts":
             return self.reply(200, json.dumps({"files": self.rows(asked.get("path", ""))}).encode())
         name = path.removeprefix("/api/2.0/mlflow-artifacts/artifacts/")
-        if name not in self.state.files:
+        if name not in {*self.state.files, *self.state.sent}:
             return self.reply(404, b'{"error_code": "RESOURCE_DOES_NOT_EXIST"}')
         self.state.fetched.append(name)
-        return self.reply(200, self.state.files[name])
+        return self.reply(200, self.state.sent.get(name) or self.state.files[name])
 
     def rows(self, folder: str) -> list[dict[str, object]]:
         rows: dict[str, dict[str, object]] = {}
+        if folder in self.state.folders:
+            return [{"path": "x.json", "is_dir": False, "file_size": 2}]
         for name, data in self.state.files.items():
             if not name.startswith(f"{folder}/"):
                 continue
@@ -212,17 +218,58 @@ def test_a_server_that_serves_its_artifacts(server: Server, reader: RemoteReader
     assert not [name for name in server.fetched if name.endswith(".bin")]
 
 
-def test_one_that_lists_other_sizes(server: Server, reader: RemoteReader) -> None:
-    real = server.files["1/run/artifacts/model/config.json"]
-
-    class Lies(dict):
-        def __getitem__(self, name: str) -> bytes:
-            data = super().__getitem__(name)
-            return data + b" " if data is real else data
-
-    server.files = Lies(server.files)
+@pytest.mark.parametrize("sent", [b"{}", MODEL["config.json"] + b" "])
+def test_one_that_lists_other_sizes(server: Server, reader: RemoteReader, sent: bytes) -> None:
+    """It is asked again the next time, and nothing of the first remains."""
+    server.sent["1/run/artifacts/model/config.json"] = sent
     with pytest.raises(Altered, match=r"config\.json"):
         reader.fetch("mlflow:runs:/run/model", "", "", Silent())
+    server.sent.clear()
+
+    tree = reader.fetch("mlflow:runs:/run/model", "", "", Silent()).tree
+
+    assert {file.path: tree.path(file.path).read_bytes() for file in tree.files} == MODEL
+
+
+def test_a_file_that_is_a_folder_when_it_is_fetched(server: Server, reader: RemoteReader) -> None:
+    server.folders.add("1/run/artifacts/model/config.json")
+    server.sent["1/run/artifacts/model/config.json/x.json"] = b"{}"
+    with pytest.raises(Altered, match=r"config\.json"):
+        reader.fetch("mlflow:runs:/run/model", "", "", Silent())
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://b", "s3://bucket/a?x=1", "gs://ann:s3cret@bucket/a", "s3:///x"]
+)
+def test_one_that_names_no_bucket(server: Server, reader: RemoteReader, place: str) -> None:
+    server.artifact_uri = place
+    with pytest.raises(InputRefused, match="an address that is none") as caught:
+        reader.fetch("mlflow:runs:/run", "", "", Silent())
+    assert "s3cret" not in caught.value.message
+
+
+def test_a_run_that_changes_after_an_interruption(home: Path, reader: RemoteReader) -> None:
+    """What the first try fetched is of another list, so nothing of it is in the model."""
+    client = client_of(home)
+    run = client.create_run(client.create_experiment("x")).info
+    model = Path(urlsplit(run.artifact_uri).path) / "model"
+    tree_of(model, {**MODEL, "old.json": b"{}"})
+
+    class Stops(Silent):
+        def advance(self, done: int, total: int, unit: str) -> None:
+            if done > 1 << 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reader.fetch(f"mlflow:runs:/{run.run_id}/model", "", "", Stops())
+    remove(model)
+    large = "model-00001-of-00002.safetensors"
+    now = {**MODEL, large: MODEL[large][::-1]}
+    tree_of(model, now)
+
+    tree = reader.fetch(f"mlflow:runs:/{run.run_id}/model", "", "", Silent()).tree
+
+    assert {file.path: tree.path(file.path).read_bytes() for file in tree.files} == now
 
 
 @pytest.mark.parametrize("odd", ["../../etc/x.json", "a/../../x.json", "/etc/x.json"])

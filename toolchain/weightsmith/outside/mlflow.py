@@ -22,8 +22,8 @@ from weightsmith.core.trees import below
 from weightsmith.core.values import without_passwords
 from weightsmith.models.folder import scan
 from weightsmith.outside.object_stores import S3, Gcs, ObjectRemote
-from weightsmith.outside.remote import Broken, Place, RemoteFile, require_packages
-from weightsmith.recipe.sources import MLFLOW
+from weightsmith.outside.remote import Place, RemoteFile, require_packages
+from weightsmith.recipe.sources import BUCKET, MLFLOW
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -83,6 +83,12 @@ class MlflowRemote:
         for store in _STORES:
             if parts.scheme == store.scheme:
                 require_packages(store, source)
+                if not BUCKET.fullmatch(location):
+                    raise InputRefused(
+                        f"{source}: {_server()} says that it is in a bucket, at an address that "
+                        "is none",
+                        hint="download it, and give its folder as the source",
+                    )
                 there = store.open(location, "", "", progress)
                 return Place(
                     pin=pin, pinned=pinned, files=there.files, read=there.read, hint=there.hint
@@ -99,7 +105,7 @@ class MlflowRemote:
             pin=pin,
             pinned=pinned,
             files=_on_server(location, source),
-            read=_ended_early,
+            read=lambda *_: iter(()),
             hint=_HINT,
             take=lambda file, folder: _taken(f"{location}/{file.path}", folder, source),
         )
@@ -173,7 +179,11 @@ def _in_folder(
         raise InputRefused(f"{source}: {root} is not a folder", hint="check the path")
     scan(root)  # refuses links that leave the folder
     files = tuple(
-        RemoteFile(path=path.relative_to(root).as_posix(), size=path.stat().st_size)
+        RemoteFile(
+            path=path.relative_to(root).as_posix(),
+            size=path.stat().st_size,
+            version=str(path.stat().st_mtime_ns),
+        )
         for path in below(root)
         if path.is_file()
     )
@@ -220,14 +230,9 @@ def _taken(address: str, folder: Path, source: str) -> Path:
     """Let the client fetch an artifact into a folder."""
     from mlflow.artifacts import download_artifacts
 
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     with _asked(source):
         return Path(download_artifacts(artifact_uri=address, dst_path=str(folder)))
-
-
-def _ended_early(file: RemoteFile, start: int, _end: int) -> Iterator[bytes]:
-    """Fail for a file that the client has fetched, but not whole."""
-    raise Broken(f"only {start} of {file.size} bytes of {file.path} came")
 
 
 @contextmanager

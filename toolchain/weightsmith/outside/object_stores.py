@@ -17,7 +17,7 @@ from datetime import datetime
 from operator import itemgetter
 from typing import TYPE_CHECKING, Protocol
 
-from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.ports import Progress
 from weightsmith.core.values import Digest, Json
 from weightsmith.models.folder import is_used
@@ -181,7 +181,7 @@ class ObjectRemote:
             with self._asked(source, again=True):
                 now = self._store.describe(files, bucket, key, file.path, file.version)
             if now != file:
-                raise InputRefused(
+                raise Altered(
                     f"{source}: {file.path} was changed while it was read",
                     hint="try again when nobody writes there",
                 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.files import write_whole
 from weightsmith.core.ports import Progress, Store
 from weightsmith.core.trees import below, remove
 from weightsmith.core.values import (
@@ -82,7 +83,7 @@ class Place:
     read: Callable[[RemoteFile, int, int], Iterator[bytes]]
     """Yields a file's bytes from an offset on, to the other if that is not -1, or a little more.
 
-    Raises Broken if that may be tried again.
+    Raises Broken if that may be tried again, Altered if what came is another file's.
     """
     hint: str
     """What to do if it cannot be reached."""
@@ -91,7 +92,7 @@ class Place:
     pinned_bytes: bool = False
     """Whether the files' digests are the user's own pin, and not what a sender says of them."""
     take: Callable[[RemoteFile, Path], Path] | None = None
-    """Writes a whole file into a folder, for a client that cannot begin in its middle."""
+    """Writes a whole file into a new folder, for a client that cannot begin in its middle."""
     make: Callable[[Path, Progress], dict[str, str]] | None = None
     """Writes the files to `model` in a folder and returns their SHA-256, where no list has them.
 
@@ -341,6 +342,7 @@ def _fetch_list(
     place: Place, source: str, store: Store, progress: Progress, folder: Path, incoming: Path
 ) -> dict[str, str]:
     files = chosen_files(place.files, source)
+    _forget_another(list_pin(files), folder, incoming)
     total = sum(max(0, file.size) for file in files)
     store.require_room(total - sum(path.stat().st_size for path in below(folder)), source)
     digests: dict[str, str] = {}
@@ -359,6 +361,16 @@ def _fetch_list(
         digests[file.path] = _download(place, file, target, part, advance, source, progress)
         done += target.stat().st_size
     return digests
+
+
+def _forget_another(listed: str, folder: Path, incoming: Path) -> None:
+    """Delete what a run fetched by another list: a place such as a run of MLflow may change."""
+    note = incoming / "list"
+    if note.is_file() and note.read_text() != listed:
+        for path in [*folder.iterdir(), *incoming.iterdir()]:
+            if path != incoming:
+                remove(path)
+    write_whole(note, listed.encode())
 
 
 class _Content:
@@ -398,15 +410,24 @@ def _download(
 ) -> str:
     """Fetch a file to `part`, and move it to `target` once it is whole; return its SHA-256."""
     is_whole = target.exists()
-    if place.take and not (is_whole or part.exists()):
-        place.take(file, part.with_suffix(".taken")).replace(part)
+    if place.take and not is_whole:
+        taken = part.with_suffix(".taken")
+        remove(taken)
+        found = place.take(file, taken)
+        if not found.is_file():
+            raise _altered(file, source)
+        found.replace(part)
     here, content = target if is_whole else part, _Content(file)
     if here.exists():
         with here.open("rb") as held:
             while chunk := held.read(_CHUNK):
                 content.add(chunk)
-    if not is_whole:
-        _complete(place, file, part, content, advance, source, progress)
+    if not (is_whole or place.take):
+        try:
+            _complete(place, file, part, content, advance, source, progress)
+        except Altered:
+            part.unlink()
+            raise
     digest = content.sha256.hexdigest()
     if not content.is_whole():
         here.unlink()
@@ -416,14 +437,18 @@ def _download(
                 hint="it was deleted here. If the pin is its publisher's, the server has another "
                 "file now, or a proxy changes it: find out which before you change the pin",
             )
-        raise Altered(
-            f"{source}: {file.path} does not match what its sender lists",
-            hint="it was deleted here: try again; if it happens again, a proxy or the sender "
-            "changes the data: ask its administrator",
-        )
+        raise _altered(file, source)
     if not is_whole:
         part.replace(target)
     return digest
+
+
+def _altered(file: RemoteFile, source: str) -> Altered:
+    return Altered(
+        f"{source}: {file.path} does not match what its sender lists",
+        hint="it was deleted here: try again; if it happens again, a proxy or the sender changes "
+        "the data: ask its administrator",
+    )
 
 
 def _complete(
