@@ -220,7 +220,7 @@ def test_names_that_leave_the_folder_or_clash(scene: Scene, tmp_path: Path) -> N
         if scene.source.startswith("http"):
             scene.sha256 = sha256(scene.web.files[urlsplit(scene.source).path]).hexdigest()
 
-        with pytest.raises(InputRefused, match=r"path|same file|invalid name|differ only"):
+        with pytest.raises(InputRefused, match=r"path|same file|invalid name|differ only|folder"):
             fetched(scene)
 
     assert not (tmp_path / "config.json").exists()

@@ -163,7 +163,8 @@ class Scene:
     """Odd names that its lists may have."""
 
 
-_ODD = frozenset({"../config.json", "a/../../config.json", "a\\b.json", "Config.json"})
+_CLASHES = frozenset({"Config.json", "config.json/x.json"})
+_ODD = _CLASHES | {"../config.json", "a/../../config.json", "a\\b.json"}
 
 
 def https_list(store: Store, stack: ExitStack) -> Scene:
@@ -277,7 +278,7 @@ def s3_folder(store: Store, variables: Mapping[str, str], patch: pytest.MonkeyPa
         put=put,
         absent=f"s3://{bucket}/models/none",
         stop=lambda: patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
-        can_list=frozenset({"Config.json"}),
+        can_list=_CLASHES,
     )
 
 
@@ -310,7 +311,7 @@ def gs_folder(store: Store, url: str, patch: pytest.MonkeyPatch) -> Scene:
         put=put,
         absent=f"gs://{bucket}/models/none",
         stop=lambda: patch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1"),
-        can_list=frozenset({"Config.json"}),
+        can_list=_CLASHES,
     )
 
 

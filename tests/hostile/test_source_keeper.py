@@ -85,6 +85,17 @@ def test_a_server_without_ranges_sends_it_again(web: WebServer, reader: RemoteRe
     assert fetch(reader, web).tree.path(LARGE).read_bytes() == MODEL[LARGE]
 
 
+def test_a_server_that_says_0_of_every_size(
+    web: WebServer, reader: RemoteReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(handler: WebHandler) -> None:
+        handler.reply(200, b"", {"Content-Length": "0"})
+
+    monkeypatch.setattr(WebHandler, "do_HEAD", empty)
+
+    assert fetch(reader, web).tree.path(LARGE).read_bytes() == MODEL[LARGE]
+
+
 def test_one_that_always_breaks_ends(web: WebServer, reader: RemoteReader) -> None:
     web.faults = [(LARGE, "reset")] * 20
 

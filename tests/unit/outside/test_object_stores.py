@@ -14,7 +14,8 @@ from weightsmith.outside.remote import RemoteReader
 from weightsmith.outside.store import FileStore
 
 from tests.fakes.s3_server import s3_server
-from tests.fakes.sources import MODEL, archive_of
+from tests.fakes.serving import Replying, Serving, serving
+from tests.fakes.sources import MODEL, SECRET, archive_of
 
 SECOND = 1.1
 """S3 tells the seconds of changes, so what is between two of them is what there was."""
@@ -157,3 +158,19 @@ def test_an_empty_folder_and_no_bucket(reader: RemoteReader, s3: Any) -> None:
         reader.fetch("s3://denied/bot", "", "", Silent())
     with pytest.raises(InputRefused, match="does not exist"):
         reader.fetch("s3://no-such-bucket/bot", "", "", Silent())
+
+
+class Expired(Replying):
+    def do_GET(self) -> None:
+        said = f"<Error><Code>ExpiredToken</Code><Message>{SECRET}</Message></Error>"
+        self.reply(400, said.encode(), {"Content-Type": "application/xml"})
+
+
+def test_credentials_that_have_ended_are_named(
+    reader: RemoteReader, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(Serving(Expired, state=None)) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(InputRefused, match=r"denied \(ExpiredToken\)") as caught:
+            reader.fetch("s3://bucket/bot", "", "", Silent())
+    assert SECRET not in caught.value.message

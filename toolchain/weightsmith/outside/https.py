@@ -111,7 +111,7 @@ def _sized(files: HttpFiles, address: str, file: RemoteFile) -> RemoteFile:
 def _size(files: HttpFiles, url: str) -> int:
     """Return a file's size, -1 if its server does not say it now."""
     try:
-        return files.size(url)
+        return files.size(url) or -1  # some say 0 of any file, since they send none
     except Broken:
         return -1
 

@@ -45,6 +45,8 @@ _UNKEPT = "null"
 """The version of an object that was written when its bucket kept none."""
 _TAG = re.compile(r"[0-9a-f]{32}(-[0-9]+)?")
 _QUERY = re.compile(r"\?\S*")
+_LONGEST = 60
+"""Letters of a store's code of an error."""
 
 
 class ObjectStore(SourceKind, Protocol):
@@ -197,9 +199,10 @@ class ObjectRemote:
             raise InputRefused(
                 f"{source} does not exist, or may not be read", hint="check bucket and path"
             ) from None
-        except PermissionError:
+        except PermissionError as error:
             raise InputRefused(
-                f"{source}: access is denied", hint=f"check the credentials: {self._store.hint}"
+                f"{source}: access is denied{_why(error)}",
+                hint=f"check the credentials: {self._store.hint}",
             ) from None
         except Exception as error:  # noqa: BLE001 - each client has its own, without a common base
             text = _QUERY.sub("?…", " ".join(str(error).split()))[:200]
@@ -207,6 +210,14 @@ class ObjectRemote:
             if again and "redentials" not in type(error).__name__:
                 raise Broken(what) from None
             raise EnvironmentFailure(f"{source}: {what}", hint=self._store.hint) from None
+
+
+def _why(error: PermissionError) -> str:
+    """Return a store's word for why it denies access, such as ExpiredToken; else empty."""
+    with suppress(AttributeError, LookupError, TypeError):
+        code = str(error.__cause__.response["Error"]["Code"])  # type: ignore[union-attr]
+        return f" ({code})" if code.isalpha() and code.isascii() and len(code) < _LONGEST else ""
+    return ""
 
 
 def _pin(rows: Sequence[RemoteFile], *, single: bool) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
@@ -260,6 +260,12 @@ def check_names(files: Sequence[RemoteFile], source: str) -> None:
                 hint="rename one of them where they are kept",
             )
         seen[folded] = file.path
+    for folded, path in seen.items():
+        if is_used(path) and (above := seen.keys() & set(map(str, PurePosixPath(folded).parents))):
+            raise InputRefused(
+                f"{source} lists {seen[above.pop()]!r} as a file and as the folder of {path!r}",
+                hint="delete one of them where they are kept",
+            )
 
 
 def chosen_files(files: Sequence[RemoteFile], source: str) -> list[RemoteFile]:
