@@ -28,8 +28,8 @@ def event(value):
     return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
 
 
-def piece(text):
-    return event({"choices": [{"delta": {"content": text}}]})
+def piece(text, key="content"):
+    return event({"choices": [{"delta": {key: text}}]})
 
 
 @pytest.fixture
@@ -42,12 +42,13 @@ def serve(serve):
     return start
 
 
-def test_measures_first_piece_and_gaps(serve, monkeypatch):
+@pytest.mark.parametrize("key", ["content", "reasoning_content", "reasoning"])
+def test_measures_first_piece_and_gaps(serve, monkeypatch, key):
     """By a clock that is looked at when the request is sent and at each piece of text."""
     role = event({"choices": [{"delta": {"role": "assistant", "content": None}}]})
     session = serve(
         lambda handler, body: handler.stream(
-            role, piece("a"), piece("b"), role, piece("c"), event("[DONE]")
+            role, piece("a", key), piece("b", key), role, piece("c"), event("[DONE]")
         )
     )
     looks = iter([100.0, 100.5, 102.5, 103.5])

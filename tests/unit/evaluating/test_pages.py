@@ -196,6 +196,24 @@ def test_two_builds_beside_each_other(tmp_path):
     assert written.html.read_text("utf-8").count("<script") == 1
 
 
+def test_questions_are_compared_by_all_that_was_asked(tmp_path):
+    """Chats may end with the same words."""
+    build = copy.deepcopy(BUILD)
+    (item,) = build["items"]
+    build["items"] = [
+        {**item, "prompt": "And its port?", "messages": [{"role": "user", "content": about}],
+         "ok": {**item["ok"], "image": right}}
+        for about, right in [("Lantern?", True), ("Harbor?", False)]
+    ]  # fmt: skip
+    write_json(tmp_path / "a", build)
+
+    written = write_comparison(tmp_path / "a", tmp_path / "a", tmp_path / "out")
+
+    assert "Over 2 questions, 0 are right in A and wrong in B, 0 the other way" in (
+        written.html.read_text("utf-8")
+    )
+
+
 def test_builds_that_cannot_be_read_are_reported(tmp_path):
     with pytest.raises(UsageError, match="none"):
         write_comparison(tmp_path / "none", tmp_path, tmp_path)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from weightsmith.core.jobs import words_text
 from weightsmith.core.vectors import packed, unpacked
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.ranking import (
@@ -82,6 +83,10 @@ def test_a_text_is_right_by_its_label_and_words_by_share():
     assert found.values == [0.5, 0.5], "a word without a label is wrong"
     assert found.graded
     assert [row["guess"] for row in found.per_item] == [0.5, 1.0]
+
+    named = [item("Ann Lee", ["first name", "last  name"], ("Ann", "Lee"))]
+    found = score_labels([{"answer": words_text(["first name", "O"])}], named)
+    assert found.values == [0.5], "labels may have blanks"
 
 
 @pytest.mark.slow

@@ -70,6 +70,7 @@ def test_examples_pass_the_published_schema(path):
             "`evaluate.metric`: unknown 'Contain', did you mean `contains`?",
         ),
         ({"evaluate": {"data": "x", "metric": "zzz"}}, "`evaluate.metric`: input should be"),
+        ({"evaluate": []}, "`evaluate`: an empty list asks nothing: name a suite, or leave the"),
         (
             {"evaluate": {"data": "x", "tolerance": "2%"}},
             "`evaluate`: `tolerance` is for metric `numeric`, and the metric is `contains`",

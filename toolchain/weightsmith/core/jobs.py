@@ -7,7 +7,7 @@ them. A runner on this machine reads them in place.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -217,6 +217,18 @@ Pooled: TypeAlias = Literal["", "vectors", "label", "label-set", "word-labels", 
 """What models that do not chat say of texts: a vector for each; a label; all labels that are true
 of it; a label for each word; a number for each document of a query. Empty for models that answer in
 words."""
+_WITHIN = "\N{NO-BREAK SPACE}"
+"""Stands for a blank in a label of a word."""
+
+
+def words_text(labels: Iterable[str]) -> str:
+    """Return the labels of words as one text, with a blank between them and none within."""
+    return " ".join(label.replace(" ", _WITHIN) for label in labels)
+
+
+def words_labels(text: str) -> list[str]:
+    """Return the labels in such a text."""
+    return [label.replace(_WITHIN, " ") for label in text.split(" ")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

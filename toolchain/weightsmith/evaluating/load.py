@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json
-from weightsmith.evaluating.client import Served
+from weightsmith.evaluating.client import Served, thoughts_of
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain
 
@@ -155,7 +155,7 @@ def _has_text(data: Mapping[str, Json], event: str) -> bool:
     try:
         for choice in data.get("choices") or ():
             delta = choice.get("delta") or {}
-            if delta.get("content") or delta.get("reasoning_content") or choice.get("text"):
+            if delta.get("content") or thoughts_of(delta) or choice.get("text"):
                 return True
     except (AttributeError, TypeError):
         raise Refused(f"an event has no list of choices: {event[:200]}") from None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from weightsmith.core.jobs import Pooled
+from weightsmith.core.jobs import Pooled, words_text
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.core.vectors import packed
@@ -116,7 +116,7 @@ class PoolingClient:
             raise ValueError(f"the response does not have {len(self.labels)} numbers per token")
         best = [max(range(len(token)), key=token.__getitem__) for token in tokens]
         said = [self.labels[best[first + place]] for place in (0, *ends[:-1])]
-        return {"answer": " ".join(said), **_counted(answer)}
+        return {"answer": words_text(said), **_counted(answer)}
 
     def _count(self, text: str) -> int:
         """Return the number of a text's tokens, without special ones, by vLLM's tokenizer."""

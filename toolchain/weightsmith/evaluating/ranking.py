@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from weightsmith.core.jobs import words_labels
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue, Score
 from weightsmith.core.vectors import unpacked
@@ -88,7 +89,7 @@ def score_labels(answers: Sequence[Answer], items: Sequence[Item]) -> Score:
         said, failed = str(answer["answer"]), "error" in answer
         row: dict[str, JsonValue] = {**_question(item), **answer}
         if item.parts:
-            given = [] if failed else said.split()
+            given = [] if failed else words_labels(said)
             given += [""] * (len(item.parts) - len(given))
             words = list(zip(item.expected, given, strict=True))
             pairs += words

@@ -7,6 +7,7 @@ ones are cut, so that a thousand questions fit into a megabyte; build.json has t
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _ROW_BYTES, _ANSWER_BYTES = 190, 90
 """Markup of a question and of an answer, at most."""
 _SHORTEST, _LONGEST = 20, 1200
 _NOTHING = "-"
+_WHOLE = ("prompt", "messages", "choices", "tools", "parts")
+"""What a record has of all that a model was told."""
 _Number = TypeVar("_Number", int, float)
 
 
@@ -391,6 +394,8 @@ class Asked:
     value: Mapping[str, float]
     """Everyone's score, from 0 (wrong) to 1 (right)."""
     suite: str = ""
+    whole: str = ""
+    """All that was asked, as JSON: questions may have a last message in common."""
 
 
 def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
@@ -403,6 +408,7 @@ def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
             ok={path: bool(right) for path, right in item["ok"].items()},
             value={**item["ok"], **item.get("value", {})},
             suite=str(item.get("suite", "")),
+            whole=json.dumps([item.get(key) for key in _WHOLE], sort_keys=True),
         )
         for item in items
     ]
@@ -428,9 +434,9 @@ def shared_questions(first: BuildRecord, second: BuildRecord) -> list[Asked]:
     """
     old = [one for one in asked(first.items) if "image" in one.said]
     new = [one for one in asked(second.items) if "image" in one.said]
-    before: dict[object, Asked] = {one.prompt: one for one in old}
-    before |= {(one.suite, one.prompt): one for one in old}
-    pairs = ((before.get((n.suite, n.prompt)) or before.get(n.prompt), n) for n in new)
+    before: dict[object, Asked] = {one.whole: one for one in old}
+    before |= {(one.suite, one.whole): one for one in old}
+    pairs = ((before.get((n.suite, n.whole)) or before.get(n.whole), n) for n in new)
     several = len({one.suite for one in new}) > 1
     return [
         Asked(

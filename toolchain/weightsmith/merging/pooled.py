@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.jobs import Pooled, Question
+from weightsmith.core.jobs import Pooled, Question, words_text
 from weightsmith.core.time_limits import doing
 from weightsmith.core.values import JsonValue
 from weightsmith.core.vectors import packed
@@ -296,7 +296,7 @@ def _row(
     if pooled == "word-labels":
         best = found[0].argmax(-1).tolist()
         said = [_NO_LABEL if place < 0 else labels[best[place]] for place in text.words]
-        return {"answer": " ".join(said), **likely}
+        return {"answer": words_text(said), **likely}
     if pooled == "label-set":
         answer = json.dumps([labels[n] for n, one in enumerate(found[0].tolist()) if one > 0])
         margin = float(found[0].abs().min())

@@ -232,14 +232,25 @@ def one_or_list(schema: JsonDict) -> None:
     schema["anyOf"] = [one, {"items": one, "type": schema.pop("type")}]
 
 
+def _one_or_more(schema: JsonDict) -> None:
+    """Let editors accept one as well as a list of them, which must not be empty."""
+    one_or_list(schema)
+    schema["minItems"] = 1
+
+
+def _some(value: object) -> object:
+    """Return one or several suites as a list; refuse a list of none, which would ask nothing."""
+    if isinstance(value, list) and not value:
+        raise ValueError("an empty list asks nothing: name a suite, or leave the key out")
+    return one_alone(value)
+
+
 def _as_given(value: tuple[Suite, ...], write: SerializerFunctionWrapHandler) -> object:
     found = write(value)
     return found[0] if len(value) == 1 else found
 
 
-Suites: TypeAlias = Annotated[
-    tuple[Suite, ...], BeforeValidator(one_alone), WrapSerializer(_as_given)
-]
+Suites: TypeAlias = Annotated[tuple[Suite, ...], BeforeValidator(_some), WrapSerializer(_as_given)]
 
 
 class Adapter(Source):
@@ -252,7 +263,7 @@ class Adapter(Source):
         (),
         description="The adapter's own suite, or a list of them, compared with base and this "
         "adapter alone.",
-        json_schema_extra=one_or_list,
+        json_schema_extra=_one_or_more,
     )
 
 
@@ -824,7 +835,7 @@ class Recipe(Section):
     evaluate: Suites = Field(
         (),
         description="What the image must still do: one suite, or a list of them.",
-        json_schema_extra=one_or_list,
+        json_schema_extra=_one_or_more,
     )
     calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
     quantize: Quantize = Quantize()
