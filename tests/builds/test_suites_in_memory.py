@@ -99,6 +99,12 @@ def test_an_adapter_that_forgot_stops_the_build_before_quantizing(memory: Memory
     ]  # fmt: skip
 
 
+def test_an_adapter_may_know_more_than_the_base(memory: Memory) -> None:
+    forget(memory, 30, "base")
+    memory.build()
+    assert memory.record()["suites"][1]["verdict"] == "passed"
+
+
 def test_a_pattern_that_never_ends_on_an_answer_costs_one_question(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,17 @@ def test_suites_are_proven_together() -> None:
     assert "judged together with the other suites" in reason
 
 
+def test_what_the_adapter_gained_on_the_base_is_no_doubt_of_the_image() -> None:
+    """Of a suite that is held against the base; what the image gained on the adapter is one."""
+    rule = Rule(max_drop=0.05, against="base")
+    scores = {"base": score(20), "adapter": score(40), "merged": score(40)}
+
+    assert inconclusive_reasons({**scores, "image": score(40)}, rule) == ()
+    (reason,) = inconclusive_reasons({**scores, "image": score(58)}, rule)
+    assert "the image scores 0.967" in reason
+    assert "significantly more than base + adapter, 0.667" in reason
+
+
 NOTHING, ALL = Score(score=0.0, n=60, metric="m"), Score(score=1.0, n=60, metric="m")
 
 

@@ -1,7 +1,7 @@
 """The gates of a build: whether a score is good enough, and what passing does not show.
 
 A gate shows nothing if it could not have failed, or if not the same was asked. A gain is as odd as
-a loss: if merged model or image are significantly better than their reference, they were probably
+a loss: if merged model or image are significantly better than base + adapter, they were probably
 asked something else. It is no failure, because the fault may be the reference's, and chance gives
 one in forty such gains.
 """
@@ -454,8 +454,8 @@ def reference_of(against: str, asked: Container[str]) -> str:
 
 Chances = Mapping[str, float]
 """What is tested of a suite -> its p value. `shown`: that no more was lost than its rule allows;
-`learned`: that base + adapter is better than the base; a subject: that it is better than its
-reference."""
+`learned`: that base + adapter is better than the base; a subject: that it is better than what it
+was made of."""
 
 
 def chances(scores: Scores, rule: Rule) -> Chances:
@@ -475,7 +475,7 @@ def chances(scores: Scores, rule: Rule) -> Chances:
             middle, error = change.adjusted
             found["shown"] = _tail((rule.max_drop - middle + 1e-9) / error)
     for who in _JUDGED:
-        if who in scores and (change := comparison_of(scores[who], reference)):
+        if who in scores and (change := comparison_of(scores[who], _made_of(scores, reference))):
             found[who] = change.p
     if "adapter" in scores:
         base = scores.get("base") or guess_of(scores["adapter"])
@@ -518,7 +518,7 @@ def inconclusive_reasons(scores: Scores, rule: Rule, p: Chances | None = None) -
     return (
         *asked,
         *_nothing_to_lose(scores, reference, rule, p),
-        *_gains(reference, judged, p),
+        *_gains(scores, reference, judged, p),
         *_too_few(reference, scores.get("image"), scores.get("merged"), rule.max_drop, p),
     )
 
@@ -582,13 +582,21 @@ def _nothing_to_lose(scores: Scores, reference: Score, rule: Rule, p: Chances) -
         )
 
 
-def _gains(reference: Score, judged: Scores, p: Chances) -> Iterator[str]:
+def _made_of(scores: Scores, reference: Score | None) -> Score | None:
+    """Return the score of base + adapter: what it gained on the base is no wonder."""
+    return scores.get("adapter", reference) if reference else None
+
+
+def _gains(scores: Scores, reference: Score, judged: Scores, p: Chances) -> Iterator[str]:
+    """Yield which subjects are better than what they were made of."""
+    before = _made_of(scores, reference)
+    than = NAMES["adapter" if "adapter" in scores else "base"]
     for who, score in judged.items():
-        change = comparison_of(score, reference)
-        if change and change.won > change.lost and p[who] <= _CHANCE:
+        change = comparison_of(score, before)
+        if before and change and change.won > change.lost and p[who] <= _CHANCE:
             yield (
-                f"{NAMES[who]} scores {shown(score)}, significantly more than the reference,"
-                f" {shown(reference)} (p={p[who]:.2g}): check whether it was asked the same"
+                f"{NAMES[who]} scores {shown(score)}, significantly more than {than},"
+                f" {shown(before)} (p={p[who]:.2g}): check whether it was asked the same"
             )
 
 
