@@ -500,7 +500,12 @@ def test_a_server_that_is_not_there_shows_nothing(built: Memory) -> None:
 
 @pytest.mark.parametrize(
     ("status", "hint"),
-    [(401, "set WEIGHTSMITH_API_KEY"), (403, "set WEIGHTSMITH_API_KEY"), (503, "wait until")],
+    [
+        (401, "set WEIGHTSMITH_API_KEY"),
+        (403, "set WEIGHTSMITH_API_KEY"),
+        (404, "check that it serves this model"),
+        (503, "wait until"),
+    ],
 )
 def test_of_a_server_that_refuses_it_is_said_what_to_do(
     built: Memory, status: int, hint: str

@@ -113,7 +113,7 @@ def prove_image(asked: ProveCommand, tools: Tools) -> tuple[Mapping[str, Json], 
     return facts, text
 
 
-_AGAIN = "wait until the server is ready, and ask again"
+_AGAIN = "wait until the server is ready, and ask again; if it is, check that it serves this model"
 _OTHERS = "build the image with questions of which it is sure: `replay: {data: …}` names them"
 _HINT = "do not send it traffic; compare its image's digest with the one that was tested"
 
