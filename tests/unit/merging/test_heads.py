@@ -127,7 +127,7 @@ def test_a_head_that_the_base_stores_under_another_name_is_not_tied(
         (
             "word_embeddings",
             {"architectures": ["NewForMaskedLM"]},
-            "name of this model's head is unknown",
+            "head is untied is unknown",
         ),
         ("words", {"architectures": ["NewForCausalLM"]}, "may be an embedding tied to the head"),
     ],
@@ -204,7 +204,11 @@ def test_the_classes_that_tie_nothing_are_those_of_transformers() -> None:
         for model, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
             for name in [names] if isinstance(names, str) else names:
                 kind = getattr(transformers, name, None)
-                if kind and not getattr(kind, "_tied_weights_keys", None):
+                if (
+                    kind
+                    and name not in module._OWN
+                    and not getattr(kind, "_tied_weights_keys", None)
+                ):
                     with suppress(StrictDataclassError):
                         config = CONFIG_MAPPING[model]()
                         untied |= {name} if getattr(config, "tie_word_embeddings", 0) else set()
@@ -222,6 +226,74 @@ def test_the_heads_are_those_of_transformers() -> None:
         FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")
     written = {kind: tuple(row) for kind, row in json.loads(FILE.read_text("utf-8")).items()}
     assert written == told, f"transformers {transformers.__version__}: UPDATE_GOLDEN=1 writes it"
+
+
+def test_classes_whose_tied_tensors_have_names_of_their_own() -> None:
+    """`all_tied_weights_keys` also has the ties of parts."""
+    small = {"encoder_layers": 1, "decoder_layers": 1, "vocab_size": 16}
+    sizes = {
+        "ProphetNetForCausalLM": {"num_encoder_layers": 1, "num_decoder_layers": 1},
+        "SeamlessM4Tv2ForSpeechToText": small | {"speech_encoder_layers": 1},
+        "MarianMTModel": small | {"decoder_vocab_size": 16, "pad_token_id": 0},
+    }
+    for name, size in sizes.items():
+        kind = getattr(transformers, name)
+        config = kind.config_class(**size, tie_word_embeddings=True)
+        with torch.device("meta"):
+            model = kind(config)
+        tied = model.all_tied_weights_keys
+        told = config.to_dict() | {"architectures": [name]}
+
+        tie = find_tie(told, {key: None for key in model.state_dict() if key not in tied})
+
+        assert tie
+        assert {tie.head: tie.embedding} | dict(tie.also) == tied
+        assert tie.known
+        assert not tie.follows
+
+
+def test_a_tie_inside_a_decoder_is_not_untied() -> None:
+    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "bert"}}
+    name = "bert.embeddings.word_embeddings.weight"
+
+    tie = find_tie(config, {"encoder.layers.0.q_proj.weight": None, f"decoder.{name}": None})
+
+    assert tie
+    assert (tie.embedding, tie.known) == (f"decoder.{name}", False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "known"),
+    [
+        ("Pix2Struct", ("decoder.embed_tokens.weight", "decoder.lm_head.weight"), True),
+        ("Kosmos2_5", ("text_model.model.embed_tokens.weight", "text_model.lm_head.weight"), True),
+        (
+            "InstructBlip",
+            ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+            False,
+        ),
+    ],
+)
+def test_a_part_s_head(kind: str, words: tuple[str, str], known: bool) -> None:
+    config = {"model_type": "new", "architectures": [f"{kind}ForConditionalGeneration"]}
+    names = {words[0]: None, "qformer.embeddings.word_embeddings.weight": None}
+
+    tie = find_tie(config | {"tie_word_embeddings": True}, names)
+
+    assert tie
+    assert (tie.embedding, tie.head, tie.known, tie.follows) == (*words, known, False)
+
+
+@pytest.mark.parametrize("kind", ["MarianMTModel", "T5ForSequenceClassification"])
+def test_tokens_of_a_table_that_no_stack_reads_by_its_name_are_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    base = {"shared.weight": random(8, 4), "encoder.layers.0.q_proj.weight": random(4, 4)}
+    adapter = {"base_model.model.shared.token_adapter.trainable_tokens_delta": random(1, 4)}
+    config = {"is_encoder_decoder": True, "architectures": [kind], "vocab_size": 8}
+
+    with pytest.raises(InputRefused, match="no effect in training"):
+        run(tmp_path, base, adapter, {"trainable_token_indices": {"shared": [3]}}, **config)
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,41 @@ def test_targets_by_a_regex_of_a_base_whose_names_end_like_the_models(tmp_path: 
     assert torch.equal(found[f"{eyes}.weight"], weight)
 
 
+def test_targets_of_which_another_part_s_older_names_end_alike(tmp_path: Path) -> None:
+    """A ViT's `attention.value` is its `v_proj`; the BERT behind it has a `value` of its own."""
+    eyes, text = "encoder.encoder.layer.0.attention.attention", "decoder.bert.encoder.layer.0.x"
+    weight, a, b = random(6, 4), random(2, 4), random(6, 2)
+    base = {f"{eyes}.{name}.weight": weight.clone() for name in ("query", "value")}
+    base[f"{text}.value.weight"] = weight
+    kind = {"model_type": "vision-encoder-decoder", "encoder": {"model_type": "vit"}}
+    kind |= {"decoder": {"model_type": "bert"}, "architectures": ["VisionEncoderDecoderModel"]}
+    factors = lora("encoder.layers.0.attention.q_proj", a, b)
+    factors |= lora(f"{text}.value", a.clone(), b.clone())
+
+    targets = {"target_modules": ["q_proj", "value"]}
+    found = run_tensors(tmp_path, base, factors, targets, **kind)
+
+    close(found[f"{eyes}.query.weight"], weight.double() + delta(a, b))
+    assert torch.equal(found[f"{eyes}.value.weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("stored", "module"),
+    [
+        ("vlm.model.language_model.model.layers.0.up", "vlm.language_model.layers.0.up"),  # ColPali
+        ("model.encoder.layers.0.up", "model.encoder.text_model.layers.0.up"),  # T5Gemma 2
+    ],
+)
+def test_parts_that_files_name_otherwise(stored: str, module: str, tmp_path: Path) -> None:
+    weight, a, b = random(6, 4), random(2, 4), random(6, 2)
+
+    found = run_tensors(
+        tmp_path, {f"{stored}.weight": weight}, lora(module, a, b), {"target_modules": ["up"]}
+    )
+
+    close(found[f"{stored}.weight"], weight.double() + delta(a, b))
+
+
 @pytest.mark.parametrize(
     ("edits", "said"),
     [

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.uncalled import uncalled
+from weightsmith.merging.uncalled import computes_more, uncalled
 
 from tests.unit.merging.oracle import MakeBase, merged, run, train, unmerged
 
@@ -136,3 +136,58 @@ def test_layers_that_peft_cannot_change(kind: str, module: str) -> None:
 )
 def test_layers_that_are_called_are_not_left_out(kind: str, module: str) -> None:
     assert not uncalled({"model_type": kind})(module)
+
+
+def own_lookups() -> Iterator[tuple[str, str, str]]:
+    """Yield model type, class and attribute of embeddings with a forward pass of their own."""
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        text = path.read_text("utf-8")
+        tree = ast.parse(text) if "(nn.Embedding)" in text else ast.Module([], [])
+        for kind in tree.body:
+            if not isinstance(kind, ast.ClassDef) or "nn.Embedding" not in map(
+                ast.unparse, kind.bases
+            ):
+                continue
+            methods = [m for m in kind.body if getattr(m, "name", "") == "forward"]
+            # PEFT knows `embed_scale`.
+            if methods and "embed_scale" not in ast.unparse(methods[0]):
+                for node in ast.walk(tree):
+                    if isinstance(node, ast.Assign) and f"{kind.name}(" in ast.unparse(node.value):
+                        places = (t.attr for t in node.targets if isinstance(t, ast.Attribute))
+                        yield from ((path.parent.name, kind.name, place) for place in places)
+
+
+@pytest.mark.slow
+def test_embeddings_that_compute_more_are_those_of_transformers() -> None:
+    found = set(own_lookups())
+
+    # A plain lookup for tokens of the base; floats; and shapes, for which PEFT's layer fails.
+    plain = {
+        "IdeficsDecoupledEmbedding",
+        "Ovis2VisualEmbeddingTable",
+        "ProphetNetPositionalEmbeddings",
+    }
+    assert {("opt", "OPTLearnedPositionalEmbedding", "embed_positions")} <= found
+    unknown = {
+        (model, kind, name)
+        for model, kind, name in found
+        if kind not in plain and not computes_more({"model_type": model})(f"model.{name}")
+    }
+    assert not unknown, f"transformers {transformers.__version__}: add them to uncalled.py"
+
+
+@pytest.mark.parametrize("where", ["target_modules", "trainable_token_indices"])
+def test_what_a_weight_cannot_express_is_refused(
+    where: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    base = bases("biogpt")
+    targets = ["v_proj", "embed_positions"] if where == "target_modules" else ["v_proj"]
+    tokens = {} if where == "target_modules" else {where: {"embed_positions": [3]}}
+    lora = train(
+        base, "biogpt", tmp_path / "lora", LoraConfig(r=3, target_modules=targets, **tokens)
+    )
+
+    with pytest.raises(InputRefused, match=r"embed_positions, whose class computes more"):
+        run(base, lora, tmp_path / "out")

@@ -16,7 +16,7 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import JsonValue
-from weightsmith.merging.adapter_config import parse_adapter_config
+from weightsmith.merging.adapter_config import UNMERGED, parse_adapter_config
 from weightsmith.merging.claim import SHOWN, TASKS, AdapterView, Claim, read_adapter
 from weightsmith.merging.families import families, lora
 from weightsmith.merging.families.experts import is_one_of_stack
@@ -29,7 +29,7 @@ from weightsmith.merging.names import (
     split_names,
 )
 from weightsmith.merging.tying import is_embedding, is_head
-from weightsmith.merging.uncalled import uncalled
+from weightsmith.merging.uncalled import computes_more, uncalled
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
 from weightsmith.models.predicting import predicting
 from weightsmith.models.safetensors import open_checkpoint
@@ -95,8 +95,11 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     """Refuse an adapter whose file lacks keys for targeted modules of the base."""
     if not claims or view.config.target_modules is None:
         return
-    # Translate the base's names like the first module's: they may lack `model.`.
-    named = ((c, name) for name in (str, view.names.loaded) for c in claims)
+    # Translate the base's names like the first module's: they may lack `model.`. One that is
+    # renamed tells which version's names the adapter has.
+    loaded = view.names.loaded
+    ordered = sorted(claims, key=lambda claim: loaded(claim.target) == claim.target)
+    named = ((c, name) for c in ordered for name in (str, loaded))
     plain, as_model = next(
         (
             (c, name)
@@ -223,6 +226,7 @@ def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
     left = sorted(raw for raw in wrapped if not _is_targeted(view, raw))
     idle = uncalled(view.base_config)
     without_effect = sorted(raw for raw in wrapped.keys() - left if idle(plain_module(raw)))
+    _check_expressible(view, sorted(wrapped.keys() - left - {*without_effect}))
     dropped = {key for raw in left for key in wrapped[raw]}
     texts = list[str]()
     if left:
@@ -247,6 +251,17 @@ def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
             hint=correct if left else "train the adapter again, on layers that the model calls",
         )
     return replace(view, keys=kept), tuple(f"{view.path.name}: {text}" for text in texts)
+
+
+def _check_expressible(view: AdapterView, wrapped: Iterable[str]) -> None:
+    """Refuse an adapter of layers that compute more than their weight can express."""
+    computing = computes_more(view.base_config)
+    if found := [name for raw in wrapped if computing(name := plain_module(raw))]:
+        raise InputRefused(
+            f"{view.path} changes {', '.join(found[:SHOWN])}, whose class computes more than a "
+            "product with its weight: PEFT adds its change afterwards, which no weight expresses",
+            hint=f"{UNMERGED}, or train it without these layers in target_modules",
+        )
 
 
 def require_all_targeted(base: Path, adapter: Path) -> None:

@@ -29,6 +29,8 @@ _SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),
     ((r"^model\.language_model\.", "language_model.model."),),
     ((r"^language_model\.model\.", "model.language_model."),),
+    ((r"\bencoder\.text_model\.", "encoder."),),
+    ((r"^vlm\.language_model\.", "vlm.model.language_model.model."),),
     ((r"\bvision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),),
     ((r"\bvision_tower\.vision_model\.", "vision_tower."),),
     ((r"^lm_head\.", "embed_out."),),
@@ -241,6 +243,8 @@ def _rules(config: Mapping[str, object], table: str = _RENAMED) -> list[_Rule]:
     for kind, part in parts:
         word, more = _NAMED.get(part, re.escape(part)), _BELOW.get(part, "")
         below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.{more}") if part else None
+        if part in ("encoder", "decoder"):  # a BERT as the decoder has an encoder, too
+            below = re.compile(rf"{part}\.")
         # Some checkpoints have the text model at the top.
         everywhere = part in ("", "text")
         known = _table(table)

@@ -426,8 +426,8 @@ def _untie(tie: Tie | None, shares: dict[str, list[AdapterShare]]) -> str:
         return ""
     if not tie.known:
         raise InputRefused(
-            f"the adapter changes {tie.embedding} and its tied head differently, but the name of "
-            "this model's head is unknown",
+            f"the adapter changes {tie.embedding} and its tied head differently, but how this "
+            "model's head is untied is unknown",
             hint="serve it unmerged, or train embedding and head together (ensure_weight_tying)",
         )
     shares[tie.head] = shared + own

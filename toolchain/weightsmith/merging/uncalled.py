@@ -46,16 +46,35 @@ _UNCALLED = {
 }
 """Model types -> their modules, by the names in the model (transformers 5.24, models/)."""
 
+_COMPUTING = {
+    r".*": r"(?:.*\.)?embed_positions",  # of BART, OPT, Whisper …: finds the positions itself
+    r"inkling.*|muse_.*": r"(?:.*\.)?embed_tokens",  # normalises what it looks up
+    r"bit": r".*\.(?:conv\d?|convolution)",  # standardises its weight
+    r"dory": r"lm_head",  # scales its output
+}
+"""Model types -> modules whose class does more than multiply by, or look up in, its weight.
+
+PEFT computes its change beside the whole layer, so no weight can express it. `embed_scale` is none
+of these: PEFT applies it too.
+"""
+
+
+def computes_more(config: Mapping[str, object]) -> Callable[[str], bool]:
+    """Return what tells by a module's name whether no weight can express PEFT's change of it."""
+    return _matcher(config, _COMPUTING)
+
 
 def uncalled(config: Mapping[str, object]) -> Callable[[str], bool]:
     """Return what tells by a module's name whether the model reads its weight uncalled."""
+    return _matcher(config, {r".*": _EVERYWHERE} | _UNCALLED)
+
+
+def _matcher(config: Mapping[str, object], table: Mapping[str, str]) -> Callable[[str], bool]:
     kinds = set(_model_types(config))
     found = [
-        names
-        for types, names in _UNCALLED.items()
-        if any(re.fullmatch(types, kind) for kind in kinds)
+        names for types, names in table.items() if any(re.fullmatch(types, kind) for kind in kinds)
     ]
-    pattern = re.compile("|".join([_EVERYWHERE, *found]))
+    pattern = re.compile("|".join(found))
     return lambda module: pattern.fullmatch(module) is not None
 
 

@@ -8,12 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.merging.adapter_config import UNMERGED
 from weightsmith.merging.claim import AdapterView, Claim, Family
 from weightsmith.merging.names import module_key, plain_module
 from weightsmith.merging.outputs import Patch
 from weightsmith.merging.tying import is_embedding, is_head
+from weightsmith.merging.uncalled import computes_more
 
 _KEY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+
+_ALONE = ("SEQ_CLS", "TOKEN_CLS")
+_LOOSE = re.compile(r"For(?:Sequence|Token)Classification$|^(?!.*T5).*ForQuestionAnswering$")
+"""Classes without `_tied_weights_keys` of their own."""
 
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
@@ -43,12 +49,19 @@ FAMILY = Family(
 
 def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Claim:
     tie = view.tie or view.apart
-    owner = tie.head.removesuffix(".weight") if tie and is_embedding(module) else module
+    follows = bool(tie and tie.follows) and is_embedding(module)
+    owner = tie.head.removesuffix(".weight") if tie and follows else module
     if is_head(owner) and view.find(owner, "bias"):
         raise InputRefused(
             f"{view.path} trains tokens of {owner}, whose bias PEFT ignores for such adapters: a "
             "merged model would differ from the trained one",
             hint="serve it unmerged with PEFT, or train the rows with modules_to_save",
+        )
+    _check_follows(view, module)
+    if computes_more(view.base_config)(module):
+        raise InputRefused(
+            f"{view.path} trains tokens of {module}, whose class computes more than a lookup",
+            hint=UNMERGED,
         )
     places = _places(view, module)
     info = view.keys[key]
@@ -63,7 +76,7 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
             hint="configuration and weights are from different trainings; export both together",
         )
     # In PEFT a tied head follows its embedding, but not the other way round.
-    both = bool(view.tie) and is_embedding(module)
+    both = bool(view.tie and view.tie.follows) and is_embedding(module)
     others = [m for m in found if (is_embedding(m) if head else view.is_head(m))]
     if others and (head or both):
         same = view.stored(key).same_bytes(view.stored(found[others[0]]))
@@ -72,6 +85,24 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
             return Claim(keys=(key,), module=module)
     patch = Patch(adapter=view.index, places=places, stored=view.stored(key))
     return Claim(keys=(key,), module=module, target=target, patch=patch, both=both)
+
+
+def _check_follows(view: AdapterView, module: str) -> None:
+    """Refuse tokens of a table that encoder and decoder read by other names.
+
+    PEFT lets them follow if the whole class lists them as tied, which classifiers do not.
+    """
+    if module.rpartition(".")[2] != "shared":
+        return
+    listed = view.base_config.get("architectures")
+    kinds = [str(kind) for kind in listed] if isinstance(listed, list) else []
+    task = str(view.config.raw.get("task_type"))
+    if (view.tie and not view.tie.follows) or task in _ALONE or any(map(_LOOSE.search, kinds)):
+        raise InputRefused(
+            f"{view.path} trains tokens of {module}, but encoder and decoder use that table by "
+            "other names, so the tokens had no effect in training",
+            hint="train it again without trainable_token_indices, or serve it unmerged",
+        )
 
 
 def _places(view: AdapterView, module: str) -> tuple[int, ...]:
