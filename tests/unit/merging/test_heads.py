@@ -284,12 +284,32 @@ def test_a_part_s_head(kind: str, words: tuple[str, str], known: bool) -> None:
     assert (tie.embedding, tie.head, tie.known, tie.follows) == (*words, known, False)
 
 
+def test_tokens_that_a_head_with_factors_follows_are_merged_first(tmp_path: Path) -> None:
+    base = {"model.embed_tokens.weight": random(8, 4)}
+    tokens = {"model.embed_tokens.token_adapter.trainable_tokens_delta": random(1, 4)}
+    listed = {"trainable_token_indices": {"embed_tokens": [3]}}
+    head, config = {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}
+    factors = lora("lm_head", a := random(2, 4), b := random(8, 2))
+    both, tokens_alone, rest = (tmp_path / name for name in ("both", "tokens", "rest"))
+    for folder in (both, tokens_alone, rest):
+        folder.mkdir()
+    with pytest.raises(
+        InputRefused, match=r"trains tokens of lm_head\.weight and has factors"
+    ) as told:
+        run(both, base, tokens | factors, listed | head, **config)
+    assert "merge it first" in told.value.hint
+
+    first = run(tokens_alone, base, tokens, listed, **config)
+    found = run(rest, first, factors, head, **config)
+    close(found["lm_head.weight"], first["model.embed_tokens.weight"].double() + delta(a, b))
+
+
 @pytest.mark.parametrize("kind", ["MarianMTModel", "T5ForSequenceClassification"])
 def test_tokens_of_a_table_that_no_stack_reads_by_its_name_are_refused(
     kind: str, tmp_path: Path
 ) -> None:
     base = {"shared.weight": random(8, 4), "encoder.layers.0.q_proj.weight": random(4, 4)}
-    adapter = {"base_model.model.shared.token_adapter.trainable_tokens_delta": random(1, 4)}
+    adapter = {"shared.token_adapter.trainable_tokens_delta": random(1, 4)}
     config = {"is_encoder_decoder": True, "architectures": [kind], "vocab_size": 8}
 
     with pytest.raises(InputRefused, match="no effect in training"):

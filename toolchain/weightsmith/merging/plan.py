@@ -589,6 +589,12 @@ def _check_overlaps(name: str, shares: Sequence[AdapterShare]) -> None:
         legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
         legal = legal and (not spans or set(kinds) <= {"replacement"})
         legal = legal and (len(claims) == 1 or copied or "replacement" not in kinds)
+        if spans and "patch" in kinds and not doubled:
+            raise InputRefused(
+                f"{path} trains tokens of {name} and has factors on it",
+                hint="give the tokens an adapter of their own, without the factors, and merge it "
+                "first; then merge the rest, without trainable_token_indices, onto the result",
+            )
         if doubled or not legal:
             what = doubled[:SHOWN] or sorted({claim.module for claim in claims})
             raise InputRefused(
