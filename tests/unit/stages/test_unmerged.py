@@ -150,8 +150,6 @@ def test_adapters_take_memory_of_their_own():
         ({"bias": "all"}, "replaces parts"),
         ({"modules_to_save": ["lm_head"]}, "replaces parts"),
         ({"target_modules": ["embed_tokens"]}, "embeddings"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"r": 0}, "not a valid rank"),
         ({"r": None}, "not a valid rank"),
         ({"use_dora": 1}, "use_dora"),
@@ -212,12 +210,15 @@ def test_llamacpp_adds_one_adapter_always_and_of_several_none():
     assert command(A, B) == ("--lora", both, "--lora-init-without-apply")
 
 
-def test_llamacpp_reads_ranks_and_no_other_scaling(tmp_path):
-    made = changed(tmp_path, rank_pattern={"q_proj": 16})
-    assert served_adapters(made, gguf=True)[0].rank == 16
+def test_vllm_scales_each_layer_as_peft_and_llamacpp_by_its_rank_alone(tmp_path):
+    ranks, alphas = {"rank_pattern": {"q_proj": 16}}, {"alpha_pattern": {"q_proj": 4}}
+    made = changed(tmp_path, use_rslora=True, **ranks, **alphas)
+    assert served_adapters(made)[0].rank == 16
 
-    with pytest.raises(InputRefused, match="use_rslora"):
-        served_adapters(changed(tmp_path, rank_pattern={}, use_rslora=True), gguf=True)
+    assert served_adapters(changed(tmp_path, **ranks), gguf=True)[0].rank == 16
+    for other in (alphas, {"use_rslora": True}):
+        with pytest.raises(InputRefused, match=next(iter(other))):
+            served_adapters(changed(tmp_path, **other), gguf=True)
 
 
 def test_a_hubs_adapter_has_the_address_that_kserve_takes():

@@ -221,9 +221,8 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
     for key in ("use_dora", "lora_bias", "use_bdlora", "layer_replication"):
         if config.get(key):
             raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
-    # One factor for all layers: vLLM takes alpha / r of the configuration, llama.cpp alpha over
-    # each tensor's own rank.
-    for key in ("alpha_pattern", "use_rslora" if gguf else "rank_pattern"):
+    # llama.cpp takes one alpha over each tensor's own rank; vLLM 0.32 what PEFT does.
+    for key in ("alpha_pattern", "use_rslora") if gguf else ():
         if config.get(key):
             raise InputRefused(
                 f"{path}: this engine does not support the scaling by {key}", hint="merge it"
