@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from weightsmith.api.commands.plan import table
 from weightsmith.building import choosing
+from weightsmith.building.choosing import _unread
 from weightsmith.building.record import BuiltTarget
 from weightsmith.building.targets import all_targets
 from weightsmith.cli.commands import _facts, _lines
@@ -18,8 +19,10 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefuse
 from weightsmith.core.jobs import QuantizeJob
 from weightsmith.core.values import Json
 from weightsmith.evaluating.build_record import CandidateRecord
+from weightsmith.models.facts import ModelFacts
 from weightsmith.oci.registry import Registry
 
+from tests.fakes.configs import config
 from tests.fakes.fleet import run, write_fleet
 from tests.fakes.jobs import LOSSY, NOTHING
 from tests.fakes.memory import Memory, in_memory, write_rows
@@ -516,6 +519,12 @@ def test_a_fast_one_that_loses_too_much_gives_way_to_the_next_fastest(memory: Me
     memory.bandwidth = 8.01e6
     chosen(memory)
     assert page.read_bytes() == before
+
+
+def test_an_embedding_that_is_the_output_layer_is_read_for_each_token() -> None:
+    """As that of a Gemma is, whose config.json does not say so."""
+    assert _unread(ModelFacts.of(config("Gemma3ForCausalLM", 2, 64, 4, 1))) == 0
+    assert _unread(ModelFacts.of(config("LlamaForCausalLM", 2, 64, 4, 1))) == 64 * 128_256
 
 
 def test_speed_in_a_plan(memory: Memory) -> None:

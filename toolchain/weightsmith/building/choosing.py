@@ -51,6 +51,7 @@ from weightsmith.recipe.schema import Auto
 from weightsmith.serving import engines
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.memory import human, parse_size
+from weightsmith.serving.parameters import is_tied
 from weightsmith.serving.targets import Target
 from weightsmith.stages.resolve import NotHere
 from weightsmith.steps.launch import missing_device
@@ -329,7 +330,7 @@ def _unread(model: ModelFacts) -> int:
     nothing.
     """
     shape, more = model.shape, model.matrices
-    embedding = 0 if model.tied_embeddings else shape.vocab * shape.hidden
+    embedding = 0 if is_tied(model) else shape.vocab * shape.hidden
     expert = 3 * shape.hidden * (more.expert_width or shape.intermediate)
     experts = more.sparse_layers * max(0, more.experts - 1) * expert
     return embedding + experts + more.vision.weights
