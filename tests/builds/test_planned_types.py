@@ -38,6 +38,15 @@ MODELS = {
         hybrid_override_pattern="M-M-*-" * 4, vocab_size=1024, intermediate_size=1536,
         n_routed_experts=8,
     ),
+    "linear attention": config(
+        "Qwen3_5ForCausalLM", 24, 512, 8, 2, head_dim=64, vocab_size=1024, intermediate_size=1536,
+        layer_types=[*["linear_attention"] * 3, "full_attention"] * 6, linear_num_key_heads=4,
+        linear_num_value_heads=8, linear_key_head_dim=64, linear_value_head_dim=64,
+    ),
+    "an embedding for each layer": config(
+        "Gemma3nForCausalLM", 8, 512, 8, 2, head_dim=64, vocab_size=4096, intermediate_size=1536,
+        hidden_size_per_layer_input=64, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 AS = {"FalconForCausalLM": "falcon", "GPTBigCodeForCausalLM": "starcoder"}
 JOINED = frozenset(AS)
@@ -75,10 +84,16 @@ def shapes_of(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab, hidden)}
     if not facts.tied_embeddings and name not in JOINED:
         found["output.weight"] = (shape.vocab, hidden)
+    if name == "Gemma3nForCausalLM":
+        found["per_layer_token_embd.weight"] = (shape.vocab, 64 * shape.layers)
     for layer in range(shape.layers):
+        if shape.layer_types:
+            kinds = "*-" if shape.layer_types[layer] == "full_attention" else "L-"
         if name == "NemotronHForCausalLM":
             kinds = MODELS["Nemotron-H"]["hybrid_override_pattern"][layer]
         own: dict[str, tuple[int, ...]] = {**STATES} if kinds == "M" else {}
+        if "L" in kinds:
+            own["attn_qkv"] = (1024, hidden)
         if "*" in kinds and name in JOINED:
             own["attn_qkv"] = (width + 2 * keys, hidden)
         elif "*" in kinds:

@@ -180,6 +180,10 @@ class Matrices:
     """Additional layers for multi-token prediction."""
     query_rank: int
     """Rank of the query projection in multi-head latent attention."""
+    linear_rows: int
+    """Rows of Q, K and V together in a layer of linear attention; 0 for other models."""
+    per_layer_width: int
+    """Width of Gemma 3n's second embedding, of which each layer has a part; 0 for other models."""
     nope_head_dim: int
     """Part of each head without rotary embedding, in multi-head latent attention."""
     vision: Vision
@@ -198,6 +202,11 @@ class Matrices:
             shared_width=count(text, "shared_expert_intermediate_size"),
             predicted_layers=count(text, "num_nextn_predict_layers") if experts else 0,
             query_rank=count(text, "q_lora_rank"),
+            linear_rows=sum(
+                n * count(text, f"linear_num_{of}_heads") * count(text, f"linear_{of}_head_dim")
+                for n, of in ((2, "key"), (1, "value"))
+            ),
+            per_layer_width=layers * count(text, "hidden_size_per_layer_input"),
             nope_head_dim=count(text, "qk_nope_head_dim"),
             vision=_vision(vision),
         )

@@ -121,9 +121,9 @@ def parameters(model: ModelFacts) -> Parameters:
 
 
 def is_tied(model: ModelFacts) -> bool:
-    """Return whether the output layer is the embedding; False for a family that is not known."""
-    tied = model.tied_embeddings
-    return _TIED.get(_family(model), False) if tied is None else tied
+    """Return whether the output layer is the embedding: of an unknown family, of a Gemma's."""
+    tied, family = model.tied_embeddings, _family(model)
+    return _TIED.get(family, family.startswith("Gemma")) if tied is None else tied
 
 
 def is_gated(model: ModelFacts) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -167,8 +167,10 @@ def _mean(model: ModelFacts, bits: _BitsOfRows, weights: int = 0) -> float | Non
         return None
     hidden, table = shape.hidden, shape.vocab * shape.hidden
     counted = [(table, bits(hidden, "head"))]
-    if not is_tied(model):
+    if not (tied := is_tied(model)):
         counted.append((table, bits(hidden, "embedding")))
+    if beside := parts.per_layer_width:
+        counted.append((shape.vocab * beside, bits(beside, "head" if tied else "embedding")))
     states = sum(part.layers for part in shape.cache if part.kind == "state")
     caches = sum(part.layers for part in shape.cache) - states
     attends = caches if states else shape.layers
@@ -176,7 +178,12 @@ def _mean(model: ModelFacts, bits: _BitsOfRows, weights: int = 0) -> float | Non
     # llama.cpp gives joined matrices the type of V.
     q: Part = "v" if converted_as(model) in QKV else "q"
     k: Part = "v" if converted_as(model) in QKV else "k"
-    for layer in range(attends):
+    places: Sequence[int] = range(attends)
+    if parts.linear_rows and attends:  # one layer in so many attends, the others are linear
+        places = range(shape.layers // attends - 1, shape.layers, shape.layers // attends)
+        linear = (bits(hidden, "v", n) for n in range(shape.layers) if n not in places)
+        counted += [(parts.linear_rows * hidden, each) for each in linear]
+    for layer in places:
         counted.append((attended * hidden, bits(attended, "o", layer)))
         if not shape.kv_lora_rank:  # the factors of latent attention are the rest
             counted += [
