@@ -325,7 +325,16 @@ def test_a_question_that_is_refused_is_answered_wrongly(serve, bad, large, says)
     assert [one["answer"] for one in found if one is not row] == [t for t in texts if t != bad]
 
 
-@pytest.mark.parametrize("sent", [{}, [], {"choices": []}, {"choices": [{"message": None}]}])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {},
+        [],
+        {"choices": []},
+        {"choices": [{"message": None}]},
+        {"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}}]},
+    ],
+)
 def test_an_answer_without_a_text_is_a_wrong_one(serve, sent):
     def behave(handler, body):
         handler.send(200, sent if body["messages"][-1]["content"] == "q1" else answer())

@@ -216,6 +216,8 @@ def ask(
     try:
         choice = answer["choices"][0]
         text = served.text(choice)
+        if not isinstance(text, str | None):  # null where there are calls or thoughts alone
+            raise TypeError
     except (KeyError, IndexError, TypeError):
         raise session.unanswered(
             served.path, f"the response has no text: {excerpt(json.dumps(answer))}"
@@ -224,7 +226,7 @@ def ask(
     counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
     return {
         # JSON can contain lone surrogates, which UTF-8 cannot.
-        "answer": text.encode("utf-8", "replace").decode() if isinstance(text, str) else "",
+        "answer": (text or "").encode("utf-8", "replace").decode(),
         "finish_reason": choice.get("finish_reason"),
         **_found_by_parsers(choice, item, served),
         **({"prompt_tokens": counted} if type(counted) is int else {}),
