@@ -76,10 +76,11 @@ def test_what_is_stored_is_something_else(fake, client, tmp_path, part):
         client.push(tiny_image(tmp_path), at(fake))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_mirror_changes_a_file(hub, tmp_path, name):
+@pytest.mark.parametrize("names", [["model.safetensors"], ["config.json", "model.safetensors"]])
+def test_a_mirror_changes_files(hub, tmp_path, names):
     reader = HubReader(FileStore(tmp_path / "store"))
-    hub.sent[name] = bytes(len(hub.files[name]))
+    name = names[0]
+    hub.sent |= {one: bytes(len(hub.files[one])) for one in names}
     with pytest.raises(Altered, match=name):
         reader.fetch("hf://team/model", COMMIT, "", Silent())
     assert reader.known("hf://team/model", COMMIT, "") is None

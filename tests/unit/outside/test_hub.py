@@ -130,7 +130,7 @@ def test_a_file_that_the_user_edited_or_that_cannot_be_fetched_again_is_not_dele
     with pytest.raises(Altered, match="config") as caught:
         reader.fetch("hf://team/model", COMMIT, "", Silent())
     assert file.read_bytes() == b"{}"
-    assert f"nothing was deleted: delete {file} yourself" in caught.value.hint
+    assert f"it was not deleted: delete {file} yourself" in caught.value.hint
 
 
 def test_doctor_says_that_there_is_a_token_and_not_which(

@@ -67,17 +67,19 @@ class HubReader:
         tree = read_tree(root, self._store, progress, wanted=_is_wanted)
         said = _said(repository, commit, tree)
         if wrong := _wrong(said, tree):
+            kept = [one for one in wrong if not _forget(tree.path(one), root, commit)]
             hint = (
-                f"nothing was deleted: delete {tree.path(wrong)} yourself and build where the hub "
-                "can be reached; if you changed the model, use its folder as the source"
+                "it was deleted from the hub's cache: try again; if it happens again, a mirror "
+                "(HF_ENDPOINT) or a proxy changes the data: ask its administrator"
             )
-            if _forget(tree.path(wrong), root, commit):
+            if kept:
                 hint = (
-                    "it was deleted from the hub's cache: try again; if it happens again, a mirror "
-                    "(HF_ENDPOINT) or a proxy changes the data: ask its administrator"
+                    f"it was not deleted: delete {tree.path(kept[0])} yourself and build where the "
+                    "hub can be reached; if you changed the model, use its folder as the source"
                 )
             raise Altered(
-                f"{pin}: {wrong} does not match this commit at {hub_endpoint()}", hint=hint
+                f"{pin}: {(kept or wrong)[0]} does not match this commit at {hub_endpoint()}",
+                hint=hint,
             )
         if added := [file.path for file in tree.files if file.path not in said]:
             progress.warn(f"{pin}: also reading files not in this commit: {', '.join(added)[:200]}")
@@ -180,8 +182,9 @@ def _is_wanted(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
-def _wrong(said: Mapping[str, str], tree: Tree) -> str:
-    """Return the first file that does not match the hub's list of the commit, or empty."""
+def _wrong(said: Mapping[str, str], tree: Tree) -> list[str]:
+    """Return the files that do not match the hub's list of the commit."""
+    found = []
     for file in tree.files:
         name = said.get(file.path)
         if name in (None, file.digest.hex):  # None: put there by the user; the lock covers it
@@ -194,8 +197,8 @@ def _wrong(said: Mapping[str, str], tree: Tree) -> str:
         path = tree.path(file.path)
         with path.open("rb") as content:
             if name != _git_name(path.stat().st_size, iter(partial(content.read, _CHUNK), b"")):
-                return file.path
-    return ""
+                found.append(file.path)
+    return found
 
 
 def _said(repository: str, commit: str, tree: Tree) -> Mapping[str, str]:
