@@ -1,6 +1,7 @@
 """What stands behind an error is looked for, however the errors refer to each other."""
 
 import errno
+import os
 
 import pytest
 from weightsmith.cli.command import _guarded
@@ -28,3 +29,13 @@ def test_too_little_memory_is_no_bug(body) -> None:
     with pytest.raises(EnvironmentFailure, match="not enough memory") as caught:
         _guarded(body, {})
     assert "ulimit -v" in caught.value.hint
+
+
+def _fails(number: int) -> None:
+    raise OSError(number, os.strerror(number), "model.safetensors")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EFBIG])
+def test_a_failing_disk_and_a_limit_of_a_files_size_are_no_bugs(number: int) -> None:
+    with pytest.raises(EnvironmentFailure, match=r"model\.safetensors"):
+        _guarded(_fails, {"number": number})

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -237,6 +238,22 @@ def test_read_only_store_serves_and_explains(tmp_path: Path, monkeypatch) -> Non
     assert store.find(KEY)
     with pytest.raises(EnvironmentFailure, match="cannot write to the store"):
         store.produce(key_of("another"), {}, write("x"))
+
+
+@pytest.mark.parametrize("ended", [None, EnvironmentFailure("the job died"), ValueError("a bug")])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_store_that_is_deleted_under_a_build(tmp_path, resume, ended) -> None:
+    def make(folder: Path) -> dict[str, str]:
+        (folder / "file").touch()
+        shutil.rmtree(tmp_path / "store")
+        if ended:
+            raise ended
+        return {}
+
+    with pytest.raises(type(ended) if ended else EnvironmentFailure) as caught:
+        FileStore(tmp_path / "store").produce(KEY, {}, make, resume=resume)
+    assert caught.value is ended or "disappeared" in caught.value.message
+    assert FileStore(tmp_path / "store").produce(KEY, {}, write("x")).meta == {"text": "x"}
 
 
 @pytest.mark.root

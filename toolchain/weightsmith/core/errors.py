@@ -68,13 +68,21 @@ class Altered(EnvironmentFailure):
 
 _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-    | {errno.ENAMETOOLONG}
+    | {errno.ENAMETOOLONG, errno.EFBIG}
 )
-"""Errors of a disk or its permissions: the user can correct them, so they are not bugs."""
+"""What a disk, its permissions or limits refuse: the user can correct it, so it is no bug."""
+_OF_DISKS = frozenset({errno.EIO, errno.ESTALE})
+"""What a disk says that is damaged or gone, whatever was asked of it."""
 
 
 def of_machine(error: OSError) -> EnvironmentFailure | None:
     """Return an error about what the machine refuses to write, if `error` is one; else None."""
+    if error.errno in _OF_DISKS:
+        return EnvironmentFailure(
+            f"a disk fails at {error.filename or 'a file'}: {error.strerror}",
+            hint="look at the kernel's log (`dmesg`) and the mount, then run it again; our own "
+            "folders are set by WEIGHTSMITH_HOME, WEIGHTSMITH_STORE and TMPDIR",
+        )
     no_temporary = error.errno == errno.ENOENT and error.filename is None  # as `tempfile` says it
     if error.errno not in _OF_THE_MACHINE and not no_temporary:
         return None

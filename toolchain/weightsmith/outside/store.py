@@ -42,6 +42,10 @@ _WORTH_REMEMBERING = 256 << 10
 """Bytes below which hashing a file again is cheaper than caching its digest."""
 _MANY_FILES = 256
 _PAUSE_SECONDS = 0.05
+_DELETED = (
+    "check whether another process deletes files in the store, or its disk was unmounted; then "
+    "build again"
+)
 _SETTLED_NS = 2_000_000_000
 """A younger file may still change within one mtime tick, so its digest is not cached."""
 
@@ -95,7 +99,7 @@ class FileStore:
         if entry is None:
             raise EnvironmentFailure(
                 f"{self.root}: a result disappeared right after it was made",
-                hint="check whether another process deletes files in the store, then build again",
+                hint=_DELETED,
             )
         return entry
 
@@ -204,7 +208,7 @@ class FileStore:
             try:
                 meta: dict[str, Json] = dict(make(data))
             except BaseException as problem:
-                if not resume or isinstance(problem, OSError) or not any(data.iterdir()):
+                if not resume or isinstance(problem, OSError) or not below(data):
                     discard(partial)  # frees the space on a full disk; of nothing, nothing resumes
                 raise
             files = self._seal(data, handle, meta.pop("sha256", {}))
@@ -358,6 +362,10 @@ class FileStore:
             return EnvironmentFailure(
                 f"cannot write to the store while {what}: {place}: {error.strerror}",
                 hint="set WEIGHTSMITH_STORE to a writable folder",
+            )
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return EnvironmentFailure(
+                f"a part of the store disappeared while {what}: {place}", hint=_DELETED
             )
         return error
 
