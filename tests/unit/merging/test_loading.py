@@ -131,6 +131,15 @@ def test_a_parts_names_are_renamed_below_it_alone() -> None:
     assert loaded_names(config, names) == {"model.vision_tower.patch_embed.weight": names[0]}
 
 
+def test_a_decoder_within_a_model_is_renamed_below_it() -> None:
+    config = {"model_type": "maskformer", "decoder_config": {"model_type": "detr"}}
+    place = "model.transformer_module.decoder.layers.0.encoder_attn"
+
+    found = loaded_names(config, [f"{place}.out_proj.weight"])
+
+    assert found == {f"{place}.o_proj.weight": f"{place}.out_proj.weight"}
+
+
 def test_names_that_move_by_one() -> None:
     first, second = (f"vision_tower.encoder.blocks.3.mlp.fc{n}.weight" for n in (0, 1))
     moved = (f"model.vision_tower.layers.3.mlp.fc{n}.weight" for n in (1, 2))

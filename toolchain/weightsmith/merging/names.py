@@ -243,7 +243,8 @@ def _rules(config: Mapping[str, object], table: str = _RENAMED) -> list[_Rule]:
     for kind, part in parts:
         word, more = _NAMED.get(part, re.escape(part)), _BELOW.get(part, "")
         below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.{more}") if part else None
-        if part in ("encoder", "decoder"):  # a BERT as the decoder has an encoder, too
+        # A BERT as the decoder has an encoder, too.
+        if part in ("encoder", "decoder") and kinds[-1].endswith("encoder-decoder"):
             below = re.compile(rf"{part}\.")
         # Some checkpoints have the text model at the top.
         everywhere = part in ("", "text")
