@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.core.errors import InputRefused
+from fsspec.config import conf
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.outside.object_stores import S3, ObjectRemote
 from weightsmith.outside.remote import RemoteReader
@@ -173,4 +174,16 @@ def test_credentials_that_have_ended_are_named(
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(InputRefused, match=r"denied \(ExpiredToken\)") as caught:
             reader.fetch("s3://bucket/bot", "", "", Silent())
+    assert SECRET not in caught.value.message
+
+
+def test_a_password_in_the_endpoint_is_not_shown(
+    reader: RemoteReader, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore shows the address that it could not reach."""
+    monkeypatch.setitem(conf, "s3", {"anon": True})
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://ann:{SECRET}@127.0.0.1:1")
+    with pytest.raises(EnvironmentFailure, match=r"127\.0\.0\.1") as caught:
+        reader.fetch("s3://bucket/bot", "", "", Silent())
     assert SECRET not in caught.value.message

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.ports import Progress
-from weightsmith.core.values import Digest, Json
+from weightsmith.core.values import Digest, Json, without_passwords
 from weightsmith.models.folder import is_used
 from weightsmith.outside.remote import (
     Broken,
@@ -205,8 +205,8 @@ class ObjectRemote:
                 hint=f"check the credentials: {self._store.hint}",
             ) from None
         except Exception as error:  # noqa: BLE001 - each client has its own, without a common base
-            text = _QUERY.sub("?…", " ".join(str(error).split()))[:200]
-            what = f"{type(error).__name__}: {text}"
+            text = _QUERY.sub("?…", without_passwords(" ".join(str(error).split())))
+            what = f"{type(error).__name__}: {text[:200]}"
             if again and "redentials" not in type(error).__name__:
                 raise Broken(what) from None
             raise EnvironmentFailure(f"{source}: {what}", hint=self._store.hint) from None
