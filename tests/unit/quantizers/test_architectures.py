@@ -417,6 +417,7 @@ def test_an_unknown_format_gets_near_misses_and_the_list():
         ("awq-autoawq", LLAMAS),
         ("awq-compressed", LLAMAS),
         ("fp8-static", LLAMAS),
+        ("awq-modelopt", LLAMAS),
         ("fp8-modelopt", LLAMAS),
         ("nvfp4-modelopt", LLAMAS),
     ],

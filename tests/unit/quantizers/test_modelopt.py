@@ -1,4 +1,4 @@
-"""ModelOpt's FP8 and NVFP4: numbers by torch, names and configurations as ModelOpt 0.47 has them.
+"""ModelOpt's FP8, NVFP4 and AWQ: numbers by torch, names and configurations as in ModelOpt 0.47.
 
 That vLLM's reader of
 this layout puts each weight where it belongs is tested in tests/real/test_vllm_loads.py.
@@ -9,18 +9,22 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import WALKED
 from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.layerwise import quantizing
 from weightsmith.quantizers.layerwise.maxima import input_maxima
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.modelopt import ARCHITECTURES, LAYOUTS, quantize
-from weightsmith.quantizers.packed import view_of
+from weightsmith.quantizers.packed import PackedLayout, PackedView, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
+from weightsmith.quantizers.running import ProgramSettings
+from weightsmith.serving import engines
+from weightsmith.serving.compatibility import check_support
 
 from tests.fakes.awkward import make
 from tests.unit.quantizers.conftest import make_any, model_of
@@ -222,3 +226,101 @@ def test_weights_that_are_not_finite_are_refused(model, out, form, value):
 
     with pytest.raises(InputRefused, match="NaN or infinite"):
         written(form, model, out)
+
+
+AWQ = formats()["awq-modelopt"]
+CODES = torch.tensor([
+    [-8, 6, 7, 5, 7, -2, -8, 1], [-8, -4, -1, 6, 7, -8, 6, -8], [-8, 4, 7, -7, 7, -1, -8, 3],
+    [-8, 5, 3, -7, 7, 6, -4, -2], [-8, -6, 6, 1, 7, 2, 1, 1], [-8, -7, -6, -1, 7, 6, -3, 2],
+])  # fmt: skip
+SCALES = torch.tensor([[0.5, 0.25]]) * torch.tensor([[1], [2], [0.125], [1], [4], [1]])
+PACKED = torch.tensor([
+    [136, 198, 247, 101, 119, 142, 104, 129], [136, 84, 55, 153, 119, 111, 200, 227],
+    [136, 154, 166, 241, 119, 98, 209, 33],
+])  # fmt: skip
+"""What pack_int4_in_uint8 of ModelOpt 0.47 returns for CODES times SCALES, in groups of four."""
+
+
+def test_awqs_integers_have_modelopts_bytes_and_are_read_back(tmp_path):
+    values = CODES * SCALES.repeat_interleave(4, 1)
+    grid = quantizing.Grid(SCALES, torch.full_like(SCALES, 8))
+
+    made = quantizing.packed_modelopt(grid, values)
+
+    assert torch.equal(made["weight"], PACKED.to(torch.uint8))
+    factors = torch.arange(8) / 4 + 0.5
+    name = "model.layers.0.mlp.down_proj"
+    named = {f"{name}.{part}": one for part, one in made.items()}
+    save_file({**named, f"{name}.pre_quant_scale": factors}, tmp_path / "model.safetensors")
+    told = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": told}))
+    view = PackedView(tmp_path)
+    for start, stop in ((0, None), (1, 4), (3, 6), (2, 3)):
+        found = torch.from_numpy(view.matrix(name, start, stop))
+        assert torch.equal(found, (values * factors)[start:stop])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_an_awq_checkpoint_is_as_modelopt_exports_it(tmp_path, out, architecture):
+    model = make_any(tmp_path / "model", architecture, hidden=256)
+    of_format(AWQ.name).check_input(AWQ, read_facts(model))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in ROWS))
+
+    quantizing.quantize(
+        ProgramSettings(
+            model=model, out=out, calibration=str(texts), method=AWQ.kind, group_size=64
+        )
+    )
+
+    layout = PackedLayout(method=AWQ.kind, bits=4, group_size=64, symmetric=True)
+    check_checkpoint(out, model, layout)
+    plain, made = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    for module in sorted(n.removesuffix(".weight_scale") for n in made if "weight_scale" in n):
+        outputs, inputs = plain[f"{module}.weight"].shape
+        parts = {n.rpartition(".")[2]: t for n, t in made.items() if n.startswith(f"{module}.")}
+        parts.pop("bias", None)
+        if module.endswith(("o_proj", "down_proj")):  # the others are fused
+            assert torch.equal(parts.pop("pre_quant_scale"), torch.ones(inputs).bfloat16())
+        kinds = {part: (str(t.dtype), tuple(t.shape)) for part, t in parts.items()}
+        assert kinds == {
+            "weight": ("torch.uint8", (outputs // 2, inputs)),
+            "weight_scale": ("torch.float32", (outputs, inputs // 64)),
+        }
+        # TensorRT-LLM casts scales to the model's type.
+        assert torch.equal(parts["weight_scale"], parts["weight_scale"].bfloat16().float())
+    beside = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert beside == {
+        "quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None, "group_size": 64,
+        "has_zero_point": False, "pre_quant_scale": True, "exclude_modules": ["lm_head"],
+    }  # fmt: skip
+    assert read_facts(out).packing.kinds == {AWQ.kind}
+    loss = measure(model, view_of(out, model), ROWS[:1], 100, lambda *_: None)
+    assert loss.kl_mean > 0
+    assert 0 < loss.layer_error < 0.35
+
+
+def test_groups_without_a_kernel_are_refused():
+    quantizer, model = of_format(AWQ.name), model_of("LlamaForCausalLM", intermediate_size=1056)
+    with pytest.raises(InputRefused, match="groups of 64 or 128 weights"):
+        quantizer.check_input(AWQ, model)
+    with pytest.raises(UsageError, match="no kernel for groups of 32"):
+        quantizer.options(AWQ, {"group_size": 32})
+    assert quantizer.options(AWQ, {"group_size": 64})["group_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("nvidia-a100-80gb", ""), ("nvidia-b300", ""),
+        ("nvidia-rtx-5090", "no kernel for it on compute capability 12.0"),
+        ("nvidia-gb10", "no kernel for it on compute capability 12.1"),
+    ],
+)  # fmt: skip
+def test_awq_is_refused_on_gpus_without_a_kernel(device, why):
+    if not why:
+        check_support(engines()["trtllm"], AWQ, device)
+        return
+    with pytest.raises(InputRefused, match=why):
+        check_support(engines()["trtllm"], AWQ, device)

@@ -48,6 +48,7 @@ from tests.unit.quantizers.conftest import make_any
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 CELLS = [(name, method) for name in sorted(GROUPED) for method in ("awq", "gptq")]
 MOST = 0.35
+GROUPS = quantizing.Groups(32, symmetric=False)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,8 @@ def test_scaling_changes_no_output(models, monkeypatch, architecture, scaled):
             before = layers.run(0, 0)
         modules = {id(module): name for name, module in layer.named_modules()}
         changed = {
-            modules[id(one)] for one in scale_layer(observer.groups, 32, lambda _: torch.bfloat16)
+            modules[id(one)]
+            for one in scale_layer(observer.groups, GROUPS, lambda _: torch.bfloat16)
         }
         after = layers.run(0, 0)
 

@@ -459,6 +459,9 @@ def _whole(value: JsonValue) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
+_MODELOPT = {"FP8": "modelopt-fp8", "NVFP4": "modelopt-nvfp4", "W4A16_AWQ": "modelopt-awq"}
+
+
 def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
     """Return the kinds of Format that engines load.
 
@@ -466,8 +469,9 @@ def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
     """
     if method in {"awq", "gptq", "fp8", "mxfp4"}:
         return frozenset({method})
-    if method == "modelopt" and settings.get("quant_algo") in {"FP8", "NVFP4"}:
-        return frozenset({f"modelopt-{settings['quant_algo']}".lower()})
+    if method == "modelopt":
+        kind = _MODELOPT.get(str(settings.get("quant_algo")))
+        return frozenset({kind} if kind else ())
     if method != "compressed-tensors":
         return frozenset()
     found, groups = set[str](), settings.get("config_groups")

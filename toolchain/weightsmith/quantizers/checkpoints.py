@@ -161,7 +161,7 @@ def in_groups_of(format_: Format, model: ModelFacts, options: Options) -> Format
 
 
 def in_groups(request: QuantizeRequest) -> PackedLayout:
-    """Return the layout of 4-bit integers with a scale per group: `gptq` symmetric, others not.
+    """Return the layout of 4-bit integers with a scale per group: `awq` not symmetric.
 
     Experts always have the tool's own layout: vLLM's kernel for CPUs takes no other one with zero
     points (0.33, layers/fused_moe/experts/cpu_moe.py CPUExpertsInt4._supports_quant_scheme).
@@ -172,7 +172,7 @@ def in_groups(request: QuantizeRequest) -> PackedLayout:
         method=method if model.matrices.experts else request.format.layout or method,
         bits=4,
         group_size=group_size(model, request.options.get("group_size")),
-        symmetric=method == "gptq",
+        symmetric=method != "awq",
     )
 
 

@@ -15,7 +15,6 @@ is what TensorRT-LLM takes without them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,13 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Format, JsonValue
+from weightsmith.core.values import Format
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers import checkpoints, running, writing
 from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
+from weightsmith.quantizers.modelopt_files import FP8, GROUP, NVFP4, write_companions
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import Quantizer
@@ -39,49 +39,12 @@ from weightsmith.quantizers.rounded import FusedRows, options, shared_inputs
 from weightsmith.quantizers.rounding import to_float8, to_nvfp4
 from weightsmith.quantizers.schemes import SCHEMES
 
-FP8 = Format(name="fp8-modelopt", kind="modelopt-fp8", bits_per_weight=8.0, instead_of="fp8")
-NVFP4 = Format(
-    name="nvfp4-modelopt", kind="modelopt-nvfp4", bits_per_weight=4.5, instead_of="nvfp4"
-)
 ARCHITECTURES = LLAMAS | {"MixtralForCausalLM", "Qwen3MoeForCausalLM"}
 """Those of WALKED for which TensorRT-LLM 1.2 has a model of its own that reads these names."""
 _SCHEME = SCHEMES["fp8"]
 """For its blocks of rows."""
 _LARGEST = {FP8.name: np.float32(448), NVFP4.name: np.float32(6 * 448)}
 """448 is float8_e4m3fn's (arXiv 2209.05433), 6 that of float4_e2m1."""
-_GROUP = 16
-"""Weights of NVFP4 that share a scale."""
-
-
-def config(format_: Format, ignored: Sequence[str]) -> dict[str, JsonValue]:
-    """Return config.json's quantization_config; `ignored` modules stay in 16 bits."""
-    type_: JsonValue = {"num_bits": 8, "type": "float", "dynamic": False}
-    if format_ == NVFP4:
-        type_ = {"num_bits": 4, "type": "float", "dynamic": False, "group_size": _GROUP}
-    group: JsonValue = {"targets": ["Linear"], "weights": type_, "input_activations": type_}
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": _ALGORITHMS[format_.name],
-        "config_groups": {"group_0": group},
-        "ignore": list(ignored),
-        "producer": _PRODUCER,
-    }
-
-
-_ALGORITHMS = {FP8.name: "FP8", NVFP4.name: "NVFP4"}
-_PRODUCER: Mapping[str, JsonValue] = {"name": "modelopt", "version": "weightsmith"}
-"""Readers look for that name, which stands for the layout."""
-
-
-def hf_quant_config(format_: Format, ignored: Sequence[str]) -> dict[str, JsonValue]:
-    """Return hf_quant_config.json, from which TensorRT-LLM knows how a checkpoint is quantized."""
-    told: dict[str, JsonValue] = {
-        "quant_algo": _ALGORITHMS[format_.name], "kv_cache_quant_algo": None,
-        "exclude_modules": list(ignored),
-    }  # fmt: skip
-    if format_ == NVFP4:
-        told["group_size"] = _GROUP
-    return {"producer": _PRODUCER, "quantization": told}
 
 
 def scale_of(format_: Format, most: float) -> np.float32:
@@ -102,9 +65,9 @@ def quantize(
     known = matrices(source, model)
     found = checkpoints.without_kept(known, keep)
     for matrix in found:
-        if format_ == NVFP4 and matrix.inputs % _GROUP:
+        if format_ == NVFP4 and matrix.inputs % GROUP:
             raise InputRefused(
-                f"{matrix.module} has {matrix.inputs} inputs, no multiple of {_GROUP}",
+                f"{matrix.module} has {matrix.inputs} inputs, no multiple of {GROUP}",
                 hint="choose fp8-modelopt, which has a scale per matrix",
             )
     rows = FusedRows(source, _SCHEME, found, {})
@@ -115,16 +78,14 @@ def quantize(
     works += [writing.copied(source, name) for name in source.names - quantized]
     writing.write_checkpoint(out, works)
     ignored = ["lm_head", *unquantized(source, known, found)]
-    checkpoints.write_companions(model, out, config(format_, ignored))
-    text = json.dumps(hf_quant_config(format_, ignored), indent=2, sort_keys=True) + "\n"
-    (out / "hf_quant_config.json").write_text(text, encoding="utf-8")
+    write_companions(format_, model, out, ignored)
 
 
 def _work(format_: Format, matrix: Matrix, rows: FusedRows) -> writing.TensorGroup:
     """Return the work for a matrix: its codes and its scales."""
     name, four = f"{matrix.module}.weight", format_ == NVFP4
     count, width = matrix.outputs, matrix.inputs
-    own, groups = f"{name}_scale_2" if four else f"{name}_scale", (count, width // _GROUP)
+    own, groups = f"{name}_scale_2" if four else f"{name}_scale", (count, width // GROUP)
     outputs = [
         writing.OutputTensor(name, "U8" if four else "F8_E4M3", (count, width // (1 + four))),
         writing.OutputTensor(own, "F32", ()),
@@ -177,7 +138,7 @@ LAYOUTS = {
         method="modelopt-fp8", bits=8, group_size=0, symmetric=True, inputs=True
     ),
     NVFP4.name: PackedLayout(
-        method="modelopt-nvfp4", bits=4, group_size=_GROUP, symmetric=True, inputs=True
+        method="modelopt-nvfp4", bits=4, group_size=GROUP, symmetric=True, inputs=True
     ),
 }
 

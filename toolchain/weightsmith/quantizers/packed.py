@@ -4,7 +4,8 @@ AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's firs
 (qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.20 (compressors/: pack-quantized,
 int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized), and
 OpenAI's layout of stacked experts in MXFP4 (convert_moe_packed_tensors in integrations/mxfp4.py of
-transformers 5.24), and ModelOpt's (FP8QDQLinearMethod and NVFP4LinearMethod of TensorRT-LLM).
+transformers 5.24), and ModelOpt's (FP8QDQLinearMethod, NVFP4LinearMethod and
+W4A16_AWQ_LinearMethod of TensorRT-LLM).
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
 FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4", "modelopt-nvfp4"})
 """Layouts of float4_e2m1, two codes per byte."""
-MODELOPT: Mapping[str, str] = {"FP8": "modelopt-fp8", "NVFP4": "modelopt-nvfp4"}
+MODELOPT: Mapping[str, str] = {
+    "FP8": "modelopt-fp8", "NVFP4": "modelopt-nvfp4", "W4A16_AWQ": "modelopt-awq",
+}  # fmt: skip
 """ModelOpt's `quant_algo` -> what its layout is called here."""
 MIXED = "mixed-precision"
 """compressed-tensors' `format` of a checkpoint whose modules have several."""
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
-    ".weight_global_scale", ".input_global_scale", ".weight_scale_2", "_blocks", "_scales",
+    ".weight_global_scale", ".input_global_scale", ".weight_scale_2", ".pre_quant_scale",
+    "_blocks", "_scales",
 )  # fmt: skip
 """Suffixes of a quantized module's tensors, except `.weight`."""
 
@@ -74,13 +78,13 @@ class PackedLayout:
     @property
     def tiled(self) -> bool:
         """Whether codes have a byte or half of one, and scales are of tiles."""
-        return self.method not in {"awq", "gptq", PACKED}
+        return self.method not in {*_INTEGERS, PACKED}
 
     @property
     def moved(self) -> bool:
         """Whether scales may have moved between tensors, as AWQ does."""
         integers = self.method == PACKED and (self.rescaled or not self.symmetric)
-        return self.method == "awq" or integers
+        return self.method in {"awq", "modelopt-awq"} or integers
 
     @property
     def input_scale(self) -> str:
@@ -119,8 +123,14 @@ def layout_of(config: Mapping[str, Json]) -> PackedLayout:
         return PackedLayout(method=method, bits=4, group_size=32, symmetric=True)
     if method == "modelopt" and quantization.get("quant_algo") in MODELOPT:
         found = MODELOPT[quantization["quant_algo"]]
-        bits, size = (4, 16) if found in FLOAT4 else (8, 0)
-        return PackedLayout(method=found, bits=bits, group_size=size, symmetric=True, inputs=True)
+        sizes = {"modelopt-nvfp4": 16, "modelopt-awq": int(quantization.get("group_size") or 0)}
+        return PackedLayout(
+            method=found,
+            bits=4 if found in sizes else 8,
+            group_size=sizes.get(found, 0),
+            symmetric=True,
+            inputs=found != "modelopt-awq",
+        )
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
         return _of_group(group, str(quantization["format"]))
@@ -380,7 +390,19 @@ def _packed(
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
 
 
-_INTEGERS = {"awq": _awq, "gptq": _gptq}
+def _modelopt_awq(tensors: CheckpointTensors, module: str, start: int, stop: int | None) -> Floats:
+    """W[o, i] = q[o, i] s[o, g] p[i]; a byte has outputs 2n and 2n + 1, and p may be missing."""
+    first, last = start // 2, None if stop is None else -(-stop // 2)
+    packed = tensors.array(f"{module}.weight")[first:last].view(np.uint8)
+    pairs = np.stack([packed & 15, packed >> 4], 1).reshape(-1, packed.shape[1]).astype(np.int32)
+    codes = ((pairs ^ 8) - 8)[start - 2 * first :][: None if stop is None else stop - start]
+    scales = tensors.part(f"{module}.weight_scale", (slice(start, stop),))
+    found = codes.astype(np.float32) * np.repeat(scales, codes.shape[1] // scales.shape[1], 1)
+    name = f"{module}.pre_quant_scale"
+    return found * tensors.f32(name) if name in tensors.names else found
+
+
+_INTEGERS = {"awq": _awq, "gptq": _gptq, "modelopt-awq": _modelopt_awq}
 
 
 def _dense(packed: npt.NDArray[np.generic], bits: int, columns: int) -> npt.NDArray[np.int32]:

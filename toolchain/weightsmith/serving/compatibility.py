@@ -21,6 +21,7 @@ _TILES = {
     "nvfp4a16-4o6": 16,
     "nvfp4": 16,
     "nvfp4-modelopt": 16,
+    "awq-modelopt": 128,
     "mix-compressed": 32,
     "mxfp4a16": 32,
     "mxfp4a8": 32,
@@ -104,9 +105,11 @@ def _lacks(row: Support, device: str) -> str:
         return ""
     if card.compute_capability == _AMD:
         return "" if row.amd else f"has no kernel for it on AMD's GPUs, such as {device}"
-    if card.compute_capability >= row.capability:
+    if row.capability <= card.compute_capability < row.before:
         return ""
     needed, has = (".".join(map(str, one)) for one in (row.capability, card.compute_capability))
+    if card.compute_capability >= row.before:
+        return f"has no kernel for it on compute capability {has}, which {device} has"
     return f"needs compute capability {needed} for it, and {device} has {has}"
 
 
@@ -139,7 +142,7 @@ def check_blocks(model: ModelFacts, format_: Format, gpus: int) -> None:
         return
     shape, more = model.shape, model.matrices
     parts = {"o_proj": shape.heads * (shape.v_head_dim or shape.head_dim)}
-    if size == 128 and not shape.kv_lora_rank:
+    if format_.name == "fp8-block" and not shape.kv_lora_rank:
         parts["k_proj"] = max(shape.kv_heads // gpus, 1) * shape.head_dim * gpus
     if not more.experts or more.sparse_layers < shape.layers:
         parts["down_proj"] = shape.intermediate

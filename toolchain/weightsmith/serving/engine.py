@@ -146,6 +146,8 @@ class Support:
 
     capability: tuple[int, int]
     """The least compute capability of an NVIDIA GPU that it starts on."""
+    before: tuple[int, int] = (99, 0)
+    """The least one for which it has no kernel any more."""
     cpu: bool = False
     """Whether its build for CPUs has a kernel."""
     amx: bool = False

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own server, with its PyTorch backend: 16 bits and ModelOpt's FP8 and FP4."""
+"""TensorRT-LLM's own server, with its PyTorch backend: 16 bits, or ModelOpt's 8 or 4."""
 
 from __future__ import annotations
 
@@ -144,6 +144,12 @@ _SUPPORT: Mapping[str, Support] = {
         capability=(8, 9),
         source="_torch/modules/linear.py FP8QDQLinearMethod: cublas_scaled_mm of float8_e4m3fn",
     ),
+    "modelopt-awq": Support(
+        capability=(8, 0),
+        before=(12, 0),
+        source="_torch/modules/linear.py W4A16_AWQ_LinearMethod: finegrained_mixed_dtype_gemm, "
+        "FinegrainedMixedDtypeGemm.MAX_SUPPORTED_SM_VERSION",
+    ),
     "modelopt-nvfp4": Support(
         capability=(10, 0), source="_torch/modules/linear.py NVFP4LinearMethod: nvfp4_gemm"
     ),
@@ -152,7 +158,7 @@ _SUPPORT: Mapping[str, Support] = {
 ENGINE = Engine(
     name="trtllm",
     title="TensorRT-LLM",
-    accepts=frozenset({"safetensors", "modelopt-fp8", "modelopt-nvfp4"}),
+    accepts=frozenset({"safetensors", "modelopt-awq", "modelopt-fp8", "modelopt-nvfp4"}),
     base=EngineBase(cpu="", gpu=GPU_IMAGE),
     port=_PORT,
     health_path="/health",

@@ -34,7 +34,7 @@ from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers import checkpoints, running
+from weightsmith.quantizers import checkpoints, modelopt_files, running
 from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed, SharedInputGroup
 from weightsmith.quantizers.matrices import Floats, Matrix, matrices, unquantized
 from weightsmith.quantizers.writing import TensorGroup, copied, write_checkpoint
@@ -94,25 +94,31 @@ def quantize(settings: running.ProgramSettings) -> None:
                 f"{settings.bits} bits need multiples of 8 and of {group}",
                 hint="choose another --group-size, or fp8, which has a scale per row",
             )
-    layers, awq = Layers(model, read), settings.method == "awq"
-    scaled, method = awq and settings.scaled, settings.method
+    layers, method = Layers(model, read), settings.method
+    awq = method in {"awq", modelopt_files.AWQ.kind}
+    scaled, symmetric = awq and settings.scaled, method != "awq"
     packed = settings.packed or method not in _PACKS
     pack = None if packed else _PACKS[method]
     walk = _Walk(
         awq=awq, pack=pack, bits=settings.bits, scaled=scaled, layers=layers,
-        groups=dict.fromkeys(found, Groups(group, symmetric=not awq)),
+        groups=dict.fromkeys(found, Groups(group, symmetric=symmetric)),
     )  # fmt: skip
     works = _run(walk, model, out / running.RAW, [settings.text(), lines])
     made = {output.name for work in works for output in work.outputs}
     unchanged = source.names - made - {matrix.tensor for matrix in found}
+    if method == modelopt_files.AWQ.kind:
+        works += modelopt_files.factors_of_inputs(source, found)
     write_checkpoint(out, [*works, *(copied(source, name) for name in unchanged)])
     (out / running.FACTS).write_text(json.dumps(_facts(walk)), encoding="utf-8")
     kept = unquantized(source, known, found)
-    if packed:
-        config = checkpoints.integers_config(settings.bits, group, kept, symmetric=not awq)
+    if method == modelopt_files.AWQ.kind:
+        modelopt_files.write_companions(modelopt_files.AWQ, model, out, ["lm_head", *kept], group)
+    elif packed:
+        config = checkpoints.integers_config(settings.bits, group, kept, symmetric=symmetric)
+        checkpoints.write_companions(model, out, config)
     else:
         config = checkpoints.grouped_config(method, group, settings.keep, kept)
-    checkpoints.write_companions(model, out, config)
+        checkpoints.write_companions(model, out, config)
     discard(out / running.RAW)
 
 
@@ -286,7 +292,7 @@ def _scaled(
     before = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
     kept = [(group, group.moments.copy()) for group in observer.groups]
     (groups,) = {*walk.groups.values()}
-    changed = list(scale_layer(observer.groups, groups.size, stored))
+    changed = list(scale_layer(observer.groups, groups, stored))
     found = layers.run(number, 0)
     if not float((found - right).norm()) <= 1e-2 * float((right - layers.states[0]).norm()):
         for name, parameter in layer.named_parameters():
@@ -322,7 +328,7 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
         inner = module.act_fn(rows @ gate.T) * (rows @ up.T)
         seen, behind = Moments.of(rows), Moments.of(inner)
         first, second, last = (by_expert[expert][role] for role in range(3))
-        factors = best_factors([down], behind, walk.groups[last].size) if walk.scaled else None
+        factors = best_factors([down], behind, walk.groups[last]) if walk.scaled else None
         if factors is not None:
             up, down = up / factors[:, None], down * factors
             behind.scale(factors)
@@ -429,12 +435,13 @@ _ROWS = 512
 
 
 def best_factors(
-    weights: Sequence[torch.Tensor], moments: Moments, size: int
+    weights: Sequence[torch.Tensor], moments: Moments, groups: Groups
 ) -> torch.Tensor | None:
     """Return the factors [inputs] with the least squared error of the outputs; None: change none.
 
-    weights [outputs, inputs] share their inputs, of which `size` share a scale.
+    weights [outputs, inputs] share their inputs.
     """
+    size = groups.size
     total = torch.zeros(weights[0].shape[1])
     for weight in weights:
         parts = weight.abs().reshape(len(weight), -1, size)
@@ -442,12 +449,12 @@ def best_factors(
     # Each input's mean |weight|, relative to the largest of its group.
     sizes = total / sum(len(weight) for weight in weights)
     mean = moments.magnitude / max(1, moments.tokens)
-    tried = {0.0: _error(weights, moments, size, None)}
+    tried = {0.0: _error(weights, moments, groups, None)}
     for ratio in _COARSE:
-        tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
+        tried[ratio] = _error(weights, moments, groups, factors_of(mean, sizes, ratio))
     best = min(tried, key=tried.__getitem__)
     for ratio in [round(best + step, 2) for step in _FINE] if best else ():
-        tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
+        tried[ratio] = _error(weights, moments, groups, factors_of(mean, sizes, ratio))
     best = min(tried, key=tried.__getitem__)
     return factors_of(mean, sizes, best) if best else None
 
@@ -460,14 +467,14 @@ def factors_of(mean: torch.Tensor, sizes: torch.Tensor, ratio: float) -> torch.T
 
 
 def _error(
-    weights: Sequence[torch.Tensor], moments: Moments, size: int, factors: torch.Tensor | None
+    weights: Sequence[torch.Tensor], moments: Moments, groups: Groups, factors: torch.Tensor | None
 ) -> float:
-    error = 0.0
+    error, size, symmetric = 0.0, groups.size, groups.symmetric
     for weight in weights:
         for start in range(0, len(weight), _ROWS):
             own = weight[start : start + _ROWS]
             rows = own if factors is None else own * factors
-            moved = best_grid(rows, None, size, symmetric=False).rounded(rows)
+            moved = best_grid(rows, None, size, symmetric=symmetric).rounded(rows)
             if factors is not None:
                 moved /= factors
             moved -= own
@@ -476,9 +483,9 @@ def _error(
 
 
 def scale_layer(
-    groups: Sequence[SharedInputGroup], size: int, dtypes: Callable[[nn.Module], torch.dtype]
+    shared: Sequence[SharedInputGroup], groups: Groups, dtypes: Callable[[nn.Module], torch.dtype]
 ) -> Iterator[nn.Module]:
-    """Scale a layer's groups in place where that helps; yield the norms and biases it changed.
+    """Scale what shares its inputs in place where that helps; yield changed norms and biases.
 
     `dtypes` returns the dtype in which a module's vectors are stored.
     """
@@ -487,8 +494,8 @@ def scale_layer(
     # norm that multiplies by one plus its weight shows it when its weight is zero. Afterwards the
     # layer runs again and must compute the same, else it stays unscaled. AutoAWQ's lists, one class
     # per architecture, are where its known errors are.
-    by_name = {name: module for group in groups for name, module in group.linears.items()}
-    for group in groups:
+    by_name = {name: module for group in shared for name, module in group.linears.items()}
+    for group in shared:
         before: nn.Linear | None = None  # whose outputs are the group's only inputs
         if len(group.linears) == 1:
             ((name, linear),) = group.linears.items()
@@ -499,7 +506,7 @@ def scale_layer(
         scaled = before or group.norm
         if scaled is None:
             continue
-        factors = best_factors([m.weight for m in group.linears.values()], group.moments, size)
+        factors = best_factors([m.weight for m in group.linears.values()], group.moments, groups)
         if factors is None:
             continue
         if before is None:
@@ -529,9 +536,10 @@ def _divide_norm(norm: nn.Module, factors: torch.Tensor, dtype: torch.dtype) -> 
     return torch.where(usable, exact, factors)
 
 
-# Integers of few bits in groups of inputs: their scales and zero points, and three layouts of them:
+# Integers of few bits in groups of inputs: their scales and zero points, and four layouts of them:
 # AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9) and GPTQ's first layout
-# (qlinear/torch.py of GPTQModel 7.6), both of four bits, and compressed-tensors' pack-quantized
+# (qlinear/torch.py of GPTQModel 7.6) and ModelOpt's (pack_int4_in_uint8 in export/quant_utils.py of
+# 0.47), all of four bits, and compressed-tensors' pack-quantized
 # (compressors/pack_quantized/helpers.py of 0.20), the ones that `packed.py` reads.
 
 _LEAST = 2.0**-14
@@ -680,9 +688,19 @@ def packed_integers(
     return made
 
 
+def packed_modelopt(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return ModelOpt's `weight` [outputs / 2, inputs] and `weight_scale` [outputs, groups].
+
+    A byte has two outputs of an input, the even one in its low bits, as 4-bit integers with a sign.
+    """
+    codes = ((grid.codes(values) - 8) & 15).to(torch.uint8)
+    return {"weight": codes[::2] | codes[1::2] << 4, "weight_scale": grid.scale.contiguous()}
+
+
 _PACKS: Mapping[str, Callable[[Grid, torch.Tensor], dict[str, torch.Tensor]]] = {
     "awq": packed_awq,
     "gptq": packed_gptq,
+    modelopt_files.AWQ.kind: packed_modelopt,
 }
 """By `ProgramSettings.method`: the layouts of these methods' own tools."""
 

@@ -36,7 +36,7 @@ _DEFAULTS = (
 _FP8 = _limits(0.03, 0.6, 0.94, 1.1, 0.12)
 """fp8 has only three bits of mantissa: 0.007, 0.16, 0.979, 0.999 and 0.056 on the support bot,
 where int8 has 0.001, 0.016, 1, 0.999 and 0.04."""
-_GROUPED = frozenset({"awq", "gptq"})
+_GROUPED = frozenset({"awq", "gptq", "modelopt-awq"})
 _GROUPED_LAYER = 0.35
 """One scale per 64 or 128 weights is coarser than GGUF's per 32: 0.17 and 0.16 on the support bot,
 where q4_k_m has a layer error of 0.10, and q2_k, which fails, 0.22."""
@@ -89,6 +89,7 @@ def refusal(format_: Format, quality: QualityResult, larger: Sequence[str]) -> C
         "gguf": "an imatrix, quantize.tensor_types for the worst weights, or more calibration text",
         "awq": "a smaller group size, or more calibration text like the task",
         "gptq": "a smaller group size, or more calibration text like the task",
+        "modelopt-awq": "a smaller group size, or more calibration text like the task",
     }
     hint = tries.get(format_.kind, "more calibration text")
     if format_.name == MIX.name:
