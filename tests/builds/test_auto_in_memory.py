@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,8 @@ def test_none_is_proven(memory: Memory) -> None:
     ) as caught:
         chosen(memory, "auto.at_most=300KB")
 
+    assert caught.value.hint.startswith("raise auto.at_most, train the adapter further")
+    assert "\nreport: " in caught.value.hint
     rows = caught.value.details["auto"]["candidates"]
     stages = [row["stage"] for row in rows if row["seconds"]]
     assert set(stages) == {"evaluate"}
@@ -266,8 +269,9 @@ def test_what_a_budget_leaves_out(memory: Memory) -> None:
 
 def test_weights_over_the_budget_are_left(memory: Memory) -> None:
     memory.bench.padding = 300_000
-    with pytest.raises(CheckFailed, match=r"auto\.at_most is"):
+    with pytest.raises(CheckFailed, match=r"auto\.at_most is") as caught:
         chosen(memory, "auto.at_most=250KB")
+    assert re.fullmatch(r"set auto\.at_most to 1MB\nreport: .*", caught.value.hint)
 
 
 def test_a_candidate_that_was_asked_nothing_is_no_test(memory: Memory) -> None:

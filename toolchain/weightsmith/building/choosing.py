@@ -61,6 +61,7 @@ _FIXED = ("bits", "size", "fit", "mix", "tensor_types")
 """Keys of `quantize` that say what `auto` is to find out."""
 _ALIKE = 1.04
 """Of candidates whose sizes differ by less, one is tried."""
+_TOO_LARGE = "larger than auto.at_most"
 _CHEAPER = {
     "size": "not tried: a smaller one is proven",
     "speed": "not tried: a faster one is proven",
@@ -210,7 +211,7 @@ def candidates_of(
         )
     tried: list[Candidate] = []
     others = [one for one in found if one.why_not]
-    others += [replace(one, why_not="larger than auto.at_most") for one in made if one not in small]
+    others += [replace(one, why_not=_TOO_LARGE) for one in made if one not in small]
     while small:
         group = [one for one in small if _alike(one, small[0])]
         best = _loses_least(group)
@@ -477,18 +478,23 @@ def _none_proven(
     errors: Sequence[WeightsmithError],
 ) -> CheckFailed:
     last = errors[-1]
-    hint = last.hint or "train the adapter further, or allow a larger drop"
+    hint, _, report = last.hint.partition("\n")
     if queue:
         hint = (
             f"the questions can test {tried.tests} candidates: ask more of them, to try"
             f" {queue[0].row.name} and larger ones; or name a target"
         )
+    elif (
+        tried.candidates[-1].sequence or not hint
+    ):  # "a format that loses less" is none of those that are left
+        larger = "raise auto.at_most, " if any(one.left == _TOO_LARGE for one in others) else ""
+        hint = f"{larger}train the adapter further, or allow a larger drop with evaluate.max_drop"
     untried = (replace(one.row, left="not tried") for one in queue)
     table = replace(tried, candidates=(*tried.candidates, *untried, *others))
     count = len(tried.candidates)
     return CheckFailed(
         f"{count} candidates were tried, and none is proven; the last, {tried.candidates[-1].name}:"
         f" {last.message}",
-        hint=hint,
+        hint=f"{hint}\n{report}" if report else hint,
         details={"auto": table.to_json()},
     )
