@@ -121,7 +121,7 @@ def parameters(model: ModelFacts) -> Parameters:
 
 
 def is_tied(model: ModelFacts) -> bool:
-    """Return whether the output layer is the embedding: of an unknown family, of a Gemma's."""
+    """Return whether the output layer is the embedding; of unknown families, only Gemmas do so."""
     tied, family = model.tied_embeddings, _family(model)
     return _TIED.get(family, family.startswith("Gemma")) if tied is None else tied
 
