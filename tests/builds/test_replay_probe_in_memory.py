@@ -62,7 +62,7 @@ def test_the_program_is_a_layer_of_its_own_that_all_images_share(warm: Memory) -
     assert "--replay" in probe["exec"]["command"]
 
 
-NOT_ASKED = ("replay={probe: false}", "replay=none", "replay=digests", "evaluate=[]")
+NOT_ASKED = ("replay={probe: false}", "replay=none", "replay=digests", "evaluate=null")
 
 
 @pytest.mark.parametrize("change", NOT_ASKED)

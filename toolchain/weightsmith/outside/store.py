@@ -43,8 +43,8 @@ _WORTH_REMEMBERING = 256 << 10
 _MANY_FILES = 256
 _PAUSE_SECONDS = 0.05
 _DELETED = (
-    "check whether another process deletes files in the store, or its disk was unmounted; then "
-    "build again"
+    "check whether another process deletes files in the store, or its disk was unmounted, or set "
+    "WEIGHTSMITH_STORE to another folder; then build again"
 )
 _SETTLED_NS = 2_000_000_000
 """A younger file may still change within one mtime tick, so its digest is not cached."""

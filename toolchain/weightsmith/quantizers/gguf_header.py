@@ -196,3 +196,13 @@ def _skip(file: IO[bytes], kind: int) -> None:
         file.seek(_SIZES[kind], 1)
     else:
         raise ValueError(f"unknown type {kind} of a value")
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a GGUF file of float32 is there, with the data of all its tensors."""
+    try:
+        header = read_header(path)
+    except (OSError, ValueError):
+        return False
+    ends = (4 * one.rows * one.columns + one.offset for one in header.tensors.values())
+    return path.stat().st_size >= header.size + max(ends, default=0)

@@ -232,16 +232,6 @@ def read_importance(path: Path) -> Importance:
     return Importance(values=values, about=about)
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether a GGUF file of float32 is there, with the data of all its tensors."""
-    try:
-        header = read_header(path)
-    except (OSError, ValueError):
-        return False
-    ends = (4 * one.rows * one.columns + one.offset for one in header.tensors.values())
-    return path.stat().st_size >= header.size + max(ends, default=0)
-
-
 def _of_gguf(path: Path) -> tuple[dict[str, np.ndarray], str | None, int]:
     header = read_header(path)
     entries, values = header.tensors, {}

@@ -18,7 +18,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, from_code
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import below
 from weightsmith.outside import process
-from weightsmith.quantizers.gguf_importance import is_whole
+from weightsmith.quantizers.gguf_header import is_whole
 from weightsmith.quantizers.running import PROGRESS, REFUSED
 from weightsmith.worker.wire import Report, note
 
