@@ -198,6 +198,8 @@ def told_by_transformers() -> dict[str, tuple[str, bool]]:
     }
 
 
+# It compares a table with the pinned transformers, and can change with that pin alone.
+@pytest.mark.full
 def test_the_classes_that_tie_nothing_are_those_of_transformers() -> None:
     untied = set()
     for task in TASKS:

@@ -88,7 +88,8 @@ def read_uncalled_by(kind: ast.ClassDef) -> set[str]:
     return layers & read - called
 
 
-@pytest.mark.slow
+# It compares a table with the pinned transformers, and can change with that pin alone.
+@pytest.mark.full
 def test_the_layers_are_those_of_transformers() -> None:
     found = set(read_uncalled())
 
@@ -157,7 +158,7 @@ def own_lookups() -> Iterator[tuple[str, str, str]]:
                         yield from ((path.parent.name, kind.name, place) for place in places)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_embeddings_that_compute_more_are_those_of_transformers() -> None:
     found = set(own_lookups())
 
