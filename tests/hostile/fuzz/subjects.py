@@ -423,12 +423,12 @@ def read_text(data: bytes, folder: Path) -> None:
 PICTURES = {
     "png": png(12, 9, b"\0" * 9 * 37),
     "jpeg": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0\xff\xdb\0\x43" + bytes(65)
-    + b"\xff\xc0\0\x0b\x08\0\x09\0\x0c\1\1\x11\0\xff\xda\0\x08\1\1\0\0\x3f\0",
+    + b"\xff\xc0\0\x0b\x08\0\x09\0\x0c\1\1\x11\0\xff\xda\0\x08\1\1\0\0\x3f\0\xff\xd9",
     "vp8": b"RIFF\x26\0\0\0WEBPVP8 \x1a\0\0\0\0\0\0\x9d\1\x2a\x0c\0\x09\0" + bytes(16),
     "vp8l": b"RIFF\x26\0\0\0WEBPVP8L\x1a\0\0\0\x2f\x0b\0\2\0" + bytes(16),
     "vp8x": b"RIFF\x26\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\x0b\0\0\x08\0\0" + bytes(16),
 }  # fmt: skip
-"""Pictures of every format, as far as their headers go."""
+"""Pictures of every format: their headers and ends."""
 SEEN = [
     {"prompt": "What?", "image": "x.png", "expected": "x"},
     {"messages": [

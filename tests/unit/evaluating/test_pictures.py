@@ -115,6 +115,7 @@ def test_a_picture_that_changes_while_it_is_asked_is_refused(folder: Path) -> No
         ("large.png", InputRefused, "at most"),
         ("bomb.png", InputRefused, "60000 x 60000 pixels"),
         ("cut.png", InputRefused, "header is cut off"),
+        ("half.png", InputRefused, "the end of its PNG data is missing"),
         ("flat.png", InputRefused, "has no size"),
         ("data:image/gif;base64,R0lGODlh", UsageError, "data URL"),
         ("data:image/png;base64,!!!", UsageError, "data URL"),
@@ -138,6 +139,7 @@ def test_what_is_wrong_with_a_picture_is_said_with_its_line(
         file.truncate(MOST_BYTES + 1)
     whole = (folder / "shapes" / "red.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[:20])
+    (folder / "half.png").write_bytes(whole[:-1])
     (folder / "bomb.png").write_bytes(png(60000, 60000, b""))
     (folder / "flat.png").write_bytes(png(0, 5, b""))
 
@@ -199,7 +201,8 @@ def test_samples_and_probes(folder: Path) -> None:
 
 def jpeg(width: int, height: int, *, before: bytes = b"", marker: int = 0xC0) -> bytes:
     frame = struct.pack(">HB2HB", 8 + 3, 8, height, width, 1) + b"\1\x11\0"
-    return b"\xff\xd8" + before + bytes((0xFF, marker)) + frame + b"\xff\xda"
+    scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0some\xff\0data"
+    return b"\xff\xd8" + before + bytes((0xFF, marker)) + frame + scan + b"\xff\xd9"
 
 
 def webp(chunk: bytes, body: bytes) -> bytes:
@@ -219,10 +222,19 @@ def webp(chunk: bytes, body: bytes) -> bytes:
     ],
 )
 def test_sizes_are_read_from_headers(data: bytes, seen: tuple[str, int, int]) -> None:
-    assert header(data) == seen
-    for length in range(len(data) - 12):
+    assert header(data) == header(data + b"and more") == seen
+    for length in range(len(data)):
         with pytest.raises(ValueError, match=r"it |its "):
-            header(data[: min(length, 12)])
+            header(data[:length])
+
+
+def test_the_end_of_a_jpegs_preview_is_not_its_own() -> None:
+    """A camera's file holds a whole small one in its header."""
+    preview = b"\xff\xe1" + struct.pack(">H", 2 + len(jpeg(2, 2))) + jpeg(2, 2)
+    whole = jpeg(300, 200, before=preview)
+    assert header(whole) == ("jpeg", 300, 200)
+    with pytest.raises(ValueError, match="the end of its JPEG data is missing"):
+        header(whole[:-2])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -234,7 +246,10 @@ def test_pillow_reads_the_same_sizes(tmp_path: Path, kind: str, options: dict[st
             continue
         path = tmp_path / f"{mode}.{kind.lower()}"
         image.new(mode, (321, 123)).save(path, kind, **options)
-        assert header(path.read_bytes()) == (kind.lower(), 321, 123)
+        data = path.read_bytes()
+        assert header(data) == (kind.lower(), 321, 123)
+        with pytest.raises(ValueError, match="is missing"):
+            header(data[:-1])
 
 
 def test_greys_of_16_bits_are_refused_and_what_pillow_keeps_is_not(tmp_path: Path) -> None:

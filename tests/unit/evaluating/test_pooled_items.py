@@ -72,6 +72,8 @@ TEXTS = {"query": "q", "documents": ["a", "b"]}
         ("rerank", {**TEXTS, "documents": ["a", "a"], "expected": 0}, "or duplicates"),
         ("rerank", {**TEXTS, "expected": 2}, "'2' is not the index of a document"),
         ("rerank", {**TEXTS, "expected": -1}, "'-1' is not the index of a document"),
+        ("rerank", {**TEXTS, "expected": {"1": 2, "01": 3}}, "'01' is not the index of a document"),
+        ("rerank", {**TEXTS, "expected": "9" * 5000}, "is not the index of a document"),
         ("rerank", {**TEXTS, "expected": None}, "does not name documents"),
     ],
 )

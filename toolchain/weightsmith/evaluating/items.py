@@ -462,8 +462,9 @@ def _rerank_item(value: Mapping[str, JsonValue], number: int, where: str) -> Ite
             f"{where}: fewer than two documents, or duplicates", hint="list each document once"
         )
     grades = _grades(value.get("expected"), where, _RERANK)
+    known = {str(index) for index in range(len(documents))}  # "01" would be "1" once more
     for index, _ in grades:
-        if not index.isdecimal() or int(index) >= len(documents):
+        if index not in known:
             raise UsageError(
                 f"{where}: expected {index!r} is not the index of a document",
                 hint=f"give an index from 0 to {len(documents) - 1}",

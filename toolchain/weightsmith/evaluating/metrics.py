@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeAlias, get_args
@@ -20,6 +19,8 @@ from weightsmith.evaluating.tool_calls import (
     Call,
     are_expected,
     calls_text,
+    composed,
+    is_found,
     read_calls,
     without_thoughts,
 )
@@ -49,11 +50,12 @@ def judge(metric: str, expected: str | Sequence[str], answer: str, tolerance: st
 
     contains: the answer contains the expected text, ignoring case and the amount of white space.
     exact: the answer is the expected text, ignoring surrounding white space. regex: `re.search`
-    finds the pattern in the answer; of `{"not": [pattern, …]}`, none. numeric: the answer's last
-    number is at most `tolerance` from the expected one: an amount, or a share as in `2%`. choice:
-    the answer, the most likely of the item's choices, is an expected one. json-schema: the answer,
-    which may be in a Markdown fence, is JSON that matches the schema. command: judged elsewhere, by
-    the user's program. tool-call: the answer makes exactly the expected calls, in any order.
+    finds the pattern in the answer; of `{"not": [pattern, …]}`, none. All three compose letters and
+    their accents first (Unicode's form C). numeric: the answer's last number is at most `tolerance`
+    from the expected one: an amount, or a share as in `2%`. choice: the answer, the most likely of
+    the item's choices, is an expected one. json-schema: the answer, which may be in a Markdown
+    fence, is JSON that matches the schema. command: judged elsewhere, by the user's program.
+    tool-call: the answer makes exactly the expected calls, in any order.
     """
     alternatives = (expected,) if isinstance(expected, str) else expected
     match metric:
@@ -108,7 +110,7 @@ def check_metric(metric: str, items: Iterable[Item], path: str = "") -> None:
 
 def _check_pattern(pattern: str, where: str) -> None:
     try:
-        check_pattern(pattern)
+        check_pattern(composed(pattern))
     except ValueError as error:
         raise UsageError(
             f"{where}: invalid regular expression {pattern[:60]!r}: {error}",
@@ -141,8 +143,8 @@ def _calls(answer: str) -> list[Call]:
 
 def _matches(expected: str, answer: str) -> bool:
     if forbidden := _forbidden(expected):
-        return not any(re.search(pattern, answer) for pattern in forbidden)
-    return re.search(expected, answer) is not None
+        return not any(is_found(pattern, answer) for pattern in forbidden)
+    return is_found(expected, answer)
 
 
 def _is_near(expected: str, answer: str, tolerance: str) -> bool:
@@ -238,8 +240,7 @@ def score_answers(
     for item, (facts, ok, took) in zip(items, on_a_main_thread(_verdicts, asked), strict=True):
         why = f"line {item.line}: metric {metric} exceeded {took:g} s of CPU time"
         row: dict[str, JsonValue] = {
-            "prompt": item.prompt,
-            **({} if item.plain and not item.pictures else _messages(item)),
+            **request_row(item),
             "expected": list(item.expected),
             **({"choices": list(item.choices)} if item.choices else {}),
             **({"tolerance": item.tolerance} if item.tolerance else {}),
@@ -275,14 +276,20 @@ def _verdicts(asked: Sequence[_Asked]) -> list[tuple[dict[str, Json], bool, floa
     return found
 
 
-def _messages(item: Item) -> dict[str, JsonValue]:
-    """Return the messages of a record's row, and what its pictures are."""
+def request_row(item: Item) -> dict[str, JsonValue]:
+    """Return the prompt of a record's row; its messages and pictures if it has more than that."""
+    if item.plain and not item.pictures:
+        return {"prompt": item.prompt}
     shown: list[JsonValue] = [
         {"name": one.name, "file": one.seen.file, "size": [one.seen.width, one.seen.height]}
         for one in item.pictures
     ]
     messages: JsonValue = item.in_parts(named_part)
-    return {"messages": messages, **({"pictures": shown} if shown else {})}
+    return {
+        "prompt": item.prompt,
+        "messages": messages,
+        **({"pictures": shown} if shown else {}),
+    }
 
 
 def _read(facts: dict[str, Json], tools: str) -> dict[str, Json]:
@@ -321,8 +328,7 @@ def _read(facts: dict[str, Json], tools: str) -> dict[str, Json]:
 
 
 def _composed(text: str) -> str:
-    """Return a text in Unicode's form C, without white space around it: é has two spellings."""
-    return unicodedata.normalize("NFC", text).strip()
+    return composed(text).strip()
 
 
 def _loose(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures in questions: which file, which bytes, and their size, by the header alone.
+"""Pictures in questions: which file, which bytes, and their size, by header and end alone.
 
 The pixels are decoded where the references are asked, in a builder without a network. Here they are
 bytes with a digest, and a header of an untrusted file.
@@ -31,10 +31,13 @@ _MOST_TOKENS, _LEAST_TOKENS, _TOKEN_PIXELS = 16384, 256, 28 * 28
 """A picture is so many tokens: Gemma 3 has 256, Qwen-VL one for 28 x 28 pixels."""
 _DATA = "data:"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+_JPEG_END = b"\xff\xd9"
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SCAN = 0xDA
 _ALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 """Markers of JPEG without a length."""
-_FORMAT = "save it as PNG, JPEG or WebP"
+_FORMAT = "save it again, as PNG, JPEG or WebP"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +227,7 @@ def header(data: bytes) -> tuple[str, int, int]:
     """Return a picture's format, width and height in pixels, by its header.
 
     PNG: RFC 2083, 11.2.2. JPEG: ITU-T T.81, B.2.2. WebP: RFC 9649, 2.5 to 2.7. Raises ValueError
-    for other files and for a header that is cut off or says no size.
+    for other files, for a header that is cut off or says no size, and for a file without its end.
     """
     kind, read = next(
         (one for magic, one in _READERS.items() if data.startswith(magic)), ("", None)
@@ -232,12 +235,28 @@ def header(data: bytes) -> tuple[str, int, int]:
     if read is None:
         raise ValueError("it is neither a PNG, a JPEG nor a WebP file")
     try:
-        width, height = read(data)
+        (width, height), whole = read(data), _has_end(kind, data)
     except (struct.error, IndexError):
         raise ValueError(f"its {kind.upper()} header is cut off") from None
     if width < 1 or height < 1:
         raise ValueError(f"its {kind.upper()} header has no size")
+    if not whole:
+        raise ValueError(f"it is cut off: the end of its {kind.upper()} data is missing")
     return kind, width, height
+
+
+def _has_end(kind: str, data: bytes) -> bool:
+    """Return whether a file has its end; more may follow it."""
+    match kind:
+        case "png":
+            return _PNG_END in data
+        case "jpeg":
+            scan = next(place for marker, place in _segments(data) if marker == _SCAN)
+            # A preview in the header has an end of its own; a scan's data has 0 after each 0xFF.
+            return data.find(_JPEG_END, scan) >= 0
+        case _:
+            (length,) = struct.unpack_from("<I", data, 4)
+            return int(length) + 8 <= len(data)
 
 
 def _png(data: bytes) -> tuple[int, int]:
@@ -255,7 +274,7 @@ def _jpeg(data: bytes) -> tuple[int, int]:
         if marker in _START_OF_FRAME:
             height, width = struct.unpack_from(">2H", data, place + 3)
             return width, height
-        if marker in (0xD9, 0xDA):
+        if marker in (0xD9, _SCAN):
             break
     raise ValueError("it has no JPEG header")
 

@@ -20,7 +20,7 @@ from weightsmith.core.values import Digest, Json, JsonValue, Score, key_of
 from weightsmith.evaluating.client import Ask, KeptAnswers, Refusals, Served, ask, ask_all
 from weightsmith.evaluating.items import Item, check_documents, read_corpus
 from weightsmith.evaluating.likelihood import Scorer, choose, scorer
-from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.metrics import request_row, score_answers
 from weightsmith.evaluating.pictures import Picture, named_part
 from weightsmith.evaluating.pooling_client import PoolingClient
 from weightsmith.evaluating.session import ServerSession, excerpt
@@ -422,7 +422,7 @@ def _row(
     item: Item, answer: Mapping[str, JsonValue], right: bool, unjudged: str = ""
 ) -> Mapping[str, JsonValue]:
     return {
-        "prompt": item.prompt,
+        **request_row(item),
         "expected": list(item.expected),
         **answer,
         "ok": right and "error" not in answer,

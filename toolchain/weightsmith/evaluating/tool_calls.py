@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -273,7 +274,7 @@ def check_expected(expected: JsonValue, tools: Mapping[str, Json], where: str) -
         for rule, text in map(_rule_of, given.values()):
             if rule == "regex":
                 try:
-                    check_pattern(text)
+                    check_pattern(composed(text))
                 except ValueError as error:
                     raise UsageError(
                         f"{where}: invalid regular expression {text[:60]!r}: {error}",
@@ -360,17 +361,27 @@ def _is_call(wanted: Call, call: Call) -> bool:
     )
 
 
+def composed(text: str) -> str:
+    """Return a text in Unicode's form C: é has two spellings."""
+    return unicodedata.normalize("NFC", text)
+
+
+def is_found(pattern: str, text: str) -> bool:
+    """Return whether `re.search` finds a pattern in a text, both composed."""
+    return re.search(composed(pattern), composed(text)) is not None
+
+
 def _is_argument(wanted: JsonValue, given: JsonValue) -> bool:
     """Return whether an argument is as expected: equal as JSON, or by `contains` or `regex`.
 
-    These read a text as it is, and all else as JSON.
+    These two read a text as it is, and all else as JSON.
     """
     rule, text = _rule_of(wanted)
     said = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     if rule == "contains":
-        return text.casefold() in said.casefold()
+        return composed(text).casefold() in composed(said).casefold()
     if rule == "regex":
-        return re.search(text, said) is not None
+        return is_found(text, said)
     return _equal(wanted, given)
 
 

@@ -201,6 +201,32 @@ def test_too_few_questions_for_the_allowed_drop_are_reported(serve, evaluate, tm
     assert "0.01" in err
 
 
+@pytest.mark.parametrize("metric", ["contains", "command"])
+def test_conversations_that_end_alike_are_not_taken_for_each_other(
+    serve, evaluate, tmp_path, metric
+):
+    url = serve().endpoint.url
+    rows = [
+        {"messages": [{"role": role, "content": text}, last], "expected": "x"}
+        for last in [{"role": "user", "content": "And now?"}]
+        for role, text in (("system", "Be short."), ("system", "Be kind."))
+    ]
+    (tmp_path / "judge.py").write_text(JUDGE)
+    words = ["--metric", metric]
+    if metric == "command":
+        words += ["--command", f"{sys.executable} {tmp_path}/judge.py"]
+    _, before, _ = evaluate(url, rows, *words)
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    words += ["--against", tmp_path / "before.json"]
+
+    code, told, _ = evaluate(url, rows, *words)
+    assert (code, told["comparison"]["drop"]) == (0, 0)
+
+    code, told, _ = evaluate(url, rows[::-1], *words)
+    assert code == 4
+    assert "different questions, or the same in another order" in told["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("flag", "text", "says"),
     [

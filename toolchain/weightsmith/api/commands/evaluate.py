@@ -17,7 +17,7 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefuse
 from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.trees import below
-from weightsmith.core.values import Score, Writable, plain
+from weightsmith.core.values import Json, Score, Writable, plain
 from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe_contamination
 from weightsmith.evaluating.gate import (
@@ -74,10 +74,11 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
     )
     verdict = judge_drop("this", score, "other", before, rule)
     if before is not None:
-        first, second = ([row["prompt"] for row in one.per_item] for one in (score, before))
+        first, second = ([_request(row) for row in one.per_item] for one in (score, before))
         if first != second:
             raise CheckFailed(
-                "the two runs used different questions", hint="compare runs on the same data file"
+                "the two runs used different questions, or the same in another order",
+                hint="compare runs on the same data file",
             )
         if asked.max_drop is not None and (few := too_few(verdict, asked.max_drop)):
             tools.progress.warn(few)
@@ -92,6 +93,11 @@ def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
         comparison={} if before is None else verdict.facts,
         warnings=tuple(tools.progress.warnings),
     )
+
+
+def _request(row: Mapping[str, Json]) -> list[Json]:
+    """Return all that was asked: conversations may differ in their earlier messages alone."""
+    return [row.get(key) for key in ("prompt", "messages", "choices", "tools", "parts")]
 
 
 def _check_subject(asked: EvaluateCommand) -> None:
