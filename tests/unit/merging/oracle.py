@@ -81,6 +81,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
         | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
     ),
+    "zamba2": (
+        "Zamba2Config",
+        SIZES
+        | PLAIN
+        | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}
+        | {"num_key_value_heads": 4, "num_mem_blocks": 1, "adapter_rank": 4, "chunk_size": 8}
+        | {"mamba_d_state": 8, "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1},
+    ),
     "bart": (
         "BartConfig",
         {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}

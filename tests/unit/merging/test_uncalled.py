@@ -1,6 +1,7 @@
 """Layers whose weights a model reads without calling them: PEFT's adapters have no effect there."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import pytest
 import torch
 import transformers
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.uncalled import computes_more, uncalled
+from weightsmith.merging.uncalled import computes_more, shared, uncalled
 
-from tests.unit.merging.oracle import MakeBase, merged, run, train, unmerged
+from tests.unit.merging.oracle import MakeBase, check, merged, run, train, unmerged
 
 MAMBA = {"state_size": 6, "time_step_rank": 5}
 
@@ -172,7 +173,7 @@ def test_embeddings_that_compute_more_are_those_of_transformers() -> None:
     unknown = {
         (model, kind, name)
         for model, kind, name in found
-        if kind not in plain and not computes_more({"model_type": model})(f"model.{name}")
+        if kind not in plain and not computes_more({"model_type": model})(f"model.decoder.{name}")
     }
     assert not unknown, f"transformers {transformers.__version__}: add them to uncalled.py"
 
@@ -192,3 +193,109 @@ def test_what_a_weight_cannot_express_is_refused(
 
     with pytest.raises(InputRefused, match=r"embed_positions, whose class computes more"):
         run(base, lora, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "deformable_detr"}, "bbox_embed.0.layers.0.lora_A.weight"),
+        ({"model_type": "rt_detr_v2"}, "model.decoder.class_embed.1.lora_B.weight"),
+        ({"model_type": "d_fine"}, "model.decoder.bbox_embed.0.layers.0.weight"),
+        ({"model_type": "deimv2"}, "class_embed.0.lora_A.weight"),
+        ({"model_type": "mm-grounding-dino"}, "bbox_embed.2.layers.1.bias"),
+        ({"model_type": "dab-detr"}, "bbox_predictor.layers.0.weight"),
+        ({"model_type": "zamba2"}, "model.layers.1.shared_transformer.self_attn.q_proj.lora_A"),
+        ({"model_type": "granite_speech5_ctc"}, "ctc_head.lora_A.weight"),
+        ({"model_type": "fine_acoustics"}, "lm_heads.0.lora_A.weight"),
+        ({"model_type": "blt", "tie_word_embeddings": True}, "lm_head.lora_A.weight"),
+        ({"model_type": "udop", "tie_word_embeddings": False}, "patch_embed.proj.lora_A.weight"),
+    ],
+)
+def test_layers_with_one_weight_for_two(config: dict[str, Any], name: str) -> None:
+    assert shared(config)(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "detr"}, "bbox_predictor.layers.0.weight"),
+        ({"model_type": "rt_detr_v2", "tie_word_embeddings": False}, "class_embed.0.lora_A.weight"),
+        ({"model_type": "zamba2"}, "model.layers.1.linear.lora_A.weight"),
+        ({"model_type": "fine_acoustics"}, "input_embeds_layers.0.lora_embedding_A"),
+        ({"model_type": "blt"}, "lm_head.lora_A.weight"),
+        ({"model_type": "csm", "tie_codebooks_embeddings": False}, "a.embed_audio_tokens.weight"),
+    ],
+)
+def test_layers_with_a_weight_of_their_own(config: dict[str, Any], name: str) -> None:
+    assert not shared(config)(name)
+
+
+# Also of layers inside parts that are tied whole, and of parameters that no adapter has.
+SHARED = {"rt_detr_v2", "d_fine", "deimv2", "deformable_detr", "grounding_dino", "dab_detr", "csm"}
+SHARED |= {"mm_grounding_dino", "pp_doclayout_v3", "granite_speech5", "udop", "diffusion_gemma"}
+SHARED |= {"pe_audio_video", "blt", "sam", "sam_hq", "openai", "t5gemma2"}
+
+
+@pytest.mark.full
+def test_the_ties_of_other_layers_are_those_of_transformers() -> None:
+    found = {kind for kind, ties in all_ties() if ties and not plain_tie(ties)}
+
+    unknown = found - SHARED
+    assert not unknown, f"transformers {transformers.__version__}: add them to uncalled.py"
+
+
+def all_ties() -> Iterator[tuple[str, dict[str, str]]]:
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        text = path.read_text("utf-8")
+        for node in ast.walk(ast.parse(text)) if "_tied_weights_keys = {" in text else ():
+            names = map(ast.unparse, node.targets) if isinstance(node, ast.Assign) else ()
+            if "_tied_weights_keys" in names:
+                yield path.parent.name, ast.literal_eval(node.value) or {}
+
+
+def plain_tie(ties: dict[str, str]) -> bool:
+    """Return whether it is one of a table of words and its heads."""
+    word = re.compile(r"(?:.*\.)?(?:\w*embed\w*|wte|w|shared|word_embedding)\.weight\$?")
+    return all(word.fullmatch(name) or name.endswith("bias") for name in ties.values())
+
+
+def test_a_position_table_of_an_unknown_model_is_an_embedding() -> None:
+    assert not computes_more({"model_type": "own"})("model.embed_positions")
+    assert not computes_more({"model_type": "whisper"})("model.encoder.embed_positions")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["in_proj"], "modules_to_save": ["down_proj"]},
+    ],
+    ids=["factors", "saved"],
+)
+def test_a_layer_that_lends_its_weight_is_refused(
+    options: dict[str, Any], bases: MakeBase, tmp_path: Path
+) -> None:
+    """Zamba2's layers 1 and 3 share a block, and PEFT changes one of the two."""
+    from peft import LoraConfig
+
+    base = bases("zamba2")
+    lora = train(base, "zamba2", tmp_path / "lora", LoraConfig(r=3, **options))
+
+    with pytest.raises(InputRefused, match=r"shared_transformer.*has one weight for this") as said:
+        run(base, lora, tmp_path / "out")
+    assert "exclude_modules" in said.value.hint
+
+
+def test_a_head_whose_untying_would_untie_more_is_refused(bases: MakeBase, tmp_path: Path) -> None:
+    """`tie_word_embeddings: false` would leave Zamba2's shared block without weights."""
+    from peft import LoraConfig
+
+    base = bases("zamba2")
+    lora = train(base, "zamba2", tmp_path / "lora", LoraConfig(r=3, target_modules=["lm_head"]))
+
+    with pytest.raises(InputRefused, match="how this model's head is untied"):
+        run(base, lora, tmp_path / "out")
+
+
+def test_the_rest_of_such_a_model_is_merged(bases: MakeBase, tmp_path: Path) -> None:
+    check(bases("zamba2"), "zamba2", tmp_path, {"target_modules": ["in_proj", "linear"]}, room=5e-6)

@@ -29,7 +29,7 @@ from weightsmith.merging.names import (
     split_names,
 )
 from weightsmith.merging.tying import is_embedding, is_head
-from weightsmith.merging.uncalled import computes_more, uncalled
+from weightsmith.merging.uncalled import computes_more, shared, uncalled
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
 from weightsmith.models.predicting import predicting
 from weightsmith.models.safetensors import open_checkpoint
@@ -52,6 +52,7 @@ _WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_toke
 _HEAD = re.compile(r"(?:LMHeadModel|For[A-Z]\w*|Model)$")
 _FILLS_GAPS = re.compile(r"For(?:MaskedLM|PreTraining)$")
 _IN_LAYER = re.compile(r"\.\d+\.")
+_PARAMETER = re.compile(r"\.(?:lora_.*|weight|bias)$")
 _LENGTH = 80
 """Characters of a setting that are shown."""
 
@@ -244,6 +245,7 @@ def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
             + ", ".join(map(plain_module, without_effect[:SHOWN]))
         )
     kept = {key: info for key, info in view.keys.items() if key not in dropped | read}
+    _check_not_shared(view, kept)
     if not kept:
         correct = "correct adapter_config.json if they were trained; export the adapter again"
         raise InputRefused(
@@ -261,6 +263,18 @@ def _check_expressible(view: AdapterView, wrapped: Iterable[str]) -> None:
             f"{view.path} changes {', '.join(found[:SHOWN])}, whose class computes more than a "
             "product with its weight: PEFT adds its change afterwards, which no weight expresses",
             hint=f"{UNMERGED}, or train it without these layers in target_modules",
+        )
+
+
+def _check_not_shared(view: AdapterView, keys: Iterable[str]) -> None:
+    """Refuse an adapter of layers that take their weights from another layer."""
+    matches = shared(view.base_config)
+    names = (plain_module(module_key(key)) for key in keys)
+    if found := sorted({_PARAMETER.sub("", name) for name in names if matches(name)}):
+        raise InputRefused(
+            f"{view.path} changes {', '.join(found[:SHOWN])}: transformers has one weight for this "
+            "layer and another one, and PEFT changes only one of the two",
+            hint=f"{UNMERGED}, or train it without these layers (exclude_modules)",
         )
 
 

@@ -24,7 +24,12 @@ HEADS = ("lm_head", "embed_out", "output_layer")
 _TABLE = "tied_heads.json"
 _NEVER_TIED = frozenset({"BigBirdPegasusForCausalLM", "CpmAntForCausalLM"})
 """Classes that tie nothing (`_tied_weights_keys`), although their configuration says so."""
-_NOT_WRITTEN = frozenset({"LukeForMaskedLM", "T5Gemma2ForConditionalGeneration"})
+_NOT_WRITTEN = frozenset(
+    {
+        *("LukeForMaskedLM", "T5Gemma2ForConditionalGeneration", "UdopForConditionalGeneration"),
+        *("ZambaForCausalLM", "Zamba2ForCausalLM", "DiffusionGemmaForBlockDiffusion"),
+    }
+)
 """Classes with further tied tensors, which would have to be untied along with the head."""
 _SEAMLESS = ("shared", "lm_head", "text_decoder.embed_tokens")
 _OWN: dict[str, tuple[str, ...]] = {
@@ -70,7 +75,7 @@ _OWN: dict[str, tuple[str, ...]] = {
 """Classes whose tied tensors have names of their own: embedding, head, further tables."""
 _LOOSE = re.compile(
     r"(?:Pix2Struct|Kosmos2_5|FSMT|Luke|Blip2|InstructBlip(?:Video)?|ProphetNet|SeamlessM4T(?:v2)?)For.*"
-    r"|BlipForQuestionAnswering|ShieldGemma2.*|Marian.*"
+    r"|Blip2Model|BlipForQuestionAnswering|ShieldGemma2.*|Marian.*"
 )
 """Classes whose head does not follow tokens that PEFT trains.
 
@@ -82,6 +87,7 @@ _AMBIGUOUS = "output"
 _WITH_HEAD = (
     *("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "GenerationDecoder"),
     *("DoubleHeadsModel", "ForSpeechToText", "ForTextToText", "ForVisionText2Text", "MTModel"),
+    "Blip2Model",  # and others whose text model has its head
 )
 
 

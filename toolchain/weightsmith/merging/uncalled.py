@@ -1,4 +1,4 @@
-"""The layers whose weights transformers reads without calling them, so that PEFT has no effect.
+"""The layers in which PEFT's change is not one of a weight: uncalled, computing more, or shared.
 
 PEFT adds its change in a layer's forward pass. Mamba multiplies by `dt_proj.weight` itself: an
 adapter on it changes nothing while it is trained or served unmerged, so a merge leaves it out.
@@ -47,7 +47,12 @@ _UNCALLED = {
 """Model types -> their modules, by the names in the model (transformers 5.24, models/)."""
 
 _COMPUTING = {
-    r".*": r"(?:.*\.)?embed_positions",  # of BART, OPT, Whisper …: finds the positions itself
+    # Finds the positions itself. Whisper's encoder has a plain table.
+    r"autoformer|bart|bigbird_pegasus|biogpt|blenderbot|blenderbot[-_]small|fsmt|informer|led|marian"
+    r"|mbart|mvp|opt|pegasus|plbart|pp_formulanet|roformer|time_series_transformer|trocr": (
+        r"(?:.*\.)?embed_positions"
+    ),
+    r"whisper": r"(?:.*\.)?decoder\.embed_positions",
     r"inkling.*|muse_.*": r"(?:.*\.)?embed_tokens",  # normalises what it looks up
     r"bit": r".*\.(?:conv\d?|convolution)",  # standardises its weight
     r"dory": r"lm_head",  # scales its output
@@ -57,6 +62,41 @@ _COMPUTING = {
 PEFT computes its change beside the whole layer, so no weight can express it. `embed_scale` is none
 of these: PEFT applies it too.
 """
+
+_BOXES = r"(?:.*\.)?(?:bbox|class)_embed\..*"
+_SHARED = {
+    r"(?:mm-)?grounding-dino|deformable_detr|rt_detr_v2|d_fine|deimv2": _BOXES,
+    r"dab-detr": r"bbox_predictor\..*|(?:.*\.)?decoder\.bbox_embed\..*",
+    r"pp_doclayout_v3": rf"{_BOXES}|(?:.*\.)?enc_(?:score|bbox)_head\..*",
+    r"zamba2?": r".*\.shared_transf(?:ormer)?\..*",
+    r"diffusion_gemma": r"(?:.*\.)?(?:encoder\.language_model|decoder)\.(?:layers|norm)\..*",
+    r"pe_audio_video": r"(?:(?:audio|video)_model\.)?text_model\..*"
+    r"|audio_model\.audio_encoder\..*|video_model\.video_encoder\..*"
+    r"|audio_video_encoder\.embedder\..*",
+    r"granite_speech5.*": r"ctc_head\..*|encoder\.out\..*",
+    r"bark|fine_acoustics": r"(?:.*\.)?(?:lm_heads\.\d+|input_embeds_layers\.[1-9]\d*)\..*",
+    r"blt": r"(?:model\.)?local_encoder\.embed_tokens\..*|lm_head\..*",
+    r"csm": r"(?:.*\.)?embed_audio_tokens\..*|depth_decoder\.model\.embed_tokens\..*",
+    r"udop": r"(?:.*\.)?(?:patch_embed|encoder\.embed_patches\.proj)\..*"
+    r"|(?:.*\.)?(?:block\.0\.layer\.0\.SelfAttention|biases\.0)\.relative_attention_bias\..*",
+}
+"""Model types -> parameters of layers that take their weights from another layer, or lend theirs.
+
+PEFT changes one of these layers, and a checkpoint has one weight for both. Tables and heads for
+tokens are in `tying`.
+"""
+
+
+def shared(config: Mapping[str, object]) -> Callable[[str], bool]:
+    """Return what tells by a parameter's name whether two layers of the model share it."""
+    kind, fine = config.get("model_type"), config.get("fine_acoustics_config")
+    if kind == "csm":
+        tied = config.get("tie_codebooks_embeddings", True)
+    elif kind == "bark" and isinstance(fine, Mapping):
+        tied = fine.get("tie_word_embeddings", True)
+    else:
+        tied = config.get("tie_word_embeddings", kind != "blt")
+    return _matcher(config, _SHARED if tied or kind == "udop" else {})
 
 
 def computes_more(config: Mapping[str, object]) -> Callable[[str], bool]:
