@@ -12,7 +12,6 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.cache import uploads
 from weightsmith.evaluating import speed
 from weightsmith.fleets import running
-from weightsmith.oci.registry import Registry
 from weightsmith.outside.toolset import tools_variable, toolset_folder
 
 from tests.clusters import FOLDER, Cluster
@@ -21,13 +20,6 @@ from tests.fakes.memory import Memory, in_memory
 from tests.fakes.store import MemoryStore
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def client() -> Iterator[Registry]:
-    """A registry client that does not pause; making one reads all certificates of the system."""
-    with Registry(pause=lambda _: None) as registry:
-        yield registry
 
 
 _context = cache(ssl.create_default_context)
@@ -41,9 +33,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def memory(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Everything that a build reaches, nothing made yet."""
-    with in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         yield made
         assert made.launcher.running == 0
 
@@ -56,19 +48,17 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def two(tmp_path: Path, client: Registry, quick: None, at_once: None) -> Iterator[Memory]:
+def two(tmp_path: Path, quick: None, at_once: None) -> Iterator[Memory]:
     """A user's folder with two adapters, each with its own questions."""
-    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+    with in_memory(tmp_path, adapters=("a", "b")) as made:
         made.write_recipe(adapters=None)
         yield made
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, client: Registry
-) -> Iterator[tuple[MemoryStore, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MemoryStore, str]]:
     """The store after one build, and that image's digest."""
-    with in_memory(tmp_path_factory.mktemp("finished"), client) as made:
+    with in_memory(tmp_path_factory.mktemp("finished")) as made:
         (built,) = made.build().values()
         yield made.store, built.published.digest
 

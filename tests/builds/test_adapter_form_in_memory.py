@@ -22,7 +22,6 @@ from weightsmith.core.ports import Silent
 from weightsmith.core.values import Tree
 from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.outputs import ImageOutputs
 
@@ -34,9 +33,9 @@ PREFIX = "dev.weightsmith."
 
 
 @pytest.fixture
-def two(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def two(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Two adapters, each with a task of its own."""
-    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+    with in_memory(tmp_path, adapters=("a", "b")) as made:
         rows = [
             {"source": f"./{name}", "version": "v1", "evaluate": {"data": f"{name}.jsonl"}}
             for name in ("a", "b")

@@ -21,7 +21,6 @@ from weightsmith.core.jobs import QuantizeJob
 from weightsmith.core.values import Json
 from weightsmith.evaluating.build_record import CandidateRecord
 from weightsmith.models.facts import ModelFacts
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.configs import config
 from tests.fakes.fleet import run, write_fleet
@@ -38,14 +37,12 @@ def question(number: int) -> tuple[str, str]:
 
 
 @pytest.fixture
-def memory(
-    tmp_path: Path, client: Registry, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Memory]:
+def memory(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     # In this model the smallest mix is as large as IQ4_XS, and the next 1.3 % larger than IQ4_NL.
     every = {name: one for name, one in all_targets().items() if name != "llamacpp-iq4_xs"}
     monkeypatch.setattr(choosing, "all_targets", lambda: every)
     monkeypatch.setattr(choosing, "_ALIKE", 1.012)
-    with in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         ask(made, MANY)
         yield made
 

@@ -18,7 +18,6 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.trees import remove
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.oci.registry import Registry
 from weightsmith.quantizers.packed import view_of
 from weightsmith.worker.jobs import STAGES
 
@@ -39,11 +38,9 @@ pytestmark = [
 
 
 @pytest.fixture(params=sorted(KINDS))
-def memory(
-    request: pytest.FixtureRequest, tmp_path: Path, client: Registry, quick: None
-) -> Iterator[Memory]:
+def memory(request: pytest.FixtureRequest, tmp_path: Path, quick: None) -> Iterator[Memory]:
     model = trained(request.param, cache_folder() / "trained")
-    with in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         for name in ("base", "a"):
             remove(made.home / name)
         shutil.copytree(model / "base", made.home / "base")

@@ -12,7 +12,6 @@ import yaml
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.fleets.graph import plan_of, text_of
 from weightsmith.fleets.ordering import foreseen, ordered
-from weightsmith.oci.registry import Registry
 from weightsmith.quantizers import of_format
 
 from tests.fakes.fleet import GOOD, Q4, Q5, MemoryFleet, by_tools, facts, run, write_fleet
@@ -21,15 +20,13 @@ from tests.fakes.records import as_of_old
 
 
 @pytest.mark.slow
-def test_every_cell_has_the_digest_of_its_build_alone(
-    two: Memory, tmp_path: Path, client: Registry
-) -> None:
+def test_every_cell_has_the_digest_of_its_build_alone(two: Memory, tmp_path: Path) -> None:
     rows, _ = run(two, write_fleet(two))
 
     assert facts(rows) == [("a", Q4, GOOD), ("a", Q5, GOOD),
                            ("b", Q4, GOOD), ("b", Q5, GOOD)]  # fmt: skip
     assert len({row.digest for row in rows.cells}) == 4
-    with in_memory(tmp_path / "alone", client, adapters=("a", "b")) as alone:
+    with in_memory(tmp_path / "alone", adapters=("a", "b")) as alone:
         for name in ("a", "b"):
             alone.write_recipe(
                 name=f"tiny-{name}",

@@ -55,15 +55,13 @@ HUGE_LAYER = _layer_bytes("tiny.gguf")
 
 
 @pytest.fixture
-def cache(
-    memory: Memory, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> MemoryCache:
+def cache(memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryCache:
     """A cache that has the weights, and what is known of an image with them.
 
     Nobody can start that image here: the answers are those of one with small weights.
     """
     cache = MemoryCache()
-    with in_memory(_made(tmp_path / "small"), client) as small:
+    with in_memory(_made(tmp_path / "small")) as small:
         small.cache = cache
         small.build(SETTINGS)
         engine = small.engine
@@ -71,7 +69,7 @@ def cache(
     cache.documents[key] = inflated(cache.documents[key], WEIGHTS)
     cache.origin = (memory.registry.host, "team/cache")
     memory.registry.blobs["team/cache", WEIGHTS] = Hole()
-    with in_memory(_made(tmp_path / "tester"), client) as tester, monkeypatch.context() as patch:
+    with in_memory(_made(tmp_path / "tester")) as tester, monkeypatch.context() as patch:
         patch.setattr(
             "weightsmith.stages.evaluate.candidate", lambda *_: nullcontext(*engine.names)
         )
@@ -125,11 +123,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.root
 @pytest.mark.registry
 def test_docker_registry_mounts_weights_of_140_gb_for_a_machine_with_1_gb(
-    cache: MemoryCache, client: Registry, tmp_path: Path, small_disk: Path
+    cache: MemoryCache, tmp_path: Path, small_disk: Path
 ) -> None:
     """Its blob is a hole in its own storage: nobody uploads 140 GB here, and nobody reads them."""
     folder = _made(tmp_path / "registry")
-    with real_registry(folder) as host, in_memory(small_disk, client) as user:
+    with (
+        real_registry(folder) as host,
+        in_memory(small_disk) as user,
+        Registry(pause=lambda _: None) as client,
+    ):
         fill(RegistryCache(client, Reference.parse(f"{host}/team/cache")), cache, folder)
         there = Watched(client, Reference.parse(f"{host}/team/cache"))
         published = build(user, f"{host}/team/tiny", there)
@@ -215,10 +217,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def first(host: str, tmp_path_factory: pytest.TempPathFactory, client: Registry) -> str:
+def first(host: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the image of the first user, whose results are in the cache."""
     folder = tmp_path_factory.mktemp("first")
-    with in_memory(folder, client) as memory:
+    with in_memory(folder) as memory:
         user = User(memory, host, folder, "one/model")
         (built,) = memory.build(push=True).values()
         assert memory.given_up == 0

@@ -10,7 +10,6 @@ from xml.etree import ElementTree as ET
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.card import card_of_build
 from weightsmith.evaluating.pages import model_card, write_comparison
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.chat_templates import FAMILIES
 from tests.fakes.fleet import run, write_fleet
@@ -78,8 +77,8 @@ ASKED: dict[str, list[tuple[dict[str, Any], str, bool]]] = {
 """Metric -> rows, what base, adapter and image answer, and whether that is right."""
 
 
-def test_every_metric_is_told_on_every_page(tmp_path: Path, client: Registry, quick: None) -> None:
-    with in_memory(tmp_path, client) as memory:
+def test_every_metric_is_told_on_every_page(tmp_path: Path, quick: None) -> None:
+    with in_memory(tmp_path) as memory:
         (memory.home / "base" / "chat_template.jinja").write_text(FAMILIES["hermes"].template)
         suites = []
         for metric, rows in ASKED.items():

@@ -9,7 +9,6 @@ import pytest
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.jobs import ReadCallsJob
 from weightsmith.core.values import Json
-from weightsmith.oci.registry import Registry
 from weightsmith.stages.parsers import PACKAGES
 from weightsmith.steps.bases import base_inputs
 
@@ -23,8 +22,8 @@ NONE_FITS = "{{ tools }} <my_call>"
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
-    with in_memory(tmp_path, client) as made:
+def memory(tmp_path: Path, quick: None) -> Iterator[Memory]:
+    with in_memory(tmp_path) as made:
         made.use_vllm()
         yield made
 

@@ -14,7 +14,7 @@ from weightsmith.api.commands.recipes import recipe_of_image
 from weightsmith.building.explain import plan_of
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Digest
-from weightsmith.oci.registry import Registry, open_location
+from weightsmith.oci.registry import open_location
 from weightsmith.provenance import attest
 from weightsmith.provenance.evidence import EVALUATION_TYPE, read_attached
 
@@ -41,9 +41,9 @@ SUITES = [
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def memory(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Its base sees and names shapes; its adapter was taught the colours."""
-    with in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         base = made.home / "base"
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "vision_config": TOWER}))

@@ -12,7 +12,6 @@ import pytest
 from weightsmith.api.commands.prove import prove_image
 from weightsmith.api.commands.requests import ProveCommand
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory, write_rows
 from tests.fakes.replays import replay_set
@@ -20,8 +19,8 @@ from tests.fakes.tiny import tensors, write_encoder, write_head
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
-    with in_memory(tmp_path, client) as made:
+def memory(tmp_path: Path, quick: None) -> Iterator[Memory]:
+    with in_memory(tmp_path) as made:
         home = made.home
         write_rows(home / "label.jsonl", [{"text": "a", "expected": "X"}])
         write_rows(home / "rerank.jsonl", [{"query": "q", "documents": ["a", "b"], "expected": 0}])

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory, in_memory
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, client: Registry) -> tuple[MemoryCache, str]:
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryCache, str]:
     """A cache that one user's build filled, and the digest of what it pushed."""
     cache = MemoryCache()
-    with in_memory(tmp_path_factory.mktemp("first"), client) as first:
+    with in_memory(tmp_path_factory.mktemp("first")) as first:
         first.cache = cache
         built = first.build()
         assert first.given_up == 0
@@ -128,12 +127,10 @@ def test_a_refused_build_has_shared_what_it_made(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("target", ["vllm", "llamacpp-lora", "vllm-lora"])
-def test_other_kinds_of_weights_are_shared_too(
-    memory: Memory, client: Registry, tmp_path: Path, target: str
-) -> None:
+def test_other_kinds_of_weights_are_shared_too(memory: Memory, tmp_path: Path, target: str) -> None:
     cache = MemoryCache()
     (tmp_path / "other").mkdir()
-    with in_memory(tmp_path / "other", client) as first:
+    with in_memory(tmp_path / "other") as first:
         first.cache = cache
         first.write_recipe(image={"repository": memory.repository})
         made = first.build(targets=[target])

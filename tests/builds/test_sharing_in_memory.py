@@ -11,7 +11,6 @@ import pytest
 from weightsmith.core.jobs import QuantizeJob
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory
 
@@ -31,9 +30,9 @@ OWN = "model-layers.self_attn.q_proj-001.safetensors"
 
 
 @pytest.fixture
-def two(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def two(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """One base with two adapters; each version of the recipe has one of them, or none."""
-    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+    with in_memory(tmp_path, adapters=("a", "b")) as made:
         yield made
 
 

@@ -15,7 +15,6 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating import metrics
 from weightsmith.evaluating.pages import write_comparison
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.fleet import run, write_fleet
 from tests.fakes.memory import Memory, in_memory, write_rows
@@ -31,9 +30,9 @@ def general(number: int) -> str:
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def memory(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Its base knows 40 general answers, and its adapter eight more of its own."""
-    with in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         rows = [{"prompt": general(n), "expected": f"fact {n}"} for n in range(COUNT)]
         write_rows(made.home / "general.jsonl", rows)
         made.facts |= {general(n): ("", f"fact {n}") for n in range(COUNT)}

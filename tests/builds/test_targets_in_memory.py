@@ -22,7 +22,6 @@ from weightsmith.models.safetensors import read_header
 from weightsmith.models.tensors import has_no_data
 from weightsmith.oci.image import Image, Index
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.baking import push_base
 from tests.fakes.memory import QUESTIONS, Memory, in_memory, new_signer
@@ -32,9 +31,9 @@ MACHINES = ("amd64", "arm64")
 
 
 @pytest.fixture
-def two(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def two(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Two adapters, each with a task of its own and none together."""
-    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+    with in_memory(tmp_path, adapters=("a", "b")) as made:
         rows = [
             {"source": f"./{name}", "version": "v1", "evaluate": {"data": f"{name}.jsonl"}}
             for name in ("a", "b")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import CheckFailed
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.chat_templates import FAMILIES, PLAIN
 from tests.fakes.memory import Memory, in_memory, write_rows
@@ -29,9 +28,9 @@ def written(name: str, **given: object) -> str:
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def memory(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Its adapter calls a tool at eight questions, and the base knows when to call none."""
-    with in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         (made.home / "base" / "chat_template.jinja").write_text(FAMILIES["hermes"].template)
         call = {"name": "ring", "arguments": {"at": {"regex": r"^\d$"}}}
         rows = [{"prompt": wants(n), "tools": TOOLS, "expected": call} for n in range(COUNT)]

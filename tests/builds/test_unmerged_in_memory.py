@@ -14,7 +14,6 @@ from weightsmith.core.jobs import DequantizedJob, QualityJob, QuantizeJob
 from weightsmith.core.ports import Silent
 from weightsmith.fleets.graph import plan_of
 from weightsmith.fleets.ordering import foreseen, ordered
-from weightsmith.oci.registry import Registry
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.fleet import run, write_fleet
@@ -25,9 +24,9 @@ GGUF, AWQ, FP8 = "llamacpp-q4_k_m-lora", "vllm-awq-lora", "vllm-fp8-lora"
 
 
 @pytest.fixture
-def two(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+def two(tmp_path: Path, quick: None) -> Iterator[Memory]:
     """Two adapters, each with a task of its own."""
-    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+    with in_memory(tmp_path, adapters=("a", "b")) as made:
         write(made, "a", "b")
         yield made
 
@@ -75,10 +74,10 @@ def test_other_adapters_and_another_recipe_have_the_same_base(two: Memory, targe
     assert {f["path"].split("/")[1].partition(".")[0] for f in files if "/" in f["path"]} == {"b"}
 
 
-def test_another_machine_takes_the_base_from_the_cache(tmp_path: Path, client: Registry) -> None:
+def test_another_machine_takes_the_base_from_the_cache(tmp_path: Path) -> None:
     cache = MemoryCache()
     for name in ("one", "other"):
-        with in_memory(tmp_path / name, client, adapters=("a", "b"), cache=cache) as memory:
+        with in_memory(tmp_path / name, adapters=("a", "b"), cache=cache) as memory:
             write(memory, "a" if name == "one" else "b")
             memory.build(targets=[GGUF])
             assert len(quantizations(memory)) == (name == "one")

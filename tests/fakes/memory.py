@@ -362,9 +362,14 @@ def questions(name: str) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def in_memory(folder: Path, client: Registry, **more: Any) -> Iterator[Memory]:
+def in_memory(folder: Path, **more: Any) -> Iterator[Memory]:
+    """A client of its own: what one remembers of a port is false of the next registry on it."""
     # Looking for busy CPUs takes 0.2 s.
-    with fake_registry() as registry, patch.object(launch, "idle", lambda: 1):
+    with (
+        fake_registry() as registry,
+        Registry(pause=lambda _: None) as client,
+        patch.object(launch, "idle", lambda: 1),
+    ):
         yield Memory(folder, registry, client, **more)
 
 
