@@ -22,6 +22,7 @@ from weightsmith.quantizers.packed import view_of
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.baking import push_base
+from tests.fakes.decoders import make_sparse
 from tests.fakes.experts import KINDS, trained
 from tests.fakes.memory import Memory, in_memory
 
@@ -35,6 +36,19 @@ pytestmark = [
     # PEFT (0.21) looks for the ranks of stacked experts among modules alone, and warns in vain.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]
+
+
+@pytest.fixture(params=["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def drawn(request: pytest.FixtureRequest, tmp_path: Path, quick: None) -> Iterator[Memory]:
+    """Random weights, where headers alone decide."""
+    with in_memory(tmp_path) as made:
+        remove(made.home / "base")
+        make_sparse(made.home / "base", request.param, hidden=256)
+        settings = made.home / "a" / "adapter_config.json"  # of an adapter of one layer
+        known = json.loads(settings.read_text())
+        settings.write_text(json.dumps({**known, "layers_to_transform": [0]}))
+        made.use_vllm()
+        yield made
 
 
 @pytest.fixture(params=sorted(KINDS))
@@ -101,11 +115,17 @@ def test_an_image_for_a_cpu_with_amx_is_not_started_without_it(memory: Memory) -
         assert said[1:] in (memory.results(target) / "report.md").read_text()
 
 
-def test_experts_that_vllm_has_no_kernel_for_on_a_cpu_are_refused(memory: Memory) -> None:
+def test_experts_that_vllm_has_no_kernel_for_on_a_cpu_are_refused(drawn: Memory) -> None:
     for device, target in (("cpu", "vllm-w8a8"), ("cpu-amx", "vllm-fp8")):
         with pytest.raises(InputRefused, match=r"experts: vllm .* has no kernel for them on a CPU"):
-            memory.build(f"serve.gpu={device}", targets=[target])
-    assert memory.jobs() == []
+            drawn.build(f"serve.gpu={device}", targets=[target])
+    assert drawn.jobs() == []
+
+
+def test_what_a_gpu_cannot_load_is_refused_before_the_merge(drawn: Memory) -> None:
+    with pytest.raises(InputRefused, match=r"mxfp4a16 weights: vllm .* needs compute capability 8"):
+        drawn.build("serve.gpu=nvidia-t4", targets=["vllm-mxfp4a16"])
+    assert drawn.jobs() == []
 
 
 def _check_experts(memory: Memory) -> None:
@@ -132,9 +152,3 @@ def _kind(folder: Path) -> str | None:
         return None
     config = json.loads(file.read_text()).get("quantization_config") or {}
     return str(config.get("format") or config.get("quant_method", ""))
-
-
-def test_what_a_gpu_cannot_load_is_refused_before_the_merge(memory: Memory) -> None:
-    with pytest.raises(InputRefused, match=r"mxfp4a16 weights: vllm .* needs compute capability 8"):
-        memory.build("serve.gpu=nvidia-t4", targets=["vllm-mxfp4a16"])
-    assert memory.jobs() == []

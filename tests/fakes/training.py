@@ -1,5 +1,6 @@
 """Models that a program of ours trains, kept for later runs."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -34,7 +35,10 @@ def trained(
     if found.is_dir():
         return found
     cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as folder:
+    with (cache / f"{name}.lock").open("w") as lock, TemporaryDirectory(dir=cache) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if found.is_dir():  # another process has made it meanwhile
+            return found
         made = Path(folder) / "made"
         path = os.pathsep.join(map(str, paths))
         done = subprocess.run(
@@ -43,6 +47,5 @@ def trained(
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        if not found.is_dir():  # another process may have been faster
-            made.rename(found)
+        made.rename(found)
     return found
