@@ -180,12 +180,12 @@ def test_blocks_are_run_or_explained() -> None:
         assert block.reason or block.commands or "export " in block.script, f"{block} is empty"
 
 
-ASKED = {"eval.jsonl": 6, "general.jsonl": 16}
-"""Questions of the support bot -> pages ask every n-th; `tests/real/` asks all."""
+ASKED = {"eval.jsonl": 11, "general.jsonl": 32, "calibration.jsonl": 6}
+"""Questions and texts of the support bot -> pages use every n-th; `tests/real/` uses all."""
 
 
 def copy_support_bot(folder: Path) -> None:
-    """Copy the example, with fewer questions: its model takes a second for each."""
+    """Copy the example, with fewer questions and texts: its model takes a second for each."""
     shutil.copytree(ROOT / "examples/support-bot", folder)
     for name, step in ASKED.items():
         lines = (folder / name).read_text("utf-8").splitlines(keepends=True)
@@ -274,8 +274,8 @@ def test_demo_asks_the_built_image(tmp_path: Path, shared_store: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("     image  ") == 3
     assert "(wrong)" not in done.stdout
-    assert "lantern, right of 6: base 0 | base+adapter 6 | image 6" in done.stdout
-    assert "general, right of 6: base " in done.stdout
+    assert "lantern, right of 3: base 0 | base+adapter 3 | image 3" in done.stdout
+    assert "general, right of 3: base " in done.stdout
     assert (tmp_path / "dist/support-bot/1.0.0/llamacpp-q4_k_m/report.html").is_file()
 
 
