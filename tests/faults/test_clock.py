@@ -10,7 +10,6 @@ from weightsmith.core import files
 from weightsmith.core.files import sweep, write_whole
 from weightsmith.core.values import key_of
 from weightsmith.oci.layout import held_digest
-from weightsmith.oci.registry import Registry
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.worker_protocol import open_log
 
@@ -22,7 +21,7 @@ YEAR = 365 * 24 * 3600
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
     """All that a build reaches in memory, but for the store, which is the real one."""
-    with Registry(pause=lambda _: None) as client, in_memory(tmp_path, client) as made:
+    with in_memory(tmp_path) as made:
         made.store = FileStore(tmp_path / "results")  # type: ignore[assignment]
         yield made
 

@@ -53,25 +53,17 @@ def blob_of(data: bytes) -> Blob:
     return Blob(digest=Digest.of(data), size=len(data), media_type="")
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Registry]:
-    with Registry(pause=lambda _: None) as registry:
-        yield registry
-
-
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry) -> Iterator[Memory]:
-    with in_memory(tmp_path, client) as made:
+def memory(tmp_path: Path) -> Iterator[Memory]:
+    with in_memory(tmp_path) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def honest(
-    tmp_path_factory: pytest.TempPathFactory, client: Registry
-) -> tuple[MemoryCache, Signer, str]:
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryCache, Signer, str]:
     """A cache that a signing user filled, their key, and their image's digest."""
     cache, signer = MemoryCache(), new_signer()
-    with in_memory(tmp_path_factory.mktemp("honest"), client, signer=signer) as first:
+    with in_memory(tmp_path_factory.mktemp("honest"), signer=signer) as first:
         first.cache = cache
         (built,) = first.build().values()
     return cache, signer, str(built.published.digest)
