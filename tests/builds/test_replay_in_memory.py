@@ -319,6 +319,17 @@ def test_a_proof_is_signed_attached_and_asked_for(built: Memory, tmp_path: Path)
         verify_image(layout(built), None, built.client, built.progress, proven_on=("cpu",))
 
 
+def test_a_proofs_key_says_nothing_of_how_the_image_was_made(built: Memory, tmp_path: Path) -> None:
+    """Its statements are about this image, so it is not said that they are about another."""
+    private, public = keys(tmp_path, "node")
+    built.signer = open_signer(str(private))
+    prove(built, key=str(private))
+    with pytest.raises(CheckFailed) as caught:
+        verify_image(layout(built), public, built.client, built.progress)
+    found = {row["check"]: row["found"] for row in caught.value.details["checks"]}
+    assert found["statement"] == "no statement says how this image was made"
+
+
 def test_without_a_proof_nothing_is_proven(built: Memory, tmp_path: Path) -> None:
     _, public = keys(tmp_path, "node")
     with pytest.raises(CheckFailed, match="no proof is attached"):

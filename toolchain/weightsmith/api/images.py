@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.api.commands.affected import find_affected, keys_of, question_of, withdraw_all
+from weightsmith.api.commands.affected import (
+    find_affected,
+    keys_of,
+    question_of,
+    warn_of_other_keys,
+    withdraw_all,
+)
 from weightsmith.api.commands.arguments import (
     AnyPath,
     Texts,
@@ -703,6 +709,7 @@ def run_affected(asked: AffectedCommand, progress: Progress) -> Affected:
         hub = wiring.make_hub_lister()
         found = find_affected(question, asked.in_, keys, registry, progress, hub)
         if asked.withdraw and signer:
+            warn_of_other_keys(found, keys, signer, progress)
             found = withdraw_all(found, asked.reason, signer, registry, progress)
         if asked.rebuild or (asked.rebase and asked.out):
             out = (asked.out or Path("affected/fleet.yaml")).absolute()

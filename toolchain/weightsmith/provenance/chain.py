@@ -108,7 +108,8 @@ def check_chain(
     lineage = trace(image.digest, stated)
     own, baked = lineage.own, lineage.baked
     if own is None:
-        others = [digest for one in stated if (digest := one.subjects.get("image"))]
+        named = (one.subjects.get("image") for one in stated)
+        others = [digest for digest in named if digest and digest != image.digest]
         found = "no statement says how this image was made"
         if others:
             changed = _changes(image, stated)

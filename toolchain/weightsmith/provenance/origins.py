@@ -41,6 +41,8 @@ _PRE_WORD = re.compile(r"(?:alpha|beta|preview|pre|dev|rc)[.\d]*")
 _RUN = re.compile(r"runs:/([\w-]+)", re.ASCII)
 """Of MLflow, in an adapter's pin."""
 _PART = re.compile(r"(\D*)(\d*)")
+_PURL = re.compile(r"pkg:[^/]+/[^@?#]")
+"""How a package URL begins: `pkg:TYPE/NAME`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,11 @@ class Wanted:
     name: str
     bounds: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def text(self) -> str:
+        """Name and bounds: all that was asked for."""
+        return self.name + ",".join(operator + version for operator, version in self.bounds)
+
     def matches(self, one: Named) -> bool:
         """Say whether a thing is the one that is asked for; of unknown version, it is."""
         if any(_same(self.name, name) for name in one.names):
@@ -72,7 +79,7 @@ class Wanted:
 def wanted(kind: str, text: str) -> Wanted:
     """Return what a flag asks for: `NAME`, `NAME@VERSION`, `NAME==1.2` or `NAME>=1.2,<1.5`.
 
-    Raises UsageError for an empty name or bounds that cannot be read.
+    Raises UsageError for an empty name, and for bounds that cannot be read or exclude each other.
     """
     text = text.strip()
     if page := _PAGE.fullmatch(text):
@@ -82,10 +89,16 @@ def wanted(kind: str, text: str) -> Wanted:
     bounds = tuple(
         (found[1], found[2]) for found in map(_BOUND.fullmatch, rest.split(",")) if found
     )
-    if not name.strip() or (rest and len(bounds) != len(rest.split(","))):
+    purl = _PURL.match(name) or not name.startswith("pkg:")
+    if not name.strip() or not purl or (rest and len(bounds) != len(rest.split(","))):
         raise UsageError(
             f"--{kind.replace('_', '-')} {text!r} is no name with a version",
             hint="write NAME, NAME@VERSION, or NAME with bounds in quotes: 'openssl>=3.0,<3.0.14'",
+        )
+    if _exclude_each_other(bounds):
+        raise UsageError(
+            f"--{kind.replace('_', '-')} {text!r}: no version is within these bounds",
+            hint="all bounds must hold at once, as in 'openssl>=3.0,<3.0.14'",
         )
     name = name.strip().rstrip("/")
     if kind in ("engine", "builder", "cve_package") and not bounds and not _is_image(name):
@@ -311,6 +324,18 @@ def _image_names(image: str, digest: str) -> set[str]:
     head, colon, tag = name.rpartition(":")
     bare = head if colon and "/" not in tag and head != "engine" else name
     return {digest, image, name, bare, f"{name}@{digest}", f"{bare}@{digest}"} - {"", "@"}
+
+
+def _exclude_each_other(bounds: Iterable[tuple[str, str]]) -> bool:
+    """Say whether no version is within bounds: a lower one is above an upper one."""
+    bounds = tuple(bounds)
+    for low, least in bounds:
+        for high, most in bounds:
+            if low in (">", ">=", "==") and high in ("<", "<=", "=="):
+                order = compare(least, most)
+                if order > 0 or (order == 0 and (low == ">" or high == "<")):
+                    return True
+    return False
 
 
 def _holds(version: str, operator: str, bound: str) -> bool:

@@ -789,11 +789,27 @@ def test_an_empty_place_is_none(shop: Shop, place: str) -> None:
         {"adapter": " "},
         {"cve_package": "openssl>"},
         {"cve_package": ">=3"},
+        {"cve_package": "pkg:"},
+        {"cve_package": "pkg:deb"},
+        {"cve_package": "openssl>=3,<1"},
+        {"engine": "vllm>0.32,<0.32"},
+        {"engine": "vllm==0.32,==0.33"},
     ],
 )
 def test_exactly_one_thing_is_asked_for(asked: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         question_of(AffectedCommand(in_=("x",), **asked), lambda _: Digest.of(b""))
+
+
+@pytest.mark.parametrize("text", ["vllm>=0.32,<0.33.1", "vllm>=1,<=1", "vllm==1", "vllm"])
+def test_the_answer_says_all_that_was_asked(shop: Shop, text: str) -> None:
+    """A withdrawal has it as its reason."""
+    shop.push("team/app:1")
+    found = find_affected(wanted("engine", text), [shop.fake.host], {}, shop.client, Silent())
+    assert (found.value, affected_text(found).splitlines()[0]) == (
+        text,
+        f"0 made from engine {text}",
+    )
 
 
 def test_few_bytes_are_read(shop: Shop) -> None:

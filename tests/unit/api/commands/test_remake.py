@@ -123,6 +123,27 @@ def test_a_fleet_file_builds_them_again(built: Rebuilding, tmp_path: Path) -> No
         write_fleets(rows, out, "", signing.read_public_key(built.public), built.client, Silent())
 
 
+@pytest.mark.parametrize("onto", ["", "x.io/engine:2"])
+def test_of_nothing_no_fleet_file_is_written_and_that_is_said(
+    scene: Scene, tmp_path: Path, onto: str
+) -> None:
+    out, told = tmp_path / "again" / "fleet.yaml", RecordingProgress()
+    write_fleets(nothing(scene), out, onto, None, scene.client, told)
+    assert told.warnings == ["no image was found that could be made again"]
+    assert not out.parent.exists()
+
+
+def test_of_nothing_nothing_is_rebased_and_that_is_said(scene: Scene) -> None:
+    tools = memory_tools(scene.folder, registry=scene.client, key=scene.key)
+    assert rebase_all(nothing(scene), "x.io/engine:2", tools, force=False).remade == ()
+    assert tools.progress.warnings == ["no image was found that could be made again"]
+
+
+def nothing(scene: Scene) -> Affected:
+    place = [f"{scene.fake.host}/team"]
+    return find_affected(wanted("engine", "vllm"), place, {}, scene.client, Silent())
+
+
 def test_what_has_two_adapters_is_named(built: Rebuilding, tmp_path: Path) -> None:
     built.publish(f"hf://acme/base@{'c' * 40}", "hf://acme/base")
     keys = {"key": signing.read_public_key(built.public)}

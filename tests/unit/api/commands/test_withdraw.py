@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.api.commands.affected import affected_text, find_affected, keys_of, withdraw_all
+from weightsmith.api.commands.affected import (
+    affected_text,
+    find_affected,
+    keys_of,
+    warn_of_other_keys,
+    withdraw_all,
+)
 from weightsmith.api.commands.images import copy_image
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import AffectedCommand, RebaseCommand
@@ -125,12 +131,37 @@ def test_policies_see_a_test_that_failed(scene: Scene) -> None:
     assert result.predicate["failedTests"] == ["withdrawn: trained on the wrong data"]
 
 
-def test_withdrawing_again_adds_nothing(scene: Scene) -> None:
+def test_withdrawing_again_adds_nothing(scene: Scene, told: RecordingProgress) -> None:
     withdraw(scene)
     before = dict(scene.fake.manifests)
-    again = withdraw(scene, "another reason")
+    signer = open_signer(str(scene.key))
+    again = withdraw_all(found(scene), "another reason", signer, scene.client, told)
     assert scene.fake.manifests == before
     assert "wrong data" in str(again.images[0].withdrawn)
+    assert "1 images were withdrawn before, and keep their reason" in told.said
+
+
+def test_it_says_if_there_is_nothing_to_withdraw(scene: Scene, told: RecordingProgress) -> None:
+    where = [f"{scene.fake.host}/team"]
+    none = find_affected(wanted("engine", "vllm"), where, {}, scene.client, Silent())
+    withdraw_all(none, "", open_signer(str(scene.key)), scene.client, told)
+    assert told.warnings == ["nothing was found, so nothing is withdrawn"]
+
+
+def test_who_withdraws_with_another_key_than_vouches_is_told(
+    scene: Scene, told: RecordingProgress
+) -> None:
+    """Whoever checks with the image's own key does not honour it."""
+    other, public = make_key(scene.folder, "other")
+    names = {"key.pub": scene.public, "other.pub": public}
+    keys = {name: signing.read_public_key(path) for name, path in names.items()}
+    where = [f"{scene.fake.host}/team"]
+    rows = find_affected(wanted("engine", "llamacpp"), where, keys, scene.client, Silent())
+
+    warn_of_other_keys(rows, keys, open_signer(str(scene.key)), told)
+    assert told.warnings == []
+    warn_of_other_keys(rows, keys, open_signer(str(other)), told)
+    assert "signed by key.pub, and not by the key that withdraws them" in told.warnings[0]
 
 
 def test_what_another_key_withdrew_is_shown_and_not_honoured(scene: Scene) -> None:

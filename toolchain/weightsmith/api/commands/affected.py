@@ -27,7 +27,7 @@ from weightsmith.core.errors import (
     WeightsmithError,
 )
 from weightsmith.core.escape import joined
-from weightsmith.core.ports import AnySigner, HubLister, Progress
+from weightsmith.core.ports import AnySigner, HubLister, Progress, Signer
 from weightsmith.core.safe_parse import RECORD, parse, read_bytes
 from weightsmith.core.values import Blob, Digest
 from weightsmith.evaluating.results import NOT_PROVEN
@@ -191,7 +191,7 @@ def find_affected(
     rows = sorted(found.rows.values(), key=lambda pair: (pair[0].reference, pair[0].digest))
     return Affected(
         by=question.kind,
-        value=question.name,
+        value=question.text,
         images=tuple(row for row, trusted in rows if trusted),
         unsigned=tuple(row for row, trusted in rows if not trusted),
         problems=tuple(sorted(set(found.problems), key=lambda one: (one.reference, one.why))),
@@ -664,6 +664,23 @@ def keys_of(
     return checks
 
 
+def warn_of_other_keys(
+    found: Affected, keys: Mapping[str, signing.Check], signer: AnySigner, progress: Progress
+) -> None:
+    """Warn of images whose signers' keys do not honour a withdrawal by this signer."""
+    if not isinstance(signer, Signer):
+        return  # an identity is named by patterns, which others may match too
+    probe = b"weightsmith"
+    signature = signer.sign(probe)
+    own = {name for name, check in keys.items() if check(probe, signature)}
+    if others := [row for row in found.images if not own.intersection(row.signed_by)]:
+        by = ", ".join(sorted({name for row in others for name in row.signed_by}))
+        progress.warn(
+            f"{len(others)} images are signed by {by}, and not by the key that withdraws them: "
+            f"whoever checks with {by} will not honour the withdrawal"
+        )
+
+
 def withdraw_all(
     found: Affected, reason: str, signer: AnySigner, registry: Registry, progress: Progress
 ) -> Affected:
@@ -674,6 +691,8 @@ def withdraw_all(
     """
     why = reason or f"made from {found.by.replace('_', ' ')} {found.value}"
     rows = list[AffectedImage]()
+    if before := sum(row.withdrawn is not None for row in found.images):
+        progress.note(f"{before} images were withdrawn before, and keep their reason")
     for number, row in enumerate(found.images):
         progress.advance(number, len(found.images), "images")
         if row.form == "hub":
@@ -690,6 +709,8 @@ def withdraw_all(
             f"{len(found.unsigned)} images that no key vouches for were not withdrawn: sign those "
             "that are yours (`push --sign-key`), and withdraw again"
         )
+    elif not rows:
+        progress.warn("nothing was found, so nothing is withdrawn")
     gone = dict.fromkeys(row.digest for row in rows if row.withdrawn is not None)
 
     def marked(row: AffectedImage) -> AffectedImage:

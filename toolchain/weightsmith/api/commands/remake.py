@@ -54,6 +54,7 @@ def rebase_all(found: Affected, onto: str, tools: Tools, *, force: bool) -> Affe
     One that is refused is named in the answer with the reason, and stops no other.
     """
     suffix, made = suffix_of(onto), list[Remade]()
+    _tell_if_none(found, tools.progress)
     for row in chosen(found):
         if is_layout(row.reference) or not row.tags:
             why = "it has no tag" if not row.tags else "it is in a layout: push it first"
@@ -68,6 +69,13 @@ def rebase_all(found: Affected, onto: str, tools: Tools, *, force: bool) -> Affe
         except WeightsmithError as error:
             made.append(Remade(source=row.reference, error=error.message))
     return replace(found, remade=tuple(made))
+
+
+def _tell_if_none(found: Affected, progress: Progress) -> None:
+    """Warn if no image is to be made again: no file is written then, and no image moved."""
+    if not found.images:
+        more = f"; {len(found.unsigned)} only say so, unsigned" if found.unsigned else ""
+        progress.warn(f"no image was found that could be made again{more}")
 
 
 def suffix_of(onto: str) -> str:
@@ -93,6 +101,9 @@ def write_fleets(
     """
     if out.exists():
         raise UsageError(f"--out {out}: it exists", hint="name a new file")
+    _tell_if_none(found, progress)
+    if not found.images:
+        return found
     out.parent.mkdir(parents=True, exist_ok=True)
     groups: dict[Digest, list[tuple[AffectedImage, Mapping[str, Json], Path]]] = {}
     made = list[Remade]()
