@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest, FileEntry, Tree
+from weightsmith.oci import tar
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.weights import fastest_layer, weight_layers
 
@@ -248,3 +250,36 @@ def test_a_file_above_8_gib_is_listed_by_others(tmp_path, path):
     )
     rows = [line.split(maxsplit=5) for line in listed.stdout.splitlines() if line[0] == "-"]
     assert [(row[5], int(row[2])) for row in rows] == [(path, size), (after.path, 4)]
+
+
+_GO_LIST = """package main
+import ("archive/tar"; "fmt"; "os")
+func main() {
+	file, _ := os.Open(os.Args[1])
+	for r := tar.NewReader(file); ; {
+		entry, err := r.Next()
+		if err != nil { fmt.Println(err); return }
+		fmt.Println(entry.Name, entry.Size)
+	}
+}
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+def test_go_lists_a_file_above_8_gib(tmp_path):
+    """Go's archive/tar, the language of most container engines."""
+    size = (8 << 30) + 5
+    with (tmp_path / "big.tar").open("wb") as sparse:
+        sparse.write(tar.header("models/big.bin", size=size, mode=0o644, mtime=0))
+        sparse.seek(size + len(tar.padding(size)), os.SEEK_CUR)
+        sparse.write(tar.header("models/after", size=0, mode=0o644, mtime=0) + tar.END)
+    (tmp_path / "main.go").write_text(_GO_LIST, encoding="utf-8")
+    listed = subprocess.run(
+        ["go", "run", tmp_path / "main.go", tmp_path / "big.tar"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GOCACHE": str(tmp_path / "go"), "GO111MODULE": "off"},
+    )
+    assert listed.stdout.splitlines() == [f"models/big.bin {size}", "models/after 0", "EOF"]
