@@ -113,6 +113,16 @@ def test_packed_weights_may_be_served_as_what_they_are(value, kinds):
     assert found.kinds == kinds
 
 
+def test_the_group_size_of_compressed_tensors_is_that_of_its_weights():
+    weights = {"type": "int", "num_bits": 4, "group_size": 128}
+    value = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": weights}}}
+
+    found = Packing.of(value)
+
+    assert found is not None
+    assert found.group_size == 128
+
+
 def test_a_packing_of_odd_values_is_read_all_the_same():
     odd = {"bits": "four", "group_size": None, "weight_block_size": 128, "quant_method": ["fp8"]}
     found = Packing.of(odd)

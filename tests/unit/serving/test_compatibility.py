@@ -2,16 +2,20 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from weightsmith.api.commands.render import foresee_model, serving_config
 from weightsmith.building.targets import all_formats, all_targets
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Format
+from weightsmith.core.values import SAFETENSORS, Format
 from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines
 from weightsmith.serving.compatibility import check_adapters, check_blocks, check_support
 from weightsmith.serving.devices import GPUS
+from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.plan import ServingConfig
 
 from tests.fakes.configs import facts
 from tests.paths import ROOT
@@ -245,4 +249,101 @@ def test_each_gpu_has_whole_blocks(model: dict, name: str, gpus: int, what: str)
         return
     with pytest.raises(UsageError, match=what) as refused:
         check_blocks(facts(model), all_formats()[name], gpus)
-    assert "fewer GPUs" in refused.value.hint
+    assert "set serve.tensor_parallel_size to " in refused.value.hint
+
+
+def dense(width: int, **more: object) -> dict:
+    return {**MODEL, "intermediate_size": width, **more}
+
+
+LLAMA_2_7B = dense(11008, num_key_value_heads=32)
+QWEN_72B = dense(29568, hidden_size=8192, num_attention_heads=64)
+INTEGERS = {"type": "int", "num_bits": 4, "group_size": 128, "strategy": "group"}
+PACKED_72B = {
+    **QWEN_72B,
+    "quantization_config": {
+        "quant_method": "compressed-tensors", "config_groups": {"a": {"weights": INTEGERS}},
+    },
+}  # fmt: skip
+GPTQ_EXPERTS = {
+    **NARROW_EXPERTS, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}
+}  # fmt: skip
+SHARED = {**NARROW_EXPERTS, "shared_expert_intermediate_size": 1408}
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "group", "gpus", "nearest"),
+    [
+        # What verify_group_size_divides_partition and AutoAWQLinearMethod.create_weights of vLLM
+        # 0.32 raise for, run on (inputs // gpus, group).
+        (LLAMA_2_7B, "awq", 128, 2, ""),
+        (LLAMA_2_7B, "awq", 128, 4, "to 2, set quantize.group_size to 64, or"),
+        (LLAMA_2_7B, "awq-gemm", 128, 4, "to 2, set quantize.group_size to 64, or"),
+        (LLAMA_2_7B, "gptq-v1", 64, 4, ""),
+        (QWEN_72B, "gptq", 128, 2, "to 1, set quantize.group_size to 64, or"),  # 231 groups
+        (QWEN_72B, "gptq", 128, 8, "to 1, or"),
+        (QWEN_72B, "gptq", 32, 8, "to 4, or"),
+        (QWEN_72B, "w3a16", 64, 4, "to 2, set quantize.group_size to 32, or"),
+        (dense(27648), "awq", 128, 8, ""),
+        (dense(14336), "awq", 128, 16, ""),
+        (dense(14336), "awq-modelopt", 128, 16, ""),
+        (dense(14336), "fp8", 0, 32, ""),
+        # The same of weights that are packed already: their group size cannot be chosen any more.
+        (PACKED_72B, "safetensors", 0, 2, "to 1, or"),
+        (PACKED_72B, "gptq", 0, 1, ""),
+        # MoeWNA16Method halves groups down to 32 of experts in the tools' own layouts.
+        (NARROW_EXPERTS, "awq", 128, 8, ""),
+        (NARROW_EXPERTS, "gptq-v1", 128, 16, "to 8, or"),
+        (GPTQ_EXPERTS, "safetensors", 0, 8, ""),
+        (NARROW_EXPERTS, "w3a16", 128, 4, "to 2, set quantize.group_size to 64, or"),
+        (SHARED, "gptq", 128, 2, "to 1, set quantize.group_size to 64, or"),
+        # A mix has groups of 128 only where eight GPUs can share a row.
+        (dense(14336), "mix-compressed", 0, 8, ""),
+        (dense(1024, head_dim=64), "mix-compressed", 0, 16, "to 8, or"),
+        (dense(11008), "mix-compressed", 0, 4, ""),
+    ],
+)
+def test_each_gpu_has_whole_groups(
+    model: dict, name: str, group: int, gpus: int, nearest: str
+) -> None:
+    format_ = SAFETENSORS if name == "safetensors" else all_formats()[name]
+    if not nearest:
+        check_blocks(facts(model), format_, gpus, group)
+        return
+    with pytest.raises(UsageError, match="no whole number of blocks") as refused:
+        check_blocks(facts(model), format_, gpus, group)
+    assert f"set serve.tensor_parallel_size {nearest}" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "refused"),
+    [
+        ("vllm-awq", LLAMA_2_7B, True),
+        ("vllm-gptq", LLAMA_2_7B, True),
+        ("vllm-w3a16", LLAMA_2_7B, True),
+        ("sglang-gptq", LLAMA_2_7B, True),
+        ("tgi-awq", LLAMA_2_7B, True),
+        ("tgi-gptq", LLAMA_2_7B, False),  # each GPU has all its scales
+        ("trtllm-awq", LLAMA_2_7B, True),
+        ("vllm", PACKED_72B, True),
+        ("vllm-mix", LLAMA_2_7B, False),
+        ("vllm-awq", dense(14336), False),
+        ("vllm", LLAMA_2_7B, False),
+    ],
+)
+def test_a_plan_knows_the_groups_that_will_be_made(
+    target: str, model: dict, refused: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**model, "max_position_embeddings": 2048}))
+    index = {"metadata": {"total_size": 14_000_000_000}, "weight_map": {}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    options = ServeOptions(gpu="nvidia-h100", gpu_count=4)
+
+    def planned() -> ServingConfig:
+        return serving_config(foresee_model(tmp_path, "m"), all_targets()[target], options)
+
+    if not refused:
+        assert planned().plan.tensor_parallel_size == 4
+        return
+    with pytest.raises(UsageError, match="no whole number of blocks"):
+        planned()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -73,7 +73,7 @@ class Packing:
     bits: int
     """Bits per weight; 4 if it is not set, 0 if it is invalid."""
     group_size: int
-    """Weights per scale; -1 for a whole row."""
+    """Weights per scale, the largest where several are; -1 for a whole row."""
     symmetric: bool
     reordered: bool
     """GPTQ's `desc_act`: columns are ordered by activations."""
@@ -92,7 +92,7 @@ class Packing:
         return cls(
             method=method,
             bits=_whole(settings.get("bits", settings.get("w_bit", 4))),
-            group_size=_whole(settings.get("group_size", -1)),
+            group_size=max(_group_sizes(settings), default=-1),
             symmetric=settings.get("sym") is not False,
             reordered=settings.get("desc_act") is True,
             block=tuple(map(_whole, block if isinstance(block, list) else [block]))
@@ -474,11 +474,8 @@ def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
         return frozenset({kind} if kind else ())
     if method != "compressed-tensors":
         return frozenset()
-    found, groups = set[str](), settings.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            continue
+    found = set[str]()
+    for weights in _weight_schemes(settings):
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
             found.add("mxfp8" if _whole(weights.get("group_size")) == 32 else "fp8")
         if weights.get("type") == "float" and weights.get("num_bits") == 4:
@@ -488,6 +485,22 @@ def _kinds(method: str, settings: Mapping[str, JsonValue]) -> frozenset[str]:
         if weights.get("type") == "int" and weights.get("num_bits") in {2, 3, 5, 8}:
             found.add("compressed-tensors")
     return frozenset(found)
+
+
+def _weight_schemes(settings: Mapping[str, JsonValue]) -> Iterator[Mapping[str, JsonValue]]:
+    """Yield how each of compressed-tensors' groups of modules has its weights."""
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            yield weights
+
+
+def _group_sizes(settings: Mapping[str, JsonValue]) -> Iterator[int]:
+    """Yield every number of weights per scale that a `quantization_config` has."""
+    for one in (settings, *_weight_schemes(settings)):
+        if "group_size" in one:
+            yield _whole(one["group_size"])
 
 
 def _sparse_layers(text: Mapping[str, JsonValue], layers: int) -> int:

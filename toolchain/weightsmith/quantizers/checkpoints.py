@@ -46,6 +46,8 @@ from weightsmith.quantizers.writing import TensorGroup, copied, whole, write_che
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes of vLLM's 4-bit kernels, in order of preference."""
+_GROUPED = frozenset({"awq", "gptq", "modelopt-awq", "compressed-tensors"})
+"""Kinds of Format whose integers of fewer than eight bits have groups of a size to choose."""
 LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 """The quantized matrices: those of the decoder layers."""
 _FUSED = {name: FUSED[name] for name in ("qkv_proj", "gate_up_proj")}
@@ -146,6 +148,16 @@ def group_size(model: ModelFacts, requested: JsonValue) -> int:
         if fitting
         else "serve it in 16 bits, or as fp8 or w8a8, which have a scale per row",
     )
+
+
+def inputs_per_scale(format_: Format, model: ModelFacts, requested: JsonValue) -> int:
+    """Return the inputs per scale that a format's integers will have, of a requested group size.
+
+    0 for formats without a choice, and for weights that are packed already. Raises InputRefused as
+    `group_size` does.
+    """
+    grouped = format_.kind in _GROUPED and format_.bits_per_weight < 8
+    return group_size(model, requested) if grouped and not model.packing else 0
 
 
 def in_groups_of(format_: Format, model: ModelFacts, options: Options) -> Format:

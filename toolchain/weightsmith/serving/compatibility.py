@@ -12,6 +12,7 @@ from weightsmith.core.values import Format
 from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.devices import AMX, GPUS, is_cpu
 from weightsmith.serving.engine import Engine, Support
+from weightsmith.serving.machine import can_split
 
 _AMD = (0, 0)
 """The compute capability of GPUs that have none."""
@@ -21,13 +22,20 @@ _TILES = {
     "nvfp4a16-4o6": 16,
     "nvfp4": 16,
     "nvfp4-modelopt": 16,
-    "awq-modelopt": 128,
     "mix-compressed": 32,
     "mxfp4a16": 32,
     "mxfp4a8": 32,
     "mxfp8": 32,
 }
-"""Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles."""
+"""Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles.
+
+Of integers whose group size can be chosen, that is the tile.
+"""
+_MIX, _WIDE, _ALL_WIDE = "mix-compressed", 128, 1024
+"""A mix has groups of 128, too, where rows are multiples of 1024 (quantizers/compressed_mix.py)."""
+_LEAST_GROUP = 32
+"""Smallest group to which vLLM cuts those of experts in AWQ's and GPTQ's own layouts."""
+_SMALLER_GROUPS = (64, 32)
 
 _PADDED = frozenset({"GptOssForCausalLM"})
 """Architectures whose experts vLLM pads to whole tiles (models/gpt_oss.py: _load_weights_mxfp4)."""
@@ -131,28 +139,72 @@ def _lacks_experts(row: Support, device: str, model: ModelFacts | None) -> str:
     return ""
 
 
-def check_blocks(model: ModelFacts, format_: Format, gpus: int) -> None:
-    """Refuse tensor parallelism that would cut through the blocks of a format.
+def check_blocks(model: ModelFacts, format_: Format, gpus: int, group_size: int = 0) -> None:
+    """Refuse tensor parallelism that would cut through the blocks or groups of a format.
 
-    Source: validate_fp8_block_shape and GroupQuantScaleParameter of vLLM 0.33, and the same checks
-    in SGLang 0.5.23. Raises UsageError.
+    `group_size` is that of integers that will be made, in inputs per scale; 0 for other formats.
+    Source: validate_fp8_block_shape, verify_group_size_divides_partition, GroupQuantScaleParameter,
+    and of experts MoeWNA16Method.create_weights, of vLLM 0.33, and the same checks in SGLang
+    0.5.23. Raises UsageError with the nearest that works.
     """
-    size = _TILES.get(format_.name, 0)
-    if not size or gpus < 2 or model.architecture in _PADDED:
+    size = group_size or _packed_tile(model) or _TILES.get(format_.name, 0)
+    if gpus < 2 or model.architecture in _PADDED:
         return
-    shape, more = model.shape, model.matrices
+    cut = _cut(model, format_, size, gpus)
+    if cut is None:
+        return
+    name, length, tile = cut
+    split = [
+        n for n in range(2, gpus) if can_split(model.shape, n) and not _cut(model, format_, size, n)
+    ]
+    ways = [f"set serve.tensor_parallel_size to {max(split, default=1)}"]
+    smaller = (n for n in _SMALLER_GROUPS if n < group_size)
+    if group := next((n for n in smaller if not _cut(model, format_, n, gpus)), 0):
+        ways.append(f"set quantize.group_size to {group}")
+    raise UsageError(
+        f"{format_.name} has blocks of {tile} weights, and {gpus} GPUs would share the"
+        f" {length} of {name}: no whole number of blocks each",
+        hint=f"{', '.join(ways)}, or choose fp8, which has a scale per row",
+    )
+
+
+def _packed_tile(model: ModelFacts) -> int:
+    """Return the inputs per scale of weights that are packed already; 0 for a scale per row."""
+    packing = model.packing
+    return max(0, packing.block[-1] if packing.block else packing.group_size) if packing else 0
+
+
+def _cut(model: ModelFacts, format_: Format, size: int, gpus: int) -> tuple[str, int, int] | None:
+    """Return the first matrix that GPUs cannot share by whole tiles: name, length and tile."""
+    if not size:
+        return None
+    packing = model.packing
+    own = (packing.method if packing else format_.kind) in {"awq", "gptq"}
+    for name, length in _divided(model, format_, gpus).items():
+        tile = size
+        if own and name == _EXPERT:
+            tile = min(size, _LEAST_GROUP)
+        elif format_.name == _MIX and length % _ALL_WIDE == 0:
+            tile = _WIDE
+        if length % (tile * gpus):
+            return name, length, tile
+    return None
+
+
+_EXPERT = "an expert's down_proj"
+
+
+def _divided(model: ModelFacts, format_: Format, gpus: int) -> dict[str, int]:
+    """Return the matrices that tensor parallelism divides along their tiles, with the length."""
+    shape, more, packing = model.shape, model.matrices, model.packing
     parts = {"o_proj": shape.heads * (shape.v_head_dim or shape.head_dim)}
-    if format_.name == "fp8-block" and not shape.kv_lora_rank:
+    by_block = format_.name == "fp8-block" or bool(packing and packing.block)
+    if by_block and not shape.kv_lora_rank:
         parts["k_proj"] = max(shape.kv_heads // gpus, 1) * shape.head_dim * gpus
     if not more.experts or more.sparse_layers < shape.layers:
         parts["down_proj"] = shape.intermediate
     if more.experts:
-        parts["an expert's down_proj"] = more.expert_width or shape.intermediate
-    for name, length in parts.items():
-        if length % (size * gpus):
-            raise UsageError(
-                f"{format_.name} has blocks of {size} weights, and {gpus} GPUs would share the"
-                f" {length} of {name}: no whole number of blocks each",
-                hint="set serve.tensor_parallel_size to fewer GPUs, or choose fp8, which has a"
-                " scale per row",
-            )
+        parts[_EXPERT] = more.expert_width or shape.intermediate
+        if shared := more.shared_experts * parts[_EXPERT] + more.shared_width:
+            parts["the shared expert's down_proj"] = shared
+    return parts

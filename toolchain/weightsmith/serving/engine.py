@@ -56,6 +56,9 @@ class ServeOptions:
     """Bytes of the weights that are a projector for pictures."""
     format: Format = SAFETENSORS
     """The target's, not the user's: what the weights are packed in."""
+    group_size: int = 0
+    """Not the user's either: inputs per scale of integers that will be made; 0 for other weights.
+    """
     speculation: Speculation | None = None
     manifests: tuple[str, ...] = ()
     """More of them, for Kubernetes: names of files in `templates/manifests/`."""

@@ -121,7 +121,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             f"the SGLang image here is for NVIDIA GPUs, not {card.name}",
             hint="choose an NVIDIA GPU, or name a ROCm image with image.base and gpu_memory",
         )
-    check_blocks(model, options.format, planned.tensor_parallel_size)
+    check_blocks(model, options.format, planned.tensor_parallel_size, options.group_size)
     if options.format.packed and model.architecture.startswith("Llama4For"):
         # srt/models/mllama4.py permute_qk_weight_for_rotary
         raise InputRefused(

@@ -10,6 +10,7 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
+from weightsmith.serving.compatibility import check_blocks
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
@@ -130,6 +131,9 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         )
     if capacity.dtype == "float32":
         raise UsageError("TGI has no float32", hint="set serve.dtype=bfloat16 or float16")
+    if "awq" in {options.format.kind, model.packing.method if model.packing else ""}:
+        # Weights.get_sharded of the scales; scales of GPTQ that cannot be divided are on each GPU.
+        check_blocks(model, options.format, planned.tensor_parallel_size, options.group_size)
     if planned.max_model_len < 2:
         raise UsageError(
             "max_model_len 1 leaves no token for the answer", hint="nearest: max_model_len 2"

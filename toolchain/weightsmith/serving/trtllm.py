@@ -10,6 +10,7 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
+from weightsmith.serving.compatibility import check_blocks
 from weightsmith.serving.engine import (
     OFFLINE,
     Engine,
@@ -98,6 +99,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             f"TensorRT-LLM does not run on {card.name}",
             hint="choose an NVIDIA GPU from the A100, A10G or L4 on, or a vllm target",
         )
+    check_blocks(model, options.format, planned.tensor_parallel_size, options.group_size)
     cache: dict[str, JsonValue] = {"free_gpu_memory_fraction": planned.gpu_memory_utilization}
     if options.kv_cache_dtype:
         cache["dtype"] = options.kv_cache_dtype

@@ -261,7 +261,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         each = 2 * _lora_rank(options) * shape.layers * ends
         chosen = replace(chosen, adapter_bytes=len(options.adapters) * each)
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
-    check_blocks(model, options.format, planned.tensor_parallel_size)
+    check_blocks(model, options.format, planned.tensor_parallel_size, options.group_size)
     notes = (*own, *slow_fp8(options.format, device), *planned.notes)
     notes = (*notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)

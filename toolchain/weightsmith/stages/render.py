@@ -47,6 +47,7 @@ from weightsmith.provenance.attest import ImageMaterials, ThinParts
 from weightsmith.provenance.labels import reference
 from weightsmith.provenance.statements import LEVEL, TEST_RESULT, VSA, WITHDRAWAL
 from weightsmith.quantizers import legacy_of
+from weightsmith.quantizers.checkpoints import inputs_per_scale
 from weightsmith.recipe.schema import Suite
 from weightsmith.serving import engines
 from weightsmith.serving.architectures import DONE_HERE, check_served
@@ -783,7 +784,9 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         adapters = unmerged_adapters(self.file, target, sources)
         if recipe.serve.speculative:
             check_drafter(recipe.serve.speculative, sources.base.tree)
-        options = replace(serve_options(recipe.serve), adapters=adapters)
+        format_ = target.format.without_adapters
+        group = inputs_per_scale(format_, model, recipe.quantize.group_size)
+        options = replace(serve_options(recipe.serve), adapters=adapters, group_size=group)
         if parsers.tools:
             options = replace(options, tool_parser=parsers.tools)
         if parsers.thoughts:

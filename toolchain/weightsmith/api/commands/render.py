@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.api.commands.requests import RenderCommand
@@ -22,6 +22,7 @@ from weightsmith.models.gguf_config import (
     projector_of,
 )
 from weightsmith.quantizers import of_format
+from weightsmith.quantizers.checkpoints import inputs_per_scale
 from weightsmith.recipe.file import check_section, with_settings
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving.engine import Projector, ServeOptions
@@ -135,6 +136,8 @@ def serving_config(
     if not own_weights(model, target):
         if can_make(target.format):
             of_format(target.format.name).check_input(target.format, model.facts)
+            group = inputs_per_scale(target.format, model.facts, "auto")
+            options = replace(options, group_size=group)
         size = estimated_bytes(model.weight_bytes, target.format, model.facts)
         projector = expected_projector(target, model.facts)
     return render(
