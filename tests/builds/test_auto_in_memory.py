@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -552,3 +553,42 @@ def test_speed_is_not_measured_for_gpus(memory: Memory) -> None:
     with pytest.raises(EnvironmentFailure, match="its speed is measured on CPUs") as caught:
         memory.forecast()
     assert "auto.prefer: size" in caught.value.hint
+
+
+def judge(memory: Memory, printed: str) -> Mapping[str, Any]:
+    """A suite of the questions, judged by a program that prints this of `rows`."""
+    program = memory.home / "judge.py"
+    program.write_text(
+        "import json, sys\n"
+        "rows = [json.loads(line) for line in sys.stdin]\n"
+        "ok = [any(one in row['answer'] for one in row['expected']) for row in rows]\n"
+        f"print(json.dumps({printed}))\n"
+    )
+    command = [sys.executable, str(program)]
+    return {"data": "a.jsonl", "max_drop": 0.2, "metric": "command", "command": command}
+
+
+def test_a_program_may_judge_the_candidates(memory: Memory) -> None:
+    ask(memory, MANY, evaluate=judge(memory, "{'ok': ok}"))
+    harm(memory, {SMALLEST: 20})
+
+    built = chosen(memory)
+
+    assert built.auto
+    lost, kept = (one for one in built.auto.candidates if one.sequence)
+    assert (lost.name, kept.left) == (SMALLEST, "")
+    # It judges all answers at once, so every question is asked.
+    assert (lost.sequence[0].asked, lost.sequence[0].lost) == (MANY, 20)
+    assert (kept.sequence[0].asked, kept.sequence[0].lost) == (MANY, 0)
+    assert 0 < kept.sequence[0].proven_at < MANY
+
+
+def test_a_program_that_judges_all_answers_together_is_refused_before_any_candidate(
+    memory: Memory,
+) -> None:
+    ask(memory, MANY, evaluate=judge(memory, "{'score': sum(ok) / len(ok), 'n': len(ok)}"))
+
+    with pytest.raises(CheckFailed, match="there is no result per question"):
+        chosen(memory)
+
+    assert "export-engine" not in memory.jobs()
