@@ -172,6 +172,7 @@ OF_BOTH = (
     ((), UsageError, "the format mix needs a budget"),
     (("quantize.bits=9", "quantize.size=1MB"), UsageError, "cannot be combined"),
     (("quantize.size=1KB",), InputRefused, "quantize.size: no mix of this model has"),
+    (("quantize.size=0MB",), UsageError, "quantize.size: no weights have 0MB"),
     (("quantize.bits=9", "quantize.tensor_types={a: q8_0}"), UsageError, "tensor_types is not"),
     (("quantize.fit=gpu",), UsageError, "gpu needs the GPU"),
     (("quantize.fit=gpu", "serve.gpu=cpu-amx"), UsageError, "gpu needs the GPU"),

@@ -111,7 +111,7 @@ def test_a_file_has_the_type_of_each_tensor():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"blk.7.attn_q.weight": "q4_0"}, "is of another model: blk.7"),
+        ({"blk.7.attn_q.weight": "q4_0"}, "another model: this one has no 'blk.7.attn_q.weight'$"),
         ({NAMES[0]: None}, "it has no type for blk.0.attn_q"),
         ({NAMES[0]: "q4_k"}, "rows of 64 weights are no multiple of 256"),
     ],
@@ -139,7 +139,9 @@ def test_a_build_says_its_mix(tmp_path):
         ("[]", "has no tensor_types"),
         ('{"artifact": [1]}', "has no tensor_types"),
         ('{"tensor_types": ["q4_k"]}', "has no tensor_types"),
-        ('{"tensor_types": {"a": "int4"}}', "no type 'int4' for a"),
+        ('{"tensor_types": {"a": "int4"}}', "no type 'int4' for 'a'"),
+        ('{"tensor_types": {"a": "q4_k", "a": "q8_0"}}', "duplicate"),
+        ('{"tensor_types": {"a\\u0007": "int4"}}', r"for 'a\\x07'"),
         ('{"tensor_types": {"a": ["q4_k"]}}', "no type"),
     ],
 )

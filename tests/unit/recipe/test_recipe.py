@@ -50,6 +50,15 @@ def test_examples_pass_the_published_schema(path):
         ({"image": {"labels": ["x"]}}, "`image.labels`: expected names with a value each"),
         ({"image": {"labels": {"int": []}}}, "`image.labels.int`: input should be"),
         ({"int": 1}, "unknown key `int`"),
+        (
+            {"quantize": {"size": "-1"}},
+            "'-1' is not in the expected form, such as `8GB`",
+        ),
+        ({"serve": {"gpu_memory": "nan"}}, "'nan' is not in the expected form, such as `24GiB`"),
+        (
+            {"auto": {"engine": "vllm", "at_most": "1e9"}},
+            "'1e9' is not in the expected form, such as `6GB`",
+        ),
         ({"serve": {"max_num_seqs": 0}}, "`serve.max_num_seqs`: must be at least 1"),
         ({"serve": {"gpu_memory_utilization": 0}}, "_utilization`: must be above 0 and at most 1"),
         ({"serve": {"gpu_memory_utilization": 90}}, "_utilization`: must be above 0 and at most"),

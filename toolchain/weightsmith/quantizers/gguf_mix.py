@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def read_mix(path: Path, kinds: Iterable[str] = ()) -> dict[str, str]:
     one = '"model.layers.0.self_attn.q_proj": "fp8"' if kinds else '"blk.0.attn_q.weight": "q4_k"'
     wanted = f'give a build.json, or {{"tensor_types": {{{one}, …}}}}'
     try:
-        data = parse_file(path, largest=RECORD)
+        data = parse_file(path, largest=RECORD, unique=True)  # of two types one would win
     except OSError as error:
         raise InputRefused(f"cannot read {path}: {error.strerror}", hint=wanted) from None
     except ValueError as error:
@@ -125,7 +125,7 @@ def read_mix(path: Path, kinds: Iterable[str] = ()) -> dict[str, str]:
     for tensor, kind in types.items():
         if not isinstance(kind, str) or kind.lower() not in names:
             raise InputRefused(
-                f"{path}: {engine} has no type {str(kind)[:40]!r} for {tensor[:80]}",
+                f"{path}: {engine} has no type {str(kind)[:40]!r} for {tensor[:80]!r}",
                 hint=f"types: {', '.join(names)}",
             )
     return {tensor: kind.lower() for tensor, kind in sorted(types.items())}
@@ -218,6 +218,10 @@ def _size(kind: str, tensor: GgufTensorInfo) -> int:
     return quants.row_bytes(kind, tensor.columns) * tensor.rows
 
 
+def _others(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
 def _given(
     types: Mapping[str, str], tensors: Mapping[str, GgufTensorInfo], chosen: set[str]
 ) -> dict[str, str]:
@@ -225,14 +229,12 @@ def _given(
     hint = "give the mix of a model with the same layers, widths and vocabulary, or a budget"
     if unknown := sorted(types.keys() - tensors.keys()):
         raise InputRefused(
-            f"the mix is of another model: {unknown[0]} and {len(unknown) - 1} more tensors are "
-            "not in this one",
+            f"the mix is of another model: this one has no {unknown[0][:80]!r}{_others(unknown)}",
             hint=hint,
         )
     if lacking := sorted(chosen - types.keys()):
         raise InputRefused(
-            f"the mix is of another model: it has no type for {lacking[0]} and {len(lacking) - 1} "
-            "more tensors",
+            f"the mix is of another model: it has no type for {lacking[0]}{_others(lacking)}",
             hint=hint,
         )
     for name in sorted(chosen):

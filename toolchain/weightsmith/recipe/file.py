@@ -258,6 +258,9 @@ def _fault(error: ErrorDetails) -> str:
         return f"`{place}`: YAML reads {error['input']} as {scalar}; write it in quotes"
     if kind == "value_error":
         return (f"`{place}`: " if place else "") + str(error["ctx"]["error"])
+    if kind == "string_pattern_mismatch" and (example := _example_at(error["loc"])):
+        given = str(error["input"])[:60]
+        return f"`{place}`: {given!r} is not in the expected form, such as {example}"
     if kind == "dict_type":
         return f"`{place}`: expected names with a value each, such as {{first: …, second: …}}"
     if kind == "tuple_type":
@@ -269,6 +272,19 @@ def _fault(error: ErrorDetails) -> str:
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:
+    return [field.alias or name for name, field in fields_of(_section_at(location)).items()]
+
+
+def _example_at(location: Sequence[str | int]) -> str:
+    """Return the example that a key's description has; "" if it has none."""
+    fields = fields_of(_section_at(location[:-1]))
+    about = next((field.description for name, field in fields.items() if name == location[-1]), "")
+    found = re.search(r"such as (`[^`]+`)", about or "")
+    return found[1] if found else ""
+
+
+def _section_at(location: Sequence[str | int]) -> Any:
+    """Return the section of the recipe at a place."""
     part: Any = Recipe
     steps = iter(location)
     for step in steps:
@@ -280,4 +296,4 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
             next(steps, None)  # the user's own key
         choices = [annotation, *get_args(annotation)]
         part = next(filter(is_section, choices))
-    return [field.alias or name for name, field in fields_of(part).items()]
+    return part

@@ -482,9 +482,17 @@ def format_options(
 
 
 def _with_budget(settings: Mapping[str, JsonValue], format_: Format) -> Mapping[str, JsonValue]:
-    """Return settings with a mix's size in bytes, and what its file says instead of its path."""
+    """Return settings with a mix's size in bytes, and what its file says instead of its path.
+
+    Raises UsageError for a size of nothing.
+    """
     size, mix = str(settings.get("size") or ""), str(settings.get("mix") or "")
     kinds = KINDS if format_.name == COMPRESSED_MIX.name else ()
+    if size and not parse_size(size):
+        raise UsageError(
+            f"quantize.size: no weights have {size}",
+            hint="set it to what the file may have, such as 8GB",
+        )
     return {
         **settings,
         **({"size": parse_size(size)} if size else {}),
