@@ -6,19 +6,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from weightsmith.building.wiring import cache_folder
-from weightsmith.core.files import sibling_folder
 from weightsmith.outside.toolset import toolset_folder
 
 from tests.fakes.command_line import told as weightsmith
 from tests.fakes.real_registries import real_registry
-from tests.fakes.started import free_port, started
+from tests.fakes.started import free_port, reader, started
 from tests.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny" / "base"
@@ -47,23 +45,6 @@ def host(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 "--push", f"{found}/team/bot:{kind}",
             )  # fmt: skip
         yield found
-
-
-def reader(package: str, *needs: str) -> Path:
-    """Return a Python with one pinned package, and of its dependencies only what is named.
-
-    Made once.
-    """
-    folder = cache_folder() / "readers" / package
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with sibling_folder(folder) as partial:
-            subprocess.run([sys.executable, "-m", "venv", partial], check=True)
-            pip = [partial / "bin" / "python", "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, "--no-deps", package], check=True)
-            subprocess.run([*pip, *needs], check=True)
-            partial.rename(folder)
-    return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")

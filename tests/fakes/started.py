@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.files import sibling_folder
 
 from tests.paths import ROOT
 
@@ -31,6 +33,23 @@ def weightsmith(
     assert done.returncode == code, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return json.loads(done.stdout)
+
+
+def reader(package: str, *needs: str) -> Path:
+    """Return a Python with one pinned package, and of its dependencies only what is named.
+
+    Made once.
+    """
+    folder = cache_folder() / "readers" / package
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with sibling_folder(folder) as partial:
+            subprocess.run([sys.executable, "-m", "venv", partial], check=True)
+            pip = [partial / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, "--no-deps", package], check=True)
+            subprocess.run([*pip, *needs], check=True)
+            partial.rename(folder)
+    return folder / "bin" / "python"
 
 
 def free_port() -> int:

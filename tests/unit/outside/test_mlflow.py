@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused
+from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.trees import remove
 from weightsmith.outside.mlflow import MlflowRemote
@@ -121,6 +121,24 @@ def test_what_is_not_there(home: Path, reader: RemoteReader, source: str) -> Non
     with pytest.raises(InputRefused) as caught:
         reader.fetch(source, "", "", Silent())
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("uri", ["postgresql://ann:s3cret@db/mlflow", ""])
+def test_a_database_that_the_client_does_not_read(
+    reader: RemoteReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    """Since MLflow 3 it is where runs go if no variable says otherwise."""
+    if find_spec("sqlalchemy") is not None:
+        pytest.skip("with sqlalchemy the client reads databases")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+    with pytest.raises(
+        UsageError, match=r"does not read (postgresql|sqlite:///.*mlflow\.db)"
+    ) as caught:
+        reader.fetch("mlflow:models:/support bot/1", "", "", Silent())
+    assert "mlflow server" in caught.value.hint
+    assert "s3cret" not in caught.value.message
 
 
 def test_artifacts_in_an_object_store(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.ports import Progress
 from weightsmith.core.trees import below
 from weightsmith.core.values import without_passwords
@@ -243,6 +243,12 @@ def _asked(source: str) -> Iterator[None]:
     except WeightsmithError:
         raise
     except Exception as error:  # noqa: BLE001 - it passes on those of a dozen libraries
+        if type(error).__name__ == "UnsupportedModelRegistryStoreURIException":
+            raise UsageError(
+                f"{source}: mlflow-skinny does not read {_server()}",
+                hint="start `mlflow server` on it and name its address in MLFLOW_TRACKING_URI, or "
+                "install the package mlflow, which reads databases",
+            ) from None
         code = str(getattr(error, "error_code", ""))
         if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
             raise InputRefused(
@@ -257,4 +263,8 @@ def _asked(source: str) -> Iterator[None]:
 
 
 def _server() -> str:
-    return str(without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))) or "./mlruns"
+    import mlflow  # which chooses a folder or a database here where no variable names one
+
+    return str(
+        without_passwords(os.environ.get("MLFLOW_TRACKING_URI") or mlflow.get_tracking_uri())
+    )
