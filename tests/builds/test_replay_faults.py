@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.replaying import record, request_of
 from weightsmith.evaluating.session import ServerSession
+from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.outside.toolset import make_toolset
 
-from tests.fakes.command_line import told as weightsmith
+from tests.fakes.ggufs import beside, made
 from tests.fakes.started import free_port, started
 from tests.paths import TINY
 
 TOKENS = 12
+TYPES = ("q8_0", "q6_k", "q4_k_m", "q2_k")
 UNSURE = ("Tell me a story.", "Why is the sky blue?", "Write one word.", "Say it backwards.")
 """Questions that the model was not taught: its answers are not certain."""
 pytestmark = [pytest.mark.builders, pytest.mark.timeout(1200)]
@@ -35,11 +37,15 @@ class KnownModel:
     """A model as it was tested, and the set of its answers."""
 
     folder: Path
-    merged: Path
-    gguf: Path
+    files: Mapping[str, Path]
+    """GGUF type -> the model in it; it was tested in the first."""
     stranger: Path
     """The same base with another adapter."""
     set: Path
+
+    @property
+    def gguf(self) -> Path:
+        return self.files[TYPES[0]]
 
     def replay(
         self, gguf: Path, *words: str, variant: str = "", answers_alone: bool = False
@@ -88,39 +94,30 @@ def made_set(gguf: Path, prompts: Sequence[str], folder: Path) -> Path:
     asked = [(served.path, request_of(served, item, TOKENS, {})) for item in items]
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}", logs=lambda _: "", alive=lambda: True)
     with serving(gguf, port, folder / "log"), ServerSession(endpoint) as session:
-        made = record(session, asked, "bot", 1.0, Silent())
-    assert made
-    assert len(made.questions) == len(prompts)
-    (folder / "set.json").write_bytes(made.data)
+        found = record(session, asked, "bot", 1.0, Silent())
+    assert found
+    assert len(found.questions) == len(prompts)
+    (folder / "set.json").write_bytes(found.data)
     return folder / "set.json"
 
 
-def quantized(model: object, name: str, out: Path, *more: str) -> Path:
-    words = ("--model", model, "--format", name, "--out", out, "--runner", "local")
-    return Path(weightsmith("quantize", *words, *more)["files"][0])
+def merged(adapter: str, out: Path) -> Path:
+    folder = TINY / "adapters" / adapter
+    merge(MergeRequest(base=TINY / "base", adapters=((folder, 1.0),), out=out))
+    return out
 
 
 @pytest.fixture(scope="module")
 def tested(tmp_path_factory: pytest.TempPathFactory) -> KnownModel:
     """The tiny example, and what might take its place."""
     folder = tmp_path_factory.mktemp("tested")
-    merged = [
-        weightsmith(
-            "merge", "--base", TINY / "base", "--adapter", TINY / "adapters" / name,
-            "--out", folder / name, "--runner", "local",
-        )["out"]
-        for name in ("a", "b")
-    ]  # fmt: skip
-    gguf = quantized(merged[0], "q8_0", folder / "q8_0")
+    types = beside(merged("a", folder / "a"), folder / "types", *TYPES)
+    files = {name: one for name, (one,) in types.items()}
+    (stranger,) = made(merged("b", folder / "b"), folder / "stranger", TYPES[0])
     lines = (TINY / "eval-a.jsonl").read_text().splitlines()
     prompts = [*(json.loads(line)["prompt"] for line in lines[:4]), *UNSURE]
-    return KnownModel(
-        folder=folder,
-        merged=Path(merged[0]),
-        gguf=gguf,
-        stranger=quantized(merged[1], "q8_0", folder / "stranger"),
-        set=made_set(gguf, prompts, folder),
-    )
+    asked = made_set(files[TYPES[0]], prompts, folder)
+    return KnownModel(folder=folder, files=files, stranger=stranger, set=asked)
 
 
 @pytest.mark.grid(2)
@@ -167,12 +164,12 @@ def test_a_tensor_of_zeros_is_never_ready(tested: KnownModel, name: str) -> None
     assert_different(*tested.replay(tested.damaged(name, clear)))
 
 
-@pytest.mark.parametrize("name", [pytest.param("q6_k", marks=pytest.mark.full), "q4_k_m"])
+@pytest.mark.parametrize("name", ["q6_k", "q4_k_m"])
 def test_another_quantization_under_the_same_name_is_never_ready(
     tested: KnownModel, name: str
 ) -> None:
     """Its answers may be the same (benchmarks/README.md); the file has another size."""
-    other = quantized(tested.merged, name, tested.folder / name)
+    other = tested.files[name]
     code, said = tested.replay(other)
     assert code == 1
     sizes = [sum(int(one.n_bytes) for one in GGUFReader(f).tensors) for f in (other, tested.gguf)]
@@ -180,9 +177,7 @@ def test_another_quantization_under_the_same_name_is_never_ready(
 
 
 def test_a_coarse_quantization_is_known_by_its_answers(tested: KnownModel) -> None:
-    few = ("--allow-low-bits", "--no-gate")
-    other = quantized(tested.merged, "q2_k", tested.folder / "q2_k", *few)
-    assert_different(*tested.replay(other, answers_alone=True))
+    assert_different(*tested.replay(tested.files["q2_k"], answers_alone=True))
 
 
 def assert_different(code: int, said: str) -> None:
