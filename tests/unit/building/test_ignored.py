@@ -60,6 +60,18 @@ def test_a_key_that_no_target_reads(targets, quantize):
         check(targets, **quantize)
 
 
+@pytest.mark.parametrize(
+    ("key", "engines"),
+    [("group_size", "llamacpp"), ("keep", "llamacpp"), ("zero_point", "llamacpp"),
+     ("shared_layers", "vllm"), ("split_max_size", "vllm"), ("group_size", ["llamacpp"])],
+)  # fmt: skip
+def test_a_key_that_no_format_reads_of_which_one_is_chosen(key, engines):
+    with pytest.raises(UsageError, match=f"quantize.{key}: no format of .* reads it") as caught:
+        check(["auto"], auto={"engine": engines}, **{key: VALUES[key]})
+    (other, *_) = caught.value.hint.partition("of which it is read: ")[2].split(", ")
+    check(["auto"], auto={"engine": ["llamacpp", other]}, **{key: VALUES[key]})
+
+
 def test_a_hint_names_no_target_where_none_takes_the_values():
     with pytest.raises(UsageError, match="bits: vllm-awq does not read it") as caught:
         check(["vllm-awq"], bits=4.4, size="8GB")
@@ -88,7 +100,7 @@ def test_auto_without_the_target():
     check(["auto"], auto=auto)
     check(["auto", "vllm"], ["vllm"], auto=auto)
     check([], ["auto"], auto=auto, split_max_size="4G")
-    check(["auto"], auto=auto, keep=["down_proj"])
+    check(["auto"], auto={"engine": "vllm"}, keep=["down_proj"])
     with pytest.raises(UsageError, match="no target is auto") as caught:
         check(["vllm"], auto=auto)
     assert "--target auto" in caught.value.hint

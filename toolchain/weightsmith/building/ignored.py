@@ -22,7 +22,7 @@ def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None
     """Raise UsageError for a setting that no target of a build reads.
 
     The recipe's own targets count beside those to be built: one of several may be built alone.
-    `auto` says whether one is to be chosen: of which formats, is not known yet.
+    `auto` says whether one is to be chosen of all formats of some engines.
     """
     auto = auto or AUTO in recipe.targets
     built = [*targets, *(target_of(name) for name in recipe.targets if name != AUTO)]
@@ -31,9 +31,36 @@ def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None
             f"the recipe has `auto`, and no target is {AUTO}",
             hint=f"add {AUTO} to its targets (--target {AUTO}), or leave `auto` out",
         )
-    if built and not auto:
+    if auto:
+        _check_candidates(recipe, built)
+    elif built:
         _check_parsers(recipe, built)
         check_quantize(recipe, built, Quantize.model_fields)
+
+
+def _check_candidates(recipe: Recipe, built: Sequence[Target]) -> None:
+    """Raise UsageError for a key of `quantize` that no format reads of which one is chosen.
+
+    What fixes the choice is left to `settings_of` in choosing.py.
+    """
+    wanted = recipe.auto.engine if recipe.auto else ()
+    given, usual = recipe.quantize.model_dump(), Quantize().model_dump()
+    for key in given if wanted else ():
+        without = {**given, key: usual[key]}
+        if key in _NEVER_REFUSED or given[key] == usual[key]:
+            continue
+        if any(_differ(one.format.without_adapters, given, without) for one in built):
+            continue
+        read = {one.engine.name for one in all_targets().values() if _reads(one, given, without)}
+        if not read.intersection(wanted):
+            others = (
+                f", or name engines in auto.engine of which it is read: {', '.join(sorted(read))}"
+            )
+            raise UsageError(
+                f"quantize.{key}: no format of {' or '.join(wanted)} reads it, of which {AUTO}"
+                " chooses one",
+                hint="leave it out" + (others if read else ""),
+            )
 
 
 def check_quantize(recipe: Recipe, built: Sequence[Target], keys: Collection[str]) -> None:
@@ -69,15 +96,16 @@ def _check_parsers(recipe: Recipe, built: Sequence[Target]) -> None:
 
 def _readers(given: Options, without: Options, engine: str) -> str:
     """Return some targets that read what differs, those of `engine` first; "" if none takes it."""
-    names = [
-        name
-        for name, one in all_targets().items()
-        if not one.format.unmerged
-        and (read := _options(one.format, given)) is not None
-        and read != _options(one.format, without)
-    ]
+    names = [name for name, one in all_targets().items() if _reads(one, given, without)]
     found = sorted(names, key=lambda name: not name.startswith(f"{engine}-"))
     return ", ".join(found[:_SHOWN]) + (" …" if len(found) > _SHOWN else "")
+
+
+def _reads(target: Target, given: Options, without: Options) -> bool:
+    """Return whether a target takes these options, and reads what differs."""
+    if target.format.unmerged or (read := _options(target.format, given)) is None:
+        return False
+    return read != _options(target.format, without)
 
 
 def _differ(format_: Format, given: Options, without: Options) -> bool:
