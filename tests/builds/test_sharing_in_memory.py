@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from weightsmith.core.jobs import QuantizeJob
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
@@ -124,6 +126,64 @@ def test_a_plan_without_the_bases_weights_reads_the_adapters_keys(memory: Memory
     (found,) = memory.forecast(targets=["vllm"])["sharing"].values()
     assert found["own_bytes"] == whole["own_bytes"] == 256 * 256 * 4
     assert found["shared_bytes"] == pytest.approx(whole["shared_bytes"], rel=0.05)
+
+
+def tied(home: Path) -> None:
+    """Let the base's head be its embedding; the adapter `a` changes the embedding alone."""
+    base = home / "base"
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model = load_file(base / "model.safetensors")
+    del model["lm_head.weight"]
+    save_file(model, base / "model.safetensors")
+    stem = "base_model.model.model.embed_tokens.lora_embedding_"
+    ones = {"A": np.ones((2, 32), np.float32), "B": np.ones((256, 2), np.float32)}
+    save_file({stem + one: value for one, value in ones.items()}, weights_of(home))
+    retarget(home, target_modules=["embed_tokens"])
+
+
+def replicated(home: Path) -> None:
+    """Let the adapter `a` change two replicas of a layer."""
+    made = load_file(weights_of(home))
+    second = {name.replace("layers.0.", "layers.1."): value for name, value in made.items()}
+    save_file(made | second, weights_of(home))
+    retarget(home, layer_replication=[[0, 1], [0, 1]])
+
+
+def weights_of(home: Path) -> Path:
+    return home / "a" / "adapter_model.safetensors"
+
+
+def retarget(home: Path, **settings: Any) -> None:
+    file = home / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(("make", "files"), [(tied, 8), (replicated, 2)])
+def test_what_no_other_image_of_the_base_has_is_not_shared(
+    two: Memory, make: Callable[[Path], None], files: int
+) -> None:
+    """A head that is untied is a copy, but under a name that the base does not have."""
+    make(two.home)
+    two.use_vllm("vllm", adapters=[{"source": "./a", "version": "v1"}])
+    (planned,) = two.forecast(targets=["vllm"])["sharing"].values()
+    a, base = (record_of(two, name, "vllm") for name in ("a", ""))
+
+    layers = [
+        {
+            one["digest"]: one["size"]
+            for one in record["image"]["layers"]
+            if "/model-" in one["file"]
+        }
+        for record in (a, base)
+    ]
+    shared = layers[0].keys() & layers[1].keys()
+    assert len(shared) == files
+    for what, some in (("shared", shared), ("own", layers[0].keys() - shared)):
+        size = sum(layers[0][one] for one in some)
+        tar = 8_000 * len(some)  # headers and padding
+        assert a["sharing"][f"{what}_bytes"] == pytest.approx(size, abs=tar)
+    assert planned["shared_bytes"] <= a["sharing"]["shared_bytes"]
 
 
 def test_a_second_image_sends_what_is_its_own(two: Memory) -> None:

@@ -159,7 +159,7 @@ class Record:
         if self.target is None or not (made := self.run.have.get(self.target.image)):
             return None
         inputs = made[0].inputs
-        return sharing(made[0].split, inputs.artifact, inputs.changed)
+        return sharing(made[0].split, inputs.artifact, inputs.apart)
 
     @property
     def replay(self) -> ReplayFile | None:

@@ -163,6 +163,8 @@ class ImageInputs:
     sources: Sources | None = None
     changed: frozenset[str] = frozenset()
     """Tensors of the merged checkpoint that depend on the adapters; none if nothing is merged."""
+    apart: frozenset[str] = frozenset()
+    """Tensors of the merged checkpoint that other images of its base do not have."""
     checkpoint: Checkpoint | None = None
     recipe: Recipe | None = None
     thin: ThinParts | None = None

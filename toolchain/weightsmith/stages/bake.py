@@ -502,6 +502,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         base_weights = have[self.quantized] if artifact.format.unmerged else None
         made = (base_weights or artifact).format
         merges = bool(sources.adapters) and not artifact.format.unmerged
+        planned = tools.merges.planned(sources, recipe.merge) if merges else None
         asked = has_program(recipe, read_facts(checkpoint.tree.texts), device)
         asking = [each.platform for each in bases if asked]
         return ImageInputs(
@@ -519,7 +520,8 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             largest_layer=layer_limit(recipe.image.max_layer_size),
             parameters={"target": target.name, "recipe": public_recipe(recipe)},
             sources=sources,
-            changed=tools.merges.planned(sources, recipe.merge).changed if merges else frozenset(),
+            changed=planned.changed if planned else frozenset(),
+            apart=planned.apart if planned else frozenset(),
             checkpoint=checkpoint,
             recipe=recipe,
             healthcheck=healthcheck_layers(
@@ -631,6 +633,7 @@ class FormStep(UnforeseenStep[Images]):
             quantizer_builder=image.quantizer_builder if image.base_weights else "",
             sources=Sources(base=base, adapters=(adapter,)),
             changed=frozenset(),
+            apart=frozenset(),
             checkpoint=Checkpoint(tree=base.tree),
             recipe=recipe,
             bases=(),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Digest, Sources
+from weightsmith.models.reshard import is_numbered
 
 if TYPE_CHECKING:
     from weightsmith.merging.plan import MergePlan, OpenedBase
@@ -45,6 +46,8 @@ class PlannedMerge:
     tensors: tuple[PlannedTensor, ...]
     changed: frozenset[str]
     """Names of the tensors that depend on the adapters."""
+    apart: frozenset[str]
+    """Those, and copies that the base has not under this name, as of a head that is untied."""
 
 
 class MergePlans:
@@ -78,14 +81,24 @@ class MergePlans:
         return plan_onto(opened, [(root, weight) for root, _, weight in adapters], options)
 
     def _facts(self, base: _Folder, adapters: tuple[_Adapter, ...], options: Merge) -> PlannedMerge:
+        from weightsmith.merging.outputs import StoredTensor
         from weightsmith.merging.plan import can_be_virtual, estimate
 
         plan = self._made(base, adapters, options)
         outputs = plan.outputs.values()
+        changed = frozenset(output.name for output in outputs if output.kind != "copied")
+        moved = {
+            output.name
+            for output in outputs
+            if isinstance(output.source, StoredTensor) and output.source.info.name != output.name
+        }
+        if any(map(is_numbered, moved)):  # replicated layers: files are cut by their number
+            moved |= {output.name for output in outputs if is_numbered(output.name)}
         return PlannedMerge(
             cost=MergeCost(estimate(plan), can_be_virtual(plan)),
             tensors=tuple(PlannedTensor(o.name, o.dtype, o.size, len(o.shape)) for o in outputs),
-            changed=frozenset(output.name for output in outputs if output.kind != "copied"),
+            changed=changed,
+            apart=changed | moved,
         )
 
 

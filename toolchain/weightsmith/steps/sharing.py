@@ -40,12 +40,12 @@ _PARTS = re.compile("|".join(rf"\.{part}$" for parts in FUSED.values() for part 
 _WHOLE = {f".{part}": f".{whole}" for whole, parts in FUSED.items() for part in parts}
 
 
-def sharing(split: Resharded, artifact: Artifact, changed: frozenset[str]) -> WeightBytes:
+def sharing(split: Resharded, artifact: Artifact, apart: frozenset[str]) -> WeightBytes:
     """Return how the bytes of an image's weights files are divided, without those that draft.
 
-    `changed` as in `own_files`.
+    `apart` are tensors of the merged checkpoint that other images of its base do not have.
     """
-    own = own_files(split, artifact, changed)
+    own = own_files(split, artifact, apart)
     sizes = {file.path: file.size for file in _weights(split)}
     shared = sum(size for path, size in sizes.items() if path not in own)
     return WeightBytes(shared_bytes=shared, own_bytes=sum(sizes.values()) - shared)
@@ -130,9 +130,7 @@ def _own_by_headers(planned: PlannedMerge, format_: Format, largest: Callable[[i
     ]
     # GGUF files are cut only where no importance depends on the adapters.
     gguf = format_.suffix == ".gguf"
-    depends = (
-        planned.changed.__contains__ if gguf else depends_on_adapters(format_, planned.changed)
-    )
+    depends = planned.apart.__contains__ if gguf else depends_on_adapters(format_, planned.apart)
     if not gguf and sum(one.size for one in tensors) < WORTH_IT:
         return sum(one.size for one in tensors)
     files = cut(tensors, largest(repeated_bytes(tensors)))
@@ -159,7 +157,8 @@ def _own_by_keys(sources: Sources, format_: Format, weights: ForeseenWeights) ->
             elif not factor:
                 found[module] = tensor.size
         stacked = any(module.endswith(("experts", "experts.base_layer")) for module in sides)
-        if stacked or read_adapter_config(tree.root).kind != "LORA":
+        config = read_adapter_config(tree.root)
+        if stacked or config.kind != "LORA" or config.raw.get("layer_replication"):
             return everything
         found |= {module: prod(both.values()) * width for module, both in sides.items()}
     own = sum(found.values())
