@@ -33,6 +33,7 @@ STARTS = {
     "weightsmith": "from weightsmith.__main__ import main; main()",
     "invoke": "sys.path.insert(0, '.'); import tasks",
 }
+SAID = "error: interrupted\n  hint: run the same command again: what was finished is kept\n"
 
 
 def run(source, **options):
@@ -50,8 +51,7 @@ def test_it_ends_at_once_while_python_imports(start, module, number):
     strike = STRIKE.format(module=module, number=number, program=start, start=STARTS[start])
     done = run(AWAKE + strike)
 
-    said = "error: interrupted before it began\n  hint: run the same command again\n"
-    assert (done.returncode, done.stderr, done.stdout) == (130, said, "")
+    assert (done.returncode, done.stderr, done.stdout) == (130, SAID, "")
 
 
 @pytest.mark.slow
@@ -66,6 +66,41 @@ def test_a_background_job_stays_deaf(number):
 
     assert done.returncode == 0
     assert "llamacpp" in done.stdout
+
+
+LATE = """
+import os, signal, sys
+from weightsmith.core.interrupts import {start}, interruptible
+{start}()
+with interruptible():
+    pass
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{number})
+if {cleared_up}:
+    late = Late()
+else:
+    os.kill(os.getpid(), signal.{number})
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_once_a_command_has_ended(number):
+    """The program ends as after Ctrl-C; while Python clears up, with the command's own code."""
+    words = {"number": number, "start": "leave_quietly"}
+    between = run(AWAKE + LATE.format(cleared_up=False, **words))
+    at_end = run(AWAKE + LATE.format(cleared_up=True, **words))
+
+    assert (between.returncode, between.stderr) == (130, SAID)
+    assert (at_end.returncode, at_end.stderr) == (0, "")
+
+
+def test_tasks_after_ours_are_interrupted_as_python_does():
+    done = run(
+        AWAKE + LATE.format(cleared_up=False, number="SIGINT", start="leave_quietly_at_first")
+    )
+
+    assert done.stderr.endswith("KeyboardInterrupt\n")
 
 
 HANG_UP = """

@@ -7,10 +7,10 @@ makes a function a command, and sections.py makes flags of fields.
 import os
 import sys
 
-from weightsmith.core.interrupts import leave_quietly
+from weightsmith.core.interrupts import leave_quietly_at_first
 
 if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no pathlib before this
-    leave_quietly()  # the imports below take longer than an impatient Ctrl-C
+    leave_quietly_at_first()  # the imports below take longer than an impatient Ctrl-C
 
 from invoke.collection import Collection
 
