@@ -66,6 +66,17 @@ def test_judges(metric, expected, answer, ok):
         ("json-schema", '{"type": "circle"}', "line 7: .*circle"),
         ("json-schema", "no schema", "line 7: .*JSON schema"),
         ("json-schema", '{"$schema": 5}', "line 7: .*JSON schema"),
+        (
+            "json-schema",
+            '{"items": {"$ref": "#/$defs/a"}}',
+            "line 7: .*defs/a' leads nowhere",
+        ),
+        (
+            "json-schema",
+            '{"items": {"$ref": "http://h/a"}}',
+            "line 7: .*h/a' leads nowhere",
+        ),
+        ("json-schema", '{"items": {"$ref": "#/items"}}', "line 7: .*leads back to itself"),
     ],
 )
 def test_what_a_metric_cannot_judge_is_found_before_anything_is_asked(metric, expected, says):

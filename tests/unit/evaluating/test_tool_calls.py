@@ -29,6 +29,7 @@ TOOLS = [tool("get_weather", city="string", days="integer", at="object"), tool("
 ASKED = {"prompt": "Weather in Rome?", "tools": TOOLS}
 NEEDS_A = tool("f", a="string", b="integer")
 NEEDS_A["function"]["parameters"] |= {"required": ["a"], "additionalProperties": False}
+LEADS_NOWHERE = {"function": {"name": "f", "parameters": {"items": {"$ref": "#/a"}}}}
 CALL = {"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}
 
 
@@ -126,6 +127,7 @@ def test_calls_are_equal_as_json(expected, calls, ok):
         ({"tools": [{"type": "function"}]}, r"tools\[0\] has no function with a name"),
         ({"tools": [tool("f", x="circle")]}, "parameters of tool f are no JSON Schema"),
         ({"tools": [{"function": {"name": "f", "parameters": 3}}]}, "are no JSON Schema"),
+        ({"tools": [LEADS_NOWHERE]}, "parameters of tool f .*'#/a' leads nowhere"),
         ({"tools": TOOLS, "expected": {"name": "fly", "arguments": {}}},
          "expected calls fly, which tools does not offer"),
         ({"tools": TOOLS, "expected": "Rome"}, "expected is no call of a tool"),

@@ -84,6 +84,10 @@ def test_examples_pass_the_published_schema(path):
             {"evaluate": {"data": "x", "tolerance": "2%"}},
             "`evaluate`: `tolerance` is for metric `numeric`, and the metric is `contains`",
         ),
+        (
+            {"evaluate": {"data": "x", "recall_at": 5}},
+            "`evaluate`: `recall_at` is for metric `embedding`, and the metric is `contains`",
+        ),
         ({"image": {"labels": {"a b": "c"}}}, "`image.labels`: 'a b' is no label's name"),
         ({"image": {"labels": {"": "c"}}}, "'' is no label's name"),
         ({"image": {"labels": {"a=b": "c"}}}, "'a=b' is no label's name"),

@@ -14,6 +14,7 @@ from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.time_limits import TooLong, cpu_limit
 from weightsmith.core.values import Json, JsonValue, Score
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.json_schemas import reference_error
 from weightsmith.evaluating.pictures import named_part
 from weightsmith.evaluating.tool_calls import (
     Call,
@@ -177,6 +178,12 @@ def _check_schema(schema: str, where: str) -> None:
     # The first two for "$schema": 5, the last two for patterns that Python cannot read.
     except (AttributeError, TypeError, ValueError, RecursionError, OverflowError):
         raise UsageError(f"{where}: expected is not a valid JSON schema", hint=hint) from None
+    if wrong := reference_error(value):
+        raise UsageError(
+            f"{where}: expected is a JSON schema whose {wrong}",
+            hint="put each definition into the schema itself, under $defs, and let no $ref lead"
+            " back to itself",
+        )
 
 
 def _is_valid(schema: str, answer: str) -> bool:

@@ -18,6 +18,7 @@ from typing import TypeAlias
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.values import Json, JsonValue
+from weightsmith.evaluating.json_schemas import reference_error
 
 ANOTHER_PARSER = (
     "another serve.tool_parser may read it: vLLM and SGLang have one for each form, llama.cpp goes"
@@ -227,6 +228,11 @@ def check_tools(tools: JsonValue, where: str) -> dict[str, Json]:
                 f"{where}: the parameters of tool {name} are no JSON Schema: {said[:200]}",
                 hint=hint,
             ) from None
+        if wrong := reference_error(schema):
+            raise UsageError(
+                f"{where}: the parameters of tool {name} are a JSON Schema whose {wrong}",
+                hint="put each definition into the parameters themselves, under $defs",
+            )
         if name in found:
             raise UsageError(f"{where}: two tools are called {name}", hint="offer each tool once")
         found[name] = schema

@@ -177,6 +177,12 @@ class Scoring(Section):
             raise ValueError(
                 "metric `embedding` needs a `corpus`, and other metrics must not have one"
             )
+        for name in ("recall_at", "similarity", "query_prompt", "document_prompt"):
+            unset = Scoring.model_fields[name].default
+            if self.metric != "embedding" and getattr(self, name) != unset:
+                raise ValueError(
+                    f"`{name}` is for metric `embedding`, and the metric is `{self.metric}`"
+                )
         return self
 
 
