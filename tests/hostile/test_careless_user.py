@@ -242,9 +242,16 @@ def test_a_pattern_that_cannot_be_read(pattern):
             check_metric(metric, [question(expected)])
 
 
-def test_a_schema_that_refers_to_itself():
-    with pytest.raises(UsageError, match="refers to itself"):
-        score_answers(["{}"], [question('{"$ref": "#"}')], "json-schema")
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ('{"$ref": "#"}', "line 7: .*reference '#' leads back to itself"),
+        ('{"allOf": [{"$ref": "#"}]}', "refers to itself without an end"),
+    ],
+)
+def test_a_schema_that_refers_to_itself(schema, message):
+    with pytest.raises(UsageError, match=message):
+        score_answers(["{}"], [question(schema)], "json-schema")
 
 
 # Metrics that never end.
