@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
+import shlex
+import shutil
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -411,14 +414,15 @@ class Weighed(Probe):
         self.list, self.model = folder / "weights.json", folder / "model"
         self.model.mkdir()
 
-    def name(self, **files: bytes) -> None:
-        """Write files, and the list of them."""
+    def name(self, *, whole: bool = False, **files: bytes) -> None:
+        """Write files, and the list of them, with digests of all bytes if asked."""
         rows = []
         for name, data in files.items():
             path = self.model / f"{name}.safetensors"
             path.write_bytes(data)
             begins = sha256(data[: 1 << 20]).hexdigest()
-            rows.append({"path": str(path), "size": len(data), "begins": begins})
+            digest = {"sha256": sha256(data).hexdigest()} if whole else {}
+            rows.append({"path": str(path), "size": len(data), "begins": begins, **digest})
         self.list.write_text(json.dumps({"version": 1, "files": rows}))
 
     def __call__(self, port: int, *words: object, **more: Any) -> Any:
@@ -497,6 +501,94 @@ def test_a_beginning_is_the_first_mebibyte_by_sha256(weighed: Weighed, start: St
         assert weighed(server.server_port).returncode == code
 
 
+MIB = 1 << 20
+
+
+def flip(path: Path, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_no_bit_of_the_weights_may_differ_where_the_list_has_whole_digests(
+    weighed: Weighed, start: Start
+) -> None:
+    draw = random.Random(5)
+    sizes = (0, 1, 55, 56, 64, 119, MIB - 1, MIB, MIB + 1, 2 * MIB + 64, 3 * MIB + 63)
+    weighed.name(whole=True, **{f"f{size}": draw.randbytes(size) for size in sizes})
+    server = answering(start, GOOD)
+    assert weighed(server.server_port).returncode == HEALTHY
+    assert weighed.found["weights"] == "equal"
+    for size in sizes[1:]:
+        path, bit = weighed.model / f"f{size}.safetensors", draw.randrange(8 * size)
+        flip(path, bit)
+        weighed.result.unlink()
+        done = weighed(server.server_port)
+        assert done.returncode == NOT_SHOWN, (size, bit)
+        assert f"different: {path} is another file than the tested image's" in done.stderr
+        flip(path, bit)
+    weighed.result.unlink()
+    assert weighed(server.server_port).returncode == HEALTHY
+
+
+@pytest.mark.parametrize("damaged", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_reading_goes_on_where_a_call_ran_out_of_time(
+    weighed: Weighed, start: Start, damaged: bool
+) -> None:
+    """The health check takes most of a call's second, so that a call reads a part alone."""
+    weighed.name(whole=True, a=b"first", b=bytes(MIB), c=b"last")
+    path, size = weighed.model / "b.safetensors", 500 * MIB
+    with path.open("r+b") as file:
+        file.truncate(size)
+        digest = file_digest(file, "sha256").hexdigest()
+    told = json.loads(weighed.list.read_text())
+    told["files"][1] |= {"size": size, "sha256": digest}
+    weighed.list.write_text(json.dumps(told))
+    if damaged:
+        flip(path, 8 * (size - 5))
+    server = answering(start, GOOD)
+    server.slow = 0.9
+
+    read = list[int]()
+    while not weighed.result.exists() or "weights" not in weighed.found:
+        said = weighed(server.server_port, "--seconds", 1).stderr
+        if "of 0.5 GB of weights are read; the next call reads on" in said:
+            read.append(weighed.found["weights_read"]["bytes"])
+    assert read
+    assert read == sorted(set(read))
+    server.slow = 0
+    done = weighed(server.server_port)
+    assert done.returncode == (NOT_SHOWN if damaged else HEALTHY)
+    assert (f"different: {path} is another file" in done.stderr) is damaged
+
+
+FOR_ARM = pytest.param("qemu-aarch64 -cpu max", marks=pytest.mark.full)  # compiles for a minute
+
+
+@pytest.mark.parametrize("cpu", ["qemu-x86_64 -cpu Nehalem", FOR_ARM])
+def test_every_cpu_has_the_same_digests(
+    weighed: Weighed, start: Start, tmp_path: Path, cpu: str
+) -> None:
+    """Nehalem has no instructions for SHA-256, and Arm has its own."""
+    emulator, *words = cpu.split()
+    if not shutil.which(emulator):
+        pytest.skip(f"no {emulator} (tests/engine.sh as root installs it)")
+    arch = emulator.removeprefix("qemu-")
+    machine = arch if arch != platform.machine() else ""
+    made = make_toolset(cache_folder(), "healthcheck", Silent(), machine=machine)
+    weighed.program = tmp_path / "call"
+    program = [emulator, *words, str(made / "healthcheck-weights")]
+    weighed.program.write_text(f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n')
+    weighed.program.chmod(0o755)
+    draw = random.Random(6)
+    weighed.name(whole=True, **{f"f{size}": draw.randbytes(size) for size in (7, 64, MIB + 99)})
+    server = answering(start, GOOD)
+    done = weighed(server.server_port)
+    assert done.returncode == HEALTHY, done.stderr
+
+
 def test_without_a_list_only_the_answers_count(weighed: Weighed, start: Start) -> None:
     server = answering(start, GOOD)
     assert weighed(server.server_port).returncode == HEALTHY
@@ -515,10 +607,11 @@ ROW = {"path": "/x", "size": 1, "begins": "0" * 64}
         for change in (
             {"path": "x"}, {"path": ""}, {"path": 7}, {"path": "/\x1b[2J"}, {"path": "/a\0b"},
             {"path": "/" * 2000}, {"size": -1}, {"size": 1e300}, {"size": "1"}, {"begins": ""},
-            {"begins": "0" * 63}, {"begins": None},
+            {"begins": "0" * 63}, {"begins": None}, {"sha256": ""}, {"sha256": 7},
         )
     ]
-    + [json.dumps({"version": 1, "files": [7]})],
+    + [json.dumps({"version": 1, "files": [7]})]
+    + [json.dumps({"version": 1, "files": [ROW, ROW | {"sha256": "0" * 64}]})],
 )  # fmt: skip
 def test_a_list_that_cannot_be_read_is_told(
     weighed: Weighed, start: Start, text: str | bytes

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,37 @@ class KnownModel:
         return self.files[TYPES[0]]
 
     def replay(
-        self, gguf: Path, *words: str, variant: str = "", answers_alone: bool = False
+        self,
+        gguf: Path,
+        *words: str,
+        variant: str = "",
+        answers_alone: bool = False,
+        weights: Path | None = None,
     ) -> tuple[int, str]:
-        """Start a server of a file; return the exit code of its startup probe, and what it said."""
+        """Start a server of a file; return the exit code of its startup probe, and what it said.
+
+        The probe reads all its bytes, if `weights` is the file that was tested.
+        """
         asked = self.set
         if answers_alone:
             told = json.loads(asked.read_text())
             del told["weight_bytes"]
             asked = self.folder / "answers.json"
             asked.write_text(json.dumps(told))
-        port, program = free_port(), make_toolset(cache_folder(), "healthcheck", Silent())
+        port, programs = free_port(), make_toolset(cache_folder(), "healthcheck", Silent())
+        program, listed = programs / "healthcheck", ()
+        if weights:
+            data = weights.read_bytes()
+            digests = {"begins": sha256(data[: 1 << 20]), "sha256": sha256(data)}
+            row = {name: digest.hexdigest() for name, digest in digests.items()}
+            rows = [{"path": str(gguf), "size": len(data), **row}]
+            (self.folder / "weights.json").write_text(json.dumps({"version": 1, "files": rows}))
+            listed = ("--weights", self.folder / "weights.json")
+            program = programs / "healthcheck-weights"
         with serving(gguf, port, self.folder / "log", *words, variant=variant):
             done = subprocess.run(
-                [program / "healthcheck", "--port", str(port), "--seconds", "600", "--replay",
-                 "--set", asked, "--result", self.folder / f"{port}.json"],
+                [program, "--port", str(port), "--seconds", "600", "--replay",
+                 "--set", asked, "--result", self.folder / f"{port}.json", *listed],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
         return done.returncode, done.stderr
@@ -154,6 +172,23 @@ def test_a_flipped_bit_is_never_ready(tested: KnownModel, name: str) -> None:
         data[at + 1] ^= 0x40
 
     assert_different(*tested.replay(tested.damaged(name, flip)))
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.1.attn_q.weight"])
+def test_no_flipped_bit_is_ready_where_the_probe_reads_all_weights(
+    tested: KnownModel, name: str
+) -> None:
+    """The lowest bit of a weight, which moves no answer."""
+
+    def flip(at: int, size: int, data: bytearray) -> None:
+        data[at + size - 1] ^= 1
+
+    good, bad = tested.gguf, tested.damaged(name, flip)
+    assert tested.replay(bad)[0] == 0
+    assert tested.replay(good, weights=good)[0] == 0
+    code, said = tested.replay(bad, weights=good)
+    assert code == 1
+    assert f"different: {bad} is another file than the tested image's" in said
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_output.weight", "blk.1.ffn_up.weight"])

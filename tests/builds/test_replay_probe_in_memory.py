@@ -62,6 +62,24 @@ def test_the_program_is_a_layer_of_its_own_that_all_images_share(warm: Memory) -
     assert "--replay" in probe["exec"]["command"]
 
 
+def test_a_recipe_lets_the_program_read_all_weights(warm: Memory) -> None:
+    warm.build()
+    seconds = limit_of(startup_probe(warm))
+    warm.build("replay={read_weights: true}", push=True)
+    files = files_of(pulled(warm, f"1.0.0-{TARGET}"))
+    (name, data), *others = [one for one in files.items() if one[0].endswith(".gguf")]
+
+    assert others == []
+    assert files[PROGRAM] == b"healthcheck-weights, a program for linux/amd64"
+    (row,) = json.loads(files[WEIGHTS])["files"]
+    assert (row["path"], row["sha256"]) == (f"/{name}", sha256(data).hexdigest())
+    assert limit_of(startup_probe(warm)) > seconds
+
+
+def limit_of(probe: Any) -> int:
+    return int(probe["failureThreshold"])
+
+
 NOT_ASKED = ("replay={probe: false}", "replay=none", "replay=digests", "evaluate=null")
 
 

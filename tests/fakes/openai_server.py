@@ -1,6 +1,7 @@
 """An OpenAI-compatible server that misbehaves as a test wants it to."""
 
 import json
+import time
 from contextlib import ExitStack, contextmanager, suppress
 
 from weightsmith.core.ports import Endpoint
@@ -26,6 +27,7 @@ class FakeServer(Serving):
         self.behave = behave or (lambda handler, body: handler.send(200, answer()))
         self.asked = []
         self.health = 200
+        self.slow = 0.0
         self.models = {"data": [{"id": "support"}]}
         self.living = True
 
@@ -41,6 +43,7 @@ class FakeServer(Serving):
 class Handler(Replying):
     def do_GET(self):
         if self.path == "/health":
+            time.sleep(self.server.slow)
             self.send(self.server.health, {})
         else:
             self.send(200, self.server.models)

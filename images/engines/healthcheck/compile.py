@@ -25,7 +25,7 @@ from zig import ENVIRONMENT, REFUSED, fail  # noqa: E402
 CPU = {"x86_64": "x86_64", "aarch64": "generic"}
 """It must run on every CPU: only then it can say what is wrong."""
 SOURCES = ("healthcheck", "compare", "http", "json")
-PROGRAMS = {"healthcheck": (), "healthcheck-weights": ("-DWEIGHTS", "weights.c")}
+PROGRAMS = {"healthcheck": (), "healthcheck-weights": ("-DWEIGHTS", "weights.c", "sha256.c")}
 """Each with what it is compiled of further; the second looks at the weights' files, too."""
 
 

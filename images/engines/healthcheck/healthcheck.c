@@ -60,7 +60,8 @@ struct results {
     enum verdict verdicts[MOST_QUESTIONS];
     int parted[MOST_QUESTIONS];  // the first token that differs, if there is one
 #ifdef WEIGHTS
-    char weights[2048];  // "equal", or what is another's; empty if nobody looked
+    char weights[2048];  // "equal", or what is another's; empty if nobody looked, or not to the end
+    struct weights_read read;
 #endif
 };
 
@@ -198,6 +199,26 @@ static int read_list(const char *path) {
     return wrong ? complain(NO_SET, "%s is no list of weights: %s", path, wrong) : 0;
 }
 
+// Takes over how far an earlier call has read the weights, if it says so in full.
+static void recall_reading(const struct json *read) {
+    const struct json *bytes = json_find(read, "bytes", JSON_NUMBER);
+    const struct json *words = json_find(read, "words", JSON_STRING);
+    uint32_t *to = results.read.words;
+    int length = 0;
+    if (!bytes || !(bytes->number >= 0 && bytes->number <= LARGEST_BYTES) || !words) return;
+    if (sscanf(words->text, "%8x%8x%8x%8x%8x%8x%8x%8x%n", to, to + 1, to + 2, to + 3, to + 4, to + 5, to + 6,
+               to + 7, &length) == 8 && length == 64 && words->length == 64)
+        results.read.bytes = bytes->number;
+}
+
+// Compares files as far as the time goes; 0 if it was not enough.
+static int compare_weights(double until) {
+    if (!results.read.bytes && find_other_weights(weights, results.weights, sizeof results.weights)) return 1;
+    if (!read_weights_on(weights, &results.read, until, results.weights, sizeof results.weights)) return 0;
+    if (!results.weights[0]) strcpy(results.weights, "equal");
+    return 1;
+}
+
 static int has_other_weights(void) { return results.weights[0] && strcmp(results.weights, "equal") != 0; }
 #else
 #define has_other_weights() 0
@@ -248,6 +269,7 @@ static void recall(const char *path) {
 #ifdef WEIGHTS
     const struct json *said = json_find(whole, "weights", JSON_STRING);
     if (said) snprintf(results.weights, sizeof results.weights, "%s", said->text);
+    recall_reading(json_find(whole, "weights_read", JSON_OBJECT));
 #endif
     int i = 0;
     for (const struct json *row = rows->first; row && i < set.count; row = row->next, i++) {
@@ -313,6 +335,10 @@ static void keep(const char *path) {
     if (results.weights[0]) {
         fputs(", \"weights\": ", out);
         write_text(out, results.weights, strlen(results.weights), SIZE_MAX);
+    } else if (results.read.bytes) {
+        fprintf(out, ", \"weights_read\": {\"bytes\": %.0f, \"words\": \"", results.read.bytes);
+        for (int i = 0; i < 8; i++) fprintf(out, "%08x", results.read.words[i]);
+        fputs("\"}", out);
     }
 #endif
     fputs(", \"questions\": [", out);
@@ -426,9 +452,11 @@ static int replay(const struct options *options, double until) {
     recall(options->result);
 #ifdef WEIGHTS
     if (weights && !results.weights[0]) {
-        if (!find_other_weights(weights, results.weights, sizeof results.weights))
-            strcpy(results.weights, "equal");
+        int known = compare_weights(until);
         keep(options->result);
+        if (!known)
+            return complain(NOT_SHOWN, "not shown: %.1f of %.1f GB of weights are read; the next call reads on",
+                            results.read.bytes / 1e9, bytes_to_read(weights) / 1e9);
     }
     if (has_other_weights())
         return complain(NOT_SHOWN, "different: %s; see %s", results.weights, options->result);

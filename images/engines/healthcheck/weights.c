@@ -2,70 +2,37 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "compare.h"
+#include "http.h"
+#include "sha256.h"
 
 #define LARGEST_FILE 9007199254740992  // up to which a double has each whole number
-#define HEX 64
 #define LONGEST_PATH 1024
 
-// SHA-256 by FIPS 180-4, of whole messages alone.
+static unsigned char part[BEGINNING];
 
-static const uint32_t ROUNDS[64] = {
-    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
-    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
-    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
-    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
-    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
-    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2,
-};
-
-static uint32_t turned(uint32_t word, int by) { return word >> by | word << (32 - by); }
-
-static void add_block(uint32_t state[8], const unsigned char *block) {
-    uint32_t w[64], now[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)block[4 * i] << 24 | (uint32_t)block[4 * i + 1] << 16 |
-               (uint32_t)block[4 * i + 2] << 8 | block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (turned(a, 7) ^ turned(a, 18) ^ a >> 3) + w[i - 7] +
-               (turned(b, 17) ^ turned(b, 19) ^ b >> 10);
-    }
-    memcpy(now, state, sizeof now);
-    for (int i = 0; i < 64; i++) {
-        uint32_t a = now[0], b = now[1], c = now[2], e = now[4];
-        uint32_t first = now[7] + (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) +
-                         ((e & now[5]) ^ (~e & now[6])) + ROUNDS[i] + w[i];
-        uint32_t second = (turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
-        memmove(now + 1, now, sizeof now - sizeof *now);
-        now[4] += first;
-        now[0] = first + second;
-    }
-    for (int i = 0; i < 8; i++) state[i] += now[i];
+// Reads a part of a file, at most as long as that; 0 if it cannot be read whole.
+static int read_part(int file, off_t from, size_t size) {
+    size_t there = 0;
+    ssize_t got = 1;
+    while (there < size && (got = pread(file, part + there, size - there, from + (off_t)there)) > 0)
+        there += (size_t)got;
+    return there == size;
 }
 
 // Writes the digest of a file's first `size` bytes in hexadecimal; 0 if they cannot be read.
 static int read_beginning(int file, size_t size, char *hex) {
-    static unsigned char data[BEGINNING + 2 * 64];
-    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    size_t there = 0, whole = (size + 8) / 64 * 64 + 64;
-    ssize_t got = 1;
-    while (there < size && (got = read(file, data + there, size - there)) > 0) there += (size_t)got;
-    if (there < size) return 0;
-    memset(data + size, 0, whole - size);
-    data[size] = 0x80;
-    for (int i = 0; i < 8; i++) data[whole - 1 - i] = (unsigned char)((uint64_t)size * 8 >> 8 * i);
-    for (size_t at = 0; at < whole; at += 64) add_block(state, data + at);
-    for (int i = 0; i < 8; i++) snprintf(hex + 8 * i, 9, "%08x", state[i]);
+    size_t whole = size / SHA256_BLOCK * SHA256_BLOCK;
+    uint32_t words[8];
+    if (!read_part(file, 0, size)) return 0;
+    sha256_begin(words);
+    sha256_add(words, part, whole / SHA256_BLOCK);
+    sha256_end(words, part + whole, size - whole, size, hex);
     return 1;
 }
 
@@ -86,32 +53,102 @@ const char *read_weights(const struct json *whole) {
         const struct json *begins = json_find(one, "begins", JSON_STRING);
         if (!is_path(json_find(one, "path", JSON_STRING))) return "a path is none, or is relative";
         if (!size || !(size->number >= 0 && size->number <= LARGEST_FILE)) return "a file has no size";
-        if (!begins || begins->length != HEX) return "a file has no digest of its beginning";
+        if (!begins || begins->length != SHA256_HEX) return "a file has no digest of its beginning";
+        const struct json *sha256 = json_get(one, "sha256"), *first = json_get(files->first, "sha256");
+        if (!sha256 != !first) return "some files have a digest of all their bytes, and others none";
+        if (sha256 && (sha256->kind != JSON_STRING || sha256->length != SHA256_HEX))
+            return "a digest of all bytes is none";
     }
     return NULL;
+}
+
+// Opens a file of the list if it has the size; -1 if not, with what is wrong.
+static int open_weights(const struct json *one, char *why, size_t size) {
+    const char *path = json_find(one, "path", JSON_STRING)->text;
+    double wanted = json_find(one, "size", JSON_NUMBER)->number;
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat status;
+    *why = 0;
+    if (file < 0 || fstat(file, &status) != 0)
+        snprintf(why, size, "%s cannot be read: %s", path, strerror(errno));
+    else if (!S_ISREG(status.st_mode)) snprintf(why, size, "%s is no file", path);
+    else if ((double)status.st_size != wanted)
+        snprintf(why, size, "%s has %lld bytes, and the tested image's had %.0f", path,
+                 (long long)status.st_size, wanted);
+    if (*why && file >= 0) close(file);
+    return *why ? -1 : file;
+}
+
+static void say_another(const struct json *one, char *why, size_t size) {
+    const char *path = json_find(one, "path", JSON_STRING)->text;
+    snprintf(why, size, "%s is another file than the tested image's", path);
+}
+
+static void say_unread(const struct json *one, char *why, size_t size) {
+    snprintf(why, size, "%s cannot be read", json_find(one, "path", JSON_STRING)->text);
 }
 
 int find_other_weights(const struct json *whole, char *why, size_t size) {
     const struct json *files = json_find(whole, "files", JSON_LIST);
     for (const struct json *one = files->first; one; one = one->next) {
-        const char *path = json_find(one, "path", JSON_STRING)->text;
-        double wanted = json_find(one, "size", JSON_NUMBER)->number;
-        int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        struct stat status;
-        char hex[HEX + 1];
-        *why = 0;
-        if (file < 0 || fstat(file, &status) != 0)
-            snprintf(why, size, "%s cannot be read: %s", path, strerror(errno));
-        else if (!S_ISREG(status.st_mode)) snprintf(why, size, "%s is no file", path);
-        else if ((double)status.st_size != wanted)
-            snprintf(why, size, "%s has %lld bytes, and the tested image's had %.0f", path,
-                     (long long)status.st_size, wanted);
-        else if (!read_beginning(file, status.st_size < BEGINNING ? (size_t)status.st_size : BEGINNING, hex))
-            snprintf(why, size, "%s cannot be read", path);
+        double bytes = json_find(one, "size", JSON_NUMBER)->number;
+        int file = open_weights(one, why, size);
+        char hex[SHA256_HEX + 1];
+        if (file < 0) return 1;
+        if (!read_beginning(file, bytes < BEGINNING ? (size_t)bytes : BEGINNING, hex))
+            say_unread(one, why, size);
         else if (strcmp(hex, json_find(one, "begins", JSON_STRING)->text) != 0)
-            snprintf(why, size, "%s is another file than the tested image's", path);
-        if (file >= 0) close(file);
+            say_another(one, why, size);
+        close(file);
         if (*why) return 1;
     }
     return 0;
+}
+
+// Reads a file on from a place; 1 once its digest is in `hex`, 0 if the time is up, -1 if it cannot
+// be read.
+static int read_file_on(int file, off_t size, off_t from, struct weights_read *done, double until, char *hex) {
+    for (;;) {
+        size_t left = size - from < BEGINNING ? (size_t)(size - from) : BEGINNING;
+        size_t whole = left / SHA256_BLOCK * SHA256_BLOCK;
+        if (!read_part(file, from, left)) return -1;
+        sha256_add(done->words, part, whole / SHA256_BLOCK);
+        done->bytes += (double)left;
+        from += (off_t)left;
+        if (from == size) {
+            sha256_end(done->words, part + whole, left - whole, (uint64_t)size, hex);
+            return 1;
+        }
+        if (now() >= until) return 0;
+    }
+}
+
+int read_weights_on(const struct json *whole, struct weights_read *done, double until, char *why, size_t size) {
+    double before = 0;
+    *why = 0;
+    for (const struct json *one = json_find(whole, "files", JSON_LIST)->first; one; one = one->next) {
+        double bytes = json_find(one, "size", JSON_NUMBER)->number, from = done->bytes - before;
+        const struct json *wanted = json_find(one, "sha256", JSON_STRING);
+        char hex[SHA256_HEX + 1];
+        before += bytes;
+        if (!wanted || !bytes || from >= bytes) continue;
+        if (now() >= until) return 0;
+        int file = open_weights(one, why, size);
+        if (file < 0) return 1;
+        if (!from) sha256_begin(done->words);
+        int found = read_file_on(file, (off_t)bytes, (off_t)from, done, until, hex);
+        close(file);
+        if (found == 0) return 0;
+        if (found < 0) say_unread(one, why, size);
+        else if (strcmp(hex, wanted->text) != 0) say_another(one, why, size);
+        if (*why) return 1;
+    }
+    return 1;
+}
+
+double bytes_to_read(const struct json *whole) {
+    double sum = 0;
+    for (const struct json *one = json_find(whole, "files", JSON_LIST)->first; one; one = one->next)
+        if (json_find(one, "sha256", JSON_STRING)) sum += json_find(one, "size", JSON_NUMBER)->number;
+    return sum;
 }

@@ -104,3 +104,15 @@ def test_auto_without_the_target():
     with pytest.raises(UsageError, match="no target is auto") as caught:
         check(["vllm"], auto=auto)
     assert "--target auto" in caught.value.hint
+
+
+@pytest.mark.parametrize("change", [{"probe": False}, {"keep": "digests"}, {"keep": "none"}])
+def test_weights_are_read_by_a_startup_probe_alone(change):
+    suite = {"data": "questions.jsonl", "max_drop": 0.1}
+    recipe = {"name": "x", "base": {"source": "x"}, "targets": ["vllm"], "evaluate": suite}
+    told = recipe | {"replay": {"read_weights": True}}
+    target = target_of("vllm")
+    check_read(check_recipe(told, "test"), [target], auto=False)
+    told["replay"] |= change
+    with pytest.raises(UsageError, match="no startup probe asks these images"):
+        check_read(check_recipe(told, "test"), [target], auto=False)

@@ -25,6 +25,11 @@ def test_its_limits_grow_with_the_weights(plan: ServingPlan, call: int, whole: i
     assert found.call_seconds == call + 10
     assert found.seconds == whole
 
+    reading = startup_replay(engines()["vllm"], plan, whole_weights=True)
+    slowest = plan.weights_bytes_per_gpu * max(1, plan.gpus) / 100_000_000
+    assert reading.command == found.command
+    assert reading.seconds >= whole + slowest
+
 
 @pytest.mark.parametrize("name", engines())
 def test_it_asks_where_the_engine_listens(name: str) -> None:

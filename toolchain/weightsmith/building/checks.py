@@ -44,7 +44,7 @@ from weightsmith.steps.bases import (
     check_own,
     data_base,
 )
-from weightsmith.steps.healthcheck import has_program, healthcheck_layers
+from weightsmith.steps.healthcheck import has_program, healthcheck_layers, reads_weights
 from weightsmith.steps.outputs import check_layout
 from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
@@ -405,4 +405,10 @@ def check_images(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> N
             platforms = [base.platform for base in bases]
         if has_program(request.file.recipe, seen[steps.checkpoint].model, device):
             optional = not is_cpu(device)
-            healthcheck_layers(target.engine, platforms, seen.tools, optional=optional)
+            healthcheck_layers(
+                target.engine,
+                platforms,
+                seen.tools,
+                optional=optional,
+                whole_weights=reads_weights(request.file.recipe),
+            )

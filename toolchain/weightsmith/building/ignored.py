@@ -12,6 +12,7 @@ from weightsmith.quantizers.quantizer import Options
 from weightsmith.recipe.schema import Quantize, Recipe
 from weightsmith.serving import parsers as serving_parsers
 from weightsmith.serving.targets import Target
+from weightsmith.steps.healthcheck import wants_probe
 
 _NEVER_REFUSED = {"allow_low_bits", "allow_text_only", "imatrix"}
 """Keys of `quantize` that only permit something, or that formats of many bits may ignore."""
@@ -24,6 +25,12 @@ def check_read(recipe: Recipe, targets: Iterable[Target], *, auto: bool) -> None
     The recipe's own targets count beside those to be built: one of several may be built alone.
     `auto` says whether one is to be chosen of all formats of some engines.
     """
+    if recipe.replay.read_weights and not wants_probe(recipe):
+        raise UsageError(
+            "replay.read_weights: no startup probe asks these images, and it is the one that reads",
+            hint="add `evaluate`, with `replay.keep: questions` and `replay.probe: true`, or leave "
+            "replay.read_weights out",
+        )
     auto = auto or AUTO in recipe.targets
     built = [*targets, *(target_of(name) for name in recipe.targets if name != AUTO)]
     if recipe.auto and not auto:

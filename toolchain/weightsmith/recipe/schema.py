@@ -797,6 +797,11 @@ class Replay(Section):
         description="Let the startup probe ask the questions: a container that answers otherwise "
         "than the tested image gets no requests.",
     )
+    read_weights: bool = Field(
+        False,
+        description="Let the startup probe first read all files of weights, and compare them with "
+        "the tested image's, bit by bit: 1.5 GB a second on CPUs with instructions for SHA-256.",
+    )
 
 
 def _keep_alone(value: object) -> object:

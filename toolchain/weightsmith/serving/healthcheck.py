@@ -25,6 +25,8 @@ _QUESTIONS, _TOKENS = 32, 64
 """What a replay set asks at most, and how long an answer of it is."""
 _CPU_READS, _GPU_READS = 10_000_000_000, 300_000_000_000
 """Bytes a second of weights, as slow machines read them for each token."""
+_COMPARES = 100_000_000
+"""Bytes a second that are read and compared, with a slow disk or a slow CPU."""
 _LEAST_CALL, _LEAST_ALL, _SPARE = 50, 60, 10
 """Seconds; a call must be over before the probe's own limit ends it."""
 
@@ -47,12 +49,18 @@ def health_command(engine: Engine) -> tuple[str, ...]:
     return (PROGRAM, "--port", str(engine.port), *moved, "--health", engine.health_path)
 
 
-def startup_replay(engine: Engine, plan: ServingPlan) -> StartupReplay:
-    """Return the command and its limits of time, from the weights that each token reads."""
+def startup_replay(
+    engine: Engine, plan: ServingPlan, *, whole_weights: bool = False
+) -> StartupReplay:
+    """Return the command and its limits of time, from the weights that each token reads.
+
+    `whole_weights`: all their bytes are compared before.
+    """
     reads = _GPU_READS * plan.gpus or _CPU_READS
     weights = plan.weights_bytes_per_gpu * max(1, plan.gpus)
     answer = _TOKENS * weights // reads
     call = max(_LEAST_CALL, answer)
+    compare = _LEAST_ALL + weights // _COMPARES // 10 * 10 if whole_weights else 0
     key = ("--key-variable", engine.key_variable) if engine.key_variable else ()
     return StartupReplay(
         command=(
@@ -64,5 +72,5 @@ def startup_replay(engine: Engine, plan: ServingPlan) -> StartupReplay:
             "--if-any",
         ),
         call_seconds=call + _SPARE,
-        seconds=max(_LEAST_ALL, _QUESTIONS * answer // 10 * 10),
+        seconds=max(_LEAST_ALL, _QUESTIONS * answer // 10 * 10) + compare,
     )

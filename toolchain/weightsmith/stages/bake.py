@@ -99,7 +99,12 @@ from weightsmith.steps.bases import (
     public_base,
 )
 from weightsmith.steps.destinations import InStore, layers_in
-from weightsmith.steps.healthcheck import has_program, healthcheck_layers, list_weights
+from weightsmith.steps.healthcheck import (
+    has_program,
+    healthcheck_layers,
+    list_weights,
+    reads_weights,
+)
 from weightsmith.steps.outputs import network_in_jobs
 from weightsmith.steps.replays import recorded_replay
 from weightsmith.steps.sharing import own_files
@@ -161,10 +166,15 @@ def bake(
     inputs = prepare()
     digests = _Digests(inputs, tools.store)
     split = _cut(inputs, digests.memo)
+    whole = inputs.recipe is not None and reads_weights(inputs.recipe)
     looked_at = (
-        inputs.config and inputs.healthcheck and not (inputs.thin or inputs.engine.tells_size)
+        inputs.config
+        and inputs.healthcheck
+        and not inputs.thin
+        and (whole or not inputs.engine.tells_size)
     )
-    listed = list_weights(split, inputs.engine.model_dir, digests.memo) if looked_at else b""
+    model_dir, memo = inputs.engine.model_dir, digests.memo
+    listed = list_weights(split, model_dir, memo, whole=whole) if looked_at else b""
     inputs = replace(inputs, weights=listed)
     below: list[tuple[Image | None, str]] = [(base, base.platform) for base in inputs.bases]
     if not below:  # what holds no image is for all platforms at once
@@ -525,7 +535,11 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
             checkpoint=checkpoint,
             recipe=recipe,
             healthcheck=healthcheck_layers(
-                target.engine, asking, tools, optional=not is_cpu(device)
+                target.engine,
+                asking,
+                tools,
+                optional=not is_cpu(device),
+                whole_weights=reads_weights(recipe),
             ),
             quantizer_builder=of_format(made.name).builder if made.packed else "",
             network_in_jobs=network_in_jobs(checkpoint, artifact, tools),

@@ -72,7 +72,7 @@ from weightsmith.steps.destinations import is_written, write_files
 from weightsmith.steps.drafting import FILE as DRAFT_FILE
 from weightsmith.steps.drafting import FOLDER as DRAFT
 from weightsmith.steps.drafting import check_drafter, draft_path
-from weightsmith.steps.healthcheck import probes_replay, wants_probe
+from weightsmith.steps.healthcheck import probes_replay, reads_weights, wants_probe
 from weightsmith.steps.serve_options import serve_options
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
 from weightsmith.steps.sizes import ForeseenTree, expected_projector
@@ -118,13 +118,14 @@ def render(
     projector: Projector | None = None,
     notes: tuple[str, ...] = (),
     replays: bool = False,
+    whole_weights: bool = False,
 ) -> ServingConfig:
     """Plan the memory and render every file of a target, without writing them.
 
     `weight_bytes` are with a `projector`, which lies beside the model. `image` is a reference, or
     "" if it is not known yet; manifests then use `name:version`. The caller's `notes` precede the
     plan's own. With `replays`, the image has the program that asks its replay set, and manifests
-    call it.
+    call it; with `whole_weights`, it compares all their bytes before.
     Raises UsageError if the options do not fit or a template does not render, InputRefused for
     a model that no target serves, and for wrong numbers in config.json.
     """
@@ -177,7 +178,7 @@ def render(
         "adapters": served.adapters,
         "kserve_lora": _kserve_lora(options, served),
         "startup_seconds": served.startup_seconds,
-        "replay": startup_replay(engine, plan) if replays else None,
+        "replay": startup_replay(engine, plan, whole_weights=whole_weights) if replays else None,
         "manifests": list(options.manifests),
         **_engine_facts(engine, plan, served),
     }
@@ -675,7 +676,8 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     def options(self) -> Writable:
         """How it is served."""
         recipe = self.file.recipe
-        return [self.target, recipe.serve.model_dump(mode="json"), wants_probe(recipe)]
+        probe = [wants_probe(recipe), reads_weights(recipe)]
+        return [self.target, recipe.serve.model_dump(mode="json"), *probe]
 
     def foresee(self, seen: Foresight) -> Foreseen[ServingPlan]:
         """Return the plan; refuses weights that do not fit, or that the engine cannot load.
@@ -804,6 +806,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
             projector=projector,
             notes=notes,
             replays=probes_replay(recipe, model),
+            whole_weights=reads_weights(recipe),
         )
 
 

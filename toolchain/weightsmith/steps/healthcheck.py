@@ -38,32 +38,44 @@ def probes_replay(recipe: Recipe, model: ModelFacts) -> bool:
     return wants_probe(recipe) and model.task.kind != "other"
 
 
+def reads_weights(recipe: Recipe) -> bool:
+    """Say whether that probe compares all bytes of the weights, too."""
+    return wants_probe(recipe) and recipe.replay.read_weights
+
+
 def has_program(recipe: Recipe, model: ModelFacts, device: str) -> bool:
     """Say whether images of a recipe have the program: as their health check, or for that probe."""
     return is_cpu(device) or probes_replay(recipe, model)
 
 
 def healthcheck_layers(
-    engine: Engine, platforms: Iterable[str], tools: Tools, *, optional: bool
+    engine: Engine,
+    platforms: Iterable[str],
+    tools: Tools,
+    *,
+    optional: bool,
+    whole_weights: bool = False,
 ) -> Mapping[str, TarLayer]:
     """Return the engine's program's layer for each platform, compiled once on this machine.
 
-    `optional`: the image's own health check is another, so the recipe can do without it. Raises
+    `optional`: the image's own health check is another, so the recipe can do without it. With
+    `whole_weights` it compares all bytes of the weights, whatever the engine. Raises
     EnvironmentFailure if the compiler cannot be downloaded or fails.
     """
     try:
-        program = NAME if engine.tells_size else WITH_WEIGHTS
+        program = NAME if engine.tells_size and not whole_weights else WITH_WEIGHTS
         return {each: _layer(program, each, tools) for each in platforms}
     except EnvironmentFailure as error:
         without = "; `replay: {probe: false}` in the recipe does without the program" * optional
         raise EnvironmentFailure(error.message, hint=error.hint + without) from None
 
 
-def list_weights(split: Resharded, folder: str, memo: Memo) -> bytes:
+def list_weights(split: Resharded, folder: str, memo: Memo, *, whole: bool) -> bytes:
     """Return the list of the image's files of weights in a folder, with sizes and beginnings.
 
     A file's beginning is its first MiB: its header, and for most formats some of its weights. So
-    a probe knows in a second whether a server has read the weights that were tested.
+    a probe knows in a second whether a server has read the weights that were tested. `whole` adds
+    the SHA-256 of all bytes, which it then reads.
     """
     tree = split.tree
 
@@ -72,9 +84,10 @@ def list_weights(split: Resharded, folder: str, memo: Memo) -> bytes:
         key = key_of(["beginning", BEGINNING, file.digest])
         digest = memo(key, lambda: beginning_of(content, BEGINNING))
         begins = digest.removeprefix("sha256:")
-        return {"path": f"{folder}/{file.path}", "size": file.size, "begins": begins}
+        digests = {"begins": begins, **({"sha256": file.digest.hex} if whole else {})}
+        return {"path": f"{folder}/{file.path}", "size": file.size, **digests}
 
-    files = [file for file in tree.files if file.path.endswith(".safetensors")]
+    files = [file for file in tree.files if file.path.endswith((".safetensors", ".gguf"))]
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         rows = list(pool.map(row, files))
     return canonical({"version": 1, "files": rows}) + b"\n"
