@@ -28,7 +28,7 @@ from weightsmith.oci.registry import Registry
 ROOT = Path(__file__).resolve().parents[1]
 _EXACT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;,\\]+)", re.MULTILINE)
 _BY_HAND = frozenset({"torch"})
-"""Its CPU wheels are not on an index: requirements-cpu.txt and -cuda.txt pin them by hash."""
+"""Its CPU wheels are not on PyPI: requirements-cpu.txt and -cuda.txt pin them by hash."""
 # For the oldest Python that is supported: what it can have, later ones have wheels for.
 _COMPILE = (
     "--python-version", "3.11", "--python-platform", "linux", "--upgrade", "--generate-hashes",
@@ -105,12 +105,14 @@ def compiled(requirements: str, *words: str, root: Path = ROOT) -> str:
 
 
 def constraints(root: Path = ROOT) -> Resolved:
-    """Resolve the tool's packages and its tests' anew, within the limits of pyproject.toml."""
+    """Resolve the tool's packages and its tests' anew, as pyproject.toml allows; torch stays."""
     file = root / "constraints.txt"
     text = file.read_text("utf-8")
+    stays = [pin[0] for pin in _EXACT.finditer(text) if canonical(pin["name"]) in _BY_HAND]
+    wanted = "\n".join(["hatchling", "editables", *stays])
     found = pins(
-        compiled("hatchling\neditables\n", "--extra", "dev", "--extra", "keyless", "pyproject.toml",
-                 root=root)
+        compiled(wanted, "--extra", "dev", "--extra", "keyless", "--no-emit-package", "torch",
+                 "pyproject.toml", root=root)
     )  # fmt: skip
     rows = tuple(_rows("constraints", text, found))
     return Resolved(

@@ -45,7 +45,7 @@ def project(tmp_path, monkeypatch):
     """A checkout with pins of an index where the newest two packages do not work together."""
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "x"\nversion = "1"\ndependencies = ["tool"]\n'
-        '[project.optional-dependencies]\ndev = ["capped<2"]\nkeyless = []\n'
+        '[project.optional-dependencies]\ndev = ["capped<2", "torch"]\nkeyless = []\n'
     )
     (tmp_path / "constraints.txt").write_text("capped==1.0\nTool==1.0\ntorch==2.13.0\n")
     folder = tmp_path / "images" / "builders" / "gguf"
@@ -61,6 +61,7 @@ def project(tmp_path, monkeypatch):
             wheel("lib", "1.0"), wheel("lib", "1.9"), wheel("lib", "2.0", "tool<2"),
             wheel("capped", "1.0"), wheel("capped", "1.2"), wheel("capped", "2.0"),
             wheel("hatchling", "1.0"), wheel("editables", "1.0"),
+            wheel("torch", "2.13.0"), wheel("torch", "2.15.0"),
         ])  # fmt: skip
         monkeypatch.setenv("UV_DEFAULT_INDEX", index.url)
         monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
