@@ -10,7 +10,8 @@ import pytest
 from tests.paths import ROOT
 
 PAGE = (ROOT / "docs" / "upstream.md").read_text("utf-8")
-SETUP, *SHOWN = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PEFTS = PAGE.partition("\n## axolotl")[0]
+SETUP, *SHOWN = re.findall(r"```python\n(.*?)```", PEFTS, re.DOTALL)
 pytestmark = pytest.mark.slow
 
 
