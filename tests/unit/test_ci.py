@@ -32,7 +32,7 @@ def test_a_commit_draws_the_same_part_in_a_shallow_clone(tmp_path: Path) -> None
     assert len(drawn) > 2
 
 
-@pytest.mark.slow
+@pytest.mark.full  # it starts pytest three times
 def test_every_test_is_in_one_part(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     (tmp_path / "test_some.py").write_text(

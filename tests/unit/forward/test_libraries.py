@@ -40,8 +40,7 @@ assert torch.distributed.is_available()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.grid(2)
+@pytest.mark.full  # the compiler takes ten seconds to import
 @pytest.mark.parametrize("words", [["beside"], []])
 def test_the_compiler_is_imported_only_by_who_uses_it(words):
     done = subprocess.run(

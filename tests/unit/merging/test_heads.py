@@ -218,7 +218,7 @@ def test_the_classes_that_tie_nothing_are_those_of_transformers() -> None:
     assert untied == module._NEVER_TIED
 
 
-@pytest.mark.slow
+@pytest.mark.full  # only another transformers changes them
 def test_the_heads_are_those_of_transformers() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

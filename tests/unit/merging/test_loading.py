@@ -98,7 +98,7 @@ def renamings(kind: str) -> list[list[str]]:
     return rules
 
 
-@pytest.mark.slow
+@pytest.mark.full  # only another transformers changes them
 @pytest.mark.parametrize(
     ("file", "rules_of"),
     [("renamed_tensors.json", renamings), ("split_tensors.json", splits)],

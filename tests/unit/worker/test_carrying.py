@@ -37,6 +37,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 @pytest.fixture
 def job(folders: tuple[Path, Path, Path], tmp_path: Path) -> ProofJob:
+    return make_job(folders, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def expected(folders: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The answers of models that are asked everything."""
+    return run(make_job(folders, tmp_path_factory.mktemp("asked")).reference)["answers"]
+
+
+def make_job(folders: tuple[Path, Path, Path], tmp_path: Path) -> ProofJob:
     task = AskedTask(
         models=(ADAPTER, AskedModel(name="merged", key="merged", model=1, draft="adapter")),
         questions=tuple(Question(messages=chat) for chat in CHATS),
@@ -77,10 +87,9 @@ def least(row: Any) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("guess", [0.0, 0.05])
 def test_what_is_carried_over_is_what_asking_gives(
-    job: ProofJob, asked: list[int], monkeypatch: pytest.MonkeyPatch, guess: float
+    job: ProofJob, expected: Any, asked: list[int], monkeypatch: pytest.MonkeyPatch, guess: float
 ) -> None:
     """Rows below the bound are asked: at once if that was guessed, else in another walk."""
-    expected = run(job.reference)["answers"]
     alone = run(job.validation)
     monkeypatch.setattr(carrying, "_NEAR", guess)
     asked.clear()
@@ -112,7 +121,11 @@ def test_what_is_carried_over_is_what_asking_gives(
 @pytest.mark.slow
 @pytest.mark.parametrize("largest", [1e-5, None])
 def test_all_are_asked_where_an_answer_breaks_the_bound_or_none_is_known(
-    job: ProofJob, asked: list[int], monkeypatch: pytest.MonkeyPatch, largest: float | None
+    job: ProofJob,
+    expected: Any,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    largest: float | None,
 ) -> None:
     """The merged model moves margins by 0.007 nats; a bound of 0.00004 is wrong."""
     monkeypatch.setattr(carrying, "_NEAR", 0.0)
@@ -123,7 +136,7 @@ def test_all_are_asked_where_an_answer_breaks_the_bound_or_none_is_known(
     rows = found["answers"]["merged"]
     assert not any("carried" in row for row in rows)
     assert asked == [PROBES + SAMPLE, len(CHATS) - PROBES - SAMPLE]
-    assert texts(rows) == texts(run(job.reference)["answers"]["merged"])
+    assert texts(rows) == texts(expected["merged"])
     assert found["seconds"] > 0
 
 
