@@ -546,7 +546,8 @@ def _plain_layers(model: Model, columns: int) -> int:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     own = bare(model)
-    if not takes(model, "cache") or getattr(own, "_is_stateful", True) or depends_on_length(own):
+    # From transformers 5.25 on, the types of a cache's layers alone tell of other states.
+    if not takes(model, "cache") or getattr(own, "_is_stateful", False) or depends_on_length(own):
         return 0
     config = own.config.get_text_config(decoder=True)
     if config.model_type in _OTHERWISE:
